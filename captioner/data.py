@@ -1,0 +1,214 @@
+"""The nouns of the flow, their columns, and the schema of the captions table.
+
+    Chunk --read--> RawImage --decode--> ImageBatch --caption--> rows of CAPTIONS_SCHEMA --commit--> Receipt
+
+Between stages travel Arrow tables and small uint8 pixels of the model's own input size: never full pictures,
+never floats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+STATUS_OK, STATUS_FAILED = "ok", "failed"
+
+# The closed list of reasons why a picture has no caption.
+ERROR_CODES = (
+    "not_found",
+    "permission",
+    "timeout",
+    "empty_file",
+    "not_an_image",
+    "truncated",
+    "too_many_pixels",
+    "unsupported_format",
+    "decode_error",
+    "decoder_crashed",
+    "generate_error",
+)
+
+# What the frozen plan keeps of each picture: enough to read it again without listing the source.
+PLAN_SCHEMA = pa.schema(
+    [
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("file", pa.binary(), nullable=False),  # the file to open; bytes, because names need not be UTF-8
+        pa.field("offset", pa.int64()),  # of a tar member's data; null: the whole file
+        pa.field("size", pa.int64()),  # bytes from offset; null: the whole file
+        pa.field("row", pa.int64()),  # row in a table; null: not from a table
+        pa.field("reference_captions", pa.list_(pa.string())),  # null: none known
+    ]
+)
+
+CAPTIONS_SCHEMA = pa.schema(
+    [
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("uri", pa.string(), nullable=False),
+        pa.field("sha256", pa.string()),
+        pa.field("width", pa.int32()),
+        pa.field("height", pa.int32()),
+        pa.field("format", pa.string()),
+        pa.field("num_bytes", pa.int64()),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("error_code", pa.string()),
+        pa.field("error_message", pa.string()),
+        pa.field("caption", pa.string()),
+        pa.field("num_tokens", pa.int32()),
+        pa.field("logprob_mean", pa.float32()),
+        pa.field("flags", pa.list_(pa.string())),
+        pa.field("reference_captions", pa.list_(pa.string())),
+        pa.field("duplicate_of", pa.string()),
+        pa.field("model", pa.string(), nullable=False),
+        pa.field("model_revision", pa.string()),
+        pa.field("model_sha256", pa.string(), nullable=False),
+        pa.field("training_run_id", pa.string()),
+        pa.field("prompt", pa.string()),
+        pa.field("fingerprint", pa.string(), nullable=False),
+        pa.field("generation", pa.int32(), nullable=False),
+        pa.field("run_id", pa.string(), nullable=False),
+        pa.field("chunk_id", pa.string(), nullable=False),
+        pa.field("chunk_row", pa.int32(), nullable=False),
+        pa.field("created_at", pa.timestamp("us", tz="UTC"), nullable=False),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """The unit of work, of commit and of resume: one row group of one plan file.
+
+    A generation is a frozen plan and the rows made for it: the archive as first listed, what `--extend` added, what
+    `--retry-failed` does again. `part` numbers the plan file and the file of the published table alike.
+    """
+
+    generation: int
+    part: int
+    index: int
+    num_rows: int
+
+    @property
+    def chunk_id(self) -> str:
+        return f"g{self.generation:03d}-{self.part:05d}-{self.index:04d}"
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """A batch of a source's listing: planned pictures, and what was passed over.
+
+    `rows`: PLAN_SCHEMA plus the source's kept columns. `ignored`: names of the files that are no pictures by their
+    name (documents, hidden files).
+    """
+
+    rows: pa.Table
+    ignored: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class RawImage:
+    """One planned picture as its source gives it: the file's bytes, or the reason why there are none."""
+
+    image_id: str
+    uri: str
+    data: bytes | None
+    error_code: str = ""
+    error_message: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class DecodedImage:
+    """One picture ready for the model, or the reason why not (`error_code`; "" = fine).
+
+    `pixels`: uint8 [height, width, 3] of the model's input size, `None` on failure. `width`, `height`: of the picture
+    as a person sees it (EXIF orientation applied), 0 where unknown.
+    """
+
+    pixels: npt.NDArray[np.uint8] | None
+    width: int = 0
+    height: int = 0
+    format: str = ""
+    error_code: str = ""
+    error_message: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageBatch:
+    """Decoded pictures of one chunk, in chunk order.
+
+    `rows`: Arrow table [N] with the columns of CAPTIONS_SCHEMA known before captioning (and the kept columns).
+    `pixels`: uint8 [N, height, width, 3]; zeros where `error_code` is set.
+    """
+
+    rows: pa.Table
+    pixels: npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class Captions:
+    """What a model says about N pictures, in order.
+
+    `num_tokens`: generated tokens, the end token included. `logprob_mean`: mean natural-log probability of
+    those tokens; NaN where there are none. `finished`: the end token was reached within the limit.
+    """
+
+    texts: list[str]
+    num_tokens: list[int]
+    logprob_mean: list[float]
+    finished: list[bool]
+
+
+class Captioner(Protocol):
+    """Anything that turns pixels into captions: a model of `captioner.models`, or the fake of `captioner.testing`."""
+
+    def caption(self, pixels: npt.NDArray[np.uint8]) -> Captions:
+        """Caption uint8 pixels [N, height, width, 3], N >= 1."""
+        ...
+
+
+class Source(Protocol):
+    """An archive of pictures. Cheap to make and picklable: every worker opens its own.
+
+    Listing is cut into independent `units` so that it runs in parallel and resumes; their order, and the
+    order of the rows in each, is the same at every listing of an unchanged archive.
+    """
+
+    name: str  # as the user wrote it
+
+    def units(self) -> Sequence[str]:
+        """Names of the pieces the listing is made of: sub-folders, tars, tables."""
+        ...
+
+    def kept_fields(self) -> list[pa.Field]:
+        """The source's own columns that go into the captions table (`--keep-columns`)."""
+        ...
+
+    def list_unit(self, unit: str) -> Iterator[Listing]:
+        """The pictures of one piece, in batches of a few thousand. Never opens a picture."""
+        ...
+
+    def read(self, rows: pa.Table) -> list[RawImage]:
+        """One RawImage for each planned row (a slice of the plan), in order. A picture that cannot be read is a
+        RawImage with an error code.
+
+        Raises SourceError where the archive as a whole has a fault (root gone, credentials expired): such
+        a fault must never become rows.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What the driver learns of a committed chunk: counts and seconds, never rows."""
+
+    chunk_id: str
+    num_rows: int
+    num_ok: int
+    failed_by_reason: dict[str, int]
+    read_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    generate_seconds: float = 0.0
+    commit_seconds: float = 0.0

@@ -1,0 +1,85 @@
+"""What can go wrong with a run, and the exit code of each.
+
+    CaptionerError                 exit 1
+    +-- UsageError                 a flag, YAML key or value that makes no sense
+    +-- SourceError                the archive: missing, empty, unreadable as a whole
+    +-- ModelError                 the model: not there, no weights, a missing tensor, an unknown kind
+    +-- OutputError                OUT: unreadable, another run's, damaged
+    |   +-- FingerprintError       OUT holds captions made with other weights or settings
+    |   +-- VerificationError      rows lost or doubled: the promise of the table does not hold
+    +-- ClusterError               Ray: not reachable, or without the resources asked for
+    +-- TooManyFailedError         exit 2: the table is whole, but too many pictures failed
+    +-- InterruptedRunError        exit 130: Ctrl-C; committed work stays
+        +-- TerminatedRunError     exit 143: SIGTERM; committed work stays
+
+A bad picture is a row and never an exception: see `captioner.data.ERROR_CODES`. Every error here is one line that
+says what, which value, and the way out; it is made from that line alone, so it survives pickling between processes.
+"""
+
+from __future__ import annotations
+
+OK = 0
+ERROR = 1
+TOO_MANY_FAILED = 2
+INTERRUPTED = 130
+TERMINATED = 143
+
+EXIT_CODES = {
+    OK: "every planned picture has its row",
+    ERROR: "the run could not start or go on; the message says why; the same command resumes",
+    TOO_MANY_FAILED: "the table is complete, but more pictures failed than --max-failed allows, or not one is ok",
+    INTERRUPTED: "stopped by Ctrl-C; the same command resumes",
+    TERMINATED: "stopped by SIGTERM; the same command resumes",
+}
+
+
+class CaptionerError(Exception):
+    """Base of every error this package raises on purpose. `str(error)` is the line to show a person."""
+
+    exit_code = ERROR
+
+
+class UsageError(CaptionerError):
+    """A setting is unknown or out of range."""
+
+
+class SourceError(CaptionerError):
+    """The archive as a whole cannot be listed or read. Never a single picture."""
+
+
+class ModelError(CaptionerError):
+    """The model cannot be used: absent, without weights, with missing tensors, of an unknown kind."""
+
+
+class OutputError(CaptionerError):
+    """OUT cannot be used."""
+
+
+class FingerprintError(OutputError):
+    """OUT was made with other weights or settings."""
+
+
+class VerificationError(OutputError):
+    """The table does not hold exactly one current row for each planned picture."""
+
+
+class ClusterError(CaptionerError):
+    """Ray cannot be reached or lacks what the run asks for."""
+
+
+class TooManyFailedError(CaptionerError):
+    """The table is complete, but its share of failed pictures is above the limit."""
+
+    exit_code = TOO_MANY_FAILED
+
+
+class InterruptedRunError(CaptionerError):
+    """The run was stopped from outside."""
+
+    exit_code = INTERRUPTED
+
+
+class TerminatedRunError(InterruptedRunError):
+    """The run was stopped by SIGTERM."""
+
+    exit_code = TERMINATED
