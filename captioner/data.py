@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -117,6 +117,23 @@ class RawImage:
     data: bytes | None
     error_code: str = ""
     error_message: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PixelSpec:
+    """What pixels a model wants: its image processor's settings, readable without loading the model.
+
+    `resize`: "exact" makes pictures `height` x `width` whatever their aspect; "shortest_edge" scales the shorter side
+    to `shortest_edge` and crops the centre. `mean`, `std`: for values scaled to 0..1, applied on the device.
+    """
+
+    height: int
+    width: int
+    resize: Literal["exact", "shortest_edge"] = "exact"
+    shortest_edge: int = 0
+    resample: Literal["bicubic", "bilinear"] = "bicubic"
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
 
 @dataclass(frozen=True, slots=True)
