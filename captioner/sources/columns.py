@@ -1,0 +1,184 @@
+"""Which columns of a table hold the picture, its id and its known captions; and the plan's rows made from them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from pyarrow import types
+
+from captioner.config import SourceConfig
+from captioner.data import CAPTIONS_SCHEMA, PLAN_SCHEMA
+from captioner.errors import SourceError
+from captioner.sources.listing import plan_table
+
+REFERENCE_NAMES = ("captions", "caption", "text")
+PICTURE_NAMES = ("image", "jpg", "jpeg", "png", "webp", "img", "picture", "photo", "image_bytes", "bytes", "content")
+PATH_NAMES = ("path", "uri", "file_name", "filename", "file", "image_path", "file_path", "filepath", "image_uri")
+ACCEPTED = "accepted are binary, struct{bytes, path}, and strings that are paths or URIs"
+FETCH_FIRST = "captioner does not fetch http(s) URLs; fetch them with img2dataset first and caption its output"
+
+CellKind = Literal["bytes", "struct", "path"]
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """The columns of a table that matter here."""
+
+    picture: str
+    kind: CellKind
+    id: str | None
+    reference: str | None
+    kept: tuple[pa.Field, ...]
+
+    @property
+    def described(self) -> list[str]:
+        """Everything but the picture: what a listing reads."""
+        names = [self.id, self.reference, *(field.name for field in self.kept)]
+        return list(dict.fromkeys(name for name in names if name))
+
+
+def choose_columns(schema: pa.Schema, config: SourceConfig, where: str) -> Columns:
+    """The columns asked for, or those known by name and type.
+
+    Without `--id-column` a column `image_id` is the id. Raises SourceError naming column, type and what is accepted.
+    """
+    picture = config.image_column or _find_picture(schema, where)
+    kind = cell_kind(_field(schema, picture, "--image-column", where).type)
+    if kind is None:
+        raise SourceError(f"{where}: column {picture!r} is {schema.field(picture).type}; {ACCEPTED}")
+    return Columns(
+        picture=picture,
+        kind=kind,
+        id=_id_column(schema, config.id_column, where),
+        reference=reference_column_of(schema, config.reference_column, where),
+        kept=tuple(_kept_field(schema, name, where) for name in config.keep_columns),
+    )
+
+
+def cell_kind(type_: pa.DataType) -> CellKind | None:
+    """What a picture column of that type holds; None where it cannot hold pictures."""
+    if _is_binary(type_):
+        return "bytes"
+    if _is_string(type_):
+        return "path"
+    if types.is_struct(type_):
+        fields = {field.name: field.type for field in type_}
+        if _is_binary(fields.get("bytes", pa.null())) or _is_string(fields.get("path", pa.null())):
+            return "struct"
+    return None
+
+
+def reference_column_of(schema: pa.Schema, asked: str | None, where: str) -> str | None:
+    """The column of known captions: text, or lists of text."""
+    if asked is None:
+        known = (name for name in REFERENCE_NAMES if name in schema.names)
+        return next((name for name in known if _is_text(schema.field(name).type)), None)
+    type_ = _field(schema, asked, "--reference-column", where).type
+    if not _is_text(type_):
+        raise SourceError(f"{where}: column {asked!r} is {type_}; captions are strings or lists of strings")
+    return asked
+
+
+def references_of(batch: pa.Table, column: str | None) -> pa.Array:
+    """list<string> [rows]; null where nothing is known."""
+    if column is None:
+        return pa.nulls(len(batch), pa.list_(pa.string()))
+    return pa.array(map(as_captions, batch.column(column).to_pylist()), pa.list_(pa.string()))
+
+
+def as_captions(value: Any) -> list[str] | None:
+    """A caption, or a list of captions, as a list without empty ones; None where none is left."""
+    values = value if isinstance(value, list) else [value]
+    captions = [text.strip() for text in values if isinstance(text, str)]
+    return [text for text in captions if text] or None
+
+
+def table_rows(batch: pa.Table, columns: Columns, file: bytes, label: str, first_row: int) -> pa.Table:
+    """Plan rows of a batch that starts at row `first_row` of `file`. `label`: the file's name in made-up ids."""
+    rows = pa.array(range(first_row, first_row + len(batch)), pa.int64())
+    return plan_table(
+        ids_of(batch, columns, label, rows),
+        [file] * len(batch),
+        row=rows,
+        references=references_of(batch, columns.reference),
+        kept=batch.select([field.name for field in columns.kept]).cast(pa.schema(columns.kept)),
+    )
+
+
+def ids_of(batch: pa.Table, columns: Columns, label: str, rows: Iterable[Any]) -> pa.Array:
+    """The id column as text; `<label>#<row>` where there is none or it is null."""
+    made_up = pa.array((f"{label}#{row}" for row in rows), pa.string())
+    if columns.id is None:
+        return made_up
+    return pc.coalesce(batch.column(columns.id).cast(pa.string()).combine_chunks(), made_up)
+
+
+def _find_picture(schema: pa.Schema, where: str) -> str:
+    """By type: bytes before paths. By name: known ones before others; a path column only by its name."""
+    kinds = {field.name: cell_kind(field.type) for field in schema}
+    holders = [name for name, kind in kinds.items() if kind in ("bytes", "struct")]
+    named = _first_known(holders, PICTURE_NAMES) or (holders[0] if len(holders) == 1 else None)
+    if named:
+        return named
+    if holders:
+        raise SourceError(f"{where}: pictures may be in {_listed(holders)}; choose with --image-column")
+    paths = [name for name, kind in kinds.items() if kind == "path"]
+    path = _first_known(paths, PATH_NAMES + PICTURE_NAMES)
+    if path:
+        return path
+    if any(name.lower() in ("url", "image_url") for name in paths):
+        raise SourceError(f"{where}: {FETCH_FIRST}")
+    held = ", ".join(f"{field.name} ({field.type})" for field in schema)
+    raise SourceError(f"{where}: no column of pictures among {held}; {ACCEPTED}: choose with --image-column")
+
+
+def _first_known(names: Sequence[str], known: Sequence[str]) -> str | None:
+    by_lower = {name.lower(): name for name in reversed(names)}
+    return next((by_lower[name] for name in known if name in by_lower), None)
+
+
+def _field(schema: pa.Schema, name: str, flag: str, where: str) -> pa.Field:
+    if schema.names.count(name) != 1:
+        raise SourceError(f"{where}: {flag} {name!r}: no such column; it has: {', '.join(schema.names)}")
+    return schema.field(name)
+
+
+def _id_column(schema: pa.Schema, asked: str | None, where: str) -> str | None:
+    if asked is None:
+        return "image_id" if "image_id" in schema.names and _is_id(schema.field("image_id").type) else None
+    type_ = _field(schema, asked, "--id-column", where).type
+    if not _is_id(type_):
+        raise SourceError(f"{where}: column {asked!r} is {type_}; ids are strings or integers")
+    return asked
+
+
+def _kept_field(schema: pa.Schema, name: str, where: str) -> pa.Field:
+    found = _field(schema, name, "--keep-columns", where)
+    if name in CAPTIONS_SCHEMA.names or name in PLAN_SCHEMA.names:
+        raise SourceError(f"{where}: --keep-columns {name!r}: the captions table has a column of that name already")
+    return found.remove_metadata().with_nullable(True)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"
+
+
+def _is_binary(type_: pa.DataType) -> bool:
+    return types.is_binary(type_) or types.is_large_binary(type_) or types.is_binary_view(type_)
+
+
+def _is_string(type_: pa.DataType) -> bool:
+    return types.is_string(type_) or types.is_large_string(type_) or types.is_string_view(type_)
+
+
+def _is_text(type_: pa.DataType) -> bool:
+    is_list = types.is_list(type_) or types.is_large_list(type_) or types.is_fixed_size_list(type_)
+    return _is_string(type_.value_type if is_list or types.is_dictionary(type_) else type_)
+
+
+def _is_id(type_: pa.DataType) -> bool:
+    return _is_string(type_) or types.is_integer(type_)

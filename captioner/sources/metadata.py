@@ -1,0 +1,63 @@
+"""Captions beside a folder of pictures: the `metadata.jsonl|csv|parquet` of Hugging Face's ImageFolder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import pyarrow as pa
+
+from captioner.errors import SourceError
+from captioner.sources.columns import reference_column_of, references_of
+from captioner.sources.files import Root
+from captioner.sources.tables import open_table
+
+METADATA_NAMES = (b"metadata.jsonl", b"metadata.csv", b"metadata.parquet")
+
+
+@dataclass(frozen=True, slots=True)
+class Metadata:
+    """Known captions of a directory's pictures, in sub-directories too. The text stays in Arrow: it is most of it."""
+
+    prefix: bytes  # of paths in this directory
+    row_of: dict[bytes, int]  # path below the directory -> row of `captions`
+    captions: pa.ChunkedArray  # list<string>
+
+    def find(self, paths: Sequence[bytes]) -> list[list[str] | None]:
+        rows = [self.row_of.get(path[len(self.prefix) :]) for path in paths]
+        return self.captions.take(pa.array(rows, pa.int64())).to_pylist()
+
+
+def find_references(metadata: Sequence[Metadata], paths: Sequence[bytes]) -> list[list[str] | None]:
+    """The captions that the nearest metadata knows for each path."""
+    if not metadata:
+        return [None] * len(paths)
+    nearest, *others = (table.find(paths) for table in metadata)
+    for found in others:
+        nearest = [first if first is not None else second for first, second in zip(nearest, found, strict=True)]
+    return nearest
+
+
+def load_metadata(root: Root, file: bytes, reference_column: str | None) -> Metadata:
+    """Read a metadata file, once for each state of the file.
+
+    Raises SourceError where it cannot be read, has no `file_name`, or lacks the column asked for.
+    """
+    return _load(root, file, reference_column, root.stamp(file))
+
+
+@lru_cache(maxsize=8)
+def _load(root: Root, file: bytes, reference_column: str | None, stamp: object) -> Metadata:
+    table = open_table(root, file)
+    if "file_name" not in table.schema.names:
+        raise SourceError(f"{root.uri(file)}: no column 'file_name'; it has: {', '.join(table.schema.names)}")
+    column = reference_column_of(table.schema, reference_column, root.uri(file))
+    row_of: dict[bytes, int] = {}
+    captions = []
+    for batch in table.batches(["file_name", column] if column else ["file_name"]):
+        first_row = sum(map(len, captions))
+        row_of.update((os.fsencode(str(name)), first_row + n) for n, name in enumerate(batch["file_name"].to_pylist()))
+        captions.append(references_of(batch, column))
+    return Metadata(os.path.join(os.path.dirname(file), b""), row_of, pa.chunked_array(captions, pa.list_(pa.string())))

@@ -1,0 +1,139 @@
+"""Tables that describe pictures: Parquet, CSV and JSON lines, read in batches of a few thousand rows."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+from captioner.errors import SourceError
+from captioner.sources.files import Root
+from captioner.sources.listing import BATCH_ROWS
+
+TABLE_SUFFIXES = (b".parquet", b".csv", b".jsonl", b".ndjson")
+
+
+class Table(Protocol):
+    """A table in a file."""
+
+    @property
+    def schema(self) -> pa.Schema: ...
+
+    def batches(self, columns: Sequence[str]) -> Iterator[pa.Table]:
+        """These columns of every row, in order, at most BATCH_ROWS rows at a time."""
+        ...
+
+
+def open_table(root: Root, file: bytes) -> Table:
+    """Raises SourceError where the file is missing or is not what its suffix says."""
+    lower = file.lower()
+    kind = ParquetTable if lower.endswith(b".parquet") else CsvTable if lower.endswith(b".csv") else JsonLinesTable
+    try:
+        return kind(root, file)
+    except (OSError, pa.ArrowException) as error:
+        raise unreadable(root, file, error) from None
+
+
+def unreadable(root: Root, file: bytes, error: Exception) -> SourceError:
+    return SourceError(f"{root.uri(file)}: cannot be read as a table: {' '.join(str(error).split())}")
+
+
+class ParquetTable:
+    """Only the columns asked for are read."""
+
+    def __init__(self, root: Root, file: bytes) -> None:
+        self.file = open_parquet(root, file)
+        self.schema: pa.Schema = self.file.schema_arrow
+
+    def batches(self, columns: Sequence[str]) -> Iterator[pa.Table]:
+        for batch in self.file.iter_batches(BATCH_ROWS, columns=list(columns)):
+            yield pa.Table.from_batches([batch])
+
+
+def open_parquet(root: Root, file: bytes) -> pq.ParquetFile:
+    """Buffered: a column of pictures is read page by page, never a whole row group at once."""
+    return pq.ParquetFile(root.open(file), buffer_size=1 << 20, pre_buffer=False)
+
+
+class CsvTable:
+    """Every column is text: an id such as 007 stays as it is written."""
+
+    def __init__(self, root: Root, file: bytes) -> None:
+        self.root, self.file = root, file
+        with self._open([]) as reader:
+            self.schema = pa.schema([(name, pa.string()) for name in reader.schema.names])
+
+    def batches(self, columns: Sequence[str]) -> Iterator[pa.Table]:
+        with self._open(self.schema.names) as reader:
+            for block in reader:
+                table = pa.Table.from_batches([block]).select(list(columns))
+                yield from (table.slice(start, BATCH_ROWS) for start in range(0, len(table), BATCH_ROWS))
+
+    def _open(self, text_columns: Sequence[str]) -> pyarrow.csv.CSVStreamingReader:
+        return pyarrow.csv.open_csv(
+            self.root.open(self.file),
+            parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
+            convert_options=pyarrow.csv.ConvertOptions(column_types={name: pa.string() for name in text_columns}),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    number: int
+    values: dict[str, Any]
+
+
+class JsonLinesTable:
+    """One object a line. Columns and their types are those of the first BATCH_ROWS lines."""
+
+    def __init__(self, root: Root, file: bytes) -> None:
+        self.root, self.file = root, file
+        first = list(itertools.islice(self._lines(), BATCH_ROWS))
+        names = dict.fromkeys(name for line in first for name in line.values)
+        arrays = {name: _column([line.values.get(name) for line in first]) for name in names}
+        self.schema = pa.schema([(name, _known(array.type)) for name, array in arrays.items()])
+
+    def batches(self, columns: Sequence[str]) -> Iterator[pa.Table]:
+        lines = self._lines()
+        while block := list(itertools.islice(lines, BATCH_ROWS)):
+            yield pa.table([self._typed(block, name) for name in columns], names=list(columns))
+
+    def _typed(self, block: list[_Line], name: str) -> pa.Array:
+        try:
+            return _column([line.values.get(name) for line in block], self.schema.field(name).type)
+        except (pa.ArrowException, TypeError) as error:
+            lines = f"lines {block[0].number} to {block[-1].number}"
+            raise SourceError(f"{self.root.uri(self.file)}: {lines}, {name!r}: {error}") from None
+
+    def _lines(self) -> Iterator[_Line]:
+        with self.root.open(self.file) as stream:
+            for number, text in enumerate(stream, start=1):
+                if text.strip():
+                    yield _Line(number, self._parse(text, number))
+
+    def _parse(self, text: bytes, number: int) -> dict[str, Any]:
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise SourceError(f"{self.root.uri(self.file)}: line {number} is not JSON: {error}") from None
+        if not isinstance(values, dict):
+            raise SourceError(f"{self.root.uri(self.file)}: line {number} is not a JSON object")
+        return values
+
+
+def _column(values: list[Any], type_: pa.DataType | None = None) -> pa.Array:
+    """Captions may be a text in one line and a list in the next; then all are lists."""
+    mixed = {type(value) for value in values if value is not None} == {str, list}
+    if mixed or (type_ is not None and pa.types.is_list(type_)):
+        values = [[value] if isinstance(value, str) else value for value in values]
+    return pa.array(values, type_)
+
+
+def _known(type_: pa.DataType) -> pa.DataType:
+    return pa.string() if pa.types.is_null(type_) else type_

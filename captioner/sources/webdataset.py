@@ -1,0 +1,190 @@
+"""WebDataset: tars in which files that share a name up to the first dot make one sample. Nothing is ever extracted."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import tarfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from operator import attrgetter
+from urllib.parse import unquote_to_bytes
+
+import pyarrow as pa
+
+from captioner.data import Listing, RawImage
+from captioner.errors import SourceError
+from captioner.sources.columns import REFERENCE_NAMES, as_captions
+from captioner.sources.files import Root, is_hidden, readable
+from captioner.sources.listing import BATCH_ROWS, plan_table
+from captioner.sources.reading import read_rows
+
+PICTURE_SUFFIXES = frozenset(
+    b"jpg jpeg jpe jfif png apng webp gif bmp dib tif tiff avif avifs heic heif jp2 j2k jpx "
+    b"ppm pgm pbm pnm tga ico psd mpo".split()
+)
+# What else samples hold, by the habits of the format.
+OTHER_SUFFIXES = frozenset(
+    b"cls cls2 index inx id txt text transcript caption json jsonl yaml yml csv tsv xml xmp html md pdf parquet "
+    b"npy npz pth pt pyd pickle pkl msgpack mp bin ten tb safetensors mp3 wav flac ogg m4a mp4 webm mkv avi mov".split()
+)
+COMPRESSED_SUFFIXES = (b".tar.gz", b".tgz", b".tar.bz2", b".tar.xz", b".tar.zst", b".tar.lz4")
+_COMPRESSED_STARTS = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18")
+
+
+@dataclass(frozen=True, slots=True)
+class WebDatasetSource:
+    """`tars`: paths under the root, in order. Each is one unit."""
+
+    name: str
+    root: Root
+    tars: tuple[bytes, ...]
+    reference_column: str | None = None
+
+    def units(self) -> Sequence[str]:
+        return [readable(tar.replace(b"%", b"%25")) for tar in self.tars]
+
+    def kept_fields(self) -> list[pa.Field]:
+        return []
+
+    def list_unit(self, unit: str) -> Iterator[Listing]:
+        tar = unquote_to_bytes(unit)
+        batch = _Batch(tar)
+        # Samples are neighbours in the tar, as the format has it.
+        for _, members in itertools.groupby(_members(self.root, tar), key=attrgetter("key")):
+            batch.add_sample(list(members), self.reference_column)
+            if len(batch) >= BATCH_ROWS:
+                yield batch.listing()
+                batch = _Batch(tar)
+        if len(batch):
+            yield batch.listing()
+
+    def read(self, rows: pa.Table) -> list[RawImage]:
+        return read_rows(rows, self.root)
+
+
+@dataclass(frozen=True, slots=True)
+class _Member:
+    """`offset`, `size`: of its data in the tar. `text`: of .txt and .json members."""
+
+    name: bytes
+    offset: int
+    size: int
+    is_file: bool
+    text: bytes | None = None
+
+    @property
+    def key(self) -> bytes:
+        directory, base = os.path.split(self.name)
+        return os.path.join(directory, base.partition(b".")[0])
+
+    @property
+    def suffix(self) -> bytes:
+        return os.path.basename(self.name).rpartition(b".")[2].lower() if b"." in self.name else b""
+
+    @property
+    def may_be_picture(self) -> bool:
+        hidden = any(is_hidden(part) for part in self.name.split(b"/") if part not in (b".", b".."))
+        return self.is_file and self.suffix not in OTHER_SUFFIXES and not hidden
+
+
+@dataclass(slots=True)
+class _Batch:
+    """The rows that a batch of samples makes."""
+
+    tar: bytes
+    pictures: list[_Member] = field(default_factory=list)
+    references: list[list[str] | None] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.pictures) + len(self.ignored)
+
+    def add_sample(self, members: Sequence[_Member], reference_column: str | None) -> None:
+        """Every picture of the sample is a row. Where a suffix is known to be a picture's, unknown ones are none."""
+        candidates = [member for member in members if member.may_be_picture]
+        pictures = [member for member in candidates if member.suffix in PICTURE_SUFFIXES] or candidates
+        captions = _captions(members, reference_column) if pictures else None
+        self.pictures += pictures
+        self.references += [captions] * len(pictures)
+        used = {id(member) for member in members if captions and member.text is not None}
+        used.update(map(id, pictures))
+        self.ignored += [self._label(member.name) for member in members if id(member) not in used]
+
+    def listing(self) -> Listing:
+        rows = plan_table(
+            [self._label(member.name) for member in self.pictures],
+            [self.tar] * len(self.pictures),
+            offset=[member.offset for member in self.pictures],
+            size=[member.size for member in self.pictures],
+            references=self.references,
+        )
+        return Listing(rows, self.ignored)
+
+    def _label(self, name: bytes) -> str:
+        return f"{readable(self.tar)}/{readable(name)}"
+
+
+def _captions(members: Iterable[_Member], reference_column: str | None) -> list[str] | None:
+    """Those of .json, then that of .txt, each once. A column asked for is a key of the .json, and the only one."""
+    captions: list[str] = []
+    for member in sorted(members, key=attrgetter("suffix")):  # json, txt
+        if member.text is None:
+            continue
+        if member.suffix == b"json":
+            captions += _captions_in_json(member.text, reference_column) or []
+        elif reference_column is None:
+            captions += as_captions(member.text.decode("utf-8", "replace")) or []
+    return list(dict.fromkeys(captions)) or None
+
+
+def _captions_in_json(text: bytes, reference_column: str | None) -> list[str] | None:
+    try:
+        values = json.loads(text)
+    except ValueError:
+        return None
+    if not isinstance(values, dict):
+        return None
+    names = [reference_column] if reference_column else REFERENCE_NAMES
+    return next((captions for name in names if (captions := as_captions(values.get(name)))), None)
+
+
+def _members(root: Root, tar: bytes) -> Iterator[_Member]:
+    """Every entry of a tar but directories. A tar that is cut or damaged further on ends there.
+
+    Raises SourceError where it is no tar from the start, or cannot be opened.
+    """
+    place = 0
+    try:
+        with root.open(tar) as stream:
+            _refuse_compressed(root, tar, stream.read(8))
+            stream.seek(0)
+            with tarfile.open(fileobj=stream, mode="r:") as archive:
+                while header := archive.next():
+                    place = archive.offset
+                    archive.members.clear()  # tarfile would keep them all
+                    if not header.isdir():
+                        yield _member(header, archive)
+    except tarfile.TarError as error:
+        if not place:
+            raise SourceError(f"{root.uri(tar)}: not a tar: {error}; repair it or leave it out") from None
+        yield _Member(f"[damaged at byte {place}]".encode(), place, 0, is_file=False)
+    except OSError as error:
+        raise SourceError(f"{root.uri(tar)}: cannot be read: {error.strerror or error}") from None
+
+
+def _member(header: tarfile.TarInfo, archive: tarfile.TarFile) -> _Member:
+    name = os.fsencode(header.name)
+    is_file = header.isreg() and not header.issparse()
+    is_text = is_file and name.lower().endswith((b".txt", b".json"))
+    stream = archive.extractfile(header) if is_text else None
+    return _Member(name, header.offset_data, header.size, is_file, stream.read() if stream else None)
+
+
+def _refuse_compressed(root: Root, tar: bytes, start: bytes) -> None:
+    if tar.lower().endswith(COMPRESSED_SUFFIXES) or start.startswith(_COMPRESSED_STARTS):
+        raise SourceError(
+            f"{root.uri(tar)}: a compressed tar cannot be read picture by picture; decompress it first (pictures "
+            "hardly grow: they are compressed already)"
+        )

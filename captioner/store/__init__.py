@@ -1,0 +1,1 @@
+"""The captions table: plan, commit, resume, publish, verify, read."""

@@ -1,0 +1,157 @@
+"""A directory on a local disk or an object store in which a file is there whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
+
+from captioner.errors import OutputError
+from captioner.files import open_filesystem
+
+_TEMPORARY = ".tmp"
+
+
+@dataclass(frozen=True)
+class Directory:
+    """The directory at `location`; names are relative to it, with forward slashes. Picklable: each process opens its
+    own connection.
+
+    On a local disk a file is written beside its place, flushed to the device and renamed; on an object store it is one
+    PUT. A reader never sees half a file, a second writer of the same name replaces it whole.
+    """
+
+    location: str
+
+    @cached_property
+    def _opened(self) -> tuple[FileSystem, str]:
+        return open_filesystem(self.location)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"location": self.location}
+
+    @property
+    def filesystem(self) -> FileSystem:
+        return self._opened[0]
+
+    @property
+    def is_local(self) -> bool:
+        return isinstance(self.filesystem, LocalFileSystem)
+
+    def path(self, name: str) -> str:
+        """`name` as a path inside `filesystem`."""
+        root = self._opened[1]
+        return f"{root}/{name}" if name else root
+
+    def exists(self, name: str) -> bool:
+        return bool(self.filesystem.get_file_info(self.path(name)).type != FileType.NotFound)
+
+    def list_names(self, folder: str) -> list[str]:
+        """Names of the files directly in `folder`, sorted; temporary files of killed writers are not among them."""
+        selector = FileSelector(self.path(folder), allow_not_found=True)
+        infos = self.filesystem.get_file_info(selector)
+        return sorted(i.base_name for i in infos if i.is_file and not i.base_name.endswith(_TEMPORARY))
+
+    def list_folders(self, folder: str) -> list[str]:
+        selector = FileSelector(self.path(folder), allow_not_found=True)
+        return sorted(i.base_name for i in self.filesystem.get_file_info(selector) if i.type == FileType.Directory)
+
+    def is_empty(self) -> bool:
+        return not self.filesystem.get_file_info(FileSelector(self.path(""), allow_not_found=True))
+
+    def read_bytes(self, name: str) -> bytes:
+        with self.filesystem.open_input_stream(self.path(name)) as stream:
+            data: bytes = stream.read()
+        return data
+
+    def write_bytes(self, name: str, data: bytes | pa.Buffer) -> None:
+        """Put the file in its place, atomically. Raises OutputError naming the file and the cause."""
+        try:
+            if self.is_local:
+                self._write_local(name, data)
+            else:
+                with self.filesystem.open_output_stream(self.path(name)) as stream:
+                    stream.write(data)
+        except OSError as error:
+            raise OutputError(f"cannot write {self.location}/{name}: {error}; mend it and run again") from error
+
+    def _write_local(self, name: str, data: bytes | pa.Buffer) -> None:
+        final = self.path(name)
+        folder = os.path.dirname(final)
+        os.makedirs(folder, exist_ok=True)
+        temporary = f"{final}.{uuid.uuid4().hex}{_TEMPORARY}"
+        try:
+            with open(temporary, "wb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(temporary, final)
+        except BaseException:
+            if os.path.exists(temporary):
+                os.unlink(temporary)
+            raise
+        _sync_folder(folder)
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        value = json.loads(self.read_bytes(name))
+        if not isinstance(value, dict):
+            raise OutputError(f"{self.location}/{name} does not hold a JSON object")
+        return value
+
+    def write_json(self, name: str, value: dict[str, Any]) -> None:
+        self.write_bytes(name, json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n")
+
+    def open_parquet(self, name: str) -> pq.ParquetFile:
+        """Raises OutputError where the file is damaged, FileNotFoundError where it is not there."""
+        try:
+            return pq.ParquetFile(self.filesystem.open_input_file(self.path(name)))
+        except (pa.ArrowInvalid, pa.ArrowException) as error:
+            raise OutputError(f"{self.location}/{name} is damaged: {error}") from error
+
+    def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
+        with self.open_parquet(name) as file:
+            return file.read(columns)
+
+    def write_table(self, name: str, table: pa.Table, row_group_size: int | None = None) -> pa.Buffer:
+        """Write `table` as one Parquet file, atomically; returns the bytes written."""
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, compression="zstd", row_group_size=row_group_size)
+        data = sink.getvalue()
+        self.write_bytes(name, data)
+        return data
+
+    def delete(self, name: str) -> None:
+        """Delete a file; one that has gone is no error."""
+        with suppress(FileNotFoundError):
+            self.filesystem.delete_file(self.path(name))
+
+    def delete_folder(self, name: str) -> None:
+        """Delete a folder with all it holds; one that has gone is no error."""
+        with suppress(FileNotFoundError):
+            self.filesystem.delete_dir(self.path(name))
+
+    def sweep(self, folder: str) -> None:
+        """Remove what killed writers left in `folder`. Only for a folder that no live writer uses."""
+        if not self.is_local:
+            return
+        infos = self.filesystem.get_file_info(FileSelector(self.path(folder), allow_not_found=True, recursive=True))
+        for info in infos:
+            if info.is_file and info.base_name.endswith(_TEMPORARY):
+                os.unlink(info.path)
+
+
+def _sync_folder(folder: str) -> None:
+    """Make a rename survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

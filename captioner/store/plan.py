@@ -1,0 +1,292 @@
+"""Freeze a listing of the source into OUT/plan, and read it back chunk by chunk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from captioner.config import SourceConfig
+from captioner.data import STATUS_FAILED, Chunk, Listing, Source
+from captioner.errors import SourceError
+from captioner.store.ids import IdIndex, digests_of
+from captioner.store.listing import list_units
+from captioner.store.table import CaptionsTable, Plan, captions_name, plan_folder, plan_part_name
+
+MAX_EXAMPLES = 5
+MIN_ROWS_PER_CHUNK = 16
+_PLACE = b"captioner.listing"  # schema metadata of a plan part: how far the listing had come
+
+Announce = Callable[[int], None]
+
+
+@dataclass
+class _Place:
+    """Where a listing stands: how many rows of which unit are in the plan, and what was ignored before that unit."""
+
+    unit: str | None = None
+    taken: int = 0
+    num_ignored: int = 0
+    ignored_examples: list[str] = field(default_factory=list)
+
+
+def make_plan(
+    table: CaptionsTable,
+    source: Source,
+    config: SourceConfig,
+    rows_per_chunk: int,
+    rows_per_file: int,
+    on_progress: Announce = lambda rows: None,
+) -> Plan | None:
+    """List the source and freeze what is new in it as the next generation.
+
+    The first plan of a table takes everything; a later one only ids that no earlier plan has, and is `None` where
+    there are none. A listing that was killed goes on after its last full part. Raises SourceError for an empty
+    source and for ids that occur twice, which it names. `rows_per_chunk` is the most: small archives get
+    smaller chunks.
+    """
+    plans = table.plans()
+    generation = max((plan.generation for plan in plans), default=-1) + 1
+    first_part = 1 + max((part for plan in plans if plan.founds_parts for part in plan.parts), default=-1)
+    with IdIndex() as known, IdIndex() as added:
+        for plan in plans:
+            if plan.founds_parts:
+                _index_ids(table, plan.generation, sorted(plan.parts), known)
+        writer = _PlanWriter(table, generation, first_part, rows_per_chunk, rows_per_file, added)
+        place = writer.resume()
+        for unit, listing, first_row in _listings_from(source, place):
+            rows = _numbered(listing.rows, first_row)
+            if plans:
+                rows = rows.filter(pa.array(~known.contains(rows["image_id"].to_pylist())))
+            rows = _matching(rows, config)
+            if config.limit is not None:
+                rows = rows.slice(0, config.limit - writer.num_rows)
+            writer.add(unit, rows, listing.ignored)
+            on_progress(writer.num_rows)
+            if config.limit is not None and writer.num_rows >= config.limit:
+                break
+        plan = writer.finish("extend" if plans else "archive", source)
+    if not plan.num_rows and plans:
+        return None
+    if not plan.num_rows:
+        raise SourceError(_nothing_found(source, plan))
+    table.directory.write_json(f"{plan_folder(generation)}/plan.json", plan.to_json())
+    return plan
+
+
+def make_retry_plan(table: CaptionsTable) -> Plan | None:
+    """A generation of the pictures whose current row is failed, or `None` where there are none. Every plan of the table
+    must be published."""
+    plans = table.plans()
+    generation, rows_per_chunk = plans[-1].generation + 1, plans[0].rows_per_chunk
+    parts = {}
+    for plan in plans:
+        for part in sorted(plan.parts) if plan.founds_parts else ():
+            status = table.directory.read_table(captions_name(part), ["status"])["status"]
+            failed = np.flatnonzero(pc.equal(status, STATUS_FAILED).to_numpy())
+            if not len(failed):
+                continue
+            rows = table.directory.read_table(plan_part_name(plan.generation, part)).take(failed)
+            rows = rows.append_column(pa.field("part_row", pa.int64()), pa.array(failed, pa.int64()))
+            table.directory.write_table(plan_part_name(generation, part), rows, rows_per_chunk)
+            parts[part] = len(failed)
+    if not parts:
+        return None
+    retry = Plan(generation, "retry", rows_per_chunk, parts)
+    table.directory.write_json(f"{plan_folder(generation)}/plan.json", retry.to_json())
+    return retry
+
+
+def read_planned(table: CaptionsTable, chunk: Chunk) -> pa.Table:
+    """The planned rows of one chunk: PLAN_SCHEMA, kept columns, and `part_row` in a retry."""
+    with table.directory.open_parquet(plan_part_name(chunk.generation, chunk.part)) as file:
+        return file.read_row_group(chunk.index)
+
+
+@dataclass(frozen=True, slots=True)
+class SourceChange:
+    """How a source differs from the plan made of it."""
+
+    num_new: int
+    num_gone: int
+
+
+def compare_with_source(table: CaptionsTable, source: Source, config: SourceConfig) -> SourceChange:
+    """List the source again and count the ids that are new in it and those that have gone."""
+    with IdIndex() as known:
+        planned = 0
+        for plan in table.plans():
+            if plan.founds_parts:
+                _index_ids(table, plan.generation, sorted(plan.parts), known)
+                planned += plan.num_rows
+        found = new = 0
+        for _, listing, _ in _listings_from(source, _Place()):
+            rows = _matching(listing.rows, config)
+            hits = int(known.contains(rows["image_id"].to_pylist()).sum())
+            found, new = found + hits, new + rows.num_rows - hits
+    return SourceChange(num_new=new, num_gone=planned - found)
+
+
+class _PlanWriter:
+    """Cuts a stream of rows into plan parts of whole chunks; each part remembers how far the listing had come."""
+
+    def __init__(
+        self,
+        table: CaptionsTable,
+        generation: int,
+        first_part: int,
+        rows_per_chunk: int,
+        rows_per_file: int,
+        ids: IdIndex,
+    ) -> None:
+        self._table, self._generation, self._ids = table, generation, ids
+        self._rows_per_chunk = min(rows_per_chunk, rows_per_file)
+        self._rows_per_part = max(1, round(rows_per_file / self._rows_per_chunk)) * self._rows_per_chunk
+        self._first_part = first_part
+        self._parts: dict[int, int] = {}
+        self._pending: list[tuple[str, pa.Table]] = []
+        self._num_pending = 0
+        self._place = _Place()
+        self._num_ignored = 0
+        self._examples: list[str] = []
+
+    @property
+    def num_rows(self) -> int:
+        return sum(self._parts.values()) + self._num_pending
+
+    def resume(self) -> _Place:
+        """Take over the parts of a listing that was killed; returns the place to go on from."""
+        names = [n for n in self._table.directory.list_names(plan_folder(self._generation)) if n.startswith("part-")]
+        for name in names:
+            part = int(name.removeprefix("part-").removesuffix(".parquet"))
+            with self._table.directory.open_parquet(plan_part_name(self._generation, part)) as file:
+                self._parts[part] = file.metadata.num_rows
+                self._place = _Place(**json.loads(file.schema_arrow.metadata[_PLACE]))
+        _index_ids(self._table, self._generation, sorted(self._parts), self._ids)
+        self._num_ignored, self._examples = self._place.num_ignored, list(self._place.ignored_examples)
+        return self._place
+
+    def add(self, unit: str, rows: pa.Table, ignored: list[str]) -> None:
+        if unit != self._place.unit:
+            self._place = _Place(unit, 0, self._num_ignored, list(self._examples))
+        self._num_ignored += len(ignored)
+        self._examples += ignored[: MAX_EXAMPLES - len(self._examples)]
+        self._ids.add(rows["image_id"].to_pylist())
+        self._pending.append((unit, rows))
+        self._num_pending += rows.num_rows
+        while self._num_pending >= self._rows_per_part:
+            self._write_part(self._rows_per_part)
+
+    def finish(self, kind: str, source: Source) -> Plan:
+        """Write the rest. Raises SourceError naming ids that occur twice; the plan is then removed."""
+        if not self._parts:  # a small archive: enough chunks to keep several workers busy and to show progress
+            self._rows_per_chunk = min(self._rows_per_chunk, max(MIN_ROWS_PER_CHUNK, -(-self._num_pending // 64)))
+        if self._num_pending:
+            self._write_part(self._num_pending)
+        duplicates = self._ids.duplicates()
+        if len(duplicates):
+            names = self._names_of(duplicates)
+            self._table.directory.delete_folder(plan_folder(self._generation))
+            raise SourceError(
+                f"{source.name}: {len(duplicates)} image ids occur more than once, among them "
+                f"{', '.join(repr(name) for name in names)}; every picture needs its own id (see --id-column)"
+            )
+        return Plan(
+            self._generation, kind, self._rows_per_chunk, self._parts, self._num_ignored, list(self._examples)
+        )
+
+    def _write_part(self, num_rows: int) -> None:
+        taken, rest = _split(self._pending, num_rows)
+        unit, last = taken[-1]
+        place = _Place(unit, last["_row"][-1].as_py() + 1, self._place.num_ignored, self._place.ignored_examples)
+        rows = pa.concat_tables([rows for _, rows in taken]).drop_columns(["_row"])
+        rows = rows.replace_schema_metadata({_PLACE: json.dumps(place.__dict__).encode()})
+        part = max(self._parts, default=self._first_part - 1) + 1
+        self._table.directory.write_table(plan_part_name(self._generation, part), rows, self._rows_per_chunk)
+        self._parts[part] = rows.num_rows
+        self._pending = rest
+        self._num_pending -= num_rows
+
+    def _names_of(self, duplicates: npt.NDArray[np.void]) -> list[str]:
+        names: list[str] = []
+        for part in sorted(self._parts):
+            ids = self._table.directory.read_table(plan_part_name(self._generation, part), ["image_id"])["image_id"]
+            hits = np.isin(digests_of(ids.to_pylist()), duplicates)
+            names += sorted(set(ids.filter(pa.array(hits)).to_pylist()) - set(names))
+            if len(names) >= MAX_EXAMPLES:
+                break
+        return names[:MAX_EXAMPLES]
+
+
+def _listings_from(source: Source, place: _Place) -> Iterator[tuple[str, Listing, int]]:
+    """(unit, listing, number of its first row in the unit), from `place` on."""
+    units = list(source.units())
+    if place.unit is not None:
+        if place.unit not in units:
+            raise SourceError(
+                f"{source.name}: {place.unit!r} has gone since the listing was cut off; start again with --overwrite"
+            )
+        units = units[units.index(place.unit) :]
+    counted: dict[str, int] = {}
+    for unit, listing in list_units(source, units):
+        first = counted.get(unit, 0)
+        counted[unit] = first + listing.rows.num_rows
+        skip = max(0, min(listing.rows.num_rows, place.taken - first)) if unit == place.unit else 0
+        yield unit, Listing(listing.rows.slice(skip), listing.ignored), first + skip
+
+
+def _numbered(rows: pa.Table, first: int) -> pa.Table:
+    numbers = pa.array(np.arange(first, first + rows.num_rows), pa.int64())
+    return rows.append_column(pa.field("_row", pa.int64()), numbers)
+
+
+def _matching(rows: pa.Table, config: SourceConfig) -> pa.Table:
+    """The rows that --include and --exclude leave."""
+    if not config.include and not config.exclude:
+        return rows
+    ids = rows["image_id"].to_pylist()
+    keep = [
+        (not config.include or any(fnmatchcase(image_id, glob) for glob in config.include))
+        and not any(fnmatchcase(image_id, glob) for glob in config.exclude)
+        for image_id in ids
+    ]
+    return rows.filter(pa.array(keep, pa.bool_()))
+
+
+def _split(
+    pending: list[tuple[str, pa.Table]], num_rows: int
+) -> tuple[list[tuple[str, pa.Table]], list[tuple[str, pa.Table]]]:
+    """The first `num_rows` rows, and the rest."""
+    taken, rest = [], []
+    for unit, rows in pending:
+        part = min(num_rows, rows.num_rows)
+        if part:
+            taken.append((unit, rows.slice(0, part)))
+        if part < rows.num_rows:
+            rest.append((unit, rows.slice(part)))
+        num_rows -= part
+    return taken, rest
+
+
+def _index_ids(table: CaptionsTable, generation: int, parts: list[int], ids: IdIndex) -> None:
+    for part in parts:
+        column = table.directory.read_table(plan_part_name(generation, part), ["image_id"])["image_id"]
+        for batch in column.chunks:
+            ids.add(batch.to_pylist())
+
+
+def _nothing_found(source: Source, plan: Plan) -> str:
+    if plan.num_ignored:
+        return (
+            f"{source.name}: no pictures found; {plan.num_ignored} files were passed over as documents or hidden, "
+            f"e.g. {plan.ignored_examples[0]!r}"
+        )
+    return f"{source.name}: no pictures found; check the path and --include/--exclude"
+
+

@@ -1,0 +1,158 @@
+"""Prove that a table keeps its promise: exactly one current row for each planned picture."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from hashlib import sha256
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from captioner.data import ERROR_CODES, STATUS_FAILED, STATUS_OK
+from captioner.store.ids import IdIndex
+from captioner.store.read import read_parts
+from captioner.store.table import CaptionsTable, Plan, captions_name, plan_part_name, published_name
+
+MAX_PROBLEMS = 20
+
+
+@dataclass
+class TableCounts:
+    """The current rows of a table by status. `remaining`: planned pictures without a committed row."""
+
+    planned: int = 0
+    ok: int = 0
+    failed: int = 0
+    failed_by_reason: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def remaining(self) -> int:
+        return self.planned - self.ok - self.failed
+
+
+@dataclass
+class Verification:
+    """What `verify` found. `problems` are sentences; a table is proven when there are none and nothing remains."""
+
+    counts: TableCounts
+    lost: int = 0
+    doubled: int = 0
+    open_generations: list[int] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def proven(self) -> bool:
+        return not self.problems and not self.open_generations and not self.lost and not self.doubled
+
+    def note(self, problem: str) -> None:
+        if len(self.problems) < MAX_PROBLEMS:
+            self.problems.append(problem)
+
+
+def count_rows(table: CaptionsTable) -> TableCounts:
+    """Count the committed rows by status. Reads two columns of the table."""
+    counts = TableCounts(planned=sum(plan.num_rows for plan in table.plans() if plan.founds_parts))
+    reasons: Counter[str] = Counter()
+    for rows in read_parts(table, ["status", "error_code"]):
+        failed = rows.filter(pc.equal(rows["status"], STATUS_FAILED))
+        counts.ok += rows.num_rows - failed.num_rows
+        counts.failed += failed.num_rows
+        for item in failed["error_code"].value_counts().to_pylist():
+            reasons[item["values"]] += item["counts"]
+    counts.failed_by_reason = dict(reasons.most_common())
+    return counts
+
+
+def verify(table: CaptionsTable) -> Verification:
+    """Compare every row with the plan. Streams: memory is that of one part and one bucket of ids."""
+    result = Verification(counts=count_rows(table))
+    with IdIndex() as planned:
+        for plan in table.plans():
+            if not table.is_published(plan.generation):
+                result.open_generations.append(plan.generation)
+            elif plan.founds_parts:
+                _verify_parts(table, plan, result)
+            _verify_chunks(table, plan, result)
+            for part in sorted(plan.parts) if plan.founds_parts else ():
+                planned.add(_plan_ids(table, plan, part))
+        duplicates = len(planned.duplicates())
+    if duplicates:
+        result.doubled += duplicates
+        result.note(f"{duplicates} image ids are planned more than once")
+    _verify_files(table, result)
+    return result
+
+
+def _plan_ids(table: CaptionsTable, plan: Plan, part: int) -> list[str]:
+    ids: list[str] = table.directory.read_table(plan_part_name(plan.generation, part), ["image_id"])[
+        "image_id"
+    ].to_pylist()
+    return ids
+
+
+def _verify_parts(table: CaptionsTable, plan: Plan, result: Verification) -> None:
+    published = table.published_parts()
+    for part in sorted(plan.parts):
+        name = captions_name(part)
+        if part not in published:
+            result.lost += plan.parts[part]
+            result.note(f"{name} is missing: {plan.parts[part]} pictures have no row")
+            continue
+        rows = table.directory.read_table(name, ["image_id", "status", "error_code"])
+        _compare(name, Counter(_plan_ids(table, plan, part)), Counter(rows["image_id"].to_pylist()), result)
+        wrong = rows.filter(pc.invert(_has_known_status(rows)))["image_id"]
+        if len(wrong):
+            result.note(f"{name}: {len(wrong)} rows have an unknown status or reason, e.g. {wrong[0].as_py()!r}")
+
+
+def _has_known_status(rows: pa.Table) -> pa.ChunkedArray:
+    """For each row: ok without a reason, or failed with one of the closed list."""
+    fine = pc.and_(pc.equal(rows["status"], STATUS_OK), pc.is_null(rows["error_code"]))
+    known_reason = pc.is_in(rows["error_code"], pa.array(ERROR_CODES))
+    return pc.or_(fine, pc.and_(pc.equal(rows["status"], STATUS_FAILED), known_reason))
+
+
+def _verify_chunks(table: CaptionsTable, plan: Plan, result: Verification) -> None:
+    """Committed chunks of an open generation hold the planned pictures, in order."""
+    if table.is_published(plan.generation):
+        return
+    committed = table.committed_chunks(plan.generation)
+    for part in sorted(plan.parts):
+        ids = _plan_ids(table, plan, part)
+        for chunk in plan.part_chunks(part):
+            if chunk.chunk_id in committed:
+                name = table.chunk_name(chunk.chunk_id)
+                first = chunk.index * plan.rows_per_chunk
+                found = table.directory.read_table(name, ["image_id"])["image_id"].to_pylist()
+                _compare(name, Counter(ids[first : first + chunk.num_rows]), Counter(found), result)
+
+
+def _compare(name: str, planned: Counter[str], found: Counter[str], result: Verification) -> None:
+    missing, extra = planned - found, found - planned
+    result.lost += missing.total()
+    result.doubled += extra.total()
+    if missing:
+        result.note(f"{name}: {missing.total()} planned pictures have no row, e.g. {next(iter(missing))!r}")
+    if extra:
+        result.note(f"{name}: {extra.total()} rows too many, e.g. {next(iter(extra))!r}")
+
+
+def _verify_files(table: CaptionsTable, result: Verification) -> None:
+    """Published files are byte for byte what the latest publish wrote, and nothing else lies among them."""
+    digests: dict[int, str] = {}
+    planned: set[int] = set()
+    for plan in table.plans():
+        planned |= set(plan.parts) if plan.founds_parts else set()
+        if table.is_published(plan.generation):
+            record = table.directory.read_json(published_name(plan.generation))
+            digests |= {int(part): entry["sha256"] for part, entry in record["files"].items()}
+        elif not plan.founds_parts:  # its publish may have been cut off in the middle of these
+            digests = {part: digest for part, digest in digests.items() if part not in plan.parts}
+    published = table.published_parts()
+    for part in sorted(published - planned):
+        result.note(f"{captions_name(part)} belongs to no plan")
+    for part in sorted(published & set(digests)):
+        found = sha256(table.directory.read_bytes(captions_name(part))).hexdigest()
+        if found != digests[part]:
+            result.note(f"{captions_name(part)} is not the file that was published (sha256 {found[:12]})")
