@@ -7,11 +7,14 @@ are here and nowhere else.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
 
 from captioner.errors import UsageError
 
@@ -21,19 +24,23 @@ def _split_commas(value: Any) -> Any:
 
 
 CommaList = Annotated[list[str], BeforeValidator(_split_commas)]
-AutoInt = int | Literal["auto"]
+AutoInt = Annotated[int, Field(ge=1)] | Literal["auto"]
 
 
 class Settings(BaseModel):
     """Base of every group of settings: frozen, and an unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
 
 class SourceConfig(Settings):
     """Which pictures."""
 
-    path: str = Field("", description="Folder, WebDataset tar(s), Parquet, Hugging Face dataset or manifest.")
+    path: str = Field(
+        "",
+        description="Folder, WebDataset tar(s), Parquet, Hugging Face dataset or manifest.",
+        json_schema_extra={"argument": "SOURCE"},
+    )
     include: list[str] = Field([], description="Only image ids that match one of these globs.")
     exclude: list[str] = Field([], description="No image id that matches one of these globs.")
     split: str = Field("train", description="Split of a Hugging Face dataset.")
@@ -48,7 +55,9 @@ class SourceConfig(Settings):
 class ModelConfig(Settings):
     """Which model, and how it writes captions."""
 
-    name: str = Field("", description="starter, a model directory, a hub id or a URI.", json_schema_extra={"flag": "model"})
+    name: str = Field(
+        "", description="starter, a model directory, a hub id or a URI.", json_schema_extra={"flag": "model"}
+    )
     revision: str | None = Field(None, description="Branch, tag or commit of a hub id.")
     prompt: str | None = Field(None, description="Text the caption starts from, or the question to a chat model.")
     num_beams: int = Field(1, ge=1, description="Beams of the search; 1 is greedy.")
@@ -65,14 +74,20 @@ class ClusterConfig(Settings):
     address: str | None = Field(None, description="Ray cluster to join; without it a local Ray is started.")
     local: bool = Field(False, description="One process, without Ray: same table, same resume.")
     num_workers: AutoInt = Field("auto", description="Caption workers; auto is one for each GPU, or one for all CPUs.")
-    gpus_per_worker: float | None = Field(None, ge=0, description="GPUs of each worker; default 1 where there are GPUs.")
+    gpus_per_worker: float | None = Field(
+        None, ge=0, description="GPUs of each worker; default 1 where there are GPUs."
+    )
     decode_cpus: AutoInt = Field("auto", description="CPUs that read and decode pictures.")
 
 
 class OutputConfig(Settings):
     """Where the table goes, and what to do with rows that are already there."""
 
-    path: str = Field("", description="Directory of the captions table; local or a URI (s3://, gs://).")
+    path: str = Field(
+        "",
+        description="Directory of the captions table; local or a URI (s3://, gs://).",
+        json_schema_extra={"argument": "OUT"},
+    )
     plan_only: bool = Field(False, description="List the source into OUT/plan and stop. Needs no model.")
     overwrite: bool = Field(False, description="Discard what OUT holds and start again.")
     retry_failed: bool = Field(False, description="Caption the failed pictures again; new rows supersede old ones.")
@@ -90,6 +105,56 @@ class CaptionConfig(Settings):
     output: OutputConfig = OutputConfig()
 
 
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One field of a tree of settings, and what the command line calls it."""
+
+    group: str
+    field: str
+    info: FieldInfo
+
+    @property
+    def argument(self) -> str | None:
+        """The name of the positional argument, where it is one: "SOURCE"."""
+        return self._extra("argument")
+
+    @property
+    def flag(self) -> str:
+        """The name of the flag: "--batch-size"."""
+        return f"--{self._extra('flag') or self.field.replace('_', '-')}"
+
+    @property
+    def is_comma_list(self) -> bool:
+        return any(isinstance(part, BeforeValidator) for part in self.info.metadata)
+
+    def _extra(self, key: str) -> str | None:
+        extra = self.info.json_schema_extra
+        value = extra.get(key) if isinstance(extra, dict) else None
+        return value if isinstance(value, str) else None
+
+
+def settings_of(kind: type[Settings]) -> Iterator[Setting]:
+    """Every field of every group, in order."""
+    for group in kind.model_fields:
+        for field, info in _fields_at(kind, [group]).items():
+            yield Setting(group, field, info)
+
+
+def command_line(config: Settings) -> list[str]:
+    """The arguments that make these settings: those that are positional, then a flag for what is not the default."""
+    arguments, flags = [], []
+    for setting in settings_of(type(config)):
+        value = getattr(getattr(config, setting.group), setting.field)
+        if setting.argument:
+            arguments.append(value)
+        elif value is True:
+            flags.append(setting.flag)
+        elif value != setting.info.get_default():
+            many = [",".join(value)] if setting.is_comma_list else value if isinstance(value, list) else [value]
+            flags += [word for one in many for word in (setting.flag, str(one))]
+    return arguments + flags
+
+
 ConfigT = TypeVar("ConfigT", bound=Settings)
 
 
@@ -98,19 +163,22 @@ def load_config(kind: type[ConfigT], file: str | None, flags: dict[str, dict[str
 
     Raises UsageError naming the file, the key or value at fault, and the nearest known key.
     """
-    tree: dict[str, Any] = _read_yaml(file) if file else {}
-    for group, values in flags.items():
-        section = tree.setdefault(group, {})
+    tree = _read_yaml(file) if file else {}
+    for group in kind.model_fields:
+        section = tree.get(group)
+        if section is None:  # not there, or its keys are commented out
+            section = tree[group] = {}
         if not isinstance(section, dict):
-            raise UsageError(f"{file}: {group!r} must hold keys, not {section!r}")
-        section.update(values)
+            known = ", ".join(_fields_at(kind, [group]))
+            raise UsageError(f"--config {file}: {group!r} holds {section!r}, but must hold keys: {known}")
+        tree[group] = section | flags.get(group, {})
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
-        raise UsageError(_explain(kind, error, file)) from None
+        raise UsageError(_explain(kind, error, file, flags)) from None
 
 
-def _read_yaml(file: str) -> dict[str, Any]:
+def _read_yaml(file: str) -> dict[Any, Any]:
     try:
         tree = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -124,22 +192,36 @@ def _read_yaml(file: str) -> dict[str, Any]:
     return tree
 
 
-def _explain(kind: type[Settings], error: ValidationError, file: str | None) -> str:
+def _explain(kind: type[Settings], error: ValidationError, file: str | None, flags: dict[str, dict[str, Any]]) -> str:
     """One line for the first thing wrong."""
     first = error.errors()[0]
-    where = [str(part) for part in first["loc"] if isinstance(part, str)]
-    prefix = f"--config {file}: " if file else ""
-    if first["type"] == "extra_forbidden":
-        known = list(_fields_at(kind, where[:-1]))
-        nearest = difflib.get_close_matches(where[-1], known, n=1, cutoff=0.5)
-        hint = f"did you mean {nearest[0]!r}?" if nearest else f"known keys: {', '.join(known)}"
-        return f"{prefix}unknown key {'.'.join(where)!r}; {hint}"
-    return f"{prefix}{'.'.join(where[:2])}={first['input']!r}: {first['msg'].lower()}"
+    where = [str(part) for part in first["loc"][:2]]
+    group, field = where[0], where[-1]
+    if first["type"] in ("extra_forbidden", "invalid_key"):
+        return f"--config {file}: unknown key {'.'.join(where)!r}; {_nearest(kind, where)}"
+    messages = [detail["msg"] for detail in error.errors() if [*detail["loc"][:2]] == [*first["loc"][:2]]]
+    wanted = " or ".join(
+        dict.fromkeys(message.removeprefix("Input should be ").split(", unable")[0] for message in messages)
+    )
+    if field in flags.get(group, {}):
+        setting = next(one for one in settings_of(kind) if (one.group, one.field) == (group, field))
+        return f"{setting.argument or setting.flag} {first['input']!r}: should be {wanted}"
+    return f"--config {file}: {'.'.join(where)} is {first['input']!r}, but should be {wanted}"
 
 
-def _fields_at(kind: type[Settings], path: list[str]) -> dict[str, Any]:
+def _nearest(kind: type[Settings], where: list[str]) -> str:
+    """What an unknown key may have meant: a key of its own group, or one that stands in another group."""
+    known = list(_fields_at(kind, where[:-1]))
+    near = difflib.get_close_matches(where[-1], known, n=1, cutoff=0.5)
+    elsewhere = [f"{one.group}.{one.field}" for one in settings_of(kind) if where[-1] in (one.field, one.flag[2:])]
+    guesses = [".".join([*where[:-1], *near])] if near else elsewhere
+    return f"did you mean {guesses[0]!r}?" if guesses else f"known keys: {', '.join(known)}"
+
+
+def _fields_at(kind: type[Settings], path: list[str]) -> dict[str, FieldInfo]:
     for name in path:
         annotation = kind.model_fields[name].annotation
-        assert isinstance(annotation, type) and issubclass(annotation, Settings)
+        assert isinstance(annotation, type)
+        assert issubclass(annotation, Settings)
         kind = annotation
     return dict(kind.model_fields)

@@ -193,7 +193,10 @@ class Source(Protocol):
     order of the rows in each, is the same at every listing of an unchanged archive.
     """
 
-    name: str  # as the user wrote it
+    @property
+    def name(self) -> str:
+        """As the user wrote it."""
+        ...
 
     def units(self) -> Sequence[str]:
         """Names of the pieces the listing is made of: sub-folders, tars, tables."""

@@ -40,6 +40,11 @@ class Columns:
         names = [self.id, self.reference, *(field.name for field in self.kept)]
         return list(dict.fromkeys(name for name in names if name))
 
+    def check(self, schema: pa.Schema, where: str) -> None:
+        """Raises SourceError where another table of the archive lacks one of these columns."""
+        for name in (self.picture, *self.described):
+            _field(schema, name, "column", where)
+
 
 def choose_columns(schema: pa.Schema, config: SourceConfig, where: str) -> Columns:
     """The columns asked for, or those known by name and type.

@@ -12,6 +12,7 @@ import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, cast
+from urllib.parse import unquote_to_bytes
 
 from pyarrow.fs import FileSelector, FileSystem, FileType
 
@@ -52,6 +53,15 @@ def readable(name: bytes) -> str:
     except UnicodeDecodeError:
         text = name.decode("utf-8", "surrogateescape")
         return re.sub("[\udc80-\udcff]", lambda match: f"%{ord(match[0]) - 0xDC00:02X}", text)
+
+
+def unit_of_file(file: bytes) -> str:
+    """A name as text that `file_of_unit` turns back: a percent sign of its own is escaped as well."""
+    return readable(file.replace(b"%", b"%25"))
+
+
+def file_of_unit(unit: str) -> bytes:
+    return unquote_to_bytes(unit)
 
 
 @dataclass(slots=True)

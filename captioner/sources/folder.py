@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from urllib.parse import unquote_to_bytes
 
 import pyarrow as pa
 
 from captioner.data import Listing, RawImage
-from captioner.sources.files import Root, is_hidden, is_ignored, readable
+from captioner.sources.files import Root, file_of_unit, is_hidden, is_ignored, readable, unit_of_file
 from captioner.sources.listing import BATCH_ROWS, names_as_ids, plan_table
 from captioner.sources.metadata import METADATA_NAMES, Metadata, find_references, load_metadata
 from captioner.sources.reading import read_rows
@@ -28,7 +27,7 @@ class FolderSource:
     reference_column: str | None = None
 
     def units(self) -> Sequence[str]:
-        return ["", *(_unit_name(directory) for directory in self.root.scan().directories)]
+        return ["", *(unit_of_file(directory) for directory in self.root.scan().directories)]
 
     def kept_fields(self) -> list[pa.Field]:
         return []
@@ -37,18 +36,13 @@ class FolderSource:
         top = _Folder(self.root, self.reference_column, above=(self.root.identity(b""),))
         if unit:
             present = [name for name in METADATA_NAMES if self.root.exists(name)]
-            found = _walk(top.with_metadata(present).below(unquote_to_bytes(unit)), deep=True)
+            found = _walk(top.with_metadata(present).below(file_of_unit(unit)), deep=True)
         else:
             found = _walk(top, deep=False)
         return (piece.listing() for piece in _merge(found))
 
     def read(self, rows: pa.Table) -> list[RawImage]:
         return read_rows(rows, self.root)
-
-
-def _unit_name(directory: bytes) -> str:
-    """As text, and reversible: a percent sign of the name itself is escaped as well."""
-    return readable(directory.replace(b"%", b"%25"))
 
 
 @dataclass(slots=True)

@@ -32,8 +32,9 @@ def plan_table(
         for field, values in zip(PLAN_SCHEMA, given, strict=True)
     ]
     table = pa.Table.from_arrays(columns, schema=PLAN_SCHEMA)
-    for name in kept.column_names if kept is not None else ():
-        table = table.append_column(kept.schema.field(name), kept.column(name))
+    if kept is not None:
+        for field, values in zip(kept.schema, kept.columns, strict=True):
+            table = table.append_column(field, values)
     return table
 
 

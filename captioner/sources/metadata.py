@@ -55,9 +55,10 @@ def _load(root: Root, file: bytes, reference_column: str | None, stamp: object) 
         raise SourceError(f"{root.uri(file)}: no column 'file_name'; it has: {', '.join(table.schema.names)}")
     column = reference_column_of(table.schema, reference_column, root.uri(file))
     row_of: dict[bytes, int] = {}
-    captions = []
+    captions: list[pa.Array] = []
+    rows = 0
     for batch in table.batches(["file_name", column] if column else ["file_name"]):
-        first_row = sum(map(len, captions))
-        row_of.update((os.fsencode(str(name)), first_row + n) for n, name in enumerate(batch["file_name"].to_pylist()))
+        row_of.update((os.fsencode(str(name)), rows + n) for n, name in enumerate(batch["file_name"].to_pylist()))
         captions.append(references_of(batch, column))
+        rows += len(batch)
     return Metadata(os.path.join(os.path.dirname(file), b""), row_of, pa.chunked_array(captions, pa.list_(pa.string())))

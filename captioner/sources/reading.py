@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import errno
-import os
 import re
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar
 
 import pyarrow as pa
@@ -20,61 +20,58 @@ READ_THREADS = 32
 RETRY_SECONDS = (0.2, 0.8, 3.2)  # before the second, third and fourth try
 
 T = TypeVar("T")
+_sleep = time.sleep  # replaced in tests
 
 # Trying again gives the same answer.
 _FINAL_ERRORS = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
-_FINAL_NUMBERS = {errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL}
-# What stores say: pyarrow gives their answers as OSErrors without a number.
+_FINAL_NUMBERS = {errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL, errno.EBADMSG}
+# What stores and Parquet say: pyarrow gives their answers as OSErrors without a number.
 _REFUSED = re.compile(
     r"ACCESS_DENIED|AccessDenied|INVALID_ACCESS_KEY_ID|InvalidAccessKeyId|SIGNATURE_DOES_NOT_MATCH|ExpiredToken|"
     r"EXPIRED_TOKEN|TokenExpired|PERMISSION_DENIED|UNAUTHENTICATED|Unauthorized|Forbidden|HTTP status 40[13]|"
     r"(?i:credentials)"
 )
+_DAMAGED = re.compile(r"(?i:corrupt|deserialize thrift|unexpected end of stream|page was smaller|decompress)")
 
 
-def with_retry(action: Callable[[], T], sleep: Callable[[float], None] = time.sleep) -> T:
-    """`action()`, tried again after RETRY_SECONDS while it raises an OSError that may pass."""
+def with_retry(action: Callable[[], T]) -> T:
+    """`action()`, tried again after each of RETRY_SECONDS while it raises an OSError that may pass."""
     for seconds in RETRY_SECONDS:
         try:
             return action()
         except OSError as error:
-            if _is_final(error):
+            if _reason(error) != "timeout":
                 raise
-        sleep(seconds)
+        _sleep(seconds)
     return action()
 
 
-def read_all(
-    tasks: Sequence[Callable[[], RawImage]], root: Root, sleep: Callable[[float], None] = time.sleep
-) -> list[RawImage]:
-    """Run reads side by side, in order. Raises SourceError where the fault is the archive's."""
+def read_all(tasks: Sequence[Callable[[], RawImage]], root: Root) -> list[RawImage]:
+    """Run reads side by side; their answers in order. Raises SourceError where the fault is the archive's."""
     with ThreadPoolExecutor(min(READ_THREADS, len(tasks)) or 1) as pool:
         images = list(pool.map(lambda task: task(), tasks))
     check_archive(images, root)
     return images
 
 
-def read_rows(rows: pa.Table, root: Root, sleep: Callable[[float], None] = time.sleep) -> list[RawImage]:
+def read_rows(rows: pa.Table, root: Root) -> list[RawImage]:
     """The pictures of PLAN_SCHEMA rows that are files, or parts of files (members of tars)."""
     columns = (rows.column(name).to_pylist() for name in ("image_id", "file", "offset", "size"))
-    tasks = [lambda row=row: _read_file(root, *row, sleep) for row in zip(*columns, strict=True)]
-    return read_all(tasks, root, sleep)
+    return read_all([partial(_read_file, root, *row) for row in zip(*columns, strict=True)], root)
 
 
-def _read_file(
-    root: Root, image_id: str, file: bytes, offset: int | None, size: int | None, sleep: Callable[[float], None]
-) -> RawImage:
+def _read_file(root: Root, image_id: str, file: bytes, offset: int | None, size: int | None) -> RawImage:
     uri = root.uri(file)
     if offset is not None:
         uri += image_id.removeprefix(readable(file))  # the member's name
     if not file:
         return RawImage(image_id, uri, None, "not_found", "the table names no file here")
     try:
-        data = with_retry(lambda: root.read(file, offset, size), sleep)
+        data = with_retry(lambda: root.read(file, offset, size))
     except OSError as error:
         return failed_read(image_id, uri, error)
     if size is not None and len(data) < size:
-        return RawImage(image_id, uri, None, "truncated", f"the archive ends {size - len(data)} bytes before it does")
+        return RawImage(image_id, uri, None, "truncated", f"the tar ends {size - len(data)} bytes before the picture")
     return raw_image(image_id, uri, data)
 
 
@@ -93,19 +90,19 @@ def check_archive(images: Sequence[RawImage], root: Root) -> None:
     """Raise SourceError where all failed together, and for a reason that no picture has by itself."""
     codes = {image.error_code for image in images}
     if codes == {"not_found"} and not root.has_anything():
-        raise SourceError(f"{readable(os.fsencode(root.location))}: the source is gone; bring it back and run the same command")
-    if len(images) >= 2 and codes <= {"permission", "timeout"} and images[0].error_code:
+        raise SourceError(f"{root.uri(b'')}: the source is gone; bring it back and run the same command")
+    if len(images) >= 2 and codes <= {"permission", "timeout"}:
         raise SourceError(
-            f"{readable(os.fsencode(root.location))}: every one of {len(images)} reads was refused, the first with: "
+            f"{root.uri(b'')}: every one of {len(images)} reads was refused, the first with: "
             f"{images[0].error_message}; check credentials and permissions, then run the same command"
         )
 
 
-def _is_final(error: OSError) -> bool:
-    return isinstance(error, _FINAL_ERRORS) or error.errno in _FINAL_NUMBERS or bool(_REFUSED.search(str(error)))
-
-
 def _reason(error: OSError) -> str:
-    if isinstance(error, PermissionError) or _REFUSED.search(str(error)):
+    """The error code; "timeout" is whatever may pass."""
+    said = str(error) if error.errno is None else ""
+    if isinstance(error, PermissionError) or _REFUSED.search(said):
         return "permission"
-    return "not_found" if _is_final(error) else "timeout"
+    if error.errno == errno.EBADMSG or _DAMAGED.search(said):
+        return "decode_error"
+    return "not_found" if isinstance(error, _FINAL_ERRORS) or error.errno in _FINAL_NUMBERS else "timeout"

@@ -56,9 +56,9 @@ class ParquetTable:
             yield pa.Table.from_batches([batch])
 
 
-def open_parquet(root: Root, file: bytes) -> pq.ParquetFile:
+def open_parquet(root: Root, file: bytes, footer: pq.FileMetaData | None = None) -> pq.ParquetFile:
     """Buffered: a column of pictures is read page by page, never a whole row group at once."""
-    return pq.ParquetFile(root.open(file), buffer_size=1 << 20, pre_buffer=False)
+    return pq.ParquetFile(root.open(file), metadata=footer, buffer_size=1 << 20, pre_buffer=False)
 
 
 class CsvTable:

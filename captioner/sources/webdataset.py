@@ -9,14 +9,13 @@ import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
-from urllib.parse import unquote_to_bytes
 
 import pyarrow as pa
 
 from captioner.data import Listing, RawImage
 from captioner.errors import SourceError
 from captioner.sources.columns import REFERENCE_NAMES, as_captions
-from captioner.sources.files import Root, is_hidden, readable
+from captioner.sources.files import Root, file_of_unit, is_hidden, readable, unit_of_file
 from captioner.sources.listing import BATCH_ROWS, plan_table
 from captioner.sources.reading import read_rows
 
@@ -43,13 +42,13 @@ class WebDatasetSource:
     reference_column: str | None = None
 
     def units(self) -> Sequence[str]:
-        return [readable(tar.replace(b"%", b"%25")) for tar in self.tars]
+        return [unit_of_file(tar) for tar in self.tars]
 
     def kept_fields(self) -> list[pa.Field]:
         return []
 
     def list_unit(self, unit: str) -> Iterator[Listing]:
-        tar = unquote_to_bytes(unit)
+        tar = file_of_unit(unit)
         batch = _Batch(tar)
         # Samples are neighbours in the tar, as the format has it.
         for _, members in itertools.groupby(_members(self.root, tar), key=attrgetter("key")):
@@ -77,11 +76,11 @@ class _Member:
     @property
     def key(self) -> bytes:
         directory, base = os.path.split(self.name)
-        return os.path.join(directory, base.partition(b".")[0])
+        return os.path.join(directory, base.removeprefix(b"._").partition(b".")[0])
 
     @property
     def suffix(self) -> bytes:
-        return os.path.basename(self.name).rpartition(b".")[2].lower() if b"." in self.name else b""
+        return os.path.splitext(self.name)[1][1:].lower()
 
     @property
     def may_be_picture(self) -> bool:
@@ -163,7 +162,7 @@ def _members(root: Root, tar: bytes) -> Iterator[_Member]:
             with tarfile.open(fileobj=stream, mode="r:") as archive:
                 while header := archive.next():
                     place = archive.offset
-                    archive.members.clear()  # tarfile would keep them all
+                    archive.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them all
                     if not header.isdir():
                         yield _member(header, archive)
     except tarfile.TarError as error:

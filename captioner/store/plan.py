@@ -85,6 +85,7 @@ def make_retry_plan(table: CaptionsTable) -> Plan | None:
     must be published."""
     plans = table.plans()
     generation, rows_per_chunk = plans[-1].generation + 1, plans[0].rows_per_chunk
+    table.directory.delete_folder(plan_folder(generation))  # what a planning that was cut off left there
     parts = {}
     for plan in plans:
         for part in sorted(plan.parts) if plan.founds_parts else ():
@@ -166,8 +167,12 @@ class _PlanWriter:
         for name in names:
             part = int(name.removeprefix("part-").removesuffix(".parquet"))
             with self._table.directory.open_parquet(plan_part_name(self._generation, part)) as file:
+                place = (file.schema_arrow.metadata or {}).get(_PLACE)
+                if place is None:  # left by a retry that was cut off while it was planned
+                    self._table.directory.delete_folder(plan_folder(self._generation))
+                    return self._place
                 self._parts[part] = file.metadata.num_rows
-                self._place = _Place(**json.loads(file.schema_arrow.metadata[_PLACE]))
+                self._place = _Place(**json.loads(place))
         _index_ids(self._table, self._generation, sorted(self._parts), self._ids)
         self._num_ignored, self._examples = self._place.num_ignored, list(self._place.ignored_examples)
         return self._place

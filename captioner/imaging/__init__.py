@@ -1,0 +1,86 @@
+"""File bytes -> the model's pixels, or the reason why not. Never an exception.
+
+    formats.py   bytes -> a Pillow file, told by content
+    opening.py   bytes -> an upright RGB picture
+    colour.py    any Pillow mode -> RGB over white
+    fitting.py   upright picture -> uint8 pixels of the model's size
+    faults.py    what went wrong -> an error code
+    settings.py  Pillow's process-wide settings meanwhile
+
+Nothing here loads torch before the first picture is resized.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from captioner.data import CAPTIONS_SCHEMA, DecodedImage, ImageBatch, PixelSpec, RawImage
+from captioner.imaging.faults import PictureError, one_line
+from captioner.imaging.fitting import fit, needed_side
+from captioner.imaging.opening import Picture, open_picture
+from captioner.imaging.settings import decoding
+
+__all__ = ["IMAGE_SCHEMA", "Picture", "PictureError", "decode", "decode_images", "open_picture"]
+
+_KNOWN_COLUMNS = ("image_id", "uri", "sha256", "width", "height", "format", "num_bytes")
+
+# The columns of ImageBatch.rows: types as in CAPTIONS_SCHEMA; the error columns are "" where a picture is fine.
+IMAGE_SCHEMA = pa.schema(
+    [CAPTIONS_SCHEMA.field(name) for name in _KNOWN_COLUMNS]
+    + [CAPTIONS_SCHEMA.field(name).with_nullable(False) for name in ("error_code", "error_message")]
+)
+
+
+def decode(data: bytes, spec: PixelSpec, max_pixels: int) -> DecodedImage:
+    """One file's bytes as pixels uint8 [spec.height, spec.width, 3], or an error code. Never raises."""
+    try:
+        with decoding(max_pixels):
+            picture = open_picture(data, max_pixels, needed_side(spec))
+            pixels = fit(picture, spec)
+    except PictureError as error:
+        return DecodedImage(None, error.width, error.height, error.format, error.code, error.message)
+    except Exception as error:  # MemoryError too: one picture must not end the others
+        return DecodedImage(None, error_code="decode_error", error_message=one_line(error))
+    return DecodedImage(pixels, picture.width, picture.height, picture.format)
+
+
+def decode_images(raws: Sequence[RawImage], spec: PixelSpec, max_pixels: int) -> ImageBatch:
+    """Pictures of one chunk, one row each, in order. `rows` has IMAGE_SCHEMA.
+
+    Holds one full-size picture at a time: each is shrunk to the model's size before the next is opened.
+    """
+    pixels = np.zeros((len(raws), spec.height, spec.width, 3), np.uint8)
+    rows = [_decode_into(pixels[index], raw, spec, max_pixels) for index, raw in enumerate(raws)]
+    return ImageBatch(pa.Table.from_pylist(rows, schema=IMAGE_SCHEMA), pixels)
+
+
+def _decode_into(
+    pixels: npt.NDArray[np.uint8], raw: RawImage, spec: PixelSpec, max_pixels: int
+) -> dict[str, str | int | None]:
+    """Write one picture's pixels in place and return its row."""
+    decoded = _decode_raw(raw, spec, max_pixels)
+    if decoded.pixels is not None:
+        pixels[:] = decoded.pixels
+    return {
+        "image_id": raw.image_id,
+        "uri": raw.uri,
+        "sha256": hashlib.sha256(raw.data).hexdigest() if raw.data else None,
+        "width": decoded.width or None,
+        "height": decoded.height or None,
+        "format": decoded.format or None,
+        "num_bytes": None if raw.data is None else len(raw.data),
+        "error_code": decoded.error_code,
+        "error_message": decoded.error_message,
+    }
+
+
+def _decode_raw(raw: RawImage, spec: PixelSpec, max_pixels: int) -> DecodedImage:
+    if raw.error_code or raw.data is None:
+        code, message = raw.error_code or "not_found", raw.error_message or "the source gave no bytes"
+        return DecodedImage(None, error_code=code, error_message=one_line(message))
+    return decode(raw.data, spec, max_pixels)

@@ -1,0 +1,88 @@
+"""Upright picture -> uint8 pixels of the model's size, as transformers' image processors resize and crop.
+
+Normalising is left to the device. torch resizes a photo of 640 x 480 three times as fast as Pillow and differs from it
+by at most 2/255; Pillow takes what is large, extremely long or not aligned with its pixels.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from PIL import Image
+
+from captioner.data import PixelSpec
+from captioner.imaging.opening import Picture
+
+# A picture is first made smaller in a cheap way (JPEG: while it is decoded; Pillow: averages of whole blocks) as long
+# as this many pixels are left for each one wanted. Mean difference from resizing the whole picture, for 113 photos
+# scaled down 2, 4 or 8 times while decoded: 1.5 to 2.2 of 255 at 1, 0.6 to 0.9 at 2, 0.3 to 0.5 at 3.
+_MARGIN = 3
+_LARGE_PIXELS = 4_000_000  # from about here Pillow, which averages first, is faster than torch, which does not
+_EXTREME_ASPECT = 8
+
+_PILLOW_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+
+Box = tuple[int, int, int, int]  # top, left, bottom, right
+
+
+def needed_side(spec: PixelSpec) -> int:
+    """The shorter side, in pixels, below which a picture should not be made smaller while it is decoded."""
+    return _MARGIN * max(spec.shortest_edge, spec.height, spec.width)
+
+
+def fit(picture: Picture, spec: PixelSpec) -> npt.NDArray[np.uint8]:
+    """uint8 [spec.height, spec.width, 3]. Black where a crop reaches beyond the picture."""
+    height, width = _resized(picture, spec)
+    top, left = (height - spec.height) // 2, (width - spec.width) // 2
+    window = max(top, 0), max(left, 0), min(top + spec.height, height), min(left + spec.width, width)
+    resize = _resize_with_torch if _suits_torch(picture) else _resize_with_pillow
+    pixels = resize(picture, (height, width), window, spec)
+    if pixels.shape == (spec.height, spec.width, 3):
+        return pixels
+    padded = np.zeros((spec.height, spec.width, 3), np.uint8)
+    padded[window[0] - top : window[2] - top, window[1] - left : window[3] - left] = pixels
+    return padded
+
+
+def _resized(picture: Picture, spec: PixelSpec) -> tuple[int, int]:
+    """Height and width after resizing, before the centre crop; rounded as transformers does."""
+    if spec.resize == "exact":
+        return spec.height, spec.width
+    short, long = sorted((picture.width, picture.height))
+    scaled = int(spec.shortest_edge * long / short)
+    return (scaled, spec.shortest_edge) if picture.width <= picture.height else (spec.shortest_edge, scaled)
+
+
+def _suits_torch(picture: Picture) -> bool:
+    short, long = sorted(picture.image.size)
+    whole = picture.box == (0, 0, *picture.image.size)
+    return whole and short * long <= _LARGE_PIXELS and long <= _EXTREME_ASPECT * short
+
+
+def _resize_with_torch(picture: Picture, size: tuple[int, int], window: Box, spec: PixelSpec) -> npt.NDArray[np.uint8]:
+    import torch
+
+    pixels = torch.from_numpy(_as_array(picture.image)).permute(2, 0, 1)[None]  # channels last: torch's fast path
+    pixels = torch.nn.functional.interpolate(pixels, size=size, mode=spec.resample, antialias=True)
+    top, left, bottom, right = window
+    return np.ascontiguousarray(pixels[0, :3, top:bottom, left:right].permute(1, 2, 0).numpy())
+
+
+def _as_array(image: Image.Image) -> npt.NDArray[np.uint8]:
+    """[H, W, 4], Pillow's own memory (the fourth channel is filler), or [H, W, 3], a copy, where it is in pieces."""
+    try:
+        values = pa.array(image)
+    except ValueError:
+        return np.array(image)
+    return values.flatten().to_numpy().reshape(image.height, image.width, 4)
+
+
+def _resize_with_pillow(picture: Picture, size: tuple[int, int], window: Box, spec: PixelSpec) -> npt.NDArray[np.uint8]:
+    """Only the window is computed, so that a strip of 10000 x 1 pixels costs no more than its centre."""
+    top, left, bottom, right = window
+    x0, y0, x1, y1 = picture.box
+    across, down = (x1 - x0) / size[1], (y1 - y0) / size[0]
+    source = x0 + left * across, y0 + top * down, min(x0 + right * across, x1), min(y0 + bottom * down, y1)
+    resample = _PILLOW_FILTERS[spec.resample]
+    return np.array(picture.image.resize((right - left, bottom - top), resample, source, _MARGIN))

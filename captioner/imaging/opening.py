@@ -1,0 +1,120 @@
+"""File bytes -> an upright RGB picture, or a PictureError."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+from PIL import Image, ImageFile, ImageOps
+
+from captioner.imaging.colour import to_rgb
+from captioner.imaging.faults import PictureError, code_of, one_line
+from captioner.imaging.formats import identify
+from captioner.imaging.settings import decoding
+
+_EXIF_ORIENTATION = 0x0112
+_UPRIGHT, _TURNED = 1, (5, 6, 7, 8)  # turned: width and height change places
+_RIGHT_TO_LEFT, _BOTTOM_TO_TOP = (2, 3, 6, 7), (3, 4, 7, 8)  # where a stored picture's right and bottom edges end up
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """An upright RGB picture.
+
+    `width`, `height`: of the picture in the file. `image` is smaller where a smaller one would do; the picture then
+    fills its `box`, which need not end on a whole pixel. Else `box` is all of `image`.
+    """
+
+    image: Image.Image
+    box: Box
+    width: int
+    height: int
+    format: str
+
+
+def open_picture(data: bytes, max_pixels: int, needed_side: int = 0) -> Picture:
+    """The first frame or page of a file, as a person sees it: EXIF orientation applied, transparency over white.
+
+    `max_pixels` is compared with the header before the picture is allocated. With `needed_side` a JPEG may come out
+    2, 4 or 8 times smaller, each side still >= needed_side, which saves most of its decoding. Raises PictureError for
+    every fault of the file.
+    """
+    if not data:
+        raise PictureError("empty_file", "the file has no bytes")
+    with decoding(max_pixels):
+        try:
+            return _open(data, max_pixels, needed_side)
+        except PictureError as error:
+            if "MAX_TEXT_" not in error.message:
+                raise
+        return _open(_without_png_text(data), max_pixels, needed_side)
+
+
+def _open(data: bytes, max_pixels: int, needed_side: int) -> Picture:
+    file = identify(data)
+    format = (file.format or "").lower()
+    width, height = file.size
+    try:
+        _check_pixels(width, height, max_pixels)
+        drafted = _load(file, needed_side)
+        if not drafted:
+            width, height = file.size  # ICO and TIFF know better once loaded
+            _check_pixels(width, height, max_pixels)
+        orientation = _make_upright(file)
+        if orientation in _TURNED:
+            width, height = height, width
+        image = to_rgb(file)
+        box = _upright_box(drafted, orientation, image) if drafted else (0, 0, *image.size)
+        return Picture(image, box, width, height, format)
+    except PictureError as error:
+        raise PictureError(error.code, error.message, width, height, format) from None
+    except Exception as error:
+        raise PictureError(code_of(error, data), one_line(error), width, height, format) from error
+
+
+def _check_pixels(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        message = f"{width} x {height} pixels are more than the limit of {max_pixels} (max_pixels)"
+        raise PictureError("too_many_pixels", message)
+
+
+def _load(file: ImageFile.ImageFile, needed_side: int) -> tuple[float, float] | None:
+    """Decode the first frame. If at a smaller size, the width and height that the picture has then, in pixels."""
+    if getattr(file, "default_image", False) and getattr(file, "n_frames", 1) > 1:
+        file.seek(1)  # APNG whose frame 0 is a stand-in for viewers that cannot animate
+    whole = file.size
+    drafted = file.draft("RGB", (needed_side, needed_side)) if needed_side else None
+    file.load()
+    return drafted[1][2:] if drafted and file.size != whole else None
+
+
+def _make_upright(file: ImageFile.ImageFile) -> int:
+    """Apply the orientation in EXIF or XMP and return it; malformed EXIF is none."""
+    try:
+        orientation = file.getexif().get(_EXIF_ORIENTATION, _UPRIGHT)
+        ImageOps.exif_transpose(file, in_place=True)
+    except Exception:
+        return _UPRIGHT
+    return orientation
+
+
+def _upright_box(drafted: tuple[float, float], orientation: int, image: Image.Image) -> Box:
+    """Where in `image` the picture lies: it may leave a fraction of the last stored column and row unfilled."""
+    width, height = reversed(drafted) if orientation in _TURNED else drafted
+    left, right = (image.width - width, image.width) if orientation in _RIGHT_TO_LEFT else (0, width)
+    top, bottom = (image.height - height, image.height) if orientation in _BOTTOM_TO_TOP else (0, height)
+    return left, top, right, bottom
+
+
+def _without_png_text(data: bytes) -> bytes:
+    """A PNG without its texts and colour profile: they may be too long for Pillow while the picture is fine."""
+    kept, position = [data[:8]], 8
+    while position + 8 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, position)
+        end = position + length + 12
+        if kind not in (b"tEXt", b"zTXt", b"iTXt", b"iCCP"):
+            kept.append(data[position:end])
+        position = end
+    return b"".join(kept)

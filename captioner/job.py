@@ -1,0 +1,230 @@
+"""A run on one table, from the first check to the last count: what both kinds of pipeline share.
+
+Everything that can be known to be wrong is said here, before a worker starts.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+from captioner.config import CaptionConfig, SourceConfig
+from captioner.data import Chunk, Receipt, Source
+from captioner.errors import FingerprintError, OutputError, UsageError
+from captioner.models import ModelRef, check_in_subprocess, resolve
+from captioner.sources import open_source
+from captioner.steps import Work
+from captioner.store.plan import compare_with_source, make_plan, make_retry_plan
+from captioner.store.publish import remove_merged_chunks
+from captioner.store.table import CaptionsTable, Plan, create_table, open_table, table_exists
+
+ROWS_PER_CHUNK = 512
+# A chunk is what a kill can cost. A large model without a GPU captions a few pictures a second, so its chunks are small.
+ROWS_PER_CHUNK_SLOW = 64
+LARGE_MODEL_BYTES = 50_000_000
+# Above this many pictures a finished listing is not compared with the source at every start: it would take minutes.
+COMPARE_UP_TO = 1_000_000
+
+Say = Callable[[str], None]
+
+
+class Engine(Protocol):
+    """Where chunks are captioned: this process, or a Ray cluster."""
+
+    def device(self) -> str:
+        """"cuda" or "cpu"; connects where that is needed."""
+        ...
+
+    def caption_chunks(self, work: Work, chunks: list[Chunk]) -> Iterator[Receipt]:
+        """Caption and commit the chunks, in any order; one receipt for each."""
+        ...
+
+
+@dataclass
+class Job:
+    """An open run: the table, what is still to be done, and the record that becomes run.json."""
+
+    config: CaptionConfig
+    table: CaptionsTable
+    source: Source
+    say: Say
+    run_id: str
+    work: Work | None = None
+    model_check: Any = None
+    started: float = field(default_factory=time.perf_counter)
+    notes: list[str] = field(default_factory=list)
+
+    def generations(self) -> Iterator[Plan]:
+        """Every plan with work left, oldest first; with --retry-failed a last one of what failed."""
+        for plan in self.table.open_plans():
+            yield plan
+        if self.config.output.retry_failed and not self.config.output.plan_only:
+            retry = make_retry_plan(self.table)
+            if retry is None:
+                self.say("nothing to retry: no picture has failed")
+            else:
+                self.say(f"retrying {retry.num_rows:,} failed pictures")
+                yield retry
+
+    def finish_model_check(self) -> None:
+        """Wait for the check of the model's tensors that was started with the job. Raises ModelError."""
+        if self.model_check is not None:
+            self.model_check.result()
+            self.model_check = None
+
+    def missing_chunks(self, plan: Plan) -> list[Chunk]:
+        """The chunks of a plan that are neither committed nor published."""
+        done = self.table.committed_chunks(plan.generation)
+        published = self.table.published_parts() if plan.founds_parts else set()
+        return [chunk for chunk in plan.chunks() if chunk.part not in published and chunk.chunk_id not in done]
+
+
+def open_job(config: CaptionConfig, engine: Engine, say: Say) -> Job:
+    """Check the settings, open source, model and table, and bring the plan up to date. Raises CaptionerError."""
+    _check_settings(config)
+    started = time.perf_counter()
+    model = None if config.output.plan_only else resolve(config.model, None, announce=say)
+    check = None if model is None else check_in_subprocess(model)
+    table = _existing_table(config)
+    source_config = config.source if table is None else _planned_source(config, table)
+    source = open_source(source_config)
+    if table is None:
+        settings = config.source.model_dump()
+        table = create_table(config.output.path, settings, source.kept_fields(), config.output.overwrite)
+    else:
+        table.directory.sweep("")
+        remove_merged_chunks(table)
+    job = Job(config, table, source, say, _new_run_id(), model_check=check, started=started)
+    _bring_plan_up_to_date(job, model)
+    if model is not None:
+        job.table, model = _settle_fingerprint(job.table, config, model, engine)
+        job.work = Work(job.table, source_config, model, job.run_id)
+    return job
+
+
+def _check_settings(config: CaptionConfig) -> None:
+    if not config.source.path:
+        raise UsageError("no SOURCE given; name a folder, tar, Parquet file, dataset or manifest")
+    if not config.output.path:
+        raise UsageError("no OUT given; name the directory for the captions table")
+    wanted = [name for name in ("overwrite", "retry_failed", "extend") if getattr(config.output, name)]
+    if "overwrite" in wanted and len(wanted) > 1:
+        raise UsageError(f"--overwrite and --{wanted[1].replace('_', '-')} exclude each other; give one of them")
+
+
+def _existing_table(config: CaptionConfig) -> CaptionsTable | None:
+    if table_exists(config.output.path) and not config.output.overwrite:
+        return open_table(config.output.path)
+    if config.output.retry_failed or config.output.extend:
+        flag = "--retry-failed" if config.output.retry_failed else "--extend"
+        raise OutputError(f"{flag}: {config.output.path} holds no captions table yet; run without {flag} first")
+    return None
+
+
+def _planned_source(config: CaptionConfig, table: CaptionsTable) -> SourceConfig:
+    """The source as it was planned. What may differ: --max-pixels, and with --extend which pictures are taken."""
+    planned = SourceConfig.model_validate(table.info["source"])
+    free = {"max_pixels"} | ({"include", "exclude", "limit"} if config.output.extend else set())
+    for name in SourceConfig.model_fields:
+        before, now = getattr(planned, name), getattr(config.source, name)
+        if name not in free and before != now:
+            raise OutputError(
+                f"{config.output.path} was planned with source.{name}={before!r}, now it is {now!r}; "
+                "give the same, another OUT, or --overwrite"
+            )
+    return config.source
+
+
+def _bring_plan_up_to_date(job: Job, model: ModelRef | None) -> None:
+    plans, config = job.table.plans(), job.config
+    per_chunk = _rows_per_chunk(model, config)
+    if plans and not config.output.extend:
+        _tell_what_changed(job, sum(plan.num_rows for plan in plans if plan.founds_parts))
+        return
+    limits = (per_chunk, config.output.rows_per_file)
+    teller = _ListingTeller(job.say)
+    plan = make_plan(job.table, job.source, config.source, *limits, on_progress=teller)
+    if plan is None:
+        job.say("nothing to add: every picture of the source is in the plan")
+        return
+    ignored = f", {plan.num_ignored:,} other files passed over" if plan.num_ignored else ""
+    job.say(f"planned {plan.num_rows:,} pictures in {plan.num_chunks:,} chunks{ignored}")
+
+
+def _tell_what_changed(job: Job, planned: int) -> None:
+    if job.config.source.limit is not None:
+        return
+    if planned > COMPARE_UP_TO:
+        job.notes.append(f"the source was not compared with the plan of {planned:,} pictures; --extend lists it again")
+        return
+    change = compare_with_source(job.table, job.source, job.config.source)
+    if change.num_new or change.num_gone:
+        job.notes.append(
+            f"the source has changed since it was planned: {change.num_new:,} new pictures (add them with --extend), "
+            f"{change.num_gone:,} gone; going on with the plan"
+        )
+        job.say(job.notes[-1])
+
+
+def _settle_fingerprint(
+    table: CaptionsTable, config: CaptionConfig, model: ModelRef, engine: Engine
+) -> tuple[CaptionsTable, ModelRef]:
+    """The model in the dtype of the table, and the table bound to the model."""
+    recorded = table.info["model"]
+    dtype = config.model.dtype
+    if dtype == "auto":
+        dtype = recorded["dtype"] if recorded else ("bfloat16" if engine.device() == "cuda" else "float32")
+    model = replace(model, dtype=dtype)
+    if recorded is None:
+        facts = {"name": model.name, "sha256": model.sha256, "dtype": dtype, "num_beams": model.num_beams}
+        facts |= {"max_new_tokens": model.max_new_tokens, "prompt": model.prompt, "revision": model.revision}
+        return table.update(fingerprint=model.fingerprint, model=facts), model
+    if table.info["fingerprint"] != model.fingerprint:
+        raise FingerprintError(
+            f"{table.directory.location} holds captions made with {_difference(recorded, model)}; "
+            "use the same, another OUT, or --overwrite"
+        )
+    return table, model
+
+
+def _difference(recorded: dict[str, Any], model: ModelRef) -> str:
+    """What of the recorded model differs, in words."""
+    names = {"sha256": "weights", "num_beams": "--num-beams", "max_new_tokens": "--max-new-tokens"}
+    differing = [
+        f"{names.get(key, '--' + key)} {str(value)[:12]} instead of {str(getattr(model, key))[:12]}"
+        for key, value in recorded.items()
+        if key not in ("name", "revision") and getattr(model, key) != value
+    ]
+    return ", ".join(differing) or f"another tokenizer, processor or generation config of {recorded['name']}"
+
+
+def _rows_per_chunk(model: ModelRef | None, config: CaptionConfig) -> int:
+    large = model is not None and _weights_bytes(model) > LARGE_MODEL_BYTES
+    without_gpu = config.cluster.address is None and not Path("/dev/nvidia0").exists()
+    return ROWS_PER_CHUNK_SLOW if large and without_gpu else ROWS_PER_CHUNK
+
+
+def _weights_bytes(model: ModelRef) -> int:
+    return sum(file.stat().st_size for file in Path(model.path).glob("*.safetensors")) if model.path else 0
+
+
+def _new_run_id() -> str:
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
+
+
+class _ListingTeller:
+    """Says how far a long listing has come, every few seconds."""
+
+    def __init__(self, say: Say, every: float = 5.0) -> None:
+        self._say, self._every, self._last = say, every, time.monotonic()
+
+    def __call__(self, rows: int) -> None:
+        now = time.monotonic()
+        if now - self._last >= self._every:
+            self._last = now
+            self._say(f"listing: {rows:,} pictures so far")

@@ -1,0 +1,22 @@
+"""Captioning models: what a person names, found (`resolve`), checked (`check`) and turned into captions (`load`).
+
+`resolve` is light. `check` and `load` import torch and transformers when called.
+"""
+
+from captioner.models.checking import PendingCheck, check, check_in_subprocess
+from captioner.models.fake import FakeCaptioner
+from captioner.models.loading import load
+from captioner.models.ref import PREPROCESSING_VERSION, ModelRef
+from captioner.models.resolving import FAMILIES, resolve
+
+__all__ = [
+    "FAMILIES",
+    "PREPROCESSING_VERSION",
+    "FakeCaptioner",
+    "ModelRef",
+    "PendingCheck",
+    "check",
+    "check_in_subprocess",
+    "load",
+    "resolve",
+]

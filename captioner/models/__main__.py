@@ -1,0 +1,21 @@
+"""`python -m captioner.models DIR`: check that the weights in DIR fit its config.json. Exit 1 and one line if not."""
+
+from __future__ import annotations
+
+import sys
+
+from captioner.errors import ERROR, OK, ModelError
+from captioner.models.checking import check_directory
+
+
+def main(argv: list[str]) -> int:
+    try:
+        check_directory(argv[0])
+    except ModelError as error:
+        print(error)
+        return ERROR
+    return OK
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,29 @@
+"""A captioner that costs nothing: for tests and for measuring everything around the model."""
+
+from __future__ import annotations
+
+import time
+import zlib
+
+import numpy as np
+import numpy.typing as npt
+
+from captioner.data import Captions
+
+
+class FakeCaptioner:
+    """Names each picture by the CRC-32 of its pixels, so that equal pictures and no others get equal captions.
+
+    `delay`: seconds each call takes longer.
+    """
+
+    def __init__(self, delay: float = 0.0) -> None:
+        self.delay = delay
+
+    def caption(self, pixels: npt.NDArray[np.uint8]) -> Captions:
+        """Caption uint8 pixels [N, height, width, 3]: "picture 1a2b3c4d"."""
+        if self.delay:
+            time.sleep(self.delay)
+        texts = [f"picture {zlib.crc32(np.ascontiguousarray(picture)):08x}" for picture in pixels]
+        count = len(texts)
+        return Captions(texts, [3] * count, [-0.5] * count, [True] * count)

@@ -1,0 +1,67 @@
+"""From a ModelRef to a captioner. torch and transformers are imported here, when called."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from captioner.data import Captioner
+from captioner.errors import ModelError
+from captioner.models.fake import FakeCaptioner
+from captioner.models.ref import ModelRef
+
+if TYPE_CHECKING:
+    import torch
+
+    from captioner.models.base import TransformersCaptioner
+
+BATCH_SIZES = {"cpu": 16, "cuda": 128}
+
+
+def load(
+    ref: ModelRef,
+    device: str = "auto",
+    batch_size: int | Literal["auto"] = "auto",
+    num_threads: int | None = None,
+) -> Captioner:
+    """The captioner of `ref`, its weights on `device` ("auto": the first CUDA GPU, else the CPU).
+
+    `batch_size`: pictures for each forward pass. `num_threads`: CPU threads of torch, where the environment's
+    OMP_NUM_THREADS is not what is wanted. Raises ModelError where the model or the device cannot be used.
+    """
+    if ref.family == "fake":
+        return FakeCaptioner()
+    import torch
+
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    place = _device(device)
+    size = BATCH_SIZES.get(place.type, 16) if batch_size == "auto" else batch_size
+    return _family(ref.family)(ref, place, size)
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"device {name!r}: not available here ({reason}); use auto or cpu") from None
+    return device
+
+
+def _family(family: str) -> type[TransformersCaptioner]:
+    """One file for each family; its key is the `model_type` of config.json."""
+    from captioner.models.blip import BlipCaptioner
+    from captioner.models.git import GitCaptioner
+    from captioner.models.vision_encoder_decoder import VisionEncoderDecoderCaptioner
+
+    classes: dict[str, type[TransformersCaptioner]] = {
+        "git": GitCaptioner,
+        "blip": BlipCaptioner,
+        "vision-encoder-decoder": VisionEncoderDecoderCaptioner,
+    }
+    return classes[family]

@@ -1,0 +1,132 @@
+"""From what a person writes after `--model` to a ModelRef. Light: neither torch nor transformers is imported."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import captioner.starter
+from captioner.config import ModelConfig
+from captioner.data import PixelSpec
+from captioner.errors import ModelError
+from captioner.files import is_uri, local_path
+from captioner.models import weights
+from captioner.models.pixels import read_pixel_spec
+from captioner.models.ref import ModelRef
+
+STARTER, FAKE = "starter", "fake"
+FAKE_SPEC = PixelSpec(height=32, width=32)
+FAMILIES = ("git", "blip", "vision-encoder-decoder")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def resolve(config: ModelConfig, dtype: str | None = None, announce: Callable[[str], None] = print) -> ModelRef:
+    """The model a person asked for, found (downloaded where need be), read and hashed, but not loaded.
+
+    `dtype`: what `config.dtype` "auto" means here. `announce`: told one line before a download starts.
+    Raises ModelError where there is no such model or it cannot be used.
+    """
+    settings: dict[str, Any] = {
+        "name": config.name,
+        "dtype": (dtype or "float32") if config.dtype == "auto" else config.dtype,
+        "num_beams": config.num_beams,
+        "max_new_tokens": config.max_new_tokens,
+        "prompt": config.prompt or None,
+    }
+    if config.name == FAKE:
+        return ModelRef(path="", family=FAKE, sha256=_sha256(FAKE), settings_sha256=_sha256(""), spec=FAKE_SPEC, **settings)
+    directory, revision = locate(config.name, config.revision, announce)
+    return _describe(directory, revision, settings)
+
+
+def locate(name: str, revision: str | None, announce: Callable[[str], None]) -> tuple[Path, str | None]:
+    """The local directory of a model, and its commit where it came from the hub."""
+    if not name.strip():
+        raise ModelError("no model given; add --model starter|DIR|HUB_ID|URI")
+    if name == STARTER:
+        return Path(captioner.starter.__file__).parent / "model", None
+    if is_uri(name):
+        from captioner.models.download import from_uri
+
+        return from_uri(name, announce), None
+    path = Path(local_path(name))
+    if path.is_dir():
+        return path, None
+    if path.exists():
+        raise ModelError(f"--model {name}: is a file; give the directory that holds config.json and the weights")
+    if _HUB_ID.fullmatch(name) and not name.startswith("."):
+        from captioner.models.download import from_hub
+
+        return from_hub(name, revision, announce)
+    raise ModelError(f"--model {name}: no such directory; use starter, a model directory, a hub id (owner/name) or a URI")
+
+
+def _describe(directory: Path, revision: str | None, settings: dict[str, Any]) -> ModelRef:
+    config_file = directory / "config.json"
+    if not config_file.is_file():
+        raise ModelError(f"{directory}: no config.json; give the directory that save_pretrained wrote")
+    config = weights.read_json(config_file)
+    family = _family(config_file, config)
+    _check_settings(directory, family, config, settings)
+    files = weights.weight_files(directory)
+    for file in files:
+        weights.check_header(file)
+    return ModelRef(
+        path=str(directory),
+        family=family,
+        sha256=weights.sha256_of(files),
+        settings_sha256=weights.settings_sha256(directory),
+        spec=_pixel_spec(directory, family, config),
+        revision=revision,
+        training_run_id=_training_run_id(directory),
+        **settings,
+    )
+
+
+def _family(config_file: Path, config: dict[str, Any]) -> str:
+    model_type = config.get("model_type")
+    if model_type not in FAMILIES:
+        raise ModelError(f"{config_file}: model_type {model_type!r} is not supported; supported: {', '.join(FAMILIES)}")
+    return str(model_type)
+
+
+def _check_settings(directory: Path, family: str, config: dict[str, Any], settings: dict[str, Any]) -> None:
+    if settings["prompt"] and family == "vision-encoder-decoder":
+        raise ModelError(f"--prompt {settings['prompt']!r}: {directory} is a {family} model, which takes no prompt")
+    sections = {"git": config, "blip": config.get("text_config"), "vision-encoder-decoder": config.get("decoder")}
+    section = sections[family] or {}
+    positions = section.get("max_position_embeddings") or section.get("n_positions")
+    if isinstance(positions, int) and settings["max_new_tokens"] >= positions:
+        raise ModelError(
+            f"--max-new-tokens {settings['max_new_tokens']}: {directory} has {positions} text positions, one of them"
+            f" for the start token; use {positions - 1} or fewer"
+        )
+
+
+def _pixel_spec(directory: Path, family: str, config: dict[str, Any]) -> PixelSpec:
+    vision = config.get("encoder" if family == "vision-encoder-decoder" else "vision_config")
+    vision = vision if isinstance(vision, dict) else {}
+    model_type = str(vision.get("model_type")) if family == "vision-encoder-decoder" else family
+    spec = read_pixel_spec(directory, model_type)
+    image_size = vision.get("image_size")
+    if model_type != "swin" and isinstance(image_size, int) and (spec.height, spec.width) != (image_size, image_size):
+        raise ModelError(
+            f"{directory}: its image processor makes {spec.width}x{spec.height} pixels, its model wants"
+            f" {image_size}x{image_size} (image_size in config.json); save the right processor into it"
+        )
+    return spec
+
+
+def _training_run_id(directory: Path) -> str | None:
+    record = weights.read_json(directory / "training_run.json")
+    run_id = record.get("training_run_id", record.get("run_id"))
+    return None if run_id is None else str(run_id)
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,117 @@
+"""The files of a model directory: found, hashed and read as far as needed without torch or transformers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from captioner.errors import ModelError
+
+SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+
+# What besides the weights decides the caption of a picture, as saved by transformers now and in earlier years.
+SETTINGS_FILES = (
+    "added_tokens.json",
+    "config.json",
+    "generation_config.json",
+    "merges.txt",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "sentencepiece.bpe.model",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in a model's file; {} where there is no such file.
+
+    Raises ModelError where the file cannot be read or holds something else.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file}: cannot be read as JSON ({error}); save or copy the model again") from None
+    if not isinstance(content, dict):
+        raise ModelError(f"{file}: holds a JSON {type(content).__name__} where an object belongs; save the model again")
+    return content
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files transformers would load, by name. Raises ModelError where there are none."""
+    if (directory / SINGLE_FILE).is_file():
+        return [directory / SINGLE_FILE]
+    if (directory / INDEX_FILE).is_file():
+        return _sharded_files(directory)
+    pickles = sorted(f.name for f in directory.iterdir() if f.suffix in PICKLE_SUFFIXES and f.name != "training_args.bin")
+    if pickles:
+        raise ModelError(
+            f"{directory}: only pickled weights ({pickles[0]}), which can run code when opened; convert them: load the"
+            " model with transformers where you trust it, then save_pretrained(DIR, safe_serialization=True)"
+        )
+    raise ModelError(f"{directory}: no weights; it needs {SINGLE_FILE} (or {INDEX_FILE} and its shards)")
+
+
+def _sharded_files(directory: Path) -> list[Path]:
+    weight_map = read_json(directory / INDEX_FILE).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelError(f"{directory / INDEX_FILE}: has no weight_map; save or copy the model again")
+    files = sorted({directory / str(name) for name in weight_map.values()})
+    for file in files:
+        if not file.is_file():
+            raise ModelError(f"{directory}: the weights file {file.name} of {INDEX_FILE} is missing; copy it too")
+    return files
+
+
+def check_header(file: Path) -> None:
+    """Raise ModelError unless `file` is whole: a safetensors header, and as many bytes as it promises.
+
+    Format: 8 bytes little-endian header length, JSON of dtype, shape and data_offsets for each tensor, data
+    (https://huggingface.co/docs/safetensors).
+    """
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if not 2 <= length <= size - 8:
+                raise ValueError("no safetensors header")
+            header = json.loads(stream.read(length))
+        end = max((tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"), default=0)
+    except OSError as error:
+        raise ModelError(f"{file}: cannot be read: {error.strerror}") from None
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ModelError(f"{file}: is not a safetensors file ({error}); copy or download it again") from None
+    if size != 8 + length + end:
+        raise ModelError(
+            f"{file}: holds {size:,} bytes where its header promises {8 + length + end:,}; copy or download it again"
+        )
+
+
+def sha256_of(files: list[Path]) -> str:
+    """Hex sha256 over the files' contents, one after the other."""
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def settings_sha256(directory: Path) -> str:
+    """Hex sha256 over the names and contents of the settings files that are there."""
+    digest = hashlib.sha256()
+    for name in SETTINGS_FILES:
+        file = directory / name
+        if file.is_file():
+            digest.update(f"{name}\0{sha256_of([file])}\n".encode())
+    return digest.hexdigest()

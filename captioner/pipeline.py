@@ -1,0 +1,127 @@
+"""The whole flow, in one process. Read this file first.
+
+    open_job     settings, source, model and table are checked; the plan is made or taken up
+    for each chunk that is not committed yet:
+        read_and_decode -> caption -> commit -> receipt
+    publish      a generation's chunks become files of captions/
+    close_job    rows are counted against the plan; the record and the verdict are written
+
+`ray_jobs/caption.py` runs the same flow on a cluster: another engine, the same steps.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from captioner.config import CaptionConfig
+from captioner.data import Captioner, Chunk, Receipt
+from captioner.errors import (
+    OK,
+    InterruptedRunError,
+    TerminatedRunError,
+    TooManyFailedError,
+    VerificationError,
+)
+from captioner.job import Engine, Job, open_job
+from captioner.models import load
+from captioner.progress import Progress
+from captioner.record import Tally, make_record, write_record
+from captioner.scoring.spot_check import spot_check
+from captioner.sources import open_source
+from captioner.steps import Work, caption, commit, read_and_decode
+from captioner.store.publish import publish
+from captioner.store.verify import count_rows
+from captioner.summary import print_summary
+
+
+def run(config: CaptionConfig, engine: Engine | None = None) -> int:
+    """Caption an archive into OUT; returns the exit code. Raises CaptionerError (see `captioner.errors`)."""
+    with _stoppable(config.output.path):
+        job = open_job(config, engine := engine or ThisProcess(config), say)
+        if job.work is None:
+            say(f"planned; run without --plan-only to caption into {config.output.path}")
+            return OK
+        tally, skipped = Tally(), 0
+        for plan in job.generations():
+            chunks = job.missing_chunks(plan)
+            missing = sum(chunk.num_rows for chunk in chunks)
+            skipped += plan.num_rows - missing
+            if chunks:
+                job.finish_model_check()
+                write_record(job, make_record(job, "running", tally, skipped))
+                with Progress(total=plan.num_rows, already=plan.num_rows - missing) as progress:
+                    for receipt in engine.caption_chunks(job.work, chunks):
+                        tally.add(receipt, job.started)
+                        progress.update(receipt)
+            publish(job.table, plan)
+        return close_job(job, tally, skipped)
+
+
+class ThisProcess:
+    """The engine of `--local`: one chunk after the other, without Ray."""
+
+    def __init__(self, config: CaptionConfig) -> None:
+        self._batch_size = config.model.batch_size
+
+    def device(self) -> str:
+        import torch
+
+        return "cuda" if torch.cuda.is_available() else "cpu"
+
+    def caption_chunks(self, work: Work, chunks: list[Chunk]) -> Iterator[Receipt]:
+        source = open_source(work.source)
+        captioner: Captioner = load(work.model, batch_size=self._batch_size)
+        for chunk in chunks:
+            yield commit(work, caption(work, captioner, read_and_decode(work, source, chunk)))
+
+
+def close_job(job: Job, tally: Tally, skipped: int) -> int:
+    """Count the table against the plan, write the record, tell the verdict."""
+    counts = count_rows(job.table)
+    if counts.remaining:
+        raise VerificationError(
+            f"{job.config.output.path}: {counts.remaining:,} of {counts.planned:,} planned pictures have no row; "
+            "run `captioner verify` on it"
+        )
+    record = make_record(job, "finished", tally, skipped, counts)
+    check = spot_check(job.table)
+    record["check"] = None if check is None else check.to_json()
+    write_record(job, record)
+    if not tally.num_rows:
+        say(f"nothing to do: every planned picture has its row in {job.config.output.path}")
+    print_summary(record, sys.stderr)
+    limit = job.config.output.max_failed
+    if not counts.ok or counts.failed / counts.planned > limit:
+        raise TooManyFailedError(
+            f"{counts.failed:,} of {counts.planned:,} pictures failed (--max-failed {limit:g}); the table is complete, "
+            "the reasons are in its error_code column, --retry-failed does them again"
+        )
+    return OK
+
+
+def say(line: str) -> None:
+    """One line for a person, beside the progress display."""
+    print(f"captioner: {line}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _stoppable(output: str) -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the run with their own errors; committed work stays."""
+
+    def terminate(*_: Any) -> None:
+        raise TerminatedRunError(f"stopped by SIGTERM; committed rows stay in {output}, the same command goes on")
+
+    main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, terminate) if main_thread else None
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise InterruptedRunError(f"stopped; committed rows stay in {output}, the same command goes on") from None
+    finally:
+        if main_thread:
+            signal.signal(signal.SIGTERM, before)

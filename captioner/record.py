@@ -1,0 +1,96 @@
+"""What a run did, as it is added up from receipts and written to OUT/run.json."""
+
+from __future__ import annotations
+
+import platform
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from captioner.data import Receipt
+from captioner.job import Job
+from captioner.store.verify import TableCounts
+
+
+@dataclass
+class Tally:
+    """What the receipts of a run add up to."""
+
+    num_rows: int = 0
+    read: float = 0.0
+    decode: float = 0.0
+    generate: float = 0.0
+    commit: float = 0.0
+    first_at: float | None = None
+    last_at: float | None = None
+    first_rows: int = 0
+    startup: float = 0.0
+
+    def add(self, receipt: Receipt, started: float) -> None:
+        now = time.perf_counter()
+        parts = (receipt.read_seconds, receipt.decode_seconds, receipt.generate_seconds, receipt.commit_seconds)
+        self.num_rows += receipt.num_rows
+        self.read, self.decode = self.read + parts[0], self.decode + parts[1]
+        self.generate, self.commit = self.generate + parts[2], self.commit + parts[3]
+        if self.first_at is None:
+            self.first_at, self.first_rows = now, receipt.num_rows
+            self.startup = max(0.0, now - started - sum(parts))
+        self.last_at = now
+
+    @property
+    def images_per_second(self) -> float | None:
+        """Steady state: from the first receipt to the last; over the time after start-up where there is one only."""
+        if self.first_at is None or self.last_at is None:
+            return None
+        if self.last_at > self.first_at:
+            return (self.num_rows - self.first_rows) / (self.last_at - self.first_at)
+        spent = self.read + self.decode + self.generate + self.commit
+        return self.num_rows / spent if spent else None
+
+
+def make_record(job: Job, state: str, tally: Tally, skipped: int, counts: TableCounts | None = None) -> dict[str, Any]:
+    """The run as JSON: what OUT/run.json and OUT/runs/RUN_ID.json hold."""
+    model = job.work.model if job.work else None
+    plans = job.table.plans()
+    rate = tally.images_per_second
+    return {
+        "run_id": job.run_id,
+        "state": state,
+        "written_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "source": job.config.source.path,
+        "output": job.config.output.path,
+        "counts": {
+            **(asdict(counts) if counts else {"planned": sum(p.num_rows for p in plans if p.founds_parts)}),
+            "captioned_in_this_run": tally.num_rows,
+            "skipped": skipped,
+            "ignored": sum(plan.num_ignored for plan in plans),
+        },
+        "seconds": {
+            "startup": round(tally.startup, 3),
+            "run": round(time.perf_counter() - job.started, 3),
+            **{name: round(getattr(tally, name), 3) for name in ("read", "decode", "generate", "commit")},
+        },
+        "images_per_second": None if rate is None else round(rate, 2),
+        "model": None if model is None else {**asdict(model), "fingerprint": model.fingerprint},
+        "fingerprint": job.table.info["fingerprint"],
+        "settings": job.config.model_dump(),
+        "notes": job.notes,
+        "versions": versions(),
+    }
+
+
+def write_record(job: Job, record: dict[str, Any]) -> None:
+    job.table.directory.write_json(f"runs/{job.run_id}.json", record)
+    job.table.directory.write_json("run.json", record)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a caption depends on."""
+    found = {"python": platform.python_version()}
+    for package in ("captioner", "ray", "transformers", "torch", "pyarrow", "pillow"):
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found

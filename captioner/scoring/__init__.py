@@ -1,0 +1,1 @@
+"""How good captions are, against references and without."""

@@ -1,0 +1,99 @@
+"""Archives of pictures: what kind one is, and opening it."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+
+from pyarrow.fs import FileType
+
+from captioner.config import SourceConfig
+from captioner.data import Source
+from captioner.errors import SourceError, UsageError
+from captioner.files import is_uri
+from captioner.sources.columns import FETCH_FIRST, choose_columns
+from captioner.sources.files import Root
+from captioner.sources.folder import FolderSource
+from captioner.sources.huggingface import SAVED_NAMES, HuggingFaceSource
+from captioner.sources.listing import FilteredSource
+from captioner.sources.look import look_at, matching
+from captioner.sources.manifest import ManifestSource
+from captioner.sources.parquet import ParquetSource
+from captioner.sources.tables import TABLE_SUFFIXES, open_table
+from captioner.sources.webdataset import COMPRESSED_SUFFIXES, WebDatasetSource
+
+__all__ = ["open_source"]
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def open_source(config: SourceConfig) -> Source:
+    """The archive at `config.path`, of the kind that its name and its files tell.
+
+    A table file is a manifest, or a table of pictures; a tar, a glob of tars or a folder of them is a WebDataset; so
+    for Parquet; a saved dataset is known by its JSON files; a name that is no path is a hub id; else it is a folder.
+    Raises SourceError where there is nothing, UsageError where a flag has no meaning for that kind.
+    """
+    source = _open(config)
+    if config.include or config.exclude:
+        return FilteredSource(source, tuple(config.include), tuple(config.exclude))
+    return source
+
+
+def _open(config: SourceConfig) -> Source:
+    path = config.path
+    if not path:
+        raise UsageError("no source is given: name a folder, tar, table, dataset or manifest")
+    if path.lower().startswith(("http://", "https://")):
+        raise SourceError(f"{path}: {FETCH_FIRST}")
+    root = Root.at(path)
+    if glob.has_magic(path) and not root.exists():
+        return _open_files(config, *matching(path))
+    hub_id = path.removeprefix("hf://datasets/").rstrip("/")
+    is_hub_id = bool(_HUB_ID.fullmatch(hub_id)) and not path.startswith(".")
+    kind = FileType.NotFound if is_hub_id and is_uri(path) else root.kind()
+    if kind == FileType.File:
+        folder, _, name = os.fsencode(root.location).rpartition(b"/")
+        return _open_files(config, Root(os.fsdecode(folder or b"/")), [name])
+    if kind == FileType.Directory:
+        return _open_directory(config, root)
+    if is_hub_id:
+        return HuggingFaceSource.open(config, hub_id)
+    raise SourceError(f"{path}: no such file or directory")
+
+
+def _open_directory(config: SourceConfig, root: Root) -> Source:
+    if not is_uri(root.location) and any(root.exists(name) for name in SAVED_NAMES):
+        return HuggingFaceSource.open(config, root.location)
+    files = look_at(root)
+    if files:
+        return _open_files(config, root, files)
+    _refuse_column_flags(config, "a folder of pictures")
+    return FolderSource(config.path, root, config.reference_column)
+
+
+def _open_files(config: SourceConfig, root: Root, files: list[bytes]) -> Source:
+    """All tars, or all tables."""
+    suffixes = {os.path.splitext(file.lower())[1] for file in files}
+    if suffixes == {b".tar"} or all(file.lower().endswith(COMPRESSED_SUFFIXES) for file in files):
+        _refuse_column_flags(config, "a WebDataset")
+        return WebDatasetSource(config.path, root, tuple(files), config.reference_column)
+    if len(suffixes) != 1 or not suffixes <= set(TABLE_SUFFIXES):
+        names = b", ".join(sorted(suffixes)).decode("utf-8", "replace")
+        raise SourceError(f"{config.path}: files of one kind are wanted, .tar or {names}")
+    schema = open_table(root, files[0]).schema
+    columns = choose_columns(schema, config, root.uri(files[0]))
+    kind = ManifestSource if columns.kind == "path" else ParquetSource
+    return kind(config.path, root, tuple(files), columns)
+
+
+def _refuse_column_flags(config: SourceConfig, kind: str) -> None:
+    given = {
+        "--image-column": config.image_column,
+        "--id-column": config.id_column,
+        "--keep-columns": config.keep_columns,
+    }
+    for flag, value in given.items():
+        if value:
+            raise UsageError(f"{flag}: {config.path} is {kind} and has no columns")

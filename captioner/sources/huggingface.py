@@ -1,0 +1,95 @@
+"""A Hugging Face dataset: what `save_to_disk` wrote, or a hub id."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import pyarrow as pa
+
+from captioner.config import SourceConfig
+from captioner.data import Listing, RawImage
+from captioner.errors import SourceError
+from captioner.sources.cells import make_cell, read_cells
+from captioner.sources.columns import Columns, choose_columns, table_rows
+from captioner.sources.files import Root
+from captioner.sources.listing import BATCH_ROWS
+
+UNIT_ROWS = 64 * BATCH_ROWS
+SAVED_NAMES = (b"dataset_info.json", b"state.json", b"dataset_dict.json")
+
+
+@dataclass(frozen=True, slots=True)
+class HuggingFaceSource:
+    """`location`: a directory or a hub id. Ids without an id column are `<split>#<row>`. Units are ranges of rows."""
+
+    name: str
+    location: str
+    split: str
+    columns: Columns
+
+    @staticmethod
+    def open(config: SourceConfig, location: str) -> HuggingFaceSource:
+        schema = _arrow(load_split(location, config.split))[:0].schema
+        return HuggingFaceSource(config.path, location, config.split, choose_columns(schema, config, config.path))
+
+    def units(self) -> Sequence[str]:
+        rows = len(load_split(self.location, self.split))
+        return [f"{start}-{min(start + UNIT_ROWS, rows)}" for start in range(0, rows, UNIT_ROWS)]
+
+    def kept_fields(self) -> list[pa.Field]:
+        return list(self.columns.kept)
+
+    def list_unit(self, unit: str) -> Iterator[Listing]:
+        start, stop = map(int, unit.split("-"))
+        dataset = load_split(self.location, self.split)
+        described = _arrow(dataset.select_columns(self.columns.described))
+        for first in range(start, stop, BATCH_ROWS):
+            batch = described[first : min(first + BATCH_ROWS, stop)]
+            if not self.columns.described:  # the batch has rows but no column, and so no length
+                batch = pa.table({"": pa.nulls(min(first + BATCH_ROWS, stop) - first)})
+            yield Listing(table_rows(batch, self.columns, os.fsencode(self.split), self.split, first), [])
+
+    def read(self, rows: pa.Table) -> list[RawImage]:
+        numbers = rows.column("row").to_pylist()
+        pictures = _arrow(load_split(self.location, self.split).select_columns([self.columns.picture]))
+        held = [number for number in dict.fromkeys(numbers) if number < len(pictures)]
+        values = dict(zip(held, pictures[held].column(0).to_pylist(), strict=True)) if held else {}
+        cells = [make_cell(values.get(number)) for number in numbers]
+        uris = [f"{self.location}/{self.split}#{number}" for number in numbers]
+        return read_cells(rows, cells, uris, Root(self.location if os.path.isdir(self.location) else "/"))
+
+
+def _arrow(dataset: Any) -> Any:
+    """Slices of it are Arrow tables; pictures in them are not decoded."""
+    return dataset.with_format("arrow")
+
+
+def load_split(location: str, split: str) -> Any:
+    """One split, memory-mapped: cheap to have, never read whole.
+
+    Raises SourceError where there is no such dataset or split.
+    """
+    saved = [os.path.join(os.fsencode(location), name) for name in SAVED_NAMES]
+    return _load_split(location, split, tuple(os.stat(file).st_mtime_ns for file in saved if os.path.exists(file)))
+
+
+@lru_cache(maxsize=4)
+def _load_split(location: str, split: str, stamp: object) -> Any:
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        dataset = datasets.load_from_disk(location) if os.path.isdir(location) else datasets.load_dataset(location)
+    except (OSError, ValueError, RuntimeError) as error:
+        missing = "" if os.path.isdir(location) else "no such file or directory, and "
+        reason = " ".join(str(error).split())
+        raise SourceError(f"{location}: {missing}cannot be loaded as a Hugging Face dataset: {reason}") from None
+    if not isinstance(dataset, dict):  # a bare Dataset knows the split it was, or none
+        dataset = {str(dataset.split or split): dataset}
+    if split not in dataset:
+        raise SourceError(f"{location}: no split {split!r}; choose one of {', '.join(dataset)} with --split")
+    return dataset[split]

@@ -1,0 +1,59 @@
+"""A manifest: a CSV, JSON lines or Parquet table with a path or URI for each picture."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from captioner.data import Listing, RawImage
+from captioner.errors import SourceError
+from captioner.sources.columns import FETCH_FIRST, Columns, table_rows
+from captioner.sources.files import Root, file_of_unit, readable, unit_of_file
+from captioner.sources.reading import read_rows
+from captioner.sources.tables import open_table
+
+
+@dataclass(frozen=True, slots=True)
+class ManifestSource:
+    """`files`: the tables, as paths under the root, in order. Each is one unit.
+
+    Paths in a table are relative to its own folder. The plan holds them in full, so reading needs no table.
+    """
+
+    name: str
+    root: Root
+    files: tuple[bytes, ...]
+    columns: Columns
+
+    def units(self) -> Sequence[str]:
+        return [unit_of_file(file) for file in self.files]
+
+    def kept_fields(self) -> list[pa.Field]:
+        return list(self.columns.kept)
+
+    def list_unit(self, unit: str) -> Iterator[Listing]:
+        file = file_of_unit(unit)
+        table = open_table(self.root, file)
+        self.columns.check(table.schema, self.root.uri(file))
+        first_row = 0
+        for batch in table.batches(list(dict.fromkeys([*self.columns.described, self.columns.picture]))):
+            rows = table_rows(batch, self.columns, file, readable(file), first_row)
+            paths = [self._full_path(file, path) for path in batch.column(self.columns.picture).to_pylist()]
+            rows = rows.set_column(1, rows.schema.field("file"), [pa.array(paths, pa.binary())])
+            rows = rows.set_column(4, rows.schema.field("row"), [pa.nulls(len(rows), pa.int64())])
+            yield Listing(rows, [])
+            first_row += batch.num_rows
+
+    def read(self, rows: pa.Table) -> list[RawImage]:
+        return read_rows(rows, self.root)
+
+    def _full_path(self, table: bytes, path: str | None) -> bytes:
+        """Empty where the table names no file: that row will fail as not found."""
+        if not path:
+            return b""
+        if path.lower().startswith(("http://", "https://")):
+            raise SourceError(f"{self.root.uri(table)}: it names {path}; {FETCH_FIRST}")
+        return self.root.join(os.path.join(os.path.dirname(table), os.fsencode(path)))

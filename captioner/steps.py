@@ -1,0 +1,179 @@
+"""The verbs of the flow, for one chunk: read, decode, caption, commit. One process and a cluster call the same."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from captioner.config import SourceConfig
+from captioner.data import (
+    CAPTIONS_SCHEMA,
+    STATUS_FAILED,
+    STATUS_OK,
+    Captioner,
+    Captions,
+    Chunk,
+    ImageBatch,
+    RawImage,
+    Receipt,
+    Source,
+)
+from captioner.models import ModelRef
+from captioner.store.commit import commit_chunk
+from captioner.store.plan import read_planned
+from captioner.store.table import CaptionsTable
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a worker needs to know of a run. Small and picklable; everything heavy is opened where it is used."""
+
+    table: CaptionsTable
+    source: SourceConfig
+    model: ModelRef
+    run_id: str
+
+
+@dataclass(frozen=True)
+class ChunkRows:
+    """A chunk on its way through the steps: its rows so far, the pixels until it is captioned, and seconds spent."""
+
+    chunk: Chunk
+    rows: pa.Table
+    pixels: npt.NDArray[np.uint8] | None
+    seconds: dict[str, float]
+
+
+def read_and_decode(work: Work, source: Source, chunk: Chunk) -> ChunkRows:
+    """The chunk's pictures, as rows and pixels of the model's input size. Bad pictures have an `error_code`."""
+    from captioner.imaging import decode_images
+
+    started = time.perf_counter()
+    planned = read_planned(work.table, chunk)
+    raws: list[RawImage] = source.read(planned)
+    read = time.perf_counter()
+    batch: ImageBatch = decode_images(raws, work.model.spec, work.source.max_pixels)
+    rows = batch.rows.append_column(CAPTIONS_SCHEMA.field("reference_captions"), planned["reference_captions"])
+    for kept in work.table.kept_fields:
+        rows = rows.append_column(kept, planned[kept.name])
+    seconds = {"read": read - started, "decode": time.perf_counter() - read}
+    return ChunkRows(chunk, rows, batch.pixels, seconds)
+
+
+def caption(work: Work, captioner: Captioner, decoded: ChunkRows) -> ChunkRows:
+    """The chunk's rows of the captions table."""
+    started = time.perf_counter()
+    assert decoded.pixels is not None
+    codes, messages = decoded.rows["error_code"].to_pylist(), decoded.rows["error_message"].to_pylist()
+    fine = [place for place, code in enumerate(codes) if not code]
+    written: dict[int, _Caption] = {}
+    for place, result in zip(fine, _caption_or_reasons(captioner, decoded.pixels[fine]), strict=True):
+        if isinstance(result, str):
+            codes[place], messages[place] = "generate_error", result
+        else:
+            written[place] = result
+    rows = _finished_rows(work, decoded, codes, messages, written)
+    seconds = decoded.seconds | {"generate": time.perf_counter() - started}
+    return ChunkRows(decoded.chunk, rows, None, seconds)
+
+
+def commit(work: Work, captioned: ChunkRows) -> Receipt:
+    """Make the rows durable."""
+    started = time.perf_counter()
+    commit_chunk(work.table, captioned.chunk, captioned.rows)
+    reasons = captioned.rows["error_code"].drop_null().value_counts().to_pylist()
+    failed = {item["values"]: item["counts"] for item in reasons}
+    spent = captioned.seconds
+    return Receipt(
+        chunk_id=captioned.chunk.chunk_id,
+        num_rows=captioned.chunk.num_rows,
+        num_ok=captioned.chunk.num_rows - sum(failed.values()),
+        failed_by_reason=failed,
+        read_seconds=spent["read"],
+        decode_seconds=spent["decode"],
+        generate_seconds=spent["generate"],
+        commit_seconds=time.perf_counter() - started,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Caption:
+    text: str
+    num_tokens: int
+    logprob_mean: float | None
+    flags: list[str]
+
+
+def _caption_or_reasons(captioner: Captioner, pixels: npt.NDArray[np.uint8]) -> list[_Caption | str]:
+    """A caption for each picture, or why the model could not. What fails together is tried again in halves, so that
+    one picture takes no neighbour with it."""
+    if not len(pixels):
+        return []
+    try:
+        return _as_list(captioner.caption(pixels))
+    except Exception as error:
+        if len(pixels) == 1:
+            return [f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]]
+        half = len(pixels) // 2
+        return _caption_or_reasons(captioner, pixels[:half]) + _caption_or_reasons(captioner, pixels[half:])
+
+
+def _as_list(captions: Captions) -> list[_Caption | str]:
+    columns = zip(captions.texts, captions.num_tokens, captions.logprob_mean, captions.finished, strict=True)
+    return [
+        _Caption(text, tokens, logprob if math.isfinite(logprob) else None, _flags(text, logprob, finished))
+        for text, tokens, logprob, finished in columns
+    ]
+
+
+def _flags(text: str, logprob: float, finished: bool) -> list[str]:
+    found = {"empty": not text, "truncated": not finished, "no_logprob": not math.isfinite(logprob)}
+    return [flag for flag, holds in found.items() if holds]
+
+
+def _finished_rows(
+    work: Work, decoded: ChunkRows, codes: list[str], messages: list[str], written: dict[int, _Caption]
+) -> pa.Table:
+    count, chunk, model = decoded.chunk.num_rows, decoded.chunk, work.model
+    captions = [written.get(place) for place in range(count)]
+    columns: dict[str, object] = {name: decoded.rows[name] for name in decoded.rows.column_names}
+    columns |= {
+        "status": [STATUS_FAILED if code else STATUS_OK for code in codes],
+        "error_code": [code or None for code in codes],
+        "error_message": [message or None for message in messages],
+        "caption": [c and c.text for c in captions],
+        "num_tokens": [c and c.num_tokens for c in captions],
+        "logprob_mean": [c and c.logprob_mean for c in captions],
+        "flags": [c.flags if c else [] for c in captions],
+        "chunk_row": range(count),
+    }
+    same_for_all = {
+        "duplicate_of": None,
+        "model": model.name,
+        "model_revision": model.revision,
+        "model_sha256": model.sha256,
+        "training_run_id": model.training_run_id,
+        "prompt": model.prompt,
+        "fingerprint": model.fingerprint,
+        "generation": chunk.generation,
+        "run_id": work.run_id,
+        "chunk_id": chunk.chunk_id,
+        "created_at": datetime.now(UTC),
+    }
+    columns |= {name: [value] * count for name, value in same_for_all.items()}
+    schema = work.table.schema
+    arrays = [_column(columns[field.name], field) for field in schema]
+    return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def _column(values: object, field: pa.Field) -> pa.Array | pa.ChunkedArray:
+    return pc.cast(values, field.type) if isinstance(values, pa.ChunkedArray) else pa.array(values, field.type)
+
+

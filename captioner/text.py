@@ -1,0 +1,18 @@
+"""Text that comes from data, made safe to show: names, captions and messages of other people's files."""
+
+from __future__ import annotations
+
+import re
+
+# Characters that move the cursor, change colours, turn the reading direction or break the line.
+_SPACES = re.compile(r"[\t\n\v\f\r\x85\u2028\u2029]+")
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+_SURROGATES = re.compile(r"[\ud800-\udfff]")  # stand for bytes of file names that are not UTF-8
+
+
+def printable(text: object) -> str:
+    """`str(text)` as one line without control characters; every other character of Unicode stays.
+
+    Line breaks and tabs become a space, bytes that are not UTF-8 become U+FFFD.
+    """
+    return _SURROGATES.sub("\ufffd", _CONTROLS.sub("", _SPACES.sub(" ", str(text))))

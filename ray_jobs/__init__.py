@@ -1,0 +1,1 @@
+"""The program: captioner's flow on Ray, one file for each job."""

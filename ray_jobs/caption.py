@@ -1,0 +1,150 @@
+"""Caption an archive on Ray Data: `python -m ray_jobs.caption SOURCE OUT --model M ...`.
+
+    chunks -> decode_stage (CPU tasks) -> CaptionStage (actors) -> commit_stage (tasks) -> receipts, read by the driver
+
+The flow around it is that of `captioner.pipeline`. One block is one chunk all the way, so no stage mixes chunks and a
+chunk is committed whole or not at all.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+
+from captioner import pipeline
+from captioner.config import CaptionConfig
+from captioner.data import Chunk, Receipt
+from captioner.errors import CaptionerError, ClusterError
+from captioner.files import is_uri
+from captioner.steps import Work
+from ray_jobs.cluster import Resources, Sizes, connect, share_out
+from ray_jobs.stages import CaptionStage, commit_stage, decode_stage, receipts_of
+
+# One Ray Data execution takes this many chunks (a million pictures). The driver keeps a record of every block of an
+# execution; windows keep its memory flat at the price of filling the pipeline anew for each.
+CHUNKS_PER_EXECUTION = 2_048
+NO_PROGRESS_TIMEOUT_S = 900
+
+
+def run(config: CaptionConfig) -> int:
+    """Caption an archive into OUT; returns the exit code. Raises CaptionerError."""
+    return pipeline.run(config, RayEngine(config))
+
+
+class RayEngine:
+    """Captions chunks on the cluster. Connects when it is first needed: a finished table needs no Ray."""
+
+    def __init__(self, config: CaptionConfig) -> None:
+        self._config = config
+        self._resources: Resources | None = None
+
+    def device(self) -> str:
+        return "cuda" if share_out(self._connected(), self._config.cluster).gpus_per_worker else "cpu"
+
+    def caption_chunks(self, work: Work, chunks: list[Chunk]) -> Iterator[Receipt]:
+        sizes = share_out(self._connected(), self._config.cluster)
+        if self._connected().num_nodes > 1 and not is_uri(work.table.directory.location):
+            _check_shared(work.table.directory.location)
+        for first in range(0, len(chunks), CHUNKS_PER_EXECUTION):
+            window = chunks[first : first + CHUNKS_PER_EXECUTION]
+            yield from _execute(work, window, sizes, self._config.model.batch_size)
+
+    def _connected(self) -> Resources:
+        if self._resources is None:
+            self._resources = connect(self._config.cluster)
+        return self._resources
+
+
+def make_dataset(work: Work, chunks: list[Chunk], sizes: Sizes, batch_size: int | str):  # type: ignore[no-untyped-def]
+    """The graph, not started yet. The three stages ask for different amounts of CPU: Ray fuses stages that ask alike,
+    and decoding inside the actor would leave the device idle."""
+    import ray
+    from ray.data import ActorPoolStrategy, TaskPoolStrategy
+
+    whole_chunks = {"batch_size": None, "batch_format": "pyarrow", "zero_copy_batch": True}
+    described = [asdict(chunk) for chunk in chunks]
+    dataset = ray.data.from_items(described, override_num_blocks=len(chunks))
+    dataset = dataset.map_batches(
+        decode_stage, fn_kwargs={"work": work}, num_cpus=1, compute=TaskPoolStrategy(size=sizes.decode_cpus), **whole_chunks
+    )
+    dataset = dataset.map_batches(
+        CaptionStage,
+        fn_constructor_kwargs={"work": work, "batch_size": batch_size, "num_threads": sizes.threads_per_worker},
+        compute=ActorPoolStrategy(size=min(sizes.num_workers, len(chunks))),
+        num_cpus=sizes.cpus_per_worker,
+        num_gpus=sizes.gpus_per_worker or None,
+        **whole_chunks,
+    )
+    return dataset.map_batches(commit_stage, fn_kwargs={"work": work}, num_cpus=0, **whole_chunks)
+
+
+def _execute(work: Work, chunks: list[Chunk], sizes: Sizes, batch_size: int | str) -> Iterator[Receipt]:
+    import ray.exceptions
+
+    _configure_ray_data(work)
+    try:
+        for block in make_dataset(work, chunks, sizes, batch_size).iter_batches(
+            batch_size=None, batch_format="pyarrow", prefetch_batches=0
+        ):
+            yield from receipts_of(block)
+    except ray.exceptions.RayError as error:
+        raise _cause_of(error) from error
+
+
+def _configure_ray_data(work: Work) -> None:
+    """One chunk stays one block, a dropped block is a failure, a stall ends, and the display is ours."""
+    import ray.data
+
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    context = ray.data.DataContext.get_current()
+    chunk_bytes = 512 * work.model.spec.height * work.model.spec.width * 3
+    context.target_max_block_size = max(4 * chunk_bytes, 512 * 2**20)
+    context.max_errored_blocks = 0
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.execution_no_progress_timeout_s = NO_PROGRESS_TIMEOUT_S
+
+
+def _cause_of(error: BaseException) -> BaseException:
+    """The CaptionerError a worker raised, or a ClusterError that says what the worker said."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, CaptionerError):
+            return type(seen)(str(seen).strip().splitlines()[-1]) if "\n" in str(seen) else seen
+        seen = getattr(seen, "cause", None) or seen.__cause__
+    last = str(error).strip().splitlines()[-1]
+    return ClusterError(f"a worker failed: {last}; committed rows stay, the same command goes on")
+
+
+def _check_shared(location: str) -> None:
+    """A local OUT must be the same directory on every node (NFS, say)."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    @ray.remote(num_cpus=0)  # type: ignore[untyped-decorator]
+    def sees_table() -> bool:
+        from captioner.store.table import table_exists
+
+        return table_exists(location)
+
+    for node in ray.nodes():
+        if node["Alive"]:
+            strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            if not ray.get(sees_table.options(scheduling_strategy=strategy).remote()):
+                raise ClusterError(
+                    f"{location} is not shared: node {node['NodeManagerAddress']} does not see it; "
+                    "give an OUT on shared storage (s3://, gs://, NFS)"
+                )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The same arguments as `captioner caption`; ends the process with its exit code."""
+    from ray_jobs.cli import main as command
+
+    command(["caption", *(sys.argv[1:] if argv is None else argv)])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""The `captioner` command: one sub-command for each job. Nothing heavy is imported before a command needs it."""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+import typer
+
+from captioner.config import CaptionConfig
+from captioner.errors import ERROR, EXIT_CODES, INTERRUPTED, OK, CaptionerError
+from captioner.text import printable
+from ray_jobs.options import takes
+
+EXIT_CODE_TABLE = "\n".join(["\b", "Exit codes:", *(f"  {code:<4} {meaning}" for code, meaning in EXIT_CODES.items())])
+
+app = typer.Typer(
+    help="Caption image archives on Ray: every picture ends in exactly one row.",
+    epilog=EXIT_CODE_TABLE,
+    add_completion=False,
+    rich_markup_mode=None,  # plain help: nothing in it is markup
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+Out = Annotated[str, typer.Argument(metavar="OUT", help="Directory of a captions table; local or a URI.")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"captioner {version('captioner')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+@takes(CaptionConfig)
+def caption(config: CaptionConfig) -> int:
+    """Caption the pictures of SOURCE into a table of Parquet files in OUT.
+
+    The same command again goes on where it was stopped. SOURCE and OUT may come from --config.
+    """
+    if config.cluster.local:
+        from captioner import pipeline
+
+        return pipeline.run(config)
+    from ray_jobs import caption
+
+    return caption.run(config)
+
+
+@app.command("try")
+@takes(CaptionConfig, groups=["model"])
+def try_pictures(
+    config: CaptionConfig,
+    pictures: Annotated[list[str], typer.Argument(metavar="PICTURE...", help="Picture files.")],
+) -> int:
+    """Caption a few pictures on the terminal, without Ray and without a table."""
+    from captioner import pipeline
+
+    return pipeline.try_pictures(pictures, config.model)
+
+
+@app.command()
+def verify(out: Out) -> int:
+    """Prove that every planned picture has exactly one current row and files match their commits."""
+    from captioner import pipeline
+
+    return pipeline.verify_command(out)
+
+
+@app.command()
+def status(out: Out) -> int:
+    """Show what OUT holds: planned, ok, failed by reason, remaining, rate."""
+    from captioner import pipeline
+
+    return pipeline.status_command(out)
+
+
+@app.command()
+def render_scenes(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty directory.")],
+    count: Annotated[int, typer.Option(min=1, metavar="N", help="How many pictures.")],
+    seed: Annotated[int, typer.Option(metavar="S", help="Other seeds draw other scenes.")] = 0,
+    format: Annotated[
+        Literal["folder", "webdataset", "parquet"], typer.Option(help="folder is Hugging Face's ImageFolder.")
+    ] = "folder",
+) -> int:
+    """Render a sample archive: pictures of simple scenes with known captions."""
+    from captioner.samples import render_scenes
+
+    render_scenes(directory, count, seed, format)
+    typer.echo(f"rendered {count:,} scenes into {printable(directory)}")
+    return OK
+
+
+def main(argv: list[str] | None = None) -> NoReturn:
+    """Run the command line and end the process: SystemExit with one of `captioner.errors.EXIT_CODES`.
+
+    What a person can mend is one line on standard error; a traceback means a defect in this program.
+    """
+    words = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    command: Any = typer.main.get_command(app)
+    try:
+        sys.exit(command.main(words, prog_name="captioner", standalone_mode=False) or OK)
+    except CaptionerError as error:
+        _fail(str(error), error.exit_code)
+    except typer.TyperException as error:  # an unknown flag or command, a missing or misplaced value
+        _fail(f"{error.format_message()} See captioner --help", ERROR)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("stopped", INTERRUPTED)
+
+
+def _fail(message: str, exit_code: int) -> NoReturn:
+    print(f"captioner: error: {printable(message)}", file=sys.stderr)
+    sys.exit(exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""Connect to Ray, and share out what the cluster has between decoding and captioning."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from captioner.config import ClusterConfig
+from captioner.errors import ClusterError
+
+MIN_CPU_SHARE = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What a cluster has."""
+
+    num_cpus: float
+    num_gpus: float
+    num_nodes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Who gets what. The CPUs of the workers leave at least one for decoding: a graph whose actors hold every CPU never
+    decodes a picture and never ends."""
+
+    num_workers: int
+    cpus_per_worker: float
+    gpus_per_worker: float
+    threads_per_worker: int
+    decode_cpus: int
+
+
+def connect(config: ClusterConfig) -> Resources:
+    """Join the cluster at --address (or of the Ray job this runs in), or start a local one.
+
+    Raises ClusterError naming the address.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    address = config.address or os.environ.get("RAY_ADDRESS") or "local"
+    if address.startswith("ray://"):
+        raise ClusterError(f"{address}: Ray Client is not supported; submit a job to the cluster or give HOST:PORT")
+    if address == "local":
+        # Read when ray is imported. The log level hides a warning about actor arguments at every start.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    import ray
+
+    if not ray.is_initialized():
+        _init(address)
+    total = ray.cluster_resources()
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    return Resources(total.get("CPU", 0), total.get("GPU", 0), len(alive))
+
+
+def _init(address: str) -> None:
+    import ray
+
+    settings: dict[str, Any] = {"address": address, "logging_level": logging.ERROR, "log_to_driver": False}
+    if address == "local":
+        settings |= {"num_cpus": max(2, available_cpus()), "include_dashboard": False}
+    elif "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
+        import captioner
+        import ray_jobs
+
+        settings["runtime_env"] = {"py_modules": [captioner, ray_jobs]}
+    try:
+        ray.init(**settings)
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        raise ClusterError(f"Ray at {address!r} cannot be reached: {' '.join(str(error).split())[:300]}") from error
+
+
+def available_cpus() -> int:
+    """CPUs this process may use: what a container or taskset leaves, not what the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def share_out(resources: Resources, config: ClusterConfig) -> Sizes:
+    """Workers and decoders for a cluster. Raises ClusterError where a request cannot be met."""
+    gpus = _gpus_per_worker(resources, config)
+    if gpus:
+        most = int(resources.num_gpus / gpus)
+        workers = most if config.num_workers == "auto" else config.num_workers
+        if not 1 <= workers <= most:
+            raise ClusterError(
+                f"{workers} workers with {gpus:g} GPUs each were asked for; the cluster has {resources.num_gpus:g} GPUs"
+            )
+    else:
+        workers = resources.num_nodes if config.num_workers == "auto" else config.num_workers
+        if workers < 1:
+            raise ClusterError(f"--num-workers {workers}: must be at least 1")
+    decode = config.decode_cpus
+    if decode == "auto":
+        share = resources.num_cpus - workers if gpus else resources.num_cpus / 4
+        decode = max(1, int(share))
+    cpus = (resources.num_cpus - decode) / workers
+    if decode < 1 or cpus < MIN_CPU_SHARE:
+        raise ClusterError(
+            f"{workers} workers and {decode} decode CPUs do not fit {resources.num_cpus:g} CPUs; "
+            "each needs a share: lower --num-workers or --decode-cpus"
+        )
+    threads = max(1, round(resources.num_cpus / max(workers, resources.num_nodes)))
+    return Sizes(workers, min(cpus, 1.0) if gpus else _below(cpus), gpus, threads, decode)
+
+
+def _below(cpus: float) -> float:
+    """Rounded down to what Ray counts, and unlike the whole CPU of a decode task: equal needs would fuse the two."""
+    rounded = int(cpus * 1000) / 1000
+    return rounded - 0.001 if rounded == 1 else rounded
+
+
+def _gpus_per_worker(resources: Resources, config: ClusterConfig) -> float:
+    if config.gpus_per_worker is None:
+        return 1.0 if resources.num_gpus else 0.0
+    if config.gpus_per_worker > resources.num_gpus:
+        raise ClusterError(
+            f"--gpus-per-worker {config.gpus_per_worker:g}: the cluster has {resources.num_gpus:g} GPUs; "
+            "give 0 to caption on CPUs"
+        )
+    return config.gpus_per_worker

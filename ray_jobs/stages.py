@@ -1,0 +1,91 @@
+"""The steps as Ray Data stages: columns to nouns and back, nothing else.
+
+One block is one chunk from the first stage to the last. Pixels travel as one fixed-size binary column, the
+chunk and the seconds spent on it as JSON in every row.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from captioner.config import SourceConfig
+from captioner.data import Chunk, Receipt, Source
+from captioner.sources import open_source
+from captioner.steps import ChunkRows, Work, caption, commit, read_and_decode
+
+_CHUNK, _PIXELS = "_chunk", "_pixels"
+
+
+def decode_stage(block: pa.Table, work: Work) -> pa.Table:
+    """A block with one chunk's description -> its pictures, decoded."""
+    (chunk,) = (Chunk(**row) for row in block.to_pylist())
+    return to_block(read_and_decode(work, _source(work.source.model_dump_json()), chunk))
+
+
+class CaptionStage:
+    """Blocks of decoded pictures -> blocks of caption rows; holds the model."""
+
+    def __init__(self, work: Work, batch_size: int | str, num_threads: int) -> None:
+        from captioner.models import load
+
+        self.work = work
+        self.captioner = load(work.model, batch_size=batch_size, num_threads=num_threads)
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        return to_block(caption(self.work, self.captioner, from_block(block, self.work)))
+
+
+def commit_stage(block: pa.Table, work: Work) -> pa.Table:
+    """A block of caption rows -> one row: the receipt."""
+    receipt = commit(work, from_block(block, work))
+    return pa.table({"receipt": [json.dumps(asdict(receipt))]})
+
+
+def receipts_of(block: pa.Table) -> list[Receipt]:
+    return [Receipt(**json.loads(text)) for text in block["receipt"].to_pylist()]
+
+
+def to_block(rows: ChunkRows) -> pa.Table:
+    travelling = json.dumps({"chunk": asdict(rows.chunk), "seconds": rows.seconds})
+    block = rows.rows.append_column(_CHUNK, pa.array([travelling] * rows.chunk.num_rows))
+    if rows.pixels is None:
+        return block
+    flat = np.ascontiguousarray(rows.pixels).reshape(len(rows.pixels), -1)
+    kind = pa.binary(flat.shape[1])
+    pixels = pa.FixedSizeBinaryArray.from_buffers(kind, len(flat), [None, pa.py_buffer(flat)])
+    return block.append_column(_PIXELS, pixels)
+
+
+def from_block(block: pa.Table, work: Work) -> ChunkRows:
+    """Raises ValueError where the block is not one whole chunk: then Ray cut or merged what must stay together."""
+    travelling = set(block[_CHUNK].to_pylist())
+    if len(travelling) != 1:
+        raise ValueError(f"a block holds rows of {len(travelling)} chunks")
+    known = json.loads(travelling.pop())
+    chunk = Chunk(**known["chunk"])
+    if block.num_rows != chunk.num_rows:
+        raise ValueError(f"chunk {chunk.chunk_id} came as {block.num_rows} of its {chunk.num_rows} rows")
+    pixels = _pixels_of(block, work) if _PIXELS in block.column_names else None
+    rows = block.drop_columns([name for name in (_CHUNK, _PIXELS) if name in block.column_names])
+    return ChunkRows(chunk, rows, pixels, known["seconds"])
+
+
+def _pixels_of(block: pa.Table, work: Work) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    column = block[_PIXELS].combine_chunks()
+    column = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
+    spec = work.model.spec
+    shape = (len(column), spec.height, spec.width, 3)
+    size = spec.height * spec.width * 3
+    return np.frombuffer(column.buffers()[1], np.uint8, len(column) * size, column.offset * size).reshape(shape)
+
+
+@lru_cache(maxsize=4)
+def _source(config: str) -> Source:
+    """Opened once in each worker process."""
+    return open_source(SourceConfig.model_validate_json(config))

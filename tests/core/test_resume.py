@@ -1,0 +1,211 @@
+"""Exactly once, in one process: a run that dies at any write, resumed, ends like an undisturbed one."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from captioner import pipeline
+from captioner.config import CaptionConfig
+from captioner.errors import FingerprintError, OutputError, TooManyFailedError, VerificationError
+from captioner.store.read import read_parts
+from captioner.store.table import open_table
+from captioner.store.verify import count_rows, verify
+from captioner.testing import Killed, killed_at_write, make_folder
+
+BAD = {"bad/empty.jpg": b"", "bad/page.jpg": b"<html>no picture</html>"}
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = make_folder(tmp_path_factory.mktemp("archive"), 40)
+    for name, data in BAD.items():
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_bytes(data)
+    return root
+
+
+def settings(archive: Path, out: Path, **output) -> CaptionConfig:
+    output = {"path": str(out), "rows_per_file": 16, **output}
+    return CaptionConfig.model_validate(
+        {"source": {"path": str(archive)}, "model": {"name": "fake"}, "output": output, "cluster": {"local": True}}
+    )
+
+
+def contents(out: Path) -> list[dict]:
+    """What a person would compare: the rows in order, without what names the run."""
+    rows = pa.concat_tables(read_parts(open_table(str(out))))
+    return rows.drop_columns(["run_id", "created_at"]).to_pylist()
+
+
+def run_until_killed(config: CaptionConfig, write: int) -> bool:
+    """Whether the run lived."""
+    try:
+        with killed_at_write(write):
+            pipeline.run(config)
+    except Killed:
+        return False
+    return True
+
+
+def run_with_kills(first: CaptionConfig, write: int, again: CaptionConfig | None = None) -> bool:
+    """Run, die at the given write, run again; whether the first run lived to its end."""
+    lived = run_until_killed(first, write)
+    pipeline.run(again or first)
+    return lived
+
+
+def test_a_run_killed_at_any_write_resumes_to_the_same_table(tmp_path: Path, archive: Path) -> None:
+    pipeline.run(settings(archive, tmp_path / "undisturbed"))
+    expected = contents(tmp_path / "undisturbed")
+    assert len(expected) == 42
+    assert len({row["caption"] for row in expected}) > 20
+
+    write, lived = 0, False
+    while not lived:
+        write += 1
+        out = tmp_path / f"killed-{write}"
+        lived = run_with_kills(settings(archive, out), write)
+
+        assert verify(open_table(str(out))).proven
+        assert contents(out) == expected
+    assert write > 15  # table, plan, chunks, parts and records were each written
+
+
+def test_a_retry_killed_at_any_write_resumes_to_the_same_table(tmp_path: Path, archive: Path) -> None:
+    write, lived = 0, False
+    while not lived:
+        write += 1
+        root = tmp_path / str(write)
+        source = make_folder(root / "archive", 20)
+        for name in ("00003.png", "00017.png"):
+            (source / "images" / name).write_bytes(b"")
+        out = root / "out"
+        pipeline.run(settings(source, out))
+        assert count_rows(open_table(str(out))).failed_by_reason == {"empty_file": 2}
+        before = contents(out)
+        healed = make_folder(root / "healed", 20)
+        (healed / "images/00003.png").replace(source / "images/00003.png")
+
+        lived = run_with_kills(settings(source, out, retry_failed=True), write)
+
+        assert verify(open_table(str(out))).proven
+        after = contents(out)
+        assert [row["image_id"] for row in after] == [row["image_id"] for row in before]
+        changed = [(old, new) for old, new in zip(before, after, strict=True) if old["caption"] != new["caption"]]
+        assert [(old["status"], new["status"]) for old, new in changed] == [("failed", "ok")]
+        superseded = pa.concat_tables(
+            open_table(str(out)).directory.read_table(f"history/g001/part-{part:05d}.parquet") for part in (0, 1)
+        )
+        assert superseded["image_id"].to_pylist() == ["images/00003.png", "images/00017.png"]
+        assert set(superseded["generation"].to_pylist()) == {0}
+    assert write > 5
+
+
+def test_an_overwrite_killed_at_any_write_never_mixes_tables(tmp_path: Path, archive: Path) -> None:
+    small = make_folder(tmp_path / "small", 5)
+    write, lived = 0, False
+    while not lived:
+        write += 1
+        out = tmp_path / f"out-{write}"
+        pipeline.run(settings(archive, out))
+
+        lived = run_until_killed(settings(small, out, overwrite=True), write)
+        pipeline.run(settings(small, out, overwrite=not (out / "overwrite.json").exists()))
+
+        assert verify(open_table(str(out))).proven
+        assert len(contents(out)) == 5
+    assert write > 5
+
+
+def test_an_overwrite_that_was_cut_off_is_made_good_without_the_flag(tmp_path: Path, archive: Path) -> None:
+    small, out = make_folder(tmp_path / "small", 5), tmp_path / "out"
+    pipeline.run(settings(archive, out))
+    assert not run_until_killed(settings(small, out, overwrite=True), 3)
+    assert (out / "overwrite.json").exists()
+
+    pipeline.run(settings(small, out))
+
+    assert len(contents(out)) == 5
+
+
+def test_rerunning_a_finished_job_changes_nothing_and_says_so(tmp_path: Path, archive: Path, capsys) -> None:
+    pipeline.run(settings(archive, tmp_path / "out"))
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out/captions").iterdir()}
+    capsys.readouterr()
+
+    assert pipeline.run(settings(archive, tmp_path / "out")) == 0
+
+    assert "nothing to do" in capsys.readouterr().err
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out/captions").iterdir()} == before
+
+
+def test_an_extended_table_holds_old_and_new(tmp_path: Path) -> None:
+    source, out = make_folder(tmp_path / "archive", 20), tmp_path / "out"
+    pipeline.run(settings(source, out))
+    before = contents(out)
+    for number in range(3):
+        (source / "images" / f"0{number}-new.png").write_bytes((source / "images/00000.png").read_bytes())
+
+    pipeline.run(settings(source, out))
+    assert len(contents(out)) == 20  # without the flag the plan stays
+    pipeline.run(settings(source, out, extend=True))
+
+    assert contents(out)[:20] == before
+    assert [row["image_id"] for row in contents(out)[20:]] == [f"images/0{n}-new.png" for n in range(3)]
+    assert verify(open_table(str(out))).proven
+
+
+def test_another_model_or_source_is_refused(tmp_path: Path, archive: Path) -> None:
+    config = settings(archive, tmp_path / "out")
+    pipeline.run(config)
+    other_beams = config.model_copy(update={"model": config.model.model_copy(update={"num_beams": 3})})
+    other_source = settings(make_folder(tmp_path / "other", 3), tmp_path / "out")
+
+    with pytest.raises(FingerprintError, match=r"--num-beams 1 instead of 3.*--overwrite"):
+        pipeline.run(other_beams)
+    with pytest.raises(OutputError, match=r"source.path=.*--overwrite"):
+        pipeline.run(other_source)
+
+
+def test_max_failed_keeps_the_table_and_fails_the_run(tmp_path: Path, archive: Path) -> None:
+    with pytest.raises(TooManyFailedError, match="2 of 42 pictures failed"):
+        pipeline.run(settings(archive, tmp_path / "out", max_failed=0.01))
+
+    assert verify(open_table(str(tmp_path / "out"))).proven
+
+
+def test_an_archive_without_one_good_picture_fails_the_run(tmp_path: Path) -> None:
+    (tmp_path / "archive").mkdir()
+    (tmp_path / "archive/a.jpg").write_bytes(b"")
+
+    with pytest.raises(TooManyFailedError):
+        pipeline.run(settings(tmp_path / "archive", tmp_path / "out"))
+
+    assert contents(tmp_path / "out")[0]["error_code"] == "empty_file"
+
+
+def test_committed_rows_of_an_open_run_can_be_read(tmp_path: Path, archive: Path) -> None:
+    run_until_killed(settings(archive, tmp_path / "out"), 9)
+    table = open_table(str(tmp_path / "out"))
+    counts = count_rows(table)
+
+    assert 0 < counts.ok + counts.failed < 42
+    assert not verify(table).proven
+    assert verify(table).lost == 0
+
+
+def test_verify_finds_what_was_tampered_with(tmp_path: Path, archive: Path) -> None:
+    out = tmp_path / "out"
+    pipeline.run(settings(archive, out))
+    table = open_table(str(out))
+    rows = table.directory.read_table("captions/part-00000.parquet")
+
+    table.directory.write_table("captions/part-00000.parquet", pa.concat_tables([rows.slice(1), rows.slice(3, 1)]))
+    found = verify(table)
+    assert (found.lost, found.doubled, found.proven) == (1, 1, False)
+
+    table.directory.delete("captions/part-00001.parquet")
+    assert verify(table).lost == 1 + 16
+    with pytest.raises(VerificationError):
+        pipeline.run(settings(archive, out))

@@ -1,0 +1,233 @@
+"""What Parquet tables, Hugging Face datasets and manifests list and read."""
+
+from __future__ import annotations
+
+import json
+import pickle
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from captioner.config import SourceConfig
+from captioner.data import PLAN_SCHEMA
+from captioner.errors import SourceError
+from captioner.sources import open_source
+
+STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+def opened(path, **settings):
+    return open_source(SourceConfig(path=str(path), **settings))
+
+
+def listed(source):
+    tables = [listing.rows for unit in source.units() for listing in source.list_unit(unit)]
+    return pa.concat_tables(tables) if tables else PLAN_SCHEMA.empty_table()
+
+
+def parquet(path, row_group_size=None, **columns):
+    pq.write_table(pa.table(columns), path, row_group_size=row_group_size)
+    return path
+
+
+@pytest.mark.parametrize("type_", [pa.binary(), pa.large_binary()])
+def test_a_column_of_bytes(tmp_path, type_):
+    source = opened(parquet(tmp_path / "t.parquet", data=pa.array([b"a", None, b"", b"d"], type_)))
+    rows = listed(source)
+    assert rows["image_id"].to_pylist() == [f"t.parquet#{row}" for row in range(4)]
+    images = source.read(rows)
+    assert [image.data for image in images] == [b"a", None, None, b"d"]
+    assert [image.error_code for image in images] == ["", "not_found", "empty_file", ""]
+    assert images[3].uri == f"{tmp_path}/t.parquet#3"
+
+
+def test_a_struct_holds_bytes_or_a_path_beside_the_table(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "p.jpg").write_bytes(b"from a file")
+    cells = [{"bytes": b"a", "path": "x.jpg"}, {"bytes": None, "path": "p.jpg"}, {"bytes": None, "path": None}, None]
+    parquet(tmp_path / "sub" / "t.parquet", image=pa.array(cells, STRUCT))
+    source = opened(tmp_path)
+    images = source.read(listed(source))
+    assert [image.data for image in images] == [b"a", b"from a file", None, None]
+    assert [image.error_code for image in images] == ["", "", "not_found", "not_found"]
+
+
+def test_ids_references_and_kept_columns(tmp_path):
+    parquet(
+        tmp_path / "t.parquet",
+        image=[b"a", b"b", b"c"],
+        image_id=pa.array([7, 8, None]),
+        caption=["one", "", "three"],
+        score=pa.array([0.5, 1.5, None], pa.float32()),
+    )
+    source = opened(tmp_path, keep_columns=["score"])
+    rows = listed(source)
+    assert rows["image_id"].to_pylist() == ["7", "8", "t.parquet#2"]
+    assert rows["reference_captions"].to_pylist() == [["one"], None, ["three"]]
+    assert source.kept_fields() == [pa.field("score", pa.float32())]
+    assert rows.schema.names == [*PLAN_SCHEMA.names, "score"]
+    assert rows["score"].to_pylist() == [0.5, 1.5, None]
+    assert listed(opened(tmp_path, id_column="caption"))["image_id"].to_pylist() == ["one", "", "three"]
+
+
+def test_a_listing_never_reads_the_pictures(tmp_path):
+    """The bytes of the picture column are wiped on disk: only listing still works."""
+    file = parquet(tmp_path / "t.parquet", image=[b"x" * 1000, b"y" * 1000], image_id=["a", "b"])
+    chunk = pq.read_metadata(file).row_group(0).column(0)
+    start = chunk.dictionary_page_offset or chunk.data_page_offset
+    data = bytearray(file.read_bytes())
+    data[start : start + chunk.total_compressed_size] = b"\xff" * chunk.total_compressed_size
+    file.write_bytes(data)
+    source = opened(file)
+    rows = listed(source)
+    assert rows["image_id"].to_pylist() == ["a", "b"]
+    assert {image.error_code for image in source.read(rows)} == {"decode_error"}
+
+
+@settings(max_examples=20, deadline=None)
+@given(wanted=st.lists(st.integers(0, 199), min_size=1, max_size=30))
+def test_any_rows_come_back_in_the_order_asked(tmp_path_factory, wanted):
+    folder = tmp_path_factory.mktemp("table")
+    parquet(folder / "a.parquet", row_group_size=7, image=[b"a%d" % n for n in range(100)])
+    parquet(folder / "b.parquet", row_group_size=64, image=[b"b%d" % n for n in range(100)])
+    source = opened(folder)
+    expected = [b"a%d" % n for n in range(100)] + [b"b%d" % n for n in range(100)]
+    images = source.read(listed(source).take(wanted))
+    assert [image.data for image in images] == [expected[n] for n in wanted]
+
+
+def test_the_picture_column_is_found_by_type_then_name(tmp_path):
+    both = parquet(tmp_path / "a.parquet", thumb=[b"t"], jpg=[b"j"], caption=["c"])
+    assert opened(both).read(listed(opened(both)))[0].data == b"j"
+    assert opened(both, image_column="thumb").read(listed(opened(both)))[0].data == b"t"
+    unclear = parquet(tmp_path / "b.parquet", one=[b"t"], two=[b"j"])
+    with pytest.raises(SourceError, match="one or two; choose with --image-column"):
+        opened(unclear)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"image_column": "n"}, r"'n' is int64; accepted are binary, struct\{bytes, path\}"),
+        ({"image_column": "x"}, "--image-column 'x': no such column; it has: image, n, list"),
+        ({"id_column": "list"}, "'list' is list<.*ids are strings or integers"),
+        ({"reference_column": "n"}, "'n' is int64; captions are strings or lists"),
+        ({"keep_columns": ["x"]}, "--keep-columns 'x': no such column; it has: image, n, list"),
+        ({"keep_columns": ["caption"]}, "--keep-columns 'caption': the captions table has a column"),
+    ],
+)
+def test_wrong_columns_are_named(tmp_path, asked, message):
+    table = parquet(tmp_path / "t.parquet", image=[b"x"], n=[1], list=[[1]], caption=["c"])
+    with pytest.raises(SourceError, match=message.replace("image, n, list", "image, n, list, caption")):
+        opened(table, **asked)
+
+
+def test_tables_that_hold_no_pictures(tmp_path):
+    with pytest.raises(SourceError, match=r"no column of pictures among n \(int64\)"):
+        opened(parquet(tmp_path / "n.parquet", n=[1]))
+    with pytest.raises(SourceError, match="img2dataset"):
+        opened(parquet(tmp_path / "u.parquet", URL=["http://x/y.jpg"]))
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 no more")
+    with pytest.raises(SourceError, match=r"broken.parquet: cannot be read as a table"):
+        opened(tmp_path / "broken.parquet")
+
+
+def test_a_second_file_without_the_columns_is_named(tmp_path):
+    parquet(tmp_path / "a.parquet", image=[b"x"])
+    parquet(tmp_path / "b.parquet", other=[b"x"])
+    with pytest.raises(SourceError, match=r"b.parquet: column 'image': no such column"):
+        listed(opened(tmp_path))
+
+
+def write_manifest(path, rows):
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif path.suffix == ".csv":
+        names = list(rows[0])
+        lines = [",".join(names), *(",".join(f'"{row[name] or ""}"' for name in names) for row in rows)]
+        path.write_text("\n".join(lines))
+    else:
+        path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "ndjson", "parquet"])
+def test_a_manifest_names_files_anywhere(tmp_path, suffix):
+    fsspec = pytest.importorskip("fsspec")
+    fsspec.filesystem("memory").pipe("/manifest-test/r.jpg", b"remote")
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "a.jpg").write_bytes(b"absolute")
+    (tmp_path / "lists" / "b.jpg").write_bytes(b"relative")
+    paths = [str(tmp_path / "a.jpg"), "b.jpg", "memory://manifest-test/r.jpg", "gone.jpg", None]
+    rows = [{"path": path, "code": f"00{n}", "caption": "said"} for n, path in enumerate(paths)]
+    source = opened(write_manifest(tmp_path / "lists" / f"m.{suffix}", rows), id_column="code", keep_columns=["code"])
+    plan = listed(source)
+    assert plan["image_id"].to_pylist() == plan["code"].to_pylist() == ["000", "001", "002", "003", "004"]
+    assert plan["reference_captions"].to_pylist() == [["said"]] * 5
+    images = pickle.loads(pickle.dumps(source)).read(plan)
+    assert [image.data for image in images] == [b"absolute", b"relative", b"remote", None, None]
+    assert [image.error_code for image in images[3:]] == ["not_found", "not_found"]
+    assert images[1].uri == str(tmp_path / "lists" / "b.jpg")
+    assert images[2].uri == "memory://manifest-test/r.jpg"
+
+
+def test_a_manifest_without_ids_counts_rows(tmp_path):
+    manifest = write_manifest(tmp_path / "m.csv", [{"file_name": f"{n}.jpg"} for n in range(5000)])
+    source = opened(manifest)
+    assert [listing.rows.num_rows for listing in source.list_unit(source.units()[0])] == [4096, 904]
+    assert listed(source)["image_id"].to_pylist() == [f"m.csv#{n}" for n in range(5000)]
+
+
+def test_a_manifest_of_web_addresses_is_refused(tmp_path):
+    manifest = write_manifest(tmp_path / "m.csv", [{"path": "a.jpg"}, {"path": "https://x/y.jpg"}])
+    with pytest.raises(SourceError, match=r"https://x/y.jpg; .*img2dataset"):
+        listed(opened(manifest))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    pictures = [Image.new("RGB", (4, 4), (n, 0, 0)) for n in range(10)]
+    columns = {"image": pictures, "text": [f"number {n}" for n in range(10)], "label": list(range(10))}
+    features = datasets.Features(
+        {"image": datasets.Image(), "text": datasets.Value("string"), "label": datasets.Value("int32")}
+    )
+    return datasets.Dataset.from_dict(columns, features=features)
+
+
+def test_a_saved_dataset(tmp_path, saved):
+    saved.select(range(9, -1, -1)).save_to_disk(tmp_path / "d")
+    source = opened(tmp_path / "d", keep_columns=["label"])
+    rows = listed(source)
+    assert rows["image_id"].to_pylist() == [f"train#{n}" for n in range(10)]
+    assert rows["reference_captions"].to_pylist()[0] == ["number 9"]
+    assert rows["label"].to_pylist() == list(range(9, -1, -1))
+    images = pickle.loads(pickle.dumps(source)).read(rows.take([3, 0, 3]))
+    assert [image.image_id for image in images] == ["train#3", "train#0", "train#3"]
+    assert all(image.data and image.data.startswith(b"\x89PNG") for image in images)
+    assert images[0].data == images[2].data != images[1].data
+
+
+def test_splits_of_a_saved_dataset(tmp_path, saved):
+    datasets = pytest.importorskip("datasets")
+    pictures = saved.select_columns(["image"])  # nothing but pictures: no column to list
+    datasets.DatasetDict(train=pictures, test=pictures.select(range(3))).save_to_disk(str(tmp_path / "d"))
+    rows = listed(opened(tmp_path / "d", split="test"))
+    assert rows["image_id"].to_pylist() == ["test#0", "test#1", "test#2"]
+    with pytest.raises(SourceError, match="no split 'dev'; choose one of train, test with --split"):
+        opened(tmp_path / "d", split="dev")
+
+
+def test_a_hub_id_that_cannot_be_had_is_one_line(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    for path in ("nobody/nothing", "hf://datasets/nobody/nothing"):
+        with pytest.raises(
+            SourceError, match=r"^nobody/nothing: no such file or directory, and cannot be loaded"
+        ) as error:
+            opened(path)
+        assert "\n" not in str(error.value)

@@ -1,0 +1,165 @@
+"""The plan: frozen, cut into chunks, resumable, with every id once."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from captioner.config import SourceConfig
+from captioner.errors import OutputError, SourceError
+from captioner.sources import open_source
+from captioner.store.ids import IdIndex
+from captioner.store.plan import compare_with_source, make_plan, read_planned
+from captioner.store.table import CaptionsTable, Plan, create_table, open_table
+
+
+def make_archive(root: Path, names: list[str]) -> Path:
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()  # listing never opens a picture, so an empty file will do
+    return root
+
+
+def make_table(out: Path) -> CaptionsTable:
+    return create_table(str(out), {}, [])
+
+
+def plan_folder_of(table: CaptionsTable, archive: Path, rows_per_chunk=4, rows_per_file=8, **settings_) -> Plan | None:
+    config = SourceConfig(path=str(archive), **settings_)
+    return make_plan(table, open_source(config), config, rows_per_chunk, rows_per_file)
+
+
+def planned_ids(table: CaptionsTable) -> list[str]:
+    return [
+        image_id
+        for plan in table.plans()
+        for chunk in plan.chunks()
+        for image_id in read_planned(table, chunk)["image_id"].to_pylist()
+    ]
+
+
+@pytest.fixture
+def archive(tmp_path: Path) -> Path:
+    names = [f"{folder}/{number:03d}.jpg" for folder in ("a", "b", "c") for number in range(10)]
+    return make_archive(tmp_path / "archive", names)
+
+
+def test_every_picture_is_planned_once_in_a_stable_order(tmp_path: Path, archive: Path) -> None:
+    first, second = make_table(tmp_path / "one"), make_table(tmp_path / "two")
+    plan = plan_folder_of(first, archive)
+    plan_folder_of(second, archive)
+
+    assert plan is not None
+    assert plan.parts == {0: 8, 1: 8, 2: 8, 3: 6}
+    assert [chunk.num_rows for chunk in plan.chunks()] == [4, 4, 4, 4, 4, 4, 4, 2]
+    assert sorted(planned_ids(first)) == sorted(str(p.relative_to(archive)) for p in archive.rglob("*.jpg"))
+    assert planned_ids(first) == planned_ids(second)
+
+
+def test_a_small_archive_is_cut_into_small_chunks(tmp_path: Path, archive: Path) -> None:
+    plan = plan_folder_of(make_table(tmp_path / "out"), archive, rows_per_chunk=512, rows_per_file=50_000)
+
+    assert plan is not None
+    assert plan.rows_per_chunk == 16
+    assert plan.parts == {0: 30}
+
+
+class StopsAfter:
+    """A source whose listing dies after some units, as a killed process would."""
+
+    def __init__(self, source, units: int) -> None:
+        self._source, self._left = source, units
+
+    def __getattr__(self, name):
+        return getattr(self._source, name)
+
+    def list_unit(self, unit):
+        if self._left == 0:
+            raise KeyboardInterrupt
+        self._left -= 1
+        return self._source.list_unit(unit)
+
+
+@pytest.mark.parametrize("units", [0, 1, 2, 3])
+def test_a_listing_that_was_cut_off_goes_on_to_the_same_plan(tmp_path: Path, archive: Path, units: int) -> None:
+    whole, cut = make_table(tmp_path / "whole"), make_table(tmp_path / "cut")
+    plan_folder_of(whole, archive, rows_per_chunk=2, rows_per_file=4)
+    config = SourceConfig(path=str(archive))
+    with pytest.raises(KeyboardInterrupt):
+        make_plan(cut, StopsAfter(open_source(config), units), config, 2, 4)
+    assert cut.plans() == []
+
+    plan_folder_of(cut, archive, rows_per_chunk=2, rows_per_file=4)
+
+    assert planned_ids(cut) == planned_ids(whole)
+    assert cut.plans() == whole.plans()
+
+
+def test_an_empty_source_says_what_was_passed_over(tmp_path: Path) -> None:
+    archive = make_archive(tmp_path / "archive", ["notes.txt", ".hidden.jpg"])
+
+    with pytest.raises(SourceError, match=r"no pictures found; 2 files were passed over.*(notes|hidden)"):
+        plan_folder_of(make_table(tmp_path / "out"), archive)
+
+
+def test_include_exclude_and_limit_choose_what_is_planned(tmp_path: Path, archive: Path) -> None:
+    table = make_table(tmp_path / "out")
+    plan_folder_of(table, archive, include=["a/*", "b/*"], exclude=["*3.jpg"], limit=15)
+
+    expected = [f"{folder}/{number:03d}.jpg" for folder in ("a", "b") for number in range(10) if number != 3]
+    assert planned_ids(table) == expected[:15]
+
+
+def test_extending_adds_what_is_new_and_nothing_twice(tmp_path: Path, archive: Path) -> None:
+    table = make_table(tmp_path / "out")
+    plan_folder_of(table, archive)
+    before = planned_ids(table)
+    make_archive(archive, ["a/new.jpg", "d/000.jpg"])
+
+    plan = plan_folder_of(table, archive)
+
+    assert plan is not None
+    assert (plan.kind, plan.generation, plan.parts) == ("extend", 1, {4: 2})
+    assert planned_ids(table) == [*before, "a/new.jpg", "d/000.jpg"]
+    assert plan_folder_of(table, archive) is None
+
+
+def test_a_changed_source_is_counted(tmp_path: Path, archive: Path) -> None:
+    table, config = make_table(tmp_path / "out"), SourceConfig(path=str(archive))
+    plan_folder_of(table, archive)
+    (archive / "a/000.jpg").unlink()
+    make_archive(archive, ["a/x.jpg", "a/y.jpg"])
+
+    change = compare_with_source(table, open_source(config), config)
+
+    assert (change.num_new, change.num_gone) == (2, 1)
+
+
+def test_a_table_refuses_a_directory_that_is_not_its_own(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.doc").write_text("precious")
+
+    with pytest.raises(OutputError, match="not empty"):
+        create_table(str(tmp_path / "out"), {}, [])
+    with pytest.raises(OutputError, match="will not delete"):
+        create_table(str(tmp_path / "out"), {}, [], overwrite=True)
+    with pytest.raises(OutputError, match="holds no captions table"):
+        open_table(str(tmp_path / "out"))
+    assert (tmp_path / "out" / "thesis.doc").read_text() == "precious"
+
+
+ids = st.lists(st.text(max_size=6), max_size=60)
+
+
+@settings(max_examples=60, deadline=None)
+@given(added=st.lists(ids, max_size=4), asked=ids)
+def test_the_id_index_is_a_set(added: list[list[str]], asked: list[str]) -> None:
+    everything = [image_id for batch in added for image_id in batch]
+    with IdIndex() as index:
+        for batch in added:
+            index.add(batch)
+
+        assert len(index.duplicates()) == len({i for i in everything if everything.count(i) > 1})
+        assert index.contains(asked).tolist() == [image_id in everything for image_id in asked]

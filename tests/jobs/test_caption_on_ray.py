@@ -1,0 +1,141 @@
+"""The distributed job: the same table as one process makes, and none of Ray's traps."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from captioner import pipeline
+from captioner.config import CaptionConfig, ClusterConfig
+from captioner.errors import ClusterError, SourceError
+from captioner.job import open_job
+from captioner.store.read import read_parts
+from captioner.store.table import open_table
+from captioner.store.verify import verify
+from captioner.testing import make_folder, make_tiny_model
+from ray_jobs.caption import RayEngine, _configure_ray_data, make_dataset, run
+from ray_jobs.cluster import Resources, share_out
+
+pytestmark = pytest.mark.usefixtures("ray_instance")
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = make_folder(tmp_path_factory.mktemp("archive"), 60)
+    (root / "images/broken.png").write_bytes(b"no picture")
+    return root
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model("git", tmp_path_factory.mktemp("model"))
+
+
+def settings(archive: Path, out: Path, model="fake", **cluster) -> CaptionConfig:
+    return CaptionConfig.model_validate(
+        {
+            "source": {"path": str(archive)},
+            "model": {"name": str(model), "batch_size": cluster.pop("batch_size", "auto"), "max_new_tokens": 8},
+            "cluster": cluster,
+            "output": {"path": str(out), "rows_per_file": 32},
+        }
+    )
+
+
+def captions(out: Path) -> list[tuple]:
+    rows = pa.concat_tables(read_parts(open_table(str(out)))).to_pylist()
+    return [(row["image_id"], row["status"], row["error_code"], row["caption"], row["num_tokens"]) for row in rows]
+
+
+@pytest.fixture(scope="module")
+def local_captions(tmp_path_factory: pytest.TempPathFactory, archive: Path, model: Path) -> list[tuple]:
+    out = tmp_path_factory.mktemp("local") / "out"
+    pipeline.run(settings(archive, out, model, batch_size=16))
+    return captions(out)
+
+
+@pytest.mark.parametrize(("num_workers", "batch_size"), [(1, 16), (2, 5)])
+def test_the_distributed_table_equals_the_local_one(
+    tmp_path: Path, archive: Path, model: Path, local_captions: list[tuple], num_workers: int, batch_size: int
+) -> None:
+    texts = [row[3] for row in local_captions if row[1] == "ok"]
+    assert len(set(texts)) >= len(texts) / 2  # a model that says the same of everything would prove nothing
+
+    code = run(settings(archive, tmp_path / "out", model, num_workers=num_workers, batch_size=batch_size))
+
+    assert code == 0
+    assert captions(tmp_path / "out") == local_captions
+    assert verify(open_table(str(tmp_path / "out"))).proven
+
+
+def test_decoding_captioning_and_commits_stay_separate_operators(tmp_path: Path, archive: Path) -> None:
+    config = settings(archive, tmp_path / "out", num_workers=2)
+    engine = RayEngine(config)
+    job = open_job(config, engine, lambda line: None)
+    assert job.work is not None
+    (plan,) = job.table.open_plans()
+    chunks = job.missing_chunks(plan)
+    _configure_ray_data(job.work)
+    sizes = share_out(Resources(num_cpus=2, num_gpus=0, num_nodes=1), config.cluster)
+
+    dataset = make_dataset(job.work, chunks, sizes, "auto").materialize()
+
+    operators = [line.split(":")[0] for line in dataset.stats().splitlines() if line.startswith("Operator")]
+    assert operators == [
+        "Operator 0 FromItems",
+        "Operator 1 MapBatches(decode_stage)",
+        "Operator 2 MapBatches(CaptionStage)",
+        "Operator 3 MapBatches(commit_stage)",
+    ]
+    assert job.table.committed_chunks(0) == {chunk.chunk_id for chunk in chunks}
+
+
+def test_a_fault_of_the_source_stops_the_run_and_resumes(tmp_path: Path) -> None:
+    archive, out = make_folder(tmp_path / "archive", 20), tmp_path / "out"
+    planned = settings(archive, out)
+    planned = planned.model_copy(update={"output": planned.output.model_copy(update={"plan_only": True})})
+    run(planned)
+    archive.rename(tmp_path / "gone")
+
+    with pytest.raises(SourceError, match="archive"):
+        run(settings(archive, out))
+    (tmp_path / "gone").rename(archive)
+
+    assert run(settings(archive, out)) == 0
+    assert verify(open_table(str(out))).proven
+
+
+@pytest.mark.parametrize(
+    ("resources", "cluster", "expected"),
+    [
+        (Resources(2, 0, 1), {"num_workers": 2}, (2, 0.5, 0.0, 1)),
+        (Resources(2, 0, 1), {}, (1, 0.999, 0.0, 1)),
+        (Resources(8, 0, 1), {}, (1, 6.0, 0.0, 2)),
+        (Resources(16, 4, 1), {}, (4, 1.0, 1.0, 12)),
+        (Resources(16, 1, 1), {"gpus_per_worker": 0.5}, (2, 1.0, 0.5, 14)),
+        (Resources(16, 1, 1), {"gpus_per_worker": 0}, (1, 12.0, 0.0, 4)),
+    ],
+)
+def test_every_share_leaves_room_to_decode(resources: Resources, cluster: dict, expected: tuple) -> None:
+    sizes = share_out(resources, ClusterConfig(**cluster))
+
+    assert (sizes.num_workers, sizes.cpus_per_worker, sizes.gpus_per_worker, sizes.decode_cpus) == expected
+    assert sizes.num_workers * sizes.cpus_per_worker + sizes.decode_cpus <= resources.num_cpus
+    assert sizes.cpus_per_worker != 1 or sizes.gpus_per_worker  # Ray fuses stages that ask for the same
+
+
+@pytest.mark.parametrize(
+    ("resources", "cluster", "words"),
+    [
+        (Resources(2, 0, 1), {"gpus_per_worker": 1}, "0 GPUs"),
+        (Resources(4, 2, 1), {"num_workers": 3}, "2 GPUs"),
+        (Resources(2, 0, 1), {"decode_cpus": 2}, "--decode-cpus"),
+        (Resources(2, 0, 1), {"num_workers": 0}, "at least 1"),
+        (Resources(2, 0, 1), {"num_workers": 50}, "--num-workers"),
+    ],
+)
+def test_a_request_that_cannot_be_met_is_an_error_before_any_actor(
+    resources: Resources, cluster: dict, words: str
+) -> None:
+    with pytest.raises(ClusterError, match=words):
+        share_out(resources, ClusterConfig(**cluster))
