@@ -2,7 +2,7 @@
 
     python -m benchmarks.overhead [--small 1000] [--large 20000] [--paths 1000000]
 
-Captions two archives of small pictures on Ray with the fake captioner, each in a process tree of its own, and samples the
+Captions two archives of small pictures on Ray with the fake captioner, each in a process tree of its own; samples the
 private memory (USS) of the driver and of Ray's workers, and the object store apart. Then lists and plans a folder of
 1,000,000 paths. The last line is one JSON object:
 
@@ -113,7 +113,9 @@ def plan(folder: Path, out: Path, count: int) -> dict:
         "grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base\n"
         "print(json.dumps({'seconds': round(time.perf_counter() - start, 2), 'grown_mb': round(grown / 1e3, 1)}))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(folder), str(out)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder), str(out)], capture_output=True, text=True, check=True
+    )
     found = json.loads(done.stdout.strip().splitlines()[-1])
     return {**found, "paths": count, "bytes_per_path": round(found["grown_mb"] * 1e6 / count)}
 

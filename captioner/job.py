@@ -17,18 +17,23 @@ from captioner.config import CaptionConfig, SourceConfig
 from captioner.data import Chunk, Receipt, Source
 from captioner.errors import FingerprintError, OutputError, UsageError
 from captioner.models import ModelRef, check_in_subprocess, resolve
+from captioner.scenes import describes_scene
 from captioner.sources import open_source
 from captioner.steps import Work
-from captioner.store.plan import compare_with_source, make_plan, make_retry_plan
+from captioner.store.plan import compare_with_source, make_plan, make_retry_plan, read_planned
 from captioner.store.publish import remove_merged_chunks
 from captioner.store.table import CaptionsTable, Plan, create_table, open_table, table_exists
 
 ROWS_PER_CHUNK = 512
-# A chunk is what a kill can cost. A large model without a GPU captions a few pictures a second, so its chunks are small.
+# A chunk is what a kill can cost. A large model without a GPU captions a few pictures a second: its chunks are small.
 ROWS_PER_CHUNK_SLOW = 64
 LARGE_MODEL_BYTES = 50_000_000
 # Above this many pictures a finished listing is not compared with the source at every start: it would take minutes.
 COMPARE_UP_TO = 1_000_000
+STARTER_NOTE = (
+    "the starter model knows rendered scenes only: its captions of these pictures mean nothing; "
+    "give --model a model of your own or a hub id"
+)
 
 Say = Callable[[str], None]
 
@@ -37,7 +42,7 @@ class Engine(Protocol):
     """Where chunks are captioned: this process, or a Ray cluster."""
 
     def device(self) -> str:
-        """"cuda" or "cpu"; connects where that is needed."""
+        """ "cuda" or "cpu"; connects where that is needed."""
         ...
 
     def caption_chunks(self, work: Work, chunks: list[Chunk]) -> Iterator[Receipt]:
@@ -61,8 +66,7 @@ class Job:
 
     def generations(self) -> Iterator[Plan]:
         """Every plan with work left, oldest first; with --retry-failed a last one of what failed."""
-        for plan in self.table.open_plans():
-            yield plan
+        yield from self.table.open_plans()
         if self.config.output.retry_failed and not self.config.output.plan_only:
             retry = make_retry_plan(self.table)
             if retry is None:
@@ -104,6 +108,9 @@ def open_job(config: CaptionConfig, engine: Engine, say: Say) -> Job:
     if model is not None:
         job.table, model = _settle_fingerprint(job.table, config, model, engine)
         job.work = Work(job.table, source_config, model, job.run_id)
+        if model.name == "starter" and not _holds_scenes(job.table):
+            job.notes.append(STARTER_NOTE)
+            say(STARTER_NOTE)
     return job
 
 
@@ -201,6 +208,13 @@ def _difference(recorded: dict[str, Any], model: ModelRef) -> str:
         if key not in ("name", "revision") and getattr(model, key) != value
     ]
     return ", ".join(differing) or f"another tokenizer, processor or generation config of {recorded['name']}"
+
+
+def _holds_scenes(table: CaptionsTable) -> bool:
+    """Whether the first pictures are rendered scenes, by their references."""
+    first = next(table.plans()[0].chunks())
+    known = read_planned(table, first)["reference_captions"].to_pylist()
+    return all(captions and all(describes_scene(caption) for caption in captions) for captions in known)
 
 
 def _rows_per_chunk(model: ModelRef | None, config: CaptionConfig) -> int:

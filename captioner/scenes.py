@@ -30,6 +30,11 @@ SHAPES = ("circle", "square", "triangle", "cross", "ring")
 BACKGROUNDS = ("white", "grey", "black", "striped", "checkered")
 
 Colour = tuple[int, int, int]
+_OTHER_WORDS = (
+    "a one and on of in against left above below right row column background backdrop little big there is to the from "
+    "top bottom"
+)
+_WORDS = {*COLOURS, *SIZES, *SHAPES, *BACKGROUNDS, *_OTHER_WORDS.split()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +99,13 @@ def make_scene(seed: int, index: int) -> Scene:
     return Scene(rng.choice(BACKGROUNDS), tuple(things), direction)
 
 
+def describes_scene(caption: str) -> bool:
+    """Whether a caption could be of a rendered scene: it names a background, a colour and a shape, and its every word
+    is one that scenes are described with."""
+    words = set(caption.replace(",", " ").split())
+    return words <= _WORDS and all(words & set(some) for some in (BACKGROUNDS, COLOURS, SHAPES))
+
+
 def make_scenes(count: int, seed: int = 0) -> Iterator[Scene]:
     return (make_scene(seed, index) for index in range(count))
 
@@ -142,9 +154,7 @@ def _paint_background(background: str, width: int) -> Image.Image:
     elif background == "checkered":
         for row in range(8):
             for column in range(row % 2, 8, 2):
-                draw.rectangle(
-                    (column * cell, row * cell, (column + 1) * cell - 1, (row + 1) * cell - 1), fill=dark
-                )
+                draw.rectangle((column * cell, row * cell, (column + 1) * cell - 1, (row + 1) * cell - 1), fill=dark)
     return image
 
 

@@ -175,5 +175,3 @@ def _finished_rows(
 
 def _column(values: object, field: pa.Field) -> pa.Array | pa.ChunkedArray:
     return pc.cast(values, field.type) if isinstance(values, pa.ChunkedArray) else pa.array(values, field.type)
-
-

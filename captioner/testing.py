@@ -70,7 +70,7 @@ def make_tiny_model(family: str, path: Path, seed: int = 0) -> Path:
     """
     import torch
 
-    from captioner.models.base import quiet
+    from captioner.models.opening import quiet
 
     makers: dict[str, Callable[[Path], Any]] = {
         "git": _make_git,
@@ -80,21 +80,30 @@ def make_tiny_model(family: str, path: Path, seed: int = 0) -> Path:
     with quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = makers[family](path)
-        with torch.no_grad():
-            for name, weight in model.named_parameters():
-                if weight.dim() > 1 and "position_embedding" not in name:
-                    weight.mul_(_GAINS[family][0])
-                    if X in name:
-                        weight.mul_(XG)
-            writer = getattr(model, "text_decoder", None) or getattr(model, "decoder", None) or model
-            writer.get_output_embeddings().weight[_END] *= _GAINS[family][1]
+        _enlarge(model, **_GAINS[family])
         model.save_pretrained(path)
     return path
 
 
-# By how much the weight matrices are enlarged, and the end token's row of the last one besides, so that some of the
-# captions end early.
-_GAINS = {"git": (25.0, 3.0), "blip": (25.0, 2.0), "vision-encoder-decoder": (25.0, 1.3)}
+# By how much the weight matrices are enlarged (transformers draws them with a standard deviation of 0.02); those of
+# BLIP's text layers less, or they drown the picture; the end token's row more, so that some captions end early.
+_GAINS: dict[str, dict[str, float]] = {
+    "git": {"gain": 20.0, "end_gain": 2.0},
+    "blip": {"gain": 25.0, "end_gain": 2.0, "text_gain": 10.0},
+    "vision-encoder-decoder": {"gain": 25.0, "end_gain": 1.6},
+}
+
+
+def _enlarge(model: Any, gain: float, end_gain: float, text_gain: float | None = None) -> None:
+    import torch
+
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() > 1 and "position_embedding" not in name:
+                weight.mul_(text_gain if text_gain and name.startswith("text_decoder.bert.encoder") else gain)
+        writer = getattr(model, "text_decoder", None) or getattr(model, "decoder", None) or model
+        writer.get_output_embeddings().weight[_END] *= end_gain
+
 
 _LAYERS = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 _NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -106,7 +115,9 @@ def _make_git(path: Path) -> Any:
 
     tokenizer = _tokenizer()
     side = {"height": TINY_SIDE, "width": TINY_SIDE}
-    GitProcessor(CLIPImageProcessorPil(size={"shortest_edge": TINY_SIDE}, crop_size=side), tokenizer).save_pretrained(path)
+    GitProcessor(CLIPImageProcessorPil(size={"shortest_edge": TINY_SIDE}, crop_size=side), tokenizer).save_pretrained(
+        path
+    )
     return GitForCausalLM(
         GitConfig(
             vision_config=_LAYERS | {"image_size": TINY_SIDE, "patch_size": 8},

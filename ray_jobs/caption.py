@@ -12,15 +12,19 @@ import logging
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from captioner import pipeline
-from captioner.config import CaptionConfig
+from captioner.config import AutoInt, CaptionConfig
 from captioner.data import Chunk, Receipt
 from captioner.errors import CaptionerError, ClusterError
 from captioner.files import is_uri
 from captioner.steps import Work
 from ray_jobs.cluster import Resources, Sizes, connect, share_out
 from ray_jobs.stages import CaptionStage, commit_stage, decode_stage, receipts_of
+
+if TYPE_CHECKING:
+    from ray.data import Dataset
 
 # One Ray Data execution takes this many chunks (a million pictures). The driver keeps a record of every block of an
 # execution; windows keep its memory flat at the price of filling the pipeline anew for each.
@@ -57,7 +61,7 @@ class RayEngine:
         return self._resources
 
 
-def make_dataset(work: Work, chunks: list[Chunk], sizes: Sizes, batch_size: int | str):  # type: ignore[no-untyped-def]
+def make_dataset(work: Work, chunks: list[Chunk], sizes: Sizes, batch_size: AutoInt) -> Dataset:
     """The graph, not started yet. The three stages ask for different amounts of CPU: Ray fuses stages that ask alike,
     and decoding inside the actor would leave the device idle."""
     import ray
@@ -67,7 +71,11 @@ def make_dataset(work: Work, chunks: list[Chunk], sizes: Sizes, batch_size: int 
     described = [asdict(chunk) for chunk in chunks]
     dataset = ray.data.from_items(described, override_num_blocks=len(chunks))
     dataset = dataset.map_batches(
-        decode_stage, fn_kwargs={"work": work}, num_cpus=1, compute=TaskPoolStrategy(size=sizes.decode_cpus), **whole_chunks
+        decode_stage,
+        fn_kwargs={"work": work},
+        num_cpus=1,
+        compute=TaskPoolStrategy(size=sizes.decode_cpus),
+        **whole_chunks,
     )
     dataset = dataset.map_batches(
         CaptionStage,
@@ -80,7 +88,7 @@ def make_dataset(work: Work, chunks: list[Chunk], sizes: Sizes, batch_size: int 
     return dataset.map_batches(commit_stage, fn_kwargs={"work": work}, num_cpus=0, **whole_chunks)
 
 
-def _execute(work: Work, chunks: list[Chunk], sizes: Sizes, batch_size: int | str) -> Iterator[Receipt]:
+def _execute(work: Work, chunks: list[Chunk], sizes: Sizes, batch_size: AutoInt) -> Iterator[Receipt]:
     import ray.exceptions
 
     _configure_ray_data(work)
@@ -123,7 +131,7 @@ def _check_shared(location: str) -> None:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    @ray.remote(num_cpus=0)  # type: ignore[untyped-decorator]
+    @ray.remote(num_cpus=0)
     def sees_table() -> bool:
         from captioner.store.table import table_exists
 

@@ -44,7 +44,7 @@ def _root(
 @app.command()
 @takes(CaptionConfig)
 def caption(config: CaptionConfig) -> int:
-    """Caption the pictures of SOURCE into a table of Parquet files in OUT.
+    """Caption SOURCE into a table of Parquet files in OUT.
 
     The same command again goes on where it was stopped. SOURCE and OUT may come from --config.
     """
@@ -63,26 +63,29 @@ def try_pictures(
     config: CaptionConfig,
     pictures: Annotated[list[str], typer.Argument(metavar="PICTURE...", help="Picture files.")],
 ) -> int:
-    """Caption a few pictures on the terminal, without Ray and without a table."""
-    from captioner import pipeline
+    """Caption a few pictures on the terminal, without Ray."""
+    from captioner import commands
 
-    return pipeline.try_pictures(pictures, config.model)
+    return commands.try_pictures(pictures, config.model)
 
 
 @app.command()
 def verify(out: Out) -> int:
-    """Prove that every planned picture has exactly one current row and files match their commits."""
-    from captioner import pipeline
+    """Prove that every planned picture has exactly one row.
 
-    return pipeline.verify_command(out)
+    Every planned picture has exactly one current row, and the files match their commits.
+    """
+    from captioner import commands
+
+    return commands.verify(out)
 
 
 @app.command()
 def status(out: Out) -> int:
-    """Show what OUT holds: planned, ok, failed by reason, remaining, rate."""
-    from captioner import pipeline
+    """Show what OUT holds: ok, failed by reason, remaining."""
+    from captioner import commands
 
-    return pipeline.status_command(out)
+    return commands.status(out)
 
 
 @app.command()
@@ -94,7 +97,7 @@ def render_scenes(
         Literal["folder", "webdataset", "parquet"], typer.Option(help="folder is Hugging Face's ImageFolder.")
     ] = "folder",
 ) -> int:
-    """Render a sample archive: pictures of simple scenes with known captions."""
+    """Render a sample archive with known captions."""
     from captioner.samples import render_scenes
 
     render_scenes(directory, count, seed, format)
@@ -114,7 +117,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
     except CaptionerError as error:
         _fail(str(error), error.exit_code)
     except typer.TyperException as error:  # an unknown flag or command, a missing or misplaced value
-        _fail(f"{error.format_message()} See captioner --help", ERROR)
+        _fail(f"{error.format_message().rstrip('.')}; see captioner --help", ERROR)
     except (KeyboardInterrupt, typer.Abort):
         _fail("stopped", INTERRUPTED)
 

@@ -81,21 +81,9 @@ def available_cpus() -> int:
 def share_out(resources: Resources, config: ClusterConfig) -> Sizes:
     """Workers and decoders for a cluster. Raises ClusterError where a request cannot be met."""
     gpus = _gpus_per_worker(resources, config)
-    if gpus:
-        most = int(resources.num_gpus / gpus)
-        workers = most if config.num_workers == "auto" else config.num_workers
-        if not 1 <= workers <= most:
-            raise ClusterError(
-                f"{workers} workers with {gpus:g} GPUs each were asked for; the cluster has {resources.num_gpus:g} GPUs"
-            )
-    else:
-        workers = resources.num_nodes if config.num_workers == "auto" else config.num_workers
-        if workers < 1:
-            raise ClusterError(f"--num-workers {workers}: must be at least 1")
-    decode = config.decode_cpus
-    if decode == "auto":
-        share = resources.num_cpus - workers if gpus else resources.num_cpus / 4
-        decode = max(1, int(share))
+    workers = _num_workers(resources, config, gpus)
+    spare = resources.num_cpus - workers if gpus else resources.num_cpus / 4
+    decode = max(1, int(spare)) if config.decode_cpus == "auto" else config.decode_cpus
     cpus = (resources.num_cpus - decode) / workers
     if decode < 1 or cpus < MIN_CPU_SHARE:
         raise ClusterError(
@@ -104,6 +92,20 @@ def share_out(resources: Resources, config: ClusterConfig) -> Sizes:
         )
     threads = max(1, round(resources.num_cpus / max(workers, resources.num_nodes)))
     return Sizes(workers, min(cpus, 1.0) if gpus else _below(cpus), gpus, threads, decode)
+
+
+def _num_workers(resources: Resources, config: ClusterConfig, gpus: float) -> int:
+    most = int(resources.num_gpus / gpus) if gpus else None
+    workers = config.num_workers
+    if workers == "auto":
+        workers = most or resources.num_nodes
+    if workers < 1:
+        raise ClusterError(f"--num-workers {workers}: must be at least 1")
+    if most is not None and workers > most:
+        raise ClusterError(
+            f"{workers} workers with {gpus:g} GPUs each were asked for; the cluster has {resources.num_gpus:g} GPUs"
+        )
+    return workers
 
 
 def _below(cpus: float) -> float:

@@ -35,7 +35,7 @@ def takes(
             given: dict[str, dict[str, Any]] = {}
             for name, setting in settings.items():
                 value = values.pop(name)
-                if value:  # not given is None, False or []; a text may be given empty
+                if value not in (None, False, []):  # was given; a text may be given empty
                     given.setdefault(setting.group, {})[setting.field] = _to_validate(setting, value)
             return command(load_config(kind, config, given), **values)
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from captioner.config import SourceConfig
+from captioner.config import AutoInt, SourceConfig
 from captioner.data import Chunk, Receipt, Source
 from captioner.sources import open_source
 from captioner.steps import ChunkRows, Work, caption, commit, read_and_decode
@@ -31,7 +31,7 @@ def decode_stage(block: pa.Table, work: Work) -> pa.Table:
 class CaptionStage:
     """Blocks of decoded pictures -> blocks of caption rows; holds the model."""
 
-    def __init__(self, work: Work, batch_size: int | str, num_threads: int) -> None:
+    def __init__(self, work: Work, batch_size: AutoInt, num_threads: int) -> None:
         from captioner.models import load
 
         self.work = work

@@ -9,6 +9,9 @@ from captioner.models.checking import check_directory
 
 
 def main(argv: list[str]) -> int:
+    if len(argv) != 1:
+        print(__doc__)
+        return ERROR
     try:
         check_directory(argv[0])
     except ModelError as error:

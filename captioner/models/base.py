@@ -1,4 +1,4 @@
-"""What the families of transformers models have in common: opening, device batches, normalising, scores.
+"""What the families of transformers models have in common: device batches, normalising, search settings, scores.
 
 Imports torch and transformers: seconds. `captioner.models.load` is the way in.
 """
@@ -6,25 +6,18 @@ Imports torch and transformers: seconds. `captioner.models.load` is the way in.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from transformers import (
-    AutoModelForImageTextToText,
-    AutoTokenizer,
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-)
-from transformers.utils import logging as transformers_logging
+from transformers import GenerationConfig, LogitsProcessorList
 
 from captioner.data import Captions
 from captioner.errors import ModelError
+from captioner.models.opening import open_model, open_tokenizer, quiet
 from captioner.models.ref import ModelRef
+from captioner.models.scores import ScoreRecorder, token_counts
 
 # The settings of a checkpoint's generation_config.json that shape greedy and beam search. The others belong to
 # sampling, or to what ModelRef decides (beams, length).
@@ -62,8 +55,9 @@ class TransformersCaptioner:
         self.ref, self.device, self.batch_size = ref, device, batch_size
         self.dtype: torch.dtype = getattr(torch, ref.dtype)
         self.model = open_model(ref.path, self.dtype, device, self.attention)
-        self.tokenizer = AutoTokenizer.from_pretrained(ref.path, trust_remote_code=False, local_files_only=True)
+        self.tokenizer = open_tokenizer(ref.path)
         self.prefix = self.start_ids()
+        self._check_length()
         self.settings = self.generator().generation_config = self.search_settings()
         self.mean = torch.tensor(ref.spec.mean, device=device).view(1, 3, 1, 1)
         self.std = torch.tensor(ref.spec.std, device=device).view(1, 3, 1, 1)
@@ -86,6 +80,14 @@ class TransformersCaptioner:
 
     def prompt_ids(self) -> list[int]:
         return self.tokenizer(self.ref.prompt, add_special_tokens=False).input_ids if self.ref.prompt else []
+
+    def _check_length(self) -> None:
+        ref, start = self.ref, len(self.prefix)
+        if ref.max_positions is not None and start + ref.max_new_tokens > ref.max_positions:
+            raise ModelError(
+                f"--prompt of {start - 1} tokens and --max-new-tokens {ref.max_new_tokens}: {ref.path} has"
+                f" {ref.max_positions} text positions; shorten one of them"
+            )
 
     def search_settings(self) -> GenerationConfig:
         checkpoint = self.generator().generation_config
@@ -146,100 +148,3 @@ class TransformersCaptioner:
     def start_rows(self, count: int) -> torch.Tensor:
         """The start ids once for each picture, int64 [count, P]."""
         return torch.tensor([self.prefix], device=self.device).repeat(count, 1)
-
-
-class ScoreRecorder(LogitsProcessor):
-    """Keeps the log-probabilities that the search can still choose from, rather than [steps, N, vocabulary] scores.
-
-    Beam search takes its `max(2, 1 + ends) * beams` best continuations over all beams of a picture, so each of them
-    is among as many best of its own beam; greedy search takes the single best.
-    """
-
-    def __init__(self, num_beams: int, num_ends: int) -> None:
-        self.beams = num_beams > 1
-        self.kept = max(2, 1 + num_ends) * num_beams if self.beams else 1
-        self.values: list[torch.Tensor] = []
-        self.ids: list[torch.Tensor] = []
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        # Beam search hands over log-probabilities, greedy search logits.
-        logprobs = scores if self.beams else scores.float().log_softmax(-1)
-        values, ids = logprobs.topk(min(self.kept, scores.shape[-1]))
-        self.values.append(values)
-        self.ids.append(ids)
-        return scores
-
-    def logprobs(self, tokens: torch.Tensor, beam_indices: torch.Tensor | None) -> torch.Tensor:
-        """Log-probability of each generated token, float32 [N, T] on the CPU, for tokens [N, T].
-
-        `beam_indices` [N, T]: the row of the search each token came from; negative after the end of a caption.
-        """
-        steps = tokens.shape[1]
-        values, ids = torch.stack(self.values[:steps]).cpu(), torch.stack(self.ids[:steps]).cpu()
-        if beam_indices is None:
-            return values[:, :, 0].T
-        rows = beam_indices[:, :steps].cpu().clamp(min=0).T.long()  # [T, N]
-        step = torch.arange(steps)[:, None]
-        values, found = values[step, rows], ids[step, rows] == tokens.T[:, :, None]
-        # A token that is not among the kept ones ties with the last of them, else it would have lost to it.
-        return torch.where(found.any(-1), (values * found).sum(-1), values[..., -1]).T
-
-
-def token_counts(tokens: torch.Tensor, end_ids: Sequence[int]) -> tuple[list[int], list[bool]]:
-    """For generated tokens [N, T]: how many each caption has, its end token included, and whether it has one."""
-    ends = torch.isin(tokens, torch.tensor(list(end_ids), dtype=tokens.dtype))
-    finished = ends.any(1)
-    first = ends.int().argmax(1) + 1 if tokens.shape[1] else torch.zeros(len(tokens), dtype=torch.long)
-    return torch.where(finished, first, tokens.shape[1]).tolist(), finished.tolist()
-
-
-def open_model(path: str, dtype: torch.dtype, device: torch.device | str, attention: str | None = None) -> Any:
-    """The network, in evaluation mode; on device "meta" without reading the weights.
-
-    Raises ModelError naming tensors that are missing, unexpected or of a wrong shape.
-    """
-    options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
-    if str(device) == "meta":
-        options["device_map"] = "meta"
-    try:
-        with quiet():
-            model, info = AutoModelForImageTextToText.from_pretrained(
-                path,
-                dtype=dtype,
-                use_safetensors=True,
-                trust_remote_code=False,
-                local_files_only=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-                **options,
-            )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise ModelError(f"{path}: cannot be loaded: {' '.join(str(error).split())}") from None
-    _check_loading_info(path, info)
-    return model.to(device).eval()
-
-
-def _check_loading_info(path: str, info: dict[str, Any]) -> None:
-    mismatched = [f"{name} is {list(got)}, not {list(wanted)}" for name, got, wanted in info["mismatched_keys"]]
-    faults = (("missing", info["missing_keys"]), ("unexpected", info["unexpected_keys"]), ("misshapen", mismatched))
-    found = [f"{len(names)} {kind}: {_few(sorted(names))}" for kind, names in faults if names]
-    if found:
-        raise ModelError(f"{path}: tensors do not fit config.json: {'; '.join(found)}; save the model again")
-
-
-def _few(names: list[str], limit: int = 3) -> str:
-    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """transformers without its progress bar and advice."""
-    verbosity, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bar:
-            transformers_logging.enable_progress_bar()

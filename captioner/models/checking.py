@@ -29,7 +29,7 @@ def check_directory(path: str) -> None:
     """`check` for a directory, always done."""
     import torch
 
-    from captioner.models.base import open_model
+    from captioner.models.opening import open_model
 
     open_model(path, torch.float32, "meta")
 
@@ -39,25 +39,32 @@ class PendingCheck:
 
     def __init__(self, ref: ModelRef, process: subprocess.Popen[str] | None) -> None:
         self._ref, self._process = ref, process
+        self._error: ModelError | None = None
 
     def result(self) -> None:
         """Wait for the end of the check; raise ModelError if the model failed it."""
-        if self._process is None:
-            return
-        out, err = self._process.communicate()
-        if self._process.returncode == 0:
-            _remember(self._ref)
+        if self._process is not None:
+            self._error = self._finish(self._process)
             self._process = None
-            return
-        # The error's own line is the last on stdout; anything else is a crash, whose last words are on stderr.
-        lines = (out.strip() or err.strip() or f"exit code {self._process.returncode}").splitlines()
-        raise ModelError(lines[-1] if out.strip() else f"{self._ref.path}: the check of its tensors failed: {lines[-1]}")
+        if self._error is not None:
+            raise self._error
+
+    def _finish(self, process: subprocess.Popen[str]) -> ModelError | None:
+        out, err = process.communicate()
+        if process.returncode == 0:
+            _remember(self._ref)
+            return None
+        if out.strip():  # the error's own line; what transformers may have printed stands before it
+            return ModelError(out.strip().splitlines()[-1])
+        crash = (err.strip() or f"exit code {process.returncode}").splitlines()[-1]
+        return ModelError(f"{self._ref.path}: the check of its tensors did not finish: {crash}")
 
     def cancel(self) -> None:
         """Stop a check whose result is not wanted any more."""
-        if self._process is not None and self._process.poll() is None:
+        if self._process is not None:
             self._process.kill()
             self._process.communicate()
+            self._process = None
 
 
 def check_in_subprocess(ref: ModelRef) -> PendingCheck:

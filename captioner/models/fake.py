@@ -24,6 +24,6 @@ class FakeCaptioner:
         """Caption uint8 pixels [N, height, width, 3]: "picture 1a2b3c4d"."""
         if self.delay:
             time.sleep(self.delay)
-        texts = [f"picture {zlib.crc32(np.ascontiguousarray(picture)):08x}" for picture in pixels]
+        texts = [f"picture {zlib.crc32(picture.tobytes()):08x}" for picture in pixels]
         count = len(texts)
         return Captions(texts, [3] * count, [-0.5] * count, [True] * count)

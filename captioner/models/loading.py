@@ -8,6 +8,7 @@ from captioner.data import Captioner
 from captioner.errors import ModelError
 from captioner.models.fake import FakeCaptioner
 from captioner.models.ref import ModelRef
+from captioner.models.resolving import on_this_machine
 
 if TYPE_CHECKING:
     import torch
@@ -26,10 +27,12 @@ def load(
     """The captioner of `ref`, its weights on `device` ("auto": the first CUDA GPU, else the CPU).
 
     `batch_size`: pictures for each forward pass. `num_threads`: CPU threads of torch, where the environment's
-    OMP_NUM_THREADS is not what is wanted. Raises ModelError where the model or the device cannot be used.
+    OMP_NUM_THREADS is not what is wanted. A model that is not on this machine is fetched again; one whose weights
+    are no longer those of `ref` is refused. Raises ModelError where the model or the device cannot be used.
     """
     if ref.family == "fake":
         return FakeCaptioner()
+    ref = on_this_machine(ref)
     import torch
 
     if num_threads is not None:

@@ -36,9 +36,7 @@ _CLASSES: dict[str, dict[str, Any]] = {
     ),
     "Blip": _defaults(384, _BICUBIC, _CLIP_MEAN, _CLIP_STD),
     "ViT": _defaults(224, _BILINEAR, _HALF, _HALF),
-    "DeiT": _defaults(
-        256, _BICUBIC, _HALF, _HALF, crop_size={"height": 224, "width": 224}, do_center_crop=True
-    ),
+    "DeiT": _defaults(256, _BICUBIC, _HALF, _HALF, crop_size={"height": 224, "width": 224}, do_center_crop=True),
     "Beit": _defaults(224, _BICUBIC, _HALF, _HALF, crop_size={"height": 224, "width": 224}),
     "Siglip": _defaults(224, _BICUBIC, _HALF, _HALF),
 }

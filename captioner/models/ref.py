@@ -20,6 +20,7 @@ class ModelRef:
     `name`: as the user wrote it. `path`: the model directory on the machine that resolved it; "" for the fake.
     `revision`: the commit of a hub id. `sha256`: of the weights, their files' contents in the order of their names.
     `settings_sha256`: of the configuration, tokenizer, processor and generation files.
+    `max_positions`: how many text tokens, prompt included, the decoder can hold; None where config.json does not say.
     `training_run_id`: which training run made the model, where its directory says so (`training_run.json`).
     """
 
@@ -33,6 +34,7 @@ class ModelRef:
     num_beams: int = 1
     max_new_tokens: int = 40
     prompt: str | None = None
+    max_positions: int | None = None
     revision: str | None = None
     training_run_id: str | None = None
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-import importlib.util
-import os
+import platform
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -39,7 +39,9 @@ def resolve(config: ModelConfig, dtype: str | None = None, announce: Callable[[s
         "prompt": config.prompt or None,
     }
     if config.name == FAKE:
-        return ModelRef(path="", family=FAKE, sha256=_sha256(FAKE), settings_sha256=_sha256(""), spec=FAKE_SPEC, **settings)
+        return ModelRef(
+            path="", family=FAKE, sha256=_sha256(FAKE), settings_sha256=_sha256(""), spec=FAKE_SPEC, **settings
+        )
     directory, revision = locate(config.name, config.revision, announce)
     return _describe(directory, revision, settings)
 
@@ -48,6 +50,11 @@ def locate(name: str, revision: str | None, announce: Callable[[str], None]) -> 
     """The local directory of a model, and its commit where it came from the hub."""
     if not name.strip():
         raise ModelError("no model given; add --model starter|DIR|HUB_ID|URI")
+    on_hub = _is_hub_id(name)
+    if revision is not None and not on_hub:
+        raise ModelError(
+            f"--revision {revision}: only hub ids have revisions, and --model {name} is none; leave it out"
+        )
     if name == STARTER:
         return Path(captioner.starter.__file__).parent / "model", None
     if is_uri(name):
@@ -59,11 +66,37 @@ def locate(name: str, revision: str | None, announce: Callable[[str], None]) -> 
         return path, None
     if path.exists():
         raise ModelError(f"--model {name}: is a file; give the directory that holds config.json and the weights")
-    if _HUB_ID.fullmatch(name) and not name.startswith("."):
+    if on_hub:
         from captioner.models.download import from_hub
 
         return from_hub(name, revision, announce)
-    raise ModelError(f"--model {name}: no such directory; use starter, a model directory, a hub id (owner/name) or a URI")
+    raise ModelError(
+        f"--model {name}: no such directory; use starter, a model directory, a hub id (owner/name) or a URI"
+    )
+
+
+def _is_hub_id(name: str) -> bool:
+    """owner/name, unless there is a local directory of that name."""
+    return bool(_HUB_ID.fullmatch(name)) and not name.startswith((".", "~")) and not Path(local_path(name)).exists()
+
+
+def on_this_machine(ref: ModelRef) -> ModelRef:
+    """`ref` with the model's directory on this machine, which need not be the one that resolved it.
+
+    Raises ModelError where it is not here, or holds other weights or settings than `ref` says.
+    """
+    path = Path(ref.path)
+    fetchable = ref.name == STARTER or ref.revision is not None or is_uri(ref.name)
+    if not path.is_dir() and not fetchable:
+        raise ModelError(
+            f"{path}: not on machine {platform.node()}; put the model on a disk all machines share, or give a hub id or URI"
+        )
+    if ref.name == STARTER or not path.is_dir():
+        path, _ = locate(ref.name, ref.revision, print)
+    found = weights.sha256_of(weights.weight_files(path)), weights.settings_sha256(path)
+    if found != (ref.sha256, ref.settings_sha256):
+        raise ModelError(f"{path}: not the files that the run started with; start again, or bring them back")
+    return dataclasses.replace(ref, path=str(path))
 
 
 def _describe(directory: Path, revision: str | None, settings: dict[str, Any]) -> ModelRef:
@@ -72,7 +105,8 @@ def _describe(directory: Path, revision: str | None, settings: dict[str, Any]) -
         raise ModelError(f"{directory}: no config.json; give the directory that save_pretrained wrote")
     config = weights.read_json(config_file)
     family = _family(config_file, config)
-    _check_settings(directory, family, config, settings)
+    max_positions = _max_positions(family, config)
+    _check_settings(directory, family, max_positions, settings)
     files = weights.weight_files(directory)
     for file in files:
         weights.check_header(file)
@@ -82,6 +116,7 @@ def _describe(directory: Path, revision: str | None, settings: dict[str, Any]) -
         sha256=weights.sha256_of(files),
         settings_sha256=weights.settings_sha256(directory),
         spec=_pixel_spec(directory, family, config),
+        max_positions=max_positions,
         revision=revision,
         training_run_id=_training_run_id(directory),
         **settings,
@@ -95,13 +130,20 @@ def _family(config_file: Path, config: dict[str, Any]) -> str:
     return str(model_type)
 
 
-def _check_settings(directory: Path, family: str, config: dict[str, Any], settings: dict[str, Any]) -> None:
+def _max_positions(family: str, config: dict[str, Any]) -> int | None:
+    """How many text tokens the decoder has positions for, where its configuration says so."""
+    section = {"git": config, "blip": config.get("text_config"), "vision-encoder-decoder": config.get("decoder")}[
+        family
+    ]
+    section = section if isinstance(section, dict) else {}
+    positions = section.get("max_position_embeddings", section.get("n_positions"))
+    return positions if isinstance(positions, int) else None
+
+
+def _check_settings(directory: Path, family: str, positions: int | None, settings: dict[str, Any]) -> None:
     if settings["prompt"] and family == "vision-encoder-decoder":
         raise ModelError(f"--prompt {settings['prompt']!r}: {directory} is a {family} model, which takes no prompt")
-    sections = {"git": config, "blip": config.get("text_config"), "vision-encoder-decoder": config.get("decoder")}
-    section = sections[family] or {}
-    positions = section.get("max_position_embeddings") or section.get("n_positions")
-    if isinstance(positions, int) and settings["max_new_tokens"] >= positions:
+    if positions is not None and settings["max_new_tokens"] >= positions:
         raise ModelError(
             f"--max-new-tokens {settings['max_new_tokens']}: {directory} has {positions} text positions, one of them"
             f" for the start token; use {positions - 1} or fewer"

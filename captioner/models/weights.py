@@ -53,7 +53,9 @@ def weight_files(directory: Path) -> list[Path]:
         return [directory / SINGLE_FILE]
     if (directory / INDEX_FILE).is_file():
         return _sharded_files(directory)
-    pickles = sorted(f.name for f in directory.iterdir() if f.suffix in PICKLE_SUFFIXES and f.name != "training_args.bin")
+    pickles = sorted(
+        f.name for f in directory.iterdir() if f.suffix in PICKLE_SUFFIXES and f.name != "training_args.bin"
+    )
     if pickles:
         raise ModelError(
             f"{directory}: only pickled weights ({pickles[0]}), which can run code when opened; convert them: load the"

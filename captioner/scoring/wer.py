@@ -1,6 +1,6 @@
 """Word error rate of captions against references, by jiwer.
 
-Normalisation: lower case, punctuation removed, white space collapsed. For each picture the reference with the lowest WER
+Normalisation: lower case, punctuation removed, white space collapsed. Of a picture the reference with the lowest WER
 counts; the corpus WER is the sum of edits over the sum of words of those references. The WER of the same captions
 dealt out to other pictures (`shuffled_wer`) stands beside it: how right is a caption that never saw the picture?
 """
@@ -76,6 +76,4 @@ def word_edits(caption: str, reference: str) -> Edits:
 def _normalisation() -> Any:
     import jiwer
 
-    return jiwer.Compose(
-        [jiwer.ToLowerCase(), jiwer.RemovePunctuation(), jiwer.RemoveMultipleSpaces(), jiwer.Strip()]
-    )
+    return jiwer.Compose([jiwer.ToLowerCase(), jiwer.RemovePunctuation(), jiwer.RemoveMultipleSpaces(), jiwer.Strip()])

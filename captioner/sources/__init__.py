@@ -12,8 +12,8 @@ from captioner.config import SourceConfig
 from captioner.data import Source
 from captioner.errors import SourceError, UsageError
 from captioner.files import is_uri
-from captioner.sources.columns import FETCH_FIRST, choose_columns
-from captioner.sources.files import Root
+from captioner.sources.columns import choose_columns
+from captioner.sources.files import FETCH_FIRST, Root
 from captioner.sources.folder import FolderSource
 from captioner.sources.huggingface import SAVED_NAMES, HuggingFaceSource
 from captioner.sources.listing import FilteredSource

@@ -40,7 +40,7 @@ def read_cells(rows: pa.Table, cells: Sequence[Cell], uris: Sequence[str], root:
     """The picture in each cell, in order; those that are in files are read."""
     ids = rows.column("image_id").to_pylist()
     tasks = [partial(_read_cell, root, *given) for given in zip(ids, uris, cells, strict=True)]
-    return read_all(tasks, root)
+    return read_all(tasks, root, in_archives=all(isinstance(cell, FileNotFoundError) for cell in cells))
 
 
 def _read_cell(root: Root, image_id: str, uri: str, cell: Cell) -> RawImage:

@@ -13,13 +13,13 @@ from pyarrow import types
 from captioner.config import SourceConfig
 from captioner.data import CAPTIONS_SCHEMA, PLAN_SCHEMA
 from captioner.errors import SourceError
+from captioner.sources.files import FETCH_FIRST
 from captioner.sources.listing import plan_table
 
 REFERENCE_NAMES = ("captions", "caption", "text")
 PICTURE_NAMES = ("image", "jpg", "jpeg", "png", "webp", "img", "picture", "photo", "image_bytes", "bytes", "content")
 PATH_NAMES = ("path", "uri", "file_name", "filename", "file", "image_path", "file_path", "filepath", "image_uri")
 ACCEPTED = "accepted are binary, struct{bytes, path}, and strings that are paths or URIs"
-FETCH_FIRST = "captioner does not fetch http(s) URLs; fetch them with img2dataset first and caption its output"
 
 CellKind = Literal["bytes", "struct", "path"]
 

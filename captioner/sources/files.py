@@ -19,6 +19,7 @@ from pyarrow.fs import FileSelector, FileSystem, FileType
 from captioner.errors import SourceError
 from captioner.files import is_uri, local_path, open_filesystem
 
+FETCH_FIRST = "captioner does not fetch http(s) URLs; fetch them with img2dataset first and caption its output"
 BUFFER_BYTES = 4 << 20  # of one request to a store
 
 # Known sidecars and documents, and what tar and Parquet archives are told by. Everything else may be a picture.
@@ -86,28 +87,35 @@ class Root:
 
     @staticmethod
     def at(location: str) -> Root:
-        return Root(location.rstrip("/") if is_uri(location) else local_path(location))
+        return Root(re.sub(r"/+(?=\?|$)", "", location) if is_uri(location) else local_path(location))
 
     def join(self, file: bytes) -> bytes:
         """The full path or URI of a file. A name that is absolute, or a URI, stays as it is."""
         if file.startswith(b"/") or is_uri(os.fsdecode(file)):
             return file
-        base, question, options = self.location.partition("?") if is_uri(self.location) else (self.location, "", "")
-        return os.path.join(os.fsencode(base), file) + os.fsencode(question + options) if file else os.fsencode(base)
+        return os.path.join(os.fsencode(self._base), file) if file else os.fsencode(self._base)
+
+    @property
+    def _base(self) -> str:
+        """Without the options of the connection, which are no part of a file's name."""
+        return self.location.partition("?")[0] if is_uri(self.location) else self.location
 
     def uri(self, file: bytes) -> str:
-        """As people read it: a full path or URI, percent-escaped where it is not UTF-8."""
-        return readable(self.join(file))
+        """As people read it: a full path or URI, percent-escaped where it is not UTF-8, and without credentials."""
+        return re.sub(r"^(\w+://)[^/@]*@", r"\1", readable(self.join(file)))
 
     def exists(self, file: bytes = b"") -> bool:
         return self.kind(file) != FileType.NotFound
 
     def kind(self, file: bytes = b"") -> FileType:
-        """Whether there is a file, a directory or nothing."""
+        """Whether there is a file, a directory or nothing. Raises SourceError where the store does not say."""
         path = self.join(file)
         if is_uri(os.fsdecode(path)):
             filesystem, inside = self._inside(path)
-            return filesystem.get_file_info(inside).type
+            try:
+                return filesystem.get_file_info(inside).type
+            except OSError as error:
+                raise SourceError(f"{readable(path)}: cannot be reached: {error}") from None
         if os.path.isdir(path):
             return FileType.Directory
         return FileType.File if os.path.lexists(path) else FileType.NotFound
@@ -157,7 +165,10 @@ class Root:
         path = self.join(directory)
         if is_uri(os.fsdecode(path)):
             return path
-        status = os.stat(path)
+        try:
+            status = os.stat(path)
+        except OSError as error:
+            raise SourceError(f"{readable(path)}: cannot be listed: {error.strerror}") from None
         return status.st_dev, status.st_ino
 
     def open(self, file: bytes) -> BinaryIO:
@@ -176,9 +187,7 @@ class Root:
         """The bytes of a file, or `size` bytes from `offset`; fewer where the file ends before."""
         path = self.join(file)
         if is_uri(os.fsdecode(path)):
-            filesystem, inside = self._inside(path)
-            with filesystem.open_input_file(inside) as stream:
-                return stream.read() if offset is None else stream.read_at(size, offset)
+            return self._read_store(path, offset, size)
         with self.open(file) as stream:
             if offset:
                 stream.seek(offset)
@@ -187,14 +196,25 @@ class Root:
     def _inside(self, path: bytes) -> tuple[FileSystem, str]:
         """The filesystem of a URI and the path in it. What follows the host is taken letter by letter."""
         uri = os.fsdecode(path)
-        base = self.location.partition("?")[0]
-        if is_uri(self.location) and uri.startswith(base):
+        if is_uri(self.location) and uri.startswith(self._base):
             filesystem, inside = open_filesystem(self.location)
-            return filesystem, inside + uri.partition("?")[0].removeprefix(base)
+            return filesystem, inside + uri.removeprefix(self._base)
         scheme, _, rest = uri.partition("://")
+        if scheme.lower() in ("http", "https"):
+            raise SourceError(f"{uri}: {FETCH_FIRST}")
         host, _, name = rest.partition("/")
         filesystem, inside = open_filesystem(f"{scheme}://{host}")
         return filesystem, f"{inside}/{name}"
+
+    def _read_store(self, path: bytes, offset: int | None, size: int | None) -> bytes:
+        filesystem, inside = self._inside(path)
+        try:
+            with filesystem.open_input_file(inside) as stream:
+                return stream.read() if offset is None else stream.read_at(size, offset)
+        except OSError:
+            raise
+        except Exception as error:  # clients behind fsspec have errors of their own
+            raise OSError(f"{type(error).__name__}: {error}") from None
 
     def _scan_store(self, path: bytes) -> Iterator[tuple[bytes, FileType]]:
         filesystem, inside = self._inside(path)

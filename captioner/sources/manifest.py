@@ -10,10 +10,10 @@ import pyarrow as pa
 
 from captioner.data import Listing, RawImage
 from captioner.errors import SourceError
-from captioner.sources.columns import FETCH_FIRST, Columns, table_rows
-from captioner.sources.files import Root, file_of_unit, readable, unit_of_file
+from captioner.sources.columns import Columns, table_rows
+from captioner.sources.files import FETCH_FIRST, Root, file_of_unit, readable, unit_of_file
 from captioner.sources.reading import read_rows
-from captioner.sources.tables import open_table
+from captioner.sources.tables import open_table, read_batches
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,8 @@ class ManifestSource:
         table = open_table(self.root, file)
         self.columns.check(table.schema, self.root.uri(file))
         first_row = 0
-        for batch in table.batches(list(dict.fromkeys([*self.columns.described, self.columns.picture]))):
+        wanted = list(dict.fromkeys([*self.columns.described, self.columns.picture]))
+        for batch in read_batches(self.root, file, table, wanted):
             rows = table_rows(batch, self.columns, file, readable(file), first_row)
             paths = [self._full_path(file, path) for path in batch.column(self.columns.picture).to_pylist()]
             rows = rows.set_column(1, rows.schema.field("file"), [pa.array(paths, pa.binary())])

@@ -12,7 +12,7 @@ import pyarrow as pa
 from captioner.errors import SourceError
 from captioner.sources.columns import reference_column_of, references_of
 from captioner.sources.files import Root
-from captioner.sources.tables import open_table
+from captioner.sources.tables import open_table, read_batches
 
 METADATA_NAMES = (b"metadata.jsonl", b"metadata.csv", b"metadata.parquet")
 
@@ -57,7 +57,7 @@ def _load(root: Root, file: bytes, reference_column: str | None, stamp: object) 
     row_of: dict[bytes, int] = {}
     captions: list[pa.Array] = []
     rows = 0
-    for batch in table.batches(["file_name", column] if column else ["file_name"]):
+    for batch in read_batches(root, file, table, ["file_name", column] if column else ["file_name"]):
         row_of.update((os.fsencode(str(name)), rows + n) for n, name in enumerate(batch["file_name"].to_pylist()))
         captions.append(references_of(batch, column))
         rows += len(batch)

@@ -18,7 +18,7 @@ from captioner.sources.cells import Cell, make_cell, read_cells
 from captioner.sources.columns import Columns, table_rows
 from captioner.sources.files import Root, file_of_unit, readable, unit_of_file
 from captioner.sources.reading import READ_THREADS, with_retry
-from captioner.sources.tables import open_parquet, open_table
+from captioner.sources.tables import open_parquet, open_table, read_batches
 
 # Rows of a picture column in memory at once, while the wanted ones of its row group are looked for.
 READ_ROWS = 64
@@ -45,7 +45,7 @@ class ParquetSource:
         table = open_table(self.root, file)
         self.columns.check(table.schema, self.root.uri(file))
         first_row = 0
-        for batch in table.batches(self.columns.described):
+        for batch in read_batches(self.root, file, table, self.columns.described):
             yield Listing(table_rows(batch, self.columns, file, readable(file), first_row), [])
             first_row += batch.num_rows
 

@@ -46,18 +46,22 @@ def with_retry(action: Callable[[], T]) -> T:
     return action()
 
 
-def read_all(tasks: Sequence[Callable[[], RawImage]], root: Root) -> list[RawImage]:
-    """Run reads side by side; their answers in order. Raises SourceError where the fault is the archive's."""
+def read_all(tasks: Sequence[Callable[[], RawImage]], root: Root, *, in_archives: bool = False) -> list[RawImage]:
+    """Run reads side by side; their answers in order. Raises SourceError where the fault is the archive's.
+
+    `in_archives`: the pictures are inside files, so that none of them can be missing by itself.
+    """
     with ThreadPoolExecutor(min(READ_THREADS, len(tasks)) or 1) as pool:
         images = list(pool.map(lambda task: task(), tasks))
-    check_archive(images, root)
+    _check_archive(images, root, in_archives)
     return images
 
 
 def read_rows(rows: pa.Table, root: Root) -> list[RawImage]:
     """The pictures of PLAN_SCHEMA rows that are files, or parts of files (members of tars)."""
     columns = (rows.column(name).to_pylist() for name in ("image_id", "file", "offset", "size"))
-    return read_all([partial(_read_file, root, *row) for row in zip(*columns, strict=True)], root)
+    tasks = [partial(_read_file, root, *row) for row in zip(*columns, strict=True)]
+    return read_all(tasks, root, in_archives=rows.column("offset").null_count == 0)
 
 
 def _read_file(root: Root, image_id: str, file: bytes, offset: int | None, size: int | None) -> RawImage:
@@ -86,10 +90,10 @@ def failed_read(image_id: str, uri: str, error: OSError) -> RawImage:
     return RawImage(image_id, uri, None, _reason(error), message)
 
 
-def check_archive(images: Sequence[RawImage], root: Root) -> None:
+def _check_archive(images: Sequence[RawImage], root: Root, in_archives: bool) -> None:
     """Raise SourceError where all failed together, and for a reason that no picture has by itself."""
     codes = {image.error_code for image in images}
-    if codes == {"not_found"} and not root.has_anything():
+    if codes == {"not_found"} and (in_archives or not root.has_anything()):
         raise SourceError(f"{root.uri(b'')}: the source is gone; bring it back and run the same command")
     if len(images) >= 2 and codes <= {"permission", "timeout"}:
         raise SourceError(

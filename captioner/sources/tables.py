@@ -37,10 +37,18 @@ def open_table(root: Root, file: bytes) -> Table:
     try:
         return kind(root, file)
     except (OSError, pa.ArrowException) as error:
-        raise unreadable(root, file, error) from None
+        raise _unreadable(root, file, error) from None
 
 
-def unreadable(root: Root, file: bytes, error: Exception) -> SourceError:
+def read_batches(root: Root, file: bytes, table: Table, columns: Sequence[str]) -> Iterator[pa.Table]:
+    """`table.batches`; raises SourceError where the file turns out to be damaged."""
+    try:
+        yield from table.batches(columns)
+    except (OSError, pa.ArrowException) as error:
+        raise _unreadable(root, file, error) from None
+
+
+def _unreadable(root: Root, file: bytes, error: Exception) -> SourceError:
     return SourceError(f"{root.uri(file)}: cannot be read as a table: {' '.join(str(error).split())}")
 
 

@@ -202,9 +202,7 @@ class _PlanWriter:
                 f"{source.name}: {len(duplicates)} image ids occur more than once, among them "
                 f"{', '.join(repr(name) for name in names)}; every picture needs its own id (see --id-column)"
             )
-        return Plan(
-            self._generation, kind, self._rows_per_chunk, self._parts, self._num_ignored, list(self._examples)
-        )
+        return Plan(self._generation, kind, self._rows_per_chunk, self._parts, self._num_ignored, list(self._examples))
 
     def _write_part(self, num_rows: int) -> None:
         taken, rest = _split(self._pending, num_rows)
@@ -293,5 +291,3 @@ def _nothing_found(source: Source, plan: Plan) -> str:
             f"e.g. {plan.ignored_examples[0]!r}"
         )
     return f"{source.name}: no pictures found; check the path and --include/--exclude"
-
-

@@ -192,9 +192,9 @@ def test_a_file_cut_off_in_its_pixels_is_truncated_not_half_grey(name, kept):
     assert decoded.format == name.lower()
 
 
-@pytest.mark.parametrize("name", ["JPEG", "PNG"])
+@pytest.mark.parametrize("name", ["PNG", "GIF", "BMP"])
 def test_a_file_cut_off_in_its_header_is_truncated_not_unknown(name):
-    decoded = decode(FILES[name][:20], SPEC, NO_LIMIT)
+    decoded = decode(FILES[name][:18], SPEC, NO_LIMIT)
 
     assert decoded.error_code == "truncated"
     assert decoded.format == name.lower()

@@ -8,10 +8,11 @@ import pytest
 from captioner import pipeline
 from captioner.config import CaptionConfig
 from captioner.errors import FingerprintError, OutputError, TooManyFailedError, VerificationError
+from captioner.faults import Killed, killed_at_write
 from captioner.store.read import read_parts
 from captioner.store.table import open_table
 from captioner.store.verify import count_rows, verify
-from captioner.testing import Killed, killed_at_write, make_folder
+from captioner.testing import make_folder
 
 BAD = {"bad/empty.jpg": b"", "bad/page.jpg": b"<html>no picture</html>"}
 
@@ -78,14 +79,14 @@ def test_a_retry_killed_at_any_write_resumes_to_the_same_table(tmp_path: Path, a
         write += 1
         root = tmp_path / str(write)
         source = make_folder(root / "archive", 20)
-        for name in ("00003.png", "00017.png"):
-            (source / "images" / name).write_bytes(b"")
+        for name in ("000003.png", "000017.png"):
+            (source / name).write_bytes(b"")
         out = root / "out"
         pipeline.run(settings(source, out))
         assert count_rows(open_table(str(out))).failed_by_reason == {"empty_file": 2}
         before = contents(out)
         healed = make_folder(root / "healed", 20)
-        (healed / "images/00003.png").replace(source / "images/00003.png")
+        (healed / "000003.png").replace(source / "000003.png")
 
         lived = run_with_kills(settings(source, out, retry_failed=True), write)
 
@@ -97,7 +98,7 @@ def test_a_retry_killed_at_any_write_resumes_to_the_same_table(tmp_path: Path, a
         superseded = pa.concat_tables(
             open_table(str(out)).directory.read_table(f"history/g001/part-{part:05d}.parquet") for part in (0, 1)
         )
-        assert superseded["image_id"].to_pylist() == ["images/00003.png", "images/00017.png"]
+        assert superseded["image_id"].to_pylist() == ["000003.png", "000017.png"]
         assert set(superseded["generation"].to_pylist()) == {0}
     assert write > 5
 
@@ -145,14 +146,14 @@ def test_an_extended_table_holds_old_and_new(tmp_path: Path) -> None:
     pipeline.run(settings(source, out))
     before = contents(out)
     for number in range(3):
-        (source / "images" / f"0{number}-new.png").write_bytes((source / "images/00000.png").read_bytes())
+        (source / f"{number}-new.png").write_bytes((source / "000000.png").read_bytes())
 
     pipeline.run(settings(source, out))
     assert len(contents(out)) == 20  # without the flag the plan stays
     pipeline.run(settings(source, out, extend=True))
 
     assert contents(out)[:20] == before
-    assert [row["image_id"] for row in contents(out)[20:]] == [f"images/0{n}-new.png" for n in range(3)]
+    assert [row["image_id"] for row in contents(out)[20:]] == [f"{n}-new.png" for n in range(3)]
     assert verify(open_table(str(out))).proven
 
 
@@ -186,7 +187,7 @@ def test_an_archive_without_one_good_picture_fails_the_run(tmp_path: Path) -> No
 
 
 def test_committed_rows_of_an_open_run_can_be_read(tmp_path: Path, archive: Path) -> None:
-    run_until_killed(settings(archive, tmp_path / "out"), 9)
+    run_until_killed(settings(archive, tmp_path / "out"), 12)
     table = open_table(str(tmp_path / "out"))
     counts = count_rows(table)
 

@@ -230,7 +230,7 @@ def test_a_folder_has_no_columns(tmp_path, setting):
 def test_a_folder_in_a_store_reads_like_a_local_one(tmp_path):
     fsspec = pytest.importorskip("fsspec")
     store = fsspec.filesystem("memory")
-    names = ["a b.jpg", "100%.jpg", "sub/é#1.jpg", "sub/notes.txt"]
+    names = ["100%.jpg", "a b?.jpg", "sub/é#1.jpg", "sub/notes.txt"]
     for name in names:
         fill(tmp_path, name)
         store.pipe(f"/folder-test/{name}", b"picture")
@@ -252,6 +252,11 @@ def test_what_is_not_there_or_not_ours_to_fetch_is_one_line(tmp_path, monkeypatc
         opened(tmp_path / "*.tar")
     with pytest.raises(UsageError, match="no source"):
         opened("")
+
+
+def test_credentials_and_options_stay_out_of_the_table():
+    root = Root.at("s3://key:secret@bucket/pictures/?region=eu-west-1")
+    assert root.uri(b"a.jpg") == "s3://bucket/pictures/a.jpg"
 
 
 def test_readable_names_and_units():

@@ -50,7 +50,7 @@ def test_a_struct_holds_bytes_or_a_path_beside_the_table(tmp_path):
     (tmp_path / "sub" / "p.jpg").write_bytes(b"from a file")
     cells = [{"bytes": b"a", "path": "x.jpg"}, {"bytes": None, "path": "p.jpg"}, {"bytes": None, "path": None}, None]
     parquet(tmp_path / "sub" / "t.parquet", image=pa.array(cells, STRUCT))
-    source = opened(tmp_path)
+    source = opened(tmp_path / "*" / "t.parquet")
     images = source.read(listed(source))
     assert [image.data for image in images] == [b"a", b"from a file", None, None]
     assert [image.error_code for image in images] == ["", "", "not_found", "not_found"]
@@ -98,6 +98,15 @@ def test_any_rows_come_back_in_the_order_asked(tmp_path_factory, wanted):
     expected = [b"a%d" % n for n in range(100)] + [b"b%d" % n for n in range(100)]
     images = source.read(listed(source).take(wanted))
     assert [image.data for image in images] == [expected[n] for n in wanted]
+
+
+def test_a_table_that_is_gone_is_no_fault_of_its_pictures(tmp_path):
+    source = opened(parquet(tmp_path / "t.parquet", image=[b"x", b"y"]))
+    rows = listed(source)
+    parquet(tmp_path / "other.parquet", image=[b"x"])
+    (tmp_path / "t.parquet").unlink()
+    with pytest.raises(SourceError, match="the source is gone"):
+        source.read(rows)
 
 
 def test_the_picture_column_is_found_by_type_then_name(tmp_path):
@@ -180,6 +189,16 @@ def test_a_manifest_without_ids_counts_rows(tmp_path):
     source = opened(manifest)
     assert [listing.rows.num_rows for listing in source.list_unit(source.units()[0])] == [4096, 904]
     assert listed(source)["image_id"].to_pylist() == [f"m.csv#{n}" for n in range(5000)]
+
+
+def test_a_manifest_that_breaks_off_is_an_error_with_its_name(tmp_path):
+    lines = ["path,caption", *(f"{n}.jpg,said" for n in range(200_000)), "x.jpg,said,more"]
+    (tmp_path / "m.csv").write_text("\n".join(lines))
+    with pytest.raises(SourceError, match=r"m.csv: cannot be read as a table: .*Expected 2 columns, got 3"):
+        listed(opened(tmp_path / "m.csv"))
+    (tmp_path / "m.jsonl").write_text("\n".join(['{"path": "a.jpg"}'] * 5000 + ['{"path": 7}']))
+    with pytest.raises(SourceError, match=r"m.jsonl: lines 4097 to 5001, 'path'"):
+        listed(opened(tmp_path / "m.jsonl"))
 
 
 def test_a_manifest_of_web_addresses_is_refused(tmp_path):

@@ -114,6 +114,17 @@ def test_empty_members_and_names_that_are_not_utf8(tmp_path):
     assert images[0].uri == f"{tar}/caf%E9.jpg"
 
 
+def test_a_tar_that_is_gone_is_no_fault_of_its_pictures(tmp_path):
+    write_tar(tmp_path / "a.tar", ("1.jpg", b"x"))
+    write_tar(tmp_path / "b.tar", ("1.jpg", b"x"))
+    source = opened(tmp_path)
+    rows, _ = listed(source)
+    (tmp_path / "a.tar").unlink()
+    with pytest.raises(SourceError, match="the source is gone"):
+        source.read(rows.slice(0, 1))
+    assert [image.error_code for image in source.read(rows)] == ["not_found", ""]
+
+
 def test_a_folder_and_a_glob_of_tars(tmp_path):
     write_tar(tmp_path / "b" / "1.tar", ("1.jpg", b"x"))
     write_tar(tmp_path / "a" / "0.tar", ("1.jpg", b"x"))

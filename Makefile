@@ -1,0 +1,52 @@
+# Needs make, and Python 3.11 or 3.12 with venv (Debian: apt install python3-venv).
+
+PYTHON ?= $(shell for python in python3.12 python3.11 python3; do \
+	$$python -c 'import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null \
+	&& echo $$python && break; done)
+# For instance PIP_ARGS='--extra-index-url https://download.pytorch.org/whl/cpu' for torch without CUDA.
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+BIN := .venv/bin
+
+# Tests and the demo need no network and report to nobody.
+export HF_HUB_OFFLINE := 1
+export HF_HUB_DISABLE_TELEMETRY := 1
+export RAY_USAGE_STATS_ENABLED := 0
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help setup test lint unit demo test-lowest clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: .venv/.installed ## Install everything into .venv, once
+
+test: setup lint unit ## Lint, type-check and run the whole test suite
+
+lint: setup ## ruff and mypy
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+unit: setup ## The test suite alone; PYTEST_ARGS=... chooses
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+demo: setup ## Render 300 scenes, caption them with the starter model, show the result
+	rm -rf demo
+	$(BIN)/captioner render-scenes demo/archive --count 300
+	$(BIN)/captioner caption demo/archive demo/captions --model starter
+	$(BIN)/captioner status demo/captions
+
+test-lowest: .venv-lowest/.installed ## The test suite on the oldest versions that pyproject.toml allows
+	.venv-lowest/bin/python -m pytest $(PYTEST_ARGS)
+
+clean: ## Remove environments, caches and the demo
+	rm -rf .venv .venv-lowest .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist demo *.egg-info
+
+.venv/.installed: constraints.txt
+.venv-lowest/.installed: constraints-lowest.txt
+.venv/.installed .venv-lowest/.installed: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or 3.12 with venv found; install it or give PYTHON=..." >&2; exit 1; }
+	"$(PYTHON)" -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet $(PIP_ARGS) -c $(filter constraints%,$^) -e '.[dev]'
+	@touch $@

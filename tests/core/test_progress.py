@@ -1,0 +1,243 @@
+"""Progress: one line that tells where a run is, in a log and on a terminal; the summary at its end."""
+
+from __future__ import annotations
+
+import io
+import threading
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from captioner.config import CaptionConfig
+from captioner.data import Receipt
+from captioner.progress import Progress, duration
+from captioner.summary import print_summary
+from captioner.text import printable
+
+
+class Clock:
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+class SignallingLog(io.StringIO):
+    """Says when a first line has been written to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written = threading.Event()
+
+    def write(self, text: str) -> int:
+        length = super().write(text)
+        self.written.set()
+        return length
+
+
+def receipt(num_rows: int, num_failed: int = 0) -> Receipt:
+    return Receipt("g000-00000-0000", num_rows, num_rows - num_failed, {"truncated": num_failed} if num_failed else {})
+
+
+def quiet(clock: Clock, total: int = 10_000, already: int = 0) -> Progress:
+    return Progress(total, already, stream=io.StringIO(), clock=clock, interval=3600)
+
+
+def test_line_tells_count_rate_failures_and_time_left() -> None:
+    clock = Clock()
+    progress = quiet(clock)
+    for _ in range(4):
+        clock.now += 2
+        progress.update(receipt(400, num_failed=1))
+
+    assert progress.line() == "captioned 1,600/10,000 (16%)  200 img/s  failed 4  ETA 00:42"
+
+
+def test_start_up_does_not_count_once_two_chunks_are_committed() -> None:
+    clock = Clock()
+    progress = quiet(clock)
+    clock.now += 100
+    progress.update(receipt(500))
+    clock.now += 1
+    progress.update(receipt(500))
+
+    assert "  500 img/s  " in progress.line()
+
+
+def test_before_the_first_chunk_the_line_says_starting() -> None:
+    clock = Clock()
+    progress = quiet(clock, already=100)
+    clock.now += 12
+
+    assert progress.line() == "captioned 100/10,000 (1%)  starting, 00:12 so far"
+
+
+def test_what_was_committed_before_counts_as_done_but_not_as_rate() -> None:
+    clock = Clock()
+    progress = quiet(clock, already=9_000)
+    clock.now += 10
+    progress.update(receipt(100))
+
+    assert progress.line() == "captioned 9,100/10,000 (91%)  10 img/s  failed 0  ETA 01:30"
+
+
+def test_the_rate_is_that_of_the_last_minute() -> None:
+    clock = Clock()
+    progress = quiet(clock, total=1_000_000)
+    for rows in [1000] * 100 + [100] * 100:
+        clock.now += 1
+        progress.update(receipt(rows))
+
+    assert "  100 img/s  " in progress.line()
+
+
+def test_a_stall_shows_in_the_line() -> None:
+    clock = Clock()
+    progress = quiet(clock)
+    for _ in range(2):
+        clock.now += 1
+        progress.update(receipt(100))
+    clock.now += 45
+
+    assert progress.line().endswith("last commit 00:45 ago")
+
+
+def test_percent_is_100_only_when_all_is_done() -> None:
+    progress = quiet(Clock(), total=1000, already=999)
+
+    assert "(99%)" in progress.line()
+
+
+def test_an_empty_run_is_whole() -> None:
+    assert quiet(Clock(), total=0).line().startswith("captioned 0/0 (100%)")
+
+
+def test_a_log_gets_a_line_while_nothing_happens() -> None:
+    log = SignallingLog()
+    with Progress(10, stream=log, interval=0.01):
+        assert log.written.wait(timeout=30)
+
+    assert log.getvalue().startswith("captioned 0/10 (0%)  starting")
+
+
+def test_a_log_gets_plain_lines_and_a_last_one() -> None:
+    clock, log = Clock(), io.StringIO()
+    with Progress(10, stream=log, clock=clock, interval=3600) as progress:
+        progress.update(receipt(10, num_failed=2))
+        clock.now += 65
+
+    assert log.getvalue() == "captioned 10/10 (100%) in 01:05  failed 2\n"
+
+
+def test_an_interrupted_run_still_gets_its_last_line_and_leaves_no_thread() -> None:
+    log = io.StringIO()
+    with pytest.raises(KeyboardInterrupt), Progress(10, stream=log, clock=Clock(), interval=3600):
+        raise KeyboardInterrupt
+
+    assert log.getvalue() == "captioned 0/10 (0%) in 00:00  failed 0\n"
+    assert not [thread for thread in threading.enumerate() if thread.name == "progress"]
+
+
+def test_a_terminal_gets_one_live_display(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "200")
+    terminal = Terminal()
+    with Progress(10, stream=terminal, clock=Clock()) as progress:
+        progress.update(receipt(10))
+
+    last = terminal.getvalue().rsplit("\r", 1)[-1]
+    assert "captioned 10/10 (100%)" in last
+    assert "elapsed 00:00" in last
+
+
+@pytest.mark.parametrize(("seconds", "shown"), [(0, "00:00"), (59.6, "01:00"), (3599, "59:59"), (360_000, "100:00:00")])
+def test_durations(seconds: float, shown: str) -> None:
+    assert duration(seconds) == shown
+
+
+@given(st.text(alphabet=st.characters()))
+def test_printable_text_is_one_line_that_any_terminal_takes(text: str) -> None:
+    shown = printable(text)
+
+    assert len(shown.splitlines()) <= 1
+    assert not any(ord(letter) < 32 or 127 <= ord(letter) < 160 for letter in shown)
+    shown.encode("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("Straße 東京 👩‍👧 naïve", "Straße 東京 👩‍👧 naïve"),
+        ("a\x1b[31mred\x07", "a[31mred"),
+        ("two\r\nlines\tand tabs", "two lines and tabs"),
+        ("exe\u202egpj", "exegpj"),
+        ("caf\udce9.jpg", "caf\ufffd.jpg"),
+    ],
+)
+def test_printable(text: str, shown: str) -> None:
+    assert printable(text) == shown
+
+
+RECORD = {
+    "output": "/data/out/",
+    "counts": {
+        "planned": 12_000,
+        "ok": 11_950,
+        "failed": 50,
+        "failed_by_reason": {"truncated": 10, "not_an_image": 40},
+        "skipped": 512,
+        "ignored": 3,
+    },
+    "seconds": {"startup": 8.2, "run": 70.0},
+    "images_per_second": 212.4,
+    "check": {"num_rows": 500, "wer": 0.04, "shuffled_wer": 0.8},
+    "notes": ["the captions mean nothing\x1b[2J [bold]here[/bold]"],
+    "settings": CaptionConfig.model_validate(
+        {
+            "source": {"path": "my photos", "include": ["*.jpg"]},
+            "model": {"name": "starter"},
+            "output": {"path": "/data/out/", "overwrite": True},
+        }
+    ).model_dump(),
+}
+
+
+def shown_summary(record: dict[str, object]) -> str:
+    stream = io.StringIO()
+    print_summary(record, stream)
+    return stream.getvalue()
+
+
+def test_summary_says_what_was_done_and_what_to_do_next() -> None:
+    shown = shown_summary(RECORD)
+    rows = [tuple(part.strip() for part in line.strip().rsplit("  ", 1)) for line in shown.splitlines()]
+
+    assert ("planned", "12,000") in rows
+    assert ("ok", "11,950") in rows
+    assert rows.index(("not_an_image", "40")) == rows.index(("failed", "50")) + 1
+    assert ("committed before this start", "512") in rows
+    assert ("images a second", "212.4") in rows
+    assert ("time", "01:10") in rows
+    assert "WER 0.040 against the references of 500 pictures (0.800 with the captions shuffled)" in shown
+    assert "the table: /data/out/captions" in shown
+    assert "captioner caption 'my photos' /data/out/ --include '*.jpg' --model starter --retry-failed\n" in shown, (
+        "the run's own settings, without --overwrite"
+    )
+
+
+def test_summary_shows_text_from_data_as_it_is_but_for_control_characters() -> None:
+    assert "note: the captions mean nothing[2J [bold]here[/bold]\n" in shown_summary(RECORD)
+
+
+def test_summary_without_failures_speaks_of_no_retry() -> None:
+    assert "--retry-failed" not in shown_summary({"counts": {"planned": 1, "ok": 1, "failed": 0}})
+
+
+def test_summary_of_an_almost_empty_record() -> None:
+    assert shown_summary({"counts": {}, "seconds": {}, "images_per_second": None, "model": None}).strip() == ""
