@@ -107,7 +107,7 @@ def open_job(config: CaptionConfig, engine: Engine, say: Say) -> Job:
     _bring_plan_up_to_date(job, model)
     if model is not None:
         job.table, model = _settle_fingerprint(job.table, config, model, engine)
-        job.work = Work(job.table, source_config, model, job.run_id)
+        job.work = Work(job.table, source, source_config.max_pixels, model, job.run_id)
         if model.name == "starter" and not _holds_scenes(job.table):
             job.notes.append(STARTER_NOTE)
             say(STARTER_NOTE)

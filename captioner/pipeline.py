@@ -32,7 +32,6 @@ from captioner.models import load
 from captioner.progress import Progress
 from captioner.record import Tally, make_record, write_record
 from captioner.scoring.spot_check import spot_check
-from captioner.sources import open_source
 from captioner.steps import Work, caption, commit, read_and_decode
 from captioner.store.publish import publish
 from captioner.store.verify import count_rows
@@ -74,10 +73,9 @@ class ThisProcess:
         return "cuda" if torch.cuda.is_available() else "cpu"
 
     def caption_chunks(self, work: Work, chunks: list[Chunk]) -> Iterator[Receipt]:
-        source = open_source(work.source)
         captioner: Captioner = load(work.model, batch_size=self._batch_size)
         for chunk in chunks:
-            yield commit(work, caption(work, captioner, read_and_decode(work, source, chunk)))
+            yield commit(work, caption(work, captioner, read_and_decode(work, chunk)))
 
 
 def close_job(job: Job, tally: Tally, skipped: int) -> int:

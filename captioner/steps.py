@@ -12,7 +12,6 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from captioner.config import SourceConfig
 from captioner.data import (
     CAPTIONS_SCHEMA,
     STATUS_FAILED,
@@ -36,7 +35,8 @@ class Work:
     """What a worker needs to know of a run. Small and picklable; everything heavy is opened where it is used."""
 
     table: CaptionsTable
-    source: SourceConfig
+    source: Source
+    max_pixels: int
     model: ModelRef
     run_id: str
 
@@ -51,15 +51,15 @@ class ChunkRows:
     seconds: dict[str, float]
 
 
-def read_and_decode(work: Work, source: Source, chunk: Chunk) -> ChunkRows:
+def read_and_decode(work: Work, chunk: Chunk) -> ChunkRows:
     """The chunk's pictures, as rows and pixels of the model's input size. Bad pictures have an `error_code`."""
     from captioner.imaging import decode_images
 
     started = time.perf_counter()
     planned = read_planned(work.table, chunk)
-    raws: list[RawImage] = source.read(planned)
+    raws: list[RawImage] = work.source.read(planned)
     read = time.perf_counter()
-    batch: ImageBatch = decode_images(raws, work.model.spec, work.source.max_pixels)
+    batch: ImageBatch = decode_images(raws, work.model.spec, work.max_pixels)
     rows = batch.rows.append_column(CAPTIONS_SCHEMA.field("reference_captions"), planned["reference_captions"])
     for kept in work.table.kept_fields:
         rows = rows.append_column(kept, planned[kept.name])

@@ -99,8 +99,6 @@ def _num_workers(resources: Resources, config: ClusterConfig, gpus: float) -> in
     workers = config.num_workers
     if workers == "auto":
         workers = most or resources.num_nodes
-    if workers < 1:
-        raise ClusterError(f"--num-workers {workers}: must be at least 1")
     if most is not None and workers > most:
         raise ClusterError(
             f"{workers} workers with {gpus:g} GPUs each were asked for; the cluster has {resources.num_gpus:g} GPUs"

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from captioner.config import AutoInt, SourceConfig
-from captioner.data import Chunk, Receipt, Source
-from captioner.sources import open_source
+from captioner.config import AutoInt
+from captioner.data import Chunk, Receipt
 from captioner.steps import ChunkRows, Work, caption, commit, read_and_decode
 
 _CHUNK, _PIXELS = "_chunk", "_pixels"
@@ -25,7 +23,7 @@ _CHUNK, _PIXELS = "_chunk", "_pixels"
 def decode_stage(block: pa.Table, work: Work) -> pa.Table:
     """A block with one chunk's description -> its pictures, decoded."""
     (chunk,) = (Chunk(**row) for row in block.to_pylist())
-    return to_block(read_and_decode(work, _source(work.source.model_dump_json()), chunk))
+    return to_block(read_and_decode(work, chunk))
 
 
 class CaptionStage:
@@ -83,9 +81,3 @@ def _pixels_of(block: pa.Table, work: Work) -> np.ndarray[Any, np.dtype[np.uint8
     shape = (len(column), spec.height, spec.width, 3)
     size = spec.height * spec.width * 3
     return np.frombuffer(column.buffers()[1], np.uint8, len(column) * size, column.offset * size).reshape(shape)
-
-
-@lru_cache(maxsize=4)
-def _source(config: str) -> Source:
-    """Opened once in each worker process."""
-    return open_source(SourceConfig.model_validate_json(config))

@@ -69,21 +69,21 @@ def test_pixels_are_those_of_transformers(kind, size, format):
     assert np.abs(pixels.astype(float) - expected).mean() <= 1
 
 
-@pytest.mark.parametrize("size", [(1600, 1200), (1603, 1201), (1201, 1999)])
+@pytest.mark.parametrize("size", [(584, 256), (585, 257), (257, 585)])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_a_jpeg_scaled_down_while_decoded_looks_the_same(size, orientation):
     """Odd sizes leave a fraction of the last column and row empty, on whichever side the orientation puts them."""
     tags = Image.Exif()
     tags[0x0112] = orientation
     data = encode(scenery(*size), "JPEG", quality=92, exif=tags)
-    spec = PixelSpec(64, 64, "shortest_edge", 64)
+    spec = PixelSpec(16, 16, "shortest_edge", 16)
     whole = open_picture(data, NO_LIMIT)
 
     decoded = decode(data, spec, NO_LIMIT)
 
     expected = decode(encode(whole.image, "PNG", compress_level=1), spec, NO_LIMIT)
     assert (decoded.width, decoded.height) == (expected.width, expected.height) == whole.image.size
-    assert np.abs(decoded.pixels.astype(float) - expected.pixels).mean() <= 1
+    assert np.abs(decoded.pixels.astype(float) - expected.pixels).mean() <= 0.5
 
 
 def test_only_a_needed_side_makes_a_jpeg_smaller_and_never_below_it():

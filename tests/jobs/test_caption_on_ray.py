@@ -130,7 +130,6 @@ def test_every_share_leaves_room_to_decode(resources: Resources, cluster: dict, 
         (Resources(2, 0, 1), {"gpus_per_worker": 1}, "0 GPUs"),
         (Resources(4, 2, 1), {"num_workers": 3}, "2 GPUs"),
         (Resources(2, 0, 1), {"decode_cpus": 2}, "--decode-cpus"),
-        (Resources(2, 0, 1), {"num_workers": 0}, "at least 1"),
         (Resources(2, 0, 1), {"num_workers": 50}, "--num-workers"),
     ],
 )

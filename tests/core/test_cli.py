@@ -1,0 +1,305 @@
+"""The command line: what it accepts, what it calls, and that whatever is wrong is one line and an exit code."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import captioner.pipeline
+import captioner.samples
+from captioner.config import CaptionConfig, Setting, command_line, load_config, settings_of
+from captioner.errors import EXIT_CODES, CaptionerError, InterruptedRunError, SourceError, TerminatedRunError
+from captioner.errors import TooManyFailedError as TooMany
+from ray_jobs.cli import main
+
+FLAGS = [setting for setting in settings_of(CaptionConfig) if not setting.argument]
+
+
+def exit_code(*words: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main(list(words))
+    code = ended.value.code
+    assert isinstance(code, int)
+    return code
+
+
+@pytest.fixture
+def configs(monkeypatch: pytest.MonkeyPatch) -> list[CaptionConfig]:
+    """The settings that `caption --local` was called with; nothing is captioned."""
+    seen: list[CaptionConfig] = []
+
+    def run(config: CaptionConfig) -> int:
+        seen.append(config)
+        return 0
+
+    monkeypatch.setattr(captioner.pipeline, "run", run)
+    return seen
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Make `caption --local` end with an exception."""
+
+    def fail_with(error: BaseException) -> None:
+        def run(config: CaptionConfig) -> int:
+            raise error
+
+        monkeypatch.setattr(captioner.pipeline, "run", run)
+
+    return fail_with
+
+
+def example(setting: Setting) -> tuple[list[str], object]:
+    """Words for the command line that are not the default, and the value they mean."""
+    known: dict[str, tuple[list[str], object]] = {
+        "dtype": (["bfloat16"], "bfloat16"),
+        "keep_columns": (["a, b"], ["a", "b"]),
+        "max_failed": (["0.25"], 0.25),
+        "gpus_per_worker": (["0.5"], 0.5),
+    }
+    annotation = str(setting.info.annotation)
+    if setting.field in known:
+        words, value = known[setting.field]
+    elif setting.info.annotation is bool:
+        return [setting.flag], True
+    elif "list" in annotation:
+        return [setting.flag, "*.jpg", setting.flag, "b,c"], ["*.jpg", "b,c"]
+    elif "int" in annotation:
+        words, value = ["7"], 7
+    else:
+        words, value = ["text"], "text"
+    return [setting.flag, *words], value
+
+
+@pytest.mark.parametrize("setting", FLAGS, ids=lambda setting: setting.flag)
+def test_every_setting_has_its_flag(setting: Setting, configs: list[CaptionConfig]) -> None:
+    words, value = example(setting)
+
+    assert exit_code("caption", "in", "out", "--local", *words) == 0
+    assert getattr(getattr(configs[0], setting.group), setting.field) == value
+
+
+def test_every_flag_of_help_is_a_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code("caption", "--help") == 0
+
+    shown = set(re.findall(r"^  (?:-h, )?(--[a-z-]+)", capsys.readouterr().out, re.MULTILINE))
+    assert shown == {setting.flag for setting in FLAGS} | {"--config", "--help"}
+
+
+def test_help_shows_choices_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    exit_code("caption", "--help")
+
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "--dtype auto|float32|bfloat16|float16 " in shown
+    assert "--max-new-tokens N Longest caption, in tokens. [default: 40]" in shown
+    assert "--batch-size N|auto Pictures for each forward pass. [default: auto]" in shown
+
+
+def test_a_setting_that_is_not_given_is_left_to_the_file(tmp_path: Path, configs: list[CaptionConfig]) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "source: {path: in, limit: 5}\nmodel: {name: starter, num_beams: 3}\noutput: {path: out, extend: true}\n"
+    )
+
+    assert exit_code("caption", "--config", str(file), "--local", "--limit", "9") == 0
+
+    [config] = configs
+    assert (config.source.path, config.output.path, config.output.extend) == ("in", "out", True)
+    assert (config.model.num_beams, config.source.limit) == (3, 9)
+
+
+def test_a_text_may_be_given_empty(tmp_path: Path, configs: list[CaptionConfig]) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("model: {prompt: a photo of}\n")
+
+    exit_code("caption", "in", "out", "--local", "--config", str(file), "--prompt", "")
+
+    assert configs[0].model.prompt == ""
+
+
+settings_trees = st.fixed_dictionaries(
+    {
+        "source": st.fixed_dictionaries(
+            {
+                "path": st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1).map("./".__add__),
+                "include": st.lists(st.text(max_size=5), max_size=3),
+                "keep_columns": st.lists(st.sampled_from(["a", "b c", "d-e"]), max_size=3),
+                "limit": st.none() | st.integers(1, 10**12),
+            }
+        ),
+        "model": st.fixed_dictionaries(
+            {
+                "name": st.sampled_from(["starter", "microsoft/git-base", "s3://bucket/a model"]),
+                "batch_size": st.just("auto") | st.integers(1, 512),
+                "prompt": st.none() | st.text(max_size=5),
+            }
+        ),
+        "cluster": st.just({"local": True}),
+        "output": st.fixed_dictionaries({"path": st.just("out"), "max_failed": st.floats(0, 1)}),
+    }
+)
+
+
+@given(settings_trees)
+def test_the_command_line_of_settings_makes_the_same_settings(tree: dict[str, Any]) -> None:
+    seen: list[CaptionConfig] = []
+    config = load_config(CaptionConfig, None, tree)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(captioner.pipeline, "run", seen.append)
+        assert exit_code("caption", *command_line(config)) == 0
+
+    assert seen == [config]
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["caption", "--modle", "x"], ["--modle", "--model"]),
+        (["caption", "a", "b", "--batchsize", "8"], ["--batchsize", "--batch-size"]),
+        (["capton"], ["capton", "caption"]),
+        (["caption", "a", "b", "c"], ["c"]),
+        (["caption", "a", "b", "--model"], ["--model"]),
+        (["caption", "a", "b", "--overwrite=3"], ["--overwrite"]),
+        (["caption", "a", "b", "--batch-size", "many"], ["--batch-size", "'many'", "integer", "'auto'"]),
+        (["caption", "a", "b", "--num-beams", "0"], ["--num-beams", "'0'", "greater"]),
+        (["caption", "a", "b", "--dtype", "float8"], ["--dtype", "'float8'", "'bfloat16'"]),
+        (["caption", "--config", "nowhere.yaml"], ["nowhere.yaml", "no such file"]),
+        (["try", "--model", "starter"], ["PICTURE"]),
+        (["try", "a.jpg", "--num-workers", "2"], ["--num-workers"]),
+        (["verify"], ["OUT"]),
+        (["status", "a", "b"], ["b"]),
+        (["render-scenes", "dir"], ["--count"]),
+        (["render-scenes", "dir", "--count", "0"], ["--count", "1"]),
+        (["render-scenes", "dir", "--count", "1", "--format", "zip"], ["--format", "zip", "webdataset"]),
+        (["--nope"], ["--nope"]),
+        (["caption", "a", "b", "--model", "x", "--\x1b[2Jred"], ["[2Jred"]),
+    ],
+)
+def test_a_usage_error_is_one_line_and_exit_1(
+    words: list[str], parts: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_code(*words) == 1
+
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert re.fullmatch(r"captioner: error: [^\n\x1b]+\n", shown.err)
+    assert [part for part in parts if part not in shown.err] == []
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (SourceError("no such folder: photos"), 1),
+        (TooMany("too many"), 2),
+        (InterruptedRunError("stopped"), 130),
+        (TerminatedRunError("stopped"), 143),
+        (CaptionerError("two\nlines \x1b[31m"), 1),
+    ],
+)
+def test_an_error_of_the_run_is_one_line_and_its_exit_code(
+    error: CaptionerError, code: int, failing: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failing(error)
+
+    assert exit_code("caption", "in", "out", "--local") == code
+    assert re.fullmatch(r"captioner: error: [^\n\x1b]+\n", capsys.readouterr().err)
+
+
+def test_ctrl_c_anywhere_is_130(failing: Any) -> None:
+    failing(KeyboardInterrupt())
+
+    assert exit_code("caption", "in", "out", "--local") == 130
+
+
+def test_a_defect_keeps_its_traceback(failing: Any) -> None:
+    failing(ZeroDivisionError("a defect"))
+
+    with pytest.raises(ZeroDivisionError):
+        main(["caption", "in", "out", "--local"])
+
+
+def test_the_exit_code_of_a_command_is_that_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(captioner.pipeline, "run", lambda config: 2)
+
+    assert exit_code("caption", "in", "out", "--local") == 2
+
+
+def test_render_scenes_calls_the_renderer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    calls: list[tuple[object, ...]] = []
+    monkeypatch.setattr(captioner.samples, "render_scenes", lambda *given: calls.append(given))
+
+    assert exit_code("render-scenes", "dir", "--count", "12", "--seed", "3", "--format", "parquet") == 0
+    assert calls == [(Path("dir"), 12, 3, "parquet")]
+    assert "12 scenes" in capsys.readouterr().out
+
+
+def test_try_takes_pictures_and_the_flags_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[list[str], int]] = []
+
+    def try_pictures(paths: list[str], model: Any) -> int:
+        calls.append((paths, model.num_beams))
+        return 0
+
+    monkeypatch.setattr(captioner.pipeline, "try_pictures", try_pictures, raising=False)
+
+    assert exit_code("try", "a.jpg", "b.jpg", "--model", "starter", "--num-beams", "3") == 0
+    assert calls == [(["a.jpg", "b.jpg"], 3)]
+
+
+@pytest.mark.parametrize("command", ["verify", "status"])
+def test_verify_and_status_take_the_table(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def run(out: str) -> int:
+        seen.append(out)
+        return 0
+
+    monkeypatch.setattr(captioner.pipeline, f"{command}_command", run, raising=False)
+
+    assert exit_code(command, "s3://bucket/out") == 0
+    assert seen == ["s3://bucket/out"]
+
+
+@pytest.mark.parametrize("words", [["--help"], ["-h"], []])
+def test_help_lists_commands_and_exit_codes(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(*words) == 0
+
+    shown = capsys.readouterr().out
+    assert [
+        name for name in ("caption", "try", "verify", "status", "render-scenes") if f"\n  {name} " not in shown
+    ] == []
+    for code, meaning in EXIT_CODES.items():
+        assert re.search(rf"^ *{code} +{re.escape(meaning)}$", shown, re.MULTILINE)
+    assert "..." not in shown, "a description is cut off"
+
+
+@pytest.mark.parametrize("command", ["caption", "try", "verify", "status", "render-scenes"])
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(command, "--help") == 0
+    assert f"Usage: captioner {command} " in capsys.readouterr().out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code("--version") == 0
+    assert re.fullmatch(r"captioner \d+\.\d+\.\d+\n", capsys.readouterr().out)
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom ray_jobs.cli import main\n"
+        "try: main(['caption', '--help'])\nexcept SystemExit: pass\n"
+        "heavy = ['ray', 'torch', 'transformers', 'datasets', 'evaluate', 'pyarrow', 'numpy', 'PIL']\n"
+        "print([name for name in heavy if name in sys.modules])"
+    )
+
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+    assert shown.splitlines()[-1] == "[]"
