@@ -212,7 +212,7 @@ def _explain(kind: type[Settings], error: ValidationError, file: str | None, fla
 def _nearest(kind: type[Settings], where: list[str]) -> str:
     """What an unknown key may have meant: a key of its own group, or one that stands in another group."""
     known = list(_fields_at(kind, where[:-1]))
-    near = difflib.get_close_matches(where[-1], known, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(where[-1], known, n=1)
     elsewhere = [f"{one.group}.{one.field}" for one in settings_of(kind) if where[-1] in (one.field, one.flag[2:])]
     guesses = [".".join([*where[:-1], *near])] if near else elsewhere
     return f"did you mean {guesses[0]!r}?" if guesses else f"known keys: {', '.join(known)}"

@@ -30,35 +30,36 @@ from captioner.errors import (
 from captioner.job import Engine, Job, open_job
 from captioner.models import load
 from captioner.progress import Progress
-from captioner.record import Tally, make_record, write_record
+from captioner.record import Tally, make_record, recorded, write_record
 from captioner.scoring.spot_check import spot_check
 from captioner.steps import Work, caption, commit, read_and_decode
 from captioner.store.publish import publish
 from captioner.store.verify import count_rows
 from captioner.summary import print_summary
+from captioner.text import printable
 
 
 def run(config: CaptionConfig, engine: Engine | None = None) -> int:
     """Caption an archive into OUT; returns the exit code. Raises CaptionerError (see `captioner.errors`)."""
+    engine = engine or ThisProcess(config)
     with _stoppable(config.output.path):
-        job = open_job(config, engine := engine or ThisProcess(config), say)
+        job = open_job(config, engine, say)
         if job.work is None:
             say(f"planned; run without --plan-only to caption into {config.output.path}")
             return OK
-        tally, skipped = Tally(), 0
-        for plan in job.generations():
-            chunks = job.missing_chunks(plan)
-            missing = sum(chunk.num_rows for chunk in chunks)
-            skipped += plan.num_rows - missing
-            if chunks:
-                job.finish_model_check()
-                write_record(job, make_record(job, "running", tally, skipped))
-                with Progress(total=plan.num_rows, already=plan.num_rows - missing) as progress:
-                    for receipt in engine.caption_chunks(job.work, chunks):
-                        tally.add(receipt, job.started)
-                        progress.update(receipt)
-            publish(job.table, plan)
-        return close_job(job, tally, skipped)
+        with recorded(job) as tally:
+            for plan in job.generations():
+                chunks = job.missing_chunks(plan)
+                already = tally.skip(plan, chunks)
+                if chunks:
+                    job.finish_model_check()
+                    write_record(job, make_record(job, "running", tally))
+                    with Progress(total=plan.num_rows, already=already) as progress:
+                        for receipt in engine.caption_chunks(job.work, chunks):
+                            tally.add(receipt, job.started)
+                            progress.update(receipt)
+                publish(job.table, plan)
+            return close_job(job, tally)
 
 
 class ThisProcess:
@@ -78,7 +79,7 @@ class ThisProcess:
             yield commit(work, caption(work, captioner, read_and_decode(work, chunk)))
 
 
-def close_job(job: Job, tally: Tally, skipped: int) -> int:
+def close_job(job: Job, tally: Tally) -> int:
     """Count the table against the plan, write the record, tell the verdict."""
     counts = count_rows(job.table)
     if counts.remaining:
@@ -86,7 +87,7 @@ def close_job(job: Job, tally: Tally, skipped: int) -> int:
             f"{job.config.output.path}: {counts.remaining:,} of {counts.planned:,} planned pictures have no row; "
             "run `captioner verify` on it"
         )
-    record = make_record(job, "finished", tally, skipped, counts)
+    record = make_record(job, "finished", tally, counts)
     check = spot_check(job.table)
     record["check"] = None if check is None else check.to_json()
     write_record(job, record)
@@ -104,7 +105,7 @@ def close_job(job: Job, tally: Tally, skipped: int) -> int:
 
 def say(line: str) -> None:
     """One line for a person, beside the progress display."""
-    print(f"captioner: {line}", file=sys.stderr, flush=True)
+    print(f"captioner: {printable(line)}", file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import platform
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from captioner.data import Receipt
+from captioner.data import Chunk, Receipt
+from captioner.errors import CaptionerError, TooManyFailedError
 from captioner.job import Job
+from captioner.store.table import Plan
 from captioner.store.verify import TableCounts
 
 
@@ -20,6 +23,7 @@ class Tally:
     """What the receipts of a run add up to."""
 
     num_rows: int = 0
+    skipped: int = 0
     read: float = 0.0
     decode: float = 0.0
     generate: float = 0.0
@@ -28,6 +32,12 @@ class Tally:
     last_at: float | None = None
     first_rows: int = 0
     startup: float = 0.0
+
+    def skip(self, plan: Plan, missing: list[Chunk]) -> int:
+        """Note what of a plan was committed before this start; returns how many pictures that is."""
+        already = plan.num_rows - sum(chunk.num_rows for chunk in missing)
+        self.skipped += already
+        return already
 
     def add(self, receipt: Receipt, started: float) -> None:
         now = time.perf_counter()
@@ -51,7 +61,20 @@ class Tally:
         return self.num_rows / spent if spent else None
 
 
-def make_record(job: Job, state: str, tally: Tally, skipped: int, counts: TableCounts | None = None) -> dict[str, Any]:
+@contextmanager
+def recorded(job: Job) -> Iterator[Tally]:
+    """The tally of a run; where the run is stopped or fails, its record says so."""
+    tally = Tally()
+    try:
+        yield tally
+    except BaseException as error:
+        if not isinstance(error, TooManyFailedError):  # that run is finished, and its record written
+            with suppress(CaptionerError):
+                write_record(job, make_record(job, f"stopped: {str(error) or type(error).__name__}", tally))
+        raise
+
+
+def make_record(job: Job, state: str, tally: Tally, counts: TableCounts | None = None) -> dict[str, Any]:
     """The run as JSON: what OUT/run.json and OUT/runs/RUN_ID.json hold."""
     model = job.work.model if job.work else None
     plans = job.table.plans()
@@ -65,7 +88,7 @@ def make_record(job: Job, state: str, tally: Tally, skipped: int, counts: TableC
         "counts": {
             **(asdict(counts) if counts else {"planned": sum(p.num_rows for p in plans if p.founds_parts)}),
             "captioned_in_this_run": tally.num_rows,
-            "skipped": skipped,
+            "skipped": tally.skipped,
             "ignored": sum(plan.num_ignored for plan in plans),
         },
         "seconds": {

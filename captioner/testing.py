@@ -16,10 +16,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 import captioner.starter
+from captioner.faults import Killed, killed_at_write, sigkill_at_write
 from captioner.models.fake import FakeCaptioner
 from captioner.scenes import Scene, make_scenes
 
-__all__ = ["FakeCaptioner", "make_folder", "make_parquet", "make_tar", "make_tiny_model"]
+__all__ = [
+    "FakeCaptioner",
+    "Killed",
+    "killed_at_write",
+    "make_folder",
+    "make_parquet",
+    "make_tar",
+    "make_tiny_model",
+    "sigkill_at_write",
+]
 
 TINY_SIDE = 32  # pixels, of the tiny models' pictures
 _PAD, _START, _END = 0, 1, 2  # of the starter's tokenizer, which the tiny models share

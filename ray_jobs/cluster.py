@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,9 +72,33 @@ def _init(address: str) -> None:
 
         settings["runtime_env"] = {"py_modules": [captioner, ray_jobs]}
     try:
-        ray.init(**settings)
+        with _quiet_stderr(), _own_sigterm():
+            ray.init(**settings)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         raise ClusterError(f"Ray at {address!r} cannot be reached: {' '.join(str(error).split())[:300]}") from error
+
+
+@contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """Ray's C++ core writes to descriptor 2 when it starts; its errors come as exceptions as well."""
+    before = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(nowhere)
+        os.close(before)
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Ray replaces the handler of SIGTERM by one that ends the process; the run's own handler says what stays."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)
 
 
 def available_cpus() -> int:
@@ -90,7 +118,7 @@ def share_out(resources: Resources, config: ClusterConfig) -> Sizes:
             f"{workers} workers and {decode} decode CPUs do not fit {resources.num_cpus:g} CPUs; "
             "each needs a share: lower --num-workers or --decode-cpus"
         )
-    threads = max(1, round(resources.num_cpus / max(workers, resources.num_nodes)))
+    threads = max(1, round(cpus))
     return Sizes(workers, min(cpus, 1.0) if gpus else _below(cpus), gpus, threads, decode)
 
 

@@ -24,7 +24,7 @@ LAYERS = """
     scoring steps faults
     job progress
     record summary report
-    pipeline training testing
+    pipeline commands training testing starter.build
 """
 LEVELS = {part: level for level, line in enumerate(LAYERS.split("\n")) for part in line.split()}
 MODULES = sorted(

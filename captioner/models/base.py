@@ -96,7 +96,7 @@ class TransformersCaptioner:
         # A longest caption shorter than the checkpoint's shortest would be an error: the person's limit wins.
         kept["min_length"] = min(kept["min_length"] or 0, len(self.prefix) + limit)
         kept["min_new_tokens"] = min(kept["min_new_tokens"] or 0, limit) or None
-        if self.ref.num_beams == 1:
+        if self.ref.num_beams == 1:  # these two belong to beam search; transformers warns of them elsewhere
             kept |= {"early_stopping": None, "length_penalty": None}
         return GenerationConfig(
             **{name: value for name, value in kept.items() if value is not None},

@@ -20,7 +20,7 @@ def check(ref: ModelRef) -> None:
 
     Imports torch and transformers, which takes seconds, unless these very files passed before.
     """
-    if ref.path and not _marker(ref).exists():
+    if ref.path and not _passed(ref):
         check_directory(ref.path)
         _remember(ref)
 
@@ -69,7 +69,7 @@ class PendingCheck:
 
 def check_in_subprocess(ref: ModelRef) -> PendingCheck:
     """Start `check` in another process; nothing is started for the fake or for files that passed before."""
-    if not ref.path or _marker(ref).exists():
+    if not ref.path or _passed(ref):
         return PendingCheck(ref, None)
     root = str(Path(captioner.__file__).parent.parent)
     search_path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
@@ -79,6 +79,10 @@ def check_in_subprocess(ref: ModelRef) -> PendingCheck:
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", env=environment
     )
     return PendingCheck(ref, process)
+
+
+def _passed(ref: ModelRef) -> bool:
+    return os.path.exists(_marker(ref))  # False, not an error, where the cache cannot be entered
 
 
 def _marker(ref: ModelRef) -> Path:

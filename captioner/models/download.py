@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType
+from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType, FSSpecHandler, PyFileSystem
 
 from captioner.errors import ModelError, UsageError
 from captioner.files import open_filesystem
@@ -19,34 +18,49 @@ from captioner.models.weights import weight_files
 
 # Nothing that could run: no pickles, no Python.
 HUB_PATTERNS = ("*.json", "*.txt", "*.model", "*.safetensors")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def from_hub(name: str, revision: str | None, announce: Callable[[str], None]) -> tuple[Path, str]:
     """The snapshot of a hub id in Hugging Face's own cache, and its commit. Nothing is asked when HF_HUB_OFFLINE=1."""
     from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-    offline = constants.HF_HUB_OFFLINE
-    wanted = revision if offline or _COMMIT.fullmatch(revision or "") else _commit_of(name, revision)
+    if constants.HF_HUB_OFFLINE:
+        return _from_hub_cache(name, revision)
+    commit = _commit_of(name, revision)
+    if not _has_weights(_cached(name, commit)):
+        announce(f"downloading {name} at {commit} from {constants.ENDPOINT}")
     try:
-        cached = Path(snapshot_download(name, revision=wanted, local_files_only=True))
-        if offline or _is_whole(cached):
-            return cached, cached.name
-    except LocalEntryNotFoundError:
-        if offline:
-            raise ModelError(
-                f"--model {name}: neither a directory here nor in the Hugging Face cache, and HF_HUB_OFFLINE=1 forbids"
-                " downloading it; download it first, or give its directory"
-            ) from None
-    except HFValidationError as error:
-        raise ModelError(f"--model {name}: no such directory, and not a hub id: {_line(error)}") from None
-    announce(f"downloading {name} at {wanted} from {constants.ENDPOINT}")
-    try:
-        directory = snapshot_download(name, revision=wanted, allow_patterns=list(HUB_PATTERNS))
+        # By its branch's name, not by the commit: then the branch is known offline too.
+        directory = Path(
+            snapshot_download(name, revision=revision, allow_patterns=list(HUB_PATTERNS), ignore_patterns="*/*")
+        )
     except Exception as error:  # whatever the HTTP client of the day raises: no download, no model
         raise ModelError(f"--model {name}: the download stopped: {_line(error)}; the same command resumes it") from None
-    return Path(directory), str(wanted)
+    return directory, directory.name
+
+
+def _from_hub_cache(name: str, revision: str | None) -> tuple[Path, str]:
+    directory = _cached(name, revision)
+    if directory is None:
+        raise ModelError(
+            f"--model {name}: neither a directory here nor in the Hugging Face cache, and HF_HUB_OFFLINE=1 forbids"
+            " downloading it; download it first, or give its directory"
+        )
+    return directory, directory.name
+
+
+def _cached(name: str, revision: str | None) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    file = try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(file).parent if isinstance(file, str) else None
+
+
+def _has_weights(directory: Path | None) -> bool:
+    try:
+        return directory is not None and bool(weight_files(directory))
+    except ModelError:
+        return False
 
 
 def _commit_of(name: str, revision: str | None) -> str:
@@ -73,13 +87,6 @@ def _commit_of(name: str, revision: str | None) -> str:
         ) from None
 
 
-def _is_whole(directory: Path) -> bool:
-    try:
-        return bool(weight_files(directory)) and (directory / "config.json").is_file()
-    except ModelError:
-        return False
-
-
 def from_uri(uri: str, announce: Callable[[str], None]) -> Path:
     """A copy of a model directory of a store in the user's cache; made anew when a file there changes."""
     try:
@@ -90,12 +97,19 @@ def from_uri(uri: str, announce: Callable[[str], None]) -> Path:
     files = [info for info in infos if info.type == FileType.File and _is_allowed(info.base_name)]
     if not files:
         raise ModelError(f"--model {uri}: holds no model; give the directory with config.json and the weights")
-    state = repr((uri, [(info.base_name, info.size, info.mtime_ns) for info in files]))
+    state = repr((uri, [(info.base_name, info.size, _version(filesystem, info)) for info in files]))
     target = cache_dir() / "models" / hashlib.sha256(state.encode()).hexdigest()[:32]
-    if not target.is_dir():
+    if not os.path.isdir(target):
         announce(f"downloading {uri} ({sum(info.size or 0 for info in files) / 1e6:,.0f} MB) to {target}")
         _copy(uri, filesystem, files, target)
     return target
+
+
+def _version(filesystem: FileSystem, info: FileInfo) -> object:
+    """What changes with the file. fsspec's stores give Arrow no time of change, but a key of their own (an ETag)."""
+    if isinstance(filesystem, PyFileSystem) and isinstance(filesystem.handler, FSSpecHandler):
+        return filesystem.handler.fs.ukey(info.path)
+    return info.mtime_ns
 
 
 def _copy(uri: str, filesystem: FileSystem, files: list[FileInfo], target: Path) -> None:
@@ -112,7 +126,7 @@ def _copy(uri: str, filesystem: FileSystem, files: list[FileInfo], target: Path)
                 shutil.copyfileobj(source, out, 1 << 22)
         os.rename(temporary, target)
     except OSError as error:
-        if not target.is_dir():  # else another process was first with the same files
+        if not os.path.isdir(target):  # else another process was first with the same files
             raise ModelError(f"--model {uri}: cannot be copied to {target}: {_line(error)}") from None
     finally:
         if temporary is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Literal
 
 from captioner.data import Captioner
@@ -33,6 +34,9 @@ def load(
     if ref.family == "fake":
         return FakeCaptioner()
     ref = on_this_machine(ref)
+    # Threads that wait for each other must not spin: where other work shares the CPUs, decoding for one, spinning
+    # made captioning up to a hundred times slower. Read when torch is imported, so the first model sets it.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
 
     if num_threads is not None:

@@ -89,7 +89,8 @@ def on_this_machine(ref: ModelRef) -> ModelRef:
     fetchable = ref.name == STARTER or ref.revision is not None or is_uri(ref.name)
     if not path.is_dir() and not fetchable:
         raise ModelError(
-            f"{path}: not on machine {platform.node()}; put the model on a disk all machines share, or give a hub id or URI"
+            f"{path}: not on machine {platform.node()}; put the model on a disk all machines share, or give a hub"
+            " id or URI"
         )
     if ref.name == STARTER or not path.is_dir():
         path, _ = locate(ref.name, ref.revision, print)

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import captioner.commands
 import captioner.pipeline
 import captioner.samples
 from captioner.config import CaptionConfig, Setting, command_line, load_config, settings_of
@@ -147,6 +148,7 @@ settings_trees = st.fixed_dictionaries(
 )
 
 
+@settings(max_examples=30, deadline=None)
 @given(settings_trees)
 def test_the_command_line_of_settings_makes_the_same_settings(tree: dict[str, Any]) -> None:
     seen: list[CaptionConfig] = []
@@ -248,7 +250,7 @@ def test_try_takes_pictures_and_the_flags_of_the_model(monkeypatch: pytest.Monke
         calls.append((paths, model.num_beams))
         return 0
 
-    monkeypatch.setattr(captioner.pipeline, "try_pictures", try_pictures, raising=False)
+    monkeypatch.setattr(captioner.commands, "try_pictures", try_pictures)
 
     assert exit_code("try", "a.jpg", "b.jpg", "--model", "starter", "--num-beams", "3") == 0
     assert calls == [(["a.jpg", "b.jpg"], 3)]
@@ -262,7 +264,7 @@ def test_verify_and_status_take_the_table(command: str, monkeypatch: pytest.Monk
         seen.append(out)
         return 0
 
-    monkeypatch.setattr(captioner.pipeline, f"{command}_command", run, raising=False)
+    monkeypatch.setattr(captioner.commands, command, run)
 
     assert exit_code(command, "s3://bucket/out") == 0
     assert seen == ["s3://bucket/out"]
@@ -278,7 +280,7 @@ def test_help_lists_commands_and_exit_codes(words: list[str], capsys: pytest.Cap
     ] == []
     for code, meaning in EXIT_CODES.items():
         assert re.search(rf"^ *{code} +{re.escape(meaning)}$", shown, re.MULTILINE)
-    assert "..." not in shown, "a description is cut off"
+    assert "..." not in shown.replace("[ARGS]...", ""), "a description is cut off"
 
 
 @pytest.mark.parametrize("command", ["caption", "try", "verify", "status", "render-scenes"])

@@ -44,7 +44,7 @@ def test_a_file_may_be_empty_or_commented_out(tmp_path: Path, yaml: str) -> None
         ("model:\n  nmae: x\n", "unknown key 'model.nmae'; did you mean 'model.name'?"),
         ("batch_size: 8\n", "unknown key 'batch_size'; did you mean 'model.batch_size'?"),
         ("source:\n  rows_per_file: 8\n", "unknown key 'source.rows_per_file'; did you mean 'output.rows_per_file'?"),
-        ("colour: red\n", "unknown key 'colour'; known keys: source, model, cluster, output"),
+        ("weather: mild\n", "unknown key 'weather'; known keys: source, model, cluster, output"),
         ("1: 2\n", "unknown key '1'; known keys: source, model, cluster, output"),
         ("model: starter\n", "'model' holds 'starter', but must hold keys: name, revision, "),
         (

@@ -271,12 +271,6 @@ def gif_claiming(width: int, height: int) -> bytes:
     return b"GIF89a" + struct.pack("<HHBBB", width, height, 0, 0, 0) + FILES["GIF"][13:]
 
 
-def webp_claiming(width: int, height: int) -> bytes:
-    canvas = struct.pack("<II", 0, width - 1)[:7] + struct.pack("<I", height - 1)[:3]
-    body = b"WEBPVP8X" + struct.pack("<I", 10) + canvas + FILES["WEBP"][12:]
-    return b"RIFF" + struct.pack("<I", len(body)) + body
-
-
 def test_a_pixel_bomb_is_refused_by_its_header():
     decoded = decode(png_claiming(100_000, 100_000), SPEC, NO_LIMIT)
 
@@ -285,9 +279,8 @@ def test_a_pixel_bomb_is_refused_by_its_header():
     assert "300000000" in decoded.error_message
 
 
-@pytest.mark.parametrize("data", [gif_claiming(65_535, 65_535), webp_claiming(16_000, 16_000)], ids=["gif", "webp"])
-def test_bombs_that_pillow_refuses_while_opening_have_the_same_code(data):
-    assert decode(data, SPEC, 100_000_000).error_code == "too_many_pixels"
+def test_a_bomb_that_pillow_refuses_while_opening_has_the_same_code():
+    assert decode(gif_claiming(65_535, 65_535), SPEC, NO_LIMIT).error_code == "too_many_pixels"
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -58,7 +58,7 @@ def to_lab(image: Image.Image) -> Image.Image:
         ("P", "TIFF", {}),
         ("CMYK", "TIFF", {}),
         ("CMYK", "JPEG", {"quality": 95, "subsampling": 0}),
-        ("YCbCr", "TIFF", {}),
+        ("YCbCr", "TIFF", {"compression": "tiff_lzw"}),
         ("YCbCr", "JPEG", {"quality": 95, "subsampling": 0}),
         ("LAB", "TIFF", {}),
     ],

@@ -1,0 +1,125 @@
+"""PixelSpec from an image processor's settings: as the class of transformers would treat a picture, or refused."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from transformers.models.beit.image_processing_pil_beit import BeitImageProcessorPil
+from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+from captioner.data import PixelSpec
+from captioner.errors import ModelError
+from captioner.models.pixels import read_pixel_spec
+
+CLASSES = {
+    "CLIPImageProcessor": CLIPImageProcessorPil,
+    "BlipImageProcessor": BlipImageProcessorPil,
+    "ViTImageProcessor": ViTImageProcessorPil,
+    "BeitImageProcessor": BeitImageProcessorPil,
+    "SiglipImageProcessor": SiglipImageProcessorPil,
+}
+RESAMPLE = {"bilinear": 2, "bicubic": 3}
+
+
+def write(directory, **settings):
+    (directory / "preprocessor_config.json").write_text(json.dumps(settings))
+    return directory
+
+
+def normalised(spec: PixelSpec, pixels: np.ndarray) -> np.ndarray:
+    """float [3, H, W], as `captioner.models` does it on the device."""
+    values = (pixels.astype(np.float64) / 255 - np.array(spec.mean)) / np.array(spec.std)
+    return values.transpose(2, 0, 1)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_absent_settings_are_the_defaults_of_their_class(name, tmp_path) -> None:
+    spec = read_pixel_spec(write(tmp_path, image_processor_type=name), "git")
+    processor = CLASSES[name]()
+    picture = np.random.default_rng(0).integers(0, 256, (spec.height, spec.width, 3), dtype=np.uint8)
+
+    expected = processor(Image.fromarray(picture), return_tensors="np").pixel_values[0]
+
+    np.testing.assert_allclose(normalised(spec, picture), expected, atol=1e-5)
+    assert RESAMPLE[spec.resample] == processor.resample
+    assert spec.shortest_edge == (dict(processor.size).get("shortest_edge") or 0)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    do_rescale=st.booleans(),
+    do_normalize=st.booleans(),
+    rescale_factor=st.sampled_from([1 / 255, 1 / 127.5, 1.0]),
+    mean=st.lists(st.floats(0.1, 0.9), min_size=3, max_size=3),
+)
+def test_any_scale_comes_out_as_transformers_has_it(
+    tmp_path_factory, do_rescale, do_normalize, rescale_factor, mean
+) -> None:
+    flags = {"do_rescale": do_rescale, "do_normalize": do_normalize, "rescale_factor": rescale_factor}
+    values = {"image_mean": mean, "image_std": [0.25, 0.5, 0.75], "size": {"height": 8, "width": 8}}
+    directory = write(tmp_path_factory.mktemp("any"), image_processor_type="ViTImageProcessor", **flags, **values)
+    picture = np.random.default_rng(1).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+
+    expected = ViTImageProcessorPil(**flags, **values)(Image.fromarray(picture), return_tensors="np").pixel_values[0]
+
+    np.testing.assert_allclose(normalised(read_pixel_spec(directory, "vit"), picture), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"feature_extractor_type": "CLIPFeatureExtractor", "size": 96, "crop_size": 64}, ("shortest_edge", 96, 64)),
+        ({"image_processor_type": "CLIPImageProcessorFast", "size": {"shortest_edge": 64}, "crop_size": 64}, None),
+        ({"image_processor_type": "ViTFeatureExtractor", "size": 96}, ("exact", 0, 96)),
+        ({"image_processor_type": "ViTImageProcessor", "size": {"height": 96, "width": 96}}, ("exact", 0, 96)),
+        ({"size": {"shortest_edge": 96}, "crop_size": {"height": 96, "width": 96}}, ("shortest_edge", 96, 96)),
+    ],
+)
+def test_older_ways_of_writing_are_read(settings, expected, tmp_path) -> None:
+    spec = read_pixel_spec(write(tmp_path, **settings), "git")
+
+    assert (spec.resize, spec.shortest_edge, spec.height) == (expected or ("shortest_edge", 64, 64))
+
+
+def test_the_section_of_the_processor_comes_first(tmp_path) -> None:
+    write(tmp_path, image_processor_type="ViTImageProcessor", size=96)
+    section = {"image_processor_type": "BlipImageProcessor", "size": {"height": 48, "width": 40}}
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": section}))
+
+    spec = read_pixel_spec(tmp_path, "blip")
+
+    assert (spec.height, spec.width) == (48, 40)
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [
+        ({"image_processor_type": "DonutImageProcessor"}, "image_processor_type 'DonutImageProcessor'"),
+        ({"image_processor_type": "DeiTImageProcessor"}, "do_center_crop=True"),
+        ({"do_resize": False}, "do_resize=False"),
+        ({"do_center_crop": False}, "do_center_crop=False"),
+        ({"do_pad": True}, "do_pad=True"),
+        ({"resample": 0}, "resample=0"),
+        ({"size": {"shortest_edge": 100, "longest_edge": 200}}, "size="),
+        ({"size": {"shortest_edge": 100}, "crop_size": {"height": 224, "width": 224}}, "crop_size="),
+        ({"size": {"shortest_edge": "large"}}, "size="),
+        ({"crop_size": "large"}, "crop_size='large'"),
+        ({"image_mean": [0.5]}, "image_mean="),
+        ({"image_std": [0.5, 0, 0.5]}, "image_std="),
+    ],
+)
+def test_what_a_pixel_spec_cannot_say_is_refused_by_name(settings, key, tmp_path) -> None:
+    with pytest.raises(ModelError) as raised:
+        read_pixel_spec(write(tmp_path, **settings), "git")
+
+    assert key in str(raised.value)
+    assert str(tmp_path) in str(raised.value)
+    assert "\n" not in str(raised.value)

@@ -1,0 +1,141 @@
+"""The whole job killed with SIGKILL, resumed, and proven: no picture lost, none doubled."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pyarrow as pa
+import pytest
+
+from captioner.config import CaptionConfig
+from captioner.store.read import read_parts
+from captioner.store.table import open_table
+from captioner.store.verify import verify
+from captioner.testing import make_folder
+from ray_jobs.caption import run
+
+pytestmark = pytest.mark.usefixtures("ray_instance")
+
+PICTURES = 640
+DEADLINE_S = 120.0
+KILLED_AT_WRITE = """
+import sys
+from captioner.faults import sigkill_at_write
+from ray_jobs.cli import main
+with sigkill_at_write(int(sys.argv[1])):
+    main(sys.argv[2:])
+"""
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = make_folder(tmp_path_factory.mktemp("archive"), PICTURES, width=32)
+    (root / "broken.png").write_bytes(b"no picture")
+    return root
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, archive: Path) -> list[tuple]:
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    run(settings(archive, out))
+    return rows(out)
+
+
+def settings(archive: Path, out: Path) -> CaptionConfig:
+    return CaptionConfig.model_validate(
+        {
+            "source": {"path": str(archive)},
+            "model": {"name": "fake"},
+            "output": {"path": str(out), "rows_per_file": 100},
+        }
+    )
+
+
+def rows(out: Path) -> list[tuple]:
+    table = pa.concat_tables(read_parts(open_table(str(out)))).to_pylist()
+    return [(row["image_id"], row["status"], row["caption"], row["chunk_id"]) for row in table]
+
+
+def start_job(archive: Path, out: Path, *before: str) -> subprocess.Popen[bytes]:
+    """The command line in a process of its own, with a Ray of its own."""
+    arguments = ["caption", str(archive), str(out), "--model", "fake", "--rows-per-file", "100"]
+    command = [sys.executable, *before, *arguments] if before else [sys.executable, "-m", "ray_jobs.cli", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+
+
+def num_chunks(out: Path) -> int:
+    return len(list(out.glob("chunks/*/*.parquet")))
+
+
+def wait_for_chunks(job: subprocess.Popen[bytes], out: Path, count: int) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while num_chunks(out) < count:
+        assert job.poll() is None, "the job ended before it could be killed"
+        assert time.monotonic() < deadline, "no chunk was committed"
+        time.sleep(0.005)
+
+
+def kill_tree(job: subprocess.Popen[bytes]) -> None:
+    """Driver, raylet, workers: everything at once, as when the machine goes."""
+    tree = [psutil.Process(job.pid), *psutil.Process(job.pid).children(recursive=True)]
+    for process in tree:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+    job.wait()
+
+
+def assert_resumes(archive: Path, out: Path, undisturbed: list[tuple]) -> None:
+    assert run(settings(archive, out)) == 0
+    found = verify(open_table(str(out)))
+    assert (found.lost, found.doubled, found.problems, found.proven) == (0, 0, [], True)
+    assert rows(out) == undisturbed
+
+
+def test_everything_killed_while_captioning(tmp_path: Path, archive: Path, undisturbed: list[tuple]) -> None:
+    job = start_job(archive, tmp_path / "out")
+    wait_for_chunks(job, tmp_path / "out", 3)
+    kill_tree(job)
+    committed = num_chunks(tmp_path / "out")
+
+    assert 3 <= committed < -(-(PICTURES + 1) // 16)
+    assert not verify(open_table(str(tmp_path / "out"))).proven
+    assert_resumes(archive, tmp_path / "out", undisturbed)
+
+
+def test_the_driver_killed_and_restarted_at_once(tmp_path: Path, archive: Path, undisturbed: list[tuple]) -> None:
+    job = start_job(archive, tmp_path / "out")
+    wait_for_chunks(job, tmp_path / "out", 3)
+    os.kill(job.pid, signal.SIGKILL)  # its workers live on for a while and may commit late
+    job.wait()
+
+    assert_resumes(archive, tmp_path / "out", undisturbed)
+
+
+def test_the_driver_killed_during_publish(tmp_path: Path, archive: Path, undisturbed: list[tuple]) -> None:
+    out = tmp_path / "out"
+    # Its writes before publishing: table, its overwrite mark, seven plan parts, the plan, the table's model, two records.
+    job = start_job(archive, out, "-c", KILLED_AT_WRITE, str(1 + 1 + 7 + 1 + 1 + 2 + 3))
+    assert job.wait() == -signal.SIGKILL
+    published = len(list(out.glob("captions/*.parquet")))
+
+    assert 0 < published < 7
+    assert_resumes(archive, out, undisturbed)
+
+
+@pytest.mark.parametrize(("stop", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_job_keeps_what_is_committed(
+    tmp_path: Path, archive: Path, undisturbed: list[tuple], stop: signal.Signals, code: int
+) -> None:
+    job = start_job(archive, tmp_path / "out")
+    wait_for_chunks(job, tmp_path / "out", 1)
+    os.kill(job.pid, stop)
+
+    assert job.wait() == code
+    assert open_table(str(tmp_path / "out")).directory.read_json("run.json")["state"].startswith("stopped")
+    assert_resumes(archive, tmp_path / "out", undisturbed)
