@@ -3,7 +3,7 @@
 PYTHON ?= $(shell for python in python3.12 python3.11 python3; do \
 	$$python -c 'import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null \
 	&& echo $$python && break; done)
-# For instance PIP_ARGS='--extra-index-url https://download.pytorch.org/whl/cpu' for torch without CUDA.
+# More arguments for pip, for instance an index that has torch without CUDA.
 PIP_ARGS ?=
 PYTEST_ARGS ?=
 BIN := .venv/bin

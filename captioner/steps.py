@@ -73,8 +73,8 @@ def caption(work: Work, captioner: Captioner, decoded: ChunkRows) -> ChunkRows:
     assert decoded.pixels is not None
     codes, messages = decoded.rows["error_code"].to_pylist(), decoded.rows["error_message"].to_pylist()
     fine = [place for place, code in enumerate(codes) if not code]
-    written: dict[int, _Caption] = {}
-    for place, result in zip(fine, _caption_or_reasons(captioner, decoded.pixels[fine]), strict=True):
+    written: dict[int, Caption] = {}
+    for place, result in zip(fine, caption_or_reasons(captioner, decoded.pixels[fine]), strict=True):
         if isinstance(result, str):
             codes[place], messages[place] = "generate_error", result
         else:
@@ -104,14 +104,14 @@ def commit(work: Work, captioned: ChunkRows) -> Receipt:
 
 
 @dataclass(frozen=True, slots=True)
-class _Caption:
+class Caption:
     text: str
     num_tokens: int
     logprob_mean: float | None
     flags: list[str]
 
 
-def _caption_or_reasons(captioner: Captioner, pixels: npt.NDArray[np.uint8]) -> list[_Caption | str]:
+def caption_or_reasons(captioner: Captioner, pixels: npt.NDArray[np.uint8]) -> list[Caption | str]:
     """A caption for each picture, or why the model could not. What fails together is tried again in halves, so that
     one picture takes no neighbour with it."""
     if not len(pixels):
@@ -122,13 +122,13 @@ def _caption_or_reasons(captioner: Captioner, pixels: npt.NDArray[np.uint8]) -> 
         if len(pixels) == 1:
             return [f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]]
         half = len(pixels) // 2
-        return _caption_or_reasons(captioner, pixels[:half]) + _caption_or_reasons(captioner, pixels[half:])
+        return caption_or_reasons(captioner, pixels[:half]) + caption_or_reasons(captioner, pixels[half:])
 
 
-def _as_list(captions: Captions) -> list[_Caption | str]:
+def _as_list(captions: Captions) -> list[Caption | str]:
     columns = zip(captions.texts, captions.num_tokens, captions.logprob_mean, captions.finished, strict=True)
     return [
-        _Caption(text, tokens, logprob if math.isfinite(logprob) else None, _flags(text, logprob, finished))
+        Caption(text, tokens, logprob if math.isfinite(logprob) else None, _flags(text, logprob, finished))
         for text, tokens, logprob, finished in columns
     ]
 
@@ -139,7 +139,7 @@ def _flags(text: str, logprob: float, finished: bool) -> list[str]:
 
 
 def _finished_rows(
-    work: Work, decoded: ChunkRows, codes: list[str], messages: list[str], written: dict[int, _Caption]
+    work: Work, decoded: ChunkRows, codes: list[str], messages: list[str], written: dict[int, Caption]
 ) -> pa.Table:
     count, chunk, model = decoded.chunk.num_rows, decoded.chunk, work.model
     captions = [written.get(place) for place in range(count)]

@@ -74,7 +74,7 @@ def _init(address: str) -> None:
     try:
         with _quiet_stderr(), _own_sigterm():
             ray.init(**settings)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+    except Exception as error:  # Ray raises bare ones as well
         raise ClusterError(f"Ray at {address!r} cannot be reached: {' '.join(str(error).split())[:300]}") from error
 
 

@@ -20,11 +20,11 @@ LAYERS = """
     text
     config data scenes
     files starter samples
-    sources imaging models scoring.wer store
-    scoring steps faults
+    sources imaging models scoring store
+    scoring.spot_check steps faults
     job progress
     record summary report
-    pipeline commands training testing starter.build
+    pipeline commands batches training testing starter.build
 """
 LEVELS = {part: level for level, line in enumerate(LAYERS.split("\n")) for part in line.split()}
 MODULES = sorted(

@@ -1,0 +1,32 @@
+"""The caption stage in somebody's own Ray Data pipeline."""
+
+from pathlib import Path
+
+import pytest
+
+from captioner.batches import CaptionBatches
+from captioner.testing import make_folder
+
+
+@pytest.mark.usefixtures("ray_instance")
+def test_the_stage_captions_bytes_in_any_dataset(tmp_path: Path) -> None:
+    import ray
+
+    archive = make_folder(tmp_path / "archive", 6)
+    (archive / "metadata.jsonl").unlink()
+    (archive / "zz.png").write_bytes(b"no picture")
+    files = ray.data.read_binary_files(str(archive), include_paths=True)
+
+    rows = files.map_batches(
+        CaptionBatches,
+        fn_constructor_kwargs={"model": "starter", "batch_size": 4},
+        batch_size=4,
+        compute=ray.data.ActorPoolStrategy(size=1),
+        num_cpus=0.5,
+    ).take_all()
+
+    by_name = {Path(row["path"]).name: row for row in rows}
+    assert by_name["000000.png"]["caption"] == "a large orange square left of a large orange circle on a white background"
+    assert (by_name["000000.png"]["error_code"], by_name["zz.png"]["error_code"]) == ("", "not_an_image")
+    assert by_name["zz.png"]["caption"] is None
+    assert len(rows) == 7

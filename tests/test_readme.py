@@ -1,0 +1,82 @@
+"""What the README names is there: flags, commands, files, tests, exit codes, columns."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from captioner.data import CAPTIONS_SCHEMA, ERROR_CODES
+from captioner.errors import EXIT_CODES
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+README = (ROOT / "README.md").read_text()
+OTHERS_FLAGS = {"--address", "--working-dir"}  # of `ray job submit`
+
+
+def help_of(*command: str) -> str:
+    done = subprocess.run([sys.executable, "-m", "ray_jobs.cli", *command, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def commands() -> set[str]:
+    listed = help_of().split("Commands:")[1].split("Exit codes:")[0]
+    return set(re.findall(r"^  ([a-z][a-z-]*)", listed, re.MULTILINE))
+
+
+@pytest.fixture(scope="module")
+def flags(commands: set[str]) -> set[str]:
+    return {flag for command in commands for flag in re.findall(r"--[a-z][a-z-]*", help_of(command))}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_flag_and_command_is_real(document: Path, flags: set[str], commands: set[str]) -> None:
+    text = document.read_text()
+    lines = [line for line in text.splitlines() if "pip install" not in line]
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", "\n".join(lines)))
+    called = set(re.findall(r"^captioner ([a-z][a-z-]*)|`captioner ([a-z][a-z-]*)", text, re.MULTILINE))
+
+    assert named - OTHERS_FLAGS <= flags
+    assert {first or second for first, second in called} <= commands
+
+
+def test_every_file_is_there() -> None:
+    suffixes = "py|md|yaml|toml|txt|png"
+    named = set(re.findall(rf"[`(]((?:[\w.-]+/)*[\w-]+\.(?:{suffixes}))[`):]", README))
+    named |= set(re.findall(r"`((?:captioner|ray_jobs|tests|docs|benchmarks)/[\w/]*)`", README))
+    named -= {"run.yaml"}
+
+    assert len(named) > 15
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+
+
+def test_every_promise_has_its_test() -> None:
+    promised = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", README)
+
+    assert len(promised) >= 10
+    missing = [f"{file}::{test}" for file, test in promised if f"def {test}(" not in (ROOT / file).read_text()]
+    assert missing == []
+
+
+def test_the_exit_codes_are_those_of_the_program() -> None:
+    rows = dict(re.findall(r"^\| (\d+) \| (.+) \|$", README, re.MULTILINE))
+
+    assert rows == {str(code): meaning for code, meaning in EXIT_CODES.items()}
+
+
+def test_every_column_and_error_code_is_named() -> None:
+    named = set(re.findall(r"`(\w+)`", README)) | set(re.findall(r"\| (\w+) (?=\|)", README))
+
+    assert set(CAPTIONS_SCHEMA.names) <= named
+    assert set(ERROR_CODES) <= named
+
+
+def test_the_example_of_the_python_api_runs_as_written() -> None:
+    (code,) = re.findall(r"```python\n(.+?)```", README, re.DOTALL)
+
+    compile(code, "README.md", "exec")
+    assert "CaptionBatches" in code
