@@ -1,6 +1,6 @@
 """Caption an archive on Ray Data: `python -m ray_jobs.caption SOURCE OUT --model M ...`.
 
-    chunks -> decode_stage (CPU tasks) -> CaptionStage (actors) -> commit_stage (tasks) -> receipts, read by the driver
+    chunks -> DecodeStage (CPUs) -> CaptionStage (GPUs) -> CommitStage -> receipts, read by the driver
 
 The flow around it is that of `captioner.pipeline`. One block is one chunk all the way, so no stage mixes chunks and a
 chunk is committed whole or not at all.
@@ -12,7 +12,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from captioner import pipeline
 from captioner.config import AutoInt, CaptionConfig
@@ -21,7 +21,7 @@ from captioner.errors import CaptionerError, ClusterError
 from captioner.files import is_uri
 from captioner.steps import Work
 from ray_jobs.cluster import Resources, Sizes, connect, share_out
-from ray_jobs.stages import CaptionStage, commit_stage, decode_stage, receipts_of
+from ray_jobs.stages import CaptionStage, CommitStage, DecodeStage, receipts_of
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -62,30 +62,28 @@ class RayEngine:
 
 
 def make_dataset(work: Work, chunks: list[Chunk], sizes: Sizes, batch_size: AutoInt) -> Dataset:
-    """The graph, not started yet. The three stages ask for different amounts of CPU: Ray fuses stages that ask alike,
-    and decoding inside the actor would leave the device idle."""
+    """The graph, not started yet. Every stage is a pool of actors: they keep torch loaded, where tasks would import it
+    again in each of the processes that Ray starts and drops, and Ray never fuses two pools into one process."""
     import ray
-    from ray.data import ActorPoolStrategy, TaskPoolStrategy
+    from ray.data import ActorPoolStrategy
 
-    whole_chunks = {"batch_size": None, "batch_format": "pyarrow", "zero_copy_batch": True}
+    def pool(size: int) -> dict[str, Any]:
+        strategy = ActorPoolStrategy(size=min(size, len(chunks)))
+        return {"compute": strategy, "batch_size": None, "batch_format": "pyarrow", "zero_copy_batch": True}
+
     described = [asdict(chunk) for chunk in chunks]
     dataset = ray.data.from_items(described, override_num_blocks=len(chunks))
     dataset = dataset.map_batches(
-        decode_stage,
-        fn_kwargs={"work": work},
-        num_cpus=1,
-        compute=TaskPoolStrategy(size=sizes.decode_cpus),
-        **whole_chunks,
+        DecodeStage, fn_constructor_kwargs={"work": work}, num_cpus=1, **pool(sizes.decode_cpus)
     )
     dataset = dataset.map_batches(
         CaptionStage,
         fn_constructor_kwargs={"work": work, "batch_size": batch_size, "num_threads": sizes.threads_per_worker},
-        compute=ActorPoolStrategy(size=min(sizes.num_workers, len(chunks))),
         num_cpus=sizes.cpus_per_worker,
         num_gpus=sizes.gpus_per_worker or None,
-        **whole_chunks,
+        **pool(sizes.num_workers),
     )
-    return dataset.map_batches(commit_stage, fn_kwargs={"work": work}, num_cpus=0, **whole_chunks)
+    return dataset.map_batches(CommitStage, fn_constructor_kwargs={"work": work}, num_cpus=0, **pool(sizes.committers))
 
 
 def _execute(work: Work, chunks: list[Chunk], sizes: Sizes, batch_size: AutoInt) -> Iterator[Receipt]:

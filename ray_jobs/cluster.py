@@ -36,6 +36,7 @@ class Sizes:
     gpus_per_worker: float
     threads_per_worker: int
     decode_cpus: int
+    committers: int  # they wait for the store and take no CPU
 
 
 def connect(config: ClusterConfig) -> Resources:
@@ -112,14 +113,14 @@ def share_out(resources: Resources, config: ClusterConfig) -> Sizes:
     workers = _num_workers(resources, config, gpus)
     spare = resources.num_cpus - workers if gpus else resources.num_cpus / 4
     decode = max(1, int(spare)) if config.decode_cpus == "auto" else config.decode_cpus
-    cpus = (resources.num_cpus - decode) / workers
+    cpus = int((resources.num_cpus - decode) / workers * 1000) / 1000  # what Ray counts
     if decode < 1 or cpus < MIN_CPU_SHARE:
         raise ClusterError(
             f"{workers} workers and {decode} decode CPUs do not fit {resources.num_cpus:g} CPUs; "
             "each needs a share: lower --num-workers or --decode-cpus"
         )
     threads = max(1, round(cpus))
-    return Sizes(workers, min(cpus, 1.0) if gpus else _below(cpus), gpus, threads, decode)
+    return Sizes(workers, min(cpus, 1.0) if gpus else cpus, gpus, threads, decode, committers=1 + workers // 4)
 
 
 def _num_workers(resources: Resources, config: ClusterConfig, gpus: float) -> int:
@@ -132,12 +133,6 @@ def _num_workers(resources: Resources, config: ClusterConfig, gpus: float) -> in
             f"{workers} workers with {gpus:g} GPUs each were asked for; the cluster has {resources.num_gpus:g} GPUs"
         )
     return workers
-
-
-def _below(cpus: float) -> float:
-    """Rounded down to what Ray counts, and unlike the whole CPU of a decode task: equal needs would fuse the two."""
-    rounded = int(cpus * 1000) / 1000
-    return rounded - 0.001 if rounded == 1 else rounded
 
 
 def _gpus_per_worker(resources: Resources, config: ClusterConfig) -> float:

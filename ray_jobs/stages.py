@@ -20,10 +20,17 @@ from captioner.steps import ChunkRows, Work, caption, commit, read_and_decode
 _CHUNK, _PIXELS = "_chunk", "_pixels"
 
 
-def decode_stage(block: pa.Table, work: Work) -> pa.Table:
+class DecodeStage:
     """A block with one chunk's description -> its pictures, decoded."""
-    (chunk,) = (Chunk(**row) for row in block.to_pylist())
-    return to_block(read_and_decode(work, chunk))
+
+    def __init__(self, work: Work) -> None:
+        import torch  # noqa: F401  # pictures are resized with it: loaded while the model loads, not at the first chunk
+
+        self.work = work
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        (chunk,) = (Chunk(**row) for row in block.to_pylist())
+        return to_block(read_and_decode(self.work, chunk))
 
 
 class CaptionStage:
@@ -39,10 +46,15 @@ class CaptionStage:
         return to_block(caption(self.work, self.captioner, from_block(block, self.work)))
 
 
-def commit_stage(block: pa.Table, work: Work) -> pa.Table:
+class CommitStage:
     """A block of caption rows -> one row: the receipt."""
-    receipt = commit(work, from_block(block, work))
-    return pa.table({"receipt": [json.dumps(asdict(receipt))]})
+
+    def __init__(self, work: Work) -> None:
+        self.work = work
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        receipt = commit(self.work, from_block(block, self.work))
+        return pa.table({"receipt": [json.dumps(asdict(receipt))]})
 
 
 def receipts_of(block: pa.Table) -> list[Receipt]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import uuid
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +19,7 @@ from captioner.errors import OutputError
 from captioner.files import open_filesystem
 
 _TEMPORARY = ".tmp"
+ROW_GROUP_ROWS = 8_192
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,23 @@ class Directory:
         """Write `table` as one Parquet file, atomically; returns the bytes written."""
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd", row_group_size=row_group_size)
+        data = sink.getvalue()
+        self.write_bytes(name, data)
+        return data
+
+    def write_tables(self, name: str, schema: pa.Schema, tables: Iterable[pa.Table]) -> pa.Buffer:
+        """Write a stream of tables as one Parquet file, atomically, in row groups of about 8,000 rows; returns the
+        bytes written."""
+        sink, waiting, num_waiting = pa.BufferOutputStream(), [], 0
+        with pq.ParquetWriter(sink, schema, compression="zstd") as writer:
+            for table in tables:
+                waiting.append(table)
+                num_waiting += table.num_rows
+                if num_waiting >= ROW_GROUP_ROWS:
+                    writer.write_table(pa.concat_tables(waiting), row_group_size=num_waiting)
+                    waiting, num_waiting = [], 0
+            if waiting:
+                writer.write_table(pa.concat_tables(waiting), row_group_size=num_waiting)
         data = sink.getvalue()
         self.write_bytes(name, data)
         return data

@@ -6,13 +6,12 @@ parts that are there stay, chunks are deleted only after the generation's record
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from hashlib import sha256
 
 import numpy as np
 import pyarrow as pa
 
-from captioner.data import Chunk
 from captioner.errors import VerificationError
 from captioner.store.table import (
     CaptionsTable,
@@ -27,19 +26,19 @@ from captioner.store.table import (
 def publish(table: CaptionsTable, plan: Plan, on_part: Callable[[int], None] = lambda part: None) -> None:
     """Put the rows of a wholly committed generation into the published table. `on_part` is called after each part.
 
-    Raises VerificationError where a part does not hold exactly the planned pictures.
+    Memory is that of a few chunks and one written file, whatever the size of the table. Raises VerificationError
+    where a part does not hold exactly the planned pictures.
     """
     published = table.published_parts()
     files = {}
     for part in sorted(plan.parts):
-        if plan.founds_parts and part not in published:
-            rows = _committed_rows(table, plan.part_chunks(part))
-            _check_ids(table, plan, part, rows["image_id"])
-            data = table.directory.write_table(captions_name(part), rows)
-        elif not plan.founds_parts:
+        data: pa.Buffer | bytes
+        if not plan.founds_parts:
             data = _supersede(table, plan, part)
-        else:
+        elif part in published:
             data = table.directory.read_bytes(captions_name(part))
+        else:
+            data = table.directory.write_tables(captions_name(part), table.schema, _committed_rows(table, plan, part))
         files[str(part)] = {"sha256": sha256(data).hexdigest(), "num_bytes": len(data)}
         on_part(part)
     table.directory.write_json(published_name(plan.generation), {"files": files})
@@ -54,18 +53,17 @@ def remove_merged_chunks(table: CaptionsTable) -> None:
                 table.directory.delete(table.chunk_name(chunk_id))
 
 
-def _committed_rows(table: CaptionsTable, chunks: list[Chunk]) -> pa.Table:
-    tables = [table.directory.read_table(table.chunk_name(chunk.chunk_id)) for chunk in chunks]
-    return pa.concat_tables(tables).combine_chunks()
-
-
-def _check_ids(table: CaptionsTable, plan: Plan, part: int, image_ids: pa.ChunkedArray) -> None:
-    planned = table.directory.read_table(plan_part_name(plan.generation, part), ["image_id"])["image_id"]
-    if planned.to_pylist() != image_ids.to_pylist():
-        raise VerificationError(
-            f"part {part} of generation {plan.generation}: committed rows are not the planned pictures; "
-            "run `captioner verify` on the table"
-        )
+def _committed_rows(table: CaptionsTable, plan: Plan, part: int) -> Iterator[pa.Table]:
+    """The rows of a part, chunk by chunk, each compared with the plan."""
+    with table.directory.open_parquet(plan_part_name(plan.generation, part)) as planned:
+        for chunk in plan.part_chunks(part):
+            rows = table.directory.read_table(table.chunk_name(chunk.chunk_id))
+            ids = planned.read_row_group(chunk.index, ["image_id"])["image_id"]
+            if not rows["image_id"].equals(ids):
+                raise VerificationError(
+                    f"chunk {chunk.chunk_id}: its rows are not the planned pictures; see `captioner verify`"
+                )
+            yield rows
 
 
 def _supersede(table: CaptionsTable, plan: Plan, part: int) -> pa.Buffer | bytes:
@@ -78,8 +76,7 @@ def _supersede(table: CaptionsTable, plan: Plan, part: int) -> pa.Buffer | bytes
     older = current.take(places)
     if set(older["generation"].to_pylist()) == {plan.generation}:
         return table.directory.read_bytes(captions_name(part))
-    newer = _committed_rows(table, plan.part_chunks(part))
-    _check_ids(table, plan, part, newer["image_id"])
+    newer = pa.concat_tables(_committed_rows(table, plan, part))
     table.directory.write_table(history_name(plan.generation, part), older)
     return table.directory.write_table(captions_name(part), replace_rows(current, places, newer))
 

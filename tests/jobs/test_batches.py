@@ -26,7 +26,9 @@ def test_the_stage_captions_bytes_in_any_dataset(tmp_path: Path) -> None:
     ).take_all()
 
     by_name = {Path(row["path"]).name: row for row in rows}
-    assert by_name["000000.png"]["caption"] == "a large orange square left of a large orange circle on a white background"
+    assert (
+        by_name["000000.png"]["caption"] == "a large orange square left of a large orange circle on a white background"
+    )
     assert (by_name["000000.png"]["error_code"], by_name["zz.png"]["error_code"]) == ("", "not_an_image")
     assert by_name["zz.png"]["caption"] is None
     assert len(rows) == 7

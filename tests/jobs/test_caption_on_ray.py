@@ -83,9 +83,9 @@ def test_decoding_captioning_and_commits_stay_separate_operators(tmp_path: Path,
     operators = [line.split(":")[0] for line in dataset.stats().splitlines() if line.startswith("Operator")]
     assert operators == [
         "Operator 0 FromItems",
-        "Operator 1 MapBatches(decode_stage)",
+        "Operator 1 MapBatches(DecodeStage)",
         "Operator 2 MapBatches(CaptionStage)",
-        "Operator 3 MapBatches(commit_stage)",
+        "Operator 3 MapBatches(CommitStage)",
     ]
     assert job.table.committed_chunks(0) == {chunk.chunk_id for chunk in chunks}
 
@@ -109,7 +109,7 @@ def test_a_fault_of_the_source_stops_the_run_and_resumes(tmp_path: Path) -> None
     ("resources", "cluster", "expected"),
     [
         (Resources(2, 0, 1), {"num_workers": 2}, (2, 0.5, 0.0, 1)),
-        (Resources(2, 0, 1), {}, (1, 0.999, 0.0, 1)),
+        (Resources(2, 0, 1), {}, (1, 1.0, 0.0, 1)),
         (Resources(8, 0, 1), {}, (1, 6.0, 0.0, 2)),
         (Resources(16, 4, 1), {}, (4, 1.0, 1.0, 12)),
         (Resources(16, 1, 1), {"gpus_per_worker": 0.5}, (2, 1.0, 0.5, 14)),
@@ -121,7 +121,6 @@ def test_every_share_leaves_room_to_decode(resources: Resources, cluster: dict, 
 
     assert (sizes.num_workers, sizes.cpus_per_worker, sizes.gpus_per_worker, sizes.decode_cpus) == expected
     assert sizes.num_workers * sizes.cpus_per_worker + sizes.decode_cpus <= resources.num_cpus
-    assert sizes.cpus_per_worker != 1 or sizes.gpus_per_worker  # Ray fuses stages that ask for the same
 
 
 @pytest.mark.parametrize(

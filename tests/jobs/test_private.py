@@ -62,7 +62,16 @@ def test_the_whole_job_makes_no_outbound_connection(tmp_path: Path) -> None:
     blocked = subprocess.run([sys.executable, "-c", probe], env=environment, capture_output=True, text=True)
     assert "refused by the test" in blocked.stderr  # the guard works
     refused.unlink()
-    command = [sys.executable, "-m", "ray_jobs.cli", "caption", str(archive), str(tmp_path / "out"), "--model", "starter"]
+    command = [
+        sys.executable,
+        "-m",
+        "ray_jobs.cli",
+        "caption",
+        str(archive),
+        str(tmp_path / "out"),
+        "--model",
+        "starter",
+    ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
 
     assert done.returncode == 0, done.stderr
