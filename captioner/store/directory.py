@@ -19,7 +19,7 @@ from captioner.errors import OutputError
 from captioner.files import open_filesystem
 
 _TEMPORARY = ".tmp"
-ROW_GROUP_ROWS = 8_192
+ROW_GROUP_ROWS = 2_048
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class Directory:
         return data
 
     def write_tables(self, name: str, schema: pa.Schema, tables: Iterable[pa.Table]) -> pa.Buffer:
-        """Write a stream of tables as one Parquet file, atomically, in row groups of about 8,000 rows; returns the
+        """Write a stream of tables as one Parquet file, atomically, in row groups of about 2,000 rows; returns the
         bytes written."""
         sink, waiting, num_waiting = pa.BufferOutputStream(), [], 0
         with pq.ParquetWriter(sink, schema, compression="zstd") as writer:
