@@ -5,6 +5,8 @@ Everything that can be known to be wrong is said here, before a worker starts.
 
 from __future__ import annotations
 
+import glob
+import os
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -16,7 +18,8 @@ from typing import Any, Protocol
 from captioner.config import CaptionConfig, SourceConfig
 from captioner.data import Chunk, Receipt, Source
 from captioner.errors import FingerprintError, OutputError, UsageError
-from captioner.models import ModelRef, check_in_subprocess, resolve
+from captioner.files import is_uri, local_path
+from captioner.models import ModelRef, check_in_subprocess, resolve, weights_bytes
 from captioner.scenes import describes_scene
 from captioner.sources import open_source
 from captioner.steps import Work
@@ -91,6 +94,7 @@ class Job:
 def open_job(config: CaptionConfig, engine: Engine, say: Say) -> Job:
     """Check the settings, open source, model and table, and bring the plan up to date. Raises CaptionerError."""
     _check_settings(config)
+    config = _with_absolute_source(config)
     started = time.perf_counter()
     model = None if config.output.plan_only else resolve(config.model, None, announce=say)
     check = None if model is None else check_in_subprocess(model)
@@ -122,6 +126,15 @@ def _check_settings(config: CaptionConfig) -> None:
     wanted = [name for name in ("overwrite", "retry_failed", "extend") if getattr(config.output, name)]
     if "overwrite" in wanted and len(wanted) > 1:
         raise UsageError(f"--overwrite and --{wanted[1].replace('_', '-')} exclude each other; give one of them")
+
+
+def _with_absolute_source(config: CaptionConfig) -> CaptionConfig:
+    """A local SOURCE as an absolute path: a resume from another folder means the same pictures."""
+    path = config.source.path
+    if is_uri(path) or not (os.path.exists(local_path(path)) or glob.has_magic(path)):
+        return config  # a store, a hub id, or nothing: `open_source` tells
+    source = config.source.model_copy(update={"path": local_path(path)})
+    return config.model_copy(update={"source": source})
 
 
 def _existing_table(config: CaptionConfig) -> CaptionsTable | None:
@@ -218,13 +231,9 @@ def _holds_scenes(table: CaptionsTable) -> bool:
 
 
 def _rows_per_chunk(model: ModelRef | None, config: CaptionConfig) -> int:
-    large = model is not None and _weights_bytes(model) > LARGE_MODEL_BYTES
+    large = model is not None and weights_bytes(model) > LARGE_MODEL_BYTES
     without_gpu = config.cluster.address is None and not Path("/dev/nvidia0").exists()
     return ROWS_PER_CHUNK_SLOW if large and without_gpu else ROWS_PER_CHUNK
-
-
-def _weights_bytes(model: ModelRef) -> int:
-    return sum(file.stat().st_size for file in Path(model.path).glob("*.safetensors")) if model.path else 0
 
 
 def _new_run_id() -> str:

@@ -5,7 +5,7 @@
 
 from captioner.models.checking import PendingCheck, check, check_in_subprocess
 from captioner.models.fake import FakeCaptioner
-from captioner.models.loading import load
+from captioner.models.loading import load, weights_bytes
 from captioner.models.ref import PREPROCESSING_VERSION, ModelRef
 from captioner.models.resolving import FAMILIES, resolve
 
@@ -19,4 +19,5 @@ __all__ = [
     "check_in_subprocess",
     "load",
     "resolve",
+    "weights_bytes",
 ]
