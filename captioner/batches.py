@@ -35,8 +35,8 @@ class CaptionBatches:
         self._max_pixels = max_pixels or SourceConfig().max_pixels
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The batch with `caption` (None where failed), `num_tokens`, `logprob_mean` (NaN), `error_code` ("" = fine) and
-        `error_message` for each row."""
+        """The batch with `caption` (None where failed), `num_tokens`, `logprob_mean` (NaN where failed), `error_code`
+        ("" = fine) and `error_message` for each row."""
         from captioner.imaging import decode_images
 
         raws = [RawImage(str(row), "", bytes(data)) for row, data in enumerate(batch[self._column])]

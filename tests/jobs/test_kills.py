@@ -119,7 +119,7 @@ def test_the_driver_killed_and_restarted_at_once(tmp_path: Path, archive: Path, 
 
 def test_the_driver_killed_during_publish(tmp_path: Path, archive: Path, undisturbed: list[tuple]) -> None:
     out = tmp_path / "out"
-    # Its writes before publishing: table, its overwrite mark, seven plan parts, the plan, the table's model, two records.
+    # Its writes before publishing: table, overwrite mark, seven plan parts, plan, the table's model, two records.
     job = start_job(archive, out, "-c", KILLED_AT_WRITE, str(1 + 1 + 7 + 1 + 1 + 2 + 3))
     assert job.wait() == -signal.SIGKILL
     published = len(list(out.glob("captions/*.parquet")))
