@@ -64,7 +64,14 @@ def start_job(archive: Path, out: Path, *before: str) -> subprocess.Popen[bytes]
     """The command line in a process of its own, with a Ray of its own."""
     arguments = ["caption", str(archive), str(out), "--model", "fake", "--rows-per-file", "100"]
     command = [sys.executable, *before, *arguments] if before else [sys.executable, "-m", "ray_jobs.cli", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        # A test run in the background of a shell ignores Ctrl-C, and its children would.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
 
 
 def num_chunks(out: Path) -> int:
