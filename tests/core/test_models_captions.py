@@ -197,11 +197,15 @@ def test_an_absent_device_is_named(models) -> None:
         load(resolve(ModelConfig(name=str(models["git"]))), device="cuda:97")
 
 
-def test_threads_are_set(models) -> None:
+@pytest.mark.parametrize(("small_model_bytes", "expected"), [(0, 2), (20_000_000, 1)])
+def test_threads_are_set_and_a_small_model_gets_one(
+    models, monkeypatch: pytest.MonkeyPatch, small_model_bytes: int, expected: int
+) -> None:
+    monkeypatch.setattr("captioner.models.loading.SMALL_MODEL_BYTES", small_model_bytes)
     before = torch.get_num_threads()
     try:
         load(resolve(ModelConfig(name=str(models["git"]))), device="cpu", num_threads=2)
-        assert torch.get_num_threads() == 2
+        assert torch.get_num_threads() == expected
     finally:
         torch.set_num_threads(before)
 

@@ -1,0 +1,181 @@
+"""Training on Ray Train: the same curve as in one process, whatever is killed on the way."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from captioner.config import ClusterConfig, TrainConfig
+from captioner.errors import ClusterError, SourceError
+from captioner.testing import make_folder, make_tiny_model
+from captioner.training import job
+from captioner.training.local import LocalEngine
+from ray_jobs.cluster import Resources, share_out
+from ray_jobs.tables import map_tables
+from ray_jobs.train import RayTrainEngine
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("data"), 60, seed=5)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Without dropout: what is random differs between workers."""
+    return make_tiny_model("git", tmp_path_factory.mktemp("tiny"))
+
+
+def settings(data: Path, out: Path, model: Path, workers: int) -> TrainConfig:
+    return TrainConfig.model_validate(
+        {
+            "data": {"path": str(data), "eval_fraction": 0.2},
+            "model": {"name": str(model), "max_new_tokens": 8},
+            "cluster": {"num_workers": workers},
+            "training": {
+                "per_device_train_batch_size": 8 // workers,
+                "max_steps": STEPS,
+                "eval_steps": 2,
+                "logging_steps": 1,
+                "learning_rate": 1e-3,
+            },
+            "output": {"path": str(out)},
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, data: Path, tiny: Path) -> Path:
+    """The run of one worker in one process."""
+    out = tmp_path_factory.mktemp("alone") / "out"
+    job.run(settings(data, out, tiny, workers=1), LocalEngine())
+    return out
+
+
+def curve(out: Path, name: str) -> list[tuple[int, float]]:
+    history = json.loads((out / "history.json").read_text())["history"]
+    return [(entry["step"], pytest.approx(entry[name], rel=1e-3)) for entry in history if name in entry]
+
+
+def dying_loop(note: Path, checkpoints: Path, victim: int | None) -> Callable[[dict], dict]:
+    """The loop of a worker that, at step 5 of the first start and once the checkpoint of step 4 is kept, kills `victim`
+    (`None`: itself). `note` says what happened. Defined here in whole, so that it travels to workers by value."""
+
+    def loop(config: dict) -> dict:
+        import os
+        import signal
+        import time
+
+        import ray.train
+
+        from ray_jobs.train import RayWorker, train_loop
+
+        restored = ray.train.get_checkpoint()
+        if note.exists() and restored is not None:
+            note.write_text(os.path.basename(restored.path))
+
+        class Dying(RayWorker):
+            def tell(self, progress: dict) -> None:
+                super().tell(progress)
+                if progress["step"] == 5 and not note.exists():
+                    note.write_text("killed")
+                    snapshots = checkpoints.glob("*/checkpoint_manager_snapshot.json")
+                    while not any("step-00000004" in file.read_text() for file in checkpoints.glob("*/*.json")):
+                        time.sleep(0.05)
+                    assert list(snapshots)
+                    os.kill(victim or os.getpid(), signal.SIGKILL)
+
+        return train_loop(config, Dying)
+
+    return loop
+
+
+@pytest.mark.usefixtures("ray_instance")
+def test_two_workers_give_the_curve_of_one_even_when_one_is_killed(
+    tmp_path: Path, data: Path, tiny: Path, alone: Path
+) -> None:
+    config, note = settings(data, tmp_path / "out", tiny, workers=2), tmp_path / "note"
+
+    job.run(config, RayTrainEngine(config, dying_loop(note, tmp_path / "out" / "checkpoints", None)))
+
+    assert note.read_text() == "step-00000004"
+    assert curve(tmp_path / "out", "loss") == curve(alone, "loss")
+    assert curve(tmp_path / "out", "eval_loss") == curve(alone, "eval_loss")
+    assert curve(tmp_path / "out", "eval_wer") == curve(alone, "eval_wer")
+    assert [step for step, _ in curve(alone, "loss")] == list(range(1, STEPS + 1))
+    assert (tmp_path / "out" / "model" / "training_run.json").exists()
+
+
+@pytest.mark.usefixtures("ray_instance")
+def test_after_the_driver_was_killed_the_same_command_goes_on(
+    tmp_path: Path, data: Path, tiny: Path, alone: Path
+) -> None:
+    out, note = tmp_path / "out", tmp_path / "note"
+    code = f"""
+import importlib.util, os, sys
+from pathlib import Path
+from captioner.training import job
+from ray_jobs.train import RayTrainEngine
+import ray.cloudpickle
+spec = importlib.util.spec_from_file_location("killed_driver", {__file__!r})
+tests = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tests)
+config = tests.settings(Path({str(data)!r}), Path({str(out)!r}), Path({str(tiny)!r}), workers=2)
+loop = tests.dying_loop(Path({str(note)!r}), Path({str(out)!r}) / "checkpoints", os.getpid())
+job.run(config, RayTrainEngine(config, loop))
+"""
+    killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not (out / "model").exists()
+
+    config = settings(data, out, tiny, workers=2)
+    job.run(config, RayTrainEngine(config, dying_loop(note, out / "checkpoints", os.getpid())))
+
+    assert note.read_text() == "step-00000004"
+    assert curve(out, "loss") == curve(alone, "loss")
+
+
+@pytest.mark.usefixtures("ray_instance")
+def test_tables_come_back_in_order_however_long_each_takes() -> None:
+    def slow_first(table: pa.Table) -> pa.Table:
+        import time
+
+        number = table["number"][0].as_py()
+        time.sleep(0.3 if number == 0 else 0)
+        return table.append_column("doubled", pa.array([2 * number] * len(table)))
+
+    tables = (pa.table({"number": [number] * (1 + number % 3)}) for number in range(300))
+
+    found = list(map_tables(slow_first, tables))
+
+    assert [table.to_pydict() for table in found] == [
+        {"number": [n] * (1 + n % 3), "doubled": [2 * n] * (1 + n % 3)} for n in range(300)
+    ]
+
+
+@pytest.mark.usefixtures("ray_instance")
+def test_what_a_task_says_of_the_archive_reaches_the_person(tmp_path: Path, tiny: Path) -> None:
+    (make_folder(tmp_path / "data", 3) / "metadata.jsonl").unlink()
+    config = settings(tmp_path / "data", tmp_path / "out", tiny, workers=1)
+
+    with pytest.raises(SourceError, match=r"no pairs: 3 pictures \(3 no_caption\)"):
+        job.run(config, RayTrainEngine(config))
+
+
+def test_more_gpu_workers_than_gpus_are_refused() -> None:
+    with pytest.raises(ClusterError, match="4 workers with 1 GPUs each were asked for; the cluster has 2 GPUs"):
+        share_out(Resources(num_cpus=16, num_gpus=2, num_nodes=1), ClusterConfig(num_workers=4))
+
+
+def test_two_workers_on_two_cpus_leave_one_for_decoding() -> None:
+    sizes = share_out(Resources(num_cpus=2, num_gpus=0, num_nodes=1), ClusterConfig(num_workers=2))
+
+    assert 2 - sizes.num_workers * sizes.cpus_per_worker >= 1
