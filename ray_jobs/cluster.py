@@ -44,7 +44,6 @@ def connect(config: ClusterConfig) -> Resources:
 
     Raises ClusterError naming the address.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     address = config.address or os.environ.get("RAY_ADDRESS") or "local"
     if address.startswith("ray://"):
         raise ClusterError(f"{address}: Ray Client is not supported; submit a job to the cluster or give HOST:PORT")
