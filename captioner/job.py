@@ -28,6 +28,7 @@ from captioner.store.publish import remove_merged_chunks
 from captioner.store.table import CaptionsTable, Plan, create_table, open_table, table_exists
 
 ROWS_PER_CHUNK = 512
+CHUNK_PIXEL_BYTES = 80_000_000  # 512 pictures of 224 x 224; larger inputs make smaller chunks
 # A chunk is what a kill can cost. A large model without a GPU captions a few pictures a second: its chunks are small.
 ROWS_PER_CHUNK_SLOW = 64
 LARGE_MODEL_BYTES = 50_000_000
@@ -231,9 +232,12 @@ def _holds_scenes(table: CaptionsTable) -> bool:
 
 
 def _rows_per_chunk(model: ModelRef | None, config: CaptionConfig) -> int:
-    large = model is not None and weights_bytes(model) > LARGE_MODEL_BYTES
+    if model is None:
+        return ROWS_PER_CHUNK
     without_gpu = config.cluster.address is None and not Path("/dev/nvidia0").exists()
-    return ROWS_PER_CHUNK_SLOW if large and without_gpu else ROWS_PER_CHUNK
+    slow = without_gpu and weights_bytes(model) > LARGE_MODEL_BYTES
+    fitting = CHUNK_PIXEL_BYTES // (model.spec.height * model.spec.width * 3)
+    return max(1, min(ROWS_PER_CHUNK_SLOW if slow else ROWS_PER_CHUNK, fitting))
 
 
 def _new_run_id() -> str:
