@@ -67,7 +67,12 @@ class Directory:
         return sorted(i.base_name for i in self.filesystem.get_file_info(selector) if i.type == FileType.Directory)
 
     def is_empty(self) -> bool:
-        return not self.filesystem.get_file_info(FileSelector(self.path(""), allow_not_found=True))
+        """Raises OutputError where `location` is a file or cannot be listed."""
+        try:
+            infos = self.filesystem.get_file_info(FileSelector(self.path(""), allow_not_found=True))
+        except OSError as error:
+            raise OutputError(f"{self.location} cannot be listed: {error}; give another OUT") from error
+        return not infos
 
     def read_bytes(self, name: str) -> bytes:
         with self.filesystem.open_input_stream(self.path(name)) as stream:

@@ -73,6 +73,14 @@ def test_a_write_that_fails_names_the_file_and_leaves_nothing(tmp_path: Path) ->
         Directory(str(tmp_path)).write_bytes("taken/x.json", b"{}")
 
 
+def test_an_out_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    archive = make_folder(tmp_path / "archive", 2)
+    (tmp_path / "out").write_text("a file")
+
+    with pytest.raises(OutputError, match=r"out cannot be listed"):
+        pipeline.run(settings(archive, str(tmp_path / "out")))
+
+
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_bytes(b"PAR1 nonsense PAR1")
 
