@@ -9,12 +9,13 @@ chunk is committed whole or not at all.
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from captioner import pipeline
+from captioner import errors, pipeline
 from captioner.config import AutoInt, CaptionConfig
 from captioner.data import Chunk, Receipt
 from captioner.errors import CaptionerError, ClusterError
@@ -103,7 +104,7 @@ def _configure_ray_data(work: Work) -> None:
     """One chunk stays one block, a dropped block is a failure, a stall ends, and the display is ours."""
     import ray.data
 
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it says is told in one line by _cause_of
     context = ray.data.DataContext.get_current()
     chunk_bytes = 512 * work.model.spec.height * work.model.spec.width * 3
     context.target_max_block_size = max(4 * chunk_bytes, 512 * 2**20)
@@ -113,15 +114,19 @@ def _configure_ray_data(work: Work) -> None:
     context.execution_no_progress_timeout_s = NO_PROGRESS_TIMEOUT_S
 
 
-def _cause_of(error: BaseException) -> BaseException:
-    """The CaptionerError a worker raised, or a ClusterError that says what the worker said."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, CaptionerError):
-            return type(seen)(str(seen).strip().splitlines()[-1]) if "\n" in str(seen) else seen
-        seen = getattr(seen, "cause", None) or seen.__cause__
-    last = str(error).strip().splitlines()[-1]
-    return ClusterError(f"a worker failed: {last}; committed rows stay, the same command goes on")
+def _cause_of(error: BaseException) -> CaptionerError:
+    """The CaptionerError a worker raised, or a ClusterError with the worker's last words.
+
+    Ray hands over what a stage raised as the text of its traceback only.
+    """
+    raised = re.findall(r"^captioner\.errors\.(\w+): (.+)$", str(error), re.MULTILINE)
+    if raised:
+        name, message = raised[-1]
+        kind: type[CaptionerError] = getattr(errors, name, CaptionerError)
+        return kind(message)
+    words = re.findall(r"^(?:[\w.]+\.)?(\w+(?:Error|Exception|Exit)\b.*)$", str(error), re.MULTILINE)
+    said = words[0] if words else str(error).strip().splitlines()[-1]
+    return ClusterError(f"a worker failed: {said}; committed rows stay, the same command goes on")
 
 
 def _check_shared(location: str) -> None:

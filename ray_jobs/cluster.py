@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,7 +48,7 @@ def connect(config: ClusterConfig) -> Resources:
     address = config.address or os.environ.get("RAY_ADDRESS") or "local"
     if address.startswith("ray://"):
         raise ClusterError(f"{address}: Ray Client is not supported; submit a job to the cluster or give HOST:PORT")
-    if address == "local":
+    if address == "local" and "ray" not in sys.modules:
         # Read when ray is imported. The log level hides a warning about actor arguments at every start.
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")

@@ -32,6 +32,7 @@ def publish(table: CaptionsTable, plan: Plan, on_part: Callable[[int], None] = l
     published = table.published_parts()
     files = {}
     for part in sorted(plan.parts):
+        table.check_current()
         data: pa.Buffer | bytes
         if not plan.founds_parts:
             data = _supersede(table, plan, part)

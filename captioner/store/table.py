@@ -139,6 +139,12 @@ class CaptionsTable:
     def chunk_name(self, chunk_id: str) -> str:
         return f"{self.chunk_folder}/{chunk_id}.parquet"
 
+    def check_current(self) -> None:
+        """Raise OutputError where another run has overwritten the table since it was opened."""
+        found = self.directory.read_json(TABLE_FILE)["table_id"] if self.directory.exists(TABLE_FILE) else None
+        if found != self.table_id:
+            raise OutputError(f"{self.directory.location} was overwritten by another run; this one stops")
+
     def update(self, **changes: Any) -> CaptionsTable:
         """Write changed facts to table.json."""
         info = {**self.info, **changes}

@@ -9,8 +9,9 @@ from captioner import pipeline
 from captioner.config import CaptionConfig
 from captioner.errors import FingerprintError, OutputError, TooManyFailedError, VerificationError
 from captioner.faults import Killed, killed_at_write
+from captioner.store.publish import publish
 from captioner.store.read import read_parts
-from captioner.store.table import open_table
+from captioner.store.table import Plan, open_table
 from captioner.store.verify import count_rows, verify
 from captioner.testing import make_folder
 
@@ -128,6 +129,19 @@ def test_an_overwrite_that_was_cut_off_is_made_good_without_the_flag(tmp_path: P
     pipeline.run(settings(small, out))
 
     assert len(contents(out)) == 5
+
+
+def test_a_run_that_was_overwritten_publishes_nothing_into_the_new_table(tmp_path: Path, archive: Path) -> None:
+    small, out = make_folder(tmp_path / "small", 5), tmp_path / "out"
+    run_until_killed(settings(archive, out), 14)
+    old = open_table(str(out))
+    pipeline.run(settings(small, out, overwrite=True))
+    before = contents(out)
+
+    with pytest.raises(OutputError, match="overwritten by another run"):
+        publish(old, Plan(0, "archive", 16, {0: 16}))
+
+    assert contents(out) == before
 
 
 def test_rerunning_a_finished_job_changes_nothing_and_says_so(tmp_path: Path, archive: Path, capsys) -> None:

@@ -1,5 +1,6 @@
 """The distributed job: the same table as one process makes, and none of Ray's traps."""
 
+import pickle
 from pathlib import Path
 
 import pyarrow as pa
@@ -92,13 +93,16 @@ def test_decoding_captioning_and_commits_stay_separate_operators(tmp_path: Path,
 
 def test_a_fault_of_the_source_stops_the_run_and_resumes(tmp_path: Path) -> None:
     archive, out = make_folder(tmp_path / "archive", 20), tmp_path / "out"
-    planned = settings(archive, out)
-    planned = planned.model_copy(update={"output": planned.output.model_copy(update={"plan_only": True})})
-    run(planned)
+    engine = RayEngine(settings(archive, out))
+    job = open_job(settings(archive, out), engine, lambda line: None)
+    (plan,) = job.table.open_plans()
     archive.rename(tmp_path / "gone")
 
-    with pytest.raises(SourceError, match="archive"):
-        run(settings(archive, out))
+    with pytest.raises(SourceError) as fault:
+        list(engine.caption_chunks(job.work, job.missing_chunks(plan)))
+    assert str(archive) in str(fault.value)
+    assert len(str(fault.value).splitlines()) == 1
+    assert pickle.loads(pickle.dumps(fault.value)).args == fault.value.args
     (tmp_path / "gone").rename(archive)
 
     assert run(settings(archive, out)) == 0
