@@ -31,11 +31,11 @@ lint: setup ## ruff and mypy
 unit: setup ## The test suite alone; PYTEST_ARGS=... chooses
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-demo: setup ## Render 300 scenes, caption them with the starter model, show the result
+demo: setup ## Render 300 scenes, caption them with the starter model, check the result, show the report
 	rm -rf demo
 	$(BIN)/captioner render-scenes demo/archive --count 300
 	$(BIN)/captioner caption demo/archive demo/captions --model starter
-	$(BIN)/captioner status demo/captions
+	$(BIN)/captioner check demo/captions
 
 test-lowest: .venv-lowest/.installed ## The test suite on the oldest versions that pyproject.toml allows
 	.venv-lowest/bin/python -m pytest $(PYTEST_ARGS)

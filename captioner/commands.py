@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import sys
 import time
+import webbrowser
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-from captioner.config import ModelConfig, SourceConfig
+from captioner import quality
+from captioner.config import CheckConfig, ModelConfig, SourceConfig
 from captioner.data import RawImage
 from captioner.errors import ERROR, OK, TOO_MANY_FAILED
 from captioner.models import load, resolve
+from captioner.report import FIGURES
+from captioner.report.terminal import print_check
+from captioner.scoring.gates import enforce
 from captioner.store.table import open_table
 from captioner.store.verify import TableCounts, count_rows
 from captioner.store.verify import verify as verify_table
@@ -79,4 +84,24 @@ def status(out: str) -> int:
         rate, when = record["images_per_second"], datetime.fromisoformat(record["written_at"])
         print(f"{'images a second':<22}{'-' if rate is None else format(rate, ',.1f'):>14}")
         print(f"latest start {printable(record['run_id'])}: {printable(record['state'])} at {when:%Y-%m-%d %H:%M} UTC")
+    return OK
+
+
+def check(out: str, settings: CheckConfig, against: str | None = None) -> int:
+    """Check a table, write its report and print both in short. Raises CheckFailedError where a gate is not met."""
+    table = open_table(out)
+    found = quality.check(table, settings, against)
+    page = quality.report(table)
+    print_check(table.directory.read_json(FIGURES))
+    print(f"the report: {printable(page)}")
+    enforce(found.scores, settings)
+    return OK
+
+
+def report(out: str, open_page: bool) -> int:
+    """Write the report of a table and print where it is."""
+    page = quality.report(open_table(out))
+    print(printable(page))
+    if open_page:
+        webbrowser.open(page if "://" in page else Path(page).absolute().as_uri())
     return OK

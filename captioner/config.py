@@ -66,6 +66,9 @@ class ModelConfig(Settings):
         "auto", description="Weights and arithmetic; auto is bfloat16 on a GPU, float32 on a CPU."
     )
     batch_size: AutoInt = Field("auto", description="Pictures for each forward pass.")
+    preprocess: Literal["fast", "processor"] = Field(
+        "fast", description="Pixels resized the fast way, or exactly as the model's own image processor does."
+    )
 
 
 class ClusterConfig(Settings):
@@ -78,6 +81,7 @@ class ClusterConfig(Settings):
         None, ge=0, description="GPUs of each worker; default 1 where there are GPUs."
     )
     decode_cpus: AutoInt = Field("auto", description="CPUs that read and decode pictures.")
+    read_concurrency: int = Field(32, ge=1, description="Reads that each of them has under way at once.")
 
 
 class OutputConfig(Settings):
@@ -93,7 +97,35 @@ class OutputConfig(Settings):
     retry_failed: bool = Field(False, description="Caption the failed pictures again; new rows supersede old ones.")
     extend: bool = Field(False, description="Add the pictures that are new in the source.")
     max_failed: float = Field(1.0, ge=0, le=1, description="Exit 2 when a larger share of the pictures failed.")
+    no_dedupe: bool = Field(False, description="Caption every picture, byte-equal ones too.")
     rows_per_file: int = Field(50_000, ge=1, description="About how many rows each published file holds.")
+
+
+class CheckConfig(Settings):
+    """How good the captions are, and what is good enough."""
+
+    references: str | None = Field(
+        None, description="Known captions: COCO .json, .jsonl, .csv, .parquet, folder of .txt; else SOURCE's own."
+    )
+    sample: Annotated[int, Field(ge=0)] | Literal["all"] = Field(500, description="Captions to score; 0 is none.")
+    seed: int = Field(0, ge=0, description="Another seed draws another sample.")
+    max_wer: float | None = Field(None, ge=0, description="Exit 2 when the WER of the sample is higher.")
+    min_lift: float | None = Field(
+        None, le=1, description="Exit 2 when the lift over shuffled captions, 1 - WER / shuffled WER, is lower."
+    )
+    terms: str | None = Field(None, description="File with a word or phrase a line; captions with one are flagged.")
+
+
+class SpotCheckConfig(CheckConfig):
+    """The check while captioning, and at its end."""
+
+    stop_early: bool = Field(False, description="Stop when the WER so far cannot come down to --max-wer.")
+
+
+class CheckTableConfig(Settings):
+    """`captioner check`."""
+
+    check: CheckConfig = CheckConfig()
 
 
 class CaptionConfig(Settings):
@@ -103,6 +135,106 @@ class CaptionConfig(Settings):
     model: ModelConfig = ModelConfig()
     cluster: ClusterConfig = ClusterConfig()
     output: OutputConfig = OutputConfig()
+    check: SpotCheckConfig = SpotCheckConfig()
+
+
+class TrainDataConfig(Settings):
+    """Pairs of pictures and captions, and how they are shared out."""
+
+    path: str = Field(
+        "",
+        description="Pictures with captions: a folder with metadata.jsonl, tars, Parquet, a dataset or captions table.",
+        json_schema_extra={"argument": "DATA"},
+    )
+    split: str = Field("train", description="Split of a Hugging Face dataset.")
+    image_column: str | None = Field(None, description="Column with bytes, struct{bytes,path}, path or uri.")
+    id_column: str | None = Field(None, description="Column with a unique id for each picture.")
+    reference_column: str | None = Field(None, description="Column with the captions (text or list of text).")
+    limit: int | None = Field(None, ge=1, description="Take only the first N pictures.")
+    max_pixels: int = Field(300_000_000, ge=1, description="Larger pictures are left out.")
+    max_failed: float = Field(0.1, ge=0, le=1, description="Stop when a larger share of the pictures is unusable.")
+    caption_choice: Literal["random", "first", "all"] = Field(
+        "random", description="Of several captions: one drawn each epoch, the first, or each one as a pair."
+    )
+    eval_fraction: float = Field(0.1, ge=0, lt=1, description="Share of the pictures kept for evaluation.")
+    eval_data: str | None = Field(None, description="Evaluate on these pairs instead.")
+    test_fraction: float = Field(0.0, ge=0, lt=1, description="Share kept for one test after selection.")
+    test_data: str | None = Field(None, description="Test on these pairs instead.")
+    max_eval_samples: int | None = Field(None, ge=1, description="Evaluate on at most N pictures.")
+
+
+class TrainModelConfig(Settings):
+    """Which model, and which of its weights learn."""
+
+    name: str = Field(
+        "starter", description="starter, a model directory, a hub id or a URI.", json_schema_extra={"flag": "model"}
+    )
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub id.")
+    freeze_vision: bool = Field(False, description="Leave the vision encoder as it is.")
+    lora_rank: int | None = Field(None, ge=1, description="Train LoRA adapters of this rank and merge them at the end.")
+    max_new_tokens: int = Field(40, ge=1, description="Longest caption written in evaluation, in tokens.")
+
+
+class TrainClusterConfig(Settings):
+    """On what machines."""
+
+    address: str | None = Field(None, description="Ray cluster to join; without it a local Ray is started.")
+    num_workers: AutoInt = Field("auto", description="Training workers; auto is one for each GPU, or one.")
+    gpus_per_worker: float | None = Field(
+        None, ge=0, description="GPUs of each worker; default 1 where there are GPUs."
+    )
+
+
+class TrainingConfig(Settings):
+    """How to train; names and meanings are those of transformers' TrainingArguments."""
+
+    num_train_epochs: float = Field(3.0, gt=0, description="Passes over the training pictures.")
+    max_steps: int | None = Field(None, ge=1, description="Optimiser steps, instead of epochs.")
+    learning_rate: float = Field(5e-5, gt=0, description="Highest learning rate.")
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial"] = Field(
+        "linear", description="How the learning rate goes down."
+    )
+    warmup_steps: int = Field(0, ge=0, description="Steps over which the learning rate rises.")
+    weight_decay: float = Field(0.0, ge=0, description="Of AdamW.")
+    max_grad_norm: float = Field(1.0, ge=0, description="Gradients are clipped to this norm; 0 is never.")
+    per_device_train_batch_size: int = Field(32, ge=1, description="Pairs of each worker's forward pass.")
+    per_device_eval_batch_size: int | None = Field(None, ge=1, description="The same in evaluation; default as above.")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="Forward passes for each optimiser step.")
+    gradient_checkpointing: bool = Field(False, description="Less memory for more time.")
+    bf16: bool = Field(False, description="Compute in bfloat16; weights stay float32.")
+    fp16: bool = Field(False, description="Compute in float16; GPUs only.")
+    logging_steps: int = Field(10, ge=1, description="Steps between entries of the loss history.")
+    eval_steps: int | None = Field(None, ge=1, description="Steps between evaluations; default once an epoch.")
+    save_steps: int | None = Field(None, ge=1, description="Steps between checkpoints; a multiple of --eval-steps.")
+    save_total_limit: int = Field(3, ge=1, description="Checkpoints kept: the best ones, and the latest.")
+    metric_for_best_model: Literal["wer", "loss"] = Field("wer", description="What chooses the best checkpoint.")
+    early_stopping_patience: int | None = Field(
+        None, ge=1, description="Stop after N evaluations without a better one."
+    )
+    seed: int = Field(42, ge=0, description="Of the split, the order and the captions drawn.")
+    report_to: Literal["none", "tensorboard"] = Field("none", description="Where curves go besides OUT.")
+
+
+class TrainOutputConfig(Settings):
+    """Where the model goes."""
+
+    path: str = Field(
+        "",
+        description="Directory of the run; OUT/model is the model. Local or a URI (s3://, gs://).",
+        json_schema_extra={"argument": "OUT"},
+    )
+    push_to_hub: bool = Field(False, description="Upload OUT/model to the hub as --hub-model-id; private.")
+    hub_model_id: str | None = Field(None, description="Repository (owner/name) for --push-to-hub.")
+
+
+class TrainConfig(Settings):
+    """`captioner train`."""
+
+    data: TrainDataConfig = TrainDataConfig()
+    model: TrainModelConfig = TrainModelConfig()
+    cluster: TrainClusterConfig = TrainClusterConfig()
+    training: TrainingConfig = TrainingConfig()
+    output: TrainOutputConfig = TrainOutputConfig()
 
 
 @dataclass(frozen=True, slots=True)

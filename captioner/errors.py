@@ -8,7 +8,10 @@
     |   +-- FingerprintError       OUT holds captions made with other weights or settings
     |   +-- VerificationError      rows lost or doubled: the promise of the table does not hold
     +-- ClusterError               Ray: not reachable, or without the resources asked for
+    +-- TrainingError              training cannot go on: a loss that is no number
     +-- TooManyFailedError         exit 2: the table is whole, but too many pictures failed
+    +-- CheckFailedError           exit 2: the table is whole, but its captions are worse than --max-wer or --min-lift
+    |   +-- StoppedEarlyError      exit 2: the run was stopped (--stop-early): its captions cannot pass --max-wer
     +-- InterruptedRunError        exit 130: Ctrl-C; committed work stays
         +-- TerminatedRunError     exit 143: SIGTERM; committed work stays
 
@@ -27,7 +30,9 @@ TERMINATED = 143
 EXIT_CODES = {
     OK: "every planned picture has its row",
     ERROR: "the run could not start or go on; the message says why; the same command resumes",
-    TOO_MANY_FAILED: "the table is complete, but more pictures failed than --max-failed allows, or not one is ok",
+    TOO_MANY_FAILED: (
+        "more pictures failed than --max-failed allows, not one is ok, or captions fail --max-wer or --min-lift"
+    ),
     INTERRUPTED: "stopped by Ctrl-C; the same command resumes",
     TERMINATED: "stopped by SIGTERM; the same command resumes",
 }
@@ -67,10 +72,24 @@ class ClusterError(CaptionerError):
     """Ray cannot be reached or lacks what the run asks for."""
 
 
+class TrainingError(CaptionerError):
+    """Training cannot go on with these settings."""
+
+
 class TooManyFailedError(CaptionerError):
     """The table is complete, but its share of failed pictures is above the limit."""
 
     exit_code = TOO_MANY_FAILED
+
+
+class CheckFailedError(CaptionerError):
+    """The captions are worse than was asked for. The table is complete."""
+
+    exit_code = TOO_MANY_FAILED
+
+
+class StoppedEarlyError(CheckFailedError):
+    """The captions so far are so much worse than was asked for that the run was not finished."""
 
 
 class InterruptedRunError(CaptionerError):

@@ -49,6 +49,10 @@ class Engine(Protocol):
         """ "cuda" or "cpu"; connects where that is needed."""
         ...
 
+    def slots(self) -> dict[str, float]:
+        """How many of "decode", "device" and "write" work at once."""
+        ...
+
     def caption_chunks(self, work: Work, chunks: list[Chunk]) -> Iterator[Receipt]:
         """Caption and commit the chunks, in any order; one receipt for each."""
         ...
@@ -112,7 +116,15 @@ def open_job(config: CaptionConfig, engine: Engine, say: Say) -> Job:
     _bring_plan_up_to_date(job, model)
     if model is not None:
         job.table, model = _settle_fingerprint(job.table, config, model, engine)
-        job.work = Work(job.table, source, source_config.max_pixels, model, job.run_id)
+        job.work = Work(
+            job.table,
+            source,
+            source_config.max_pixels,
+            model,
+            job.run_id,
+            read_concurrency=config.cluster.read_concurrency,
+            dedupe=not config.output.no_dedupe,
+        )
         if model.name == "starter" and not _holds_scenes(job.table):
             job.notes.append(STARTER_NOTE)
             say(STARTER_NOTE)
@@ -204,6 +216,7 @@ def _settle_fingerprint(
     if recorded is None:
         facts = {"name": model.name, "sha256": model.sha256, "dtype": dtype, "num_beams": model.num_beams}
         facts |= {"max_new_tokens": model.max_new_tokens, "prompt": model.prompt, "revision": model.revision}
+        facts["preprocess"] = model.preprocess
         return table.update(fingerprint=model.fingerprint, model=facts), model
     if table.info["fingerprint"] != model.fingerprint:
         raise FingerprintError(

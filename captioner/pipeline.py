@@ -15,7 +15,9 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from captioner.config import CaptionConfig
@@ -30,8 +32,9 @@ from captioner.errors import (
 from captioner.job import Engine, Job, open_job
 from captioner.models import load
 from captioner.progress import Progress
+from captioner.quality import ROWS_AT_THE_END, SpotCheck, check, report
 from captioner.record import Tally, make_record, recorded, write_record
-from captioner.scoring.spot_check import spot_check
+from captioner.scoring.gates import enforce
 from captioner.steps import Work, caption, commit, read_and_decode
 from captioner.store.publish import publish
 from captioner.store.verify import count_rows
@@ -48,22 +51,25 @@ def run(config: CaptionConfig, engine: Engine | None = None) -> int:
             say(f"planned; run without --plan-only to caption into {config.output.path}")
             return OK
         with recorded(job) as tally:
+            spot_check = SpotCheck(config.check)
             for plan in job.generations():
                 chunks = job.missing_chunks(plan)
                 already = tally.skip(plan, chunks)
                 if chunks:
                     job.finish_model_check()
+                    work = replace(job.work, sample=spot_check.draw(job.table))
                     write_record(job, make_record(job, "running", tally))
                     with Progress(total=plan.num_rows, already=already) as progress:
-                        for receipt in engine.caption_chunks(job.work, chunks):
+                        for receipt in engine.caption_chunks(work, chunks):
                             tally.add(receipt, job.started)
-                            progress.update(receipt)
+                            progress.update(receipt, note=spot_check.add(receipt))
+                    tally.slots = engine.slots()
                 publish(job.table, plan)
             return close_job(job, tally)
 
 
 class ThisProcess:
-    """The engine of `--local`: one chunk after the other, without Ray."""
+    """The engine of `--local`, without Ray: one chunk is captioned while the next is decoded."""
 
     def __init__(self, config: CaptionConfig) -> None:
         self._batch_size = config.model.batch_size
@@ -73,10 +79,19 @@ class ThisProcess:
 
         return "cuda" if torch.cuda.is_available() else "cpu"
 
+    def slots(self) -> dict[str, float]:
+        return {"decode": 1, "device": 1, "write": 1}
+
     def caption_chunks(self, work: Work, chunks: list[Chunk]) -> Iterator[Receipt]:
         captioner: Captioner = load(work.model, batch_size=self._batch_size)
-        for chunk in chunks:
-            yield commit(work, caption(work, captioner, read_and_decode(work, chunk)))
+        memory = work.new_memory()
+        with ThreadPoolExecutor(1) as ahead:  # decodes the next chunk while this one is captioned
+            decoding = ahead.submit(read_and_decode, work, chunks[0])
+            for following in [*chunks[1:], None]:
+                decoded = decoding.result()
+                if following is not None:
+                    decoding = ahead.submit(read_and_decode, work, following)
+                yield commit(work, caption(work, captioner, decoded, memory))
 
 
 def close_job(job: Job, tally: Tally) -> int:
@@ -88,9 +103,10 @@ def close_job(job: Job, tally: Tally) -> int:
             "run `captioner verify` on it"
         )
     record = make_record(job, "finished", tally, counts)
-    check = spot_check(job.table)
-    record["check"] = None if check is None else check.to_json()
+    found = check(job.table, job.config.check, max_rows=ROWS_AT_THE_END)
+    record["check"] = found.summary()
     write_record(job, record)
+    record["report"] = report(job.table)
     if not tally.num_rows:
         say(f"nothing to do: every planned picture has its row in {job.config.output.path}")
     print_summary(record, sys.stderr)
@@ -100,6 +116,7 @@ def close_job(job: Job, tally: Tally) -> int:
             f"{counts.failed:,} of {counts.planned:,} pictures failed (--max-failed {limit:g}); the table is complete, "
             "the reasons are in its error_code column, --retry-failed does them again"
         )
+    enforce(found.scores, job.config.check)
     return OK
 
 

@@ -43,6 +43,7 @@ class Progress:
     ) -> None:
         self._total, self._already = total, already
         self._done, self._failed = already, 0
+        self._note = ""
         self._stream, self._clock, self._interval = stream or sys.stderr, clock, interval
         self._started = self._last = clock()
         self._commits: deque[tuple[float, int]] = deque()  # (when, pictures done then), of the last minute
@@ -70,9 +71,10 @@ class Progress:
         self._thread.join()
         self._write(f"{self._count()} in {duration(self._clock() - self._started)}  failed {self._failed:,}")
 
-    def update(self, receipt: Receipt) -> None:
-        """Count a committed chunk."""
+    def update(self, receipt: Receipt, note: str = "") -> None:
+        """Count a committed chunk. `note`: what else to say of the run so far."""
         with self._lock:
+            self._note = f"  {note}" if note else ""
             self._last = self._clock()
             self._done += receipt.num_rows
             self._failed += receipt.num_rows - receipt.num_ok
@@ -87,7 +89,7 @@ class Progress:
             rate = self._rate(now)
             left = duration((self._total - self._done) / rate) if rate else "--:--"
             silence = f"  last commit {duration(now - self._last)} ago" if now - self._last >= SILENCE_S else ""
-            return f"{self._count()}  {_rounded(rate)} img/s  failed {self._failed:,}  ETA {left}{silence}"
+            return f"{self._count()}  {_rounded(rate)} img/s  failed {self._failed:,}{self._note}  ETA {left}{silence}"
 
     def _count(self) -> str:
         share = 100 * self._done // self._total if self._total else 100

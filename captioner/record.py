@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -11,8 +13,9 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from captioner.bottleneck import busy_shares
 from captioner.data import Chunk, Receipt
-from captioner.errors import CaptionerError, TooManyFailedError
+from captioner.errors import CaptionerError, CheckFailedError, StoppedEarlyError, TooManyFailedError
 from captioner.job import Job
 from captioner.store.table import Plan
 from captioner.store.verify import TableCounts
@@ -32,6 +35,10 @@ class Tally:
     last_at: float | None = None
     first_rows: int = 0
     startup: float = 0.0
+    duplicates: int = 0
+    engine: str = ""
+    slots: dict[str, float] | None = None
+    working_since: float = 0.0
 
     def skip(self, plan: Plan, missing: list[Chunk]) -> int:
         """Note what of a plan was committed before this start; returns how many pictures that is."""
@@ -43,12 +50,28 @@ class Tally:
         now = time.perf_counter()
         parts = (receipt.read_seconds, receipt.decode_seconds, receipt.generate_seconds, receipt.commit_seconds)
         self.num_rows += receipt.num_rows
+        self.duplicates += receipt.num_duplicates
+        self.engine = receipt.engine or self.engine
         self.read, self.decode = self.read + parts[0], self.decode + parts[1]
         self.generate, self.commit = self.generate + parts[2], self.commit + parts[3]
         if self.first_at is None:
             self.first_at, self.first_rows = now, receipt.num_rows
             self.startup = max(0.0, now - started - sum(parts))
+            self.working_since = now - sum(parts)
         self.last_at = now
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Spent in each step, added up over all workers."""
+        return {"read": self.read, "decode": self.decode, "generate": self.generate, "commit": self.commit}
+
+    @property
+    def busy(self) -> dict[str, float]:
+        """Shares of the time that decoding, devices and writing were at work; {} before the end."""
+        if self.slots is None or self.last_at is None:
+            return {}
+        shares = busy_shares(self.seconds, self.slots, self.last_at - self.working_since)
+        return {name: round(share, 3) for name, share in shares.items()}
 
     @property
     def images_per_second(self) -> float | None:
@@ -68,7 +91,8 @@ def recorded(job: Job) -> Iterator[Tally]:
     try:
         yield tally
     except BaseException as error:
-        if not isinstance(error, TooManyFailedError):  # that run is finished, and its record written
+        recorded_already = isinstance(error, (TooManyFailedError, CheckFailedError))  # that run is finished
+        if not recorded_already or isinstance(error, StoppedEarlyError):
             with suppress(CaptionerError):
                 write_record(job, make_record(job, f"stopped: {str(error) or type(error).__name__}", tally))
         raise
@@ -88,20 +112,24 @@ def make_record(job: Job, state: str, tally: Tally, counts: TableCounts | None =
         "counts": {
             **(asdict(counts) if counts else {"planned": sum(p.num_rows for p in plans if p.founds_parts)}),
             "captioned_in_this_run": tally.num_rows,
+            "duplicates": tally.duplicates,
             "skipped": tally.skipped,
             "ignored": sum(plan.num_ignored for plan in plans),
         },
         "seconds": {
             "startup": round(tally.startup, 3),
             "run": round(time.perf_counter() - job.started, 3),
-            **{name: round(getattr(tally, name), 3) for name in ("read", "decode", "generate", "commit")},
+            **{name: round(value, 3) for name, value in tally.seconds.items()},
         },
+        "busy": tally.busy,
         "images_per_second": None if rate is None else round(rate, 2),
+        "engine": tally.engine,
         "model": None if model is None else {**asdict(model), "fingerprint": model.fingerprint},
         "fingerprint": job.table.info["fingerprint"],
         "settings": job.config.model_dump(),
         "notes": job.notes,
         "versions": versions(),
+        "hardware": hardware(),
     }
 
 
@@ -116,4 +144,13 @@ def versions() -> dict[str, str]:
     for package in ("captioner", "ray", "transformers", "torch", "pyarrow", "pillow"):
         with suppress(PackageNotFoundError):
             found[package] = version(package)
+    return found
+
+
+def hardware() -> dict[str, str]:
+    """What the driver runs on. GPUs are named where torch is loaded: it is not for this."""
+    found = {"machine": f"{platform.system()} {platform.machine()}", "cpus": str(os.cpu_count())}
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        found["gpus"] = ", ".join(torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count()))
     return found

@@ -23,7 +23,9 @@ Format = Literal["folder", "webdataset", "parquet"]
 Named = tuple[str, Scene]
 
 
-def render_scenes(directory: Path, count: int, seed: int = 0, format: Format = "folder", width: int = 192) -> None:
+def render_scenes(
+    directory: Path, count: int, seed: int = 0, format: Format = "folder", width: int = 192, family: str = "plain"
+) -> None:
     """Write `count` scenes of `width` x `width` pixels; the same bytes for the same arguments.
 
     "folder" is Hugging Face's ImageFolder: `images/00000.png` ... and `metadata.jsonl` with `file_name` and
@@ -34,7 +36,7 @@ def render_scenes(directory: Path, count: int, seed: int = 0, format: Format = "
         raise OutputError(f"{directory}: is there already and not empty; choose a new directory or empty this one")
     directory.mkdir(parents=True, exist_ok=True)
     digits = max(5, len(str(count - 1)))
-    named = ((f"{index:0{digits}d}", scene) for index, scene in enumerate(make_scenes(count, seed)))
+    named = ((f"{index:0{digits}d}", scene) for index, scene in enumerate(make_scenes(count, seed, family)))
     _WRITERS[format](directory, named, width)
 
 

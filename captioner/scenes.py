@@ -3,6 +3,9 @@
 A scene is one to three coloured shapes on a background. The picture alone determines the first caption, word for
 word; a second caption says the same in other words. Scenes are drawn from `(seed, index)` and nothing else, so the
 same archive comes out on every machine.
+
+There are two families. "plain" is the one the starter model was trained on; "poster" has shapes and a wording that it
+has never seen, for showing what training does.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ COLOURS = {
 SIZES = {"small": (0.080, 0.090), "large": (0.145, 0.160)}
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
 BACKGROUNDS = ("white", "grey", "black", "striped", "checkered")
+POSTER_SHAPES = ("diamond", "circle", "square", "triangle", "cross")
 
 Colour = tuple[int, int, int]
 _OTHER_WORDS = (
@@ -75,9 +79,31 @@ class Scene:
         return image
 
 
+@dataclass(frozen=True, slots=True)
+class Poster(Scene):
+    """A scene of the second family: the same things said in other words, and in one way only."""
+
+    @property
+    def captions(self) -> list[str]:
+        """One reference, a function of the picture alone."""
+        things = ", ".join(f"{thing.colour} {thing.shape} {thing.size}" for thing in self.things)
+        if len(self.things) == 1:
+            return [f"{self.background} with {things}"]
+        return [f"{self.background} with {self.direction} of {things}"]
+
+
+def make_poster(seed: int, index: int) -> Poster:
+    """The scene number `index` of the archive `seed` of the second family."""
+    scene = _draw_scene(random.Random(f"poster:{seed}:{index}"), POSTER_SHAPES)
+    return Poster(scene.background, scene.things, scene.direction)
+
+
 def make_scene(seed: int, index: int) -> Scene:
     """The scene number `index` of the archive `seed`."""
-    rng = random.Random(f"{seed}:{index}")
+    return _draw_scene(random.Random(f"{seed}:{index}"), SHAPES)
+
+
+def _draw_scene(rng: random.Random, shapes: tuple[str, ...]) -> Scene:
     count = rng.choices((1, 2, 3), weights=(2, 4, 4))[0]
     direction = rng.choice(("row", "column"))
     things = []
@@ -89,7 +115,7 @@ def make_scene(seed: int, index: int) -> Scene:
             Thing(
                 size=size,
                 colour=rng.choice(tuple(COLOURS)),
-                shape=rng.choice(SHAPES),
+                shape=rng.choice(shapes),
                 x=x,
                 y=y,
                 radius=rng.uniform(*SIZES[size]),
@@ -106,8 +132,10 @@ def describes_scene(caption: str) -> bool:
     return words <= _WORDS and all(words & set(some) for some in (BACKGROUNDS, COLOURS, SHAPES))
 
 
-def make_scenes(count: int, seed: int = 0) -> Iterator[Scene]:
-    return (make_scene(seed, index) for index in range(count))
+def make_scenes(count: int, seed: int = 0, family: str = "plain") -> Iterator[Scene]:
+    """`family`: "plain" or "poster"."""
+    make = {"plain": make_scene, "poster": make_poster}[family]
+    return (make(seed, index) for index in range(count))
 
 
 def _place(rng: random.Random, place: int, count: int) -> tuple[float, float]:
@@ -192,10 +220,17 @@ def _ring(draw: ImageDraw.ImageDraw, thing: Thing, width: int) -> None:
     draw.ellipse(_box(thing, width), outline=_fill(thing), width=max(2, round(thing.radius * width * 0.42)))
 
 
+def _diamond(draw: ImageDraw.ImageDraw, thing: Thing, width: int) -> None:
+    left, top, right, bottom = _box(thing, width)
+    x, y = (left + right) / 2, (top + bottom) / 2
+    draw.polygon([(x, top), (right, y), (x, bottom), (left, y)], fill=_fill(thing))
+
+
 _PAINTERS: dict[str, Callable[[ImageDraw.ImageDraw, Thing, int], None]] = {
     "circle": _circle,
     "square": _square,
     "triangle": _triangle,
     "cross": _cross,
     "ring": _ring,
+    "diamond": _diamond,
 }

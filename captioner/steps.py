@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +25,11 @@ from captioner.data import (
     Receipt,
     Source,
 )
+from captioner.dedupe import CaptionMemory, find_copies
 from captioner.models import ModelRef
+from captioner.scoring.flags import caption_flags
+from captioner.scoring.running import Sample, score_sampled
+from captioner.sources.reading import reads_at_once
 from captioner.store.commit import commit_chunk
 from captioner.store.plan import read_planned
 from captioner.store.table import CaptionsTable
@@ -39,16 +44,27 @@ class Work:
     max_pixels: int
     model: ModelRef
     run_id: str
+    sample: Sample = field(default_factory=dict)  # the rows to spot-check
+    read_concurrency: int = 32
+    dedupe: bool = True  # byte-equal pictures are captioned once
+
+    def new_memory(self) -> CaptionMemory[Caption] | None:
+        """What a worker remembers of the captions it made; None where every picture is captioned."""
+        return CaptionMemory() if self.dedupe else None
 
 
 @dataclass(frozen=True)
 class ChunkRows:
-    """A chunk on its way through the steps: its rows so far, the pixels until it is captioned, and seconds spent."""
+    """A chunk on its way through the steps: its rows so far, the pixels until it is captioned, and seconds spent.
+
+    `engine`: what captioned it (see `captioner.models.base`); "" before.
+    """
 
     chunk: Chunk
     rows: pa.Table
     pixels: npt.NDArray[np.uint8] | None
     seconds: dict[str, float]
+    engine: str = ""
 
 
 def read_and_decode(work: Work, chunk: Chunk) -> ChunkRows:
@@ -57,7 +73,8 @@ def read_and_decode(work: Work, chunk: Chunk) -> ChunkRows:
 
     started = time.perf_counter()
     planned = read_planned(work.table, chunk)
-    raws: list[RawImage] = work.source.read(planned)
+    with reads_at_once(work.read_concurrency):
+        raws: list[RawImage] = work.source.read(planned)
     read = time.perf_counter()
     batch: ImageBatch = decode_images(raws, work.model.spec, work.max_pixels)
     rows = batch.rows.append_column(CAPTIONS_SCHEMA.field("reference_captions"), planned["reference_captions"])
@@ -67,21 +84,32 @@ def read_and_decode(work: Work, chunk: Chunk) -> ChunkRows:
     return ChunkRows(chunk, rows, batch.pixels, seconds)
 
 
-def caption(work: Work, captioner: Captioner, decoded: ChunkRows) -> ChunkRows:
-    """The chunk's rows of the captions table."""
+def caption(
+    work: Work, captioner: Captioner, decoded: ChunkRows, memory: CaptionMemory[Caption] | None = None
+) -> ChunkRows:
+    """The chunk's rows of the captions table. With a `memory`, byte-equal pictures are captioned once."""
     started = time.perf_counter()
     assert decoded.pixels is not None
     codes, messages = decoded.rows["error_code"].to_pylist(), decoded.rows["error_message"].to_pylist()
-    fine = [place for place, code in enumerate(codes) if not code]
+    ids, sha256s = decoded.rows["image_id"].to_pylist(), decoded.rows["sha256"].to_pylist()
+    copies = find_copies([place for place, code in enumerate(codes) if not code], sha256s, memory)
+    made = dict(zip(copies.new, caption_or_reasons(captioner, decoded.pixels[copies.new]), strict=True))
+    made |= {place: made[first] for place, first in copies.of.items()}
+    made |= {place: known for place, (_, known) in copies.known.items()}
     written: dict[int, Caption] = {}
-    for place, result in zip(fine, caption_or_reasons(captioner, decoded.pixels[fine]), strict=True):
+    for place, result in made.items():
         if isinstance(result, str):
             codes[place], messages[place] = "generate_error", result
         else:
             written[place] = result
-    rows = _finished_rows(work, decoded, codes, messages, written)
+    for place in copies.new:
+        if memory is not None and place in written and sha256s[place]:
+            memory.add(sha256s[place], ids[place], written[place])
+    originals = {place: ids[first] for place, first in copies.of.items() if place in written}
+    originals |= {place: image_id for place, (image_id, _) in copies.known.items() if image_id != ids[place]}
+    rows = _finished_rows(work, decoded, codes, messages, written, originals)
     seconds = decoded.seconds | {"generate": time.perf_counter() - started}
-    return ChunkRows(decoded.chunk, rows, None, seconds)
+    return ChunkRows(decoded.chunk, rows, None, seconds, getattr(captioner, "engine", "generic"))
 
 
 def commit(work: Work, captioned: ChunkRows) -> Receipt:
@@ -100,7 +128,15 @@ def commit(work: Work, captioned: ChunkRows) -> Receipt:
         decode_seconds=spent["decode"],
         generate_seconds=spent["generate"],
         commit_seconds=time.perf_counter() - started,
+        num_duplicates=captioned.chunk.num_rows - captioned.rows["duplicate_of"].null_count,
+        engine=captioned.engine,
+        scored=score_sampled(work.sample, _column_of(captioned, "image_id"), _column_of(captioned, "caption")),
     )
+
+
+def _column_of(rows: ChunkRows, name: str) -> list[Any]:
+    values: list[Any] = rows.rows[name].to_pylist()
+    return values
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,18 +164,18 @@ def caption_or_reasons(captioner: Captioner, pixels: npt.NDArray[np.uint8]) -> l
 def _as_list(captions: Captions) -> list[Caption | str]:
     columns = zip(captions.texts, captions.num_tokens, captions.logprob_mean, captions.finished, strict=True)
     return [
-        Caption(text, tokens, logprob if math.isfinite(logprob) else None, _flags(text, logprob, finished))
+        Caption(text, tokens, logprob if math.isfinite(logprob) else None, caption_flags(text, logprob, finished))
         for text, tokens, logprob, finished in columns
     ]
 
 
-def _flags(text: str, logprob: float, finished: bool) -> list[str]:
-    found = {"empty": not text, "truncated": not finished, "no_logprob": not math.isfinite(logprob)}
-    return [flag for flag, holds in found.items() if holds]
-
-
 def _finished_rows(
-    work: Work, decoded: ChunkRows, codes: list[str], messages: list[str], written: dict[int, Caption]
+    work: Work,
+    decoded: ChunkRows,
+    codes: list[str],
+    messages: list[str],
+    written: dict[int, Caption],
+    originals: dict[int, str],
 ) -> pa.Table:
     count, chunk, model = decoded.chunk.num_rows, decoded.chunk, work.model
     captions = [written.get(place) for place in range(count)]
@@ -152,10 +188,10 @@ def _finished_rows(
         "num_tokens": [c and c.num_tokens for c in captions],
         "logprob_mean": [c and c.logprob_mean for c in captions],
         "flags": [c.flags if c else [] for c in captions],
+        "duplicate_of": [originals.get(place) for place in range(count)],
         "chunk_row": range(count),
     }
     same_for_all = {
-        "duplicate_of": None,
         "model": model.name,
         "model_revision": model.revision,
         "model_sha256": model.sha256,

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from captioner.bottleneck import bottleneck_line
 from captioner.config import CaptionConfig, command_line
 from captioner.progress import duration
 from captioner.text import printable
@@ -39,7 +40,11 @@ def _rows(record: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     reasons = sorted(counts.get("failed_by_reason", {}).items(), key=lambda item: -item[1])
     rows += [(f"  {reason}", f"{number:,}") for reason, number in reasons]
-    words = {"skipped": "committed before this start", "ignored": "files passed over"}
+    words = {
+        "duplicates": "took a duplicate's caption",
+        "skipped": "committed before this start",
+        "ignored": "files passed over",
+    }
     rows += [(words[name], f"{counts[name]:,}") for name in words if counts.get(name)]
     if record.get("images_per_second"):
         rows.append(("images a second", f"{record['images_per_second']:,.1f}"))
@@ -52,13 +57,18 @@ def _rows(record: dict[str, Any]) -> list[tuple[str, str]]:
 def _lines(record: dict[str, Any]) -> list[str]:
     """What is said below the table, a sentence each."""
     lines = []
+    busy = bottleneck_line(record.get("busy", {}), record.get("seconds", {}))
+    if busy is not None:
+        lines.append(busy)
     check = record.get("check")
-    if check:
+    if check and check["wer"] is not None:
         baseline = check.get("shuffled_wer")
         beside = "" if baseline is None else f" ({baseline:.3f} with the captions shuffled)"
         lines.append(f"WER {check['wer']:.3f} against the references of {check['num_rows']:,} pictures{beside}")
     if record.get("counts", {}).get("failed"):
         lines.append(f"retry the failed: {_retry_command(record)}")
+    if record.get("report"):
+        lines.append(f"the report: {record['report']}")
     if record.get("output"):
         lines.append(f"the table: {record['output'].rstrip('/')}/captions")
     return lines + [f"note: {note}" for note in record.get("notes", [])]

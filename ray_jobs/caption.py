@@ -48,6 +48,10 @@ class RayEngine:
     def device(self) -> str:
         return "cuda" if share_out(self._connected(), self._config.cluster).gpus_per_worker else "cpu"
 
+    def slots(self) -> dict[str, float]:
+        sizes = share_out(self._connected(), self._config.cluster)
+        return {"decode": sizes.decode_cpus, "device": sizes.num_workers, "write": sizes.committers}
+
     def caption_chunks(self, work: Work, chunks: list[Chunk]) -> Iterator[Receipt]:
         sizes = share_out(self._connected(), self._config.cluster)
         if self._connected().num_nodes > 1 and not is_uri(work.table.directory.location):

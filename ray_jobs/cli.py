@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
-from captioner.config import CaptionConfig
+from captioner.config import CaptionConfig, CheckTableConfig, TrainConfig
 from captioner.errors import ERROR, EXIT_CODES, INTERRUPTED, OK, CaptionerError
 from captioner.text import printable
 from ray_jobs.options import takes
@@ -89,6 +89,47 @@ def status(out: Out) -> int:
 
 
 @app.command()
+@takes(CheckTableConfig)
+def check(
+    config: CheckTableConfig,
+    out: Out,
+    against: Annotated[str | None, typer.Option(metavar="OTHER_OUT", help="Compare with another table.")] = None,
+) -> int:
+    """Score and flag captions, write the report.
+
+    Scores a sample against references and flags doubtful captions without.
+
+    Exit 2 where --max-wer or --min-lift is not met.
+    """
+    from ray_jobs import check
+
+    return check.run(out, config, against)
+
+
+@app.command()
+def report(
+    out: Out,
+    open: Annotated[bool, typer.Option("--open", help="Show it in the browser.")] = False,
+) -> int:
+    """Write OUT/report/index.html, a page about the run.
+
+    One file that needs no network; report.json beside it holds its figures.
+    """
+    from captioner import commands
+
+    return commands.report(out, open)
+
+
+@app.command()
+def models() -> int:
+    """List the families of models, and well-known checkpoints of each."""
+    from captioner.models.catalogue import table
+
+    typer.echo(table())
+    return OK
+
+
+@app.command()
 def render_scenes(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty directory.")],
     count: Annotated[int, typer.Option(min=1, metavar="N", help="How many pictures.")],
@@ -103,6 +144,34 @@ def render_scenes(
     render_scenes(directory, count, seed, format)
     typer.echo(f"rendered {count:,} scenes into {printable(directory)}")
     return OK
+
+
+@app.command()
+@takes(TrainConfig)
+def train(config: TrainConfig) -> int:
+    """Fine-tune a model on pictures with captions.
+
+    OUT/model is what `captioner caption --model` takes.
+
+    The same command again goes on from the last checkpoint. DATA and OUT may come from --config.
+    """
+    from ray_jobs import train
+
+    return train.run(config)
+
+
+demo = typer.Typer(help="Small runs that show what a job does.", rich_markup_mode=None)
+app.add_typer(demo, name="demo")
+
+
+@demo.command("train")
+def demo_train(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to render and train.")] = Path("demo-train"),
+) -> int:
+    """Teach the starter model shapes and a wording it has never seen: about two minutes on two cores."""
+    from ray_jobs import demo
+
+    return demo.train(directory)
 
 
 def main(argv: list[str] | None = None) -> NoReturn:

@@ -41,9 +41,10 @@ class CaptionStage:
 
         self.work = work
         self.captioner = load(work.model, batch_size=batch_size, num_threads=num_threads)
+        self.memory = work.new_memory()
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        return to_block(caption(self.work, self.captioner, from_block(block, self.work)))
+        return to_block(caption(self.work, self.captioner, from_block(block, self.work), self.memory))
 
 
 class CommitStage:
@@ -62,7 +63,7 @@ def receipts_of(block: pa.Table) -> list[Receipt]:
 
 
 def to_block(rows: ChunkRows) -> pa.Table:
-    travelling = json.dumps({"chunk": asdict(rows.chunk), "seconds": rows.seconds})
+    travelling = json.dumps({"chunk": asdict(rows.chunk), "seconds": rows.seconds, "engine": rows.engine})
     block = rows.rows.append_column(_CHUNK, pa.array([travelling] * rows.chunk.num_rows))
     if rows.pixels is None:
         return block
@@ -83,7 +84,7 @@ def from_block(block: pa.Table, work: Work) -> ChunkRows:
         raise ValueError(f"chunk {chunk.chunk_id} came as {block.num_rows} of its {chunk.num_rows} rows")
     pixels = _pixels_of(block, work) if _PIXELS in block.column_names else None
     rows = block.drop_columns([name for name in (_CHUNK, _PIXELS) if name in block.column_names])
-    return ChunkRows(chunk, rows, pixels, known["seconds"])
+    return ChunkRows(chunk, rows, pixels, known["seconds"], known["engine"])
 
 
 def _pixels_of(block: pa.Table, work: Work) -> np.ndarray[Any, np.dtype[np.uint8]]:

@@ -18,12 +18,14 @@ HEAVY = ("ray", "torch", "transformers", "datasets", "evaluate")
 LAYERS = """
     errors
     text
-    config data scenes
+    config data scenes dedupe bottleneck
     files starter samples
-    sources imaging models scoring store
-    scoring.spot_check steps faults
+    sources imaging models store
+    scoring faults
+    steps
     job progress
     record summary report
+    quality
     pipeline commands batches training testing starter.build
 """
 LEVELS = {part: level for level, line in enumerate(LAYERS.split("\n")) for part in line.split()}

@@ -1,7 +1,8 @@
 """Upright picture -> uint8 pixels of the model's size, as transformers' image processors resize and crop.
 
 Normalising is left to the device. torch resizes a photo of 640 x 480 three times as fast as Pillow and differs from it
-by at most 2/255; Pillow takes what is large, extremely long or not aligned with its pixels.
+by at most 2/255; Pillow takes what is large, extremely long or not aligned with its pixels. With
+`PixelSpec.preprocess` "processor" Pillow resizes the whole picture, which is what those processors do.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ Box = tuple[int, int, int, int]  # top, left, bottom, right
 
 
 def needed_side(spec: PixelSpec) -> int:
-    """The shorter side, in pixels, below which a picture should not be made smaller while it is decoded."""
-    return _MARGIN * max(spec.shortest_edge, spec.height, spec.width)
+    """The shorter side, in pixels, below which a picture should not be made smaller while it is decoded; 0: never."""
+    return 0 if spec.preprocess == "processor" else _MARGIN * max(spec.shortest_edge, spec.height, spec.width)
 
 
 def fit(picture: Picture, spec: PixelSpec) -> npt.NDArray[np.uint8]:
@@ -36,7 +37,8 @@ def fit(picture: Picture, spec: PixelSpec) -> npt.NDArray[np.uint8]:
     height, width = _resized(picture, spec)
     top, left = (height - spec.height) // 2, (width - spec.width) // 2
     window = max(top, 0), max(left, 0), min(top + spec.height, height), min(left + spec.width, width)
-    resize = _resize_with_torch if _suits_torch(picture) else _resize_with_pillow
+    fast = spec.preprocess == "fast" and _suits_torch(picture)
+    resize = _resize_with_torch if fast else _resize_with_pillow
     pixels = resize(picture, (height, width), window, spec)
     if pixels.shape == (spec.height, spec.width, 3):
         return pixels
@@ -85,4 +87,8 @@ def _resize_with_pillow(picture: Picture, size: tuple[int, int], window: Box, sp
     across, down = (x1 - x0) / size[1], (y1 - y0) / size[0]
     source = x0 + left * across, y0 + top * down, min(x0 + right * across, x1), min(y0 + bottom * down, y1)
     resample = _PILLOW_FILTERS[spec.resample]
-    return np.array(picture.image.resize((right - left, bottom - top), resample, source, _MARGIN))
+    if spec.preprocess == "fast":
+        return np.array(picture.image.resize((right - left, bottom - top), resample, source, _MARGIN))
+    if size[0] * size[1] > _LARGE_PIXELS:  # such a strip that resized whole it would fill the memory
+        return np.array(picture.image.resize((right - left, bottom - top), resample, source))
+    return np.array(picture.image.resize((size[1], size[0]), resample))[top:bottom, left:right]

@@ -50,6 +50,7 @@ class TransformersCaptioner:
     """A captioner over `generate`. Each family says how its decoder starts and how its `generate` is called."""
 
     attention: ClassVar[str | None] = None  # None: what transformers chooses
+    engine: str = "generic"  # "fast" where the family's own search is used, not transformers' `generate`
 
     def __init__(self, ref: ModelRef, device: torch.device, batch_size: int) -> None:
         self.ref, self.device, self.batch_size = ref, device, batch_size
@@ -107,8 +108,23 @@ class TransformersCaptioner:
         )
 
     def caption(self, pixels: npt.NDArray[np.uint8]) -> Captions:
-        """Caption uint8 pixels [N, height, width, 3], `batch_size` at a time."""
-        parts = [self._caption_batch(pixels[i : i + self.batch_size]) for i in range(0, len(pixels), self.batch_size)]
+        """Caption uint8 pixels [N, height, width, 3], `batch_size` at a time.
+
+        Where the device's memory is not enough, the batch is halved and tried again, and stays at what fits.
+        """
+        parts: list[Captions] = []
+        first = 0
+        while first < len(pixels):
+            try:
+                parts.append(self._caption_batch(pixels[first : first + self.batch_size]))
+            except torch.OutOfMemoryError:
+                tried = min(self.batch_size, len(pixels) - first)
+                if tried == 1:
+                    raise
+                self.batch_size = tried // 2
+                self.free_memory()
+            else:
+                first += len(parts[-1].texts)
         return Captions(
             [text for part in parts for text in part.texts],
             [number for part in parts for number in part.num_tokens],
@@ -116,13 +132,15 @@ class TransformersCaptioner:
             [done for part in parts for done in part.finished],
         )
 
+    def free_memory(self) -> None:
+        """Give back what the device holds for later use."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     @torch.inference_mode()
     def _caption_batch(self, pixels: npt.NDArray[np.uint8]) -> Captions:
-        recorder = ScoreRecorder(self.ref.num_beams, len(self._end_ids()))
         with quiet():
-            output = self.generate(self.normalise(pixels), logits_processor=LogitsProcessorList([recorder]))
-        tokens = output.sequences[:, len(self.prefix) :].cpu()
-        logprobs = recorder.logprobs(tokens, getattr(output, "beam_indices", None))
+            tokens, logprobs = self.search(self.normalise(pixels))
         counts, finished = token_counts(tokens, self._end_ids())
         rows = list(zip(tokens, logprobs, counts, strict=True))
         return Captions(
@@ -131,6 +149,13 @@ class TransformersCaptioner:
             [row[:count].mean().item() if count else math.nan for _, row, count in rows],
             finished,
         )
+
+    def search(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """New tokens int64 [N, T] and their log-probabilities float32 [N, T], on the CPU, by `generate`."""
+        recorder = ScoreRecorder(self.ref.num_beams, len(self._end_ids()))
+        output = self.generate(pixel_values, logits_processor=LogitsProcessorList([recorder]))
+        tokens = output.sequences[:, len(self.prefix) :].cpu()
+        return tokens, recorder.logprobs(tokens, getattr(output, "beam_indices", None))
 
     def normalise(self, pixels: npt.NDArray[np.uint8]) -> torch.Tensor:
         """uint8 [N, H, W, 3] on the host -> normalised [N, 3, H, W] of the model's dtype on its device."""

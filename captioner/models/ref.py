@@ -38,6 +38,10 @@ class ModelRef:
     revision: str | None = None
     training_run_id: str | None = None
 
+    @property
+    def preprocess(self) -> str:
+        return self.spec.preprocess
+
     @cached_property
     def fingerprint(self) -> str:
         """Hex sha256 over all that determines captions: not the name, the place, the device or the batch size."""
@@ -50,4 +54,6 @@ class ModelRef:
             "prompt": self.prompt,
             "preprocessing": PREPROCESSING_VERSION,
         }
+        if self.preprocess != "fast":
+            parts["preprocess"] = self.preprocess
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -39,11 +39,13 @@ def resolve(config: ModelConfig, dtype: str | None = None, announce: Callable[[s
         "prompt": config.prompt or None,
     }
     if config.name == FAKE:
-        return ModelRef(
+        ref = ModelRef(
             path="", family=FAKE, sha256=_sha256(FAKE), settings_sha256=_sha256(""), spec=FAKE_SPEC, **settings
         )
-    directory, revision = locate(config.name, config.revision, announce)
-    return _describe(directory, revision, settings)
+    else:
+        directory, revision = locate(config.name, config.revision, announce)
+        ref = _describe(directory, revision, settings)
+    return dataclasses.replace(ref, spec=dataclasses.replace(ref.spec, preprocess=config.preprocess))
 
 
 def locate(name: str, revision: str | None, announce: Callable[[str], None]) -> tuple[Path, str | None]:

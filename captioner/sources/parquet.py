@@ -17,7 +17,7 @@ from captioner.data import Listing, RawImage
 from captioner.sources.cells import Cell, make_cell, read_cells
 from captioner.sources.columns import Columns, table_rows
 from captioner.sources.files import Root, file_of_unit, readable, unit_of_file
-from captioner.sources.reading import READ_THREADS, with_retry
+from captioner.sources.reading import concurrency, with_retry
 from captioner.sources.tables import open_parquet, open_table, read_batches
 
 # Rows of a picture column in memory at once, while the wanted ones of its row group are looked for.
@@ -56,7 +56,7 @@ class ParquetSource:
         for file, number in places:
             numbers[file].append(number)
         cells: dict[tuple[bytes, int], Cell] = {}
-        with ThreadPoolExecutor(READ_THREADS) as pool:
+        with ThreadPoolExecutor(concurrency()) as pool:
             groups = [group for found in pool.map(self._groups, numbers, numbers.values()) for group in found]
             for group, found in zip(groups, pool.map(self._read_group, groups), strict=True):
                 cells |= {(group.file, number): cell for number, cell in found.items()}

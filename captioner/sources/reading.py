@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import TypeVar
 
@@ -16,10 +18,10 @@ from captioner.data import RawImage
 from captioner.errors import SourceError
 from captioner.sources.files import Root, readable
 
-READ_THREADS = 32
 RETRY_SECONDS = (0.2, 0.8, 3.2)  # before the second, third and fourth try
 
 T = TypeVar("T")
+_concurrency = ContextVar("concurrency", default=32)
 _sleep = time.sleep  # replaced in tests
 
 # Trying again gives the same answer.
@@ -32,6 +34,21 @@ _REFUSED = re.compile(
     r"(?i:credentials)"
 )
 _DAMAGED = re.compile(r"(?i:corrupt|deserialize thrift|unexpected end of stream|page was smaller|decompress)")
+
+
+def concurrency() -> int:
+    """How many reads this thread should have under way at once."""
+    return _concurrency.get()
+
+
+@contextmanager
+def reads_at_once(number: int) -> Iterator[None]:
+    """Inside, this thread's sources have so many reads under way at once."""
+    token = _concurrency.set(number)
+    try:
+        yield
+    finally:
+        _concurrency.reset(token)
 
 
 def with_retry(action: Callable[[], T]) -> T:
@@ -51,7 +68,7 @@ def read_all(tasks: Sequence[Callable[[], RawImage]], root: Root, *, in_archives
 
     `in_archives`: the pictures are inside files, so that none of them can be missing by itself.
     """
-    with ThreadPoolExecutor(min(READ_THREADS, len(tasks)) or 1) as pool:
+    with ThreadPoolExecutor(min(concurrency(), len(tasks)) or 1) as pool:
         images = list(pool.map(lambda task: task(), tasks))
     _check_archive(images, root, in_archives)
     return images

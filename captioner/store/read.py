@@ -12,8 +12,9 @@ from captioner.store.publish import replace_rows
 from captioner.store.table import CaptionsTable, Plan, captions_name, plan_part_name
 
 
-def read_parts(table: CaptionsTable, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+def read_parts(table: CaptionsTable, columns: Sequence[str] | None = None, every: int = 1) -> Iterator[pa.Table]:
     """The committed rows, one part of the table (about --rows-per-file rows) after the other, in plan order.
+    `every`: of a large table only the first of every so many parts.
 
     Of an open run that is what has been committed so far; pictures still to be done have no row. Rows of a
     `--retry-failed` that is still open supersede older ones as soon as they are committed.
@@ -23,7 +24,7 @@ def read_parts(table: CaptionsTable, columns: Sequence[str] | None = None) -> It
     retries = [plan for plan in plans if not plan.founds_parts and not table.is_published(plan.generation)]
     for plan in plans:
         committed = set() if table.is_published(plan.generation) else table.committed_chunks(plan.generation)
-        for part in sorted(plan.parts) if plan.founds_parts else ():
+        for part in sorted(plan.parts)[::every] if plan.founds_parts else ():
             if part in published:
                 rows = table.directory.read_table(captions_name(part), _list(columns))
                 yield _with_retries(table, rows, part, retries, columns)

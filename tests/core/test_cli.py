@@ -61,9 +61,12 @@ def example(setting: Setting) -> tuple[list[str], object]:
     """Words for the command line that are not the default, and the value they mean."""
     known: dict[str, tuple[list[str], object]] = {
         "dtype": (["bfloat16"], "bfloat16"),
+        "preprocess": (["processor"], "processor"),
         "keep_columns": (["a, b"], ["a", "b"]),
         "max_failed": (["0.25"], 0.25),
         "gpus_per_worker": (["0.5"], 0.5),
+        "max_wer": (["0.5"], 0.5),
+        "min_lift": (["0.5"], 0.5),
     }
     annotation = str(setting.info.annotation)
     if setting.field in known:

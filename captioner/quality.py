@@ -1,0 +1,116 @@
+"""Check a table and tell people: what `captioner check`, `captioner report` and the end of a run share."""
+
+from __future__ import annotations
+
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from captioner.config import CheckConfig, SpotCheckConfig
+from captioner.data import Receipt
+from captioner.errors import StoppedEarlyError, UsageError
+from captioner.report import make_report
+from captioner.scoring.check import CHECK_FILE, Check, check_table
+from captioner.scoring.choose import Question, nothing_matches
+from captioner.scoring.compare import compare_tables
+from captioner.scoring.gates import failed_gates
+from captioner.scoring.references import read_references
+from captioner.scoring.running import RunningWer, Sample, draw_sample
+from captioner.store.table import CaptionsTable, open_table
+
+# At the end of a run so many rows are checked: a minute or two, whatever the size of the table.
+ROWS_AT_THE_END = 2_000_000
+MOST_RUNNING = 5_000  # rows scored while captioning: they travel to every worker
+
+
+def question_of(settings: CheckConfig, max_rows: int | None = None) -> Question:
+    """The settings with their files read. Raises SourceError or UsageError naming the file."""
+    references = read_references(settings.references) if settings.references else None
+    terms = read_terms(settings.terms) if settings.terms else ()
+    return Question(references, settings.sample, settings.seed, terms, max_rows)
+
+
+def read_terms(file: str) -> tuple[str, ...]:
+    """A term a line; empty lines and those that start with # are passed over."""
+    try:
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--terms {file}: cannot be read: {error}") from None
+    terms = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
+    if not terms:
+        raise UsageError(f"--terms {file}: holds no term")
+    return terms
+
+
+def check(
+    table: CaptionsTable, settings: CheckConfig, against: str | None = None, max_rows: int | None = None
+) -> Check:
+    """Check a table and keep what was found in OUT/checks. `max_rows`: see `Question`."""
+    other = open_table(against) if against else None
+    question = question_of(settings, max_rows)
+    found = check_table(table, question)
+    if other is not None:
+        found.comparison = compare_tables(table, other, question)
+    figures = found.to_json() | {
+        "gates": {"max_wer": settings.max_wer, "min_lift": settings.min_lift},
+        "failed_gates": failed_gates(found.scores, settings),
+        "made_of": _state_of(table),
+    }
+    table.directory.write_json(CHECK_FILE, figures)
+    return found
+
+
+def report(table: CaptionsTable) -> str:
+    """Write OUT/report from what was last checked; checks first where that was of other rows. Returns the page's
+    location."""
+    if not table.directory.exists(CHECK_FILE) or table.directory.read_json(CHECK_FILE)["made_of"] != _state_of(table):
+        check(table, CheckConfig())
+    return make_report(table)
+
+
+class SpotCheck:
+    """The check while captioning: workers score the drawn rows as they write them, the driver adds up."""
+
+    def __init__(self, settings: SpotCheckConfig) -> None:
+        self._settings = settings
+        self._running = RunningWer(settings.seed)
+
+    def draw(self, table: CaptionsTable) -> Sample:
+        """The rows to score, for `Work.sample`. Raises UsageError where references fit no picture."""
+        settings = self._settings
+        references = read_references(settings.references) if settings.references else None
+        size = MOST_RUNNING if settings.sample == "all" else min(settings.sample, MOST_RUNNING)
+        sample = draw_sample(table, size, settings.seed, references)
+        if references and size and not sample:
+            raise UsageError(nothing_matches(references, table))
+        return sample
+
+    def add(self, receipt: Receipt) -> str:
+        """Count a committed chunk; returns the state in words, "" where nothing was scored.
+
+        Raises StoppedEarlyError where --stop-early is given and the captions so far cannot pass --max-wer.
+        """
+        running, settings = self._running, self._settings
+        running.add((edits, words) for edits, words in receipt.scored)
+        if settings.stop_early and settings.max_wer is not None and running.is_hopeless(settings.max_wer):
+            low, high = running.interval() or (0.0, 0.0)
+            raise StoppedEarlyError(
+                f"stopped early: WER {running.wer:.3f} of {running.num_rows} captions (95 % interval {low:.3f} to "
+                f"{high:.3f}) cannot come down to --max-wer {settings.max_wer:g}; committed rows stay"
+            )
+        return "" if running.wer is None else f"WER {running.wer:.3f} of {running.num_rows}"
+
+
+def _state_of(table: CaptionsTable) -> dict[str, Any]:
+    """Which rows a check was made of: changes with every row that is committed or superseded."""
+    plans = table.plans()
+    return {
+        "table_id": table.table_id,
+        "generations": [plan.generation for plan in plans],
+        "committed": _digest(sorted(chunk for plan in plans for chunk in table.committed_chunks(plan.generation))),
+        "published": sorted(table.published_parts()),
+    }
+
+
+def _digest(names: list[str]) -> str:
+    return sha256("\n".join(names).encode()).hexdigest()

@@ -1,0 +1,76 @@
+"""What a report says: the run's record, the check's figures, and the verdict. OUT/report/report.json holds it."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from typing import Any
+
+from pydantic import ValidationError
+
+from captioner.config import CaptionConfig, command_line
+from captioner.report.verdict import verdict_of
+from captioner.scoring.check import CHECK_FILE
+from captioner.scoring.flags import ALL_FLAGS
+from captioner.store.table import CaptionsTable
+from captioner.store.verify import count_rows
+
+TIME_BINS = 60
+
+
+def collect(table: CaptionsTable) -> dict[str, Any]:
+    """Everything the page shows but the pictures. The table must have been checked."""
+    check = table.directory.read_json(CHECK_FILE)
+    record = table.directory.read_json("run.json") if table.directory.exists("run.json") else {}
+    counts = asdict(count_rows(table))
+    return {
+        "verdict": asdict(verdict_of(counts, check)),
+        "counts": counts,
+        "check": check,
+        "flag_meanings": ALL_FLAGS,
+        "throughput": _throughput(check["survey"]["committed"]),
+        "commands": _commands(record),
+        "run": record,
+        "starts": _starts(table),
+        "model": table.info.get("model"),
+        "fingerprint": table.info.get("fingerprint"),
+        "table_id": table.table_id,
+    }
+
+
+def _throughput(committed: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Pictures a second over time, from when the rows were made: at most 60 bins of equal width, and no more than a
+    third of the commits, so that a bin without one is a stall."""
+    if len(committed) < 6:
+        return {"bin_seconds": 0, "rates": []}
+    first, last = committed[0][0], committed[-1][0]
+    bins = min(TIME_BINS, len(committed) // 3)
+    width = (last - first + 1) / bins
+    rates = [0.0] * bins
+    for second, rows in committed:
+        rates[int((second - first) / width)] += rows / width
+    return {"start": first, "bin_seconds": round(width, 1), "rates": [round(rate, 3) for rate in rates]}
+
+
+def _commands(record: dict[str, Any]) -> dict[str, str]:
+    """The run's own command, and the one that does failed pictures again; empty where the record lacks settings."""
+    with suppress(ValidationError, KeyError):
+        config = CaptionConfig.model_validate(record["settings"])
+        again = {"retry_failed": True, "overwrite": False, "extend": False}
+        retry = config.model_copy(update={"output": config.output.model_copy(update=again)})
+        return {name: _shell(one) for name, one in (("run", config), ("retry", retry))}
+    return {}
+
+
+def _shell(config: CaptionConfig) -> str:
+    return shlex.join(["captioner", "caption", *command_line(config)])
+
+
+def _starts(table: CaptionsTable) -> list[dict[str, Any]]:
+    """The latest ten starts, oldest first."""
+    names = table.directory.list_names("runs")[-10:]
+    records = [table.directory.read_json(f"runs/{name}") for name in names]
+    keys = ("run_id", "state", "written_at", "images_per_second")
+    return [{key: record.get(key) for key in keys} | {"seconds": record.get("seconds", {})} for record in records]

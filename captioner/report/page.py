@@ -1,0 +1,157 @@
+"""The facts as one self-contained HTML page: no scripts, no network, everything from data escaped."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from functools import lru_cache
+from importlib.resources import files
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined, Template
+from markupsafe import Markup
+
+from captioner.report import charts
+from captioner.report.diff import word_diff
+from captioner.report.pictures import MAX_BYTES
+from captioner.text import printable
+
+
+def render(facts: dict[str, Any], pictures: Mapping[str, str]) -> str:
+    """The page. `pictures`: data URIs of thumbnails by image id."""
+    check, survey = facts["check"], facts["check"]["survey"]
+    return _template().render(
+        facts=facts,
+        check=check,
+        survey=survey,
+        run=facts["run"],
+        picture=_Pictures(pictures),
+        charts=_charts(facts),
+        worst=[row for row in check["shown"]["worst"] if row["wer"] > 0],
+        flagged={flag: check["shown"].get(flag, []) for flag in check["flags"]},
+        diff=word_diff,
+        when=_when,
+    )
+
+
+@lru_cache(maxsize=1)
+def _template() -> Template:
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"number": _number, "decimal": _decimal, "interval": _interval, "words": _words}
+    environment.filters |= {"shown": printable, "moment": _moment}
+    return environment.from_string(files("captioner.report").joinpath("page.html").read_text(encoding="utf-8"))
+
+
+class _Pictures:
+    """Hands out thumbnails until the page has enough of them."""
+
+    def __init__(self, uris: Mapping[str, str]) -> None:
+        self._uris, self._left = uris, MAX_BYTES
+
+    def __call__(self, image_id: str) -> str:
+        uri = self._uris.get(image_id, "")
+        self._left -= len(uri)
+        return uri if self._left >= 0 else ""
+
+
+def _charts(facts: dict[str, Any]) -> dict[str, Markup | None]:
+    check, survey = facts["check"], facts["check"]["survey"]
+    return {
+        "wer": _wer_histogram(check),
+        "throughput": _throughput(facts["throughput"]),
+        "stages": _stages(facts["run"].get("seconds", {})),
+        "lengths": _lengths(survey),
+        "confidence": _confidence(survey),
+        "wer_by_confidence": _wer_by_confidence(check["wer_by_confidence"]),
+    }
+
+
+def _wer_histogram(check: dict[str, Any]) -> Markup | None:
+    if not check["num_rows"]:
+        return None
+    labels = ["0", *[f"{n / 10:.1f}" if n and n % 5 == 0 else "" for n in range(20)], "2+"]
+    names = {"wer": "this run", "shuffled_wer": "shuffled", "human_wer": "people"}
+    known = [(check[key], name) for key, name in names.items() if check[key] is not None]
+    marks = [(1 + 10 * min(2.0, value), f"{name} {value:.2f}") for value, name in known]
+    says = f"WER of {check['num_rows']:,} captions, clipped at 2; {check['exact']:,} have no error. " + ", ".join(
+        f"{name} {value:.3f}" for value, name in known
+    )
+    return charts.bars(check["wer_histogram"], labels, says, marks)
+
+
+def _throughput(throughput: dict[str, Any]) -> Markup | None:
+    rates, width = throughput["rates"], throughput["bin_seconds"]
+    if len(rates) < 2:
+        return None
+    last = len(rates) - 1
+    labels = [_span(place * width) if place in (0, last // 2, last) else "" for place in range(len(rates))]
+    says = f"Pictures a second over {_span(len(rates) * width)}: at most {max(rates):,.1f}."
+    return charts.bars(rates, labels, says)
+
+
+def _stages(seconds: dict[str, float]) -> Markup | None:
+    parts = [(name, seconds.get(name, 0.0)) for name in ("read", "decode", "generate", "commit")]
+    if not any(value for _, value in parts):
+        return None
+    return charts.shares(parts, "Seconds by stage: " + ", ".join(f"{name} {value:,.1f}" for name, value in parts))
+
+
+def _lengths(survey: dict[str, Any]) -> Markup | None:
+    counts = {int(start): count for start, count in survey["char_lengths_by_10"].items()}
+    if not counts:
+        return None
+    bins = range(0, max(260, min(max(counts), 400) + 10), 10)
+    values = [counts.get(start, 0) for start in bins]
+    labels = [str(start) if start % 50 == 0 else "" for start in bins]
+    says = f"Length of captions in characters; {survey['over_125']:,} over 125, {survey['over_250']:,} over 250."
+    return charts.bars(values, labels, says, [(12.5, "125"), (25, "250")])
+
+
+def _confidence(survey: dict[str, Any]) -> Markup | None:
+    counts = {float(low): count for low, count in survey["logprobs"].items()}
+    if not counts:
+        return None
+    low = min(-0.1, max(-5.0, min(counts)))
+    values, width = [0.0] * 20, -low / 20
+    for value, count in counts.items():
+        values[max(0, min(19, int((value - low) / width)))] += count
+    labels = [f"{low + place * width:.2g}" if place % 5 == 0 else "" for place in range(20)]
+    return charts.bars(values, labels, "Mean log-probability of the tokens of each caption; 0 is certain.")
+
+
+def _wer_by_confidence(groups: list[dict[str, float]]) -> Markup | None:
+    if len(groups) < 2:
+        return None
+    labels = ["least sure", *[""] * (len(groups) - 2), "surest"]
+    says = "WER by confidence, from the least certain tenth: " + ", ".join(f"{group['wer']:.2f}" for group in groups)
+    return charts.bars([group["wer"] for group in groups], labels, says)
+
+
+def _span(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _when(seconds: float) -> str:
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M} UTC"
+
+
+def _moment(written: str) -> str:
+    return _when(datetime.fromisoformat(written).timestamp())
+
+
+def _number(value: float | None) -> str:
+    return "no data" if value is None else f"{value:,}"
+
+
+def _decimal(value: float | None, places: int = 3) -> str:
+    return "no data" if value is None else f"{round(value, places) + 0.0:.{places}f}"  # + 0.0: no "-0.00"
+
+
+def _interval(value: list[float] | None) -> str:
+    return "" if value is None else f"{value[0]:.3f} to {value[1]:.3f}"
+
+
+def _words(flag: str) -> str:
+    return flag.replace("_", " ")

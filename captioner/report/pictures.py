@@ -1,0 +1,66 @@
+"""Small upright pictures for the page, read from the source by their planned rows."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import pyarrow as pa
+
+from captioner.config import SourceConfig
+from captioner.data import Chunk, RawImage
+from captioner.errors import CaptionerError
+from captioner.sources import open_source
+from captioner.store.plan import read_planned
+from captioner.store.table import CaptionsTable
+
+SIDE = 224  # pixels, of the longer side
+MAX_BYTES = 3_500_000  # of all pictures of a page, as base64: the page stays below 5 MB
+MAX_PIXELS = 100_000_000
+
+
+def thumbnails(table: CaptionsTable, shown: Iterable[Mapping[str, Any]]) -> tuple[dict[str, str], str]:
+    """Data URIs by image id, and in words why there are none ("" where all is well).
+
+    `shown`: rows with `image_id`, `chunk_id`, `chunk_row`. A picture that cannot be read or decoded is left out.
+    """
+    places: dict[str, dict[int, str]] = defaultdict(dict)
+    for row in shown:
+        places[row["chunk_id"]][row["chunk_row"]] = row["image_id"]
+    found: dict[str, str] = {}
+    try:
+        source = open_source(SourceConfig.model_validate(table.info["source"]))
+        for chunk_id, rows in places.items():
+            planned = read_planned(table, _chunk(chunk_id)).take(pa.array(sorted(rows)))
+            for raw in source.read(planned):
+                uri = _thumbnail(raw)
+                if uri:
+                    found[raw.image_id] = uri
+    except (CaptionerError, OSError) as error:
+        return found, f"pictures could not be read from the source: {error}"
+    return found, ""
+
+
+def _chunk(chunk_id: str) -> Chunk:
+    generation, part, index = (int(text) for text in chunk_id.removeprefix("g").split("-"))
+    return Chunk(generation, part, index, num_rows=0)
+
+
+def _thumbnail(raw: RawImage) -> str | None:
+    from captioner.imaging.faults import PictureError
+    from captioner.imaging.opening import open_picture
+
+    if raw.data is None:
+        return None
+    try:
+        image = open_picture(raw.data, MAX_PIXELS, needed_side=SIDE).image
+    except PictureError:
+        return None
+    image = image.convert("RGB")
+    image.thumbnail((SIDE, SIDE))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=72)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,54 @@
+"""The verdict as a short table on the terminal, with the best and the worst captions."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from captioner.text import printable
+
+SHOWN = 3
+
+
+def print_check(facts: dict[str, Any], stream: TextIO | None = None) -> None:
+    """Print what OUT/report/report.json holds, in short; to standard output unless told otherwise."""
+    console = Console(file=stream or sys.stdout, highlight=False)
+    check = facts["check"]
+    console.print(Text(printable(facts["verdict"]["title"]), style="bold"))
+    for sentence in facts["verdict"]["sentences"]:
+        console.print(Text(printable(sentence)), soft_wrap=True)
+    table = Table.grid(padding=(0, 2))
+    for name, value in _figures(check):
+        table.add_row(Text(name), Text(value))
+    console.print(table)
+    for name in ("best", "worst"):
+        rows = [row for row in check["shown"][name] if name == "best" or row["wer"] > 0][:SHOWN]
+        if rows:
+            console.print(Text(f"{name}:"))
+        for row in rows:
+            line = f"  {row['wer']:.2f}  {row['image_id']}: {row['caption']}  (reference: {row['reference']})"
+            console.print(Text(printable(line)), soft_wrap=True)
+
+
+def _figures(check: dict[str, Any]) -> list[tuple[str, str]]:
+    low, high = check["interval"] or (None, None)
+    rows = [
+        ("WER", _of(check["wer"]) + ("" if low is None else f"   95 % interval {low:.3f} to {high:.3f}")),
+        ("WER shuffled", _of(check["shuffled_wer"])),
+        ("lift", _of(check["lift"])),
+        ("WER of people", _of(check["human_wer"])),
+        ("MER, CER", f"{_of(check['mer'])}, {_of(check['cer'])}"),
+        ("CIDEr-D", _of(check["cider_d"])),
+        ("BLEU-1 to 4", ", ".join(_of(value) for value in check["bleu"] or [None])),
+        ("ROUGE-L", _of(check["rouge_l"])),
+    ]
+    flags = [(flag.replace("_", " "), f"{count:,}") for flag, count in check["flags"].items()]
+    return (rows if check["num_rows"] else []) + flags
+
+
+def _of(value: float | None) -> str:
+    return "no data" if value is None else f"{value:.3f}"

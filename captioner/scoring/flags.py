@@ -1,0 +1,73 @@
+"""What is wrong with a caption by its looks: no reference is needed, no picture either."""
+
+from __future__ import annotations
+
+import math
+import re
+
+# Of one caption: on its row of the captions table.
+CAPTION_FLAGS = {
+    "empty": "no text",
+    "truncated": "cut off at the token limit, before an end",
+    "no_logprob": "the model gave no finite probability",
+    "repeated": "a word or phrase over and over",
+    "special_tokens": "holds special or [unused] tokens",
+    "image_of": "starts with words like “image of”, which say nothing to a reader of alt text",
+    "over_125": "longer than 125 characters, the advice for alt text",
+    "over_250": "longer than 250 characters",
+}
+# Of a caption among the others of its run: in OUT/checks.
+RUN_FLAGS = {
+    "same_caption": "the same caption for many different pictures",
+    "low_confidence": "among the least certain of this run",
+    "other_language": "in another language or script than the rest of the run",
+    "listed_term": "holds a term of the list given with --terms",
+}
+ALL_FLAGS = CAPTION_FLAGS | RUN_FLAGS
+
+_SPECIAL = re.compile(
+    r"\[(?:unused\d+|unk|pad|cls|sep|mask)\]|<(?:/?s|pad|unk|bos|eos|mask|image|\|[^|>]*\|)>|\ufffd", re.I
+)
+_KINDS = "image|picture|photo|photograph|photography|pic|drawing|illustration|screenshot|graphic|icon"
+_IMAGE_OF = re.compile(
+    r"\W*(?:(?:this|here|there)\s+is\s+)?(?:an?\s+|the\s+|this\s+)?(?:close[\s-]?up\s+|black and white\s+|\w+\s+)?"
+    rf"(?:{_KINDS})s?\s+(?:of|showing|shows|depicting)\b",
+    re.I,
+)
+_TOKENS = re.compile(r"\w+|[^\w\s]")
+MAX_PHRASE_WORDS = 6
+
+
+def caption_flags(text: str, logprob_mean: float = 0.0, finished: bool = True) -> list[str]:
+    """The flags of one caption, in the order of CAPTION_FLAGS.
+
+    `logprob_mean`: NaN where the model gave none. `finished`: the end token came within the limit.
+    """
+    found = {
+        "empty": not text.strip(),
+        "truncated": not finished,
+        "no_logprob": not math.isfinite(logprob_mean),
+        "repeated": is_repetitive(text),
+        "special_tokens": _SPECIAL.search(text) is not None,
+        "image_of": _IMAGE_OF.match(text) is not None,
+        "over_125": len(text) > 125,
+        "over_250": len(text) > 250,
+    }
+    return [flag for flag, holds in found.items() if holds]
+
+
+def is_repetitive(text: str) -> bool:
+    """Whether a word, or a phrase of up to 6 words, comes three times in a row. "A red square, a red square and a
+    ring" is no loop: two equal things may stand side by side."""
+    words = _TOKENS.findall(text.lower())
+    return any(_repeats(words, size) for size in range(1, MAX_PHRASE_WORDS + 1))
+
+
+def _repeats(words: list[str], size: int) -> bool:
+    """Whether `size` words come three times in a row."""
+    run = 0
+    for place in range(size, len(words)):
+        run = run + 1 if words[place] == words[place - size] else 0
+        if run == 2 * size:
+            return True
+    return False

@@ -1,0 +1,16 @@
+"""Fine-tuning: from pairs of pictures and captions to a model that captions. Never imports ray.
+
+    archives.py   DATA, opened, listed and read
+    pairs.py      what of it is usable, split by picture
+    order.py      which pair is read when, and which of its captions is drawn
+    batches.py    tables of pairs -> decoded pixels -> device batches
+    loss.py       cross-entropy over caption tokens, for each family of models
+    evaluate.py   WER of generated captions and loss on the eval set, summed over workers
+    loop.py       what each worker does: transformers' Trainer, evaluation, checkpoints
+    job.py        a run from the first check to the finished model
+    record.py     which run an OUT holds
+    finish.py     the best checkpoint -> OUT/model, its card, history.json and report.html
+    progress.py   how far it has come
+
+`ray_jobs/train.py` runs the workers on Ray Train and the decoding on Ray Data.
+"""

@@ -1,0 +1,97 @@
+"""How good the model is on the eval set: WER of the captions it generates, and loss, summed over workers.
+
+Each worker takes every n-th window of the eval set and keeps sums only, so memory does not grow with the set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from captioner.models.base import TransformersCaptioner
+from captioner.training.batches import Collate, batches_of, pixels_of
+from captioner.training.loss import CaptionLoss
+
+# Captions are shuffled within a window for the baseline, so windows do not depend on the number of workers.
+WINDOW = 64
+SHOWN = 12
+
+_SUMS = ("edits", "words", "shuffled_edits", "shuffled_words", "loss", "tokens", "pictures")
+
+Feed = Callable[[Iterator[pa.Table]], Iterator[pa.Table]]
+"""Tables of pairs in, the same tables decoded out, in order."""
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Evaluates `captioner`, whose network `loss` wraps, on a table of pairs. `add_up` sums a float64 tensor over the
+    workers."""
+
+    captioner: TransformersCaptioner
+    loss: CaptionLoss
+    collate: Collate
+    feed: Feed
+    batch_size: int
+    rank: int = 0
+    world_size: int = 1
+    add_up: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums
+
+    def __call__(self, pairs: pa.Table) -> dict[str, Any]:
+        """`wer`, `shuffled_wer`, `loss` (nats a token), `num_pictures`, and `captions`: reference and caption of the
+        first pictures (on rank 0). WER is over generated captions, loss over the first reference of each picture."""
+        was_training = self.loss.training
+        self.loss.eval()
+        try:
+            sums, shown = self._sums(pairs)
+        finally:
+            self.loss.train(was_training)
+        whole = self.add_up(torch.tensor([sums[name] for name in _SUMS], dtype=torch.float64)).tolist()
+        total = dict(zip(_SUMS, whole, strict=True))
+        return {
+            "wer": _ratio(total["edits"], total["words"]),
+            "shuffled_wer": _ratio(total["shuffled_edits"], total["shuffled_words"]),
+            "loss": _ratio(total["loss"], total["tokens"]),
+            "num_pictures": int(total["pictures"]),
+            "captions": shown,
+        }
+
+    @torch.no_grad()
+    def _sums(self, pairs: pa.Table) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        from captioner.scoring.caption_wer import CaptionWer
+
+        metric = CaptionWer(keep_in_memory=True, experiment_id=f"rank-{self.rank}")
+        sums: dict[str, float] = dict.fromkeys(_SUMS, 0.0)
+        shown: list[dict[str, Any]] = []
+        for rows in self.feed(self._windows(pairs)):
+            captions = self.captioner.caption(pixels_of(rows, self.collate.spec)).texts
+            references = rows["reference_captions"].to_pylist()
+            found = metric.compute(predictions=captions, references=references)
+            for name in _SUMS[:4]:
+                sums[name] += found[name]
+            self._add_loss(sums, rows)
+            sums["pictures"] += len(rows)
+            if self.rank == 0 and len(shown) < SHOWN:
+                columns = zip(rows["image_id"].to_pylist(), references, captions, strict=True)
+                shown += [{"image_id": i, "references": r, "caption": c} for i, r, c in columns][: SHOWN - len(shown)]
+        return sums, shown
+
+    def _windows(self, pairs: pa.Table) -> Iterator[pa.Table]:
+        for first in range(self.rank * WINDOW, len(pairs), self.world_size * WINDOW):
+            rows = pairs.slice(first, WINDOW)
+            captions = [some[0] for some in rows["reference_captions"].to_pylist()]
+            yield rows.append_column("caption", pa.array(captions, pa.string()))
+
+    def _add_loss(self, sums: dict[str, float], rows: pa.Table) -> None:
+        device = self.captioner.device
+        for batch in batches_of([rows], self.batch_size, self.collate):
+            moved = {name: values.to(device) for name, values in batch.items()}
+            sums["loss"] += self.loss(**moved).item()
+            sums["tokens"] += int((batch["labels"] >= 0).sum())
+
+
+def _ratio(above: float, below: float) -> float | None:
+    return above / below if below else None

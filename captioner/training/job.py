@@ -1,0 +1,260 @@
+"""A training run on one OUT, from the first check to the finished model. The engine says where the work is done.
+
+OUT/
+  train.json          which run this is: id, settings, fingerprint, counts; its state at the end
+  pairs/              the usable pairs, split and frozen; pairs.json is written last
+  checkpoints/        Ray Train's; the best ones and the latest
+  model/              the finished model; training_run.json is written last
+  history.json, report.html
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import pyarrow as pa
+
+from captioner.config import ModelConfig, TrainConfig
+from captioner.errors import (
+    OK,
+    InterruptedRunError,
+    ModelError,
+    TerminatedRunError,
+    TrainingError,
+    UsageError,
+)
+from captioner.models import ModelRef, check_in_subprocess, resolve
+from captioner.store.directory import Directory
+from captioner.text import printable
+from captioner.training.archives import Archives, list_pairs, open_archives
+from captioner.training.limits import TRAINABLE, max_caption_tokens
+from captioner.training.pairs import SPLITS, Examine, Pairs, make_pairs
+from captioner.training.record import RUN_FILE, open_record
+from captioner.training.schedule import Schedule, make_schedule
+
+PAIRS_FILE, MODEL_FILE = "pairs/pairs.json", "model/training_run.json"
+
+
+@dataclass
+class Outcome:
+    """How the workers ended. `checkpoint`: of the best model, opened by the engine; `stopped`: why before the last
+    step, or ""."""
+
+    checkpoint: Any
+    metrics: dict[str, Any]
+    step: int
+    history: list[dict[str, Any]]
+    stopped: str = ""
+
+
+@dataclass(frozen=True)
+class Finishing:
+    """What is needed to make OUT/model from a checkpoint. Picklable."""
+
+    config: TrainConfig
+    model: ModelRef
+    archives: Archives
+    schedule: Schedule
+    tables: dict[str, pa.Table]
+    record: dict[str, Any]
+    metrics: dict[str, Any]
+    history: list[dict[str, Any]]
+    out: Directory
+
+
+class TrainEngine(Protocol):
+    """Where training runs: Ray, or this process in tests."""
+
+    def num_workers(self) -> int:
+        """How many workers will train; raises ClusterError where a request cannot be met."""
+        ...
+
+    def map_tables(self, function: Callable[[pa.Table], pa.Table], tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+        """`function` on each table, in order."""
+        ...
+
+    def train(self, run: TrainRun) -> Outcome: ...
+
+    def finish(self, checkpoint: Any, finishing: Finishing) -> dict[str, Any]:
+        """Call `captioner.training.finish.finish` where a model can be loaded; returns its record."""
+        ...
+
+
+@dataclass
+class TrainRun:
+    """An open run."""
+
+    config: TrainConfig
+    out: Directory
+    model: ModelRef
+    archives: Archives
+    pairs: Pairs
+    schedule: Schedule
+    record: dict[str, Any]
+    started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def name(self) -> str:
+        """Of the run's checkpoints: another configuration never finds them."""
+        return str(self.record["fingerprint"])[:16]
+
+
+def run(config: TrainConfig, engine: TrainEngine) -> int:
+    """Train a model into OUT/model; returns the exit code. Raises CaptionerError."""
+    with _stoppable(config.output.path):
+        return _run(config, engine)
+
+
+def _run(config: TrainConfig, engine: TrainEngine) -> int:
+    started = time.perf_counter()
+    _check_settings(config)
+    out, model, archives = Directory(config.output.path), _resolve(config), open_archives(config.data)
+    check = check_in_subprocess(model)
+    record = open_record(config, out, model, engine.num_workers())
+    if out.exists(MODEL_FILE):
+        say(f"nothing to train: {config.output.path}/model is there")
+        _push(config, out)
+        return OK
+    pairs = _frozen_pairs(config, out, archives, model, engine)
+    _tell_pairs(pairs)
+    check.result()
+    schedule = make_schedule(config.training, _epoch_size(config, pairs), record["num_workers"])
+    opened = TrainRun(config, out, model, archives, pairs, schedule, record, started)
+    out.write_json(RUN_FILE, record | {"state": "running"})
+    _show_pairs(opened)
+    outcome = engine.train(opened)
+    if outcome.stopped:
+        say(f"stopped at step {outcome.step}: {outcome.stopped}")
+    if outcome.stopped.startswith("the loss of"):
+        raise TrainingError(
+            f"{outcome.stopped}; the last good checkpoint stays in {config.output.path}/checkpoints; "
+            "train with a lower --learning-rate into another OUT"
+        )
+    finishing = Finishing(
+        config, model, archives, schedule, pairs.tables, record, outcome.metrics, outcome.history, out
+    )
+    finished = engine.finish(outcome.checkpoint, finishing)
+    seconds = round(time.perf_counter() - started, 1)
+    out.write_json(RUN_FILE, record | {"state": "finished", "seconds": seconds, **finished})
+    _push(config, out)
+    _tell_result(config, finished)
+    return OK
+
+
+@contextmanager
+def _stoppable(output: str) -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the run with their own errors; checkpoints stay."""
+    way_out = f"checkpoints stay in {output}, the same command goes on"
+
+    def terminate(*_: Any) -> None:
+        raise TerminatedRunError(f"stopped by SIGTERM; {way_out}")
+
+    main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, terminate) if main_thread else None
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise InterruptedRunError(f"stopped; {way_out}") from None
+    finally:
+        if main_thread:
+            signal.signal(signal.SIGTERM, before)
+
+
+def say(line: str) -> None:
+    """One line for a person, beside the progress display."""
+    print(f"captioner: {printable(line)}", file=sys.stderr, flush=True)
+
+
+def _check_settings(config: TrainConfig) -> None:
+    if not config.output.path:
+        raise UsageError("no OUT given; name the directory for the model and its report")
+    if not config.data.path:
+        raise UsageError("no DATA given; name a folder with metadata.jsonl, tars, Parquet, a dataset or captions table")
+    if config.training.bf16 and config.training.fp16:
+        raise UsageError("--bf16 and --fp16 exclude each other; give one of them")
+    if config.output.push_to_hub and not config.output.hub_model_id:
+        raise UsageError("--push-to-hub: name the repository with --hub-model-id OWNER/NAME")
+    if not config.data.eval_data and not config.data.eval_fraction:
+        raise UsageError("--eval-fraction 0: the eval set is empty; raise it, or give --eval-data")
+    if config.model.lora_rank is not None:
+        from captioner.training.lora import check_installed
+
+        check_installed()
+
+
+def _resolve(config: TrainConfig) -> ModelRef:
+    wanted = ModelConfig(
+        name=config.model.name, revision=config.model.revision, max_new_tokens=config.model.max_new_tokens
+    )
+    model = resolve(wanted, "float32", announce=say)
+    if model.family not in TRAINABLE:
+        known = ", ".join(TRAINABLE)
+        raise ModelError(f"--model {config.model.name}: a {model.family} model cannot be trained here; {known} can")
+    return model
+
+
+def _frozen_pairs(
+    config: TrainConfig, out: Directory, archives: Archives, model: ModelRef, engine: TrainEngine
+) -> Pairs:
+    """The pairs as an earlier start froze them, or made now."""
+    if out.exists(PAIRS_FILE):
+        facts = out.read_json(PAIRS_FILE)
+        tables = {name: out.read_table(f"pairs/{name}.parquet") for name in facts["splits"]}
+        return Pairs(tables, facts["skipped"], facts["examples"], facts["truncated_captions"], facts["listed"])
+    examine = Examine(archives, model.spec, model.path, max_caption_tokens(model))
+    examined = engine.map_tables(examine, list_pairs(archives, config.data.limit))
+    pairs = make_pairs(config.data, examined, config.training.seed)
+    for name, table in pairs.tables.items():
+        out.write_table(f"pairs/{name}.parquet", table)
+    facts = {**pairs.counts(), "splits": [n for n in SPLITS if n in pairs.tables], "fingerprint": pairs.fingerprint}
+    out.write_json(PAIRS_FILE, facts)
+    return pairs
+
+
+def _epoch_size(config: TrainConfig, pairs: Pairs) -> int:
+    """Pairs of one pass: pictures, or captions where each is a pair of its own."""
+    table = pairs.tables["train"]
+    if config.data.caption_choice != "all":
+        return len(table)
+    return sum(len(captions) for captions in table["reference_captions"].to_pylist())
+
+
+def _tell_pairs(pairs: Pairs) -> None:
+    shares = ", ".join(f"{len(table):,} {name}" for name, table in pairs.tables.items())
+    skipped = ", ".join(f"{count:,} {reason}" for reason, count in pairs.skipped.items())
+    say(f"{pairs.num_listed:,} pictures: {shares}" + (f"; left out: {skipped}" if skipped else ""))
+    if pairs.num_truncated:
+        say(f"{pairs.num_truncated:,} captions are longer than the model allows and are cut")
+
+
+def _show_pairs(opened: TrainRun) -> None:
+    """OUT/report.html before training: what the model will be shown."""
+    from captioner.training.report import write_report
+
+    write_report(opened.out, opened.record, opened.archives, opened.pairs.tables, opened.pairs.counts(), [], {})
+
+
+def _push(config: TrainConfig, out: Directory) -> None:
+    if config.output.push_to_hub:
+        from captioner.training.push import push_to_hub
+
+        say(f"uploaded to {push_to_hub(out, str(config.output.hub_model_id))}")
+
+
+def _tell_result(config: TrainConfig, finished: dict[str, Any]) -> None:
+    for name, found in finished["measured"].items():
+        wer, baseline = found["wer"], found["shuffled_wer"]
+        if wer is not None:
+            beside = "" if baseline is None else f" ({baseline:.3f} with the captions shuffled)"
+            say(f"WER {wer:.3f} on {found['num_pictures']:,} {name} pictures{beside}")
+    before = finished["before"]["wer"]
+    if before is not None:
+        say(f"before training it was {before:.3f} on the eval pictures")
+    say(f"the model: {config.output.path.rstrip('/')}/model")

@@ -1,0 +1,295 @@
+"""What each worker does: transformers' Trainer steps, evaluation and checkpoints around it. Free of Ray.
+
+Trainer only trains. When to evaluate, what is best and where checkpoints go is decided by `Conductor`, a callback; the
+`Worker` it is given knows the other workers and the storage.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from transformers import GenerationConfig, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from captioner.models.base import TransformersCaptioner
+from captioner.models.opening import quiet
+from captioner.training.batches import IGNORED, Collate, Decode, batches_of
+from captioner.training.evaluate import Evaluator, Feed
+from captioner.training.limits import max_caption_tokens
+from captioner.training.loss import CaptionLoss
+from captioner.training.network import ADAPTERS, open_trainable
+from captioner.training.order import GlobalOrder, Share
+from captioner.training.schedule import best_of, evaluations, is_stale
+from captioner.training.work import Training
+
+
+class Worker(Protocol):
+    """One of the processes that train together."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    def feed(self, decode: Decode) -> Feed:
+        """What decodes tables of pairs for this worker."""
+        ...
+
+    def prepare(self, trainer: Trainer) -> Trainer:
+        """The trainer, made fit for where it runs."""
+        ...
+
+    def report(self, metrics: dict[str, Any], checkpoint: Path | None) -> None:
+        """Keep a checkpoint (rank 0 has one, the others `None`) under these metrics. Every worker calls it."""
+        ...
+
+    def tell(self, progress: dict[str, Any]) -> None:
+        """Show how far the run is; called by rank 0 only."""
+        ...
+
+
+def train_worker(work: Training, worker: Worker, checkpoint: Path | None = None) -> dict[str, Any]:
+    """Train up to the last step, from `checkpoint` where there is one. Returns `step`, `history` and `stopped`: why the
+    run ended before its last step, or ""."""
+    settings = work.config.training
+    eval_batch = settings.per_device_eval_batch_size or settings.per_device_train_batch_size
+    captioner = open_trainable(work.model, work.config.model, worker.device, eval_batch, checkpoint)
+    if settings.gradient_checkpointing:
+        captioner.model.gradient_checkpointing_enable({"use_reentrant": False})
+    loss = CaptionLoss(captioner)
+    loss.train()
+    collate = make_collate(captioner)
+    decode = Decode(work.archives, work.model.spec)
+    evaluator = Evaluator(
+        captioner,
+        loss,
+        collate,
+        worker.feed(decode),
+        eval_batch,
+        worker.rank,
+        worker.world_size,
+        lambda sums: add_up(sums, captioner.device),
+    )
+    with tempfile.TemporaryDirectory(prefix="captioner-train-") as folder, quiet():
+        trainer = CaptionTrainer(
+            work, worker, loss, collate, args=training_arguments(work, folder, captioner.device.type == "cpu")
+        )
+        conductor = Conductor(work, worker, trainer, evaluator)
+        trainer.add_callback(conductor)
+        trainer = worker.prepare(trainer)
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    return {
+        "step": trainer.state.global_step,
+        "history": trainer.state.log_history,
+        "stopped": conductor.stopped,
+    }
+
+
+def make_collate(captioner: TransformersCaptioner) -> Collate:
+    settings, ref = captioner.settings, captioner.ref
+    end = settings.eos_token_id
+    end_id = end[0] if isinstance(end, list) else end
+    padding = settings.pad_token_id if settings.pad_token_id is not None else end_id
+    return Collate(captioner.tokenizer, tuple(captioner.prefix), end_id, padding, ref.spec, max_caption_tokens(ref))
+
+
+def training_arguments(work: Training, folder: str, use_cpu: bool) -> TrainingArguments:
+    settings = work.config.training
+    same = (
+        "learning_rate lr_scheduler_type warmup_steps weight_decay max_grad_norm per_device_train_batch_size "
+        "gradient_accumulation_steps bf16 fp16 logging_steps seed"
+    )
+    return TrainingArguments(
+        output_dir=folder,
+        max_steps=work.schedule.max_steps,
+        use_cpu=use_cpu,
+        save_strategy="no",
+        eval_strategy="no",
+        report_to=[settings.report_to] if settings.report_to != "none" else [],
+        logging_nan_inf_filter=False,
+        ignore_data_skip=True,  # the order starts at the restored step by itself
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        **{name: getattr(settings, name) for name in same.split()},
+    )
+
+
+class CaptionTrainer(Trainer):
+    """Trainer with our loss, our order and checkpoints that are model directories."""
+
+    def __init__(self, work: Training, worker: Worker, loss: CaptionLoss, collate: Collate, **kwargs: Any) -> None:
+        super().__init__(model=loss, train_dataset=_Nothing(), **kwargs)
+        # The loss below is divided by the tokens of all workers and of all accumulated batches already.
+        self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
+        for callback in (PrinterCallback, ProgressCallback):
+            self.remove_callback(callback)
+        self._work, self._worker, self._collate = work, worker, collate
+        self.step_loss = torch.zeros((), device=self.args.device)
+
+    def get_train_dataloader(self) -> Any:
+        settings = self._work.config.training
+        share = Share(
+            self._worker.rank,
+            self._worker.world_size,
+            settings.per_device_train_batch_size,
+            settings.gradient_accumulation_steps,
+        )
+        order = GlobalOrder(self._work.train, settings.seed, self._work.config.data.caption_choice)
+        feed = self._worker.feed(Decode(self._work.archives, self._work.model.spec))
+        return _Batches(self, order, share, feed, self._collate)
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> Any:
+        """The batches of one step, and the number of their caption tokens over all workers."""
+        self.step_loss.zero_()
+        batches = list(islice(epoch_iterator, num_batches))
+        count = sum(int((batch["labels"] != IGNORED).sum()) for batch in batches)
+        return batches, self.accelerator.reduce(torch.tensor(count, device=device), "sum")
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, torch.Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The sum over this worker's tokens, divided by all workers' tokens. Times the workers, because
+        DistributedDataParallel takes the mean of their gradients."""
+        assert num_items_in_batch is not None
+        loss = model(**inputs) / num_items_in_batch * self._worker.world_size
+        self.step_loss += loss.detach()
+        return loss
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """A checkpoint holds the network as a model directory, not the module around it."""
+        assert output_dir is not None
+        save_network(self.model.network, self._work.config.model.lora_rank is not None, Path(output_dir))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """The network was opened with the checkpoint's weights."""
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Random numbers follow from seed, step and rank instead: a worker may come back under another rank."""
+
+
+class Conductor(TrainerCallback):
+    """Evaluates, keeps checkpoints, stops early, watches for a loss that is no number, and tells how far it is."""
+
+    def __init__(self, work: Training, worker: Worker, trainer: CaptionTrainer, evaluator: Evaluator) -> None:
+        self._work, self._worker, self._trainer, self._evaluate = work, worker, trainer, evaluator
+        self.stopped = ""
+        self._started = time.perf_counter()
+        self._first_step = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._seed(state)
+        self._first_step = state.global_step
+        if not evaluations(state.log_history):
+            self._run_evaluation(state)
+        self._started = time.perf_counter()
+        self._tell(state, None)
+        if state.global_step >= self._work.schedule.max_steps:
+            control.should_training_stop = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        schedule, step = self._work.schedule, state.global_step
+        loss = add_up(self._trainer.step_loss.detach().double(), args.device).item() / self._worker.world_size
+        if not math.isfinite(loss):
+            self.stopped = f"the loss of step {step} is {loss}"
+            control.should_training_stop = True
+            control.should_log = False
+            return
+        state.epoch = step * schedule.global_batch_size / schedule.epoch_size
+        self._tell(state, loss)
+        if schedule.is_evaluated(step):
+            self._run_evaluation(state)
+            if is_stale(state.log_history, self._work.config.training):
+                self.stopped = f"no better evaluation since step {best_of(state.log_history, self._metric)['step']}"
+                control.should_training_stop = True
+        control.should_save = schedule.is_saved(step) or control.should_training_stop
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        latest = evaluations(state.log_history)[-1]
+        metrics = {"step": state.global_step, "eval_wer": latest["eval_wer"], "eval_loss": latest["eval_loss"]}
+        self._worker.report(metrics, folder if self._worker.rank == 0 else None)
+        shutil.rmtree(folder, ignore_errors=True)
+
+    @property
+    def _metric(self) -> str:
+        return f"eval_{self._work.config.training.metric_for_best_model}"
+
+    def _run_evaluation(self, state: Any) -> None:
+        found = self._evaluate(self._work.eval)
+        state.log_history.append({"step": state.global_step, **{f"eval_{k}": v for k, v in found.items()}})
+        self._seed(state)
+
+    def _seed(self, state: Any) -> None:
+        """Dropout after a restart at a step is what it would have been after the evaluation at that step."""
+        torch.manual_seed(hash((self._work.config.training.seed, state.global_step, self._worker.rank)) % 2**63)
+
+    def _tell(self, state: Any, loss: float | None) -> None:
+        if self._worker.rank:
+            return
+        step, seconds = state.global_step, time.perf_counter() - self._started
+        samples = (step - self._first_step) * self._work.schedule.global_batch_size
+        known = evaluations(state.log_history)
+        self._worker.tell(
+            {
+                "step": step,
+                "total": self._work.schedule.max_steps,
+                "loss": loss,
+                "wer": known[-1]["eval_wer"] if known else None,
+                "samples_per_second": samples / seconds if samples else None,
+            }
+        )
+
+
+class _Nothing(torch.utils.data.IterableDataset):
+    """Trainer wants a dataset; what is read when is the order's business."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())
+
+
+class _Batches:
+    """This worker's batches from the step where the trainer stands to its last. Made anew for each iteration."""
+
+    def __init__(self, trainer: CaptionTrainer, order: GlobalOrder, share: Share, feed: Feed, collate: Collate) -> None:
+        self._trainer, self._order, self._share, self._feed, self._collate = trainer, order, share, feed, collate
+        self.dataset = trainer.train_dataset
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        state = self._trainer.state
+        tables = self._order.tables(self._share, state.global_step, state.max_steps)
+        return batches_of(self._feed(tables), self._share.batch_size, self._collate)
+
+
+def save_network(network: Any, with_adapters: bool, folder: Path) -> None:
+    """The network as a model directory (without tokenizer and processor); with LoRA its adapters alone."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if with_adapters:
+        from captioner.training.lora import save_adapters
+
+        save_adapters(network, folder / ADAPTERS)
+        return
+    before = network.generation_config
+    settings = before.to_dict() | {"return_dict_in_generate": False}
+    network.generation_config = GenerationConfig.from_dict(settings)
+    try:
+        with quiet():
+            network.save_pretrained(folder)
+    finally:
+        network.generation_config = before
+
+
+def add_up(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Sum over the workers; float64, on the CPU."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return values
+    moved = values.to(device)
+    distributed.all_reduce(moved)
+    return moved.cpu()

@@ -1,0 +1,65 @@
+"""LoRA adapters by peft (the extra `lora`): small matrices learn, the network's own stay; merged into it at the end."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from captioner.config import TrainModelConfig
+from captioner.errors import UsageError
+
+_WEIGHTS = "adapters.safetensors"
+
+
+def check_installed() -> None:
+    """Raise UsageError where peft is not there."""
+    if find_spec("peft") is None:
+        raise UsageError("--lora-rank: peft is not installed; pip install 'captioner[lora]'")
+
+
+def add_adapters(network: Any, family: str, config: TrainModelConfig, saved: Path | None) -> None:
+    """Put adapters beside every linear layer of the network (not of its vision encoder with --freeze-vision), in place;
+    with the weights in `saved` where there are some. Everything else stops learning."""
+    import peft
+    import torch
+    from safetensors.torch import load_file
+
+    from captioner.training.network import vision_part
+
+    vision = {id(module) for module in vision_part(network, family).modules()} if config.freeze_vision else set()
+    linear = [
+        name
+        for name, module in network.named_modules()
+        if isinstance(module, torch.nn.Linear) and id(module) not in vision and module is not _head(network)
+    ]
+    assert config.lora_rank is not None
+    rank = config.lora_rank
+    settings = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=linear)
+    peft.inject_adapter_in_model(settings, network)
+    if saved is not None:
+        peft.set_peft_model_state_dict(network, load_file(saved / _WEIGHTS))
+
+
+def save_adapters(network: Any, folder: Path) -> None:
+    """The adapters' weights alone."""
+    import peft
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = peft.get_peft_model_state_dict(network)
+    save_file({name: value.contiguous() for name, value in weights.items()}, folder / _WEIGHTS)
+
+
+def merge_adapters(network: Any) -> None:
+    """Add each adapter's product to the layer beside it and take the adapter away, in place."""
+    from peft.tuners.lora import LoraLayer
+
+    for name, layer in [(n, m) for n, m in network.named_modules() if isinstance(m, LoraLayer)]:
+        layer.merge(safe_merge=True)
+        parent, _, child = name.rpartition(".")
+        setattr(network.get_submodule(parent), child, layer.get_base_layer())
+
+
+def _head(network: Any) -> Any:
+    return network.get_output_embeddings()

@@ -1,0 +1,70 @@
+"""Cross-entropy over caption tokens: position t predicts token t + 1, pads count nothing, pictures get no logits.
+
+The loss is computed here and not by the models: transformers' GIT computes logits for every image position, and
+releases of 2025 shifted its labels twice.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from captioner.models.base import TransformersCaptioner
+from captioner.training.batches import IGNORED
+
+
+class CaptionLoss(torch.nn.Module):
+    """A captioner's network as a module whose forward pass is the loss, so that DistributedDataParallel sees it."""
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, captioner: TransformersCaptioner) -> None:
+        super().__init__()
+        family = captioner.ref.family
+        self.network = captioner.model
+        self._hidden, self._head = _HIDDEN[family], _HEADS[family]
+        self.register_buffer("mean", captioner.mean, persistent=False)
+        self.register_buffer("std", captioner.std, persistent=False)
+
+    def forward(self, pixels: torch.Tensor, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Sum of the cross-entropies (nats) of the labels that are not IGNORED; a float32 scalar.
+
+        `pixels` uint8 [N, H, W, 3], `input_ids` and `labels` int64 [N, T]. What follows a caption's last token in
+        `input_ids` has no label and, decoders being causal, no influence: it needs no attention mask.
+        """
+        images = (pixels.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
+        wanted = labels != IGNORED
+        hidden = self._hidden(self.network, images, input_ids)
+        logits = self._head(self.network)(hidden[wanted]).float()
+        return functional.cross_entropy(logits, labels[wanted], reduction="sum")
+
+
+def _git_hidden(model: Any, images: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """float [N, T, hidden]: of the text positions, which come after those of the picture."""
+    hidden: torch.Tensor = model.git(input_ids=ids, pixel_values=images, use_cache=False).last_hidden_state
+    return hidden[:, -ids.shape[1] :]
+
+
+def _blip_hidden(model: Any, images: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    seen = model.vision_model(pixel_values=images).last_hidden_state
+    hidden: torch.Tensor = model.text_decoder.bert(
+        input_ids=ids, attention_mask=torch.ones_like(ids), encoder_hidden_states=seen, is_decoder=True, use_cache=False
+    ).last_hidden_state
+    return hidden
+
+
+def _pair_hidden(model: Any, images: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Decoders differ in what lies between their layers and their logits: these are logits already."""
+    logits: torch.Tensor = model(pixel_values=images, decoder_input_ids=ids, use_cache=False).logits
+    return logits
+
+
+_HIDDEN = {"git": _git_hidden, "blip": _blip_hidden, "vision-encoder-decoder": _pair_hidden}
+_HEADS: dict[str, Any] = {
+    "git": lambda model: model.output,
+    "blip": lambda model: model.text_decoder.cls,
+    "vision-encoder-decoder": lambda model: torch.nn.Identity(),
+}

@@ -1,0 +1,73 @@
+"""OUT/train.json: which run an OUT holds, and whether a command may go on with it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import uuid
+from datetime import UTC, datetime
+from typing import Any
+
+from captioner.config import TrainConfig
+from captioner.errors import FingerprintError, OutputError
+from captioner.models import ModelRef
+from captioner.record import versions
+from captioner.store.directory import Directory
+
+RUN_FILE = "train.json"
+
+# What may differ when a run goes on: where it runs and who is told.
+_FREE = {
+    "cluster": {"address", "gpus_per_worker", "num_workers"},
+    "training": {"logging_steps", "per_device_eval_batch_size", "report_to", "save_total_limit"},
+    "output": {"path", "push_to_hub", "hub_model_id"},
+    "data": {"max_failed"},
+    "model": set(),
+}
+
+
+def open_record(config: TrainConfig, out: Directory, model: ModelRef, num_workers: int) -> dict[str, Any]:
+    """The record of the run in OUT, or a new one. Raises FingerprintError where OUT is of another configuration."""
+    bound = {group: settings for group, settings in _bound_settings(config).items() if settings}
+    bound["model"]["sha256"] = model.sha256
+    bound["cluster"] = {"num_workers": num_workers}
+    if out.exists(RUN_FILE):
+        record = out.read_json(RUN_FILE)
+        _refuse_difference(config.output.path, record["bound"], bound)
+        return record
+    if not out.is_empty():
+        raise OutputError(f"{config.output.path} is not empty and holds no training run; give another OUT")
+    fingerprint = hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()
+    record = {
+        "training_run_id": f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}",
+        "fingerprint": fingerprint,
+        "num_workers": num_workers,
+        "bound": bound,
+        "settings": config.model_dump(),
+        "base_model": {"name": model.name, "revision": model.revision, "sha256": model.sha256},
+        "versions": versions(),
+    }
+    out.write_json(RUN_FILE, record)
+    return record
+
+
+def _bound_settings(config: TrainConfig) -> dict[str, dict[str, Any]]:
+    return {
+        group: {name: value for name, value in settings.items() if name not in _FREE[group]}
+        for group, settings in config.model_dump().items()
+    }
+
+
+def _refuse_difference(path: str, before: dict[str, Any], now: dict[str, Any]) -> None:
+    for group, settings in now.items():
+        for name, value in settings.items():
+            old = before.get(group, {}).get(name)
+            if old != value:
+                raise FingerprintError(
+                    f"{path} was started with {group}.{name} = {_short(old)}, now it is {_short(value)}; "
+                    "give the same to go on, or another OUT"
+                )
+
+
+def _short(value: Any) -> str:
+    return repr(value[:12] if isinstance(value, str) and len(value) == 64 else value)

@@ -1,0 +1,230 @@
+"""Fine-tune on Ray Train: `python -m ray_jobs.train DATA OUT --model M ...`.
+
+    pairs -> examine (Ray Data, CPU tasks) -> Ray Train workers, each fed by Ray Data -> best checkpoint -> OUT/model
+
+The flow around it is that of `captioner.training.job`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from captioner.config import ClusterConfig, TrainConfig
+from captioner.errors import CaptionerError, ClusterError
+from captioner.training import job
+from captioner.training.job import Finishing, Outcome, TrainRun
+from ray_jobs.cluster import Resources, Sizes, connect, share_out
+from ray_jobs.tables import map_tables
+
+if TYPE_CHECKING:
+    from captioner.training.batches import Decode
+    from captioner.training.evaluate import Feed
+
+MAX_FAILURES = 3
+
+
+def run(config: TrainConfig) -> int:
+    """Train into OUT; returns the exit code. Raises CaptionerError."""
+    return job.run(config, RayTrainEngine(config))
+
+
+class RayTrainEngine:
+    """Trains on the cluster. Connects when it is first needed. `loop`: what each worker runs."""
+
+    def __init__(self, config: TrainConfig, loop: Callable[[dict[str, Any]], dict[str, Any]] | None = None) -> None:
+        self._loop = loop or train_loop
+        self._cluster = ClusterConfig(**config.cluster.model_dump())
+        self._resources: Resources | None = None
+
+    def num_workers(self) -> int:
+        return self._sizes().num_workers
+
+    def map_tables(self, function: Callable[[pa.Table], pa.Table], tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+        import ray.exceptions
+
+        self._sizes()
+        try:
+            yield from map_tables(function, tables)
+        except ray.exceptions.RayError as error:
+            raise _cause_of(error) from error
+
+    def train(self, opened: TrainRun) -> Outcome:
+        import ray.train
+
+        from captioner.training.progress import TrainProgress
+
+        board = _board()
+        look = lambda: ray.get(board.latest.remote())  # noqa: E731
+        schedule = opened.schedule
+        trainer = self._trainer(opened, board)
+        try:
+            with TrainProgress(schedule.max_steps, look, schedule.global_batch_size):
+                result = trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            raise _cause_of(error) from error
+        ended = result.return_value
+        metric = f"eval_{opened.config.training.metric_for_best_model}"
+        kept = result.best_checkpoints or []
+        if not kept:
+            return Outcome(None, {}, ended["step"], ended["history"], ended["stopped"])
+        checkpoint, metrics = min(kept, key=lambda pair: (_number(pair[1][metric]), pair[1]["step"]))
+        return Outcome(checkpoint, metrics, ended["step"], ended["history"], ended["stopped"])
+
+    def finish(self, checkpoint: Any, finishing: Finishing) -> dict[str, Any]:
+        import ray
+
+        sizes = self._sizes()
+        task = ray.remote(num_cpus=1, num_gpus=sizes.gpus_per_worker or None, max_retries=1)(_finish)
+        try:
+            return ray.get(task.remote(checkpoint, finishing, sizes.threads_per_worker))
+        except ray.exceptions.RayError as error:
+            raise _cause_of(error) from error
+
+    def _trainer(self, opened: TrainRun, board: Any) -> Any:
+        import ray
+        from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchTrainer
+
+        from captioner.training.work import Training
+
+        logging.getLogger("ray.train").setLevel(logging.ERROR)
+        sizes, settings = self._sizes(), opened.config.training
+        tables = opened.pairs.tables
+        work = Training(opened.config, opened.model, opened.archives, opened.schedule, tables["train"], tables["eval"])
+        resources = {"CPU": sizes.cpus_per_worker} | ({"GPU": sizes.gpus_per_worker} if sizes.gpus_per_worker else {})
+        return TorchTrainer(
+            self._loop,
+            train_loop_config={"work": ray.put(work), "board": board, "threads": sizes.threads_per_worker},
+            scaling_config=ScalingConfig(
+                num_workers=sizes.num_workers, use_gpu=bool(sizes.gpus_per_worker), resources_per_worker=resources
+            ),
+            run_config=RunConfig(
+                name=opened.name,
+                storage_path=opened.out.path("checkpoints"),
+                storage_filesystem=opened.out.filesystem,
+                checkpoint_config=CheckpointConfig(
+                    num_to_keep=settings.save_total_limit,
+                    checkpoint_score_attribute=f"eval_{settings.metric_for_best_model}",
+                    checkpoint_score_order="min",
+                ),
+                failure_config=FailureConfig(max_failures=MAX_FAILURES),
+            ),
+        )
+
+    def _sizes(self) -> Sizes:
+        if self._resources is None:
+            # How soon a checkpoint counts as kept: the default of 2 s loses one that a crash follows quickly.
+            os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+            # Threads that wait for each other must not spin: decoding shares the CPUs with training.
+            os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+            self._resources = connect(self._cluster)
+        return share_out(self._resources, self._cluster)
+
+
+def train_loop(config: dict[str, Any], kind: type[RayWorker] | None = None) -> dict[str, Any]:
+    """What a Ray Train worker runs, as a worker of that kind."""
+    import ray
+    import ray.train
+    import torch
+
+    from captioner.training.loop import train_worker
+
+    torch.set_num_threads(config["threads"])
+    work, worker = ray.get(config["work"]), (kind or RayWorker)(config["board"])
+    restored = ray.train.get_checkpoint()
+    if restored is None:
+        return train_worker(work, worker)
+    with restored.as_directory() as folder:
+        return train_worker(work, worker, Path(folder))
+
+
+class RayWorker:
+    """A Ray Train worker, as `captioner.training.loop` sees it."""
+
+    def __init__(self, board: Any) -> None:
+        import ray.train
+        import ray.train.torch
+
+        context = ray.train.get_context()
+        self.device = ray.train.torch.get_device()
+        self.rank, self.world_size, self._board = context.get_world_rank(), context.get_world_size(), board
+
+    def feed(self, decode: Decode) -> Feed:
+        return lambda tables: map_tables(decode, tables)
+
+    def prepare(self, trainer: Any) -> Any:
+        from ray.train.huggingface.transformers import prepare_trainer
+
+        return prepare_trainer(trainer)
+
+    def report(self, metrics: dict[str, Any], checkpoint: Path | None) -> None:
+        import ray.train
+
+        kept = None if checkpoint is None else ray.train.Checkpoint.from_directory(checkpoint)
+        ray.train.report(metrics, checkpoint=kept, checkpoint_dir_name=f"step-{metrics['step']:08d}")
+
+    def tell(self, progress: dict[str, Any]) -> None:
+        self._board.tell.remote(progress)
+
+
+def _board() -> Any:
+    """An actor that holds what rank 0 told last."""
+    import ray
+
+    class Board:
+        def __init__(self) -> None:
+            self._latest: dict[str, Any] | None = None
+
+        def tell(self, progress: dict[str, Any]) -> None:
+            self._latest = progress
+
+        def latest(self) -> dict[str, Any] | None:
+            return self._latest
+
+    return ray.remote(num_cpus=0)(Board).remote()
+
+
+def _finish(checkpoint: Any, finishing: Finishing, num_threads: int) -> dict[str, Any]:
+    import torch
+
+    from captioner.training.finish import finish
+
+    torch.set_num_threads(num_threads)
+    with checkpoint.as_directory() as folder:
+        return finish(Path(folder), finishing)
+
+
+def _number(value: float | None) -> float:
+    return float("inf") if value is None else value
+
+
+def _cause_of(error: BaseException) -> BaseException:
+    """The CaptionerError a worker raised, or a ClusterError that says what the worker said."""
+    waiting: list[BaseException] = [error]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, CaptionerError):
+            return type(one)(str(one).strip().splitlines()[-1]) if "\n" in str(one) else one
+        failures = getattr(one, "worker_failures", {}) or {}
+        inner = [*failures.values(), getattr(one, "cause", None), one.__cause__]
+        waiting += [cause for cause in inner if isinstance(cause, BaseException)]
+    last = str(error).strip().splitlines()[-1]
+    return ClusterError(f"a worker failed: {last}; checkpoints stay, the same command goes on")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The same arguments as `captioner train`; ends the process with its exit code."""
+    from ray_jobs.cli import main as command
+
+    command(["train", *(sys.argv[1:] if argv is None else argv)])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""The summary names what a run waited for, and the flag to turn; memory that runs out halves the batch."""
+
+from __future__ import annotations
+
+import io
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from captioner.bottleneck import bottleneck_line, busy_shares
+from captioner.config import ModelConfig
+from captioner.data import RawImage
+from captioner.models import load, resolve
+from captioner.scenes import make_scenes
+from captioner.sources.files import Root
+from captioner.sources.reading import read_all, reads_at_once
+from captioner.summary import print_summary
+from captioner.testing import make_tiny_model
+
+SLOTS = {"decode": 2, "device": 1, "write": 1}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "slowest", "flag"),
+    [
+        ({"read": 1, "decode": 17, "generate": 4, "commit": 0}, "decode", "--decode-cpus"),
+        ({"read": 17, "decode": 1, "generate": 4, "commit": 0}, "decode", "--read-concurrency"),
+        ({"read": 1, "decode": 7, "generate": 9, "commit": 0}, "device", "--num-workers"),
+        ({"read": 1, "decode": 1, "generate": 2, "commit": 8}, "write", "OUT"),
+    ],
+)
+def test_the_busiest_is_the_bottleneck(seconds, slowest, flag) -> None:
+    shares = busy_shares(seconds, SLOTS, wall=10)
+
+    line = bottleneck_line(shares, seconds)
+
+    assert line is not None
+    assert f"bottleneck: {slowest};" in line
+    assert flag in line
+    assert shares["device"] == seconds["generate"] / 10
+    stream = io.StringIO()
+    print_summary({"busy": shares, "seconds": {**seconds, "run": 10.0}}, stream)
+    assert line in stream.getvalue()
+
+
+def test_nothing_measured_says_nothing() -> None:
+    assert busy_shares({"read": 0, "decode": 0, "generate": 0, "commit": 0}, SLOTS, wall=0) == {}
+    assert bottleneck_line({}, {}) is None
+
+
+def test_so_many_reads_are_under_way_as_were_asked_for() -> None:
+    together = threading.Barrier(5, timeout=30)
+
+    def read() -> RawImage:
+        together.wait()  # passes only if five reads are in it at once
+        return RawImage("a", "a", b"x")
+
+    with reads_at_once(5):
+        assert len(read_all([read] * 10, Root("/"))) == 10
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_no_row_is_lost(tmp_path, monkeypatch) -> None:
+    pixels = np.stack([np.asarray(scene.render(32)) for scene in make_scenes(23, seed=5)])
+    ref = resolve(ModelConfig(name=str(make_tiny_model("git", tmp_path)), max_new_tokens=8))
+    expected = load(ref, device="cpu", batch_size=23).caption(pixels)
+    captioner = load(ref, device="cpu", batch_size=16)
+    search = captioner.search
+
+    def search_in_little_memory(values):
+        if len(values) > 5:
+            raise torch.OutOfMemoryError("out of memory")
+        return search(values)
+
+    monkeypatch.setattr(captioner, "search", search_in_little_memory)
+
+    captions = captioner.caption(pixels)
+
+    assert (captions.texts, captions.num_tokens) == (expected.texts, expected.num_tokens)
+    assert captioner.batch_size == 4

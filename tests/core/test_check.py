@@ -1,0 +1,491 @@
+"""Checking a table: which rows are scored, against what, which flags are set, when captions are not good enough."""
+
+import json
+import random
+import re
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from captioner import pipeline, quality
+from captioner.config import CaptionConfig, CheckConfig
+from captioner.data import Receipt
+from captioner.errors import CheckFailedError, SourceError, StoppedEarlyError, UsageError
+from captioner.progress import Progress
+from captioner.scoring.draw import Draw, rank
+from captioner.scoring.flags import caption_flags
+from captioner.scoring.language import language_of
+from captioner.scoring.references import read_references
+from captioner.scoring.running import RunningWer, draw_sample
+from captioner.scoring.trained import TRAINING_IMAGES
+from captioner.store.read import read_parts
+from captioner.store.table import CaptionsTable, open_table
+from captioner.store.verify import count_rows, verify
+from captioner.testing import make_folder
+from ray_jobs.cli import main
+
+Change = Callable[[int, dict[str, Any]], None]
+
+
+def settings(archive: Path, out: Path, rows_per_file: int = 50_000, **check: object) -> CaptionConfig:
+    return CaptionConfig.model_validate(
+        {
+            "source": {"path": str(archive)},
+            "model": {"name": "fake"},
+            "output": {"path": str(out), "rows_per_file": rows_per_file},
+            "cluster": {"local": True},
+            "check": check,
+        }
+    )
+
+
+def captioned(archive: Path, out: Path, change: Change | None = None, rows_per_file: int = 50_000) -> CaptionsTable:
+    """A finished table; `change(number, row)` rewrites its rows."""
+    pipeline.run(settings(archive, out, rows_per_file))
+    number = 0
+    for part in sorted((out / "captions").iterdir()) if change else ():
+        table = pq.read_table(part)
+        rows = table.to_pylist()
+        for row in rows:
+            change(number, row)
+            number += 1
+        pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), part)
+    return open_table(str(out))
+
+
+def tell_the_truth(number: int, row: dict[str, Any]) -> None:
+    row["caption"] = row["reference_captions"][0]
+
+
+def half_true(number: int, row: dict[str, Any]) -> None:
+    words = row["reference_captions"][0].split()
+    row["caption"] = " ".join(words[: 3 + number % 9])
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("archive"), 120)
+
+
+@pytest.fixture(scope="module")
+def true_table(tmp_path_factory: pytest.TempPathFactory, archive: Path) -> CaptionsTable:
+    return captioned(archive, tmp_path_factory.mktemp("true") / "out", tell_the_truth)
+
+
+def exit_code(*words: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main(list(words))
+    return int(str(ended.value.code))
+
+
+def known_captions(archive: Path) -> dict[str, list[str]]:
+    lines = (archive / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
+    return {row["file_name"]: row["captions"] for row in map(json.loads, lines)}
+
+
+# Which rows
+
+
+def test_a_draw_depends_on_ids_and_seed_alone() -> None:
+    ids = [f"{number}.jpg" for number in range(500)]
+    drawn = []
+    for order in (ids, random.Random(1).sample(ids, 500)):
+        draw: Draw[str] = Draw(20)
+        draw.offer_all((rank(name, 7), name, name) for name in order)
+        drawn.append(list(draw))
+
+    assert drawn[0] == drawn[1] == sorted(ids, key=lambda name: rank(name, 7))[:20]
+    assert {rank(name, 7) for name in ids} != {rank(name, 8) for name in ids}
+
+
+def test_the_same_rows_and_scores_whatever_the_sharding(tmp_path: Path, archive: Path) -> None:
+    checks = []
+    for rows_per_file in (50_000, 16):
+        table = captioned(archive, tmp_path / str(rows_per_file), half_true, rows_per_file)
+        found = quality.check(table, CheckConfig(sample=40, seed=3))
+        rows = pa.concat_tables(
+            table.directory.read_table(f"checks/{name}")
+            for name in table.directory.list_names("checks")
+            if name.startswith("part-")
+        ).to_pylist()
+        checks.append((found.scores, rows, draw_sample(table, 40, 3, None)))
+
+    (scores, rows, sample), again = checks
+    assert again == (scores, rows, sample)
+    assert scores.num_rows == 40
+    assert 0 < scores.wer < 1
+    assert {row["image_id"] for row in rows if row["wer"] is not None} == set(sample)
+    edits = sum(row["substitutions"] + row["deletions"] + row["insertions"] for row in rows if row["words"])
+    assert scores.wer == edits / sum(row["words"] or 0 for row in rows)
+
+
+def test_rows_are_scored_where_they_are_written_in_any_order(tmp_path: Path, archive: Path) -> None:
+    """The sums in the receipts, whatever chunk comes first, are those of the check at the end."""
+    receipts = []
+
+    class Recording(pipeline.ThisProcess):
+        def caption_chunks(self, work, chunks):
+            for receipt in super().caption_chunks(work, chunks[::-1]):
+                receipts.append(receipt)
+                yield receipt
+
+    config = settings(archive, tmp_path / "out", sample=50)
+    pipeline.run(config, Recording(config))
+    running = RunningWer(seed=0)
+    for receipt in receipts:
+        running.add((edits, words) for edits, words in json.loads(json.dumps(asdict(receipt)))["scored"])
+
+    check = open_table(str(tmp_path / "out")).directory.read_json("checks/check.json")
+    assert running.num_rows == check["num_rows"] == 50
+    assert running.wer == check["wer"]
+    assert list(running.interval()) == check["interval"]
+
+
+def test_the_heartbeat_tells_the_wer_so_far(tmp_path: Path, archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = []
+    update = Progress.update
+
+    def record(self: Progress, receipt: Receipt, note: str = "") -> None:
+        update(self, receipt, note)
+        lines.append(self.line())
+
+    monkeypatch.setattr(Progress, "update", record)
+    pipeline.run(settings(archive, tmp_path / "out", sample=50))
+
+    assert len(lines) == 8
+    assert re.search(r"failed 0  WER 1\.000 of 50  ETA", lines[-1])
+
+
+def test_pictures_the_model_was_trained_on_are_left_out(tmp_path: Path, archive: Path) -> None:
+    table = captioned(archive, tmp_path / "out", tell_the_truth)
+    seen = pa.concat_tables(read_parts(table, ["sha256"]))["sha256"][:30]
+    (tmp_path / "model").mkdir()
+    pq.write_table(pa.table({"sha256": seen}), tmp_path / "model" / TRAINING_IMAGES)
+    run = table.directory.read_json("run.json")
+    table.directory.write_json("run.json", run | {"model": {"path": str(tmp_path / "model")}})
+
+    found = quality.check(table, CheckConfig(sample="all"))
+
+    assert (found.trained_left_out, found.with_references, found.scores.num_rows) == (30, 90, 90)
+
+
+# Against what
+
+
+def coco(path: Path, known: dict[str, list[str]]) -> Path:
+    file = path / "captions.json"
+    images = [{"id": number, "file_name": name} for number, name in enumerate(known)]
+    notes = [{"image_id": n, "caption": text} for n, several in enumerate(known.values()) for text in several]
+    file.write_text(json.dumps({"images": images, "annotations": notes}))
+    return file
+
+
+def jsonl(path: Path, known: dict[str, list[str]]) -> Path:
+    file = path / "metadata.jsonl"
+    file.write_text("".join(json.dumps({"file_name": name, "captions": texts}) + "\n" for name, texts in known.items()))
+    return file
+
+
+def csv(path: Path, known: dict[str, list[str]]) -> Path:
+    file = path / "captions.csv"
+    rows = [f'{name},"{text}"\n' for name, texts in known.items() for text in texts]
+    file.write_text("image,caption\n" + "".join(rows))
+    return file
+
+
+def parquet(path: Path, known: dict[str, list[str]]) -> Path:
+    file = path / "captions.parquet"
+    pq.write_table(pa.table({"image_id": list(known), "reference_captions": list(known.values())}), file)
+    return file
+
+
+def texts(path: Path, known: dict[str, list[str]]) -> Path:
+    for name, several in known.items():
+        (path / name).with_suffix(".txt").write_text("\n".join(several))
+    return path
+
+
+@pytest.mark.parametrize("write", [coco, jsonl, csv, parquet, texts])
+def test_references_of_every_kind(
+    tmp_path: Path, archive: Path, true_table: CaptionsTable, write: Callable[[Path, dict[str, list[str]]], Path]
+) -> None:
+    known = known_captions(archive)
+    file = write(tmp_path, known)
+
+    assert read_references(str(file)).find("000003.png") == known["000003.png"]
+    found = quality.check(true_table, CheckConfig(references=str(file)))
+    assert (found.scores.num_rows, found.scores.wer, found.unmatched[0]) == (120, 0.0, 0)
+
+
+def test_a_run_is_checked_against_the_references_it_is_given(tmp_path: Path, archive: Path) -> None:
+    known = known_captions(archive)
+    bare = make_folder(tmp_path / "bare", 120)
+    (bare / "metadata.jsonl").unlink()
+    file = str(coco(tmp_path, dict(list(known.items())[:90])))
+
+    pipeline.run(settings(bare, tmp_path / "out", references=file, sample="all"))
+
+    check = open_table(str(tmp_path / "out")).directory.read_json("checks/check.json")
+    assert (check["num_rows"], check["with_references"], check["references"]) == (90, 90, file)
+    assert open_table(str(tmp_path / "out")).directory.read_json("run.json")["check"]["wer"] == check["wer"] == 1.0
+
+
+def test_pictures_are_found_by_id_then_path_then_name_then_stem(tmp_path: Path) -> None:
+    (tmp_path / "r.csv").write_text("path,text\na/1.jpg,one\n2.jpg,two\n3,three\nb/5.jpg,x\nc/5.jpg,y\n")
+    references = read_references(str(tmp_path / "r.csv"))
+
+    assert references.find("a/1.jpg") == ["one"]
+    assert references.find("train/2.jpg") == ["two"]
+    assert references.find("train/3.png") == ["three"]
+    assert references.find("elsewhere/5.jpg") is None  # of two by that name
+    assert references.unmatched() == (2, ["b/5.jpg", "c/5.jpg"])
+    with pytest.raises(UsageError, match=r"'2\.jpg' fits both 'train/2\.jpg' and 'val/2\.jpg'"):
+        references.find("val/2.jpg")
+
+
+def test_references_of_no_picture_are_counted_and_shown(tmp_path: Path, archive: Path, true_table) -> None:
+    known = known_captions(archive) | {"gone.png": ["a dog"], "lost.png": ["a cat"]}
+
+    found = quality.check(true_table, CheckConfig(references=str(csv(tmp_path, known))))
+
+    assert found.unmatched == (2, ["gone.png", "lost.png"])
+    assert found.with_references == 120
+
+
+def test_references_that_fit_nothing_are_an_error_before_any_picture_is_captioned(
+    tmp_path: Path, archive: Path, true_table: CaptionsTable
+) -> None:
+    file = str(csv(tmp_path, {"other.jpg": ["a dog"]}))
+
+    quality.check(true_table, CheckConfig())
+    with pytest.raises(UsageError, match=r"none of its 1 names, such as 'other.jpg'.*like '000000.png'"):
+        quality.check(true_table, CheckConfig(references=file))
+    with pytest.raises(UsageError, match=r"such as 'other.jpg'"):
+        pipeline.run(settings(archive, tmp_path / "out", references=file))
+    assert count_rows(open_table(str(tmp_path / "out"))).remaining == 120
+    assert true_table.directory.exists("checks/check.json")  # the older check stays
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("no.csv", None, "no such file"),
+        ("r.csv", "a,b\n1,2\n", "no column named image_id"),
+        ("r.json", "{", "cannot be read as JSON"),
+        ("r.json", "[1]", "expected COCO captions"),
+        ("r.xlsx", "x", r"expected COCO .json, .jsonl, .csv, .parquet"),
+        ("r.csv", "image_id,caption\na,\n", "holds no caption"),
+    ],
+)
+def test_bad_references_are_one_line(tmp_path: Path, name: str, content: str | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_text(content)
+
+    with pytest.raises(SourceError, match=message):
+        read_references(str(tmp_path / name))
+
+
+# Flags
+
+
+@pytest.mark.parametrize(
+    ("caption", "flags"),
+    [
+        ("a dog on the grass", []),
+        ("a red square, a red square and a ring", []),
+        ("a very very old man", []),
+        ("", ["empty"]),
+        ("  ", ["empty"]),
+        ("a bald bald bald man", ["repeated"]),
+        ("a dog and a dog and a dog and a cat", ["repeated"]),
+        ("on the beach on the beach on the beach", ["repeated"]),
+        ("a man [unused0] in a hat", ["special_tokens"]),
+        ("a cat</s>", ["special_tokens"]),
+        ("a <|endoftext|> cat", ["special_tokens"]),
+        ("1 < 2 and [sic]", []),
+        ("An image of a cat", ["image_of"]),
+        ("this is a black and white photo of a street", ["image_of"]),
+        ("a photographer of birds", []),
+        ("a man taking a picture of a cat", []),
+        ("w" * 126, ["over_125"]),
+        ("w" * 251, ["over_125", "over_250"]),
+    ],
+)
+def test_flags_of_one_caption(caption: str, flags: list[str]) -> None:
+    assert caption_flags(caption) == flags
+
+
+def test_flags_of_how_a_caption_came_about() -> None:
+    assert caption_flags("a dog", float("nan"), finished=False) == ["truncated", "no_logprob"]
+
+
+@pytest.mark.parametrize(
+    ("text", "language"),
+    [
+        ("a dog on the grass", "en"),
+        ("ein Hund auf der Wiese", "de"),
+        ("un chien sur la table", "fr"),
+        ("собака на траве", "cyrillic"),
+        ("草地上的狗", "cjk"),
+        ("red dog", None),
+        ("42", None),
+        ("", None),
+    ],
+)
+def test_language(text: str, language: str | None) -> None:
+    assert language_of(text) == language
+
+
+def test_flags_of_a_caption_among_its_run(tmp_path: Path, archive: Path) -> None:
+    def change(number: int, row: dict[str, Any]) -> None:
+        row["logprob_mean"] = -4.0 if number < 2 else -0.2
+        row["caption"] = row["reference_captions"][0]
+        if number % 10 == 0:
+            row["caption"] = "a man riding a wave on the beach"
+        if number in (5, 7):
+            row["caption"] = "ein Hund auf der Wiese"
+        if number == 8:
+            row["caption"] = "a Naughty Word on the wall"
+
+    table = captioned(archive, tmp_path / "out", change)
+    (tmp_path / "terms.txt").write_text("# comment\n\nnaughty word\n")
+
+    quality.check(table, CheckConfig(terms=str(tmp_path / "terms.txt")))
+
+    rows = {
+        row["image_id"]: row["flags"] for row in table.directory.read_table("checks/part-00000.parquet").to_pylist()
+    }
+    flagged = {name: flags for name, flags in rows.items() if flags}
+    assert len(rows) == 120
+    assert flagged == {
+        "000000.png": ["same_caption", "low_confidence"],
+        "000001.png": ["low_confidence"],
+        **{f"{number:06d}.png": ["same_caption"] for number in range(10, 120, 10)},
+        "000005.png": ["other_language"],
+        "000007.png": ["other_language"],
+        "000008.png": ["listed_term"],
+    }
+
+
+def test_copies_of_one_picture_may_share_a_caption(tmp_path: Path, archive: Path) -> None:
+    def change(number: int, row: dict[str, Any]) -> None:
+        row["caption"] = "a dog on the beach" if number < 40 else f"{number} dogs on the beach"
+        row["sha256"] = "same" if number < 40 else row["sha256"]
+
+    found = quality.check(captioned(archive, tmp_path / "out", change), CheckConfig())
+
+    assert found.flags["same_caption"] == 0
+
+
+def test_the_captions_table_is_never_touched(true_table: CaptionsTable) -> None:
+    files = sorted(Path(true_table.directory.location, "captions").iterdir())
+    before = [file.read_bytes() for file in files]
+
+    quality.check(true_table, CheckConfig(seed=9))
+
+    assert [file.read_bytes() for file in files] == before
+
+
+# Good enough?
+
+
+def test_right_references_pass_and_shuffled_ones_fail_the_lift_gate(
+    tmp_path: Path, archive: Path, true_table: CaptionsTable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    known, out = known_captions(archive), true_table.directory.location
+    wrong = dict(zip(known, [*list(known.values())[7:], *list(known.values())[:7]], strict=True))
+    (tmp_path / "wrong").mkdir()
+
+    right = exit_code(
+        "check", out, "--references", str(jsonl(tmp_path, known)), "--min-lift", "0.5", "--max-wer", "0.1"
+    )
+    shown = capsys.readouterr().out
+    wrong_code = exit_code("check", out, "--references", str(jsonl(tmp_path / "wrong", wrong)), "--min-lift", "0.5")
+    said = capsys.readouterr()
+
+    assert (right, wrong_code) == (0, 2)
+    assert re.search(r"^WER +0.000 +95 % interval 0.000 to 0.000", shown, re.MULTILINE)
+    assert shown.count("(reference: ") == 3  # three best; nothing is wrong with the worst
+    assert said.out.count("(reference: ") == 6
+    assert re.search(r"lift -?0\.\d+ is below --min-lift 0.5", said.err)
+    assert "Not good enough" in said.out
+
+
+def test_a_gate_without_data_fails(tmp_path: Path) -> None:
+    archive = make_folder(tmp_path / "archive", 3)
+    (archive / "metadata.jsonl").unlink()
+    table = captioned(archive, tmp_path / "out")
+
+    assert quality.check(table, CheckConfig()).scores.wer is None
+    assert exit_code("check", str(tmp_path / "out")) == 0
+    assert exit_code("check", str(tmp_path / "out"), "--max-wer", "2") == 2
+
+
+def test_a_run_whose_captions_are_too_bad_is_whole_and_exits_2(tmp_path: Path, archive: Path) -> None:
+    with pytest.raises(CheckFailedError, match=r"WER 1.000 of 30 captions is above --max-wer 0.9") as failed:
+        pipeline.run(settings(archive, tmp_path / "out", sample=30, max_wer=0.9))
+
+    table = open_table(str(tmp_path / "out"))
+    assert failed.value.exit_code == 2
+    assert verify(table).proven
+    assert table.directory.read_json("run.json")["state"] == "finished"
+    assert (tmp_path / "out/report/index.html").exists()
+
+
+def test_a_hopeless_run_stops_early_and_goes_on_when_asked_again(tmp_path: Path, archive: Path) -> None:
+    config = settings(archive, tmp_path / "out", max_wer=0.9, stop_early=True, sample="all")
+
+    with pytest.raises(StoppedEarlyError, match=r"stopped early: WER 1.000 of 64 captions .* --max-wer 0.9"):
+        pipeline.run(config)
+
+    table = open_table(str(tmp_path / "out"))
+    assert count_rows(table).ok == 64  # four chunks of 16: the first from 50 rows on
+    assert table.directory.read_json("run.json")["state"].startswith("stopped: stopped early")
+    pipeline.run(settings(archive, tmp_path / "out"))
+    assert verify(table).proven
+
+
+def test_an_uncertain_run_is_not_stopped() -> None:
+    running = RunningWer(seed=0)
+    running.add([(9, 10)] * 40)
+    assert not running.is_hopeless(0.5)  # too few rows
+    running.add([(0, 10)] * 30)
+    assert not running.is_hopeless(0.5)  # 0.514, but it may come down
+    running.add([(9, 10)] * 200)
+    assert running.is_hopeless(0.5)
+    assert not running.is_hopeless(0.9)
+
+
+def test_a_sample_of_none_scores_nothing(true_table: CaptionsTable) -> None:
+    found = quality.check(true_table, CheckConfig(sample=0))
+
+    assert (found.scores.num_rows, found.scores.wer, found.with_references) == (0, None, 120)
+
+
+def test_of_a_large_table_every_nth_part_can_be_checked(tmp_path: Path, archive: Path) -> None:
+    table = captioned(archive, tmp_path / "out", tell_the_truth, rows_per_file=16)
+
+    found = quality.check(table, CheckConfig(sample="all"), max_rows=60)
+
+    assert 16 <= found.survey.num_rows <= 64
+    assert found.scores.num_rows == found.survey.num_rows
+
+
+def test_two_runs_are_compared_picture_by_picture(tmp_path: Path, archive: Path, true_table: CaptionsTable) -> None:
+    table = captioned(archive, tmp_path / "out", half_true)
+
+    comparison = quality.check(table, CheckConfig(), against=true_table.directory.location).comparison
+
+    assert comparison is not None
+    assert comparison["num_rows"] == comparison["scored"] == 120
+    assert 60 < comparison["changed"] <= 120
+    figures = comparison["differences"]["WER"]
+    assert figures["other"] == 0
+    assert figures["interval"][0] < figures["this"] == figures["difference"] < figures["interval"][1]
+    assert comparison["differences"]["CIDEr-D"]["interval"][1] < 0
+    assert all(row["caption"] != row["other"] for row in comparison["shown"])

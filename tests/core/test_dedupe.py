@@ -1,0 +1,171 @@
+"""Byte-equal pictures are captioned once, and each still has its row."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from captioner import pipeline
+from captioner.config import CaptionConfig
+from captioner.dedupe import CaptionMemory, find_copies
+from captioner.faults import Killed, killed_at_write
+from captioner.store.read import read_parts
+from captioner.store.table import open_table
+from captioner.store.verify import verify
+from captioner.testing import FakeCaptioner, make_folder
+
+DISTINCT, COPIES = 12, 3
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve pictures, each three times, in an order that puts copies into one chunk and into others."""
+    root = make_folder(tmp_path_factory.mktemp("archive"), DISTINCT)
+    (root / "metadata.jsonl").unlink()
+    for picture in sorted(root.glob("*.png")):
+        (root / f"{picture.stem}-again.png").write_bytes(picture.read_bytes())
+        (root / f"late-{picture.stem}.png").write_bytes(picture.read_bytes())
+    (root / "broken.png").write_bytes(b"no picture")
+    return root
+
+
+class Counting(FakeCaptioner):
+    """Counts the pictures it is asked for; refuses those of `refused`, by their place in the order of asking."""
+
+    def __init__(self, refused: tuple[int, ...] = ()) -> None:
+        super().__init__()
+        self.asked, self.refused = 0, refused
+
+    def caption(self, pixels):
+        if len(pixels) == 1 and self.asked in self.refused:
+            self.asked += 1
+            raise RuntimeError("refused")
+        if self.refused and len(pixels) > 1:
+            raise RuntimeError("one at a time")
+        self.asked += len(pixels)
+        return super().caption(pixels)
+
+
+@pytest.fixture
+def captioner(monkeypatch) -> Counting:
+    counting = Counting()
+    monkeypatch.setattr(pipeline, "load", lambda *_, **__: counting)
+    return counting
+
+
+def run(archive: Path, out: Path, **output) -> list[dict]:
+    pipeline.run(settings(archive, out, **output))
+    return pa.concat_tables(read_parts(open_table(str(out)))).to_pylist()
+
+
+def settings(archive: Path, out: Path, **output) -> CaptionConfig:
+    groups = {
+        "source": {"path": str(archive)},
+        "model": {"name": "fake"},
+        "cluster": {"local": True},
+        "output": {"path": str(out), "rows_per_file": 8, **output},
+    }
+    return CaptionConfig.model_validate(groups)
+
+
+def by_bytes(rows: list[dict]) -> dict[str, list[dict]]:
+    found: dict[str, list[dict]] = {}
+    for row in rows:
+        if row["status"] == "ok":
+            found.setdefault(row["sha256"], []).append(row)
+    return found
+
+
+def test_copies_take_the_caption_of_the_one_that_was_captioned(tmp_path, archive, captioner) -> None:
+    rows = run(archive, tmp_path / "out")
+
+    assert captioner.asked == DISTINCT
+    assert len(rows) == DISTINCT * COPIES + 1
+    for same in by_bytes(rows).values():
+        (original,) = (row for row in same if row["duplicate_of"] is None)
+        assert len(same) == COPIES
+        assert {row["duplicate_of"] for row in same} == {None, original["image_id"]}
+        assert len({(row["caption"], row["num_tokens"], row["logprob_mean"]) for row in same}) == 1
+    assert len({row["chunk_id"] for row in rows}) > 1
+
+
+def test_the_record_counts_what_was_saved(tmp_path, archive, captioner) -> None:
+    run(archive, tmp_path / "out")
+
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["counts"]["duplicates"] == DISTINCT * (COPIES - 1)
+
+
+def test_no_dedupe_captions_every_picture(tmp_path, archive, captioner) -> None:
+    rows = run(archive, tmp_path / "out", no_dedupe=True)
+
+    assert captioner.asked == DISTINCT * COPIES
+    assert {row["duplicate_of"] for row in rows} == {None}
+
+
+def test_captions_are_the_same_with_and_without(tmp_path, archive) -> None:
+    with_, without = run(archive, tmp_path / "with"), run(archive, tmp_path / "without", no_dedupe=True)
+
+    kept = ("image_id", "status", "error_code", "caption", "num_tokens", "fingerprint")
+    assert [[row[name] for name in kept] for row in with_] == [[row[name] for name in kept] for row in without]
+
+
+@pytest.mark.parametrize("write", range(4, 30, 3))
+def test_a_killed_run_still_ends_with_each_picture_once(tmp_path, archive, write) -> None:
+    try:
+        with killed_at_write(write):
+            pipeline.run(settings(archive, tmp_path / "out"))
+    except Killed:
+        pass
+    rows = run(archive, tmp_path / "out")
+
+    assert verify(open_table(str(tmp_path / "out"))).proven
+    assert len({row["image_id"] for row in rows}) == len(rows) == DISTINCT * COPIES + 1
+    assert all(row["duplicate_of"] != row["image_id"] for row in rows)
+    assert all(len({row["caption"] for row in same}) == 1 for same in by_bytes(rows).values())
+
+
+def test_copies_of_what_the_model_refused_fail_like_it(tmp_path, archive, monkeypatch) -> None:
+    refusing = Counting(refused=(0,))
+    monkeypatch.setattr(pipeline, "load", lambda *_, **__: refusing)
+
+    rows = run(archive, tmp_path / "out")
+
+    failed = [row for row in rows if row["error_code"] == "generate_error"]
+    assert {row["sha256"] for row in failed} == {failed[0]["sha256"]}
+    assert 1 <= len(failed) <= COPIES
+    assert all(row["duplicate_of"] is None and row["caption"] is None for row in failed)
+
+
+@given(st.lists(st.sampled_from([None, "a", "b", "c", "d"])), st.sets(st.sampled_from("abcd")))
+def test_each_place_is_new_or_a_copy_and_nothing_new_twice(sha256s, remembered) -> None:
+    memory: CaptionMemory[str] = CaptionMemory()
+    for sha256 in remembered:
+        memory.add(sha256, f"id of {sha256}", f"caption of {sha256}")
+
+    copies = find_copies(range(len(sha256s)), sha256s, memory)
+
+    assert sorted([*copies.new, *copies.of, *copies.known]) == list(range(len(sha256s)))
+    captioned = [sha256s[place] for place in copies.new if sha256s[place]]
+    assert len(set(captioned)) == len(captioned)
+    assert not set(captioned) & remembered
+    assert all(sha256s[place] == sha256s[first] and first < place for place, first in copies.of.items())
+    assert all(copies.known[place][1] == f"caption of {sha256s[place]}" for place in copies.known)
+    assert find_copies(range(len(sha256s)), sha256s, None).new == list(range(len(sha256s)))
+
+
+def test_the_memory_is_bounded_and_forgets_what_was_longest_unused() -> None:
+    memory: CaptionMemory[str] = CaptionMemory(limit=2)
+    memory.add("a", "1", "x")
+    memory.add("b", "2", "y")
+    memory.get("a")
+    memory.add("c", "3", "z")
+
+    assert len(memory) == 2
+    assert memory.get("a") == ("1", "x")
+    assert memory.get("b") is None

@@ -1,0 +1,191 @@
+"""GIT's own search finds the token ids that transformers' `generate` finds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForImageTextToText, GenerationConfig
+
+import captioner.starter
+from captioner.config import ModelConfig
+from captioner.models import load, resolve
+from captioner.models.git_fast import missing_settings
+from captioner.models.packed import PackedLinear, pack_linears
+from captioner.scenes import make_scenes
+from captioner.testing import make_tiny_model
+
+LIMIT = 20
+STARTER = Path(captioner.starter.__file__).parent / "model"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The models are small: threads would wait for each other more than they compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    return make_tiny_model("git", tmp_path_factory.mktemp("tiny"))
+
+
+def pictures(side: int, count: int) -> np.ndarray:
+    """Half scenes, half noise, of which the starter says long and various things."""
+    scenes = np.stack([np.asarray(scene.render(side)) for scene in make_scenes(count // 2, seed=5)])
+    noise = np.random.default_rng(0).integers(0, 256, scenes.shape, dtype=np.uint8)
+    return np.concatenate([scenes, noise])
+
+
+def open_fast(directory: Path, batch_size: int = 32, **settings):
+    config = ModelConfig(name=str(directory), **({"max_new_tokens": LIMIT} | settings))
+    return load(resolve(config), device="cpu", batch_size=batch_size)
+
+
+def both(directory: Path, pixels: np.ndarray, generate=None, **settings) -> tuple[list[list[int]], list[list[int]]]:
+    """New token ids of each picture, end token included: by our search, and by transformers on a model of its own."""
+    captioner = open_fast(directory, **settings)
+    assert captioner.engine == "fast"
+    plain = AutoModelForImageTextToText.from_pretrained(directory, attn_implementation="eager").eval()
+    prefix = torch.tensor([captioner.prefix])
+    options = {"num_beams": captioner.ref.num_beams, "max_new_tokens": captioner.ref.max_new_tokens, "do_sample": False}
+    ours, theirs = [], []
+    with torch.inference_mode():
+        for first in range(0, len(pixels), captioner.batch_size):
+            values = captioner.normalise(pixels[first : first + captioner.batch_size])
+            rows = prefix.repeat(len(values), 1)
+            found = plain.generate(pixel_values=values, input_ids=rows, **options, **(generate or {}))
+            ours += [caption_of(row) for row in captioner.search(values)[0]]
+            theirs += [caption_of(row) for row in found[:, prefix.shape[1] :]]
+    assert len({tuple(row) for row in theirs}) >= len(pixels) / 2
+    return ours, theirs
+
+
+def caption_of(tokens: torch.Tensor, end: int = 2) -> list[int]:
+    ids = tokens.tolist()
+    return ids[: ids.index(end) + 1] if end in ids else ids
+
+
+@pytest.mark.parametrize("num_beams", [1, 3, 5])
+def test_token_ids_of_the_starter_are_those_of_generate(num_beams) -> None:
+    ours, theirs = both(STARTER, pictures(64, 200), num_beams=num_beams)
+
+    assert ours == theirs
+    assert len({len(row) for row in theirs}) >= 3  # rows leave the search at different steps
+
+
+@pytest.mark.parametrize("num_beams", [1, 3, 5])
+def test_token_ids_of_a_tiny_model_are_those_of_generate(num_beams, tiny) -> None:
+    ours, theirs = both(tiny, pictures(32, 200), num_beams=num_beams)
+
+    assert ours == theirs
+    assert {row[-1] == 2 for row in theirs} == {True, False}
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_a_prompt_begins_the_search(num_beams, tiny) -> None:
+    ours, theirs = both(tiny, pictures(32, 40), num_beams=num_beams, prompt="a small red")
+
+    assert ours == theirs
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"length_penalty": 2.0},
+        {"length_penalty": -1.0},
+        {"length_penalty": 0.0, "early_stopping": "never"},
+        {"length_penalty": 2.0, "early_stopping": "never"},
+        {"early_stopping": True},
+        {"no_repeat_ngram_size": 2},
+        {"min_new_tokens": 9},
+        {"min_length": 12, "no_repeat_ngram_size": 1, "early_stopping": True},
+        {"eos_token_id": [2, 40, 41]},
+    ],
+    ids=str,
+)
+def test_settings_of_the_checkpoint_are_followed(settings, tmp_path) -> None:
+    model = write_settings(make_tiny_model("git", tmp_path), **settings)
+
+    ours, theirs = both(model, pictures(32, 64), num_beams=3)
+
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("settings", [{"no_repeat_ngram_size": 1}, {"min_new_tokens": 9}], ids=str)
+def test_greedy_search_follows_them_too(settings, tmp_path) -> None:
+    model = write_settings(make_tiny_model("git", tmp_path), **settings)
+
+    ours, theirs = both(model, pictures(32, 64))
+
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_batches_and_numbers_beside_the_captions_are_those_of_the_generic_search(num_beams, tiny) -> None:
+    pixels = pictures(32, 50)
+    fast = open_fast(tiny, batch_size=7, num_beams=num_beams).caption(pixels)
+    captioner = open_fast(tiny, num_beams=num_beams)
+    captioner._fast = None
+
+    generic = captioner.caption(pixels)
+
+    assert (fast.texts, fast.num_tokens, fast.finished) == (generic.texts, generic.num_tokens, generic.finished)
+    np.testing.assert_allclose(fast.logprob_mean, generic.logprob_mean, atol=1e-4)
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_the_shortest_limits(limit, num_beams, tiny) -> None:
+    pixels = pictures(32, 20)
+    captioner = open_fast(tiny, num_beams=num_beams, max_new_tokens=limit)
+    values = captioner.normalise(pixels)
+    with torch.inference_mode():
+        ours = captioner.search(values)[0]
+        captioner._fast = None
+        theirs = captioner.search(values)[0]
+
+    assert [caption_of(row) for row in ours] == [caption_of(row) for row in theirs]
+
+
+def test_what_only_generate_can_do_is_left_to_it(tmp_path) -> None:
+    model = write_settings(make_tiny_model("git", tmp_path), repetition_penalty=5.0)
+
+    captioner = open_fast(model)
+
+    assert captioner.engine == "generic"
+    assert len(set(captioner.caption(pictures(32, 20)).texts)) >= 10
+
+
+def test_settings_that_change_nothing_need_no_generate() -> None:
+    assert missing_settings(GenerationConfig(repetition_penalty=1.0, max_new_tokens=3, num_beams=3)) == []
+    assert missing_settings(GenerationConfig(repetition_penalty=1.2)) == ["repetition_penalty"]
+    assert missing_settings(GenerationConfig(do_sample=True)) == ["do_sample"]
+
+
+def test_a_packed_layer_is_the_layer() -> None:
+    inner = nn.Sequential(nn.Linear(700, 512, bias=False))
+    model = nn.Sequential(nn.Linear(600, 700), nn.GELU(), inner, nn.Linear(512, 4))
+    values = torch.randn(3, 5, 600)
+    with torch.inference_mode():
+        before = model(values)
+        packed = pack_linears(model)
+        after = model(values)
+
+    assert packed in (0, 2)  # none where this build of torch cannot
+    assert sum(isinstance(part, PackedLinear) for part in model.modules()) == packed
+    assert isinstance(model[-1], nn.Linear)
+    torch.testing.assert_close(after, before, atol=1e-4, rtol=1e-4)
+
+
+def write_settings(directory: Path, **settings) -> Path:
+    file = directory / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    return directory

@@ -1,0 +1,283 @@
+"""The report: one page that stands alone, tells what the run did, and shows names and captions as text, not as HTML."""
+
+import base64
+import io
+import json
+import re
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from captioner import pipeline, quality
+from captioner.config import CaptionConfig, CheckConfig
+from captioner.report import charts
+from captioner.report.diff import word_diff
+from captioner.report.page import render
+from captioner.report.verdict import verdict_of
+from captioner.store.table import CaptionsTable, open_table
+from captioner.testing import make_folder
+from ray_jobs.cli import main
+
+EVIL = '<script>alert("x")</script> & <b>bold</b>'
+EVIL_NAME = "<img src=x onerror=alert(1)>.png"
+VOID = {"meta", "img", "br", "link", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """Elements, their attributes and texts; checks that every element is closed in order."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self._open: list[str] = []
+        self.feed(html)
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.texts).split())
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with flags, failures, a turned picture and names that try to be HTML."""
+    root = tmp_path_factory.mktemp("report")
+    archive = make_folder(root / "archive", 60)
+    (archive / EVIL_NAME).write_bytes((archive / "000003.png").read_bytes())
+    (archive / "empty & <i>.jpg").write_bytes(b"")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.new("RGB", (300, 150), "red").save(archive / "turned.jpg", exif=turned)
+    config = {"source": {"path": str(archive)}, "model": {"name": "fake"}, "output": {"path": str(root / "out")}}
+    pipeline.run(CaptionConfig.model_validate({**config, "cluster": {"local": True}}))
+    file = root / "out/captions/part-00000.parquet"
+    table = pq.read_table(file)
+    rows = table.to_pylist()
+    for number, row in enumerate(rows):
+        if row["reference_captions"]:
+            words = row["reference_captions"][0].split()
+            row["caption"] = " ".join(words[: 2 + number % 12])
+            row["logprob_mean"] = -(number % 7) / 10
+        if row["image_id"] in (EVIL_NAME, "000001.png"):
+            row["caption"], row["flags"] = EVIL, ["special_tokens"]
+        if row["image_id"] == "turned.jpg":
+            row["flags"] = ["truncated"]
+    pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), file)
+    quality.check(open_table(str(root / "out")), CheckConfig())
+    quality.report(open_table(str(root / "out")))
+    return root / "out"
+
+
+@pytest.fixture(scope="module")
+def page(out: Path) -> Page:
+    return Page((out / "report/index.html").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def figures(out: Path) -> dict[str, Any]:
+    return json.loads((out / "report/report.json").read_text(encoding="utf-8"))
+
+
+def test_the_page_stands_alone(out: Path, page: Page) -> None:
+    html = (out / "report/index.html").read_text(encoding="utf-8")
+
+    assert len(html) < 5_000_000
+    assert not page.all("script")
+    assert not page.all("link")
+    for tag, attributes in page.elements:
+        for name in ("src", "href", "action", "data"):
+            assert (attributes.get(name) or "#").startswith(("#", "data:image/jpeg;base64,")), (tag, name)
+    assert not re.search(r"https?://|url\(", html)
+
+
+def test_what_comes_from_data_is_text(page: Page) -> None:
+    assert EVIL in page.text
+    assert EVIL_NAME in page.text
+    assert "empty & <i>.jpg" in page.text
+    assert not page.all("b")
+    assert not [attributes for _, attributes in page.elements if any(name.startswith("on") for name in attributes)]
+
+
+def test_the_page_is_accessible(page: Page) -> None:
+    tags = [tag for tag, _ in page.elements]
+    ids = {attributes["id"] for _, attributes in page.elements if "id" in attributes}
+
+    assert page.all("html") == [{"lang": "en"}]
+    assert [tags.count(tag) for tag in ("header", "nav", "main", "footer", "h1", "title")] == [1] * 5 + [
+        1 + tags.count("svg")
+    ]
+    assert {link["href"] for link in page.all("a")} <= {f"#{name}" for name in ids}
+    assert all(section["aria-labelledby"] in ids for section in page.all("section"))
+    assert all(image["alt"] for image in page.all("img"))
+    assert all(svg["role"] == "img" and svg["aria-label"] for svg in page.all("svg"))
+    assert all("scope" in header for header in page.all("th"))
+    levels = [int(tag[1]) for tag in tags if re.fullmatch(r"h\d", tag)]
+    assert all(after <= before + 1 for before, after in pairwise(levels))
+    assert "viewport" in [meta.get("name") for meta in page.all("meta")]
+
+
+def test_the_page_says_what_the_run_did(page: Page, figures: dict[str, Any]) -> None:
+    check = figures["check"]
+
+    assert figures["counts"] == {"planned": 63, "ok": 62, "failed": 1, "failed_by_reason": {"empty_file": 1}}
+    for words in (
+        f"WER (0 is best) {check['wer']:.3f}",
+        "62 of 63 pictures have a caption; 1 failed",
+        "60 of 60 captions with references were scored",
+        "Special tokens",
+        "empty file 1",
+        "--retry-failed",
+        figures["fingerprint"],
+        f"pyarrow {pa.__version__}",
+    ):
+        assert words in page.text, words
+    assert len(check["shown"]["random"]) == 24
+    assert [row["wer"] for row in check["shown"]["worst"]] == sorted(
+        (r["wer"] for r in check["shown"]["worst"]), reverse=True
+    )
+    assert sum(check["wer_histogram"]) == 60
+    assert sum(group["rows"] for group in check["wer_by_confidence"]) == 60
+
+
+def test_thumbnails_are_upright_and_small(out: Path) -> None:
+    html = (out / "report/index.html").read_text(encoding="utf-8")
+    section = html[html.index("<h3>Truncated</h3>") :]
+    found = re.search(r'src="data:image/jpeg;base64,([^"]+)"', section)
+
+    assert found is not None
+    with Image.open(io.BytesIO(base64.b64decode(found[1]))) as image:
+        assert image.size == (112, 224)
+
+
+def test_a_page_of_large_pictures_stays_small(out: Path, figures: dict[str, Any]) -> None:
+    pictures = {
+        row["image_id"]: "data:image/jpeg;base64," + "A" * 400_000 for row in figures["check"]["shown"]["random"]
+    }
+
+    page = render(figures, pictures)
+
+    assert 3_000_000 < len(page) < 5_000_000
+    assert "no picture" in page
+
+
+def test_a_report_without_its_pictures_says_so(tmp_path: Path) -> None:
+    archive = make_folder(tmp_path / "archive", 5)
+    config = {"source": {"path": str(archive)}, "model": {"name": "fake"}, "output": {"path": str(tmp_path / "out")}}
+    pipeline.run(CaptionConfig.model_validate({**config, "cluster": {"local": True}}))
+    archive.rename(tmp_path / "moved")
+
+    with pytest.raises(SystemExit) as ended:
+        main(["report", str(tmp_path / "out")])
+
+    page = Page((tmp_path / "out/report/index.html").read_text(encoding="utf-8"))
+    assert ended.value.code == 0
+    assert not page.all("img")
+    assert "pictures could not be read from the source" in page.text
+
+
+def test_the_page_is_opened_when_asked(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr("webbrowser.open", opened.append)
+
+    with pytest.raises(SystemExit):
+        main(["report", str(out), "--open"])
+
+    assert opened == [(out / "report/index.html").as_uri()]
+
+
+def test_a_report_is_made_of_the_rows_that_are_there_now(tmp_path: Path) -> None:
+    archive = make_folder(tmp_path / "archive", 20)
+    config = {"source": {"path": str(archive)}, "model": {"name": "fake"}, "output": {"path": str(tmp_path / "out")}}
+    pipeline.run(CaptionConfig.model_validate({**config, "cluster": {"local": True}}))
+    table: CaptionsTable = open_table(str(tmp_path / "out"))
+    quality.check(table, CheckConfig(seed=4))
+
+    quality.report(table)
+    assert table.directory.read_json("report/report.json")["check"]["seed"] == 4  # not checked anew
+    (archive / "new.png").write_bytes((archive / "000000.png").read_bytes() + b"\n")
+    extended = {**config, "output": {**config["output"], "extend": True}, "cluster": {"local": True}}
+    pipeline.run(CaptionConfig.model_validate(extended))
+
+    assert table.directory.read_json("report/report.json")["check"]["survey"]["num_rows"] == 21
+
+
+@pytest.mark.parametrize(
+    ("reference", "caption", "pieces"),
+    [
+        ("a red dog", "A blue dog.", [("same", "a"), ("missing", "red"), ("added", "blue"), ("same", "dog")]),
+        ("a dog", "a dog here", [("same", "a dog"), ("added", "here")]),
+        ("a dog", "", [("missing", "a dog")]),
+        ("!", "a dog", [("added", "a dog")]),
+    ],
+)
+def test_word_diff(reference: str, caption: str, pieces: list[tuple[str, str]]) -> None:
+    assert word_diff(reference, caption) == pieces
+
+
+COUNTS = {"planned": 100, "ok": 100, "failed": 0}
+CHECK = {
+    "failed_gates": [],
+    "lift": 0.6,
+    "wer": 0.3,
+    "shuffled_wer": 0.75,
+    "human_wer": None,
+    "num_rows": 100,
+    "with_references": 100,
+    "flags": {},
+    "survey": {"num_ok": 100},
+}
+
+
+@pytest.mark.parametrize(
+    ("counts", "check", "level"),
+    [
+        ({}, {}, "good"),
+        ({}, {"lift": 0.15}, "mixed"),
+        ({}, {"lift": 0.0}, "bad"),
+        ({}, {"lift": None, "wer": None}, "unknown"),
+        ({}, {"failed_gates": ["WER 0.3 is above --max-wer 0.2"]}, "bad"),
+        ({"ok": 0, "failed": 100}, {"lift": None, "wer": None}, "bad"),
+        ({"ok": 20, "failed": 80}, {}, "mixed"),
+        ({}, {"flags": {"same_caption": 40}}, "mixed"),
+        ({}, {"flags": {"over_125": 90}}, "good"),
+    ],
+)
+def test_verdict(counts: dict[str, Any], check: dict[str, Any], level: str) -> None:
+    assert verdict_of(COUNTS | counts, CHECK | check).level == level
+
+
+def test_charts_hold_every_value_and_escape_labels() -> None:
+    drawn = str(charts.bars([1, 0, 2], ["<a>", "", "c"], 'says "so" & more', [(1.5, "<mark>")]))
+    page = Page(drawn)
+
+    heights = [float(rect["height"] or 0) for rect in page.all("rect")]
+    assert heights[1] == 0
+    assert heights[2] == 2 * heights[0] > 0
+    assert "<a>" in page.text
+    assert "<mark>" in page.text
+    assert page.all("svg")[0]["aria-label"] == 'says "so" & more'
+    assert Page(str(charts.bars([], [], "nothing"))).all("rect") == []

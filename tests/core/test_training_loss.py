@@ -1,0 +1,132 @@
+"""The loss is cross-entropy over caption tokens: by hand, for every family that trains."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from captioner.config import ModelConfig, TrainModelConfig
+from captioner.errors import ModelError
+from captioner.models import resolve
+from captioner.models.base import TransformersCaptioner
+from captioner.testing import TINY_SIDE, make_tiny_model
+from captioner.training.batches import IGNORED, Collate
+from captioner.training.loop import make_collate
+from captioner.training.loss import CaptionLoss
+from captioner.training.network import open_trainable
+
+FAMILIES = ["git", "blip", "vision-encoder-decoder"]
+CAPTIONS = ["a small red circle on a white background", "a ring", "a large blue square above a small green cross"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TransformersCaptioner]:
+    return {family: opened(make_tiny_model(family, tmp_path_factory.mktemp(family))) for family in FAMILIES}
+
+
+def opened(path: Path, **settings) -> TransformersCaptioner:
+    ref = resolve(ModelConfig(name=str(path), max_new_tokens=8))
+    return open_trainable(ref, TrainModelConfig(**settings), torch.device("cpu"), 4, None)
+
+
+def pictures(count: int) -> torch.Tensor:
+    rng = np.random.default_rng(0)
+    return torch.from_numpy(rng.integers(0, 256, (count, TINY_SIDE, TINY_SIDE, 3), dtype=np.uint8))
+
+
+def logits_by_hand(captioner: TransformersCaptioner, pixels: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """What the model itself says after each token of one text: float [T, vocabulary]."""
+    images = captioner.normalise(pixels[None].numpy())
+    model, family = captioner.model, captioner.ref.family
+    if family == "git":
+        return model(input_ids=ids[None], pixel_values=images).logits[0, -len(ids) :]
+    if family == "blip":
+        seen = model.vision_model(pixel_values=images).last_hidden_state
+        return model.text_decoder(input_ids=ids[None], encoder_hidden_states=seen).logits[0]
+    return model(pixel_values=images, decoder_input_ids=ids[None]).logits[0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_loss_is_the_cross_entropy_of_each_caption_token(models, family: str) -> None:
+    captioner = models[family]
+    loss, collate = CaptionLoss(captioner).eval(), make_collate(captioner)
+    pixels = pictures(len(CAPTIONS))
+
+    with torch.no_grad():
+        found = loss(pixels, **collate.texts(CAPTIONS)).item()
+        expected, num_tokens = 0.0, 0
+        for picture, caption in zip(pixels, CAPTIONS, strict=True):
+            text = [captioner.prefix[0], *captioner.tokenizer(caption, add_special_tokens=False).input_ids, collate.end]
+            log_probs = logits_by_hand(captioner, picture, torch.tensor(text[:-1])).float().log_softmax(-1)
+            expected -= sum(log_probs[place, token].item() for place, token in enumerate(text[1:]))
+            num_tokens += len(text) - 1
+
+    assert num_tokens == int((collate.texts(CAPTIONS)["labels"] != IGNORED).sum())
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_fills_up_shorter_captions_has_no_influence(models, family: str) -> None:
+    captioner = models[family]
+    loss, texts = CaptionLoss(captioner).eval(), make_collate(captioner).texts(CAPTIONS)
+    other = dict(texts, input_ids=texts["input_ids"].where(texts["labels"] != IGNORED, 77))
+
+    with torch.no_grad():
+        assert loss(pictures(3), **other).item() == pytest.approx(loss(pictures(3), **texts).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_weight_that_captions_use_learns(models, family: str) -> None:
+    captioner = models[family]
+    loss = CaptionLoss(captioner).train()
+    loss.zero_grad()
+
+    loss(pictures(3), **make_collate(captioner).texts(CAPTIONS)).backward()
+
+    without = {name for name, weight in loss.named_parameters() if weight.grad is None}
+    assert not {name for name in without if "pooler" not in name and "post_layernorm" not in name}
+    loss.zero_grad()
+
+
+def test_the_vision_encoder_can_be_left_as_it_is(tmp_path: Path) -> None:
+    captioner = opened(make_tiny_model("git", tmp_path / "model"), freeze_vision=True)
+
+    learning = {name for name, weight in captioner.model.named_parameters() if weight.requires_grad}
+
+    assert learning
+    assert not any("image_encoder" in name for name in learning)
+
+
+def test_a_model_without_a_known_loss_is_refused() -> None:
+    with pytest.raises(ModelError, match="cannot be trained"):
+        opened(Path("fake"))
+
+
+class Words:
+    """A tokenizer of numbers, one token each."""
+
+    def __call__(self, texts: list[str], add_special_tokens: bool) -> object:
+        return type("Found", (), {"input_ids": [[int(word) for word in text.split()] for text in texts]})
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    texts=st.lists(st.lists(st.integers(10, 99), max_size=9), min_size=1, max_size=5),
+    start=st.lists(st.integers(1, 3), min_size=1, max_size=3),
+    most=st.integers(1, 9),
+)
+def test_labels_are_the_tokens_after_each_and_padding_is_as_long_as_needed(texts, start, most) -> None:
+    collate = Collate(Words(), tuple(start), end=5, padding=0, spec=None, max_tokens=most)
+
+    batch = collate.texts([" ".join(map(str, text)) for text in texts])
+
+    assert batch["input_ids"].shape[1] == len(start) + max(min(len(text), most) for text in texts)
+    for text, ids, labels in zip(texts, batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True):
+        whole = [*start, *text[:most], 5]
+        assert ids == whole[:-1] + [0] * (len(ids) - len(whole) + 1)
+        known = [label for label in labels if label != IGNORED]
+        assert known == [*text[:most], 5]
+        assert labels.index(known[0]) == len(start) - 1

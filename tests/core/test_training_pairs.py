@@ -1,0 +1,207 @@
+"""From DATA to usable pairs: every form of archive, what is left out and why, and the split."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from captioner import pipeline
+from captioner.config import CaptionConfig, TrainDataConfig
+from captioner.data import PixelSpec
+from captioner.errors import SourceError, UsageError
+from captioner.testing import make_folder, make_parquet, make_tar
+from captioner.training.archives import PAIRS_SCHEMA, list_pairs, open_archives
+from captioner.training.pairs import Examine, Pairs, make_pairs, split
+
+SPEC = PixelSpec(32, 32)
+TOKENIZER = str(Path(__file__).parents[2] / "captioner" / "starter" / "model")
+
+
+def pairs_of(max_tokens: int | None = None, seed: int = 0, **given) -> Pairs:
+    config = TrainDataConfig(**given)
+    archives = open_archives(config)
+    examined = map(Examine(archives, SPEC, TOKENIZER, max_tokens), list_pairs(archives, config.limit))
+    return make_pairs(config, examined, seed)
+
+
+def rows_of(pairs: Pairs) -> list[dict]:
+    return [row for table in pairs.tables.values() for row in table.to_pylist()]
+
+
+def folder_with_csv(root: Path) -> Path:
+    make_folder(root, 12)
+    lines = [json.loads(line) for line in (root / "metadata.jsonl").read_text().splitlines()]
+    (root / "metadata.jsonl").unlink()
+    text = "".join(f'{line["file_name"]},"{line["captions"][0]}"\n' for line in lines)
+    (root / "metadata.csv").write_text("file_name,text\n" + text)
+    return root
+
+
+def folder_with_parquet(root: Path) -> Path:
+    make_folder(root, 12)
+    lines = [json.loads(line) for line in (root / "metadata.jsonl").read_text().splitlines()]
+    (root / "metadata.jsonl").unlink()
+    rows = [{"file_name": line["file_name"], "caption": line["captions"][0]} for line in lines]
+    pq.write_table(pa.Table.from_pylist(rows), root / "metadata.parquet")
+    return root
+
+
+def saved_dataset(root: Path) -> Path:
+    import datasets
+
+    table = pq.read_table(make_parquet(root / "rows.parquet", 12))
+    dataset = datasets.Dataset(table).cast_column("image", datasets.Image())
+    dataset.save_to_disk(root / "dataset")
+    return root / "dataset"
+
+
+def captions_table(root: Path) -> Path:
+    source, out = make_folder(root / "archive", 12), root / "captions"
+    settings = {"source": {"path": str(source)}, "model": {"name": "fake"}, "output": {"path": str(out)}}
+    pipeline.run(CaptionConfig.model_validate(settings))
+    return out
+
+
+FORMS = {
+    "jsonl": lambda root: make_folder(root, 12),
+    "csv": folder_with_csv,
+    "metadata-parquet": folder_with_parquet,
+    "webdataset": lambda root: make_tar(root / "scenes.tar", 12),
+    "parquet": lambda root: make_parquet(root / "scenes.parquet", 12),
+    "dataset": saved_dataset,
+    "captions-table": captions_table,
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_archive_gives_its_pairs(tmp_path: Path, form: str) -> None:
+    pairs = pairs_of(path=str(FORMS[form](tmp_path)), eval_fraction=0.25)
+
+    assert {name: len(table) for name, table in pairs.tables.items()} == {"train": 9, "eval": 3}
+    assert all(row["reference_captions"] and len(row["sha256"]) == 64 for row in rows_of(pairs))
+    assert "background" in pairs.tables["train"].to_pylist()[0]["reference_captions"][0]
+    assert pairs.skipped == {}
+
+
+def test_unusable_pictures_are_left_out_and_counted_by_reason(tmp_path: Path) -> None:
+    root = make_folder(tmp_path, 12)
+    (root / "000003.png").write_bytes(b"no picture")
+    (root / "000004.png").write_bytes(b"")
+    (root / "000005.png").unlink()
+    shutil.copy(root / "000000.png", root / "without.png")
+
+    pairs = pairs_of(path=str(root), max_failed=0.5)
+
+    assert pairs.skipped == {"not_an_image": 1, "empty_file": 1, "no_caption": 1}
+    assert len(rows_of(pairs)) == 9
+    assert any(line.startswith("without.png: no_caption") for line in pairs.examples)
+
+
+def test_too_many_unusable_pictures_are_an_error(tmp_path: Path) -> None:
+    root = make_folder(tmp_path, 5)
+    (root / "000003.png").write_bytes(b"no picture")
+
+    with pytest.raises(SourceError, match=r"1 of 5 pictures are unusable \(1 not_an_image\).*--max-failed"):
+        pairs_of(path=str(root))
+
+
+def test_pictures_without_captions_are_no_pairs(tmp_path: Path) -> None:
+    root = make_folder(tmp_path, 3)
+    (root / "metadata.jsonl").unlink()
+
+    with pytest.raises(SourceError, match=r"no pairs: 3 pictures \(3 no_caption\)"):
+        pairs_of(path=str(root))
+
+
+def test_an_empty_folder_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="no pictures"):
+        pairs_of(path=str(tmp_path))
+
+
+def test_an_id_that_occurs_twice_is_named(tmp_path: Path) -> None:
+    table = pq.read_table(make_parquet(tmp_path / "scenes.parquet", 3))
+    pq.write_table(pa.concat_tables([table, table.slice(1, 1)]), tmp_path / "scenes.parquet")
+
+    with pytest.raises(SourceError, match="'scene-1' occurs more than once"):
+        pairs_of(path=str(tmp_path / "scenes.parquet"), id_column="id")
+
+
+def test_captions_longer_than_the_model_allows_are_counted(tmp_path: Path) -> None:
+    root = make_folder(tmp_path, 4)
+    (root / "metadata.jsonl").write_text(
+        "".join(
+            json.dumps({"file_name": f"{index:06d}.png", "captions": ["a ring", "a ring " * index]}) + "\n"
+            for index in range(4)
+        )
+    )
+
+    assert pairs_of(path=str(root), max_tokens=5, eval_fraction=0.3).num_truncated == 1
+
+
+def test_an_eval_set_of_zero_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="the eval set is empty"):
+        pairs_of(path=str(make_folder(tmp_path, 1)), eval_fraction=0.5)
+
+
+def test_eval_pictures_that_are_training_pictures_too_are_taken_out_of_training(tmp_path: Path) -> None:
+    train, held_out = make_folder(tmp_path / "train", 10), make_folder(tmp_path / "eval", 3, seed=9)
+    shutil.copy(train / "000004.png", held_out / "000000.png")
+
+    pairs = pairs_of(path=str(train), eval_data=str(held_out))
+
+    assert {name: len(table) for name, table in pairs.tables.items()} == {"train": 9, "eval": 3}
+    assert pairs.skipped == {"also_in_another_split": 1}
+
+
+def test_max_eval_samples_takes_the_same_pictures_each_time(tmp_path: Path) -> None:
+    root = str(make_folder(tmp_path, 40))
+    whole = pairs_of(path=root, eval_fraction=0.5).tables["eval"]["image_id"].to_pylist()
+
+    few = pairs_of(path=root, eval_fraction=0.5, max_eval_samples=5).tables["eval"]["image_id"].to_pylist()
+
+    assert len(few) == 5
+    assert set(few) < set(whole)
+    assert few == pairs_of(path=root, eval_fraction=0.5, max_eval_samples=5).tables["eval"]["image_id"].to_pylist()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shas=st.lists(st.integers(0, 30), min_size=4, max_size=60).filter(lambda many: len(set(many)) >= 4),
+    eval_fraction=st.floats(0.05, 0.5),
+    test_fraction=st.one_of(st.just(0.0), st.floats(0.05, 0.3)),
+    seed=st.integers(0, 5),
+)
+def test_no_picture_and_no_copy_of_it_is_on_two_sides(shas, eval_fraction, test_fraction, seed) -> None:
+    table = table_of([f"{sha:064d}" for sha in shas])
+    config = TrainDataConfig(eval_fraction=eval_fraction, test_fraction=test_fraction)
+
+    tables = split(table, config, seed)
+
+    sides = {name: set(part["sha256"].to_pylist()) for name, part in tables.items()}
+    assert sum(map(len, tables.values())) == len(table)
+    assert sum(map(len, sides.values())) == len(set(shas))
+    assert len(sides["eval"]) == max(1, round(eval_fraction * len(set(shas))))
+    assert split(table.take(list(reversed(range(len(table))))), config, seed)["eval"]["sha256"].to_pylist() == list(
+        reversed(tables["eval"]["sha256"].to_pylist())
+    )
+
+
+def table_of(shas: list[str]) -> pa.Table:
+    count = len(shas)
+    known = {
+        "image_id": [f"picture-{number}" for number in range(count)],
+        "file": [b"x"] * count,
+        "reference_captions": [["a ring"]] * count,
+        "data": [0] * count,
+        "sha256": shas,
+        "num_truncated": [0] * count,
+        "error_code": [""] * count,
+        "error_message": [""] * count,
+    }
+    columns = [known.get(field.name, [None] * count) for field in PAIRS_SCHEMA]
+    return pa.table([pa.array(v, f.type) for v, f in zip(columns, PAIRS_SCHEMA, strict=True)], schema=PAIRS_SCHEMA)

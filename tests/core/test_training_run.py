@@ -1,0 +1,269 @@
+"""A run in one process: from pairs to a model that captions, its evaluation, its faults, its report."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from captioner import pipeline
+from captioner.config import CaptionConfig, ModelConfig, TrainConfig
+from captioner.errors import FingerprintError, ModelError, OutputError, SourceError, TrainingError, UsageError
+from captioner.models import load, resolve
+from captioner.scoring.wer import corpus_wer
+from captioner.store.read import read_parts
+from captioner.store.table import open_table
+from captioner.testing import make_folder, make_tiny_model
+from captioner.training import job
+from captioner.training.local import LocalEngine, LocalWorker
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Many threads on tiny models wait for each other more than they work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("data"), 60, seed=5)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model("git", tmp_path_factory.mktemp("tiny"))
+
+
+def settings(data: Path, out: Path, model="starter", groups: dict | None = None, **training) -> TrainConfig:
+    training = {"per_device_train_batch_size": 8, "max_steps": 4, "logging_steps": 1} | training
+    tree = {
+        "data": {"path": str(data), "eval_fraction": 0.2},
+        "model": {"name": str(model), "max_new_tokens": 24},
+        "training": training,
+        "output": {"path": str(out)},
+    }
+    for group, more in (groups or {}).items():
+        tree[group] = tree.get(group, {}) | more
+    return TrainConfig.model_validate(tree)
+
+
+def losses(out: Path) -> list[float]:
+    history = json.loads((out / "history.json").read_text())["history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
+    """The starter after a few steps on the second wording of scenes, which it has never seen, with a test set."""
+    out = tmp_path_factory.mktemp("trained") / "out"
+    groups = {"data": {"test_fraction": 0.1}}
+    job.run(settings(data, out, groups=groups, learning_rate=1e-3, max_steps=6, eval_steps=3), LocalEngine())
+    return out
+
+
+def test_the_trained_model_captions_and_the_table_names_it(tmp_path: Path, trained: Path, data: Path) -> None:
+    config = {"source": {"path": str(data), "limit": 5}, "model": {"name": str(trained / "model")}}
+    pipeline.run(CaptionConfig.model_validate(config | {"output": {"path": str(tmp_path / "captions")}}))
+
+    rows = [row for part in read_parts(open_table(str(tmp_path / "captions"))) for row in part.to_pylist()]
+
+    record = json.loads((trained / "model" / "training_run.json").read_text())
+    assert [row["status"] for row in rows] == ["ok"] * 5
+    assert {row["training_run_id"] for row in rows} == {record["training_run_id"]}
+    assert {row["model_sha256"] for row in rows} == {record["sha256"]}
+
+
+def test_the_trained_model_loads_with_transformers_alone(trained: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
+
+    for kind in (AutoModelForImageTextToText, AutoModelForCausalLM):
+        assert type(kind.from_pretrained(trained / "model")).__name__ == "GitForCausalLM"
+    assert AutoTokenizer.from_pretrained(trained / "model").decode([0], skip_special_tokens=True) == ""
+    assert GenerationConfig.from_pretrained(trained / "model").max_new_tokens == 24
+
+
+def test_training_lowers_the_loss(trained: Path) -> None:
+    assert losses(trained)[-1] < 0.7 * losses(trained)[0]
+
+
+def test_the_measured_wer_is_that_of_the_saved_model(trained: Path) -> None:
+    """Evaluation during training captions with the weights of that step."""
+    record = json.loads((trained / "model" / "training_run.json").read_text())
+    rows = pq.read_table(trained / "pairs" / "test.parquet").to_pylist()
+    ref = resolve(ModelConfig(name=str(trained / "model"), max_new_tokens=24))
+
+    import numpy as np
+
+    from captioner.imaging import decode
+
+    folder = Path(record["data"])
+    pixels = np.stack([decode((folder / row["image_id"]).read_bytes(), ref.spec, 10**6).pixels for row in rows])
+    captions = load(ref).caption(pixels).texts
+
+    assert record["measured"]["test"]["num_pictures"] == len(rows) == 6
+    assert record["measured"]["test"]["wer"] == corpus_wer(captions, [row["reference_captions"] for row in rows])
+
+
+def test_the_model_lists_the_pictures_it_has_seen(trained: Path) -> None:
+    seen = pq.read_table(trained / "model" / "training_images.parquet").to_pylist()
+    sides = {name: pq.read_table(trained / "pairs" / f"{name}.parquet") for name in ("train", "eval", "test")}
+
+    assert {row["sha256"] for row in seen if row["split"] == "train"} == set(sides["train"]["sha256"].to_pylist())
+    assert not {row["sha256"] for row in seen} & set(sides["test"]["sha256"].to_pylist())
+
+
+def test_the_card_says_what_was_measured_on_what(trained: Path) -> None:
+    card = (trained / "model" / "README.md").read_text()
+    measured = json.loads((trained / "model" / "training_run.json").read_text())["measured"]
+
+    assert "Fine-tuned from `starter`" in card
+    assert f"| test | 6 | {measured['test']['wer']:.4f} | {measured['test']['shuffled_wer']:.4f} |" in card
+    assert "scored once, after the checkpoint was chosen" in card
+
+
+def test_the_report_shows_pairs_and_captions_before_and_after_and_loads_nothing(trained: Path) -> None:
+    html = (trained / "report.html").read_text()
+
+    assert html.count("data:image/jpeg;base64,") == 24
+    assert len(re.findall("<dt>after</dt>", html)) == 12
+    assert "<polyline" in html
+    assert not re.findall(r'(?:src|href)="(?!data:)', html)
+
+
+def test_the_same_command_again_does_nothing(trained: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    groups = {"data": {"test_fraction": 0.1}}
+    job.run(settings(data, trained, groups=groups, learning_rate=1e-3, max_steps=6, eval_steps=3), LocalEngine())
+
+    assert "nothing to train" in capsys.readouterr().err
+
+
+def test_another_setting_is_refused_and_named(trained: Path, data: Path) -> None:
+    with pytest.raises(FingerprintError, match=r"started with training\.learning_rate = 0\.001, now it is 0\.5"):
+        job.run(
+            settings(data, trained, groups={"data": {"test_fraction": 0.1}}, learning_rate=0.5, max_steps=6),
+            LocalEngine(),
+        )
+
+
+class Stopped(BaseException):
+    """The process would be dead from here on."""
+
+
+def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(
+    tmp_path: Path, data: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {"max_steps": 6, "eval_steps": 2, "learning_rate": 1e-3}
+    job.run(settings(data, tmp_path / "whole", tiny, **given), LocalEngine())
+    tell = LocalWorker.tell
+
+    def die_at_step_5(worker: LocalWorker, progress: dict) -> None:
+        tell(worker, progress)
+        if progress["step"] == 5:
+            raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalWorker, "tell", die_at_step_5)
+        with pytest.raises(Stopped):
+            job.run(settings(data, tmp_path / "killed", tiny, **given), LocalEngine())
+    assert not (tmp_path / "killed" / "model").exists()
+    job.run(settings(data, tmp_path / "killed", tiny, **given), LocalEngine())
+
+    assert losses(tmp_path / "killed") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
+    assert len(losses(tmp_path / "killed")) == 6
+    weights = [_weights(tmp_path / name) for name in ("whole", "killed")]
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, rtol=1e-4, atol=1e-5)
+
+
+def without_dropout(model: Path) -> Path:
+    config = (model / "config.json").read_text()
+    (model / "config.json").write_text(re.sub(r'"(\w+_(?:pdrop|dropout))": 0\.1', r'"\1": 0.0', config))
+    return model
+
+
+def _weights(out: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(out / "model" / "model.safetensors")
+
+
+@pytest.mark.parametrize("family", ["git", "blip", "vision-encoder-decoder"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_every_family_trains_whatever_the_batch_is_cut_into(
+    tmp_path: Path, data: Path, family: str, accumulation: int
+) -> None:
+    model = without_dropout(make_tiny_model(family, tmp_path / "model"))
+    cut = {"per_device_train_batch_size": 8 // accumulation, "gradient_accumulation_steps": accumulation}
+    out = tmp_path / "out"
+    job.run(settings(data, out, model, learning_rate=1e-2, max_steps=3, **cut), LocalEngine())
+
+    key = (family, "losses")
+    expected = _SEEN.setdefault(key, losses(out))
+    assert losses(out) == pytest.approx(expected, rel=1e-3)
+    assert losses(out)[-1] < losses(out)[0]
+
+
+_SEEN: dict = {}
+
+
+def test_a_loss_that_is_no_number_stops_and_leaves_the_last_good_checkpoint(
+    tmp_path: Path, data: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from captioner.training.loss import CaptionLoss
+
+    forward, calls = CaptionLoss.forward, []
+
+    def broken(self, pixels, input_ids, labels):
+        calls.extend([1] if self.training else [])
+        return forward(self, pixels, input_ids, labels) * (float("nan") if len(calls) == 3 and self.training else 1.0)
+
+    monkeypatch.setattr(CaptionLoss, "forward", broken)
+    out = tmp_path / "out"
+    with pytest.raises(TrainingError, match=r"the loss of step 3 is nan.*checkpoint stays"):
+        job.run(settings(data, out, tiny, max_steps=4, eval_steps=1), LocalEngine())
+
+    assert [folder.name for folder in sorted((out / "checkpoints").glob("*/step-*"))] == [
+        "step-00000001",
+        "step-00000002",
+    ]
+    assert not (out / "model").exists()
+
+
+def test_early_stopping_keeps_the_best(tmp_path: Path, data: Path) -> None:
+    """The starter knows the first wording perfectly: nothing can get better."""
+    out = tmp_path / "out"
+    job.run(
+        settings(data, out, max_steps=9, eval_steps=1, early_stopping_patience=2, learning_rate=1e-2), LocalEngine()
+    )
+
+    assert len(losses(out)) == 2
+
+
+@pytest.mark.parametrize(
+    ("groups", "error", "message"),
+    [
+        ({"model": {"name": "fake"}}, ModelError, "cannot be trained"),
+        ({"data": {"path": ""}}, UsageError, "no DATA"),
+        ({"output": {"path": ""}}, UsageError, "no OUT"),
+        ({"data": {"path": "/no/such/folder"}}, SourceError, "no such file"),
+        ({"data": {"eval_fraction": 0}}, UsageError, "the eval set is empty"),
+        ({"training": {"bf16": True, "fp16": True}}, UsageError, "exclude each other"),
+        ({"output": {"push_to_hub": True}}, UsageError, "--hub-model-id"),
+        ({"model": {"name": "/no/such/model"}}, ModelError, "no such directory"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_starts(tmp_path: Path, data: Path, groups, error, message) -> None:
+    with pytest.raises(error, match=message):
+        job.run(settings(data, tmp_path / "out", groups=groups), LocalEngine())
+
+
+def test_an_out_of_something_else_is_refused(tmp_path: Path, data: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="holds no training run"):
+        job.run(settings(data, tmp_path), LocalEngine())
