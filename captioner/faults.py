@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from captioner.data import DecodedImage
 from captioner.store.directory import Directory
 
+# A picture whose bytes hold one of these kills its decoder, or keeps it for ever, where the environment variable
+# CAPTIONER_TEST_POISON is set. Everywhere else they are bytes like others.
+ABORT_MARKER, HANG_MARKER = b"captioner-test: abort", b"captioner-test: hang"
 _WRITES = ("write_bytes", "delete", "delete_folder")
 
 
@@ -59,3 +64,16 @@ def _at_write(number: int, die: Callable[[], None]) -> Iterator[None]:
     finally:
         for name, write in before.items():
             setattr(Directory, name, write)
+
+
+def poisoned(decode_one: Callable[[bytes], DecodedImage]) -> Callable[[bytes], DecodedImage]:
+    """A decoder with a weakness for the markers."""
+
+    def decode(data: bytes) -> DecodedImage:
+        if ABORT_MARKER in data:
+            os.kill(os.getpid(), signal.SIGABRT)
+        while HANG_MARKER in data:
+            time.sleep(3600)
+        return decode_one(data)
+
+    return decode

@@ -111,7 +111,7 @@ def open_job(config: CaptionConfig, engine: Engine, say: Say) -> Job:
     _bring_plan_up_to_date(job, model)
     if model is not None:
         job.table, model = _settle_fingerprint(job.table, config, model, engine)
-        job.work = Work(job.table, source, source_config.max_pixels, model, job.run_id)
+        job.work = Work(job.table, source, source_config.max_pixels, model, job.run_id, source_config.decode_timeout)
         if model.name == "starter" and not _holds_scenes(job.table):
             job.notes.append(STARTER_NOTE)
             say(STARTER_NOTE)
@@ -147,9 +147,9 @@ def _existing_table(config: CaptionConfig) -> CaptionsTable | None:
 
 
 def _planned_source(config: CaptionConfig, table: CaptionsTable) -> SourceConfig:
-    """The source as it was planned. What may differ: --max-pixels, and with --extend which pictures are taken."""
+    """The source as it was planned. What may differ: limits of decoding, and with --extend which pictures are taken."""
     planned = SourceConfig.model_validate(table.info["source"])
-    free = {"max_pixels"} | ({"include", "exclude", "limit"} if config.output.extend else set())
+    free = {"max_pixels", "decode_timeout"} | ({"include", "exclude", "limit"} if config.output.extend else set())
     for name in SourceConfig.model_fields:
         before, now = getattr(planned, name), getattr(config.source, name)
         if name not in free and before != now:

@@ -33,6 +33,7 @@ from captioner.progress import Progress
 from captioner.record import Tally, make_record, recorded, write_record
 from captioner.scoring.spot_check import spot_check
 from captioner.steps import Work, caption, commit, read_and_decode
+from captioner.store.lock import sole_writer
 from captioner.store.publish import publish
 from captioner.store.verify import count_rows
 from captioner.summary import print_summary
@@ -42,7 +43,7 @@ from captioner.text import printable
 def run(config: CaptionConfig, engine: Engine | None = None) -> int:
     """Caption an archive into OUT; returns the exit code. Raises CaptionerError (see `captioner.errors`)."""
     engine = engine or ThisProcess(config)
-    with _stoppable(config.output.path):
+    with _stoppable(config.output.path), sole_writer(config.output.path):
         job = open_job(config, engine, say)
         if job.work is None:
             say(f"planned; run without --plan-only to caption into {config.output.path}")
@@ -74,9 +75,10 @@ class ThisProcess:
         return "cuda" if torch.cuda.is_available() else "cpu"
 
     def caption_chunks(self, work: Work, chunks: list[Chunk]) -> Iterator[Receipt]:
-        captioner: Captioner = load(work.model, batch_size=self._batch_size)
-        for chunk in chunks:
-            yield commit(work, caption(work, captioner, read_and_decode(work, chunk)))
+        with work.decoder() as decoder:
+            captioner: Captioner = load(work.model, batch_size=self._batch_size)
+            for chunk in chunks:
+                yield commit(work, caption(work, captioner, read_and_decode(work, chunk, decoder)))
 
 
 def close_job(job: Job, tally: Tally) -> int:

@@ -24,6 +24,7 @@ from captioner.data import (
     Receipt,
     Source,
 )
+from captioner.imaging.guarded import GuardedDecoder
 from captioner.models import ModelRef
 from captioner.store.commit import commit_chunk
 from captioner.store.plan import read_planned
@@ -39,6 +40,11 @@ class Work:
     max_pixels: int
     model: ModelRef
     run_id: str
+    decode_timeout: float
+
+    def decoder(self) -> GuardedDecoder:
+        """A decoder of this run's pictures, in a child process that is not started yet."""
+        return GuardedDecoder(self.model.spec, self.max_pixels, self.decode_timeout)
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,7 @@ class ChunkRows:
     seconds: dict[str, float]
 
 
-def read_and_decode(work: Work, chunk: Chunk) -> ChunkRows:
+def read_and_decode(work: Work, chunk: Chunk, decoder: GuardedDecoder) -> ChunkRows:
     """The chunk's pictures, as rows and pixels of the model's input size. Bad pictures have an `error_code`."""
     from captioner.imaging import decode_images
 
@@ -59,7 +65,7 @@ def read_and_decode(work: Work, chunk: Chunk) -> ChunkRows:
     planned = read_planned(work.table, chunk)
     raws: list[RawImage] = work.source.read(planned)
     read = time.perf_counter()
-    batch: ImageBatch = decode_images(raws, work.model.spec, work.max_pixels)
+    batch: ImageBatch = decode_images(raws, work.model.spec, work.max_pixels, decoder)
     rows = batch.rows.append_column(CAPTIONS_SCHEMA.field("reference_captions"), planned["reference_captions"])
     for kept in work.table.kept_fields:
         rows = rows.append_column(kept, planned[kept.name])
