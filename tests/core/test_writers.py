@@ -11,13 +11,14 @@ import pytest
 from captioner import pipeline
 from captioner.config import CaptionConfig
 from captioner.errors import OutputError
+from captioner.job import open_job
 from captioner.store.commit import commit_chunk
 from captioner.store.lock import sole_writer
 from captioner.store.publish import publish
 from captioner.store.read import read_parts
 from captioner.store.table import CaptionsTable, open_table
 from captioner.store.verify import verify
-from captioner.testing import Killed, killed_at_write, make_folder
+from captioner.testing import make_folder
 
 pytestmark = pytest.mark.usefixtures("decoding_here")
 
@@ -38,16 +39,13 @@ def contents(out: Path) -> list[dict]:
 
 
 def captioned_but_not_published(archive: Path, out: Path) -> CaptionsTable:
-    """Every chunk committed, killed before the first published file."""
-    write = 1
-    while True:
-        with pytest.raises(Killed), killed_at_write(write):
-            pipeline.run(settings(archive, out))
-        if out.joinpath("table.json").exists():
-            table = open_table(str(out))
-            if table.plans() and len(table.committed_chunks(0)) == 3 and not table.published_parts():
-                return table
-        write += 1
+    """Every chunk committed, none published: where a driver may be when it dies."""
+    config = settings(archive, out)
+    engine = pipeline.ThisProcess(config)
+    job = open_job(config, engine, lambda line: None)
+    assert job.work is not None
+    assert len(list(engine.caption_chunks(job.work, job.missing_chunks(job.table.open_plans()[0])))) == 3
+    return job.table
 
 
 def commit_late(table: CaptionsTable, rows: dict[str, pa.Table]) -> None:
