@@ -52,7 +52,7 @@ class RunningJob:
     def __init__(self, target: Callable[[], object]) -> None:
         self.error: BaseException | None = None
         self._target = target
-        self._thread = threading.Thread(target=self._run)
+        self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
