@@ -11,6 +11,7 @@ def cluster() -> Iterator:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CAPTIONER_TEST_POISON", "1")
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_AUTH_MODE", "disabled")  # of this cluster: nodes that join later must know no other
         import ray
         from ray.cluster_utils import Cluster
 

@@ -170,8 +170,9 @@ def test_a_node_that_goes_and_one_that_joins(cluster, tmp_path: Path, archive: P
 
     captioning = RunningJob(lambda: list(engine.caption_chunks(work, chunks)))
     node = node_of(cluster, captioning.wait_for_gate(gate))
-    cluster.remove_node(node, allow_graceful=False)
     cluster.add_node(num_cpus=3, object_store_memory=100 * 2**20)
+    cluster.wait_for_nodes()
+    cluster.remove_node(node, allow_graceful=False)
     (gate / "open").touch()
     captioning.end()
 
