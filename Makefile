@@ -14,7 +14,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export RAY_USAGE_STATS_ENABLED := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup test lint unit demo test-lowest clean
+.PHONY: help setup test lint unit chaos fuzz demo test-lowest clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +30,12 @@ lint: setup ## ruff and mypy
 
 unit: setup ## The test suite alone; PYTEST_ARGS=... chooses
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+chaos: setup ## Kill drivers at random moments, resume, compare: CHAOS_KILLS=10 CHAOS_SEED=0
+	$(BIN)/python -m pytest tests/cluster -m chaos -q
+
+fuzz: setup ## Decode 100,000 damaged files: FUZZ_CASES=... FUZZ_SEED=...
+	FUZZ_CASES=$(or $(FUZZ_CASES),100000) $(BIN)/python -m pytest tests/core/test_fuzz.py -q -s
 
 demo: setup ## Render 300 scenes, caption them with the starter model, check the result, show the report
 	rm -rf demo

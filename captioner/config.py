@@ -50,6 +50,7 @@ class SourceConfig(Settings):
     keep_columns: CommaList = Field([], description="Source columns to carry into the table, comma-separated.")
     limit: int | None = Field(None, ge=1, description="Plan only the first N pictures.")
     max_pixels: int = Field(300_000_000, ge=1, description="Larger pictures fail as too_many_pixels, unopened.")
+    decode_timeout: float = Field(60.0, gt=0, description="Seconds; a picture that takes longer fails as timeout.")
 
 
 class ModelConfig(Settings):

@@ -122,6 +122,7 @@ def open_job(config: CaptionConfig, engine: Engine, say: Say) -> Job:
             source_config.max_pixels,
             model,
             job.run_id,
+            source_config.decode_timeout,
             read_concurrency=config.cluster.read_concurrency,
             dedupe=not config.output.no_dedupe,
         )
@@ -160,9 +161,9 @@ def _existing_table(config: CaptionConfig) -> CaptionsTable | None:
 
 
 def _planned_source(config: CaptionConfig, table: CaptionsTable) -> SourceConfig:
-    """The source as it was planned. What may differ: --max-pixels, and with --extend which pictures are taken."""
+    """The source as it was planned. What may differ: limits of decoding, and with --extend which pictures are taken."""
     planned = SourceConfig.model_validate(table.info["source"])
-    free = {"max_pixels"} | ({"include", "exclude", "limit"} if config.output.extend else set())
+    free = {"max_pixels", "decode_timeout"} | ({"include", "exclude", "limit"} if config.output.extend else set())
     for name in SourceConfig.model_fields:
         before, now = getattr(planned, name), getattr(config.source, name)
         if name not in free and before != now:

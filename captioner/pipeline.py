@@ -36,6 +36,7 @@ from captioner.quality import ROWS_AT_THE_END, SpotCheck, check, report
 from captioner.record import Tally, make_record, recorded, write_record
 from captioner.scoring.gates import enforce
 from captioner.steps import Work, caption, commit, read_and_decode
+from captioner.store.lock import sole_writer
 from captioner.store.publish import publish
 from captioner.store.verify import count_rows
 from captioner.summary import print_summary
@@ -45,7 +46,7 @@ from captioner.text import printable
 def run(config: CaptionConfig, engine: Engine | None = None) -> int:
     """Caption an archive into OUT; returns the exit code. Raises CaptionerError (see `captioner.errors`)."""
     engine = engine or ThisProcess(config)
-    with _stoppable(config.output.path):
+    with _stoppable(config.output.path), sole_writer(config.output.path):
         job = open_job(config, engine, say)
         if job.work is None:
             say(f"planned; run without --plan-only to caption into {config.output.path}")
@@ -83,14 +84,15 @@ class ThisProcess:
         return {"decode": 1, "device": 1, "write": 1}
 
     def caption_chunks(self, work: Work, chunks: list[Chunk]) -> Iterator[Receipt]:
-        captioner: Captioner = load(work.model, batch_size=self._batch_size)
         memory = work.new_memory()
-        with ThreadPoolExecutor(1) as ahead:  # decodes the next chunk while this one is captioned
-            decoding = ahead.submit(read_and_decode, work, chunks[0])
+        # One thread decodes the next chunk while this one is captioned.
+        with work.decoder() as decoder, ThreadPoolExecutor(1) as ahead:
+            decoding = ahead.submit(read_and_decode, work, chunks[0], decoder)
+            captioner: Captioner = load(work.model, batch_size=self._batch_size)
             for following in [*chunks[1:], None]:
                 decoded = decoding.result()
                 if following is not None:
-                    decoding = ahead.submit(read_and_decode, work, following)
+                    decoding = ahead.submit(read_and_decode, work, following, decoder)
                 yield commit(work, caption(work, captioner, decoded, memory))
 
 

@@ -26,6 +26,7 @@ from captioner.data import (
     Source,
 )
 from captioner.dedupe import CaptionMemory, find_copies
+from captioner.imaging.guarded import GuardedDecoder
 from captioner.models import ModelRef
 from captioner.scoring.flags import caption_flags
 from captioner.scoring.running import Sample, score_sampled
@@ -44,6 +45,7 @@ class Work:
     max_pixels: int
     model: ModelRef
     run_id: str
+    decode_timeout: float
     sample: Sample = field(default_factory=dict)  # the rows to spot-check
     read_concurrency: int = 32
     dedupe: bool = True  # byte-equal pictures are captioned once
@@ -51,6 +53,10 @@ class Work:
     def new_memory(self) -> CaptionMemory[Caption] | None:
         """What a worker remembers of the captions it made; None where every picture is captioned."""
         return CaptionMemory() if self.dedupe else None
+
+    def decoder(self) -> GuardedDecoder:
+        """A decoder of this run's pictures, in a child process that is not started yet."""
+        return GuardedDecoder(self.model.spec, self.max_pixels, self.decode_timeout)
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,7 @@ class ChunkRows:
     engine: str = ""
 
 
-def read_and_decode(work: Work, chunk: Chunk) -> ChunkRows:
+def read_and_decode(work: Work, chunk: Chunk, decoder: GuardedDecoder) -> ChunkRows:
     """The chunk's pictures, as rows and pixels of the model's input size. Bad pictures have an `error_code`."""
     from captioner.imaging import decode_images
 
@@ -76,7 +82,7 @@ def read_and_decode(work: Work, chunk: Chunk) -> ChunkRows:
     with reads_at_once(work.read_concurrency):
         raws: list[RawImage] = work.source.read(planned)
     read = time.perf_counter()
-    batch: ImageBatch = decode_images(raws, work.model.spec, work.max_pixels)
+    batch: ImageBatch = decode_images(raws, work.model.spec, work.max_pixels, decoder)
     rows = batch.rows.append_column(CAPTIONS_SCHEMA.field("reference_captions"), planned["reference_captions"])
     for kept in work.table.kept_fields:
         rows = rows.append_column(kept, planned[kept.name])

@@ -16,12 +16,24 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 import captioner.starter
-from captioner.faults import Killed, killed_at_write, sigkill_at_write
+from captioner.faults import (
+    ABORT_MARKER,
+    GATE_MARKER,
+    HANG_MARKER,
+    GatedDirectory,
+    Killed,
+    killed_at_write,
+    sigkill_at_write,
+)
 from captioner.models.fake import FakeCaptioner
 from captioner.scenes import Scene, make_scenes
 
 __all__ = [
+    "ABORT_MARKER",
+    "GATE_MARKER",
+    "HANG_MARKER",
     "FakeCaptioner",
+    "GatedDirectory",
     "Killed",
     "killed_at_write",
     "make_folder",

@@ -114,6 +114,8 @@ def share_out(resources: Resources, config: ClusterConfig) -> Sizes:
     spare = resources.num_cpus - workers if gpus else resources.num_cpus / 4
     decode = max(1, int(spare)) if config.decode_cpus == "auto" else config.decode_cpus
     cpus = int((resources.num_cpus - decode) / workers * 1000) / 1000  # what Ray counts
+    if resources.num_nodes > 1 and cpus > 1:
+        cpus = float(int(cpus))  # else the fractions left over on each node may be too small for a decoder
     if decode < 1 or cpus < MIN_CPU_SHARE:
         raise ClusterError(
             f"{workers} workers and {decode} decode CPUs do not fit {resources.num_cpus:g} CPUs; "

@@ -24,13 +24,13 @@ class DecodeStage:
     """A block with one chunk's description -> its pictures, decoded."""
 
     def __init__(self, work: Work) -> None:
-        import torch  # noqa: F401  # pictures are resized with it: loaded while the model loads, not at the first chunk
-
         self.work = work
+        self.decoder = work.decoder()
+        self.decoder.start()  # it imports torch while the model loads
 
     def __call__(self, block: pa.Table) -> pa.Table:
         (chunk,) = (Chunk(**row) for row in block.to_pylist())
-        return to_block(read_and_decode(self.work, chunk))
+        return to_block(read_and_decode(self.work, chunk, self.decoder))
 
 
 class CaptionStage:

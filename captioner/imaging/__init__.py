@@ -6,6 +6,7 @@
     fitting.py   upright picture -> uint8 pixels of the model's size
     faults.py    what went wrong -> an error code
     settings.py  Pillow's process-wide settings meanwhile
+    guarded.py   the same in a process of its own (child.py), which a picture may crash or stop
 
 Nothing here loads torch before the first picture is resized.
 """
@@ -13,7 +14,8 @@ Nothing here loads torch before the first picture is resized.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -49,21 +51,28 @@ def decode(data: bytes, spec: PixelSpec, max_pixels: int) -> DecodedImage:
     return DecodedImage(pixels, picture.width, picture.height, picture.format)
 
 
-def decode_images(raws: Sequence[RawImage], spec: PixelSpec, max_pixels: int) -> ImageBatch:
-    """Pictures of one chunk, one row each, in order. `rows` has IMAGE_SCHEMA.
+def decode_images(
+    raws: Sequence[RawImage],
+    spec: PixelSpec,
+    max_pixels: int,
+    decode_one: Callable[[bytes], DecodedImage] | None = None,
+) -> ImageBatch:
+    """Pictures of one chunk, one row each, in order. `rows` has IMAGE_SCHEMA. `decode_one`: `decode` in this process
+    unless given.
 
     Holds one full-size picture at a time: each is shrunk to the model's size before the next is opened.
     """
     pixels = np.zeros((len(raws), spec.height, spec.width, 3), np.uint8)
-    rows = [_decode_into(pixels[index], raw, spec, max_pixels) for index, raw in enumerate(raws)]
+    decode_one = decode_one or partial(decode, spec=spec, max_pixels=max_pixels)
+    rows = [_decode_into(pixels[index], raw, decode_one) for index, raw in enumerate(raws)]
     return ImageBatch(pa.Table.from_pylist(rows, schema=IMAGE_SCHEMA), pixels)
 
 
 def _decode_into(
-    pixels: npt.NDArray[np.uint8], raw: RawImage, spec: PixelSpec, max_pixels: int
+    pixels: npt.NDArray[np.uint8], raw: RawImage, decode_one: Callable[[bytes], DecodedImage]
 ) -> dict[str, str | int | None]:
     """Write one picture's pixels in place and return its row."""
-    decoded = _decode_raw(raw, spec, max_pixels)
+    decoded = _decode_raw(raw, decode_one)
     if decoded.pixels is not None:
         pixels[:] = decoded.pixels
     return {
@@ -79,8 +88,8 @@ def _decode_into(
     }
 
 
-def _decode_raw(raw: RawImage, spec: PixelSpec, max_pixels: int) -> DecodedImage:
+def _decode_raw(raw: RawImage, decode_one: Callable[[bytes], DecodedImage]) -> DecodedImage:
     if raw.error_code or raw.data is None:
         code, message = raw.error_code or "not_found", raw.error_message or "the source gave no bytes"
         return DecodedImage(None, error_code=code, error_message=one_line(message))
-    return decode(raw.data, spec, max_pixels)
+    return decode_one(raw.data)

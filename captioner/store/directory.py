@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import uuid
 from collections.abc import Iterable
 from contextlib import suppress
@@ -16,7 +17,8 @@ import pyarrow.parquet as pq
 from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
 
 from captioner.errors import OutputError
-from captioner.files import open_filesystem
+from captioner.files import is_uri, open_filesystem
+from captioner.store.retry import retried
 
 _TEMPORARY = ".tmp"
 ROW_GROUP_ROWS = 2_048
@@ -28,7 +30,8 @@ class Directory:
     own connection.
 
     On a local disk a file is written beside its place, flushed to the device and renamed; on an object store it is one
-    PUT. A reader never sees half a file, a second writer of the same name replaces it whole.
+    PUT. A reader never sees half a file, a second writer of the same name replaces it whole. What may pass (a busy
+    store, a broken connection) is tried again.
     """
 
     location: str
@@ -53,15 +56,23 @@ class Directory:
         root = self._opened[1]
         return f"{root}/{name}" if name else root
 
+    def shown(self, name: str) -> str:
+        """The place of a file for a person to read: without the keys and options that a URI may hold."""
+        place = self.location.partition("?")[0] if is_uri(self.location) else self.location
+        return re.sub(r"^(\w+://)[^/@]*@", r"\1", f"{place}/{name}")
+
+    @retried
     def exists(self, name: str) -> bool:
         return bool(self.filesystem.get_file_info(self.path(name)).type != FileType.NotFound)
 
+    @retried
     def list_names(self, folder: str) -> list[str]:
         """Names of the files directly in `folder`, sorted; temporary files of killed writers are not among them."""
         selector = FileSelector(self.path(folder), allow_not_found=True)
         infos = self.filesystem.get_file_info(selector)
         return sorted(i.base_name for i in infos if i.is_file and not i.base_name.endswith(_TEMPORARY))
 
+    @retried
     def list_folders(self, folder: str) -> list[str]:
         selector = FileSelector(self.path(folder), allow_not_found=True)
         return sorted(i.base_name for i in self.filesystem.get_file_info(selector) if i.type == FileType.Directory)
@@ -74,6 +85,7 @@ class Directory:
             raise OutputError(f"{self.location} cannot be listed: {error}; give another OUT") from error
         return not infos
 
+    @retried
     def read_bytes(self, name: str) -> bytes:
         with self.filesystem.open_input_stream(self.path(name)) as stream:
             data: bytes = stream.read()
@@ -82,13 +94,17 @@ class Directory:
     def write_bytes(self, name: str, data: bytes | pa.Buffer) -> None:
         """Put the file in its place, atomically. Raises OutputError naming the file and the cause."""
         try:
-            if self.is_local:
-                self._write_local(name, data)
-            else:
-                with self.filesystem.open_output_stream(self.path(name)) as stream:
-                    stream.write(data)
+            self._put(name, data)
         except OSError as error:
-            raise OutputError(f"cannot write {self.location}/{name}: {error}; mend it and run again") from error
+            raise OutputError(f"cannot write {self.shown(name)}: {error}; mend it and run again") from error
+
+    @retried
+    def _put(self, name: str, data: bytes | pa.Buffer) -> None:
+        if self.is_local:
+            self._write_local(name, data)
+            return
+        with self.filesystem.open_output_stream(self.path(name)) as stream:
+            stream.write(data)
 
     def _write_local(self, name: str, data: bytes | pa.Buffer) -> None:
         final = self.path(name)
@@ -110,7 +126,7 @@ class Directory:
     def read_json(self, name: str) -> dict[str, Any]:
         value = json.loads(self.read_bytes(name))
         if not isinstance(value, dict):
-            raise OutputError(f"{self.location}/{name} does not hold a JSON object")
+            raise OutputError(f"{self.shown(name)} does not hold a JSON object")
         return value
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
@@ -121,8 +137,9 @@ class Directory:
         try:
             return pq.ParquetFile(self.filesystem.open_input_file(self.path(name)))
         except (pa.ArrowInvalid, pa.ArrowException) as error:
-            raise OutputError(f"{self.location}/{name} is damaged: {error}") from error
+            raise OutputError(f"{self.shown(name)} is damaged: {error}") from error
 
+    @retried
     def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
         with self.open_parquet(name) as file:
             return file.read(columns)
@@ -152,6 +169,7 @@ class Directory:
         self.write_bytes(name, data)
         return data
 
+    @retried
     def delete(self, name: str) -> None:
         """Delete a file; one that has gone is no error."""
         with suppress(FileNotFoundError):

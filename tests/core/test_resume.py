@@ -17,6 +17,8 @@ from captioner.testing import make_folder
 
 BAD = {"bad/empty.jpg": b"", "bad/page.jpg": b"<html>no picture</html>"}
 
+pytestmark = pytest.mark.usefixtures("decoding_here")
+
 
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:

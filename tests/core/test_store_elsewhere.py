@@ -14,6 +14,8 @@ from captioner.store.table import open_table
 from captioner.store.verify import verify
 from captioner.testing import Killed, killed_at_write, make_folder
 
+pytestmark = pytest.mark.usefixtures("decoding_here")
+
 
 def settings(source: Path, out: str) -> CaptionConfig:
     output = {"path": out, "rows_per_file": 16}

@@ -1,0 +1,167 @@
+"""Tars, names and tables made to confuse: rows, or one error that says where; never a crash or a file outside."""
+
+from __future__ import annotations
+
+import io
+import random
+import tarfile
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from captioner.config import SourceConfig
+from captioner.data import ERROR_CODES
+from captioner.errors import SourceError
+from captioner.sources import open_source
+from captioner.store.plan import make_plan
+from captioner.store.table import create_table
+from captioner.text import printable
+
+CASES = 300
+NAMES = [
+    "line\nbreak.jpg",
+    "tab\tand\x1b[31mcolour.jpg",
+    "right\u202eto left gpj.exe.jpg",
+    "emoji 🦊🏳️‍🌈.jpg",
+    "combining e\u0301.jpg",
+    "precomposed \u00e9.jpg",
+    "عربى.jpg",
+    "=cmd|' C calc'!A0.jpg",
+    " leading and trailing .jpg",
+    "-rf.jpg",
+    "100%25.jpg",
+    "<script>alert(1)<script>.jpg",
+]
+
+
+def opened(path, **settings):
+    return open_source(SourceConfig(path=str(path), **settings))
+
+
+def listed(source):
+    return pa.concat_tables([listing.rows for unit in source.units() for listing in source.list_unit(unit)])
+
+
+def write_tar(path, names):
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        for number, name in enumerate(names):
+            header = tarfile.TarInfo(name)
+            data = f"data {number}".encode()
+            header.size = len(data)
+            tar.addfile(header, io.BytesIO(data))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_any_name_is_an_id_and_is_read_back(tmp_path, kind):
+    (tmp_path / "a").mkdir()
+    if kind == "folder":
+        for number, name in enumerate(NAMES):
+            (tmp_path / "a" / name).write_bytes(f"data {number}".encode())
+        source = opened(tmp_path / "a")
+    else:
+        source = opened(write_tar(tmp_path / "a/x.tar", NAMES))
+
+    rows = listed(source)
+    images = source.read(rows)
+
+    assert {i.removeprefix("x.tar/") for i in rows["image_id"].to_pylist()} == set(NAMES)
+    by_name = {image.image_id.removeprefix("x.tar/"): image.data for image in images}
+    assert by_name == {name: f"data {number}".encode() for number, name in enumerate(NAMES)}
+    for image in images:
+        assert printable(image.image_id).isprintable() or "\u200d" in image.image_id  # the joiner of emoji
+
+
+def test_a_name_of_10000_characters_in_a_tar_is_read_and_in_a_manifest_a_row(tmp_path):
+    name = "d/" * 4000 + "n" * 2000 + ".jpg"
+    source = opened(write_tar(tmp_path / "x.tar", [name]))
+    rows = listed(source)
+    assert rows["image_id"].to_pylist() == [f"x.tar/{name}"]
+    assert source.read(rows)[0].data == b"data 0"
+
+    (tmp_path / "there.jpg").write_bytes(b"x")
+    (tmp_path / "list.csv").write_text(f"path\n{'n' * 10_000}.jpg\nthere.jpg\n")
+    manifest = opened(tmp_path / "list.csv")
+    images = manifest.read(listed(manifest))
+    assert [image.error_code for image in images] == ["not_found", ""]
+
+
+def test_a_name_that_occurs_twice_in_a_tar_is_an_error_that_names_it(tmp_path):
+    source = opened(write_tar(tmp_path / "x.tar", ["a.jpg", "b.jpg", "a.jpg"]))
+    table = create_table(str(tmp_path / "out"), {}, [])
+
+    with pytest.raises(SourceError, match=r"x\.tar/a\.jpg"):
+        make_plan(table, source, SourceConfig(), 16, 100)
+
+
+def test_ids_that_occur_twice_in_a_table_are_an_error_that_names_them(tmp_path):
+    pq.write_table(pa.table({"id": ["a", "b", "a"], "image": [b"1", b"2", b"3"]}), tmp_path / "t.parquet")
+    source = opened(tmp_path / "t.parquet", id_column="id")
+    table = create_table(str(tmp_path / "out"), {}, [])
+
+    with pytest.raises(SourceError, match="'a'"):
+        make_plan(table, source, SourceConfig(), 16, 100)
+
+
+def test_nulls_in_a_table_are_rows(tmp_path):
+    struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    values = [None, {"bytes": None, "path": None}, {"bytes": b"", "path": "x.jpg"}, {"bytes": b"data", "path": None}]
+    pq.write_table(pa.table({"image": pa.array(values, struct), "id": [None, "", "2", "3"]}), tmp_path / "t.parquet")
+    source = opened(tmp_path / "t.parquet", id_column="id")
+    rows = listed(source)
+
+    images = source.read(rows)
+
+    assert len(images) == len(set(rows["image_id"].to_pylist())) == 4
+    assert [bool(image.data) for image in images] == [False, False, False, True]
+    assert all(image.error_code in ERROR_CODES for image in images[:3])
+
+
+@pytest.mark.parametrize("type_", [pa.int64(), pa.float32(), pa.list_(pa.binary()), pa.bool_(), pa.date32()])
+def test_a_picture_column_of_a_wrong_type_is_an_error_that_names_it(tmp_path, type_):
+    pq.write_table(pa.table({"image": pa.nulls(3, type_)}), tmp_path / "t.parquet")
+
+    with pytest.raises(SourceError, match="'image'"):
+        opened(tmp_path / "t.parquet", image_column="image")
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_damaged_containers_are_rows_or_an_error_of_the_source(tmp_path, kind):
+    """Bytes flipped, cut out and cut off, from a seed."""
+    if kind == "tar":
+        whole = write_tar(tmp_path / "x.tar", [f"{number}.jpg" for number in range(8)]).read_bytes()
+    else:
+        pq.write_table(pa.table({"image": [bytes([n]) * 300 for n in range(8)]}), tmp_path / "x.parquet")
+        whole = (tmp_path / "x.parquet").read_bytes()
+    outcomes = set()
+    for case in range(CASES):
+        folder = tmp_path / str(case)
+        folder.mkdir()
+        (folder / f"x.{kind}").write_bytes(damaged(random.Random(case), whole))
+        try:
+            source = opened(folder / f"x.{kind}")
+            rows = listed(source)
+            for image in source.read(rows):
+                assert image.data or image.error_code in ERROR_CODES, case
+            outcomes.add("rows")
+        except SourceError as error:
+            outcomes.add("error" if "\n" not in str(error) else f"more than one line: {error}")
+        assert sorted(path.name for path in folder.iterdir()) == [f"x.{kind}"]
+    assert outcomes == {"rows", "error"}
+
+
+def damaged(rng, whole):
+    data = bytearray(whole)
+    for _ in range(rng.randint(1, 4)):
+        place = rng.randrange(len(data)) if rng.random() < 0.5 else rng.randrange(min(600, len(data)))
+        place = place if rng.random() < 0.5 else len(data) - 1 - place
+        kind = rng.randrange(3)
+        if kind == 0:
+            data[place] = rng.randrange(256)
+        elif kind == 1:
+            del data[place : place + rng.randint(1, 700)]
+        else:
+            del data[max(place, 1) :]
+        data = data or bytearray(b"\0")
+    return bytes(data)

@@ -1,0 +1,197 @@
+"""Stores that fail as told: what may pass is tried again, what does not stops the run cleanly, and it resumes."""
+
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pyarrow as pa
+import pyarrow.fs
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+from captioner import pipeline
+from captioner.config import CaptionConfig
+from captioner.errors import OutputError
+from captioner.store import retry
+from captioner.store.directory import Directory
+from captioner.store.read import read_parts
+from captioner.store.table import open_table
+from captioner.store.verify import verify
+from captioner.testing import Killed, killed_at_write, make_folder
+
+pytestmark = pytest.mark.usefixtures("decoding_here")
+
+BUSY = OSError("When uploading part: AWS Error SLOW_DOWN during UploadPart operation: Please reduce your request rate.")
+REFUSED = OSError("When uploading part: AWS Error ACCESS_DENIED during PutObject operation: Access Denied")
+
+
+class FailingFileSystem(MemoryFileSystem):
+    """fsspec's memory as failing://, whose opens for writing raise the errors in `failures` first."""
+
+    protocol = "failing"
+    store: dict = {}  # noqa: RUF012
+    failures: list = []  # noqa: RUF012
+    puts = 0
+
+    def _open(self, path, mode="rb", **options):
+        if mode == "wb":
+            type(self).puts += 1
+            if self.failures:
+                raise self.failures.pop(0)
+        return super()._open(path, mode, **options)
+
+
+@pytest.fixture(autouse=True)
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds that would have been waited."""
+    fsspec.register_implementation("failing", FailingFileSystem, clobber=True)
+    FailingFileSystem.failures = []
+    waited: list[float] = []
+    monkeypatch.setattr(retry, "_sleep", waited.append)
+    return waited
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("archive"), 40)
+
+
+def settings(archive: Path, out: str | Path) -> CaptionConfig:
+    output = {"path": str(out), "rows_per_file": 16}
+    return CaptionConfig.model_validate({"source": {"path": str(archive)}, "model": {"name": "fake"}, "output": output})
+
+
+def contents(out: str | Path) -> list[dict]:
+    return pa.concat_tables(read_parts(open_table(str(out)))).drop_columns(["run_id", "created_at"]).to_pylist()
+
+
+def test_a_busy_store_is_asked_again(tmp_path: Path, archive: Path, waits: list[float]) -> None:
+    out = f"failing://bucket{tmp_path}"
+    FailingFileSystem.failures = [BUSY, BUSY, BUSY]
+
+    assert pipeline.run(settings(archive, out)) == 0
+
+    assert waits == [0.5, 2.0, 8.0]
+    assert verify(open_table(out)).proven
+
+
+def test_a_store_that_stays_busy_stops_the_run_and_it_resumes(tmp_path: Path, archive: Path) -> None:
+    pipeline.run(settings(archive, tmp_path / "undisturbed"))
+    FailingFileSystem.puts = 0
+    pipeline.run(settings(archive, f"failing://count{tmp_path}"))
+    total = FailingFileSystem.puts
+
+    for number in range(0, total, 3):
+        out = f"failing://bucket{tmp_path}/{number}"
+        with pytest.raises(OutputError, match="SLOW_DOWN"), outage_at(number):
+            pipeline.run(settings(archive, out))
+        assert pipeline.run(settings(archive, out)) == 0
+        assert verify(open_table(out)).proven
+        assert contents(out) == contents(tmp_path / "undisturbed")
+
+
+def test_a_permission_that_is_revoked_is_not_asked_for_again(tmp_path: Path, waits: list[float]) -> None:
+    FailingFileSystem.failures = [REFUSED]
+
+    with pytest.raises(OutputError, match="ACCESS_DENIED"):
+        Directory(f"failing://bucket{tmp_path}").write_bytes("x.json", b"{}")
+
+    assert waits == []
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EROFS])
+def test_a_full_or_closed_disk_stops_the_run_and_it_resumes(
+    tmp_path: Path, archive: Path, monkeypatch: pytest.MonkeyPatch, waits: list[float], number: int
+) -> None:
+    pipeline.run(settings(archive, tmp_path / "undisturbed"))
+    for good in (0, 5, 14, 22, 28):
+        out = tmp_path / f"out-{good}"
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", full_after(good, number))
+            with pytest.raises(OutputError, match=os.strerror(number)):
+                pipeline.run(settings(archive, out))
+        assert list(out.rglob("*.tmp")) == []
+
+        assert pipeline.run(settings(archive, out)) == 0
+        assert verify(open_table(str(out))).proven
+        assert contents(out) == contents(tmp_path / "undisturbed")
+    assert waits == []
+
+
+def test_messages_hold_no_keys() -> None:
+    directory = Directory("s3://AKIAKEY:secret@bucket/out?endpoint_override=localhost:1&scheme=http")
+
+    assert directory.shown("table.json") == "s3://bucket/out/table.json"
+
+
+class outage_at:  # noqa: N801
+    """From the n-th write on, every write fails."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __enter__(self) -> None:
+        FailingFileSystem.failures = _FromThen(FailingFileSystem.puts + self.number)
+
+    def __exit__(self, *_: object) -> None:
+        FailingFileSystem.failures = []
+
+
+class _FromThen:
+    def __init__(self, first: int) -> None:
+        self.first = first
+
+    def __bool__(self) -> bool:
+        return FailingFileSystem.puts > self.first
+
+    def pop(self, _: int) -> OSError:
+        return BUSY
+
+
+def full_after(good: int, number: int):
+    """os.fsync of a disk that takes that many more writes."""
+    fsync, done = os.fsync, 0
+
+    def wrapper(descriptor: int) -> None:
+        nonlocal done
+        done += 1
+        if done > good:
+            raise OSError(number, os.strerror(number))
+        fsync(descriptor)
+
+    return wrapper
+
+
+# --- a real S3 protocol, on a server of this machine ----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    """URI of an empty bucket, with a format field for the path."""
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        store = pyarrow.fs.S3FileSystem(
+            endpoint_override=f"{host}:{port}", scheme="http", region="us-east-1", allow_bucket_creation=True
+        )
+        store.create_dir("archive")
+        yield f"s3://archive/{{}}?endpoint_override={host}:{port}&scheme=http&region=us-east-1"
+    server.stop()
+
+
+def test_a_table_on_s3_is_written_killed_resumed_and_verified(tmp_path: Path, archive: Path, bucket: str) -> None:
+    pipeline.run(settings(archive, tmp_path / "local"))
+
+    for write in (3, 8, 12, 15, 18):
+        out = bucket.format(f"out-{write}")
+        with pytest.raises(Killed), killed_at_write(write):
+            pipeline.run(settings(archive, out))
+        assert pipeline.run(settings(archive, out)) == 0
+        assert verify(open_table(out)).proven
+        assert contents(out) == contents(tmp_path / "local")

@@ -1,0 +1,122 @@
+"""More than one writer on an OUT: late commits of workers whose driver is dead, and a second driver."""
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from captioner import pipeline
+from captioner.config import CaptionConfig
+from captioner.errors import OutputError
+from captioner.job import open_job
+from captioner.store.commit import commit_chunk
+from captioner.store.lock import sole_writer
+from captioner.store.publish import publish
+from captioner.store.read import read_parts
+from captioner.store.table import CaptionsTable, open_table
+from captioner.store.verify import verify
+from captioner.testing import make_folder
+
+pytestmark = pytest.mark.usefixtures("decoding_here")
+
+
+@pytest.fixture
+def archive(tmp_path: Path) -> Path:
+    return make_folder(tmp_path / "archive", 40)
+
+
+def settings(archive: Path, out: Path, **output) -> CaptionConfig:
+    output = {"path": str(out), "rows_per_file": 16, **output}
+    return CaptionConfig.model_validate({"source": {"path": str(archive)}, "model": {"name": "fake"}, "output": output})
+
+
+def contents(out: Path) -> list[dict]:
+    rows = pa.concat_tables(read_parts(open_table(str(out))))
+    return rows.drop_columns(["run_id", "created_at"]).to_pylist()
+
+
+def captioned_but_not_published(archive: Path, out: Path) -> CaptionsTable:
+    """Every chunk committed, none published: where a driver may be when it dies."""
+    config = settings(archive, out)
+    engine = pipeline.ThisProcess(config)
+    job = open_job(config, engine, lambda line: None)
+    assert job.work is not None
+    assert len(list(engine.caption_chunks(job.work, job.missing_chunks(job.table.open_plans()[0])))) == 3
+    return job.table
+
+
+def commit_late(table: CaptionsTable, rows: dict[str, pa.Table]) -> None:
+    """A worker that was thought dead puts its chunk in place."""
+    for chunk in table.plans()[0].chunks():
+        commit_chunk(table, chunk, rows[chunk.chunk_id])
+
+
+def test_a_late_commit_during_and_after_publish_doubles_nothing(tmp_path: Path, archive: Path) -> None:
+    out, undisturbed = tmp_path / "out", tmp_path / "undisturbed"
+    pipeline.run(settings(archive, undisturbed))
+    table = captioned_but_not_published(archive, out)
+    plan = table.plans()[0]
+    rows = {chunk.chunk_id: table.directory.read_table(table.chunk_name(chunk.chunk_id)) for chunk in plan.chunks()}
+
+    publish(table, plan, on_part=lambda part: commit_late(table, rows))
+    commit_late(table, rows)
+
+    assert contents(out) == contents(undisturbed)
+    assert verify(table).proven
+    assert pipeline.run(settings(archive, out)) == 0
+    assert table.committed_chunks(0) == set()  # the next start has cleared them away
+    assert contents(out) == contents(undisturbed)
+    assert verify(table).proven
+
+
+def test_a_late_commit_after_an_overwrite_does_not_reach_the_new_table(tmp_path: Path, archive: Path) -> None:
+    out = tmp_path / "out"
+    table = captioned_but_not_published(archive, out)
+    plan = table.plans()[0]
+    rows = {chunk.chunk_id: table.directory.read_table(table.chunk_name(chunk.chunk_id)) for chunk in plan.chunks()}
+    small = make_folder(tmp_path / "small", 5, seed=1)
+    pipeline.run(settings(small, out, overwrite=True))
+    expected = contents(out)
+
+    for chunk in plan.chunks():
+        commit_chunk(table, chunk, rows[chunk.chunk_id])
+
+    assert contents(out) == expected
+    assert verify(open_table(str(out))).proven
+
+
+def test_a_second_driver_on_one_out_is_refused(tmp_path: Path, archive: Path) -> None:
+    out = tmp_path / "out"
+    holding, done = threading.Event(), threading.Event()
+
+    def first_driver() -> None:
+        with sole_writer(str(out)):
+            holding.set()
+            done.wait()
+
+    thread = threading.Thread(target=first_driver)
+    thread.start()
+    holding.wait()
+    try:
+        with pytest.raises(OutputError, match="another run is writing to it"):
+            pipeline.run(settings(archive, out))
+        words = ["caption", str(archive), str(out), "--model", "fake", "--local"]
+        second = subprocess.run([sys.executable, "-m", "ray_jobs.cli", *words], capture_output=True, text=True)
+    finally:
+        done.set()
+        thread.join()
+
+    assert second.returncode == 1
+    assert "another run is writing to it" in second.stderr
+    assert pipeline.run(settings(archive, out)) == 0
+
+
+def test_a_run_that_comes_to_nothing_leaves_no_directory(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="is no directory"), sole_writer(__file__):
+        pass
+    with sole_writer(str(tmp_path / "out")):
+        assert (tmp_path / "out").is_dir()
+    assert not (tmp_path / "out").exists()
