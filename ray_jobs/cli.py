@@ -58,6 +58,32 @@ def caption(config: CaptionConfig) -> int:
 
 
 @app.command()
+@takes(CaptionConfig, groups=["model", "cluster"])
+def doctor(
+    config: CaptionConfig,
+    out: Annotated[str | None, typer.Option(metavar="OUT", help="Check that every node can write here.")] = None,
+) -> int:
+    """Check a cluster before a run: versions, GPUs, the model, OUT."""
+    from ray_jobs import doctor
+
+    return doctor.run(config, out)
+
+
+@app.command()
+@takes(CaptionConfig, groups=["source", "model", "cluster"])
+def estimate(
+    config: CaptionConfig,
+    sample: Annotated[int, typer.Option(min=16, metavar="N", help="Pictures to caption for it.")] = 256,
+    seed: Annotated[int, typer.Option(min=0, metavar="S", help="Another seed draws another sample.")] = 0,
+    price_per_gpu_hour: Annotated[float | None, typer.Option(min=0, metavar="X", help="Adds what it costs.")] = None,
+) -> int:
+    """Predict rate, hours, cost and size from a sample; writes nothing."""
+    from ray_jobs import estimate
+
+    return estimate.run(config, sample, seed, price_per_gpu_hour)
+
+
+@app.command()
 def submit(
     command: Annotated[
         list[str], typer.Argument(metavar="-- COMMAND...", help="caption SOURCE OUT ..., for instance.")

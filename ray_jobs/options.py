@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import typer
 import yaml
 
-from captioner.config import Setting, Settings, load_config, settings_of
+from captioner.config import PoolSize, Setting, Settings, load_config, parse_yaml, settings_of
 from captioner.errors import OK, UsageError
 
 KindT = TypeVar("KindT", bound=Settings)
@@ -75,20 +75,14 @@ def takes(
     return decorate
 
 
-def settings_of_call(command: Any, values: dict[str, Any]) -> tuple[Settings, list[str]] | None:
-    """The settings of a parsed command line, and its other options as words. None: the command takes no settings."""
+def settings_of_call(command: Any, values: dict[str, Any]) -> tuple[Settings, dict[str, Any]] | None:
+    """The settings of a parsed command line, and its own parameters. None: the command takes no settings."""
     command = inspect.unwrap(command, stop=lambda one: hasattr(one, "resolve"))
     if not hasattr(command, "resolve"):
         return None
     resolved, own = command.resolve(values)
     own.pop("print_config", None)
-    words = [word for name, value in own.items() if value for word in _as_words(name, value)]
-    return resolved, words
-
-
-def _as_words(name: str, value: Any) -> list[str]:
-    flag = f"--{name.replace('_', '-')}"
-    return [flag] if value is True else [flag, str(value)]
+    return resolved, own
 
 
 def parse_set(kind: type[Settings], text: str) -> tuple[str, str, Any]:
@@ -99,7 +93,7 @@ def parse_set(kind: type[Settings], text: str) -> tuple[str, str, Any]:
         near = difflib.get_close_matches(path, known, n=1) or [next(iter(known))]
         raise UsageError(f"--set {text}: should be GROUP.KEY=VALUE; did you mean {near[0]}=...?")
     try:
-        return known[path].group, known[path].field, yaml.safe_load(value)
+        return known[path].group, known[path].field, parse_yaml(value)
     except yaml.YAMLError as error:
         raise UsageError(f"--set {text}: the value is not YAML: {' '.join(str(error).split())}") from None
 
@@ -151,6 +145,8 @@ def _type_name(annotation: Any) -> str:
         return "|".join(map(str, parts))
     if origin in (Union, types.UnionType):
         return "|".join(_type_name(part) for part in parts if part is not type(None))
+    if annotation == get_args(PoolSize)[-1]:
+        return "MIN:MAX"
     if origin in (Annotated, list):
         return _type_name(parts[0])
     return {int: "N", float: "F"}.get(annotation, "TEXT")

@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 from captioner.config import Settings, command_line, settings_of
 from captioner.errors import OK, ClusterError, UsageError
-from captioner.files import is_uri
+from captioner.files import is_uri, local_path
 from captioner.pipeline import say
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
 JOBS = ("caption", "train", "check", "doctor", "estimate")  # commands that may run as a job, where they are there
+PATHS = ("--model", "--out", "--against", "--references", "--terms", "--eval-data", "--test-data")
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 
 
@@ -91,22 +92,33 @@ def resolve_arguments(words: list[str], working_dir: str | None = None) -> list[
         raise UsageError(
             "--address belongs to submit: `captioner submit --address URL -- ...`; --local runs without Ray"
         )
-    return [words[0], *command_line(_with_absolute_paths(settings, working_dir)), *own]
+    given = {one: own[one.name] for one in command.params if own.get(one.name) not in (None, False, [])}
+    places = [_absolute(value, working_dir, True) for one, value in given.items() if one.param_type_name == "argument"]
+    options = [word for one, value in given.items() if one.param_type_name == "option" for word in _words(one, value)]
+    return [words[0], *places, *command_line(_with_absolute_paths(settings, working_dir)), *options]
+
+
+def _words(option: Any, value: Any) -> list[str]:
+    path = option.opts[0] in PATHS
+    return [option.opts[0]] if value is True else [option.opts[0], _absolute(value, None, True) if path else str(value)]
 
 
 def _with_absolute_paths(settings: Settings, working_dir: str | None) -> Settings:
     for one in settings_of(type(settings)):
         group = getattr(settings, one.group)
         value = getattr(group, one.field)
-        if not isinstance(value, str) or not value or is_uri(value) or not (one.argument or one.flag == "--model"):
-            continue
-        is_output = one.group == "output"
-        if working_dir and not is_output and (Path(working_dir) / value).exists():
-            continue
-        if is_output or Path(value).exists():  # else a hub id, a glob, or a path that only the cluster has
-            changed = group.model_copy(update={one.field: os.path.abspath(value)})
+        if isinstance(value, str) and value and (one.argument or one.flag in PATHS):
+            changed = group.model_copy(update={one.field: _absolute(value, working_dir, one.group == "output")})
             settings = settings.model_copy(update={one.group: changed})
     return settings
+
+
+def _absolute(location: str, working_dir: str | None, is_output: bool) -> str:
+    """An output is made absolute always: what a job writes beside itself is lost with it. What is not here is a hub id,
+    a glob, or a path that only the cluster has."""
+    if is_uri(location) or (working_dir and not is_output and (Path(working_dir) / location).exists()):
+        return location
+    return local_path(location) if is_output or Path(location).exists() else location
 
 
 def submit(submission: Submission, address: str | None, follow: bool, pending_timeout: float) -> int:
