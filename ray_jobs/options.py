@@ -17,6 +17,7 @@ import yaml
 
 from captioner.config import PoolSize, Setting, Settings, load_config, parse_yaml, settings_of
 from captioner.errors import OK, UsageError
+from ray_jobs.logs import log_as_json
 
 KindT = TypeVar("KindT", bound=Settings)
 ConfigFile = Annotated[str | None, typer.Option(metavar="FILE.yaml", help="Settings of this run; flags win over it.")]
@@ -26,13 +27,16 @@ SetValue = Annotated[
 ]
 PrintConfig = Annotated[bool, typer.Option("--print-config", help="Show the resolved settings as YAML and stop.")]
 
+LogFormat = Annotated[Literal["text", "json"], typer.Option(help="json: a JSON object a line, for a log collector.")]
+
 
 def takes(
     kind: type[KindT], groups: Collection[str] | None = None
 ) -> Callable[[Callable[..., int]], Callable[..., int]]:
     """Decorate `command(settings, **own)` so that typer gives it `kind`'s settings as arguments and flags.
 
-    `groups`: only these groups become flags (`None`: all). `--config FILE.yaml`, `--set` and `--print-config` always
+    `groups`: only these groups become flags (`None`: all). `--config FILE.yaml`, `--set`, `--print-config` and
+    `--log-format` always
     come with them; a flag wins over `--set`, and both over the file. The command is called with the validated settings
     first, then its own parameters. The decorated command's `resolve(values)` gives both without calling it.
     """
@@ -40,7 +44,9 @@ def takes(
 
     def decorate(command: Callable[..., int]) -> Callable[..., int]:
         @functools.wraps(command)
-        def run(print_config: bool = False, **values: Any) -> int:
+        def run(print_config: bool = False, log_format: str = "text", **values: Any) -> int:
+            if log_format == "json":
+                log_as_json()
             resolved, values = resolve(values)
             if print_config:
                 typer.echo(to_yaml(resolved, groups), nl=False)
@@ -66,8 +72,9 @@ def takes(
             _keyword("set_", SetValue),
             _keyword("print_config", PrintConfig, False),
         ]
-        parameters = [*own, *made, *file]
+        parameters = [*own, *made, *file, _keyword("log_format", LogFormat, "text")]
         run.resolve = resolve  # type: ignore[attr-defined]
+        run.groups = set(kind.model_fields) if groups is None else set(groups)  # type: ignore[attr-defined]
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {one.name: one.annotation for one in parameters}
         return run
@@ -76,13 +83,16 @@ def takes(
 
 
 def settings_of_call(command: Any, values: dict[str, Any]) -> tuple[Settings, dict[str, Any]] | None:
-    """The settings of a parsed command line, and its own parameters. None: the command takes no settings."""
+    """The settings of a parsed command line (those it has flags for), and its own parameters. None: the command takes no settings."""
     command = inspect.unwrap(command, stop=lambda one: hasattr(one, "resolve"))
     if not hasattr(command, "resolve"):
         return None
     resolved, own = command.resolve(values)
     own.pop("print_config", None)
-    return resolved, own
+    if own.get("log_format") == "text":
+        del own["log_format"]
+    kept = {group: getattr(resolved, group) for group in command.groups}
+    return type(resolved).model_validate(kept), own
 
 
 def parse_set(kind: type[Settings], text: str) -> tuple[str, str, Any]:

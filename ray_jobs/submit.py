@@ -95,7 +95,10 @@ def resolve_arguments(words: list[str], working_dir: str | None = None) -> list[
     given = {one: own[one.name] for one in command.params if own.get(one.name) not in (None, False, [])}
     places = [_absolute(value, working_dir, True) for one, value in given.items() if one.param_type_name == "argument"]
     options = [word for one, value in given.items() if one.param_type_name == "option" for word in _words(one, value)]
-    return [words[0], *places, *command_line(_with_absolute_paths(settings, working_dir)), *options]
+    wanted = [
+        word for word in command_line(_with_absolute_paths(settings, working_dir)) if word
+    ]  # "": it has no SOURCE
+    return [words[0], *places, *wanted, *options]
 
 
 def _words(option: Any, value: Any) -> list[str]:
@@ -192,8 +195,8 @@ def connect_client(address: str | None) -> JobSubmissionClient:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     from ray.job_submission import JobSubmissionClient
 
-    for module in ("dashboard.modules.dashboard_sdk", "_private.runtime_env.packaging"):
-        logging.getLogger(f"ray.{module}").setLevel(logging.WARNING)  # each upload is a line
+    for module in ("dashboard_sdk", "job.sdk"):  # a line for each upload and each connection
+        logging.getLogger(f"ray.dashboard.modules.{module}").setLevel(logging.WARNING)
     address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or "http://127.0.0.1:8265"
     if not address.startswith(("http://", "https://")):
         raise UsageError(f"--address {address}: must be the dashboard's, http://HEAD:8265")

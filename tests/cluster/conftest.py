@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import shutil
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -27,16 +29,33 @@ class Head:
 
     url: str
     gcs: str
-    metrics_port: int
+    metrics_ports: list[int]
     token: str
     home: Path
     environment: dict[str, str]
     raylets: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.token}"}
+
+    def scrape(self) -> str:
+        """What every node's Prometheus endpoint shows now."""
+        pages = []
+        for port in self.metrics_ports:
+            with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as page:
+                pages.append(page.read().decode())
+        return "\n".join(pages)
+
+    def get_json(self, path: str) -> dict:
+        request = urllib.request.Request(self.url + path, headers=self.headers)
+        with urllib.request.urlopen(request, timeout=10) as page:
+            return json.load(page)
+
     def client(self):
         from ray.job_submission import JobSubmissionClient
 
-        return JobSubmissionClient(self.url, headers={"Authorization": f"Bearer {self.token}"})
+        return JobSubmissionClient(self.url, headers=self.headers)
 
     def captioner(self, *words: str, **options) -> subprocess.Popen[str]:
         """The command line in a process of its own, outside the cluster."""
@@ -48,7 +67,12 @@ class Head:
         return self.captioner("submit", "--address", self.url, *words)
 
     def add_node(self, num_cpus: int) -> subprocess.Popen[bytes]:
-        raylet = _ray_start(self.environment, self.home, "--address", self.gcs, "--num-cpus", str(num_cpus))
+        agent, metrics = free_ports(2)
+        flags = {"address": self.gcs, "num-cpus": num_cpus}
+        flags |= {"dashboard-agent-listen-port": agent, "metrics-export-port": metrics}
+        environment = self.environment | {"PYTHONPATH": ""}
+        raylet = _ray_start(environment, self.home, *(f"--{key}={value}" for key, value in flags.items()))
+        self.metrics_ports.append(metrics)
         self.raylets.append(raylet)
         return raylet
 
@@ -100,6 +124,7 @@ def head() -> Iterator[Head]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": token,
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_metrics_report_interval_ms": "500",
     }
     flags = {"port": gcs, "dashboard-port": dashboard, "dashboard-agent-listen-port": agent}
     flags |= {"ray-client-server-port": client, "metrics-export-port": metrics, "num-cpus": 2}
@@ -111,7 +136,7 @@ def head() -> Iterator[Head]:
         *settings,
         *(f"--{key}={value}" for key, value in flags.items()),
     )
-    head = Head(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{gcs}", metrics, token, home, environment)
+    head = Head(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{gcs}", [metrics], token, home, environment)
     try:
         _wait_until_ready(head, started)
         yield head

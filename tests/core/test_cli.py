@@ -91,7 +91,13 @@ def test_every_flag_of_help_is_a_setting(capsys: pytest.CaptureFixture[str]) -> 
     assert exit_code("caption", "--help") == 0
 
     shown = set(re.findall(r"^  (?:-h, )?(--[a-z-]+)", capsys.readouterr().out, re.MULTILINE))
-    assert shown == {setting.flag for setting in FLAGS} | {"--config", "--set", "--print-config", "--help"}
+    assert shown == {setting.flag for setting in FLAGS} | {
+        "--config",
+        "--set",
+        "--print-config",
+        "--log-format",
+        "--help",
+    }
 
 
 def test_help_shows_choices_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
