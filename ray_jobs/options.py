@@ -83,7 +83,7 @@ def takes(
 
 
 def settings_of_call(command: Any, values: dict[str, Any]) -> tuple[Settings, dict[str, Any]] | None:
-    """The settings of a parsed command line (those it has flags for), and its own parameters. None: the command takes no settings."""
+    """The settings a parsed command line has flags for, and its own parameters. None: it takes no settings."""
     command = inspect.unwrap(command, stop=lambda one: hasattr(one, "resolve"))
     if not hasattr(command, "resolve"):
         return None

@@ -20,7 +20,7 @@ from ray_jobs.cli import app
 from ray_jobs.submit import resolve_arguments
 
 ROOT = Path(__file__).parents[1]
-CLUSTERS = [ROOT / "cluster.yaml", ROOT / "deploy/gcp.yaml", ROOT / "deploy/on-premise.yaml"]
+CLUSTERS = [ROOT / "deploy/gcp.yaml", ROOT / "deploy/on-premise.yaml"]
 MANIFESTS = sorted((ROOT / "deploy/kuberay").glob("*.yaml"))
 SCHEMA = json.loads((ROOT / "tests/rayjob.schema.json").read_text())
 RAY_VERSION = re.search(r"^ray(?:\[.*\])?==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)[1]
