@@ -63,7 +63,10 @@ def doctor(
     config: CaptionConfig,
     out: Annotated[str | None, typer.Option(metavar="OUT", help="Check that every node can write here.")] = None,
 ) -> int:
-    """Check a cluster before a run: versions, GPUs, the model, OUT."""
+    """Check a cluster before a run.
+
+    Versions, limits and GPUs of every node, whether the model loads on a worker, whether OUT can be written from all.
+    """
     from ray_jobs import doctor
 
     return doctor.run(config, out)
@@ -77,7 +80,10 @@ def estimate(
     seed: Annotated[int, typer.Option(min=0, metavar="S", help="Another seed draws another sample.")] = 0,
     price_per_gpu_hour: Annotated[float | None, typer.Option(min=0, metavar="X", help="Adds what it costs.")] = None,
 ) -> int:
-    """Predict rate, hours, cost and size from a sample; writes nothing."""
+    """Predict time, cost and size from a sample.
+
+    Captions a seeded sample with the workers a run would use; nothing is written.
+    """
     from ray_jobs import estimate
 
     return estimate.run(config, sample, seed, price_per_gpu_hour)

@@ -172,11 +172,10 @@ def _current_id(base: str, jobs: Mapping[str, Any]) -> str:
 
 def runtime_env(submission: Submission) -> dict[str, Any]:
     """What goes with the job: the two installed packages, and what was asked for."""
-    made: dict[str, Any] = {"py_modules": package_directories()}
+    quiet = {"RAY_BACKEND_LOG_LEVEL": "fatal"}  # else each start logs an error about actor arguments that is none
+    made: dict[str, Any] = {"py_modules": package_directories(), "env_vars": quiet | submission.env}
     if submission.working_dir:
         made["working_dir"] = submission.working_dir
-    if submission.env:
-        made["env_vars"] = submission.env
     return made
 
 
@@ -195,8 +194,8 @@ def connect_client(address: str | None) -> JobSubmissionClient:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     from ray.job_submission import JobSubmissionClient
 
-    for module in ("dashboard_sdk", "job.sdk"):  # a line for each upload and each connection
-        logging.getLogger(f"ray.dashboard.modules.{module}").setLevel(logging.WARNING)
+    for module in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging"):
+        logging.getLogger(f"ray.{module}").setLevel(logging.WARNING)  # a line for each upload and each connection
     address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or "http://127.0.0.1:8265"
     if not address.startswith(("http://", "https://")):
         raise UsageError(f"--address {address}: must be the dashboard's, http://HEAD:8265")

@@ -47,6 +47,10 @@ class Head:
                 pages.append(page.read().decode())
         return "\n".join(pages)
 
+    def num_nodes(self) -> int:
+        nodes = self.get_json("/nodes?view=summary")["data"]["summary"]
+        return sum(node["raylet"].get("state") == "ALIVE" for node in nodes)
+
     def get_json(self, path: str) -> dict:
         request = urllib.request.Request(self.url + path, headers=self.headers)
         with urllib.request.urlopen(request, timeout=10) as page:
@@ -73,6 +77,11 @@ class Head:
         environment = self.environment | {"PYTHONPATH": ""}
         raylet = _ray_start(environment, self.home, *(f"--{key}={value}" for key, value in flags.items()))
         self.metrics_ports.append(metrics)
+        before, deadline = self.num_nodes(), time.monotonic() + STARTED_WITHIN_S
+        while self.num_nodes() == before:  # two that start at once can take each other's ports
+            assert raylet.poll() is None, (self.home / "start.log").read_text()
+            assert time.monotonic() < deadline, "the node did not join"
+            time.sleep(0.1)
         self.raylets.append(raylet)
         return raylet
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -21,31 +20,35 @@ PICTURES = 1_600  # with a real model: a pool grows where captioning is what tak
 
 @pytest.fixture(scope="module")
 def grown(head, tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """A run during which two nodes join: its exit code and log, what was scraped, and the nodes that captioned."""
+    """A run during which two nodes join: its exit code and log, what was scraped, and the workers it had."""
     root = tmp_path_factory.mktemp("grown")
     archive = make_folder(root / "archive", PICTURES, width=32)
     job = head.submit("--", "caption", str(archive), str(root / "out"), "--model", "starter", "--num-workers", "1:3")
     head.add_node(num_cpus=2)
     head.add_node(num_cpus=2)
-    seen = {"metrics": {}, "captioned_on": set(), "out": root / "out"}
+    seen = {"metrics": {}, "workers": set(), "out": root / "out"}
     while job.poll() is None:
         for name, value in re.findall(r"^(ray_captioner_\w+\{.*\}) (\S+)$", head.scrape(), re.MULTILINE):
             seen["metrics"][name] = float(value)
-        seen["captioned_on"] |= caption_nodes(head)
+        seen["workers"] |= workers(head)
     return seen | {"exit_code": job.returncode, "log": job.stdout.read()}
 
 
-def caption_nodes(head) -> set[str]:
-    """The nodes that run caption workers now."""
-    listed = head.get_json("/api/v0/actors?detail=1&filter_keys=state&filter_predicates=%3D&filter_values=ALIVE")
-    actors = listed["data"]["result"]["result"]
-    return {actor["node_id"] for actor in actors if "CaptionStage" in json.dumps(actor)}
+def workers(head) -> set[tuple[str, str, str]]:
+    """(stage, actor, node) of every worker of a run that is alive."""
+    actors = head.get_json("/api/v0/actors?detail=1")["data"]["result"]["result"]
+    return {
+        (actor["class_name"], actor["actor_id"], actor["node_id"])
+        for actor in actors
+        if "MapBatches" in actor["class_name"] and actor["state"] == "ALIVE"
+    }
 
 
 def test_nodes_that_join_are_used_by_a_pool_that_grows(grown: dict) -> None:
     assert grown["exit_code"] == 0, grown["log"]
     assert verify(open_table(str(grown["out"]))).proven
-    assert len(grown["captioned_on"]) > 1
+    assert len({actor for stage, actor, _ in grown["workers"] if "CaptionStage" in stage}) > 1
+    assert len({node for _, _, node in grown["workers"]}) > 1
 
 
 def test_a_running_job_is_counted_on_the_metrics_endpoint(grown: dict) -> None:

@@ -289,7 +289,9 @@ def test_help_lists_commands_and_exit_codes(words: list[str], capsys: pytest.Cap
     assert "..." not in shown.replace("[ARGS]...", ""), "a description is cut off"
 
 
-@pytest.mark.parametrize("command", ["caption", "try", "verify", "status", "render-scenes"])
+@pytest.mark.parametrize(
+    "command", ["caption", "try", "verify", "status", "render-scenes", "submit", "doctor", "estimate"]
+)
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code(command, "--help") == 0
     assert f"Usage: captioner {command} " in capsys.readouterr().out

@@ -62,7 +62,8 @@ def test_only_the_two_packages_are_uploaded_by_default() -> None:
 
     sent = runtime_env(submission)
 
-    assert sent == {"py_modules": package_directories()}
+    assert set(sent) == {"py_modules", "env_vars"}
+    assert sent["py_modules"] == package_directories()
     assert [os.path.basename(path) for path in sent["py_modules"]] == ["captioner", "ray_jobs"]
 
 
