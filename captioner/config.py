@@ -7,6 +7,7 @@ are here and nowhere else.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ def _split_commas(value: Any) -> Any:
 
 CommaList = Annotated[list[str], BeforeValidator(_split_commas)]
 AutoInt = Annotated[int, Field(ge=1)] | Literal["auto"]
+PoolSize = AutoInt | Annotated[str, Field(pattern=r"^[1-9]\d*:[1-9]\d*$")]  # "MIN:MAX" grows and shrinks
 
 
 class Settings(BaseModel):
@@ -77,7 +79,9 @@ class ClusterConfig(Settings):
 
     address: str | None = Field(None, description="Ray cluster to join; without it a local Ray is started.")
     local: bool = Field(False, description="One process, without Ray: same table, same resume.")
-    num_workers: AutoInt = Field("auto", description="Caption workers; auto is one for each GPU, or one for all CPUs.")
+    num_workers: PoolSize = Field(
+        "auto", description="Caption workers; auto is one for each GPU, or node; MIN:MAX grows when nodes join."
+    )
     gpus_per_worker: float | None = Field(
         None, ge=0, description="GPUs of each worker; default 1 where there are GPUs."
     )
@@ -311,9 +315,25 @@ def load_config(kind: type[ConfigT], file: str | None, flags: dict[str, dict[str
         raise UsageError(_explain(kind, error, file, flags)) from None
 
 
+class _Yaml(yaml.SafeLoader):
+    """YAML in which 1:8 is a text. YAML 1.1 reads it as a number to base 60: 68."""
+
+
+_Yaml.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:int"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Yaml.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9_]*)$"), list("-+0123456789"))
+
+
+def parse_yaml(text: str) -> Any:
+    """Raises yaml.YAMLError."""
+    return yaml.load(text, _Yaml)
+
+
 def _read_yaml(file: str) -> dict[Any, Any]:
     try:
-        tree = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        tree = parse_yaml(Path(file).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError(f"--config {file}: no such file") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

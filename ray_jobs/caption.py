@@ -72,21 +72,25 @@ def make_dataset(work: Work, chunks: list[Chunk], sizes: Sizes, batch_size: Auto
     import ray
     from ray.data import ActorPoolStrategy
 
-    def pool(size: int) -> dict[str, Any]:
-        strategy = ActorPoolStrategy(size=min(size, len(chunks)))
+    def pool(size: int, most: int = 0) -> dict[str, Any]:
+        size, most = min(size, len(chunks)), min(most, len(chunks))
+        strategy = ActorPoolStrategy(min_size=size, max_size=most) if most > size else ActorPoolStrategy(size=size)
         return {"compute": strategy, "batch_size": None, "batch_format": "pyarrow", "zero_copy_batch": True}
 
     described = [asdict(chunk) for chunk in chunks]
     dataset = ray.data.from_items(described, override_num_blocks=len(chunks))
     dataset = dataset.map_batches(
-        DecodeStage, fn_constructor_kwargs={"work": work}, num_cpus=1, **pool(sizes.decode_cpus)
+        DecodeStage,
+        fn_constructor_kwargs={"work": work},
+        num_cpus=sizes.cpus_per_decoder,
+        **pool(sizes.decode_cpus, sizes.max_decode_cpus),
     )
     dataset = dataset.map_batches(
         CaptionStage,
         fn_constructor_kwargs={"work": work, "batch_size": batch_size, "num_threads": sizes.threads_per_worker},
         num_cpus=sizes.cpus_per_worker,
         num_gpus=sizes.gpus_per_worker or None,
-        **pool(sizes.num_workers),
+        **pool(sizes.num_workers, sizes.max_workers),
     )
     return dataset.map_batches(CommitStage, fn_constructor_kwargs={"work": work}, num_cpus=0, **pool(sizes.committers))
 

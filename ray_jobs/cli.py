@@ -57,6 +57,78 @@ def caption(config: CaptionConfig) -> int:
     return caption.run(config)
 
 
+@app.command()
+@takes(CaptionConfig, groups=["model", "cluster"])
+def doctor(
+    config: CaptionConfig,
+    out: Annotated[str | None, typer.Option(metavar="OUT", help="Check that every node can write here.")] = None,
+) -> int:
+    """Check a cluster before a run.
+
+    Versions, limits and GPUs of every node, whether the model loads on a worker, whether OUT can be written from all.
+    """
+    from ray_jobs import doctor
+
+    return doctor.run(config, out)
+
+
+@app.command()
+@takes(CaptionConfig, groups=["source", "model", "cluster"])
+def estimate(
+    config: CaptionConfig,
+    sample: Annotated[int, typer.Option(min=16, metavar="N", help="Pictures to caption for it.")] = 256,
+    seed: Annotated[int, typer.Option(min=0, metavar="S", help="Another seed draws another sample.")] = 0,
+    price_per_gpu_hour: Annotated[float | None, typer.Option(min=0, metavar="X", help="Adds what it costs.")] = None,
+) -> int:
+    """Predict time, cost and size from a sample.
+
+    Captions a seeded sample with the workers a run would use; nothing is written.
+    """
+    from ray_jobs import estimate
+
+    return estimate.run(config, sample, seed, price_per_gpu_hour)
+
+
+@app.command()
+def submit(
+    command: Annotated[
+        list[str], typer.Argument(metavar="-- COMMAND...", help="caption SOURCE OUT ..., for instance.")
+    ],
+    address: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Dashboard [default: RAY_API_SERVER_ADDRESS or http://127.0.0.1:8265]."),
+    ] = None,
+    working_dir: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Upload this directory and run in it; without it nothing of yours."),
+    ] = None,
+    submission_id: Annotated[
+        str | None, typer.Option(metavar="ID", help="Name of the job [default: derived from the command].")
+    ] = None,
+    env: Annotated[
+        list[str] | None,
+        typer.Option(metavar="K=V", help="Environment of the job; K alone takes the value it has here."),
+    ] = None,
+    follow: Annotated[bool, typer.Option("--follow/--no-wait", help="Follow to the end, or only submit.")] = True,
+    pending_timeout: Annotated[
+        float, typer.Option(min=0, metavar="S", help="Seconds to wait for the job to start.")
+    ] = 600,
+    entrypoint_num_cpus: Annotated[float, typer.Option(min=0, metavar="N", help="CPUs to hold for the driver.")] = 0,
+    entrypoint_num_gpus: Annotated[float, typer.Option(min=0, metavar="N", help="GPUs to hold for the driver.")] = 0,
+) -> int:
+    """Run a command as a job on a Ray cluster.
+
+    Submitting the same command again follows the job that runs; after its end it starts the next. The exit code is
+    the command's own.
+    """
+    from ray_jobs import submit as submitting
+
+    wanted = submitting.make_submission(
+        command, submission_id, working_dir, env, entrypoint_num_cpus, entrypoint_num_gpus
+    )
+    return submitting.submit(wanted, address, follow, pending_timeout)
+
+
 @app.command("try")
 @takes(CaptionConfig, groups=["model"])
 def try_pictures(

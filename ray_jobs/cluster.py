@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import sys
@@ -25,6 +26,7 @@ class Resources:
     num_cpus: float
     num_gpus: float
     num_nodes: int
+    least_cpus: float = math.inf  # of the smallest node that has any
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,9 @@ class Sizes:
     threads_per_worker: int
     decode_cpus: int
     committers: int  # they wait for the store and take no CPU
+    max_workers: int = 0  # the pools grow to these; 0: they keep their size
+    max_decode_cpus: int = 0
+    cpus_per_decoder: float = 1.0
 
 
 def connect(config: ClusterConfig) -> Resources:
@@ -58,7 +63,8 @@ def connect(config: ClusterConfig) -> Resources:
         _init(address)
     total = ray.cluster_resources()
     alive = [node for node in ray.nodes() if node["Alive"]]
-    return Resources(total.get("CPU", 0), total.get("GPU", 0), len(alive))
+    cpus = [node["Resources"]["CPU"] for node in alive if node["Resources"].get("CPU")]
+    return Resources(total.get("CPU", 0), total.get("GPU", 0), len(alive), min(cpus, default=math.inf))
 
 
 def _init(address: str) -> None:
@@ -109,27 +115,54 @@ def available_cpus() -> int:
 
 def share_out(resources: Resources, config: ClusterConfig) -> Sizes:
     """Workers and decoders for a cluster. Raises ClusterError where a request cannot be met."""
+    if isinstance(config.num_workers, str) and config.num_workers != "auto":
+        return _share_out_growing(resources, config)
     gpus = _gpus_per_worker(resources, config)
     workers = _num_workers(resources, config, gpus)
     spare = resources.num_cpus - workers if gpus else resources.num_cpus / 4
     decode = max(1, int(spare)) if config.decode_cpus == "auto" else config.decode_cpus
-    cpus = int((resources.num_cpus - decode) / workers * 1000) / 1000  # what Ray counts
-    if resources.num_nodes > 1 and cpus > 1:
-        cpus = float(int(cpus))  # else the fractions left over on each node may be too small for a decoder
+    per_decoder = min(1.0, resources.least_cpus / 2)
+    cpus = int((resources.num_cpus - decode * per_decoder) / workers * 1000) / 1000  # what Ray counts
+    if resources.num_nodes > 1:
+        cpus = _fitting_a_node(min(cpus, resources.least_cpus - per_decoder))
     if decode < 1 or cpus < MIN_CPU_SHARE:
         raise ClusterError(
             f"{workers} workers and {decode} decode CPUs do not fit {resources.num_cpus:g} CPUs; "
             "each needs a share: lower --num-workers or --decode-cpus"
         )
     threads = max(1, round(cpus))
-    return Sizes(workers, min(cpus, 1.0) if gpus else cpus, gpus, threads, decode, committers=1 + workers // 4)
+    cpus = min(cpus, 1.0) if gpus else cpus
+    return Sizes(workers, cpus, gpus, threads, decode, 1 + workers // 4, cpus_per_decoder=per_decoder)
+
+
+def _share_out_growing(resources: Resources, config: ClusterConfig) -> Sizes:
+    """Pools for --num-workers MIN:MAX. Nodes may come while the job runs (or only when it asks for them), so nothing is
+    refused for what the cluster lacks now. A worker is made for the smallest node, and leaves it room to decode."""
+    least, most = (int(part) for part in str(config.num_workers).split(":"))
+    if least > most:
+        raise ClusterError(f"--num-workers {config.num_workers}: the first number is the lower one")
+    gpus = config.gpus_per_worker if config.gpus_per_worker is not None else float(resources.num_gpus > 0)
+    node = min(resources.least_cpus, resources.num_cpus)
+    per_decoder = min(1.0, node / 2) or 1.0
+    decoders = max(1, int(node / 4))
+    cpus = 1.0 if gpus else max(MIN_CPU_SHARE, node - decoders * per_decoder)
+    decode, max_decode = decoders, decoders * most
+    if gpus:
+        max_decode = max(int(resources.num_cpus), 4 * most)
+    if config.decode_cpus != "auto":
+        decode = max_decode = config.decode_cpus
+    threads = max(1, round(cpus))
+    return Sizes(least, cpus, gpus, threads, decode, 1 + most // 4, most, max_decode, per_decoder)
+
+
+def _fitting_a_node(cpus: float) -> float:
+    """A share that fills a node without a rest: whole CPUs, or a whole number of workers to a CPU."""
+    return float(int(cpus)) if cpus >= 1 or cpus < MIN_CPU_SHARE else int(1000 / math.ceil(1 / cpus)) / 1000
 
 
 def _num_workers(resources: Resources, config: ClusterConfig, gpus: float) -> int:
     most = int(resources.num_gpus / gpus) if gpus else None
-    workers = config.num_workers
-    if workers == "auto":
-        workers = most or resources.num_nodes
+    workers = most or resources.num_nodes if config.num_workers == "auto" else int(config.num_workers)
     if most is not None and workers > most:
         raise ClusterError(
             f"{workers} workers with {gpus:g} GPUs each were asked for; the cluster has {resources.num_gpus:g} GPUs"

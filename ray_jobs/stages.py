@@ -16,6 +16,7 @@ import pyarrow as pa
 from captioner.config import AutoInt
 from captioner.data import Chunk, Receipt
 from captioner.steps import ChunkRows, Work, caption, commit, read_and_decode
+from ray_jobs.metrics import RunMetrics
 
 _CHUNK, _PIXELS = "_chunk", "_pixels"
 
@@ -52,9 +53,11 @@ class CommitStage:
 
     def __init__(self, work: Work) -> None:
         self.work = work
+        self.metrics = RunMetrics()
 
     def __call__(self, block: pa.Table) -> pa.Table:
         receipt = commit(self.work, from_block(block, self.work))
+        self.metrics.add(receipt)
         return pa.table({"receipt": [json.dumps(asdict(receipt))]})
 
 

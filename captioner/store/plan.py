@@ -64,7 +64,7 @@ def make_plan(
             rows = _numbered(listing.rows, first_row)
             if plans:
                 rows = rows.filter(pa.array(~known.contains(rows["image_id"].to_pylist())))
-            rows = _matching(rows, config)
+            rows = matching(rows, config)
             if config.limit is not None:
                 rows = rows.slice(0, config.limit - writer.num_rows)
             writer.add(unit, rows, listing.ignored)
@@ -128,7 +128,7 @@ def compare_with_source(table: CaptionsTable, source: Source, config: SourceConf
                 planned += plan.num_rows
         found = new = 0
         for _, listing, _ in _listings_from(source, _Place()):
-            rows = _matching(listing.rows, config)
+            rows = matching(listing.rows, config)
             hits = int(known.contains(rows["image_id"].to_pylist()).sum())
             found, new = found + hits, new + rows.num_rows - hits
     return SourceChange(num_new=new, num_gone=planned - found)
@@ -249,7 +249,7 @@ def _numbered(rows: pa.Table, first: int) -> pa.Table:
     return rows.append_column(pa.field("_row", pa.int64()), numbers)
 
 
-def _matching(rows: pa.Table, config: SourceConfig) -> pa.Table:
+def matching(rows: pa.Table, config: SourceConfig) -> pa.Table:
     """The rows that --include and --exclude leave."""
     if not config.include and not config.exclude:
         return rows

@@ -1,8 +1,171 @@
-"""A cluster of several raylets on this machine, so that a node can die."""
+"""Real clusters on this machine: `ray start --head` with its dashboard and token authentication, and several raylets of
+which one can die."""
 
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
 from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
 
+import psutil
 import pytest
+
+STARTED_WITHIN_S = 90.0
+
+
+@dataclass
+class Head:
+    """A running head. `environment` is what a process needs to reach it; `url` its dashboard's."""
+
+    url: str
+    gcs: str
+    metrics_ports: list[int]
+    token: str
+    home: Path
+    environment: dict[str, str]
+    raylets: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.token}"}
+
+    def scrape(self) -> str:
+        """What every node's Prometheus endpoint shows now."""
+        pages = []
+        for port in self.metrics_ports:
+            with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as page:
+                pages.append(page.read().decode())
+        return "\n".join(pages)
+
+    def num_nodes(self) -> int:
+        nodes = self.get_json("/nodes?view=summary")["data"]["summary"]
+        return sum(node["raylet"].get("state") == "ALIVE" for node in nodes)
+
+    def get_json(self, path: str) -> dict:
+        request = urllib.request.Request(self.url + path, headers=self.headers)
+        with urllib.request.urlopen(request, timeout=10) as page:
+            return json.load(page)
+
+    def client(self):
+        from ray.job_submission import JobSubmissionClient
+
+        return JobSubmissionClient(self.url, headers=self.headers)
+
+    def captioner(self, *words: str, **options) -> subprocess.Popen[str]:
+        """The command line in a process of its own, outside the cluster."""
+        command = [sys.executable, "-m", "ray_jobs.cli", *words]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL, "text": True}
+        return subprocess.Popen(command, **(pipes | {"env": self.environment} | options))
+
+    def submit(self, *words: str) -> subprocess.Popen[str]:
+        return self.captioner("submit", "--address", self.url, *words)
+
+    def add_node(self, num_cpus: int) -> subprocess.Popen[bytes]:
+        agent, metrics = free_ports(2)
+        flags = {"address": self.gcs, "num-cpus": num_cpus}
+        flags |= {"dashboard-agent-listen-port": agent, "metrics-export-port": metrics}
+        environment = self.environment | {"PYTHONPATH": ""}
+        raylet = _ray_start(environment, self.home, *(f"--{key}={value}" for key, value in flags.items()))
+        self.metrics_ports.append(metrics)
+        before, deadline = self.num_nodes(), time.monotonic() + STARTED_WITHIN_S
+        while self.num_nodes() == before:  # two that start at once can take each other's ports
+            assert raylet.poll() is None, (self.home / "start.log").read_text()
+            assert time.monotonic() < deadline, "the node did not join"
+            time.sleep(0.1)
+        self.raylets.append(raylet)
+        return raylet
+
+
+def free_ports(count: int) -> list[int]:
+    """Free just now; the system gives them from above 32768, where no worker of Ray's looks."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+def _ray_start(environment: dict[str, str], home: Path, *flags: str) -> subprocess.Popen[bytes]:
+    ray = str(Path(sys.executable).with_name("ray"))
+    common = ["--node-ip-address", "127.0.0.1", "--object-store-memory", str(150 * 2**20), "--disable-usage-stats"]
+    with (home / "start.log").open("ab") as log:
+        return subprocess.Popen(
+            [ray, "start", "--block", *common, *flags],
+            env=environment,
+            cwd=home,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+
+
+def end_tree(process: subprocess.Popen) -> None:
+    """`ray stop` would end every Ray of this machine; these are the processes of this one."""
+    if process.poll() is None:
+        parent = psutil.Process(process.pid)
+        tree = [*parent.children(recursive=True), parent]
+        for one in tree:
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
+    process.wait()
+
+
+@pytest.fixture(scope="session")
+def head() -> Iterator[Head]:
+    home = Path(tempfile.mkdtemp(prefix="cr", dir="/tmp"))  # sockets live below it: their paths must be short
+    gcs, dashboard, agent, client, metrics = free_ports(5)
+    token = secrets.token_hex(16)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment |= {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "HOME": str(home),
+        "HF_HUB_OFFLINE": "1",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": token,
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_metrics_report_interval_ms": "500",
+    }
+    flags = {"port": gcs, "dashboard-port": dashboard, "dashboard-agent-listen-port": agent}
+    flags |= {"ray-client-server-port": client, "metrics-export-port": metrics, "num-cpus": 2}
+    settings = ["--dashboard-host", "127.0.0.1", "--temp-dir", str(home / "r")]
+    started = _ray_start(
+        environment | {"PYTHONPATH": ""},
+        home,
+        "--head",
+        *settings,
+        *(f"--{key}={value}" for key, value in flags.items()),
+    )
+    head = Head(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{gcs}", [metrics], token, home, environment)
+    try:
+        _wait_until_ready(head, started)
+        yield head
+    finally:
+        for process in [*head.raylets, started]:
+            end_tree(process)
+        shutil.rmtree(home, ignore_errors=True)
+
+
+def _wait_until_ready(head: Head, started: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + STARTED_WITHIN_S
+    while True:
+        assert started.poll() is None, (head.home / "start.log").read_text()
+        assert time.monotonic() < deadline, "the head did not start"
+        try:
+            head.client().list_jobs()
+            return
+        except (RuntimeError, ConnectionError, OSError):
+            time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")

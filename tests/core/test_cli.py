@@ -94,7 +94,13 @@ def test_every_flag_of_help_is_a_setting(capsys: pytest.CaptureFixture[str]) -> 
     assert exit_code("caption", "--help") == 0
 
     shown = set(re.findall(r"^  (?:-h, )?(--[a-z-]+)", capsys.readouterr().out, re.MULTILINE))
-    assert shown == {setting.flag for setting in FLAGS} | {"--config", "--help"}
+    assert shown == {setting.flag for setting in FLAGS} | {
+        "--config",
+        "--set",
+        "--print-config",
+        "--log-format",
+        "--help",
+    }
 
 
 def test_help_shows_choices_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
@@ -286,7 +292,9 @@ def test_help_lists_commands_and_exit_codes(words: list[str], capsys: pytest.Cap
     assert "..." not in shown.replace("[ARGS]...", ""), "a description is cut off"
 
 
-@pytest.mark.parametrize("command", ["caption", "try", "verify", "status", "render-scenes"])
+@pytest.mark.parametrize(
+    "command", ["caption", "try", "verify", "status", "render-scenes", "submit", "doctor", "estimate"]
+)
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code(command, "--help") == 0
     assert f"Usage: captioner {command} " in capsys.readouterr().out

@@ -1,0 +1,209 @@
+"""`captioner doctor`: what would keep a run from working on this cluster, found before the run.
+
+Every check is one line, `ok` or `FAIL` with what to do. Checks that need a node run on every node.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from captioner.config import CaptionConfig, ModelConfig
+from captioner.errors import ERROR, OK, CaptionerError
+from captioner.files import is_uri
+from captioner.text import printable
+from ray_jobs.cluster import connect, share_out
+
+PACKAGES = ("ray", "transformers", "torch", "pyarrow", "pillow", "numpy")
+MIN_OPEN_FILES = 8_192
+TIMEOUT_S = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One check. `fine`: None where it is a remark and no verdict."""
+
+    name: str
+    fine: bool | None
+    said: str
+
+    def __str__(self) -> str:
+        return f"{'note' if self.fine is None else 'ok' if self.fine else 'FAIL':<5}{self.name:<12}{self.said}"
+
+
+def run(config: CaptionConfig, out: str | None) -> int:
+    """Print the findings; exit 1 where one of them is a failure. Raises ClusterError where Ray cannot be reached."""
+    failed = 0
+    for finding in findings(config, out):
+        print(printable(str(finding)), flush=True)
+        failed += finding.fine is False
+    print(f"{failed} of the checks failed" if failed else "everything a run needs is there")
+    return ERROR if failed else OK
+
+
+def findings(config: CaptionConfig, out: str | None) -> Iterator[Finding]:
+    """Runs the checks one after the other."""
+    resources = connect(config.cluster)
+    yield Finding(
+        "cluster", True, f"{resources.num_nodes} nodes, {resources.num_cpus:g} CPUs, {resources.num_gpus:g} GPUs"
+    )
+    yield _token()
+    here = facts()
+    for address, there in _on_every_node(facts):
+        yield _versions(address, here, there)
+        yield _limits(address, there)
+    yield _sizes(config)
+    if resources.num_gpus:
+        yield _on_a_worker("gpu", _see_gpu, num_gpus=1)
+    if config.model.name:
+        yield _on_a_worker("model", _caption_one, config.model, num_gpus=1 if resources.num_gpus else 0)
+    if out:
+        yield from _writable(out, resources.num_nodes)
+
+
+def facts() -> dict[str, Any]:
+    """Versions and limits of this process and its machine."""
+    found: dict[str, Any] = {"python": ".".join(platform.python_version_tuple()[:2])}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "missing"
+    found["open files"] = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return found
+
+
+def _token() -> Finding:
+    if os.environ.get("RAY_AUTH_MODE") == "token":
+        return Finding("access", True, "token authentication is on")
+    return Finding("access", None, "token authentication is not asked for: set RAY_AUTH_MODE=token on every node")
+
+
+def _versions(address: str, here: dict[str, Any], there: dict[str, Any]) -> Finding:
+    names = ("python", *PACKAGES)
+    differing = [f"{name} {there[name]} (driver {here[name]})" for name in names if there[name] != here[name]]
+    if differing:
+        return Finding("versions", False, f"node {address}: {', '.join(differing)}; use one image for every node")
+    return Finding("versions", True, f"node {address}: " + ", ".join(f"{name} {there[name]}" for name in names[:4]))
+
+
+def _limits(address: str, there: dict[str, Any]) -> Finding:
+    files = there["open files"]
+    if 0 <= files < MIN_OPEN_FILES:
+        return Finding("limits", None, f"node {address}: only {files:,} open files; ulimit -n 65536 before ray start")
+    return Finding("limits", True, f"node {address}: {files:,} open files")
+
+
+def _sizes(config: CaptionConfig) -> Finding:
+    try:
+        sizes = share_out(connect(config.cluster), config.cluster)
+    except CaptionerError as error:
+        return Finding("sizes", False, str(error))
+    grows = f" to {sizes.max_workers}" if sizes.max_workers else ""
+    return Finding(
+        "sizes",
+        True,
+        f"{sizes.num_workers}{grows} caption workers with {sizes.gpus_per_worker:g} GPUs and {sizes.cpus_per_worker:g} "
+        f"CPUs each, {sizes.decode_cpus} decode workers",
+    )
+
+
+def _see_gpu() -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise RuntimeError("torch sees no GPU where Ray gives one: install torch with CUDA in the image")
+    return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+
+
+def _caption_one(model: ModelConfig) -> str:
+    """Load the model and caption one grey picture."""
+    import numpy as np
+
+    from captioner.models import load, resolve
+
+    started = time.perf_counter()
+    ref = resolve(model, None if model.dtype == "auto" else model.dtype)
+    captioner = load(ref, batch_size=model.batch_size)
+    loaded = time.perf_counter()
+    captioner.caption(np.full((1, ref.spec.height, ref.spec.width, 3), 128, np.uint8))
+    return f"{model.name} loads in {loaded - started:.1f} s, first caption in {time.perf_counter() - loaded:.2f} s"
+
+
+def _writable(out: str, num_nodes: int) -> Iterator[Finding]:
+    """Each writes a file of its own into OUT; on a shared OUT the driver reads what each node wrote."""
+    mark = f".doctor-{uuid.uuid4().hex[:8]}"
+    try:
+        _write(out, mark)
+    except Exception as error:  # whatever a store raises
+        yield Finding("out", False, f"driver: {_last_line(error)}")
+        return
+    try:
+        for address, said in _on_every_node(_write_and_look, out, mark):
+            yield Finding("out", not said, f"node {address}: {said or f'writes into {out}'}")
+    finally:
+        _delete(out, mark)
+    if num_nodes > 1 and not is_uri(out):
+        yield Finding("out", None, f"{out} is a local path: it must be one shared file system (NFS) on every node")
+
+
+def _write_and_look(out: str, mark: str) -> str:
+    """Why OUT cannot be used from here; "" where it can."""
+    from captioner.store.directory import Directory
+
+    own = f"{mark}-{uuid.uuid4().hex[:8]}"
+    try:
+        if not Directory(out).exists(mark):
+            return f"{out} is not shared: the driver's file is not there; give s3://, gs:// or NFS"
+        _write(out, own)
+        _delete(out, own)
+    except Exception as error:  # whatever a store raises
+        return _last_line(error)
+    return ""
+
+
+def _write(out: str, name: str) -> None:
+    from captioner.store.directory import Directory
+
+    Directory(out).write_bytes(name, b"captioner doctor\n")
+
+
+def _delete(out: str, name: str) -> None:
+    from captioner.store.directory import Directory
+
+    directory = Directory(out)
+    directory.filesystem.delete_file(directory.path(name))
+
+
+def _on_every_node(function: Callable[..., Any], *arguments: Any) -> Iterator[tuple[str, Any]]:
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    for node in ray.nodes():
+        if node["Alive"]:
+            where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            task = ray.remote(num_cpus=0, scheduling_strategy=where)(function)
+            yield node["NodeManagerAddress"], ray.get(task.remote(*arguments), timeout=TIMEOUT_S)
+
+
+def _on_a_worker(name: str, function: Callable[..., str], *arguments: Any, num_gpus: float) -> Finding:
+    import ray
+
+    task = ray.remote(num_cpus=0 if num_gpus else 1, num_gpus=num_gpus, max_retries=0)(function)
+    try:
+        return Finding(name, True, ray.get(task.remote(*arguments), timeout=TIMEOUT_S))
+    except ray.exceptions.GetTimeoutError:
+        return Finding(name, False, f"no worker was free within {TIMEOUT_S:g} s")
+    except ray.exceptions.RayError as error:
+        return Finding(name, False, _last_line(error))
+
+
+def _last_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1][:300]

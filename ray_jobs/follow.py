@@ -1,0 +1,123 @@
+"""Follow a submitted job to its end: its log, its exit code, and what to do on Ctrl-C or a lost connection."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from captioner.errors import ERROR, INTERRUPTED, OK, TERMINATED, ClusterError
+from captioner.pipeline import say
+from ray_jobs.submit import ENDED, reaching
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
+POLL_S = 1.0
+LOST_S = 300.0  # without any answer for this long, the cluster is taken to be gone
+
+
+class Follower:
+    """Writes a job's log to standard output, each character once, over as many connections as it takes.
+
+    `waits_for`: what the job needs before it starts, for the message when `pending_timeout` seconds have passed.
+    """
+
+    def __init__(
+        self,
+        client: JobSubmissionClient,
+        job_id: str,
+        waits_for: str,
+        pending_timeout: float,
+        lost_after: float = LOST_S,
+    ) -> None:
+        self._client, self._job_id, self._waits_for = client, job_id, waits_for
+        self._pending_timeout, self._lost_after = pending_timeout, lost_after
+        self._written = 0
+        self._last_answer = time.monotonic()
+
+    def run(self) -> int:
+        """The exit code of the job's command. Raises ClusterError where it never starts or the cluster is lost."""
+        try:
+            self._wait_for_start()
+            while str((info := self._info()).status) not in ENDED:
+                self._copy_log()
+                time.sleep(POLL_S / 4)
+            self._copy_log()
+            return self._verdict(info)
+        except KeyboardInterrupt:
+            return self._stop_or_detach()
+
+    def _wait_for_start(self) -> None:
+        deadline = time.monotonic() + self._pending_timeout
+        while str(self._info().status) == "PENDING":
+            if time.monotonic() > deadline:
+                raise ClusterError(
+                    f"{self._job_id} has waited {self._pending_timeout:g} s for {self._waits_for}; it stays queued: "
+                    f"the same command waits on, `ray job stop {self._job_id}` asks to give up"
+                )
+            time.sleep(POLL_S / 4)
+
+    def _info(self) -> Any:
+        """The job's details; asks again while the cluster does not answer."""
+        while True:
+            try:
+                with reaching(self._client.get_address()):
+                    info = self._client.get_job_info(self._job_id)
+                self._last_answer = time.monotonic()
+                return info
+            except ClusterError as error:
+                if time.monotonic() - self._last_answer > self._lost_after:
+                    raise ClusterError(
+                        f"{error}; {self._job_id} may go on: the same command follows it again"
+                    ) from error
+                time.sleep(POLL_S)
+
+    def _copy_log(self) -> None:
+        """Copy what is new until the connection ends, for whatever reason."""
+        import aiohttp
+
+        try:
+            asyncio.run(self._tail())
+        except (aiohttp.ClientError, OSError, RuntimeError):
+            return  # `run` looks at the job's state, and comes back
+
+    async def _tail(self) -> None:
+        seen = 0  # every connection starts at the beginning of the log
+        async for text in self._client.tail_job_logs(self._job_id):
+            new = text[max(0, self._written - seen) :]
+            seen += len(text)
+            if new:
+                self._written = seen
+                sys.stdout.write(new)
+                sys.stdout.flush()
+
+    def _verdict(self, info: Any) -> int:
+        status, code = str(info.status), info.driver_exit_code
+        if status == "SUCCEEDED":
+            return OK
+        if status == "STOPPED":
+            say(f"{self._job_id} was stopped; the same command goes on")
+            return TERMINATED
+        if code is None:  # its command never ran
+            raise ClusterError(f"{self._job_id} failed: {' '.join((info.message or 'no message').split())[-400:]}")
+        say(f"{self._job_id} ended with exit code {code}")
+        return 128 - code if code < 0 else code or ERROR
+
+    def _stop_or_detach(self) -> int:
+        try:
+            wants_stop = sys.stdin.isatty() and input("\nStop the job? [y/N] ").strip().lower().startswith("y")
+        except (EOFError, KeyboardInterrupt):
+            wants_stop = False
+        if not wants_stop:
+            say(
+                f"detached: {self._job_id} goes on; the same command follows it, `ray job stop {self._job_id}` stops it"
+            )
+            return INTERRUPTED
+        with reaching(self._client.get_address()):
+            self._client.stop_job(self._job_id)
+        while str(self._info().status) not in ENDED:
+            time.sleep(POLL_S / 4)
+        say(f"{self._job_id} is stopped; the same command goes on")
+        return INTERRUPTED

@@ -1,0 +1,149 @@
+"""`captioner submit` against a real cluster: submit, follow, submit twice, stop, resume, exit codes."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import socket
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from captioner.store.table import open_table
+from captioner.store.verify import verify
+from captioner.testing import make_folder
+
+DEADLINE_S = 120.0
+PICTURES = 3_000
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("archive"), PICTURES, width=32)
+
+
+class Proxy:
+    """Passes TCP connections on to the head, and can cut those that are open."""
+
+    def __init__(self, url: str) -> None:
+        self._target = ("127.0.0.1", int(url.rsplit(":", 1)[1]))
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self._open: list[socket.socket] = []
+        self.url = f"http://127.0.0.1:{self._server.getsockname()[1]}"
+
+    def __enter__(self) -> Proxy:
+        threading.Thread(target=self._accept, daemon=True).start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._server.close()
+
+    def cut(self) -> None:
+        assert self._open
+        for one in self._open:
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):  # closed
+            while True:
+                near, far = self._server.accept()[0], socket.create_connection(self._target)
+                self._open += [near, far]
+                for pair in ((near, far), (far, near)):
+                    threading.Thread(target=self._pass_on, args=pair, daemon=True).start()
+
+    @staticmethod
+    def _pass_on(source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                target.sendall(data)
+            target.shutdown(socket.SHUT_WR)
+
+
+def caption(archive: Path, out: Path, *more: str) -> list[str]:
+    return ["--", "caption", str(archive), str(out), "--model", "fake", "--rows-per-file", "160", *more]
+
+
+def job_ids(head, prefix: str = "captioner-") -> list[str]:
+    return sorted(job.submission_id for job in head.client().list_jobs() if job.submission_id.startswith(prefix))
+
+
+def first_line(job: subprocess.Popen[str]) -> str:
+    line = job.stdout.readline()
+    assert line, job.wait()
+    return line.strip()
+
+
+def wait_for_chunks(out: Path, count: int) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while len(list(out.glob("chunks/*/*.parquet"))) < count:
+        assert time.monotonic() < deadline, "no chunk was committed"
+        time.sleep(0.01)
+
+
+def test_stopped_half_way_and_submitted_again_ends_whole(head, archive: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with Proxy(head.url) as proxy:
+        first = head.captioner("submit", "--address", proxy.url, *caption(archive, out))
+        job_id = first_line(first).removeprefix("captioner: submitted: ")
+        wait_for_chunks(out, 1)
+        _stop_half_way(head, proxy, first, job_id, archive, out)
+
+    third = head.submit(*caption(archive, out))
+    log, _ = third.communicate()
+    assert third.returncode == 0, log
+    assert log.startswith(f"captioner: submitted: {job_id}-2\n")
+    assert "committed before this start" in log
+    assert verify(open_table(str(out))).proven
+
+
+def _stop_half_way(head, proxy: Proxy, first, job_id: str, archive: Path, out: Path) -> None:
+    proxy.cut()
+
+    second = head.submit(*caption(archive, out))
+    assert first_line(second) == f"captioner: already submitted: {job_id}"
+    assert job_ids(head, job_id) == [job_id]
+
+    head.client().stop_job(job_id)
+    logs = [first.communicate()[0], second.communicate()[0]]
+    assert (first.returncode, second.returncode) == (143, 143), logs
+    assert not verify(open_table(str(out))).proven
+    assert logs[0].count("planned 3,000 pictures") == 1  # followed over two connections, each line once
+
+
+def test_the_exit_code_is_that_of_the_command(head, tmp_path: Path) -> None:
+    (tmp_path / "archive").mkdir()
+    (tmp_path / "archive" / "broken.png").write_bytes(b"no picture")
+
+    job = head.submit(*caption(tmp_path / "archive", tmp_path / "out"))
+    log, _ = job.communicate()
+
+    assert job.returncode == 2, log
+    assert "1 of 1 pictures failed" in log
+    (job_id,) = re.findall(r"submitted: (\S+)", log)
+    sent = head.client().get_job_info(job_id).runtime_env
+    assert len(sent["py_modules"]) == 2
+    assert "working_dir" not in sent  # nothing but the two packages was uploaded
+
+
+def test_a_job_that_cannot_start_is_named_with_what_it_waits_for(head, tmp_path: Path) -> None:
+    wanted = ("--pending-timeout", "1", "--entrypoint-num-gpus", "1")
+    job = head.submit(*wanted, *caption(tmp_path, tmp_path / "out"))
+    log, _ = job.communicate()
+
+    assert job.returncode == 1
+    assert "has waited 1 s for 1 GPUs (--entrypoint-num-gpus)" in log
+
+
+def test_without_the_token_the_message_says_so(head, tmp_path: Path) -> None:
+    environment = {name: value for name, value in head.environment.items() if not name.startswith("RAY_AUTH")}
+    words = ["submit", "--address", head.url, *caption(tmp_path, tmp_path / "out")]
+    job = head.captioner(*words, env=environment)
+    log, _ = job.communicate()
+
+    assert job.returncode == 1
+    assert "RAY_AUTH_TOKEN" in log
+    assert "Traceback" not in log

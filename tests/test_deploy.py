@@ -1,0 +1,95 @@
+"""The files in deploy/ are what their readers accept: Ray's launcher, KubeRay, the command line, Prometheus."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import re
+import shlex
+from pathlib import Path
+
+import jsonschema
+import pytest
+import typer
+import yaml
+
+from captioner.errors import UsageError
+from ray_jobs import metrics
+from ray_jobs.cli import app
+from ray_jobs.submit import resolve_arguments
+
+ROOT = Path(__file__).parents[1]
+CLUSTERS = [ROOT / "deploy/gcp.yaml", ROOT / "deploy/on-premise.yaml"]
+MANIFESTS = sorted((ROOT / "deploy/kuberay").glob("*.yaml"))
+SCHEMA = json.loads((ROOT / "tests/rayjob.schema.json").read_text())
+RAY_VERSION = re.search(r"^ray(?:\[.*\])?==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)[1]
+
+
+def entrypoint(manifest: Path) -> list[str]:
+    program, *words = shlex.split(yaml.safe_load(manifest.read_text())["spec"]["entrypoint"])
+    assert program == "captioner"
+    return words
+
+
+@pytest.mark.parametrize("file", CLUSTERS, ids=lambda path: path.name)
+def test_rays_launcher_accepts_the_cluster_file(file: Path) -> None:
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    config = prepare_config(yaml.safe_load(file.read_text()))
+    validate_config(config)
+
+    assert config["docker"]["image"] == f"rayproject/ray:{RAY_VERSION}-py311-gpu"
+    assert any("ray start --head" in command for command in config["head_start_ray_commands"])
+
+
+@pytest.mark.parametrize("manifest", MANIFESTS, ids=lambda path: path.name)
+def test_a_manifest_is_a_ray_job(manifest: Path) -> None:
+    job = yaml.safe_load(manifest.read_text())
+    jsonschema.validate(job, SCHEMA)
+
+    spec = job["spec"]
+    (workers,) = spec["rayClusterSpec"]["workerGroupSpecs"]
+    (container,) = workers["template"]["spec"]["containers"]
+    assert spec["shutdownAfterJobFinishes"] is True
+    assert spec["rayClusterSpec"]["rayVersion"] == RAY_VERSION
+    assert spec["rayClusterSpec"]["authOptions"] == {"mode": "token"}
+    assert container["resources"]["limits"]["nvidia.com/gpu"]
+    assert workers["template"]["spec"]["tolerations"][0]["key"] == "nvidia.com/gpu"
+
+
+def test_the_schema_refuses_a_key_that_kuberay_does_not_know() -> None:
+    job = copy.deepcopy(yaml.safe_load(MANIFESTS[0].read_text()))
+    job["spec"]["shutdownAfterJobFinish"] = True
+
+    with pytest.raises(jsonschema.ValidationError, match="shutdownAfterJobFinish"):
+        jsonschema.validate(job, SCHEMA)
+
+
+@pytest.mark.parametrize("manifest", MANIFESTS, ids=lambda path: path.name)
+def test_the_command_of_a_manifest_is_one_that_the_command_line_takes(manifest: Path) -> None:
+    words = entrypoint(manifest)
+    if words[0] not in typer.main.get_command(app).commands:
+        pytest.skip(f"no command {words[0]} in this version")
+
+    assert resolve_arguments(words)[0] == manifest.stem
+    with pytest.raises((UsageError, typer.TyperException)):
+        resolve_arguments([*words, "--no-such-flag"])
+
+
+def test_the_image_is_built_from_files_that_are_there() -> None:
+    lines = (ROOT / "deploy/Dockerfile").read_text().splitlines()
+    copied = [name for line in lines if line.startswith("COPY") for name in line.split()[2:-1]]
+
+    assert f"FROM rayproject/ray:{RAY_VERSION}-py311-gpu" in lines
+    assert [name for name in copied if not (ROOT / name).exists()] == []
+    assert "RUN pip install --no-cache-dir -c constraints.txt ." in lines
+
+
+def test_the_dashboard_draws_metrics_that_exist() -> None:
+    dashboard = json.loads((ROOT / "deploy/grafana.json").read_text())
+    drawn = re.findall(r"ray_(captioner_\w+)", json.dumps(dashboard))
+    made = set(re.findall(r'"(captioner_\w+)"', inspect.getsource(metrics)))
+
+    assert len(dashboard["panels"]) >= 5
+    assert {re.sub(r"_(total|bucket)$", "", name) for name in drawn} == made
