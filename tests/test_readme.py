@@ -30,7 +30,9 @@ def commands() -> set[str]:
 
 @pytest.fixture(scope="module")
 def flags(commands: set[str]) -> set[str]:
-    return {flag for command in commands for flag in re.findall(r"--[a-z][a-z-]*", help_of(command))}
+    of_commands = {flag for command in commands for flag in re.findall(r"--[a-z][a-z-]*", help_of(command))}
+    benchmarks = "".join(file.read_text() for file in (ROOT / "benchmarks").glob("*.py"))
+    return of_commands | set(re.findall(r'add_argument\(\s*"(--[a-z-]+)"', benchmarks))
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
