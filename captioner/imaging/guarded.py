@@ -83,7 +83,8 @@ class GuardedDecoder:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
-                env=os.environ | {"PYTHONPATH": search_path},
+                # One thread: the other cores have work of their own.
+                env=os.environ | {"PYTHONPATH": search_path, "OMP_NUM_THREADS": "1"},
             )
         self._is_ready = False
 
