@@ -16,15 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 import captioner.starter
-from captioner.faults import (
-    ABORT_MARKER,
-    GATE_MARKER,
-    HANG_MARKER,
-    GatedDirectory,
-    Killed,
-    killed_at_write,
-    sigkill_at_write,
-)
+from captioner.faults import GatedDirectory, Killed, killed_at_write, sigkill_at_write
+from captioner.imaging.poison import ABORT_MARKER, GATE_MARKER, HANG_MARKER
 from captioner.models.fake import FakeCaptioner
 from captioner.scenes import Scene, make_scenes
 

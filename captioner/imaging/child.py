@@ -18,7 +18,7 @@ import numpy as np
 from captioner.data import DecodedImage, PixelSpec
 from captioner.imaging import decode
 
-# Asks for a picture whose bytes tell its decoder to die or to hang: see `captioner.faults`.
+# Asks for a picture whose bytes tell its decoder to die or to hang: see `captioner.imaging.poison`.
 POISON_VARIABLE = "CAPTIONER_TEST_POISON"
 
 
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> None:
         decode, spec=PixelSpec(**spec), max_pixels=settings["max_pixels"]
     )
     if POISON_VARIABLE in os.environ:
-        from captioner.faults import poisoned
+        from captioner.imaging.poison import poisoned
 
         decode_one = poisoned(decode_one)
     serve(Connection(int(argv[0])), decode_one, settings["timeout"])

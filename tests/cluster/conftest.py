@@ -170,7 +170,7 @@ def _wait_until_ready(head: Head, started: subprocess.Popen[bytes]) -> None:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator:
-    """A head without CPUs and a node of 3. Decoders obey the markers of `captioner.faults`."""
+    """A head without CPUs and a node of 3. Decoders obey the markers of `captioner.testing`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CAPTIONER_TEST_POISON", "1")
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")

@@ -63,6 +63,7 @@ def example(setting: Setting) -> tuple[list[str], object]:
         "dtype": (["bfloat16"], "bfloat16"),
         "preprocess": (["processor"], "processor"),
         "keep_columns": (["a, b"], ["a", "b"]),
+        "decode_timeout": (["2.5"], 2.5),
         "max_failed": (["0.25"], 0.25),
         "gpus_per_worker": (["0.5"], 0.5),
         "max_wer": (["0.5"], 0.5),
