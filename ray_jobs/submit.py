@@ -88,7 +88,7 @@ def resolve_arguments(words: list[str], working_dir: str | None = None) -> list[
         return words
     settings, own = call
     cluster = getattr(settings, "cluster", None)
-    if cluster is not None and (cluster.address or cluster.local):
+    if cluster is not None and (cluster.address or getattr(cluster, "local", False)):
         raise UsageError(
             "--address belongs to submit: `captioner submit --address URL -- ...`; --local runs without Ray"
         )

@@ -71,20 +71,24 @@ class Head:
     def submit(self, *words: str) -> subprocess.Popen[str]:
         return self.captioner("submit", "--address", self.url, *words)
 
-    def add_node(self, num_cpus: int) -> subprocess.Popen[bytes]:
+    def add_node(self, num_cpus: int) -> None:
+        """Start a raylet and wait until it has joined. A busy GCS may be too late for one: then it is tried again."""
+        before, deadline = self.num_nodes(), time.monotonic() + STARTED_WITHIN_S
+        raylet = self._start_raylet(num_cpus)
+        while self.num_nodes() == before:
+            if raylet.poll() is not None:
+                raylet = self._start_raylet(num_cpus)
+            assert time.monotonic() < deadline, (self.home / "start.log").read_text()
+            time.sleep(0.1)
+
+    def _start_raylet(self, num_cpus: int) -> subprocess.Popen[bytes]:
         agent, metrics = free_ports(2)
         flags = {"address": self.gcs, "num-cpus": num_cpus}
         flags |= {"dashboard-agent-listen-port": agent, "metrics-export-port": metrics}
         environment = self.environment | {"PYTHONPATH": ""}
-        raylet = _ray_start(environment, self.home, *(f"--{key}={value}" for key, value in flags.items()))
+        self.raylets.append(_ray_start(environment, self.home, *(f"--{key}={value}" for key, value in flags.items())))
         self.metrics_ports.append(metrics)
-        before, deadline = self.num_nodes(), time.monotonic() + STARTED_WITHIN_S
-        while self.num_nodes() == before:  # two that start at once can take each other's ports
-            assert raylet.poll() is None, (self.home / "start.log").read_text()
-            assert time.monotonic() < deadline, "the node did not join"
-            time.sleep(0.1)
-        self.raylets.append(raylet)
-        return raylet
+        return self.raylets[-1]
 
 
 def free_ports(count: int) -> list[int]:
@@ -162,8 +166,8 @@ def _wait_until_ready(head: Head, started: subprocess.Popen[bytes]) -> None:
         assert started.poll() is None, (head.home / "start.log").read_text()
         assert time.monotonic() < deadline, "the head did not start"
         try:
-            head.client().list_jobs()
-            return
+            if head.num_nodes():
+                return
         except (RuntimeError, ConnectionError, OSError):
             time.sleep(0.1)
 

@@ -20,11 +20,11 @@ PICTURES = 1_600  # with a real model: a pool grows where captioning is what tak
 
 @pytest.fixture(scope="module")
 def grown(head, tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """A run during which two nodes join: its exit code and log, what was scraped, and the workers it had."""
+    """A run on two nodes that a third joins: its exit code and log, what was scraped, and the workers it had."""
     root = tmp_path_factory.mktemp("grown")
     archive = make_folder(root / "archive", PICTURES, width=32)
-    job = head.submit("--", "caption", str(archive), str(root / "out"), "--model", "starter", "--num-workers", "1:3")
     head.add_node(num_cpus=2)
+    job = head.submit("--", "caption", str(archive), str(root / "out"), "--model", "starter", "--num-workers", "1:3")
     head.add_node(num_cpus=2)
     seen = {"metrics": {}, "workers": set(), "out": root / "out"}
     while job.poll() is None:
