@@ -194,7 +194,7 @@ def report(
 
 @app.command()
 def models() -> int:
-    """List the families of models, and well-known checkpoints of each."""
+    """List the families of models and known checkpoints."""
     from captioner.models.catalogue import table
 
     typer.echo(table())
