@@ -90,16 +90,20 @@ def test_a_driver_killed_at_random_moments(tmp_path: Path, capfd: pytest.Capture
 
 
 def wait_for(job: subprocess.Popen[bytes], out: Path, more: int, pause: float) -> bool:
-    """Until so many more chunks are committed, or publishing has begun, and a moment longer; whether the job lives.
+    """Until so many more chunks are committed, or one more file is published, and a moment; whether the job lives.
     With `more` = 0 only for the moment: up to 5 s, in which it plans and starts Ray."""
-    goal = num_chunks(out) + more
-    while more and num_chunks(out) < goal and not list(out.glob("captions/*")) and job.poll() is None:
+    goal, published = num_chunks(out) + more, num_published(out)
+    while more and num_chunks(out) < goal and num_published(out) == published and job.poll() is None:
         time.sleep(0.002)
     try:
         job.wait(pause * (0.1 if more else 5))
     except subprocess.TimeoutExpired:
         return True
     return False
+
+
+def num_published(out: Path) -> int:
+    return sum(1 for _ in out.glob("captions/*.parquet"))
 
 
 def num_chunks(out: Path) -> int:
