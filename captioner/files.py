@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from functools import lru_cache
 from urllib.parse import quote, unquote
 
@@ -23,6 +24,12 @@ def local_path(location: str) -> str:
     if location.startswith("file://"):
         return os.path.abspath(unquote(location.removeprefix("file://"), errors="surrogateescape"))
     return os.path.abspath(os.path.expanduser(location))
+
+
+def shown(location: str) -> str:
+    """A location for records and messages: without the keys and options that a URI may hold."""
+    place = location.partition("?")[0] if is_uri(location) else location
+    return re.sub(r"^(\w+://)[^/@]*@", r"\1", place)
 
 
 def open_filesystem(location: str) -> tuple[FileSystem, str]:

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from captioner.config import CaptionConfig, SourceConfig
 from captioner.data import Chunk, Receipt, Source
 from captioner.errors import FingerprintError, OutputError, UsageError
-from captioner.files import is_uri, local_path
+from captioner.files import is_uri, local_path, shown
 from captioner.models import ModelRef, check_in_subprocess, resolve, weights_bytes
 from captioner.scenes import describes_scene
 from captioner.sources import open_source
@@ -107,7 +107,7 @@ def open_job(config: CaptionConfig, engine: Engine, say: Say) -> Job:
     source_config = config.source if table is None else _planned_source(config, table)
     source = open_source(source_config)
     if table is None:
-        settings = config.source.model_dump()
+        settings = config.source.model_dump() | {"path": shown(config.source.path)}
         table = create_table(config.output.path, settings, source.kept_fields(), config.output.overwrite)
     else:
         table.directory.sweep("")
@@ -156,7 +156,7 @@ def _existing_table(config: CaptionConfig) -> CaptionsTable | None:
         return open_table(config.output.path)
     if config.output.retry_failed or config.output.extend:
         flag = "--retry-failed" if config.output.retry_failed else "--extend"
-        raise OutputError(f"{flag}: {config.output.path} holds no captions table yet; run without {flag} first")
+        raise OutputError(f"{flag}: {shown(config.output.path)} holds no captions table yet; run without {flag} first")
     return None
 
 
@@ -166,9 +166,10 @@ def _planned_source(config: CaptionConfig, table: CaptionsTable) -> SourceConfig
     free = {"max_pixels", "decode_timeout"} | ({"include", "exclude", "limit"} if config.output.extend else set())
     for name in SourceConfig.model_fields:
         before, now = getattr(planned, name), getattr(config.source, name)
+        now = shown(now) if name == "path" else now
         if name not in free and before != now:
             raise OutputError(
-                f"{config.output.path} was planned with source.{name}={before!r}, now it is {now!r}; "
+                f"{shown(config.output.path)} was planned with source.{name}={before!r}, now it is {now!r}; "
                 "give the same, another OUT, or --overwrite"
             )
     return config.source

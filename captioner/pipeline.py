@@ -29,6 +29,7 @@ from captioner.errors import (
     TooManyFailedError,
     VerificationError,
 )
+from captioner.files import shown
 from captioner.job import Engine, Job, open_job
 from captioner.models import load
 from captioner.progress import Progress
@@ -46,10 +47,10 @@ from captioner.text import printable
 def run(config: CaptionConfig, engine: Engine | None = None) -> int:
     """Caption an archive into OUT; returns the exit code. Raises CaptionerError (see `captioner.errors`)."""
     engine = engine or ThisProcess(config)
-    with _stoppable(config.output.path), sole_writer(config.output.path):
+    with _stoppable(shown(config.output.path)), sole_writer(config.output.path):
         job = open_job(config, engine, say)
         if job.work is None:
-            say(f"planned; run without --plan-only to caption into {config.output.path}")
+            say(f"planned; run without --plan-only to caption into {shown(config.output.path)}")
             return OK
         with recorded(job) as tally:
             spot_check = SpotCheck(config.check)
@@ -101,7 +102,7 @@ def close_job(job: Job, tally: Tally) -> int:
     counts = count_rows(job.table)
     if counts.remaining:
         raise VerificationError(
-            f"{job.config.output.path}: {counts.remaining:,} of {counts.planned:,} planned pictures have no row; "
+            f"{shown(job.config.output.path)}: {counts.remaining:,} of {counts.planned:,} pictures have no row; "
             "run `captioner verify` on it"
         )
     record = make_record(job, "finished", tally, counts)
@@ -110,7 +111,7 @@ def close_job(job: Job, tally: Tally) -> int:
     write_record(job, record)
     record["report"] = report(job.table)
     if not tally.num_rows:
-        say(f"nothing to do: every planned picture has its row in {job.config.output.path}")
+        say(f"nothing to do: every planned picture has its row in {shown(job.config.output.path)}")
     print_summary(record, sys.stderr)
     limit = job.config.output.max_failed
     if not counts.ok or counts.failed / counts.planned > limit:

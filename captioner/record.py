@@ -14,8 +14,10 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from captioner.bottleneck import busy_shares
+from captioner.config import CaptionConfig
 from captioner.data import Chunk, Receipt
 from captioner.errors import CaptionerError, CheckFailedError, StoppedEarlyError, TooManyFailedError
+from captioner.files import shown
 from captioner.job import Job
 from captioner.store.table import Plan
 from captioner.store.verify import TableCounts
@@ -107,8 +109,8 @@ def make_record(job: Job, state: str, tally: Tally, counts: TableCounts | None =
         "run_id": job.run_id,
         "state": state,
         "written_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "source": job.config.source.path,
-        "output": job.config.output.path,
+        "source": shown(job.config.source.path),
+        "output": shown(job.config.output.path),
         "counts": {
             **(asdict(counts) if counts else {"planned": sum(p.num_rows for p in plans if p.founds_parts)}),
             "captioned_in_this_run": tally.num_rows,
@@ -126,11 +128,19 @@ def make_record(job: Job, state: str, tally: Tally, counts: TableCounts | None =
         "engine": tally.engine,
         "model": None if model is None else {**asdict(model), "fingerprint": model.fingerprint},
         "fingerprint": job.table.info["fingerprint"],
-        "settings": job.config.model_dump(),
+        "settings": _without_keys(job.config),
         "notes": job.notes,
         "versions": versions(),
         "hardware": hardware(),
     }
+
+
+def _without_keys(config: CaptionConfig) -> dict[str, Any]:
+    """The settings as a record keeps them: keys in URIs are for the run alone."""
+    settings = config.model_dump()
+    for group in ("source", "output"):
+        settings[group]["path"] = shown(settings[group]["path"])
+    return settings
 
 
 def write_record(job: Job, record: dict[str, Any]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import uuid
 from collections.abc import Iterable
 from contextlib import suppress
@@ -17,7 +16,7 @@ import pyarrow.parquet as pq
 from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
 
 from captioner.errors import OutputError
-from captioner.files import is_uri, open_filesystem
+from captioner.files import open_filesystem, shown
 from captioner.store.retry import retried
 
 _TEMPORARY = ".tmp"
@@ -58,8 +57,7 @@ class Directory:
 
     def shown(self, name: str) -> str:
         """The place of a file for a person to read: without the keys and options that a URI may hold."""
-        place = self.location.partition("?")[0] if is_uri(self.location) else self.location
-        return re.sub(r"^(\w+://)[^/@]*@", r"\1", f"{place}/{name}")
+        return f"{shown(self.location)}/{name}"
 
     @retried
     def exists(self, name: str) -> bool:

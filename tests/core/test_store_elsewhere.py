@@ -40,6 +40,16 @@ def test_a_table_in_an_object_store_survives_kills(tmp_path: Path) -> None:
         assert contents(out) == contents(str(tmp_path / "local"))
 
 
+def test_keys_in_a_uri_stay_out_of_the_records(tmp_path: Path) -> None:
+    out = f"memory://key:secret@bucket/{tmp_path.name}/out?region=x"
+    pipeline.run(settings(make_folder(tmp_path / "archive", 3), out))
+
+    directory = open_table(out).directory
+    written = [directory.read_bytes(name).decode() for name in ("run.json", "table.json")]
+    assert f"memory://bucket/{tmp_path.name}/out" in written[0]
+    assert not [text for text in written if "secret" in text]
+
+
 @pytest.mark.parametrize("scheme", ["", "memory://"])
 def test_a_file_is_replaced_whole_and_can_go(tmp_path: Path, scheme: str) -> None:
     directory = Directory(f"{scheme}{tmp_path}/out")
@@ -79,7 +89,7 @@ def test_an_out_that_is_a_file_is_refused(tmp_path: Path) -> None:
     archive = make_folder(tmp_path / "archive", 2)
     (tmp_path / "out").write_text("a file")
 
-    with pytest.raises(OutputError, match=r"out cannot be listed"):
+    with pytest.raises(OutputError, match=r"out is no directory"):
         pipeline.run(settings(archive, str(tmp_path / "out")))
 
 
