@@ -11,21 +11,15 @@
 
 from __future__ import annotations
 
-import signal
 import sys
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 from captioner.config import CaptionConfig
 from captioner.data import Captioner, Chunk, Receipt
 from captioner.errors import (
     OK,
-    InterruptedRunError,
-    TerminatedRunError,
     TooManyFailedError,
     VerificationError,
 )
@@ -37,17 +31,17 @@ from captioner.quality import ROWS_AT_THE_END, SpotCheck, check, report
 from captioner.record import Tally, make_record, recorded, write_record
 from captioner.scoring.gates import enforce
 from captioner.steps import Work, caption, commit, read_and_decode
+from captioner.stopping import say, stoppable
 from captioner.store.lock import sole_writer
 from captioner.store.publish import publish
 from captioner.store.verify import count_rows
 from captioner.summary import print_summary
-from captioner.text import printable
 
 
 def run(config: CaptionConfig, engine: Engine | None = None) -> int:
     """Caption an archive into OUT; returns the exit code. Raises CaptionerError (see `captioner.errors`)."""
     engine = engine or ThisProcess(config)
-    with _stoppable(shown(config.output.path)), sole_writer(config.output.path):
+    with stoppable(f"committed rows stay in {shown(config.output.path)}"), sole_writer(config.output.path):
         job = open_job(config, engine, say)
         if job.work is None:
             say(f"planned; run without --plan-only to caption into {shown(config.output.path)}")
@@ -121,26 +115,3 @@ def close_job(job: Job, tally: Tally) -> int:
         )
     enforce(found.scores, job.config.check)
     return OK
-
-
-def say(line: str) -> None:
-    """One line for a person, beside the progress display."""
-    print(f"captioner: {printable(line)}", file=sys.stderr, flush=True)
-
-
-@contextmanager
-def _stoppable(output: str) -> Iterator[None]:
-    """Ctrl-C and SIGTERM end the run with their own errors; committed work stays."""
-
-    def terminate(*_: Any) -> None:
-        raise TerminatedRunError(f"stopped by SIGTERM; committed rows stay in {output}, the same command goes on")
-
-    main_thread = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, terminate) if main_thread else None
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise InterruptedRunError(f"stopped; committed rows stay in {output}, the same command goes on") from None
-    finally:
-        if main_thread:
-            signal.signal(signal.SIGTERM, before)

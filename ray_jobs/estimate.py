@@ -19,8 +19,8 @@ from captioner.config import AutoInt, CaptionConfig, SourceConfig
 from captioner.data import Source
 from captioner.errors import OK, ClusterError, SourceError, UsageError
 from captioner.models import ModelRef, load, resolve
-from captioner.pipeline import say
 from captioner.sources import open_source
+from captioner.stopping import say
 from captioner.store.listing import list_units
 from captioner.store.plan import matching
 from ray_jobs.cluster import Sizes, connect, share_out

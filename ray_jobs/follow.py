@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from captioner.errors import ERROR, INTERRUPTED, OK, TERMINATED, ClusterError
-from captioner.pipeline import say
+from captioner.stopping import say
 from ray_jobs.submit import ENDED, reaching
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from captioner.config import Settings, command_line, settings_of
 from captioner.errors import OK, ClusterError, UsageError
 from captioner.files import is_uri, local_path
-from captioner.pipeline import say
+from captioner.stopping import say
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient

@@ -10,12 +10,8 @@ OUT/
 
 from __future__ import annotations
 
-import signal
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -24,15 +20,13 @@ import pyarrow as pa
 from captioner.config import ModelConfig, TrainConfig
 from captioner.errors import (
     OK,
-    InterruptedRunError,
     ModelError,
-    TerminatedRunError,
     TrainingError,
     UsageError,
 )
 from captioner.models import ModelRef, check_in_subprocess, resolve
+from captioner.stopping import say, stoppable
 from captioner.store.directory import Directory
-from captioner.text import printable
 from captioner.training.archives import Archives, list_pairs, open_archives
 from captioner.training.limits import TRAINABLE, max_caption_tokens
 from captioner.training.pairs import SPLITS, Examine, Pairs, make_pairs
@@ -108,7 +102,7 @@ class TrainRun:
 
 def run(config: TrainConfig, engine: TrainEngine) -> int:
     """Train a model into OUT/model; returns the exit code. Raises CaptionerError."""
-    with _stoppable(config.output.path):
+    with stoppable(f"checkpoints stay in {config.output.path}"):
         return _run(config, engine)
 
 
@@ -146,30 +140,6 @@ def _run(config: TrainConfig, engine: TrainEngine) -> int:
     _push(config, out)
     _tell_result(config, finished)
     return OK
-
-
-@contextmanager
-def _stoppable(output: str) -> Iterator[None]:
-    """Ctrl-C and SIGTERM end the run with their own errors; checkpoints stay."""
-    way_out = f"checkpoints stay in {output}, the same command goes on"
-
-    def terminate(*_: Any) -> None:
-        raise TerminatedRunError(f"stopped by SIGTERM; {way_out}")
-
-    main_thread = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, terminate) if main_thread else None
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise InterruptedRunError(f"stopped; {way_out}") from None
-    finally:
-        if main_thread:
-            signal.signal(signal.SIGTERM, before)
-
-
-def say(line: str) -> None:
-    """One line for a person, beside the progress display."""
-    print(f"captioner: {printable(line)}", file=sys.stderr, flush=True)
 
 
 def _check_settings(config: TrainConfig) -> None:
