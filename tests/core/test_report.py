@@ -248,7 +248,7 @@ CHECK = {
     "num_rows": 100,
     "with_references": 100,
     "flags": {},
-    "survey": {"num_ok": 100},
+    "survey": {"num_ok": 100, "num_rows": 100},
 }
 
 
