@@ -29,7 +29,9 @@ def collect(table: CaptionsTable) -> dict[str, Any]:
     record = table.directory.read_json("run.json") if table.directory.exists("run.json") else {}
     counts = asdict(count_rows(table))
     starts = _starts(table)
-    latest = next((start for start in reversed(starts) if start["counts"].get("captioned_in_this_run")), {})
+    latest: dict[str, Any] = next(
+        (start for start in reversed(starts) if start["counts"].get("captioned_in_this_run")), {}
+    )
     return {
         "verdict": asdict(verdict_of(counts, check)),
         "counts": counts,

@@ -94,8 +94,8 @@ def _differences(pairs: Sequence[_Pair], seed: int) -> dict[str, dict[str, Any]]
     found = _wer_difference(texts, references, seed)
     found["CIDEr-D"] = _mean_difference(cider_d(mine, known), cider_d(theirs, known), seed)
     found["BLEU-4"] = _bleu_difference(mine, theirs, known, seed)
-    rouges = ([rouge_l(*one) for one in zip(said, known, strict=True)] for said in (mine, theirs))
-    found["ROUGE-L"] = _mean_difference(*rouges, seed)
+    rouges = [[rouge_l(*one) for one in zip(said, known, strict=True)] for said in (mine, theirs)]
+    found["ROUGE-L"] = _mean_difference(rouges[0], rouges[1], seed)
     return found
 
 
@@ -106,7 +106,9 @@ def _wer_difference(texts: tuple[list[str], list[str]], references: list[list[st
     sums = [sum(row[place] * count for row, count in rows.items()) for place in range(4)]
     if not sums[1] or not sums[3]:
         return {}
-    return {"WER": _figures(sums[0] / sums[1], sums[2] / sums[3], difference_interval(rows, seed), lower_is_better=True)}
+    return {
+        "WER": _figures(sums[0] / sums[1], sums[2] / sums[3], difference_interval(rows, seed), lower_is_better=True)
+    }
 
 
 def _mean_difference(mine: Sequence[float], theirs: Sequence[float], seed: int) -> dict[str, Any]:
