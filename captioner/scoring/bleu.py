@@ -24,8 +24,8 @@ def bleu(captions: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> 
 
 
 def bleu_counts(caption: Tokens, references: Sequence[Tokens]) -> tuple[int, ...]:
-    """What a caption adds to the corpus, 10 numbers: words said, words of the reference closest in length, then matching
-    n-grams and n-grams said, of 1 to 4 words each."""
+    """What a caption adds to the corpus, 10 numbers: words said, words of the reference closest in length, then of 1 to
+    4 words each the n-grams that match, and those said."""
     known = min((len(one) for one in references), key=lambda length: (abs(length - len(caption)), length))
     correct, guessed = [], []
     for n in range(1, 5):
