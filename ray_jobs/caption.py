@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 # One Ray Data execution takes this many chunks (a million pictures). The driver keeps a record of every block of an
 # execution; windows keep its memory flat at the price of filling the pipeline anew for each.
 CHUNKS_PER_EXECUTION = 2_048
-NO_PROGRESS_TIMEOUT_S = 900
 
 
 def run(config: CaptionConfig) -> int:
@@ -123,7 +122,13 @@ def _configure_ray_data(work: Work) -> None:
     context.max_errored_blocks = 0
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    context.execution_no_progress_timeout_s = NO_PROGRESS_TIMEOUT_S
+    context.execution_no_progress_timeout_s = no_progress_timeout(work.decode_timeout)
+
+
+def no_progress_timeout(decode_timeout: float) -> float:
+    """Seconds without a block from any stage after which a run is taken for stalled: more than a chunk of which every
+    picture hangs takes (see `captioner.imaging.guarded`)."""
+    return max(900.0, 20 * decode_timeout)
 
 
 def _cause_of(error: BaseException) -> CaptionerError:
