@@ -75,9 +75,10 @@ def make_dataset(work: Work, chunks: list[Chunk], sizes: Sizes, batch_size: Auto
     import ray
     from ray.data import ActorPoolStrategy
 
-    def pool(size: int, most: int = 0) -> dict[str, Any]:
-        size, most = min(size, len(chunks)), min(most, len(chunks))
-        strategy = ActorPoolStrategy(min_size=size, max_size=most) if most > size else ActorPoolStrategy(size=size)
+    def pool(size: int, most: int = 0, at_once: int = 1) -> dict[str, Any]:
+        least, most = min(size, len(chunks)), min(max(size, most), len(chunks))
+        threads: dict[str, Any] = {"max_concurrent_calls_per_actor": at_once, "enable_true_multi_threading": True}
+        strategy = ActorPoolStrategy(min_size=least, max_size=most, **(threads if at_once > 1 else {}))
         return {"compute": strategy, "batch_size": None, "batch_format": "pyarrow", "zero_copy_batch": True}
 
     described = [asdict(chunk) for chunk in chunks]
@@ -86,7 +87,7 @@ def make_dataset(work: Work, chunks: list[Chunk], sizes: Sizes, batch_size: Auto
         DecodeStage,
         fn_constructor_kwargs={"work": work},
         num_cpus=sizes.cpus_per_decoder,
-        **pool(sizes.decode_cpus, sizes.max_decode_cpus),
+        **pool(sizes.decode_cpus, sizes.max_decode_cpus, DecodeStage.AT_ONCE),
     )
     dataset = dataset.map_batches(
         CaptionStage,
