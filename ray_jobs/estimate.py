@@ -111,22 +111,34 @@ def predict(pieces: Sequence[Piece], total: int, num_workers: int, decoders: int
 
 
 def lines(found: Prediction, sizes: Sizes, price_per_gpu_hour: float | None) -> list[str]:
-    hours = [found.num_pictures / rate / 3600 for rate in (found.rate, found.high, found.low)]
-    gpus = sizes.num_workers * sizes.gpus_per_worker
-
-    def spread(unit: str, scale: float = 1.0) -> str:
-        middle, least, most = (f"{scale * value:,.2f}" for value in hours)
-        return f"{middle} {unit} ({least} to {most})"
-
+    """The prediction for a person; what has an interval has it in brackets."""
+    seconds = [found.num_pictures / rate for rate in (found.rate, found.high, found.low)]
+    middle, least, most = (_span(one) for one in seconds)
     told = [
-        f"pictures        {found.num_pictures:,}, {found.source_bytes / 1e9:,.2f} GB",
+        f"pictures        {found.num_pictures:,}, {_size(found.source_bytes)}",
         f"images/s        {found.rate:,.1f} ({found.low:,.1f} to {found.high:,.1f}), bound by {found.bound_by}",
-        f"time            {spread('h')}",
+        f"time            {middle} ({least} to {most})",
         f"captioned       {found.share_ok:.1%} of the sample",
-        f"output          {found.output_bytes / 1e6:,.1f} MB",
+        f"output          {_size(found.output_bytes)}",
     ]
+    gpus = sizes.num_workers * sizes.gpus_per_worker
     if gpus:
-        told.append(f"GPU time        {spread('GPU h', gpus)} on {gpus:g} GPUs")
-    if price_per_gpu_hour is not None and gpus:
-        told.append(f"cost            {spread('', gpus * price_per_gpu_hour)}")
+        hours = [gpus * one / 3600 for one in seconds]
+        told.append(f"GPU time        {hours[0]:,.2f} GPU h ({hours[1]:,.2f} to {hours[2]:,.2f}) on {gpus:g} GPUs")
+        if price_per_gpu_hour is not None:
+            cost, cheapest, dearest = (price_per_gpu_hour * one for one in hours)
+            told.append(f"cost            {cost:,.2f} ({cheapest:,.2f} to {dearest:,.2f})")
     return [*told, "in brackets: 90 % interval of what was measured now; start-up, faults and other load are not in it"]
+
+
+def _span(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
+
+
+def _size(num_bytes: float) -> str:
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:,.1f} {unit}"
+    return f"{num_bytes / 1e3:,.0f} kB"

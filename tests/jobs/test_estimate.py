@@ -16,7 +16,7 @@ from captioner.sources import open_source
 from captioner.testing import make_folder
 from ray_jobs.cluster import Sizes
 from ray_jobs.doctor import Finding, findings
-from ray_jobs.estimate import draw_sample, predict, run
+from ray_jobs.estimate import Prediction, draw_sample, lines, predict, run
 from ray_jobs.sampling import Piece, cut
 
 
@@ -37,6 +37,19 @@ def test_what_came_out_of_the_pipeline_counts_and_the_interval_reaches_to_what_t
     found = predict([piece(1.0, 2.0), *[piece(1.0, 2.0, gap=4.0)] * 9], 1_000, num_workers=1, decoders=1)
 
     assert (found.rate, found.low, found.high) == (4.0, 4.0, 8.0)
+
+
+def test_time_and_cost_are_told_with_their_intervals() -> None:
+    found = Prediction(1_000_000, 100.0, 80.0, 125.0, "the model", 2e11, 3.4e8, 0.999)
+    told = "\n".join(lines(found, Sizes(4, 1.0, 1.0, 1, 8, 1), price_per_gpu_hour=1.5))
+
+    assert "1,000,000, 200.0 GB" in told
+    assert "100.0 (80.0 to 125.0), bound by the model" in told
+    assert "2.8 h (2.2 h to 3.5 h)" in told
+    assert "11.11 GPU h (8.89 to 13.89) on 4 GPUs" in told
+    assert "16.67 (13.33 to 20.83)" in told
+    assert "340.0 MB" in told
+    assert "GPU" not in "\n".join(lines(found, Sizes(4, 1.0, 0.0, 1, 8, 1), price_per_gpu_hour=1.5))
 
 
 SECONDS = st.floats(0.1, 10)
