@@ -113,12 +113,12 @@ def measure(source: Source, rows: pa.Table, model: ModelRef, sizes: Sizes, confi
 
 
 def cut(rows: pa.Table, sizes: Sizes, batch_size: AutoInt) -> list[pa.Table]:
-    """The sample in pieces of a batch each, over and over until every worker has some to do."""
+    """The whole sample in pieces of about a batch each, as many times over as it takes to give every worker some."""
     batch = BATCH["gpu" if sizes.gpus_per_worker else "cpu"] if batch_size == "auto" else batch_size
-    size = max(1, min(batch, rows.num_rows // 2))
-    pieces = [rows.slice(first, size) for first in range(0, rows.num_rows - rows.num_rows % size, size)]
-    wanted = max(len(pieces), MIN_PIECES, PIECES_PER_WORKER * sizes.num_workers)
-    return list(itertools.islice(itertools.cycle(pieces), wanted))
+    count = min(rows.num_rows, max(2, -(-rows.num_rows // batch)))
+    edges = [rows.num_rows * place // count for place in range(count + 1)]
+    pieces = [rows.slice(first, end - first) for first, end in itertools.pairwise(edges)]
+    return pieces * -(-max(MIN_PIECES, PIECES_PER_WORKER * sizes.num_workers) // count)
 
 
 def _pipeline(decoders: list[Any], workers: list[Any], pieces: list[pa.Table]) -> Iterator[Piece]:

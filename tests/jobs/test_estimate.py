@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -105,21 +106,25 @@ def test_the_sample_is_the_same_for_a_seed_and_without_repetition(tmp_path: Path
 @pytest.mark.parametrize(
     ("rows", "gpus", "workers", "batch", "sizes", "count"),
     [
-        (256, 0.0, 1, "auto", 16, 16),
-        (256, 0.0, 8, "auto", 16, 32),
-        (256, 1.0, 2, "auto", 128, 16),
-        (100, 0.0, 1, 8, 8, 16),
-        (3, 0.0, 1, "auto", 1, 16),
-        (1, 0.0, 1, "auto", 1, 16),
+        (256, 0.0, 1, "auto", {16}, 16),
+        (256, 0.0, 8, "auto", {16}, 32),
+        (256, 1.0, 2, "auto", {128}, 16),
+        (41, 0.0, 1, "auto", {13, 14}, 18),
+        (100, 0.0, 1, 8, {7, 8}, 26),
+        (3, 0.0, 1, "auto", {1, 2}, 16),
+        (1, 0.0, 1, "auto", {1}, 16),
     ],
 )
-def test_every_worker_gets_pieces_of_a_batch_each(
-    rows: int, gpus: float, workers: int, batch: int | str, sizes: int, count: int
+def test_every_worker_gets_pieces_of_a_batch_each_and_the_sample_is_whole(
+    rows: int, gpus: float, workers: int, batch: int | str, sizes: set[int], count: int
 ) -> None:
     pieces = cut(pa.table({"n": range(rows)}), Sizes(workers, 1.0, gpus, 1, 1, 1), batch)
+    drawn = Counter(number for piece in pieces for number in piece["n"].to_pylist())
 
-    assert {piece.num_rows for piece in pieces} == {sizes}
+    assert {piece.num_rows for piece in pieces} == sizes
     assert len(pieces) == count
+    assert set(drawn) == set(range(rows))
+    assert len(set(drawn.values())) == 1
 
 
 @pytest.mark.usefixtures("ray_instance")
