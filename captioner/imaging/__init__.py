@@ -60,11 +60,20 @@ def decode_images(
     """Pictures of one chunk, one row each, in order. `rows` has IMAGE_SCHEMA. `decode_one`: `decode` in this process
     unless given.
 
-    Holds one full-size picture at a time: each is shrunk to the model's size before the next is opened.
+    Holds one full-size picture at a time: each is shrunk to the model's size before the next is opened. Rows that share
+    one bytes object are decoded once.
     """
     pixels = np.zeros((len(raws), spec.height, spec.width, 3), np.uint8)
     decode_one = decode_one or partial(decode, spec=spec, max_pixels=max_pixels)
-    rows = [_decode_into(pixels[index], raw, decode_one) for index, raw in enumerate(raws)]
+    rows: list[dict[str, str | int | None]] = []
+    first: dict[int, int] = {}
+    for index, raw in enumerate(raws):
+        same = index if raw.data is None else first.setdefault(id(raw.data), index)
+        if same == index:
+            rows.append(_decode_into(pixels[index], raw, decode_one))
+        else:
+            pixels[index] = pixels[same]
+            rows.append(rows[same] | {"image_id": raw.image_id, "uri": raw.uri})
     return ImageBatch(pa.Table.from_pylist(rows, schema=IMAGE_SCHEMA), pixels)
 
 
