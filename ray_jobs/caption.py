@@ -22,6 +22,7 @@ from captioner.errors import CaptionerError, ClusterError
 from captioner.files import is_uri
 from captioner.steps import Work
 from ray_jobs.cluster import Resources, Sizes, connect, share_out
+from ray_jobs.metrics import DriverMetrics
 from ray_jobs.stages import CaptionStage, CommitStage, DecodeStage, receipts_of
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 # One Ray Data execution takes this many chunks (a million pictures). The driver keeps a record of every block of an
 # execution; windows keep its memory flat at the price of filling the pipeline anew for each.
 CHUNKS_PER_EXECUTION = 2_048
-NO_PROGRESS_TIMEOUT_S = 900
 
 
 def run(config: CaptionConfig) -> int:
@@ -56,9 +56,12 @@ class RayEngine:
         sizes = share_out(self._connected(), self._config.cluster)
         if self._connected().num_nodes > 1 and not is_uri(work.table.directory.location):
             _check_shared(work.table.directory.location)
+        metrics = DriverMetrics(sum(chunk.num_rows for chunk in chunks))
         for first in range(0, len(chunks), CHUNKS_PER_EXECUTION):
             window = chunks[first : first + CHUNKS_PER_EXECUTION]
-            yield from _execute(work, window, sizes, self._config.model.batch_size)
+            for receipt in _execute(work, window, sizes, self._config.model.batch_size):
+                metrics.add(receipt)
+                yield receipt
 
     def _connected(self) -> Resources:
         if self._resources is None:
@@ -120,7 +123,13 @@ def _configure_ray_data(work: Work) -> None:
     context.max_errored_blocks = 0
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    context.execution_no_progress_timeout_s = NO_PROGRESS_TIMEOUT_S
+    context.execution_no_progress_timeout_s = no_progress_timeout(work.decode_timeout)
+
+
+def no_progress_timeout(decode_timeout: float) -> float:
+    """Seconds without a block from any stage after which a run is taken for stalled: more than a chunk of which every
+    picture hangs takes (see `captioner.imaging.guarded`)."""
+    return max(900.0, 20 * decode_timeout)
 
 
 def _cause_of(error: BaseException) -> CaptionerError:
