@@ -48,7 +48,9 @@ def _server(desk: Desk, pictures: Pictures, port: int) -> ReviewServer:
         return ReviewServer(desk, pictures, port)
     except (OSError, OverflowError) as error:
         words = getattr(error, "strerror", None) or error
-        raise UsageError(f"--port {port}: {HOST} cannot be listened on there: {words}; give another port, or 0") from error
+        raise UsageError(
+            f"--port {port}: {HOST} cannot be listened on there: {words}; give another port, or 0"
+        ) from error
 
 
 def _reviewer(given: str | None) -> str:
@@ -59,5 +61,7 @@ def _reviewer(given: str | None) -> str:
             name = getpass.getuser()
     name = printable(name or "").strip()
     if not name or len(name) > _LONGEST_NAME:
-        raise UsageError(f"--reviewer: a name of 1 to {_LONGEST_NAME} characters is wanted; it is kept with each decision")
+        raise UsageError(
+            f"--reviewer: a name of 1 to {_LONGEST_NAME} characters is wanted; it is kept with each decision"
+        )
     return name

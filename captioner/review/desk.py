@@ -68,12 +68,14 @@ class Desk:
         self._settings = read_settings(table)
         self.decisions = Decisions(table.directory, reviewer)
         self._queue = Queue(table, kind, self.decisions.latest())
-        self._skipped = self._places(r for r in self.decisions.own() if r.decision == "skipped")
+        self._shown_again: set[str] = set()  # review ids of skips that count no more
+        self._skipped = self._skips()
         self._rows: dict[int, Row] = {}
         self._lock = threading.RLock()
 
     def __len__(self) -> int:
         return len(self._queue)
+
     def __enter__(self) -> Desk:
         return self
 
@@ -189,7 +191,9 @@ class Desk:
         if not line:
             raise UsageError("The text is empty. A picture that needs none is decorative: cancel and choose Decorative")
         if len(line) > hard:
-            raise UsageError(f"The text has {len(line)} characters; the limit is {hard} (captioner alt-text --hard-max)")
+            raise UsageError(
+                f"The text has {len(line)} characters; the limit is {hard} (captioner alt-text --hard-max)"
+            )
         return line
 
     def _state(self, message: str, place: int | None = None) -> dict[str, Any]:
@@ -200,7 +204,8 @@ class Desk:
             place = self._queue.next(waiting, left_out)
         if place is None and taken:  # others have what is left before them; they may have gone
             place, left_out = self._queue.next(waiting, self._skipped), self._skipped
-        group, num_same = ([], 0)
+        group: list[int] = []
+        num_same = 0
         if place is not None and self._kind != "random":  # a sample is drawn one by one
             group, num_same = self._queue.same_text(place, left_out)
         shown = [] if place is None else [place, *group]

@@ -19,7 +19,7 @@ import secrets
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
-from typing import Any, cast
+from typing import Any
 from urllib.parse import urlsplit
 
 from captioner.errors import CaptionerError, UsageError
@@ -55,7 +55,7 @@ class ReviewServer(ThreadingHTTPServer):
         return f"http://{HOST}:{self.server_address[1]}/{self.token}/"
 
 
-class _Refused(Exception):
+class _RefusedError(Exception):
     def __init__(self, status: HTTPStatus, words: str) -> None:
         super().__init__(words)
         self.status = status
@@ -67,10 +67,10 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = _IDLE_S
     server: ReviewServer
 
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         self._answer()
 
-    def do_POST(self) -> None:  # noqa: N802
+    def do_POST(self) -> None:
         self._answer()
 
     def log_message(self, *_: object) -> None:
@@ -79,7 +79,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         try:
             self._route(self._parts_behind_token())
-        except _Refused as refusal:
+        except _RefusedError as refusal:
             self.close_connection = True  # a body may be left unread
             self._send_json({"error": str(refusal)}, refusal.status)
         except UsageError as error:
@@ -92,10 +92,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _parts_behind_token(self) -> list[str]:
         host = urlsplit(f"//{self.headers.get('Host', '')}")
         if host.hostname not in _OWN_NAMES:
-            raise _Refused(HTTPStatus.FORBIDDEN, "forbidden")
+            raise _RefusedError(HTTPStatus.FORBIDDEN, "forbidden")
         token, *parts = urlsplit(self.path).path.removeprefix("/").split("/")
         if not secrets.compare_digest(token.encode(), self.server.token.encode()):
-            raise _Refused(HTTPStatus.FORBIDDEN, "forbidden: open the address that `captioner review` printed")
+            raise _RefusedError(HTTPStatus.FORBIDDEN, "forbidden: open the address that `captioner review` printed")
         return parts
 
     def _route(self, parts: list[str]) -> None:
@@ -108,7 +108,7 @@ class _Handler(BaseHTTPRequestHandler):
             case ("GET", "about", place):
                 self._send_json(self._about(self._place(place)))
             case ("GET", "picture", place, ("large" | "small") as size):
-                self._send_picture(self._place(place), cast(Size, size))
+                self._send_picture(self._place(place), size)
             case ("POST", "decide"):
                 kept, state = desk.decide(Asked.from_json(self._body(), len(desk)))
                 self._send_json(state, HTTPStatus.OK if kept else HTTPStatus.CONFLICT)
@@ -119,27 +119,27 @@ class _Handler(BaseHTTPRequestHandler):
                 self._body()
                 self._send_json(desk.show_skipped())
             case _:
-                raise _Refused(HTTPStatus.NOT_FOUND, "not found")
+                raise _RefusedError(HTTPStatus.NOT_FOUND, "not found")
 
     def _place(self, text: str) -> int:
         if not text.isdecimal() or len(text) > 10 or int(text) >= len(self.server.desk):
-            raise _Refused(HTTPStatus.NOT_FOUND, "no such picture")
+            raise _RefusedError(HTTPStatus.NOT_FOUND, "no such picture")
         return int(text)
 
     def _body(self) -> Any:
-        """The JSON of a request that only a page of ours can send. Raises _Refused."""
+        """The JSON of a request that only a page of ours can send. Raises _RefusedError."""
         origin = self.headers.get("Origin")
         if origin is not None and urlsplit(origin).netloc != self.headers.get("Host"):
-            raise _Refused(HTTPStatus.FORBIDDEN, "forbidden")
+            raise _RefusedError(HTTPStatus.FORBIDDEN, "forbidden")
         if self.headers.get_content_type() != "application/json":
-            raise _Refused(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "JSON is wanted")
+            raise _RefusedError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "JSON is wanted")
         length = self.headers.get("Content-Length", "")
         if not length.isdecimal() or int(length) > _MAX_BODY:
-            raise _Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"at most {_MAX_BODY} bytes are taken")
+            raise _RefusedError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"at most {_MAX_BODY} bytes are taken")
         try:
             return json.loads(self.rfile.read(int(length)))
         except ValueError:
-            raise _Refused(HTTPStatus.BAD_REQUEST, "that is no JSON") from None
+            raise _RefusedError(HTTPStatus.BAD_REQUEST, "that is no JSON") from None
 
     def _about(self, place: int) -> dict[str, Any]:
         found = self.server.pictures.preview(self.server.desk.row(place), "large")
@@ -151,7 +151,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _send_picture(self, place: int, size: Size) -> None:
         found = self.server.pictures.preview(self.server.desk.row(place), size)
         if found.jpeg is None:
-            raise _Refused(HTTPStatus.NOT_FOUND, found.error_message)
+            raise _RefusedError(HTTPStatus.NOT_FOUND, found.error_message)
         self._send(found.jpeg, "image/jpeg")
 
     def _send_page(self) -> None:
