@@ -47,6 +47,11 @@ def fit(picture: Picture, spec: PixelSpec) -> npt.NDArray[np.uint8]:
     return padded
 
 
+def fit_square(picture: Picture, side: int) -> npt.NDArray[np.uint8]:
+    """uint8 [side, side, 3]: all of the picture, whatever its aspect; by Pillow."""
+    return _resize_with_pillow(picture, (side, side), (0, 0, side, side), PixelSpec(side, side))
+
+
 def _resized(picture: Picture, spec: PixelSpec) -> tuple[int, int]:
     """Height and width after resizing, before the centre crop; rounded as transformers does."""
     if spec.resize == "exact":

@@ -43,7 +43,13 @@ def concurrency() -> int:
 
 @contextmanager
 def reads_at_once(number: int) -> Iterator[None]:
-    """Inside, this thread's sources have so many reads under way at once."""
+    """Inside, this thread's sources have so many reads under way at once.
+
+    pyarrow's client of a store opens 25 connections, or as many as pyarrow has threads for input and output when the
+    client is made.
+    """
+    if pa.io_thread_count() < number:
+        pa.set_io_thread_count(number)
     token = _concurrency.set(number)
     try:
         yield
