@@ -4,6 +4,7 @@
     opening.py   bytes -> an upright RGB picture
     colour.py    any Pillow mode -> RGB over white
     fitting.py   upright picture -> uint8 pixels of the model's size
+    descriptions.py  what people already wrote about the picture in its file
     faults.py    what went wrong -> an error code
     settings.py  Pillow's process-wide settings meanwhile
     guarded.py   the same in a process of its own (child.py, worker.py, slots.py), which a picture may crash or stop
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -22,6 +24,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from captioner.data import CAPTIONS_SCHEMA, DecodedImage, ImageBatch, PixelSpec, RawImage
+from captioner.imaging.descriptions import descriptions_of
 from captioner.imaging.faults import PictureError, one_line
 from captioner.imaging.fitting import fit, fit_square, needed_side
 from captioner.imaging.opening import Picture, open_picture
@@ -44,9 +47,10 @@ def decode(data: bytes, spec: PixelSpec, max_pixels: int) -> DecodedImage:
 
 
 def squeeze(data: bytes, side: int, max_pixels: int) -> DecodedImage:
-    """One file's whole picture as pixels uint8 [side, side, 3], whatever its aspect, or an error code. Never raises,
-    and does without torch: for a page, not for a model."""
-    return _decoded(data, max_pixels, side, partial(fit_square, side=side))
+    """One file's whole picture as pixels uint8 [side, side, 3], whatever its aspect, with the descriptions in the file,
+    or an error code. Never raises, and does without torch: for a page, not for a model."""
+    decoded = _decoded(data, max_pixels, side, partial(fit_square, side=side))
+    return decoded if decoded.error_code else replace(decoded, descriptions=descriptions_of(data, max_pixels))
 
 
 def _decoded(
