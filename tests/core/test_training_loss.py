@@ -41,7 +41,7 @@ def pictures(count: int) -> torch.Tensor:
 
 def logits_by_hand(captioner: TransformersCaptioner, pixels: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """What the model itself says after each token of one text: float [T, vocabulary]."""
-    images = captioner.normalise(pixels[None].numpy())
+    images = captioner.normalise(pixels[None])
     model, family = captioner.model, captioner.ref.family
     if family == "git":
         return model(input_ids=ids[None], pixel_values=images).logits[0, -len(ids) :]
