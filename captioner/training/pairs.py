@@ -137,8 +137,8 @@ def _check_share(config: TrainDataConfig, pairs: Pairs, num_failed: int, num_usa
     if not num_usable:
         raise SourceError(
             f"{shown(config.path)}: no pairs: {pairs.num_listed:,} pictures ({reasons}); captions come from "
-            "metadata.jsonl, .csv or .parquet (file_name and text, caption or captions), a column (--reference-column), or .txt or "
-            ".json members"
+            "metadata.jsonl, .csv, .parquet (file_name and text, caption or captions), a column (--reference-column), "
+            "or .txt or .json members"
         )
     if num_failed / pairs.num_listed > config.max_failed:
         raise SourceError(
