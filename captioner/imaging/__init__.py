@@ -4,6 +4,7 @@
     opening.py   bytes -> an upright RGB picture
     colour.py    any Pillow mode -> RGB over white
     fitting.py   upright picture -> uint8 pixels of the model's size
+    descriptions.py  what people already wrote about the picture in its file
     faults.py    what went wrong -> an error code
     settings.py  Pillow's process-wide settings meanwhile
     guarded.py   the same in a process of its own (child.py, worker.py, slots.py), which a picture may crash or stop
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -22,6 +24,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from captioner.data import CAPTIONS_SCHEMA, DecodedImage, ImageBatch, PixelSpec, RawImage
+from captioner.imaging.descriptions import descriptions_of
 from captioner.imaging.faults import PictureError, one_line
 from captioner.imaging.fitting import fit, fit_square, needed_side
 from captioner.imaging.opening import Picture, open_picture
@@ -44,9 +47,10 @@ def decode(data: bytes, spec: PixelSpec, max_pixels: int) -> DecodedImage:
 
 
 def squeeze(data: bytes, side: int, max_pixels: int) -> DecodedImage:
-    """One file's whole picture as pixels uint8 [side, side, 3], whatever its aspect, or an error code. Never raises,
-    and does without torch: for a page, not for a model."""
-    return _decoded(data, max_pixels, side, partial(fit_square, side=side))
+    """One file's whole picture as pixels uint8 [side, side, 3], whatever its aspect, with the descriptions in the file,
+    or an error code. Never raises, and does without torch: for a page, not for a model."""
+    decoded = _decoded(data, max_pixels, side, partial(fit_square, side=side))
+    return decoded if decoded.error_code else replace(decoded, descriptions=descriptions_of(data, max_pixels))
 
 
 def _decoded(
@@ -72,14 +76,25 @@ def decode_images(
     """Pictures of one chunk, one row each, in order. `rows` has IMAGE_SCHEMA. `decode_each`: `decode` in this process
     unless given.
 
-    Holds one full-size picture at a time: each is shrunk to the model's size before the next is opened.
+    Holds one full-size picture at a time: each is shrunk to the model's size before the next is opened. Rows that share
+    one bytes object are decoded once.
     """
     pixels = np.zeros((len(raws), spec.height, spec.width, 3), np.uint8)
     decode_each = decode_each or partial(map, partial(decode, spec=spec, max_pixels=max_pixels))
-    decoded = decode_each(raw.data for raw in raws if raw.data is not None and not raw.error_code)
-    rows = []
+    first: dict[int, int] = {}
     for index, raw in enumerate(raws):
-        one = _without_bytes(raw) if raw.error_code or raw.data is None else next(decoded)
+        if raw.data is not None and not raw.error_code:
+            first.setdefault(id(raw.data), index)
+    decoded = decode_each(raws[index].data or b"" for index in first.values())
+    rows: list[dict[str, str | int | None]] = []
+    for index, raw in enumerate(raws):
+        has_bytes = raw.data is not None and not raw.error_code
+        same = first[id(raw.data)] if has_bytes else index
+        if same < index:
+            pixels[index] = pixels[same]
+            rows.append(rows[same] | {"image_id": raw.image_id, "uri": raw.uri})
+            continue
+        one = next(decoded) if has_bytes else _without_bytes(raw)
         if one.pixels is not None:
             pixels[index] = one.pixels
         rows.append(_row(raw, one))
