@@ -3,8 +3,8 @@
     python -m benchmarks.engine --model DIR [--batch-size 8] [--rounds 3] [--threads 4] [--dtype float32]
 
 Both make exactly --new-tokens tokens for random pixels, from the same weights. Prints a line a round and, last, one
-JSON line of ratios of the fastest rounds: times of `generate` and of encoding (once a picture: vision tower, and keys and
-values of the image tokens) over ours. On a GPU also the rate of large matrix products, to hold the figures against.
+JSON line of ratios of the fastest rounds: times of `generate` and of encoding (once a picture: vision tower, and keys
+and values of the image tokens) over ours. On a GPU also the rate of large matrix products, to hold the figures against.
 """
 
 from __future__ import annotations
