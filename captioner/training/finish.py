@@ -95,7 +95,7 @@ def _publish(directory: Path, job: Finishing, result: dict[str, Any]) -> None:
         {
             "training_run_id": job.record["training_run_id"],
             "base_model": job.record["base_model"],
-            "data": job.config.data.path,
+            "data": job.record["settings"]["data"]["path"],
             "data_fingerprint": job.out.read_json("pairs/pairs.json")["fingerprint"],
             "settings": job.record["settings"],
             "versions": job.record["versions"],
