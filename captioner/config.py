@@ -101,6 +101,11 @@ class OutputConfig(Settings):
     overwrite: bool = Field(False, description="Discard what OUT holds and start again.")
     retry_failed: bool = Field(False, description="Caption the failed pictures again; new rows supersede old ones.")
     extend: bool = Field(False, description="Add the pictures that are new in the source.")
+    only: str | None = Field(
+        None,
+        description="Caption weak rows again, with another model too: flags, flag:NAME, logprob<10%, rejected, expert "
+        "or failed, joined by 'or'.",
+    )
     max_failed: float = Field(1.0, ge=0, le=1, description="Exit 2 when a larger share of the pictures failed.")
     no_dedupe: bool = Field(False, description="Caption every picture, byte-equal ones too.")
     rows_per_file: int = Field(50_000, ge=1, description="About how many rows each published file holds.")

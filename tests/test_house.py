@@ -23,7 +23,7 @@ LAYERS = """
     sources imaging models store
     scoring faults
     alttext
-    steps
+    steps recaption binding
     job progress
     record summary report
     quality
