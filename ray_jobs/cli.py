@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
-from captioner.config import CaptionConfig, CheckTableConfig, TrainConfig
+from captioner.config import CaptionConfig, CheckTableConfig, MakeAltTextConfig, TrainConfig
 from captioner.errors import ERROR, EXIT_CODES, INTERRUPTED, OK, CaptionerError
 from captioner.text import printable
 from ray_jobs.options import takes
@@ -190,6 +190,19 @@ def report(
     from captioner import commands
 
     return commands.report(out, open)
+
+
+@app.command()
+@takes(MakeAltTextConfig)
+def alt_text(config: MakeAltTextConfig, out: Out) -> int:
+    """Make alt texts of the captions, for people to review.
+
+    Rules shorten and tidy, one by one switchable; what a person has to decide is flagged. The captions stay as they
+    are.
+    """
+    from captioner.alttext.make import run
+
+    return run(out, config.alt_text)
 
 
 @app.command()
