@@ -206,6 +206,20 @@ def alt_text(config: MakeAltTextConfig, out: Out) -> int:
 
 
 @app.command()
+def feedback(
+    out: Out,
+    pairs: Annotated[str, typer.Argument(metavar="PAIRS", help="A new directory; `captioner train` takes it.")],
+) -> int:
+    """Turn approved and edited texts into training pairs.
+
+    Other decisions are left out and counted. Checks of a model trained on the pairs leave their pictures out.
+    """
+    from captioner.alttext.feedback import run
+
+    return run(out, pairs)
+
+
+@app.command()
 def models() -> int:
     """List the families of models and known checkpoints."""
     from captioner.models.catalogue import table

@@ -41,6 +41,7 @@ class Check:
     sample: int | str
     seed: int
     comparison: dict[str, Any] | None = None
+    changes: dict[str, Any] | None = None  # by the latest recaptioning
 
     def summary(self) -> dict[str, Any]:
         """The figures that run.json holds."""
@@ -65,6 +66,7 @@ class Check:
             "survey": self.survey.to_json(),
             "shown": self.shown,
             "comparison": self.comparison,
+            "changes": self.changes,
         }
 
 
