@@ -51,7 +51,10 @@ class SourceConfig(Settings):
     reference_column: str | None = Field(None, description="Column with known captions (text or list of text).")
     keep_columns: CommaList = Field([], description="Source columns to carry into the table, comma-separated.")
     limit: int | None = Field(None, ge=1, description="Plan only the first N pictures.")
-    max_pixels: int = Field(300_000_000, ge=1, description="Larger pictures fail as too_many_pixels, unopened.")
+    pages: Literal["first", "all"] = Field("first", description="Of a TIFF: its first page, or each page a picture.")
+    max_pixels: int = Field(
+        300_000_000, ge=1, description="Pictures that are larger even when read reduced fail as too_many_pixels."
+    )
     decode_timeout: float = Field(60.0, gt=0, description="Seconds; a picture that takes longer fails as timeout.")
 
 

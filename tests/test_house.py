@@ -17,7 +17,7 @@ HEAVY = ("ray", "torch", "transformers", "datasets", "evaluate")
 # A part may import the parts on the lines above its own, and itself; never a part on its own line or below.
 LAYERS = """
     errors
-    text
+    text tiff
     config data scenes stopping dedupe bottleneck
     files starter samples
     sources imaging models store

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from captioner.config import SourceConfig
-from captioner.data import Chunk, Listing, Source
+from captioner.data import Chunk, Listing, Source, names_of
 from captioner.errors import SourceError
 from captioner.store.ids import IdIndex, digests_of
 from captioner.store.listing import list_units
@@ -230,11 +230,14 @@ def matching(rows: pa.Table, config: SourceConfig) -> pa.Table:
         return rows
     ids = rows["image_id"].to_pylist()
     keep = [
-        (not config.include or any(fnmatchcase(image_id, glob) for glob in config.include))
-        and not any(fnmatchcase(image_id, glob) for glob in config.exclude)
+        (not config.include or _matches(image_id, config.include)) and not _matches(image_id, config.exclude)
         for image_id in ids
     ]
     return rows.filter(pa.array(keep, pa.bool_()))
+
+
+def _matches(image_id: str, globs: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, glob) for name in names_of(image_id) for glob in globs)
 
 
 def _split(
