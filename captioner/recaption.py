@@ -38,7 +38,7 @@ from captioner.store.table import CaptionsTable, Plan, Recaption, captions_name
 
 _EXAMPLES = ("flags", "logprob<10%", "rejected", "expert", "failed", *(f"flag:{name}" for name in CAPTION_FLAGS))
 _LOGPROB = re.compile(r"logprob(?:<|below)(-?\d+(?:\.\d+)?)(%?)")
-_LOWEST, _STEP = -50.0, 0.001  # bins of the log-probabilities that a quantile is taken of
+_LOWEST, _STEP = -50.0005, 0.001  # bins of the log-probabilities that a quantile is taken of
 _COLUMNS = ["image_id", "status", "flags", "logprob_mean", "fingerprint", "created_at"]
 
 
@@ -178,6 +178,5 @@ def _logprob_below(table: CaptionsTable, selector: Selector, fingerprint: str) -
         counts += np.bincount(bins, minlength=len(counts))
     if not counts.any():
         return None
-    return float(
-        round(_LOWEST + _STEP * (1 + np.searchsorted(np.cumsum(counts), selector.percent / 100 * counts.sum())), 3)
-    )
+    place = int(np.searchsorted(np.cumsum(counts), selector.percent / 100 * counts.sum()))
+    return round(_LOWEST + _STEP * (place + 1), 6)
