@@ -206,6 +206,30 @@ def alt_text(config: MakeAltTextConfig, out: Out) -> int:
 
 
 @app.command()
+def review(
+    out: Out,
+    port: Annotated[int, typer.Option(min=0, max=65535, metavar="P", help="0: any free one.")] = 0,
+    reviewer: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Kept with each decision [default: your login name].")
+    ] = None,
+    queue: Annotated[
+        Literal["flagged", "random", "all"],
+        typer.Option(help="flagged: those first, then the least certain. random: measures the acceptance rate."),
+    ] = "flagged",
+    open: Annotated[bool, typer.Option("--open", help="Show it in the browser.")] = False,
+) -> int:
+    """Decide about each alt text on a page.
+
+    Serves a page on this machine for accepting, editing and rejecting alt texts.
+
+    Every decision is saved at once in OUT/reviews; the same command goes on where it ended.
+    """
+    from captioner.review import command
+
+    return command.run(out, port, reviewer, queue, open)
+
+
+@app.command()
 def feedback(
     out: Out,
     pairs: Annotated[str, typer.Argument(metavar="PAIRS", help="A new directory; `captioner train` takes it.")],

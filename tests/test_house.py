@@ -23,7 +23,7 @@ LAYERS = """
     sources imaging models store
     scoring faults
     alttext
-    steps recaption binding
+    steps recaption binding review
     job progress
     record summary report
     quality

@@ -98,7 +98,8 @@ class _Maker:
         known: dict[str, tuple[str, list[str]]] = {}
         texts, changed, flags = [], [], []
         for caption, width, height in zip(*(rows[name].to_pylist() for name in _COLUMNS[1:4]), strict=True):
-            text, rules = None, []
+            text: str | None = None
+            rules: list[str] = []
             found: list[str] = []
             if caption is not None:
                 if caption not in known:

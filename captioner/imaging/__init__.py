@@ -5,6 +5,7 @@
     reducing.py  reading it smaller where its format allows
     colour.py    any Pillow mode -> RGB over white
     fitting.py   upright picture -> uint8 pixels of the model's size
+    preview.py   bytes -> a small JPEG for a person, with the descriptions in the file (descriptions.py)
     faults.py    what went wrong -> an error code
     settings.py  Pillow's process-wide settings meanwhile
     guarded.py   the same in a process of its own (child.py), which a picture may crash or stop

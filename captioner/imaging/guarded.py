@@ -1,6 +1,6 @@
 """Decoding in a process of its own, so that a picture can end or stop its decoder and nothing else.
 
-    the caller  --bytes of one picture-->  child.py  --size, format or reason; pixels-->  the caller
+    the caller  --bytes of one picture-->  child.py  --size, format or reason; pixels or a JPEG-->  the caller
 
 Decoders are C code that reads other people's files. One that crashes takes its process along, one that never returns
 keeps it; both are rows here (`decoder_crashed`, `timeout`). The child holds no credentials of ours that it does not
@@ -18,28 +18,28 @@ from dataclasses import asdict
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
 import captioner
 from captioner.data import DecodedImage, PixelSpec
+from captioner.imaging.preview import Preview
 
 ATTEMPTS = 2  # a decoder may also die of something else: memory that a neighbour took, say
 START_TIMEOUT_S = 300.0
 _READY = b"ready"
 
 
-class GuardedDecoder:
-    """Decodes pictures one by one in a child process; a context manager, used by one thread.
+class _Guarded:
+    """Asks a child process about pictures, one by one; a context manager, used by one thread.
 
-    `max_pixels`: as in `captioner.imaging.decode`. `timeout`: seconds a picture may take. The child starts with the
-    first picture, or with `start`; it ends with `close`, with this object and with this process.
+    The child starts with the first picture, or with `start`; it ends with `close`, with this object and with this
+    process.
     """
 
-    def __init__(self, spec: PixelSpec, max_pixels: int, timeout: float) -> None:
-        self._settings = json.dumps({"spec": asdict(spec), "max_pixels": max_pixels, "timeout": timeout})
-        self._shape = (spec.height, spec.width, 3)
+    def __init__(self, settings: dict[str, Any], timeout: float) -> None:
+        self._settings = json.dumps(settings | {"timeout": timeout})
         self._timeout = timeout
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
@@ -57,8 +57,9 @@ class GuardedDecoder:
     def __del__(self) -> None:
         self.close()
 
-    def __call__(self, data: bytes) -> DecodedImage:
-        """What `captioner.imaging.decode` returns, or `decoder_crashed` after ATTEMPTS deaths, or `timeout`."""
+    def answer(self, data: bytes) -> tuple[dict[str, Any], bytes | None]:
+        """What the child says of one file, and the bytes that go with it; or `decoder_crashed` after ATTEMPTS deaths,
+        or `timeout`."""
         death = ""
         for _ in range(ATTEMPTS):
             try:
@@ -97,7 +98,7 @@ class GuardedDecoder:
             self._process.wait()
         self._process = self._connection = None
 
-    def _ask(self, data: bytes) -> DecodedImage:
+    def _ask(self, data: bytes) -> tuple[dict[str, Any], bytes | None]:
         """Raises TimeoutError, or EOFError or OSError where the child is dead."""
         self.start()
         assert self._connection is not None
@@ -107,10 +108,7 @@ class GuardedDecoder:
         if not self._connection.poll(self._timeout):
             raise TimeoutError
         answer = json.loads(self._connection.recv_bytes())
-        pixels = None
-        if not answer["error_code"]:
-            pixels = np.frombuffer(self._connection.recv_bytes(), np.uint8).reshape(self._shape)
-        return DecodedImage(pixels, **answer)
+        return answer, None if answer["error_code"] else self._connection.recv_bytes()
 
     def _wait_until_ready(self, connection: Connection) -> None:
         """Raises RuntimeError where no decoder can be started at all: that is no fault of a picture."""
@@ -128,5 +126,28 @@ class GuardedDecoder:
         return f"by signal {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
 
 
-def _failed(code: str, message: str) -> DecodedImage:
-    return DecodedImage(None, error_code=code, error_message=message)
+class GuardedDecoder(_Guarded):
+    """`captioner.imaging.decode` in a child. `timeout`: seconds a picture may take."""
+
+    def __init__(self, spec: PixelSpec, max_pixels: int, timeout: float) -> None:
+        super().__init__({"spec": asdict(spec), "max_pixels": max_pixels}, timeout)
+        self._shape = (spec.height, spec.width, 3)
+
+    def __call__(self, data: bytes) -> DecodedImage:
+        answer, pixels = self.answer(data)
+        return DecodedImage(None if pixels is None else np.frombuffer(pixels, np.uint8).reshape(self._shape), **answer)
+
+
+class GuardedPreviewer(_Guarded):
+    """`captioner.imaging.preview.preview` in a child. `side`: pixels; `timeout`: seconds a picture may take."""
+
+    def __init__(self, side: int, max_pixels: int, timeout: float) -> None:
+        super().__init__({"side": side, "max_pixels": max_pixels}, timeout)
+
+    def __call__(self, data: bytes) -> Preview:
+        answer, jpeg = self.answer(data)
+        return Preview(jpeg, **answer)
+
+
+def _failed(code: str, message: str) -> tuple[dict[str, Any], None]:
+    return {"error_code": code, "error_message": message}, None

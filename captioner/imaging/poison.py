@@ -7,8 +7,9 @@ import signal
 import time
 import uuid
 from collections.abc import Callable
+from typing import TypeVar
 
-from captioner.data import DecodedImage
+DecodedT = TypeVar("DecodedT")
 
 # A picture whose bytes hold one of these kills its decoder, keeps it for ever, or makes it wait at the gate named after
 # the marker (see `wait_at`; the number is that of the decoder's parent), where the environment variable
@@ -16,10 +17,10 @@ from captioner.data import DecodedImage
 ABORT_MARKER, HANG_MARKER, GATE_MARKER = b"captioner-test: abort", b"captioner-test: hang", b"captioner-test: gate "
 
 
-def poisoned(decode_one: Callable[[bytes], DecodedImage]) -> Callable[[bytes], DecodedImage]:
+def poisoned(decode_one: Callable[[bytes], DecodedT]) -> Callable[[bytes], DecodedT]:
     """A decoder with a weakness for the markers."""
 
-    def decode(data: bytes) -> DecodedImage:
+    def decode(data: bytes) -> DecodedT:
         if ABORT_MARKER in data:
             os.kill(os.getpid(), signal.SIGABRT)
         while HANG_MARKER in data:

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -119,7 +120,7 @@ class Directory:
             if os.path.exists(temporary):
                 os.unlink(temporary)
             raise
-        _sync_folder(folder)
+        sync_folder(folder)
 
     def read_json(self, name: str) -> dict[str, Any]:
         value = json.loads(self.read_bytes(name))
@@ -188,8 +189,8 @@ class Directory:
                 os.unlink(info.path)
 
 
-def _sync_folder(folder: str) -> None:
-    """Make a rename survive a power cut."""
+def sync_folder(folder: str | Path) -> None:
+    """Make a new name in it survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
