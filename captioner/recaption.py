@@ -30,6 +30,7 @@ import pyarrow.compute as pc
 
 from captioner.alttext.journal import latest_reviews, read_reviews
 from captioner.alttext.nouns import LASTING, Review
+from captioner.alttext.texts import holds
 from captioner.data import STATUS_FAILED
 from captioner.errors import UsageError
 from captioner.scoring.flags import CAPTION_FLAGS, RUN_FLAGS
@@ -158,7 +159,7 @@ def _decided(rows: pa.Table, reviews: dict[str, Review], decisions: frozenset[st
     for place, image_id in enumerate(rows["image_id"].to_pylist()):
         review = reviews.get(image_id)
         if review and review.decision in decisions:
-            found[place] = review.decision in LASTING or created[place].as_py() <= review.reviewed_at
+            found[place] = holds(review, created[place].as_py())
     return found
 
 

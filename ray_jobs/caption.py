@@ -22,6 +22,7 @@ from captioner.errors import CaptionerError, ClusterError
 from captioner.files import is_uri
 from captioner.steps import Work
 from ray_jobs.cluster import Resources, Sizes, connect, share_out
+from ray_jobs.metrics import DriverMetrics
 from ray_jobs.stages import CaptionStage, CommitStage, DecodeStage, receipts_of
 
 if TYPE_CHECKING:
@@ -56,9 +57,12 @@ class RayEngine:
         sizes = share_out(self._connected(), self._config.cluster)
         if self._connected().num_nodes > 1 and not is_uri(work.table.directory.location):
             _check_shared(work.table.directory.location)
+        metrics = DriverMetrics(sum(chunk.num_rows for chunk in chunks))
         for first in range(0, len(chunks), CHUNKS_PER_EXECUTION):
             window = chunks[first : first + CHUNKS_PER_EXECUTION]
-            yield from _execute(work, window, sizes, self._config.model.batch_size)
+            for receipt in _execute(work, window, sizes, self._config.model.batch_size):
+                metrics.add(receipt)
+                yield receipt
 
     def _connected(self) -> Resources:
         if self._resources is None:

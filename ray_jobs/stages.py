@@ -16,7 +16,7 @@ import pyarrow as pa
 from captioner.config import AutoInt
 from captioner.data import Chunk, Receipt
 from captioner.steps import ChunkRows, Work, caption, commit, read_and_decode
-from ray_jobs.metrics import RunMetrics
+from ray_jobs.metrics import DeviceMetrics, RunMetrics
 
 _CHUNK, _PIXELS = "_chunk", "_pixels"
 
@@ -43,9 +43,12 @@ class CaptionStage:
         self.work = work
         self.captioner = load(work.model, batch_size=batch_size, num_threads=num_threads)
         self.memory = work.new_memory()
+        self.metrics = DeviceMetrics()
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        return to_block(caption(self.work, self.captioner, from_block(block, self.work), self.memory))
+        rows = caption(self.work, self.captioner, from_block(block, self.work), self.memory)
+        self.metrics.add(rows.seconds["generate"], getattr(self.captioner, "batch_size", rows.chunk.num_rows))
+        return to_block(rows)
 
 
 class CommitStage:

@@ -95,7 +95,7 @@ class Judge:
     def _add(self, row: Eligible, match: Match, logprob: float | None) -> None:
         self.sums.add(row.place, row.image_id, row.caption, row.references, match)
         if logprob is not None:
-            sums = self.by_bin.setdefault(int(logprob * 100), [0, 0, 0])
+            sums = self.by_bin.setdefault(max(-1_000, int(logprob * 100)), [0, 0, 0])
             sums[0] += 1
             sums[1] += match.best_edits.edits
             sums[2] += match.best_edits.words
