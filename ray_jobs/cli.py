@@ -65,7 +65,8 @@ def doctor(
 ) -> int:
     """Check a cluster before a run.
 
-    Versions, limits and GPUs of every node, whether the model loads on a worker, whether OUT can be written from all.
+    Versions, limits, memory, clock and GPUs of every node, whether the model loads on a worker, whether OUT can be
+    written from all.
     """
     from ray_jobs import doctor
 

@@ -11,6 +11,9 @@ from xml.etree import ElementTree
 from PIL import IptcImagePlugin
 from PIL.ImageFile import ImageFile
 
+from captioner.imaging.faults import PictureError
+from captioner.imaging.formats import identify
+from captioner.imaging.settings import decoding
 from captioner.text import printable
 
 _MAX_LENGTH = 2_000
@@ -30,14 +33,22 @@ _XMP_PROPERTIES = {
 }
 
 
-def descriptions_of(file: ImageFile) -> dict[str, str]:
-    """Where it stands -> what it says, one line each, empty ones left out. Damaged metadata says nothing."""
+def descriptions_of(data: bytes, max_pixels: int) -> dict[str, str]:
+    """Where in the file it stands -> what it says, as one line; empty ones are left out. Damaged metadata says nothing.
+
+    XMP: alt text, extended description, description; IPTC caption; EXIF and PNG description.
+    """
     found: dict[str, str] = {}
-    for read in (_from_xmp, _from_iptc, _from_exif, _from_png_text):
-        with contextlib.suppress(Exception):
-            found |= read(file)
-    shown = {place: printable(text).strip()[:_MAX_LENGTH] for place, text in found.items()}
-    return {place: text for place, text in shown.items() if text}
+    try:
+        with decoding(max_pixels):
+            file = identify(data)
+            for read in (_from_xmp, _from_iptc, _from_exif, _from_png_text):
+                with contextlib.suppress(Exception):
+                    found |= read(file)
+    except PictureError:
+        return {}
+    lines = {place: printable(text).strip()[:_MAX_LENGTH] for place, text in found.items()}
+    return {place: line for place, line in lines.items() if line}
 
 
 def _from_xmp(file: ImageFile) -> dict[str, str]:

@@ -144,14 +144,14 @@ class _Handler(BaseHTTPRequestHandler):
     def _about(self, place: int) -> dict[str, Any]:
         found = self.server.pictures.preview(self.server.desk.row(place), "large")
         return {
-            "error": found.error_message if found.error_code else "",
+            "error": found.error,
             "descriptions": [{"place": name, "text": text} for name, text in found.descriptions.items()],
         }
 
     def _send_picture(self, place: int, size: Size) -> None:
         found = self.server.pictures.preview(self.server.desk.row(place), size)
         if found.jpeg is None:
-            raise _RefusedError(HTTPStatus.NOT_FOUND, found.error_message)
+            raise _RefusedError(HTTPStatus.NOT_FOUND, found.error)
         self._send(found.jpeg, "image/jpeg")
 
     def _send_page(self) -> None:
