@@ -64,7 +64,7 @@ class Feedback:
         made = ", ".join(f"{count:,} {name}" for name, count in self.pairs.most_common())
         left = ", ".join(f"{count:,} {name}" for name, count in self.left_out.most_common())
         lines = f"; {self.damaged:,} damaged lines of the journal were passed over" if self.damaged else ""
-        return f"{self.pairs.total():,} pairs ({made}); left out: {left or 'none'}{lines}"
+        return f"{self.pairs.total():,} pairs ({made or 'none'}); left out: {left or 'none'}{lines}"
 
 
 def run(out: str, pairs: str) -> int:

@@ -90,6 +90,15 @@ def test_train_takes_the_pairs_and_checks_leave_their_pictures_out(tmp_path: Pat
     check = json.loads((tmp_path / "out/checks/check.json").read_text())
     assert (check["trained_left_out"], check["num_rows"]) == (10, 10)
 
+    again = {"name": str(tmp_path / "trained/model")}
+    more = make_folder(tmp_path / "more", 6, seed=9)
+    tree = {"data": {"path": str(more)}, "model": again, "training": {"max_steps": 1}} | {
+        "output": {"path": str(tmp_path / "taught again")}
+    }
+    job.run(TrainConfig.model_validate(tree), LocalEngine())
+    seen = pq.read_table(tmp_path / "taught again/model/training_images.parquet")
+    assert len(set(seen["sha256"].to_pylist())) == 16  # what it was taught before is not forgotten
+
 
 def test_pictures_that_have_changed_or_gone_are_left_out(tmp_path: Path) -> None:
     archive = make_folder(tmp_path / "archive", 4)
