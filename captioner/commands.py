@@ -13,6 +13,7 @@ from captioner import quality
 from captioner.config import CheckConfig, ModelConfig, SourceConfig
 from captioner.data import RawImage
 from captioner.errors import ERROR, OK, TOO_MANY_FAILED
+from captioner.imaging.guarded import GuardedDecoder
 from captioner.models import load, resolve
 from captioner.report import FIGURES
 from captioner.report.terminal import print_check
@@ -28,7 +29,9 @@ def try_pictures(pictures: Sequence[str], model: ModelConfig) -> int:
     from captioner.imaging import decode_images
 
     ref = resolve(model, None if model.dtype == "auto" else model.dtype)
-    batch = decode_images([_read(name) for name in pictures], ref.spec, SourceConfig().max_pixels)
+    limits = SourceConfig()
+    with GuardedDecoder(ref.spec, limits.max_pixels, limits.decode_timeout) as decoder:
+        batch = decode_images([_read(name) for name in pictures], ref.spec, limits.max_pixels, decoder)
     codes = batch.rows["error_code"].to_pylist()
     messages = batch.rows["error_message"].to_pylist()
     fine = [place for place, code in enumerate(codes) if not code]
@@ -79,6 +82,10 @@ def status(out: str) -> int:
     lines += [(f"  {reason}", number) for reason, number in counts.failed_by_reason.items()]
     for name, number in [*lines, ("remaining", counts.remaining)]:
         print(f"{name:<22}{number:>14,}")
+    models = table.info.get("models", {})
+    for fingerprint, number in counts.by_fingerprint.items() if len(models) > 1 else ():
+        name = models.get(fingerprint, {}).get("name", fingerprint[:12])
+        print(f"{number:,} rows made by {printable(name)} (fingerprint {fingerprint[:12]})")
     if table.directory.exists("run.json"):
         record = table.directory.read_json("run.json")
         rate, when = record["images_per_second"], datetime.fromisoformat(record["written_at"])

@@ -9,7 +9,7 @@ never floats.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import numpy as np
@@ -42,8 +42,17 @@ PLAN_SCHEMA = pa.schema(
         pa.field("size", pa.int64()),  # bytes from offset; null: the whole file
         pa.field("row", pa.int64()),  # row in a table; null: not from a table
         pa.field("reference_captions", pa.list_(pa.string())),  # null: none known
+        pa.field("page_at", pa.int64()),  # byte of a TIFF page's directory; null: the whole file
     ]
 )
+PAGE = "#page="  # between the name of a TIFF and the number of its page, from 1, in an image_id
+
+
+def names_of(image_id: str) -> tuple[str, ...]:
+    """What a glob may match: the id, and of a page the id without its number."""
+    file, mark, page = image_id.rpartition(PAGE)
+    return (image_id, file) if mark and page.isdecimal() else (image_id,)
+
 
 CAPTIONS_SCHEMA = pa.schema(
     [
@@ -144,7 +153,8 @@ class DecodedImage:
     """One picture ready for the model, or the reason why not (`error_code`; "" = fine).
 
     `pixels`: uint8 [height, width, 3] of the model's input size, `None` on failure. `width`, `height`: of the picture
-    as a person sees it (EXIF orientation applied), 0 where unknown.
+    as a person sees it (EXIF orientation applied), 0 where unknown. `descriptions`: what people wrote about it in the
+    file, where that was asked for.
     """
 
     pixels: npt.NDArray[np.uint8] | None
@@ -153,6 +163,7 @@ class DecodedImage:
     format: str = ""
     error_code: str = ""
     error_message: str = ""
+    descriptions: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +221,8 @@ class Source(Protocol):
         ...
 
     def list_unit(self, unit: str) -> Iterator[Listing]:
-        """The pictures of one piece, in batches of a few thousand. Never opens a picture."""
+        """The pictures of one piece, in batches of a few thousand. Never opens a picture; with --pages all it reads
+        the directories of TIFFs, to count their pages."""
         ...
 
     def read(self, rows: pa.Table) -> list[RawImage]:

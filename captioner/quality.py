@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
 from captioner.config import CheckConfig, SpotCheckConfig
 from captioner.data import Receipt
 from captioner.errors import StoppedEarlyError, UsageError
 from captioner.report import make_report
+from captioner.scoring.changes import find_changes
 from captioner.scoring.check import CHECK_FILE, Check, check_table
 from captioner.scoring.choose import Question, nothing_matches
 from captioner.scoring.compare import compare_tables
 from captioner.scoring.gates import failed_gates
 from captioner.scoring.references import read_references
 from captioner.scoring.running import RunningWer, Sample, draw_sample
+from captioner.scoring.terms import read_terms
 from captioner.store.table import CaptionsTable, open_table
 
 # At the end of a run so many rows are checked: a minute or two, whatever the size of the table.
@@ -30,18 +31,6 @@ def question_of(settings: CheckConfig, max_rows: int | None = None) -> Question:
     return Question(references, settings.sample, settings.seed, terms, max_rows)
 
 
-def read_terms(file: str) -> tuple[str, ...]:
-    """A term a line; empty lines and those that start with # are passed over."""
-    try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--terms {file}: cannot be read: {error}") from None
-    terms = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
-    if not terms:
-        raise UsageError(f"--terms {file}: holds no term")
-    return terms
-
-
 def check(
     table: CaptionsTable, settings: CheckConfig, against: str | None = None, max_rows: int | None = None
 ) -> Check:
@@ -51,6 +40,7 @@ def check(
     found = check_table(table, question)
     if other is not None:
         found.comparison = compare_tables(table, other, question)
+    found.changes = find_changes(table, question)
     figures = found.to_json() | {
         "gates": {"max_wer": settings.max_wer, "min_lift": settings.min_lift},
         "failed_gates": failed_gates(found.scores, settings),

@@ -19,6 +19,7 @@ import captioner.starter
 from captioner.faults import GatedDirectory, Killed, killed_at_write, sigkill_at_write
 from captioner.imaging.poison import ABORT_MARKER, GATE_MARKER, HANG_MARKER
 from captioner.models.fake import FakeCaptioner
+from captioner.models.ref import ModelRef
 from captioner.scenes import Scene, make_scenes
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "FakeCaptioner",
     "GatedDirectory",
     "Killed",
+    "SmallGpu",
     "killed_at_write",
     "make_folder",
     "make_parquet",
@@ -38,6 +40,34 @@ __all__ = [
 
 TINY_SIDE = 32  # pixels, of the tiny models' pictures
 _PAD, _START, _END = 0, 1, 2  # of the starter's tokenizer, which the tiny models share
+
+
+class SmallGpu:
+    """Stands in for a captioner on a GPU with memory for `room` pictures; see `captioner.models.batch_size`.
+
+    A batch takes `start` + pictures x `each` seconds of its own `clock`. `tried`: the sizes it was asked for.
+    """
+
+    device_name = "small GPU, 1 GiB"
+
+    def __init__(self, ref: ModelRef, room: int, start: float = 1.0, each: float = 0.0) -> None:
+        self.ref, self.batch_size, self.tried = ref, 1, list[int]()
+        self._room, self._start, self._each, self._now = room, start, each, 0.0
+
+    def clock(self) -> float:
+        return self._now
+
+    def try_batch(self, size: int) -> None:
+        """Raises torch.OutOfMemoryError above `room`."""
+        import torch
+
+        self.tried.append(size)
+        if size > self._room:
+            raise torch.OutOfMemoryError(f"no memory for {size} pictures")
+        self._now += self._start + self._each * size
+
+    def free_memory(self) -> None:
+        """Nothing is held."""
 
 
 def make_folder(path: Path, count: int, seed: int = 0, width: int = 64) -> Path:

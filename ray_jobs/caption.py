@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 # One Ray Data execution takes this many chunks (a million pictures). The driver keeps a record of every block of an
 # execution; windows keep its memory flat at the price of filling the pipeline anew for each.
 CHUNKS_PER_EXECUTION = 2_048
-NO_PROGRESS_TIMEOUT_S = 900
 
 
 def run(config: CaptionConfig) -> int:
@@ -76,9 +75,10 @@ def make_dataset(work: Work, chunks: list[Chunk], sizes: Sizes, batch_size: Auto
     import ray
     from ray.data import ActorPoolStrategy
 
-    def pool(size: int, most: int = 0) -> dict[str, Any]:
-        size, most = min(size, len(chunks)), min(most, len(chunks))
-        strategy = ActorPoolStrategy(min_size=size, max_size=most) if most > size else ActorPoolStrategy(size=size)
+    def pool(size: int, most: int = 0, at_once: int = 1) -> dict[str, Any]:
+        least, most = min(size, len(chunks)), min(max(size, most), len(chunks))
+        threads: dict[str, Any] = {"max_concurrent_calls_per_actor": at_once, "enable_true_multi_threading": True}
+        strategy = ActorPoolStrategy(min_size=least, max_size=most, **(threads if at_once > 1 else {}))
         return {"compute": strategy, "batch_size": None, "batch_format": "pyarrow", "zero_copy_batch": True}
 
     described = [asdict(chunk) for chunk in chunks]
@@ -87,7 +87,7 @@ def make_dataset(work: Work, chunks: list[Chunk], sizes: Sizes, batch_size: Auto
         DecodeStage,
         fn_constructor_kwargs={"work": work},
         num_cpus=sizes.cpus_per_decoder,
-        **pool(sizes.decode_cpus, sizes.max_decode_cpus),
+        **pool(sizes.decode_cpus, sizes.max_decode_cpus, DecodeStage.AT_ONCE),
     )
     dataset = dataset.map_batches(
         CaptionStage,
@@ -123,7 +123,13 @@ def _configure_ray_data(work: Work) -> None:
     context.max_errored_blocks = 0
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    context.execution_no_progress_timeout_s = NO_PROGRESS_TIMEOUT_S
+    context.execution_no_progress_timeout_s = no_progress_timeout(work.decode_timeout)
+
+
+def no_progress_timeout(decode_timeout: float) -> float:
+    """Seconds without a block from any stage after which a run is taken for stalled: more than a chunk of which every
+    picture hangs takes (see `captioner.imaging.guarded`)."""
+    return max(900.0, 20 * decode_timeout)
 
 
 def _cause_of(error: BaseException) -> CaptionerError:

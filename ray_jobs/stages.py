@@ -7,6 +7,7 @@ chunk and the seconds spent on it as JSON in every row.
 from __future__ import annotations
 
 import json
+import threading
 from dataclasses import asdict
 from typing import Any
 
@@ -15,23 +16,31 @@ import pyarrow as pa
 
 from captioner.config import AutoInt
 from captioner.data import Chunk, Receipt
-from captioner.steps import ChunkRows, Work, caption, commit, read_and_decode
+from captioner.steps import ChunkRows, Work, caption, commit, decode, read
 from ray_jobs.metrics import DeviceMetrics, RunMetrics
 
 _CHUNK, _PIXELS = "_chunk", "_pixels"
 
 
 class DecodeStage:
-    """A block with one chunk's description -> its pictures, decoded."""
+    """A block with one chunk's description -> its pictures, decoded.
+
+    Called by AT_ONCE threads: one reads the next chunk while the other decodes.
+    """
+
+    AT_ONCE = 2
 
     def __init__(self, work: Work) -> None:
         self.work = work
+        self.turn = threading.Lock()
         self.decoder = work.decoder()
         self.decoder.start()  # it imports torch while the model loads
 
     def __call__(self, block: pa.Table) -> pa.Table:
         (chunk,) = (Chunk(**row) for row in block.to_pylist())
-        return to_block(read_and_decode(self.work, chunk, self.decoder))
+        raw = read(self.work, chunk)
+        with self.turn:
+            return to_block(decode(self.work, raw, self.decoder))
 
 
 class CaptionStage:

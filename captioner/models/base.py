@@ -18,6 +18,7 @@ from captioner.errors import ModelError
 from captioner.models.opening import open_model, open_tokenizer, quiet
 from captioner.models.ref import ModelRef
 from captioner.models.scores import ScoreRecorder, token_counts
+from captioner.models.uploads import Uploads
 
 # The settings of a checkpoint's generation_config.json that shape greedy and beam search. The others belong to
 # sampling, or to what ModelRef decides (beams, length).
@@ -55,6 +56,7 @@ class TransformersCaptioner:
     def __init__(self, ref: ModelRef, device: torch.device, batch_size: int) -> None:
         self.ref, self.device, self.batch_size = ref, device, batch_size
         self.dtype: torch.dtype = getattr(torch, ref.dtype)
+        self.uploads = Uploads(device)
         self.model = open_model(ref.path, self.dtype, device, self.attention)
         self.tokenizer = open_tokenizer(ref.path)
         self.prefix = self.start_ids()
@@ -113,18 +115,8 @@ class TransformersCaptioner:
         Where the device's memory is not enough, the batch is halved and tried again, and stays at what fits.
         """
         parts: list[Captions] = []
-        first = 0
-        while first < len(pixels):
-            try:
-                parts.append(self._caption_batch(pixels[first : first + self.batch_size]))
-            except torch.OutOfMemoryError:
-                tried = min(self.batch_size, len(pixels) - first)
-                if tried == 1:
-                    raise
-                self.batch_size = tried // 2
-                self.free_memory()
-            else:
-                first += len(parts[-1].texts)
+        for values in self.uploads.batches(pixels, self.batch_size):
+            parts += self._as_fits(values)
         return Captions(
             [text for part in parts for text in part.texts],
             [number for part in parts for number in part.num_tokens],
@@ -132,15 +124,44 @@ class TransformersCaptioner:
             [done for part in parts for done in part.finished],
         )
 
+    def _as_fits(self, values: torch.Tensor) -> list[Captions]:
+        """`caption_batch`, in as many pieces as the device's memory asks for."""
+        if len(values) > self.batch_size:
+            return [part for some in values.split(self.batch_size) for part in self._as_fits(some)]
+        try:
+            return [self.caption_batch(values)]
+        except torch.OutOfMemoryError:
+            if len(values) == 1:
+                raise
+        # Outside of the except clause, which keeps alive what the failed call had allocated.
+        self.batch_size = len(values) // 2
+        self.free_memory()
+        return self._as_fits(values)
+
+    def try_batch(self, size: int) -> None:
+        """Caption `size` pictures of noise in one piece. Raises torch.OutOfMemoryError."""
+        shape = size, self.ref.spec.height, self.ref.spec.width, 3
+        noise = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+        self.caption_batch(torch.from_numpy(noise).to(self.device))
+
+    @property
+    def device_name(self) -> str:
+        """ "cpu", or a GPU's name and memory."""
+        if self.device.type != "cuda":
+            return self.device.type
+        found = torch.cuda.get_device_properties(self.device)
+        return f"{found.name}, {found.total_memory >> 30} GiB"
+
     def free_memory(self) -> None:
         """Give back what the device holds for later use."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     @torch.inference_mode()
-    def _caption_batch(self, pixels: npt.NDArray[np.uint8]) -> Captions:
+    def caption_batch(self, values: torch.Tensor) -> Captions:
+        """Caption uint8 pixels [N, height, width, 3] on the device, in one piece. Raises torch.OutOfMemoryError."""
         with quiet():
-            tokens, logprobs = self.search(self.normalise(pixels))
+            tokens, logprobs = self.search(self.normalise(values))
         counts, finished = token_counts(tokens, self._end_ids())
         rows = list(zip(tokens, logprobs, counts, strict=True))
         return Captions(
@@ -157,10 +178,8 @@ class TransformersCaptioner:
         tokens = output.sequences[:, len(self.prefix) :].cpu()
         return tokens, recorder.logprobs(tokens, getattr(output, "beam_indices", None))
 
-    def normalise(self, pixels: npt.NDArray[np.uint8]) -> torch.Tensor:
-        """uint8 [N, H, W, 3] on the host -> normalised [N, 3, H, W] of the model's dtype on its device."""
-        # A copy, because Arrow's memory is read-only and torch warns of that.
-        values = torch.from_numpy(np.array(pixels)).to(self.device, non_blocking=True)
+    def normalise(self, values: torch.Tensor) -> torch.Tensor:
+        """uint8 [N, H, W, 3] -> normalised [N, 3, H, W] of the model's dtype, both on its device."""
         return ((values.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std).to(self.dtype)
 
     def decode(self, token_ids: list[int]) -> str:
