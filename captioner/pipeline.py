@@ -41,7 +41,8 @@ from captioner.summary import print_summary
 def run(config: CaptionConfig, engine: Engine | None = None) -> int:
     """Caption an archive into OUT; returns the exit code. Raises CaptionerError (see `captioner.errors`)."""
     engine = engine or ThisProcess(config)
-    with stoppable(f"committed rows stay in {shown(config.output.path)}"), sole_writer(config.output.path):
+    out = config.output.path
+    with stoppable(f"committed rows stay in {shown(out)}"), sole_writer(out) as check_held:
         job = open_job(config, engine, say)
         if job.work is None:
             say(f"planned; run without --plan-only to caption into {shown(config.output.path)}")
@@ -57,10 +58,12 @@ def run(config: CaptionConfig, engine: Engine | None = None) -> int:
                     write_record(job, make_record(job, "running", tally))
                     with Progress(total=plan.num_rows, already=already) as progress:
                         for receipt in engine.caption_chunks(work, chunks):
+                            check_held()
                             tally.add(receipt, job.started)
                             progress.update(receipt, note=spot_check.add(receipt))
                     tally.slots = engine.slots()
-                publish(job.table, plan)
+                check_held()
+                publish(job.table, plan, on_part=lambda part: check_held())
             return close_job(job, tally)
 
 

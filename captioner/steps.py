@@ -30,6 +30,7 @@ from captioner.imaging.guarded import GuardedDecoder
 from captioner.models import ModelRef
 from captioner.scoring.flags import caption_flags
 from captioner.scoring.running import Sample, score_sampled
+from captioner.sources.copies import KNOWN_SHA256
 from captioner.sources.reading import reads_at_once
 from captioner.store.commit import commit_chunk
 from captioner.store.plan import read_planned
@@ -88,7 +89,9 @@ def read(work: Work, chunk: Chunk) -> ReadChunk:
     started = time.perf_counter()
     with reads_at_once(work.read_concurrency):
         planned = read_planned(work.table, chunk)
-        raws = work.source.read(planned)
+        # What a manifest knows of copies is no use to a run that captions each.
+        names = [name for name in planned.column_names if work.dedupe or name != KNOWN_SHA256.name]
+        raws = work.source.read(planned.select(names))
     return ReadChunk(chunk, planned, raws, time.perf_counter() - started)
 
 

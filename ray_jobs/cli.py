@@ -65,7 +65,8 @@ def doctor(
 ) -> int:
     """Check a cluster before a run.
 
-    Versions, limits and GPUs of every node, whether the model loads on a worker, whether OUT can be written from all.
+    Versions, limits, memory, clock and GPUs of every node, whether the model loads on a worker, whether OUT can be
+    written from all.
     """
     from ray_jobs import doctor
 
@@ -227,6 +228,20 @@ def review(
     from captioner.review import command
 
     return command.run(out, port, reviewer, queue, open)
+
+
+@app.command()
+def feedback(
+    out: Out,
+    pairs: Annotated[str, typer.Argument(metavar="PAIRS", help="A new directory; `captioner train` takes it.")],
+) -> int:
+    """Turn approved and edited texts into training pairs.
+
+    Other decisions are left out and counted. Checks of a model trained on the pairs leave their pictures out.
+    """
+    from captioner.alttext.feedback import run
+
+    return run(out, pairs)
 
 
 @app.command()

@@ -30,7 +30,7 @@ class JsonLines(io.TextIOBase):
 
     def write_fields(self, line: str, fields: Mapping[str, Any]) -> None:
         """A line with figures of its own: they become keys of its object."""
-        entry = _entry(line) | {"event": "progress"} | fields
+        entry = {**_entry(line), "event": "progress", **fields}
         self._stream.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
     def flush(self) -> None:

@@ -1,7 +1,7 @@
 """What a run shows on Ray's Prometheus endpoints: each worker counts what it does, the driver what has come back.
 
-Each name gets Ray's prefix: `ray_captioner_pictures_total`. Queues between the stages of Ray Data are in its own metrics
-(`ray_data_...`). `deploy/grafana.json` draws what is here.
+Each name gets Ray's prefix: `ray_captioner_pictures_total`. Queues between the stages of Ray Data are in its own
+metrics (`ray_data_...`). `deploy/grafana.json` draws what is here.
 """
 
 from __future__ import annotations

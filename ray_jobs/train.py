@@ -7,10 +7,14 @@ The flow around it is that of `captioner.training.job`.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +50,9 @@ class RayTrainEngine:
     def num_workers(self) -> int:
         return self._sizes().num_workers
 
+    def has_gpus(self) -> bool:
+        return self._sizes().gpus_per_worker > 0
+
     def map_tables(self, function: Callable[[pa.Table], pa.Table], tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
         import ray.exceptions
 
@@ -65,7 +72,7 @@ class RayTrainEngine:
         schedule = opened.schedule
         trainer = self._trainer(opened, board)
         try:
-            with TrainProgress(schedule.max_steps, look, schedule.global_batch_size):
+            with TrainProgress(schedule.max_steps, look, schedule.global_batch_size), _own_sigint():
                 result = trainer.fit()
         except ray.train.TrainingFailedError as error:
             raise _cause_of(error) from error
@@ -125,7 +132,16 @@ class RayTrainEngine:
             # Threads that wait for each other must not spin: decoding shares the CPUs with training.
             os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
             self._resources = connect(self._cluster)
-        return share_out(self._resources, self._cluster)
+        return with_all_threads(share_out(self._resources, self._cluster), self._resources)
+
+
+def with_all_threads(sizes: Sizes, resources: Resources) -> Sizes:
+    """Workers without a GPU compute on all CPUs: those that decode are idle most of the time, since a step takes far
+    longer than decoding its pictures. What each worker holds of Ray's CPUs stays as it is."""
+    if sizes.gpus_per_worker:
+        return sizes
+    cpus = min(resources.num_cpus / sizes.num_workers, resources.least_cpus)
+    return dataclasses.replace(sizes, threads_per_worker=max(1, int(cpus)))
 
 
 def train_loop(config: dict[str, Any], kind: type[RayWorker] | None = None) -> dict[str, Any]:
@@ -172,6 +188,19 @@ class RayWorker:
 
     def tell(self, progress: dict[str, Any]) -> None:
         self._board.tell.remote(progress)
+
+
+@contextmanager
+def _own_sigint() -> Iterator[None]:
+    """Ray Train replaces the handler of Ctrl-C by one that stops the workers and ends the process with code 0."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, before)
 
 
 def _board() -> Any:

@@ -2,6 +2,7 @@
 
     formats.py   bytes -> a Pillow file, told by content
     opening.py   bytes -> an upright RGB picture
+    reducing.py  reading it smaller where its format allows
     colour.py    any Pillow mode -> RGB over white
     fitting.py   upright picture -> uint8 pixels of the model's size
     descriptions.py  what people already wrote about the picture in its file
@@ -76,14 +77,25 @@ def decode_images(
     """Pictures of one chunk, one row each, in order. `rows` has IMAGE_SCHEMA. `decode_each`: `decode` in this process
     unless given.
 
-    Holds one full-size picture at a time: each is shrunk to the model's size before the next is opened.
+    Holds one full-size picture at a time: each is shrunk to the model's size before the next is opened. Rows that share
+    one bytes object are decoded once.
     """
     pixels = np.zeros((len(raws), spec.height, spec.width, 3), np.uint8)
     decode_each = decode_each or partial(map, partial(decode, spec=spec, max_pixels=max_pixels))
-    decoded = decode_each(raw.data for raw in raws if raw.data is not None and not raw.error_code)
-    rows = []
+    first: dict[int, int] = {}
     for index, raw in enumerate(raws):
-        one = _without_bytes(raw) if raw.error_code or raw.data is None else next(decoded)
+        if raw.data is not None and not raw.error_code:
+            first.setdefault(id(raw.data), index)
+    decoded = decode_each(raws[index].data or b"" for index in first.values())
+    rows: list[dict[str, str | int | None]] = []
+    for index, raw in enumerate(raws):
+        has_bytes = raw.data is not None and not raw.error_code
+        same = first[id(raw.data)] if has_bytes else index
+        if same < index:
+            pixels[index] = pixels[same]
+            rows.append(rows[same] | {"image_id": raw.image_id, "uri": raw.uri})
+            continue
+        one = next(decoded) if has_bytes else _without_bytes(raw)
         if one.pixels is not None:
             pixels[index] = one.pixels
         rows.append(_row(raw, one))

@@ -86,7 +86,8 @@ def main(argv: list[str]) -> None:
         from captioner.imaging.poison import poisoned
 
         decode_one = poisoned(decode_one, caller)
-    slots = Slots(*settings["shape"], descriptors=settings["slots"])
+    height, width = settings["shape"]
+    slots = Slots(height, width, settings["slots"])
     work = partial(serve, decode_one=decode_one, slots=slots, timeout=settings["timeout"])
     with suppress(ConnectionError):  # the caller was killed
         fork_workers(socket.socket(fileno=int(argv[0])), work)

@@ -10,7 +10,7 @@ from functools import cached_property
 from captioner.data import PixelSpec
 
 # Raised whenever the same file and the same PixelSpec would give other pixels than before.
-PREPROCESSING_VERSION = 1
+PREPROCESSING_VERSION = 2
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from captioner.store.retry import retried
 
 _TEMPORARY = ".tmp"
 ROW_GROUP_ROWS = 2_048
+LEASE_FILE = "writer.json"  # of a run at work: see `captioner.store.lease`
 
 
 @dataclass(frozen=True)
@@ -77,12 +78,13 @@ class Directory:
         return sorted(i.base_name for i in self.filesystem.get_file_info(selector) if i.type == FileType.Directory)
 
     def is_empty(self) -> bool:
-        """Raises OutputError where `location` is a file or cannot be listed."""
+        """Whether nothing but a run's marker is here. Raises OutputError where `location` is a file or cannot be
+        listed."""
         try:
             infos = self.filesystem.get_file_info(FileSelector(self.path(""), allow_not_found=True))
         except OSError as error:
             raise OutputError(f"{self.location} cannot be listed: {error}; give another OUT") from error
-        return not infos
+        return all(info.base_name == LEASE_FILE for info in infos)
 
     @retried
     def read_bytes(self, name: str) -> bytes:
@@ -141,7 +143,7 @@ class Directory:
     @retried
     def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
         with self.open_parquet(name) as file:
-            return file.read(columns)
+            return file.read(columns, use_threads=False)
 
     def write_table(self, name: str, table: pa.Table, row_group_size: int | None = None) -> pa.Buffer:
         """Write `table` as one Parquet file, atomically; returns the bytes written."""

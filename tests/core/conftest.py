@@ -10,6 +10,7 @@ import captioner.report.pictures as report_pictures
 from captioner import steps
 from captioner.data import PixelSpec
 from captioner.imaging import decode, squeeze
+from captioner.store import lease
 
 
 class DecoderHere:
@@ -34,3 +35,9 @@ class DecoderHere:
 def decoding_here(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (steps, report_pictures):
         monkeypatch.setattr(module, "GuardedDecoder", DecoderHere)
+
+
+@pytest.fixture(autouse=True)
+def no_settling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table on an object store need not wait for others that start in the same second."""
+    monkeypatch.setattr(lease, "_sleep", lambda seconds: None)
