@@ -70,9 +70,7 @@ class ExifTool:
         self._folder = tempfile.TemporaryDirectory(prefix="captioner-xmp-")
         self._warnings = (Path(self._folder.name) / "warnings").open("a+b")
         command = [program, "-stay_open", "True", "-@", "-"]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._warnings
-        )
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._warnings)
 
     def __enter__(self) -> ExifTool:
         return self
