@@ -202,6 +202,8 @@ class _Reader:
             self.packet.descriptions[-1].end = end
         elif self._in_description == 2:
             self.packet.descriptions[-1].properties[-1].end = end
+        elif self._in_description > 2:
+            self._language = ""
         if name == f"{RDF} RDF" and end > self.parser.CurrentByteIndex:
             self.packet.rdf_end = self.parser.CurrentByteIndex
         self._path.pop()
