@@ -23,7 +23,7 @@ LAYERS = """
     sources imaging models store
     scoring faults
     alttext
-    steps recaption binding review
+    steps recaption binding review exports
     job progress
     record summary report
     quality
