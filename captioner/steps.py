@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -21,6 +19,7 @@ from captioner.data import (
     Captions,
     Chunk,
     ImageBatch,
+    Pixels,
     RawImage,
     Receipt,
     Source,
@@ -68,13 +67,13 @@ class ChunkRows:
 
     chunk: Chunk
     rows: pa.Table
-    pixels: npt.NDArray[np.uint8] | None
+    pixels: Pixels | None
     seconds: dict[str, float]
     engine: str = ""
 
 
 def read_and_decode(work: Work, chunk: Chunk, decoder: GuardedDecoder) -> ChunkRows:
-    """The chunk's pictures, as rows and pixels of the model's input size. Bad pictures have an `error_code`."""
+    """The chunk's pictures, as rows and pixels as the model wants them. Bad pictures have an `error_code`."""
     from captioner.imaging import decode_images
 
     started = time.perf_counter()
@@ -153,7 +152,7 @@ class Caption:
     flags: list[str]
 
 
-def caption_or_reasons(captioner: Captioner, pixels: npt.NDArray[np.uint8]) -> list[Caption | str]:
+def caption_or_reasons(captioner: Captioner, pixels: Pixels) -> list[Caption | str]:
     """A caption for each picture, or why the model could not. What fails together is tried again in halves, so that
     one picture takes no neighbour with it."""
     if not len(pixels):

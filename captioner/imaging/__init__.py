@@ -3,7 +3,8 @@
     formats.py   bytes -> a Pillow file, told by content
     opening.py   bytes -> an upright RGB picture
     colour.py    any Pillow mode -> RGB over white
-    fitting.py   upright picture -> uint8 pixels of the model's size
+    sizes.py     the size of a picture -> the size its model wants
+    fitting.py   upright picture -> uint8 pixels of that size
     faults.py    what went wrong -> an error code
     settings.py  Pillow's process-wide settings meanwhile
     guarded.py   the same in a process of its own (child.py), which a picture may crash or stop
@@ -18,10 +19,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
-from captioner.data import CAPTIONS_SCHEMA, DecodedImage, ImageBatch, PixelSpec, RawImage
+from captioner.data import CAPTIONS_SCHEMA, DecodedImage, ImageBatch, Pixels, PixelSpec, RawImage, object_array
 from captioner.imaging.faults import PictureError, one_line
 from captioner.imaging.fitting import fit, needed_side
 from captioner.imaging.opening import Picture, open_picture
@@ -39,7 +39,7 @@ IMAGE_SCHEMA = pa.schema(
 
 
 def decode(data: bytes, spec: PixelSpec, max_pixels: int) -> DecodedImage:
-    """One file's bytes as pixels uint8 [spec.height, spec.width, 3], or an error code. Never raises."""
+    """One file's bytes as uint8 pixels (see `PixelSpec`), or an error code. Never raises."""
     try:
         with decoding(max_pixels):
             picture = open_picture(data, max_pixels, needed_side(spec))
@@ -60,21 +60,27 @@ def decode_images(
     """Pictures of one chunk, one row each, in order. `rows` has IMAGE_SCHEMA. `decode_one`: `decode` in this process
     unless given.
 
-    Holds one full-size picture at a time: each is shrunk to the model's size before the next is opened.
+    Holds one full-size picture at a time: each is shrunk as far as the model allows before the next is opened.
     """
-    pixels = np.zeros((len(raws), spec.height, spec.width, 3), np.uint8)
     decode_one = decode_one or partial(decode, spec=spec, max_pixels=max_pixels)
-    rows = [_decode_into(pixels[index], raw, decode_one) for index, raw in enumerate(raws)]
+    pixels = _no_pixels(len(raws), spec)
+    rows = [_decode_into(pixels, place, raw, decode_one) for place, raw in enumerate(raws)]
     return ImageBatch(pa.Table.from_pylist(rows, schema=IMAGE_SCHEMA), pixels)
 
 
+def _no_pixels(count: int, spec: PixelSpec) -> Pixels:
+    if not spec.own_sizes:
+        return np.zeros((count, spec.height, spec.width, 3), np.uint8)
+    return object_array([np.zeros((1, 1, 3), np.uint8)] * count)
+
+
 def _decode_into(
-    pixels: npt.NDArray[np.uint8], raw: RawImage, decode_one: Callable[[bytes], DecodedImage]
+    pixels: Pixels, place: int, raw: RawImage, decode_one: Callable[[bytes], DecodedImage]
 ) -> dict[str, str | int | None]:
     """Write one picture's pixels in place and return its row."""
     decoded = _decode_raw(raw, decode_one)
     if decoded.pixels is not None:
-        pixels[:] = decoded.pixels
+        pixels[place] = decoded.pixels
     return {
         "image_id": raw.image_id,
         "uri": raw.uri,

@@ -43,8 +43,9 @@ def serve(connection: Connection, decode_one: Callable[[bytes], DecodedImage], t
 def _answer(connection: Connection, decoded: DecodedImage) -> None:
     told = asdict(decoded)
     pixels = told.pop("pixels")
+    told["shape"] = None if pixels is None else pixels.shape
     connection.send_bytes(json.dumps(told).encode())
-    if not decoded.error_code:
+    if pixels is not None:
         connection.send_bytes(np.ascontiguousarray(pixels).data.cast("B"))
 
 
@@ -54,7 +55,7 @@ def main(argv: list[str]) -> None:
 
     settings: dict[str, Any] = json.loads(argv[1])
     spec = settings["spec"]
-    spec |= {name: tuple(spec[name]) for name in ("mean", "std")}
+    spec |= {name: tuple(value) for name, value in spec.items() if isinstance(value, list)}
     decode_one: Callable[[bytes], DecodedImage] = partial(
         decode, spec=PixelSpec(**spec), max_pixels=settings["max_pixels"]
     )

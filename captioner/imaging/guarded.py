@@ -39,7 +39,6 @@ class GuardedDecoder:
 
     def __init__(self, spec: PixelSpec, max_pixels: int, timeout: float) -> None:
         self._settings = json.dumps({"spec": asdict(spec), "max_pixels": max_pixels, "timeout": timeout})
-        self._shape = (spec.height, spec.width, 3)
         self._timeout = timeout
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
@@ -107,9 +106,9 @@ class GuardedDecoder:
         if not self._connection.poll(self._timeout):
             raise TimeoutError
         answer = json.loads(self._connection.recv_bytes())
-        pixels = None
-        if not answer["error_code"]:
-            pixels = np.frombuffer(self._connection.recv_bytes(), np.uint8).reshape(self._shape)
+        shape, pixels = answer.pop("shape"), None
+        if shape is not None:
+            pixels = np.frombuffer(self._connection.recv_bytes(), np.uint8).reshape(shape)
         return DecodedImage(pixels, **answer)
 
     def _wait_until_ready(self, connection: Connection) -> None:
