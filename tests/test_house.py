@@ -22,6 +22,7 @@ LAYERS = """
     files starter samples
     sources imaging models store
     scoring faults
+    alttext
     steps
     job progress
     record summary report

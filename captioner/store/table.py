@@ -30,7 +30,8 @@ from captioner.store.directory import Directory
 SCHEMA_VERSION = 1
 TABLE_FILE = "table.json"
 _OVERWRITE_FILE = "overwrite.json"
-_OWN_FOLDERS = ("plan", "chunks", "captions", "history", "runs", "checks", "report")
+# What people decided (reviews/) is not among them: no flag deletes it.
+_OWN_FOLDERS = ("plan", "chunks", "captions", "history", "runs", "checks", "report", "alt_text")
 
 
 @dataclass(frozen=True, slots=True)
