@@ -11,11 +11,13 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 from transformers import GenerationConfig, LogitsProcessorList
 
-from captioner.data import Captions
+from captioner.data import Captions, Pixels
 from captioner.errors import ModelError
 from captioner.models.opening import open_model, open_tokenizer, quiet
+from captioner.models.processors import open_image_processor
 from captioner.models.ref import ModelRef
 from captioner.models.scores import ScoreRecorder, token_counts
 
@@ -62,13 +64,25 @@ class TransformersCaptioner:
         self.settings = self.generator().generation_config = self.search_settings()
         self.mean = torch.tensor(ref.spec.mean, device=device).view(1, 3, 1, 1)
         self.std = torch.tensor(ref.spec.std, device=device).view(1, 3, 1, 1)
+        self.processor = self.open_own_processor() if ref.spec.own_sizes else None
 
     def start_ids(self) -> list[int]:
         """The token ids every caption starts from: start token and prompt. They are no part of the caption."""
         raise NotImplementedError
 
-    def generate(self, pixel_values: torch.Tensor, **options: Any) -> Any:
-        """Call the model's `generate` on normalised pixels [N, 3, H, W]."""
+    def open_own_processor(self) -> Any:
+        """What `prepare` makes pictures of own sizes with."""
+        return open_image_processor(self.ref.path)
+
+    def prepare(self, pixels: Pixels) -> Any:
+        """What `search` and `generate` take: of most families normalised pixels [N, 3, H, W] on the device."""
+        if self.processor is None:
+            return self.normalise(pixels)
+        pictures = [Image.fromarray(picture) for picture in pixels]
+        return self.processor(pictures, return_tensors="pt").pixel_values.to(self.device, self.dtype)
+
+    def generate(self, prepared: Any, **options: Any) -> Any:
+        """Call the model's `generate`."""
         raise NotImplementedError
 
     def generator(self) -> Any:
@@ -107,8 +121,8 @@ class TransformersCaptioner:
             return_dict_in_generate=True,
         )
 
-    def caption(self, pixels: npt.NDArray[np.uint8]) -> Captions:
-        """Caption uint8 pixels [N, height, width, 3], `batch_size` at a time.
+    def caption(self, pixels: Pixels) -> Captions:
+        """Caption pictures, `batch_size` at a time.
 
         Where the device's memory is not enough, the batch is halved and tried again, and stays at what fits.
         """
@@ -138,9 +152,9 @@ class TransformersCaptioner:
             torch.cuda.empty_cache()
 
     @torch.inference_mode()
-    def _caption_batch(self, pixels: npt.NDArray[np.uint8]) -> Captions:
+    def _caption_batch(self, pixels: Pixels) -> Captions:
         with quiet():
-            tokens, logprobs = self.search(self.normalise(pixels))
+            tokens, logprobs = self.search(self.prepare(pixels))
         counts, finished = token_counts(tokens, self._end_ids())
         rows = list(zip(tokens, logprobs, counts, strict=True))
         return Captions(
@@ -150,11 +164,15 @@ class TransformersCaptioner:
             finished,
         )
 
-    def search(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def search(self, prepared: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """New tokens int64 [N, T] and their log-probabilities float32 [N, T], on the CPU, by `generate`."""
+        return self.search_from(len(self.prefix), prepared)
+
+    def search_from(self, given: int, prepared: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """`search`, where the first `given` ids of what `generate` returns are no new tokens."""
         recorder = ScoreRecorder(self.ref.num_beams, len(self._end_ids()))
-        output = self.generate(pixel_values, logits_processor=LogitsProcessorList([recorder]))
-        tokens = output.sequences[:, len(self.prefix) :].cpu()
+        output = self.generate(prepared, logits_processor=LogitsProcessorList([recorder]))
+        tokens = output.sequences[:, given:].cpu()
         return tokens, recorder.logprobs(tokens, getattr(output, "beam_indices", None))
 
     def normalise(self, pixels: npt.NDArray[np.uint8]) -> torch.Tensor:
