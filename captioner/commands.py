@@ -28,6 +28,7 @@ def try_pictures(pictures: Sequence[str], model: ModelConfig) -> int:
     from captioner.imaging import decode_images
 
     ref = resolve(model, None if model.dtype == "auto" else model.dtype)
+    print(f"captioner: {printable(ref.told)}", file=sys.stderr)
     batch = decode_images([_read(name) for name in pictures], ref.spec, SourceConfig().max_pixels)
     codes = batch.rows["error_code"].to_pylist()
     messages = batch.rows["error_message"].to_pylist()

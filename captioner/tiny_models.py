@@ -176,7 +176,7 @@ def _make_florence2(path: Path) -> Any:
     tokens = {"image_seq_length": 65}  # 8 x 8 places, and one for all of them
     images = CLIPImageProcessorPil(size=side, crop_size=side, do_center_crop=False, **tokens)
     Florence2Processor(images, tokenizer).save_pretrained(path)
-    sizes = {name: (2, 2, 2, 2) for name in ("num_heads", "num_groups")}
+    sizes = dict.fromkeys(("num_heads", "num_groups"), (2, 2, 2, 2))
     vision = {"depths": (1, 1, 1, 1), "embed_dim": (8, 16, 16, 16), "window_size": 4, "projection_dim": 32} | sizes
     shrinking = {"patch_size": (3, 3, 3, 3), "patch_stride": (2, 2, 1, 1), "patch_padding": (1, 1, 1, 1)}
     halves = {f"{part}_{name}": 2 for part in ("encoder", "decoder") for name in ("layers", "attention_heads")}
@@ -213,7 +213,9 @@ def _make_tiled(kind: str, path: Path) -> Any:
         size={"longest_edge": TINY_SIDE}, max_image_size={"longest_edge": TINY_SIDE // 2}
     )
     # 16 x 16 pixels are 4 x 4 patches, of which each 2 x 2 become one token.
-    transformers.Idefics3Processor(images, tokenizer, image_seq_len=4, chat_template=_CHAT.replace("IMAGE", "<image>")).save_pretrained(path)
+    transformers.Idefics3Processor(
+        images, tokenizer, image_seq_len=4, chat_template=_CHAT.replace("IMAGE", "<image>")
+    ).save_pretrained(path)
     config = getattr(transformers, f"{kind}Config")(
         vision_config=_LAYERS | {"image_size": TINY_SIDE // 2, "patch_size": 4},
         text_config=_LAYERS | _ids(tokenizer) | {"model_type": "llama", "max_position_embeddings": 256},

@@ -98,9 +98,8 @@ def _pixels_of(block: pa.Table, work: Work) -> Pixels:
     column = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
     spec = work.model.spec
     if _WIDTHS in block.column_names:
-        flat = [np.frombuffer(value.as_buffer(), np.uint8) for value in column]
-        widths = block[_WIDTHS].to_pylist()
-        return object_array([picture.reshape(-1, width, 3) for picture, width in zip(flat, widths, strict=True)])
+        both = zip(column, block[_WIDTHS].to_pylist(), strict=True)
+        return object_array([np.frombuffer(data.as_buffer(), np.uint8).reshape(-1, width, 3) for data, width in both])
     size = spec.height * spec.width * 3
     flat = np.frombuffer(column.buffers()[1], np.uint8, len(column) * size, column.offset * size)
     return flat.reshape(len(column), spec.height, spec.width, 3)

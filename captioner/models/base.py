@@ -9,7 +9,6 @@ import math
 from typing import Any, ClassVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from PIL import Image
 from transformers import GenerationConfig, LogitsProcessorList
@@ -64,7 +63,7 @@ class TransformersCaptioner:
         self.settings = self.generator().generation_config = self.search_settings()
         self.mean = torch.tensor(ref.spec.mean, device=device).view(1, 3, 1, 1)
         self.std = torch.tensor(ref.spec.std, device=device).view(1, 3, 1, 1)
-        self.processor = self.open_own_processor() if ref.spec.own_sizes else None
+        self.processor: Any = self.open_own_processor() if ref.spec.own_sizes else None
 
     def start_ids(self) -> list[int]:
         """The token ids every caption starts from: start token and prompt. They are no part of the caption."""
@@ -81,7 +80,7 @@ class TransformersCaptioner:
         pictures = [Image.fromarray(picture) for picture in pixels]
         return self.processor(pictures, return_tensors="pt").pixel_values.to(self.device, self.dtype)
 
-    def generate(self, prepared: Any, **options: Any) -> Any:
+    def generate(self, prepared: Any, /, **options: Any) -> Any:
         """Call the model's `generate`."""
         raise NotImplementedError
 
@@ -164,7 +163,7 @@ class TransformersCaptioner:
             finished,
         )
 
-    def search(self, prepared: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def search(self, prepared: Any, /) -> tuple[torch.Tensor, torch.Tensor]:
         """New tokens int64 [N, T] and their log-probabilities float32 [N, T], on the CPU, by `generate`."""
         return self.search_from(len(self.prefix), prepared)
 
@@ -175,7 +174,7 @@ class TransformersCaptioner:
         tokens = output.sequences[:, given:].cpu()
         return tokens, recorder.logprobs(tokens, getattr(output, "beam_indices", None))
 
-    def normalise(self, pixels: npt.NDArray[np.uint8]) -> torch.Tensor:
+    def normalise(self, pixels: Pixels) -> torch.Tensor:
         """uint8 [N, H, W, 3] on the host -> normalised [N, 3, H, W] of the model's dtype on its device."""
         # A copy, because Arrow's memory is read-only and torch warns of that.
         values = torch.from_numpy(np.array(pixels)).to(self.device, non_blocking=True)

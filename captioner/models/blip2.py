@@ -25,12 +25,14 @@ class Blip2Captioner(TransformersCaptioner):
         which leaves OPT's start token."""
         config = self.model.config
         if config.image_token_index is None:
-            raise ModelError(f"{self.ref.path}: config.json has no image_token_index; save the model with transformers 5")
+            raise ModelError(
+                f"{self.ref.path}: config.json has no image_token_index; save the model with transformers 5"
+            )
         return [config.image_token_index] * config.num_query_tokens + self.tokenizer(self.ref.prompt or "").input_ids
 
     def generator(self) -> Any:
         return self.model.language_model
 
-    def generate(self, pixel_values: torch.Tensor, **options: Any) -> Any:
+    def generate(self, pixel_values: torch.Tensor, /, **options: Any) -> Any:
         rows = torch.tensor([self.read_ids()], device=self.device).repeat(len(pixel_values), 1)
         return self.model.generate(pixel_values=pixel_values, input_ids=rows, **options)

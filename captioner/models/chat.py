@@ -59,10 +59,10 @@ class ChatCaptioner(TransformersCaptioner):
             for name, value in made.items()
         }
 
-    def search(self, prepared: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    def search(self, prepared: dict[str, torch.Tensor], /) -> tuple[torch.Tensor, torch.Tensor]:
         return self.search_from(prepared["input_ids"].shape[1], prepared)
 
-    def generate(self, prepared: dict[str, torch.Tensor], **options: Any) -> Any:
+    def generate(self, prepared: dict[str, torch.Tensor], /, **options: Any) -> Any:
         return self.model.generate(**prepared, **options)
 
 

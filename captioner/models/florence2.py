@@ -1,4 +1,4 @@
-"""Florence-2 (florence-community/Florence-2-*): an encoder reads the picture and a task, a decoder writes the answer."""
+"""Florence-2 (florence-community/Florence-2-*): an encoder reads picture and task, a decoder writes the answer."""
 
 from __future__ import annotations
 
@@ -25,6 +25,6 @@ class Florence2Captioner(TransformersCaptioner):
     def start_ids(self) -> list[int]:
         return [self.model.config.text_config.decoder_start_token_id]
 
-    def generate(self, pixel_values: torch.Tensor, **options: Any) -> Any:
+    def generate(self, pixel_values: torch.Tensor, /, **options: Any) -> Any:
         rows = torch.tensor([self.question], device=self.device).repeat(len(pixel_values), 1)
         return self.model.generate(pixel_values=pixel_values, input_ids=rows, **options)

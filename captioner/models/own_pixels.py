@@ -51,9 +51,7 @@ def _qwen(file: Path, settings: dict[str, Any]) -> PixelSpec:
     multiple = _side(file, "patch_size", settings.get("patch_size") or 14)
     multiple *= _side(file, "merge_size", settings.get("merge_size") or 2)
     side = math.isqrt(limit)
-    return PixelSpec(
-        side, side, "own_area", resample=_filter(settings, "bicubic"), limit=limit, multiple=multiple
-    )
+    return PixelSpec(side, side, "own_area", resample=_filter(settings, "bicubic"), limit=limit, multiple=multiple)
 
 
 def _at_most_edge(edge: int, multiple: int, resample: Any) -> PixelSpec:

@@ -5,7 +5,7 @@ preprocessor_config.json. Older ones leave out what equals the default of their 
 transformers 5 has them (`transformers/models/*/image_processing_pil_*.py`).
 
 The classes below resize, crop, pad and normalise in one way (`PilBackend` of transformers), which is done here. What
-they can say beyond a PixelSpec, and every other class, goes through the processor itself: `captioner.models.own_pixels`.
+they can say beyond a PixelSpec, and every other class, goes through the processor itself (`own_pixels.py`).
 """
 
 from __future__ import annotations
@@ -74,7 +74,6 @@ def read_pixel_spec(directory: Path, family: str, vision: str = "", preprocess: 
         return any_spec(settings)
     always = {"do_resize": True, "do_rescale": True, "do_normalize": True, "rescale_factor": 1 / 255, "do_pad": False}
     reader = _Reader(str(file), always | _CLASSES[kind] | settings)
-    # The processor pads after normalising, with a colour that eight bits only come near to.
     return any_spec(settings) if reader.is_beyond_a_spec(exact=preprocess == "processor") else reader.spec()
 
 
@@ -114,7 +113,10 @@ class _Reader:
         self.size: dict[str, Any] = size if isinstance(size, dict) else {}
 
     def is_beyond_a_spec(self, exact: bool) -> bool:
-        """Whether the settings make sense, but only to the processor."""
+        """Whether the settings make sense, but only to the processor.
+
+        With `exact` padding is: the processor pads after normalising, with a colour that eight bits only come near to.
+        """
         if self.pad is None:
             return self.resizes and self.crops and set(self.size) not in ({"shortest_edge"}, {"height", "width"})
         return exact or self.crops or not self.resizes or set(self.size) != {"max_height", "max_width"}

@@ -42,6 +42,13 @@ class ModelRef:
     def preprocess(self) -> str:
         return self.spec.preprocess
 
+    @property
+    def told(self) -> str:
+        """What a person should know of it before a run: its family, who prepares the pictures, the prompt."""
+        prompt = "" if self.prompt is None else f"; prompt {self.prompt!r}"
+        by = "its own image processor" if self.spec.own_sizes else f"--preprocess {self.preprocess}"
+        return f"model {self.name}: {self.family}; pictures prepared by {by}{prompt}"
+
     @cached_property
     def fingerprint(self) -> str:
         """Hex sha256 over all that determines captions: not the name, the place, the device or the batch size."""
