@@ -51,7 +51,7 @@ def make_tiny_model(family: str, path: Path, seed: int = 0) -> Path:
 _GAINS: dict[str, dict[str, float]] = {
     "git": {"gain": 20.0, "end_gain": 2.0},
     "blip": {"gain": 25.0, "end_gain": 2.0, "text_gain": 10.0},
-    "blip-2": {"gain": 20.0, "end_gain": 1.6},
+    "blip-2": {"gain": 25.0, "end_gain": 1.6},
     "vision-encoder-decoder": {"gain": 25.0, "end_gain": 1.6},
     "florence2": {"gain": 15.0, "end_gain": 1.6},
     "idefics3": {"gain": 15.0, "end_gain": 1.6},
@@ -246,7 +246,7 @@ def _make_qwen2_5(path: Path) -> Any:
 _QWEN_VISION: dict[str, Any] = {"depth": 2, "num_heads": 2, "patch_size": 4}
 _CHAT = (
     "{% for message in messages %}{{ message['role'] }}:{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}IMAGE{% else %} {{ part['text'] }}{% endif %}{% endfor %}\n{% endfor %}"
+    "{% if part['type'] == 'image' %}IMAGE{% else %} {{ part['text'] }}{% endif %}{% endfor %}{{ '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
 

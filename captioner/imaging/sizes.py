@@ -8,6 +8,8 @@ from captioner.data import PixelSpec
 
 Size = tuple[int, int]
 
+_QWEN_ASPECT = 200
+
 
 def resized(size: Size, spec: PixelSpec) -> Size:
     """Size of a picture after resizing and before any crop or padding."""
@@ -49,12 +51,14 @@ def _at_most_edge(size: Size, edge: int, multiple: int) -> Size:
 
 
 def _at_most_area(size: Size, area: int, multiple: int) -> Size:
-    """As Qwen-VL rounds (`smart_resize`): so its processor leaves it so."""
+    """As Qwen-VL rounds (`smart_resize`): so its processor leaves it so. A strip that it refuses stays one."""
     height, width = size
     if height * width <= area:
         return size
+    if max(size) > _QWEN_ASPECT * min(size):
+        multiple = 1
     rounded = round(height / multiple) * multiple, round(width / multiple) * multiple
-    if min(rounded) > 0 and rounded[0] * rounded[1] <= area:
+    if rounded[0] * rounded[1] <= area:
         return rounded
     shrink = math.sqrt(height * width / area)
     down, across = (max(multiple, math.floor(side / shrink / multiple) * multiple) for side in size)

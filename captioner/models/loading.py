@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 # than four on an idle machine, and many times faster on a busy one.
 SMALL_MODEL_BYTES = 20_000_000
 _CHAT = "chat", "ChatCaptioner"
-_CLASSES = {
+CLASSES = {
     "git": ("git", "GitCaptioner"),
     "blip": ("blip", "BlipCaptioner"),
     "blip-2": ("blip2", "Blip2Captioner"),
@@ -87,6 +87,6 @@ def _device(name: str) -> torch.device:
 
 def _family(family: str) -> type[TransformersCaptioner]:
     """The class of a family. Its module is imported when called: each imports its own part of transformers."""
-    module, name = _CLASSES[family]
+    module, name = CLASSES[family]
     found: type[TransformersCaptioner] = getattr(import_module(f"captioner.models.{module}"), name)
     return found

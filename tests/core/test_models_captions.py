@@ -20,13 +20,14 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 from captioner.config import ModelConfig
 from captioner.errors import ModelError
-from captioner.models import FAMILIES, load, resolve
+from captioner.models import load, resolve
 from captioner.models.scores import token_counts
 from captioner.scenes import make_scenes
 from captioner.testing import FakeCaptioner, make_tiny_model
 
 LIMIT = 12
 START, END = 1, 2
+FAMILIES = ("git", "blip", "vision-encoder-decoder")  # the others: test_models_families.py
 PROCESSORS = {
     "git": CLIPImageProcessorPil,
     "blip": BlipImageProcessorPil,
