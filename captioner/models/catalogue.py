@@ -72,7 +72,7 @@ Weights must be safetensors; the licence is that of the checkpoint's own card, w
 
 def table() -> str:
     """The catalogue as lines of text."""
-    row = "{:<23}{:<8}{:<7}{:<9}  {:<43}{:<9}{:<14}{:>7}".format
+    row = "{:<23}{:<8}{:<7}{:<9}{:<43}{:<9}{:<14}{:>7}".format
     lines = [row("family", "search", "pixels", "prompt", "checkpoint", "language", "licence", "size")]
     for name, checkpoints in CATALOGUE.items():
         family = BY_NAME[name]
