@@ -67,7 +67,8 @@ def _compare(options: argparse.Namespace, plain: Any, dtype: str, beams: int) ->
     spec = captioner.ref.spec
     shape = options.batch_size, spec.height, spec.width, 3
     with torch.inference_mode(), quiet():
-        pixels = captioner.normalise(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
+        noise = torch.from_numpy(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
+        pixels = captioner.normalise(noise.to(captioner.device))
         state = ours.stepper.network.new_state(options.batch_size, 1, 1 + options.new_tokens)
         rows = captioner.start_rows(options.batch_size)
         length = {"min_new_tokens": options.new_tokens, "max_new_tokens": options.new_tokens}

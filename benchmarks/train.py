@@ -28,7 +28,6 @@ DEVICE_STEPS = 1  # not counted: the first step allocates
 
 def ours(args: argparse.Namespace) -> dict:
     """Decode, collate, forward, backward, optimiser: what a worker does for a step."""
-    import torch
 
     from captioner.config import ModelConfig, TrainDataConfig, TrainModelConfig
     from captioner.models import resolve
@@ -46,7 +45,7 @@ def ours(args: argparse.Namespace) -> dict:
     train = make_pairs(config, map(Examine(archives, ref.spec, ref.path, None), listed), 0).tables["train"]
     captioner = open_trainable(ref, TrainModelConfig(), device(), args.batch_size, None)
     loss, collate, decode = CaptionLoss(captioner).train(), make_collate(captioner), Decode(archives, ref.spec)
-    optimiser = torch.optim.AdamW(loss.parameters(), lr=5e-5)
+    optimiser = adamw(loss)
     order, share = GlobalOrder(train, 0, "first"), Share(0, 1, args.batch_size)
     times = []
     for step in range(args.steps + DEVICE_STEPS):
@@ -54,22 +53,19 @@ def ours(args: argparse.Namespace) -> dict:
         batch = collate(decode(order.take(share.positions(step))))
         batch = {name: values.to(device()) for name, values in batch.items()}
         (loss(**batch) / int((batch["labels"] >= 0).sum())).backward()
-        optimiser.step()
-        optimiser.zero_grad()
-        finish_device()
+        update(loss, optimiser)
         times.append(time.perf_counter() - start)
     return figures(args, times)
 
 
 def guide(args: argparse.Namespace) -> dict:
     """The recipe of transformers' image captioning guide."""
-    import torch
     from PIL import Image
     from transformers import AutoModelForCausalLM, AutoProcessor
 
     processor = AutoProcessor.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model).to(device()).train()
-    optimiser = torch.optim.AdamW(model.parameters(), lr=5e-5)
+    optimiser = adamw(model)
     rows = [json.loads(line) for line in (Path(args.data) / "metadata.jsonl").read_text().splitlines()]
     stream, times = cycle(rows), []
     for _ in range(args.steps + DEVICE_STEPS):
@@ -81,9 +77,7 @@ def guide(args: argparse.Namespace) -> dict:
         inputs = inputs.to(device())
         inputs.pop("token_type_ids", None)
         model(**inputs, labels=inputs["input_ids"]).loss.backward()
-        optimiser.step()
-        optimiser.zero_grad()
-        finish_device()
+        update(model, optimiser)
         times.append(time.perf_counter() - start)
     return figures(args, times)
 
@@ -94,9 +88,20 @@ def device():
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def finish_device() -> None:
+def adamw(model):
+    """The optimiser that transformers' Trainer takes by default."""
     import torch
 
+    return torch.optim.AdamW(model.parameters(), lr=5e-5, fused=True)
+
+
+def update(model, optimiser) -> None:
+    """What Trainer does after the backward pass."""
+    import torch
+
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimiser.step()
+    optimiser.zero_grad()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
@@ -125,7 +130,7 @@ def job(args: argparse.Namespace, workers: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         times = Path(folder) / "times"
         batch = max(1, args.batch_size // workers)
-        steps = max(args.steps, 8)
+        steps = max(args.steps, 12)
         config = TrainConfig.model_validate(
             {
                 "data": {"path": args.data, "max_eval_samples": 4, "max_failed": 1.0, "limit": 200},

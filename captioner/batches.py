@@ -15,6 +15,7 @@ import numpy as np
 
 from captioner.config import ModelConfig, SourceConfig
 from captioner.data import RawImage
+from captioner.imaging.guarded import GuardedDecoder
 from captioner.models import load, resolve
 from captioner.steps import caption_or_reasons
 
@@ -22,17 +23,29 @@ from captioner.steps import caption_or_reasons
 class CaptionBatches:
     """Adds columns to a batch that holds image files as bytes. Load it once for each worker.
 
-    `column`: where the bytes are. `settings`: fields of `captioner.config.ModelConfig` other than `name`
-    (`num_beams`, `max_new_tokens`, `dtype`, `prompt`, `batch_size`, ...). Raises ModelError where the model cannot be
-    used; a bad picture is a row with an `error_code`.
+    `column`: where the bytes are. `max_pixels`, `decode_timeout`: as of `captioner caption`. `settings`: fields of
+    `captioner.config.ModelConfig` other than `name` (`num_beams`, `max_new_tokens`, `dtype`, `prompt`, `batch_size`,
+    ...). Raises ModelError where the model cannot be used; a bad picture is a row with an `error_code`, also one that
+    crashes its decoder.
     """
 
-    def __init__(self, model: str, column: str = "bytes", max_pixels: int | None = None, **settings: Any) -> None:
+    def __init__(
+        self,
+        model: str,
+        column: str = "bytes",
+        max_pixels: int | None = None,
+        decode_timeout: float | None = None,
+        **settings: Any,
+    ) -> None:
         config = ModelConfig.model_validate({"name": model, **settings})
         self._ref = resolve(config, None if config.dtype == "auto" else config.dtype)
+        self._max_pixels = max_pixels or SourceConfig().max_pixels
+        self._decoder = GuardedDecoder(
+            self._ref.spec, self._max_pixels, decode_timeout or SourceConfig().decode_timeout
+        )
+        self._decoder.start()
         self._captioner = load(self._ref, batch_size=config.batch_size)
         self._column = column
-        self._max_pixels = max_pixels or SourceConfig().max_pixels
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The batch with `caption` (None where failed), `num_tokens`, `logprob_mean` (NaN where failed), `error_code`
@@ -40,7 +53,7 @@ class CaptionBatches:
         from captioner.imaging import decode_images
 
         raws = [RawImage(str(row), "", bytes(data)) for row, data in enumerate(batch[self._column])]
-        decoded = decode_images(raws, self._ref.spec, self._max_pixels)
+        decoded = decode_images(raws, self._ref.spec, self._max_pixels, self._decoder)
         codes = decoded.rows["error_code"].to_pylist()
         messages = decoded.rows["error_message"].to_pylist()
         texts: list[str | None] = [None] * len(raws)

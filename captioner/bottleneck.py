@@ -19,7 +19,7 @@ def busy_shares(seconds: Mapping[str, float], slots: Mapping[str, float], wall: 
     "device" and "write" there were at once. `wall`: seconds from start-up to the last commit.
     """
     spent = {
-        "decode": seconds["read"] + seconds["decode"],
+        "decode": max(seconds["read"], seconds["decode"]),  # a decoder reads the next chunk meanwhile
         "device": seconds["generate"],
         "write": seconds["commit"],
     }

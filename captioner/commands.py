@@ -13,6 +13,7 @@ from captioner import quality
 from captioner.config import CheckConfig, ModelConfig, SourceConfig
 from captioner.data import RawImage
 from captioner.errors import ERROR, OK, TOO_MANY_FAILED
+from captioner.imaging.guarded import GuardedDecoder
 from captioner.models import load, resolve
 from captioner.report import FIGURES
 from captioner.report.terminal import print_check
@@ -29,7 +30,9 @@ def try_pictures(pictures: Sequence[str], model: ModelConfig) -> int:
 
     ref = resolve(model, None if model.dtype == "auto" else model.dtype)
     print(f"captioner: {printable(ref.told)}", file=sys.stderr)
-    batch = decode_images([_read(name) for name in pictures], ref.spec, SourceConfig().max_pixels)
+    limits = SourceConfig()
+    with GuardedDecoder(ref.spec, limits.max_pixels, limits.decode_timeout) as decoder:
+        batch = decode_images([_read(name) for name in pictures], ref.spec, limits.max_pixels, decoder)
     codes = batch.rows["error_code"].to_pylist()
     messages = batch.rows["error_message"].to_pylist()
     fine = [place for place, code in enumerate(codes) if not code]

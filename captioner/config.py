@@ -143,6 +143,27 @@ class CaptionConfig(Settings):
     check: SpotCheckConfig = SpotCheckConfig()
 
 
+class AltTextConfig(Settings):
+    """How captions become alt text."""
+
+    max_chars: int = Field(125, ge=1, description="Drop the last sentences of longer texts; the first stays whole.")
+    hard_max: int = Field(250, ge=2, description="Cut what is still longer at a clause or word.")
+    language: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z]{1,8}(-[A-Za-z0-9]{1,8})*$",
+        description="What language the captions are in (en, pt-BR); a label, nothing is translated.",
+    )
+    terms: str | None = Field(None, description="File with a word or phrase a line; texts with one are flagged.")
+    rules: CommaList = Field([], description="Only these rules, comma-separated.")
+    no_rule: list[str] = Field([], description="Not this rule. Repeatable.")
+
+
+class MakeAltTextConfig(Settings):
+    """`captioner alt-text`."""
+
+    alt_text: AltTextConfig = AltTextConfig()
+
+
 class TrainDataConfig(Settings):
     """Pairs of pictures and captions, and how they are shared out."""
 

@@ -9,7 +9,7 @@ processor would make use of: never full pictures, never floats.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import numpy as np
@@ -180,7 +180,8 @@ class DecodedImage:
     """One picture ready for the model, or the reason why not (`error_code`; "" = fine).
 
     `pixels`: uint8 [height, width, 3] as the PixelSpec says, `None` on failure. `width`, `height`: of the picture
-    as a person sees it (EXIF orientation applied), 0 where unknown.
+    as a person sees it (EXIF orientation applied), 0 where unknown. `descriptions`: what people wrote about it in the
+    file, where that was asked for.
     """
 
     pixels: npt.NDArray[np.uint8] | None
@@ -189,6 +190,7 @@ class DecodedImage:
     format: str = ""
     error_code: str = ""
     error_message: str = ""
+    descriptions: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
     open_job     settings, source, model and table are checked; the plan is made or taken up
     for each chunk that is not committed yet:
-        read_and_decode -> caption -> commit -> receipt
+        read -> decode -> caption -> commit -> receipt
     publish      a generation's chunks become files of captions/
     close_job    rows are counted against the plan; the record and the verdict are written
 
@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+from captioner.ahead import one_ahead
 from captioner.config import CaptionConfig
 from captioner.data import Captioner, Chunk, Receipt
 from captioner.errors import (
@@ -30,7 +30,7 @@ from captioner.progress import Progress
 from captioner.quality import ROWS_AT_THE_END, SpotCheck, check, report
 from captioner.record import Tally, make_record, recorded, write_record
 from captioner.scoring.gates import enforce
-from captioner.steps import Work, caption, commit, read_and_decode
+from captioner.steps import Work, caption, commit, decode, read
 from captioner.stopping import say, stoppable
 from captioner.store.lock import sole_writer
 from captioner.store.publish import publish
@@ -41,7 +41,8 @@ from captioner.summary import print_summary
 def run(config: CaptionConfig, engine: Engine | None = None) -> int:
     """Caption an archive into OUT; returns the exit code. Raises CaptionerError (see `captioner.errors`)."""
     engine = engine or ThisProcess(config)
-    with stoppable(f"committed rows stay in {shown(config.output.path)}"), sole_writer(config.output.path):
+    out = config.output.path
+    with stoppable(f"committed rows stay in {shown(out)}"), sole_writer(out) as check_held:
         job = open_job(config, engine, say)
         if job.work is None:
             say(f"planned; run without --plan-only to caption into {shown(config.output.path)}")
@@ -57,15 +58,17 @@ def run(config: CaptionConfig, engine: Engine | None = None) -> int:
                     write_record(job, make_record(job, "running", tally))
                     with Progress(total=plan.num_rows, already=already) as progress:
                         for receipt in engine.caption_chunks(work, chunks):
+                            check_held()
                             tally.add(receipt, job.started)
                             progress.update(receipt, note=spot_check.add(receipt))
                     tally.slots = engine.slots()
-                publish(job.table, plan)
+                check_held()
+                publish(job.table, plan, on_part=lambda part: check_held())
             return close_job(job, tally)
 
 
 class ThisProcess:
-    """The engine of `--local`, without Ray: one chunk is captioned while the next is decoded."""
+    """The engine of `--local`, without Ray: one chunk is captioned while the next is decoded and the one after read."""
 
     def __init__(self, config: CaptionConfig) -> None:
         self._batch_size = config.model.batch_size
@@ -80,15 +83,14 @@ class ThisProcess:
 
     def caption_chunks(self, work: Work, chunks: list[Chunk]) -> Iterator[Receipt]:
         memory = work.new_memory()
-        # One thread decodes the next chunk while this one is captioned.
-        with work.decoder() as decoder, ThreadPoolExecutor(1) as ahead:
-            decoding = ahead.submit(read_and_decode, work, chunks[0], decoder)
+        with (
+            work.decoder() as decoder,
+            one_ahead(read(work, chunk) for chunk in chunks) as raws,
+            one_ahead(decode(work, raw, decoder) for raw in raws) as decoded,
+        ):
             captioner: Captioner = load(work.model, batch_size=self._batch_size)
-            for following in [*chunks[1:], None]:
-                decoded = decoding.result()
-                if following is not None:
-                    decoding = ahead.submit(read_and_decode, work, following, decoder)
-                yield commit(work, caption(work, captioner, decoded, memory))
+            for rows in decoded:
+                yield commit(work, caption(work, captioner, rows, memory))
 
 
 def close_job(job: Job, tally: Tally) -> int:

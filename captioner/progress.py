@@ -6,9 +6,9 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Self, TextIO
+from typing import Any, Protocol, Self, TextIO, runtime_checkable
 
 from rich.console import Console, RenderableType
 from rich.live import Live
@@ -24,12 +24,20 @@ HEARTBEAT_S = 10.0
 SILENCE_S = 30.0
 
 
+@runtime_checkable
+class TakesFields(Protocol):
+    """A stream that keeps figures beside a line: a log of JSON objects."""
+
+    def write_fields(self, line: str, fields: Mapping[str, Any]) -> None: ...
+
+
 class Progress:
     """Shows a run's progress from its receipts; a context manager, used by one thread.
 
     `total`: planned pictures. `already`: those committed before this start. `stream`: standard error unless given; a
     terminal gets one live display, anything else a line every `interval` seconds (from a thread of its own, so a
-    stall is seen) and a last one. `clock`: seconds, monotonic.
+    stall is seen) and a last one; a stream that takes fields gets `fields()` beside each line. `clock`: seconds,
+    monotonic.
     """
 
     def __init__(
@@ -44,6 +52,7 @@ class Progress:
         self._total, self._already = total, already
         self._done, self._failed = already, 0
         self._note = ""
+        self._edits = self._words = self._scored = 0
         self._stream, self._clock, self._interval = stream or sys.stderr, clock, interval
         self._started = self._last = clock()
         self._commits: deque[tuple[float, int]] = deque()  # (when, pictures done then), of the last minute
@@ -78,6 +87,9 @@ class Progress:
             self._last = self._clock()
             self._done += receipt.num_rows
             self._failed += receipt.num_rows - receipt.num_ok
+            self._scored += len(receipt.scored)
+            self._edits += sum(edits for edits, _ in receipt.scored)
+            self._words += sum(words for _, words in receipt.scored)
             self._commits.append((self._last, self._done))
 
     def line(self) -> str:
@@ -90,6 +102,22 @@ class Progress:
             left = duration((self._total - self._done) / rate) if rate else "--:--"
             silence = f"  last commit {duration(now - self._last)} ago" if now - self._last >= SILENCE_S else ""
             return f"{self._count()}  {_rounded(rate)} img/s  failed {self._failed:,}{self._note}  ETA {left}{silence}"
+
+    def fields(self) -> dict[str, Any]:
+        """The state as figures, for a log that keeps fields; `None` where one is not known yet."""
+        with self._lock:
+            now = self._clock()
+            rate = self._rate(now) if self._commits else 0.0
+            return {
+                "done": self._done,
+                "total": self._total,
+                "failed": self._failed,
+                "images_per_second": round(rate, 3) if rate else None,
+                "eta_seconds": round((self._total - self._done) / rate) if rate else None,
+                "elapsed_seconds": round(now - self._started, 1),
+                "running_wer": round(self._edits / self._words, 4) if self._words else None,
+                "running_wer_rows": self._scored,
+            }
 
     def _count(self) -> str:
         share = 100 * self._done // self._total if self._total else 100
@@ -107,7 +135,10 @@ class Progress:
             self._write(self.line())
 
     def _write(self, line: str) -> None:
-        self._stream.write(line + "\n")
+        if isinstance(self._stream, TakesFields):
+            self._stream.write_fields(line, self.fields())
+        else:
+            self._stream.write(line + "\n")
         self._stream.flush()
 
     def _render(self) -> RenderableType:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
 from captioner.config import CheckConfig, SpotCheckConfig
@@ -16,6 +15,7 @@ from captioner.scoring.compare import compare_tables
 from captioner.scoring.gates import failed_gates
 from captioner.scoring.references import read_references
 from captioner.scoring.running import RunningWer, Sample, draw_sample
+from captioner.scoring.terms import read_terms
 from captioner.store.table import CaptionsTable, open_table
 
 # At the end of a run so many rows are checked: a minute or two, whatever the size of the table.
@@ -28,18 +28,6 @@ def question_of(settings: CheckConfig, max_rows: int | None = None) -> Question:
     references = read_references(settings.references) if settings.references else None
     terms = read_terms(settings.terms) if settings.terms else ()
     return Question(references, settings.sample, settings.seed, terms, max_rows)
-
-
-def read_terms(file: str) -> tuple[str, ...]:
-    """A term a line; empty lines and those that start with # are passed over."""
-    try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--terms {file}: cannot be read: {error}") from None
-    terms = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
-    if not terms:
-        raise UsageError(f"--terms {file}: holds no term")
-    return terms
 
 
 def check(

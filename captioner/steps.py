@@ -29,6 +29,7 @@ from captioner.imaging.guarded import GuardedDecoder
 from captioner.models import ModelRef
 from captioner.scoring.flags import caption_flags
 from captioner.scoring.running import Sample, score_sampled
+from captioner.sources.copies import KNOWN_SHA256
 from captioner.sources.reading import reads_at_once
 from captioner.store.commit import commit_chunk
 from captioner.store.plan import read_planned
@@ -59,6 +60,16 @@ class Work:
 
 
 @dataclass(frozen=True)
+class ReadChunk:
+    """A chunk's planned rows, a RawImage for each, and the seconds that reading them took."""
+
+    chunk: Chunk
+    planned: pa.Table
+    raws: list[RawImage]
+    seconds: float
+
+
+@dataclass(frozen=True)
 class ChunkRows:
     """A chunk on its way through the steps: its rows so far, the pixels until it is captioned, and seconds spent.
 
@@ -72,21 +83,27 @@ class ChunkRows:
     engine: str = ""
 
 
-def read_and_decode(work: Work, chunk: Chunk, decoder: GuardedDecoder) -> ChunkRows:
-    """The chunk's pictures, as rows and pixels as the model wants them. Bad pictures have an `error_code`."""
+def read(work: Work, chunk: Chunk) -> ReadChunk:
+    """The chunk's pictures as files' bytes, or reasons. Raises SourceError where the archive as a whole has a fault."""
+    started = time.perf_counter()
+    with reads_at_once(work.read_concurrency):
+        planned = read_planned(work.table, chunk)
+        # What a manifest knows of copies is no use to a run that captions each.
+        names = [name for name in planned.column_names if work.dedupe or name != KNOWN_SHA256.name]
+        raws = work.source.read(planned.select(names))
+    return ReadChunk(chunk, planned, raws, time.perf_counter() - started)
+
+
+def decode(work: Work, read: ReadChunk, decoder: GuardedDecoder) -> ChunkRows:
+    """The pictures as rows, and as pixels as the model wants them. Bad pictures have an `error_code`."""
     from captioner.imaging import decode_images
 
     started = time.perf_counter()
-    planned = read_planned(work.table, chunk)
-    with reads_at_once(work.read_concurrency):
-        raws: list[RawImage] = work.source.read(planned)
-    read = time.perf_counter()
-    batch: ImageBatch = decode_images(raws, work.model.spec, work.max_pixels, decoder)
-    rows = batch.rows.append_column(CAPTIONS_SCHEMA.field("reference_captions"), planned["reference_captions"])
+    batch: ImageBatch = decode_images(read.raws, work.model.spec, work.max_pixels, decoder)
+    rows = batch.rows.append_column(CAPTIONS_SCHEMA.field("reference_captions"), read.planned["reference_captions"])
     for kept in work.table.kept_fields:
-        rows = rows.append_column(kept, planned[kept.name])
-    seconds = {"read": read - started, "decode": time.perf_counter() - read}
-    return ChunkRows(chunk, rows, batch.pixels, seconds)
+        rows = rows.append_column(kept, read.planned[kept.name])
+    return ChunkRows(read.chunk, rows, batch.pixels, {"read": read.seconds, "decode": time.perf_counter() - started})
 
 
 def caption(

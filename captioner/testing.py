@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from captioner.faults import GatedDirectory, Killed, killed_at_write, sigkill_at_write
 from captioner.imaging.poison import ABORT_MARKER, GATE_MARKER, HANG_MARKER
 from captioner.models.fake import FakeCaptioner
+from captioner.models.ref import ModelRef
 from captioner.scenes import Scene, make_scenes
 from captioner.tiny_models import make_tiny_model
 
@@ -26,6 +27,7 @@ __all__ = [
     "FakeCaptioner",
     "GatedDirectory",
     "Killed",
+    "SmallGpu",
     "killed_at_write",
     "make_folder",
     "make_parquet",
@@ -33,6 +35,34 @@ __all__ = [
     "make_tiny_model",
     "sigkill_at_write",
 ]
+
+
+class SmallGpu:
+    """Stands in for a captioner on a GPU with memory for `room` pictures; see `captioner.models.batch_size`.
+
+    A batch takes `start` + pictures x `each` seconds of its own `clock`. `tried`: the sizes it was asked for.
+    """
+
+    device_name = "small GPU, 1 GiB"
+
+    def __init__(self, ref: ModelRef, room: int, start: float = 1.0, each: float = 0.0) -> None:
+        self.ref, self.batch_size, self.tried = ref, 1, list[int]()
+        self._room, self._start, self._each, self._now = room, start, each, 0.0
+
+    def clock(self) -> float:
+        return self._now
+
+    def try_batch(self, size: int) -> None:
+        """Raises torch.OutOfMemoryError above `room`."""
+        import torch
+
+        self.tried.append(size)
+        if size > self._room:
+            raise torch.OutOfMemoryError(f"no memory for {size} pictures")
+        self._now += self._start + self._each * size
+
+    def free_memory(self) -> None:
+        """Nothing is held."""
 
 
 def make_folder(path: Path, count: int, seed: int = 0, width: int = 64) -> Path:

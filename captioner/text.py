@@ -16,3 +16,8 @@ def printable(text: object) -> str:
     Line breaks and tabs become a space, bytes that are not UTF-8 become U+FFFD.
     """
     return _SURROGATES.sub("\ufffd", _CONTROLS.sub("", _SPACES.sub(" ", str(text))))
+
+
+def shorten(text: str, most: int) -> str:
+    """`text`, cut to `most` characters with an ellipsis where it is longer."""
+    return text if len(text) <= most else text[: most - 1] + "…"

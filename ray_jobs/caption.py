@@ -22,6 +22,7 @@ from captioner.errors import CaptionerError, ClusterError
 from captioner.files import is_uri
 from captioner.steps import Work
 from ray_jobs.cluster import Resources, Sizes, connect, share_out
+from ray_jobs.metrics import DriverMetrics
 from ray_jobs.stages import CaptionStage, CommitStage, DecodeStage, receipts_of
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 # One Ray Data execution takes this many chunks (a million pictures). The driver keeps a record of every block of an
 # execution; windows keep its memory flat at the price of filling the pipeline anew for each.
 CHUNKS_PER_EXECUTION = 2_048
-NO_PROGRESS_TIMEOUT_S = 900
 
 
 def run(config: CaptionConfig) -> int:
@@ -56,9 +56,12 @@ class RayEngine:
         sizes = share_out(self._connected(), self._config.cluster)
         if self._connected().num_nodes > 1 and not is_uri(work.table.directory.location):
             _check_shared(work.table.directory.location)
+        metrics = DriverMetrics(sum(chunk.num_rows for chunk in chunks))
         for first in range(0, len(chunks), CHUNKS_PER_EXECUTION):
             window = chunks[first : first + CHUNKS_PER_EXECUTION]
-            yield from _execute(work, window, sizes, self._config.model.batch_size)
+            for receipt in _execute(work, window, sizes, self._config.model.batch_size):
+                metrics.add(receipt)
+                yield receipt
 
     def _connected(self) -> Resources:
         if self._resources is None:
@@ -72,9 +75,10 @@ def make_dataset(work: Work, chunks: list[Chunk], sizes: Sizes, batch_size: Auto
     import ray
     from ray.data import ActorPoolStrategy
 
-    def pool(size: int, most: int = 0) -> dict[str, Any]:
-        size, most = min(size, len(chunks)), min(most, len(chunks))
-        strategy = ActorPoolStrategy(min_size=size, max_size=most) if most > size else ActorPoolStrategy(size=size)
+    def pool(size: int, most: int = 0, at_once: int = 1) -> dict[str, Any]:
+        least, most = min(size, len(chunks)), min(max(size, most), len(chunks))
+        threads: dict[str, Any] = {"max_concurrent_calls_per_actor": at_once, "enable_true_multi_threading": True}
+        strategy = ActorPoolStrategy(min_size=least, max_size=most, **(threads if at_once > 1 else {}))
         return {"compute": strategy, "batch_size": None, "batch_format": "pyarrow", "zero_copy_batch": True}
 
     described = [asdict(chunk) for chunk in chunks]
@@ -83,7 +87,7 @@ def make_dataset(work: Work, chunks: list[Chunk], sizes: Sizes, batch_size: Auto
         DecodeStage,
         fn_constructor_kwargs={"work": work},
         num_cpus=sizes.cpus_per_decoder,
-        **pool(sizes.decode_cpus, sizes.max_decode_cpus),
+        **pool(sizes.decode_cpus, sizes.max_decode_cpus, DecodeStage.AT_ONCE),
     )
     dataset = dataset.map_batches(
         CaptionStage,
@@ -118,7 +122,13 @@ def _configure_ray_data(work: Work, most_rows: int) -> None:
     context.max_errored_blocks = 0
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    context.execution_no_progress_timeout_s = NO_PROGRESS_TIMEOUT_S
+    context.execution_no_progress_timeout_s = no_progress_timeout(work.decode_timeout)
+
+
+def no_progress_timeout(decode_timeout: float) -> float:
+    """Seconds without a block from any stage after which a run is taken for stalled: more than a chunk of which every
+    picture hangs takes (see `captioner.imaging.guarded`)."""
+    return max(900.0, 20 * decode_timeout)
 
 
 def _cause_of(error: BaseException) -> CaptionerError:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
-from captioner.config import CaptionConfig, CheckTableConfig, TrainConfig
+from captioner.config import CaptionConfig, CheckTableConfig, MakeAltTextConfig, TrainConfig
 from captioner.errors import ERROR, EXIT_CODES, INTERRUPTED, OK, CaptionerError
 from captioner.text import printable
 from ray_jobs.options import takes
@@ -65,7 +65,8 @@ def doctor(
 ) -> int:
     """Check a cluster before a run.
 
-    Versions, limits and GPUs of every node, whether the model loads on a worker, whether OUT can be written from all.
+    Versions, limits, memory, clock and GPUs of every node, whether the model loads on a worker, whether OUT can be
+    written from all.
     """
     from ray_jobs import doctor
 
@@ -190,6 +191,43 @@ def report(
     from captioner import commands
 
     return commands.report(out, open)
+
+
+@app.command()
+@takes(MakeAltTextConfig)
+def alt_text(config: MakeAltTextConfig, out: Out) -> int:
+    """Make alt texts of the captions, for people to review.
+
+    Rules shorten and tidy, one by one switchable; what a person has to decide is flagged. The captions stay as they
+    are.
+    """
+    from captioner.alttext.make import run
+
+    return run(out, config.alt_text)
+
+
+@app.command()
+def review(
+    out: Out,
+    port: Annotated[int, typer.Option(min=0, max=65535, metavar="P", help="0: any free one.")] = 0,
+    reviewer: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Kept with each decision [default: your login name].")
+    ] = None,
+    queue: Annotated[
+        Literal["flagged", "random", "all"],
+        typer.Option(help="flagged: those first, then the least certain. random: measures the acceptance rate."),
+    ] = "flagged",
+    open: Annotated[bool, typer.Option("--open", help="Show it in the browser.")] = False,
+) -> int:
+    """Decide about each alt text on a page.
+
+    Serves a page on this machine for accepting, editing and rejecting alt texts.
+
+    Every decision is saved at once in OUT/reviews; the same command goes on where it ended.
+    """
+    from captioner.review import command
+
+    return command.run(out, port, reviewer, queue, open)
 
 
 @app.command()

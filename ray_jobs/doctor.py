@@ -6,13 +6,10 @@ Every check is one line, `ok` or `FAIL` with what to do. Checks that need a node
 from __future__ import annotations
 
 import os
-import platform
-import resource
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from captioner.config import CaptionConfig, ModelConfig
@@ -20,9 +17,11 @@ from captioner.errors import ERROR, OK, CaptionerError
 from captioner.files import is_uri
 from captioner.text import printable
 from ray_jobs.cluster import connect, share_out
+from ray_jobs.node import facts
 
-PACKAGES = ("ray", "transformers", "torch", "pyarrow", "pillow", "numpy")
 MIN_OPEN_FILES = 8_192
+MIN_OBJECT_STORE, MIN_FREE_DISK = 100e6, 5e9
+MAX_SKEW_S = 5.0
 TIMEOUT_S = 300.0
 
 
@@ -56,28 +55,19 @@ def findings(config: CaptionConfig, out: str | None) -> Iterator[Finding]:
     )
     yield _token()
     here = facts()
-    for address, there in _on_every_node(facts):
-        yield _versions(address, here, there)
-        yield _limits(address, there)
+    for node, there, seconds in _on_every_node(facts):
+        address, ahead = node["NodeManagerAddress"], there["time"] - (time.time() - seconds / 2)
+        yield _versions(address, here["versions"], there["versions"])
+        yield from _limits(address, there)
+        yield _memory(address, node["Resources"], there["shared_memory"])
+        yield _clock(address, ahead, seconds)
+        if node["Resources"].get("GPU"):
+            yield _on_a_worker("gpu", _see_gpu, num_gpus=1, node=node)
     yield _sizes(config)
-    if resources.num_gpus:
-        yield _on_a_worker("gpu", _see_gpu, num_gpus=1)
     if config.model.name:
         yield _on_a_worker("model", _caption_one, config.model, num_gpus=1 if resources.num_gpus else 0)
     if out:
         yield from _writable(out, resources.num_nodes)
-
-
-def facts() -> dict[str, Any]:
-    """Versions and limits of this process and its machine."""
-    found: dict[str, Any] = {"python": ".".join(platform.python_version_tuple()[:2])}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "missing"
-    found["open files"] = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return found
 
 
 def _token() -> Finding:
@@ -86,19 +76,52 @@ def _token() -> Finding:
     return Finding("access", None, "token authentication is not asked for: set RAY_AUTH_MODE=token on every node")
 
 
-def _versions(address: str, here: dict[str, Any], there: dict[str, Any]) -> Finding:
-    names = ("python", *PACKAGES)
-    differing = [f"{name} {there[name]} (driver {here[name]})" for name in names if there[name] != here[name]]
+def _versions(address: str, here: dict[str, str], there: dict[str, str]) -> Finding:
+    differing = [f"{name} {there[name]} (driver {here[name]})" for name in here if there[name] != here[name]]
     if differing:
         return Finding("versions", False, f"node {address}: {', '.join(differing)}; use one image for every node")
-    return Finding("versions", True, f"node {address}: " + ", ".join(f"{name} {there[name]}" for name in names[:4]))
+    return Finding("versions", True, f"node {address}: " + ", ".join(f"{name} {there[name]}" for name in here))
 
 
-def _limits(address: str, there: dict[str, Any]) -> Finding:
-    files = there["open files"]
+def _limits(address: str, there: dict[str, Any]) -> Iterator[Finding]:
+    files, free = there["open_files"], there["free_disk"]
     if 0 <= files < MIN_OPEN_FILES:
-        return Finding("limits", None, f"node {address}: only {files:,} open files; ulimit -n 65536 before ray start")
-    return Finding("limits", True, f"node {address}: {files:,} open files")
+        yield Finding("limits", None, f"node {address}: only {files:,} open files; ulimit -n 65536 before ray start")
+    else:
+        yield Finding("limits", True, f"node {address}: {'unlimited' if files < 0 else format(files, ',')} open files")
+    if free < MIN_FREE_DISK:
+        yield Finding("disk", None, f"node {address}: {_gigabytes(free)} free in /tmp, where Ray spills and logs")
+    if there["torchvision"]:
+        yield Finding(
+            "torchvision", False, f"node {address}: {there['torchvision']}; uninstall it, or install its pair"
+        )
+
+
+def _memory(address: str, resources: dict[str, float], shared: int | None) -> Finding:
+    """Blocks between the stages lie in the object store, which lies in /dev/shm (`shared`): Docker gives 64 MB."""
+    store = resources.get("object_store_memory", 0.0)
+    told = f"node {address}: memory {_gigabytes(resources.get('memory', 0.0))}, object store {_gigabytes(store)}"
+    if store < MIN_OBJECT_STORE:
+        return Finding("memory", None, f"{told}: little; --object-store-memory of ray start")
+    if shared is not None and shared < store:
+        return Finding(
+            "memory", None, f"{told}, but /dev/shm {_gigabytes(shared)}: Ray uses the disk; --shm-size of docker run"
+        )
+    return Finding("memory", True, told if shared is None else f"{told}, /dev/shm {_gigabytes(shared)}")
+
+
+def _clock(address: str, ahead: float, uncertain: float) -> Finding:
+    """`ahead`: seconds that the node's clock is ahead of the driver's, known to half of `uncertain`."""
+    if abs(ahead) - uncertain / 2 > MAX_SKEW_S:
+        words = "ahead of" if ahead > 0 else "behind"
+        return Finding("clock", None, f"node {address}: {abs(ahead):.0f} s {words} the driver's; stores may refuse it")
+    return Finding(
+        "clock", True, f"node {address}: within {max(1.0, abs(ahead) + uncertain / 2):.0f} s of the driver's"
+    )
+
+
+def _gigabytes(size: float) -> str:
+    return f"{size / 1e9:,.1f} GB"
 
 
 def _sizes(config: CaptionConfig) -> Finding:
@@ -146,8 +169,8 @@ def _writable(out: str, num_nodes: int) -> Iterator[Finding]:
         yield Finding("out", False, f"driver: {_last_line(error)}")
         return
     try:
-        for address, said in _on_every_node(_write_and_look, out, mark):
-            yield Finding("out", not said, f"node {address}: {said or f'writes into {out}'}")
+        for node, said, _ in _on_every_node(_write_and_look, out, mark):
+            yield Finding("out", not said, f"node {node['NodeManagerAddress']}: {said or f'writes into {out}'}")
     finally:
         _delete(out, mark)
     if num_nodes > 1 and not is_uri(out):
@@ -182,27 +205,43 @@ def _delete(out: str, name: str) -> None:
     directory.filesystem.delete_file(directory.path(name))
 
 
-def _on_every_node(function: Callable[..., Any], *arguments: Any) -> Iterator[tuple[str, Any]]:
+def _on_every_node(function: Callable[..., Any], *arguments: Any) -> Iterator[tuple[dict[str, Any], Any, float]]:
+    """(the node as Ray describes it, what the function returned there, the seconds that took)"""
     import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     for node in ray.nodes():
         if node["Alive"]:
-            where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            task = ray.remote(num_cpus=0, scheduling_strategy=where)(function)
-            yield node["NodeManagerAddress"], ray.get(task.remote(*arguments), timeout=TIMEOUT_S)
+            task = ray.remote(num_cpus=0, scheduling_strategy=_only_on(node))(function)
+            ray.get(task.remote(*arguments), timeout=TIMEOUT_S)  # the first call starts a process
+            started = time.time()
+            found = ray.get(task.remote(*arguments), timeout=TIMEOUT_S)
+            yield node, found, time.time() - started
 
 
-def _on_a_worker(name: str, function: Callable[..., str], *arguments: Any, num_gpus: float) -> Finding:
+def _only_on(node: dict[str, Any]) -> Any:
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+
+
+def _on_a_worker(
+    name: str, function: Callable[..., str], *arguments: Any, num_gpus: float, node: dict[str, Any] | None = None
+) -> Finding:
+    """On `node`, or wherever Ray puts it."""
     import ray
 
-    task = ray.remote(num_cpus=0 if num_gpus else 1, num_gpus=num_gpus, max_retries=0)(function)
+    options: dict[str, Any] = {"num_cpus": 0 if num_gpus else 1, "num_gpus": num_gpus, "max_retries": 0}
+    if node is not None:
+        options["scheduling_strategy"] = _only_on(node)
+    where = f"node {node['NodeManagerAddress']}: " if node else ""
     try:
-        return Finding(name, True, ray.get(task.remote(*arguments), timeout=TIMEOUT_S))
+        return Finding(
+            name, True, where + ray.get(ray.remote(**options)(function).remote(*arguments), timeout=TIMEOUT_S)
+        )
     except ray.exceptions.GetTimeoutError:
-        return Finding(name, False, f"no worker was free within {TIMEOUT_S:g} s")
+        return Finding(name, False, f"{where}no worker was free within {TIMEOUT_S:g} s")
     except ray.exceptions.RayError as error:
-        return Finding(name, False, _last_line(error))
+        return Finding(name, False, where + _last_line(error))
 
 
 def _last_line(error: BaseException) -> str:

@@ -1,46 +1,31 @@
 """`captioner estimate`: what captioning an archive would take here, from a sample captioned on the cluster itself.
 
-The source is listed to its end and a seeded sample of it is read, decoded and captioned by workers of the size that
-`captioner caption` would use. Nothing is written.
+The source is listed to its end and a seeded sample of it is read, decoded and captioned by workers of the number and
+size that `captioner caption` would use, all at work at once (`ray_jobs.sampling`). Nothing is written.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from captioner.config import AutoInt, CaptionConfig, SourceConfig
+from captioner.config import CaptionConfig, SourceConfig
 from captioner.data import Source
-from captioner.errors import OK, ClusterError, SourceError, UsageError
-from captioner.models import ModelRef, load, resolve
+from captioner.errors import OK, SourceError, UsageError
+from captioner.models import resolve
 from captioner.sources import open_source
 from captioner.stopping import say
 from captioner.store.listing import list_units
 from captioner.store.plan import matching
 from ray_jobs.cluster import Sizes, connect, share_out
+from ray_jobs.sampling import Piece, measure
 
-PICTURES_PER_PIECE = 64  # enough for the batches of a GPU
-MIN_PIECES = 8
 RESAMPLES = 1_000
-TIMEOUT_S = 900.0
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """What a worker measured on some of the sampled pictures. `prepare`, `generate`: seconds."""
-
-    num_rows: int
-    num_ok: int
-    prepare: float
-    generate: float
-    source_bytes: int
-    output_bytes: int
+LOW, HIGH = 0.05, 0.95  # a 90 % interval
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,107 +76,69 @@ def draw_sample(source: Source, config: SourceConfig, size: int, seed: int) -> t
     return total, kept
 
 
-class Sampler:
-    """A worker: holds the model, measures pieces."""
-
-    def __init__(self, source: Source, model: ModelRef, max_pixels: int, batch_size: AutoInt, num_threads: int) -> None:
-        self._source, self._model, self._max_pixels = source, model, max_pixels
-        self._captioner = load(model, batch_size=batch_size, num_threads=num_threads)
-
-    def measure(self, rows: pa.Table) -> Piece:
-        from captioner.imaging import decode_images
-
-        started = time.perf_counter()
-        raws = self._source.read(rows)
-        batch = decode_images(raws, self._model.spec, self._max_pixels)
-        prepared = time.perf_counter()
-        fine = [place for place, code in enumerate(batch.rows["error_code"].to_pylist()) if not code]
-        texts = self._captioner.caption(batch.pixels[fine]).texts if fine else []
-        generated = time.perf_counter()
-        written = batch.rows.append_column("caption", [_padded(texts, len(raws))])
-        return Piece(
-            num_rows=rows.num_rows,
-            num_ok=len(fine),
-            prepare=prepared - started,
-            generate=generated - prepared,
-            source_bytes=sum(len(raw.data) for raw in raws if raw.data),
-            output_bytes=_parquet_bytes(written) - _parquet_bytes(written.slice(0, 0)),
-        )
-
-
-def measure(source: Source, rows: pa.Table, model: ModelRef, sizes: Sizes, config: CaptionConfig) -> list[Piece]:
-    """Every piece of the sample, each measured by a worker that has captioned before. Raises ClusterError."""
-    import ray
-    from ray.util import ActorPool
-
-    worker = ray.remote(num_cpus=sizes.cpus_per_worker, num_gpus=sizes.gpus_per_worker or None)(Sampler)
-    settings = (source, model, config.source.max_pixels, config.model.batch_size, sizes.threads_per_worker)
-    workers = [worker.remote(*settings) for _ in range(sizes.num_workers)]
-    per_piece = min(PICTURES_PER_PIECE, max(1, rows.num_rows // MIN_PIECES))
-    pieces = [rows.slice(first, per_piece) for first in range(0, rows.num_rows, per_piece)]
-    try:
-        ray.get([one.measure.remote(pieces[0]) for one in workers], timeout=TIMEOUT_S)  # the first call warms up
-        pool = ActorPool(workers)
-        return list(pool.map(lambda one, piece: one.measure.remote(piece), pieces))
-    except ray.exceptions.RayError as error:
-        raise ClusterError(f"the sample could not be captioned: {str(error).strip().splitlines()[-1]}") from error
-    finally:
-        for one in workers:
-            ray.kill(one)
-
-
 def predict(pieces: Sequence[Piece], total: int, num_workers: int, decoders: int, seed: int = 0) -> Prediction:
-    """The rate is that of the slower of the two stages; the interval comes from drawing the pieces again and again."""
+    """The rate is that at which pieces came out of the full pipeline. Its interval comes from drawing the pieces again
+    and again; it reaches up to what the slower stage could do, since a run hands on larger pieces less often."""
     table = np.array([[p.num_rows, p.prepare, p.generate, p.source_bytes, p.output_bytes, p.num_ok] for p in pieces])
+    gaps = np.array([[p.num_rows, p.gap] for p in pieces if p.gap > 0])
+    random = np.random.default_rng(seed)
 
-    def rates(sums: Any) -> tuple[Any, Any]:
+    def draws(rows: Any) -> Any:
+        return rows[random.integers(len(rows), size=(RESAMPLES, len(rows)))].sum(axis=1)
+
+    def capacities(sums: Any) -> tuple[Any, Any]:
         pictures, prepare, generate = sums[..., 0], sums[..., 1], sums[..., 2]
         return pictures * decoders / np.maximum(prepare, 1e-9), pictures * num_workers / np.maximum(generate, 1e-9)
 
     sums = table.sum(axis=0)
-    decode_rate, caption_rate = rates(sums)
-    draws = np.random.default_rng(seed).integers(len(pieces), size=(RESAMPLES, len(pieces)))
-    low, high = np.quantile(np.minimum(*rates(table[draws].sum(axis=1))), [0.05, 0.95])
-    scale = total / sums[0]
+    decoding, captioning = capacities(sums)
+    capacity, capacity_draws = min(decoding, captioning), np.minimum(*capacities(draws(table)))
+    rate, rate_draws = capacity, capacity_draws
+    if len(gaps) > 1:
+        rate, came_out = gaps[:, 0].sum() / gaps[:, 1].sum(), draws(gaps)
+        rate_draws = came_out[:, 0] / came_out[:, 1]
+    high = max(np.quantile(rate_draws, HIGH), np.quantile(capacity_draws, HIGH))
     return Prediction(
         total,
-        float(min(decode_rate, caption_rate)),
-        float(low),
-        float(high),
-        "decoding" if decode_rate < caption_rate else "the model",
-        float(sums[3] * scale),
-        float(sums[4] * scale),
+        float(rate),
+        float(min(rate, np.quantile(rate_draws, LOW))),
+        float(max(rate, high)),
+        "decoding" if decoding < captioning else "the model",
+        float(sums[3] * total / sums[0]),
+        float(sums[4] * total / sums[0]),
         float(sums[5] / sums[0]),
     )
 
 
 def lines(found: Prediction, sizes: Sizes, price_per_gpu_hour: float | None) -> list[str]:
-    hours = [found.num_pictures / rate / 3600 for rate in (found.rate, found.high, found.low)]
-    gpus = sizes.num_workers * sizes.gpus_per_worker
-
-    def spread(unit: str, scale: float = 1.0) -> str:
-        middle, least, most = (f"{scale * value:,.2f}" for value in hours)
-        return f"{middle} {unit} ({least} to {most})"
-
+    """The prediction for a person; what has an interval has it in brackets."""
+    seconds = [found.num_pictures / rate for rate in (found.rate, found.high, found.low)]
+    middle, least, most = (_span(one) for one in seconds)
     told = [
-        f"pictures        {found.num_pictures:,}, {found.source_bytes / 1e9:,.2f} GB",
+        f"pictures        {found.num_pictures:,}, {_size(found.source_bytes)}",
         f"images/s        {found.rate:,.1f} ({found.low:,.1f} to {found.high:,.1f}), bound by {found.bound_by}",
-        f"time            {spread('h')}",
+        f"time            {middle} ({least} to {most})",
         f"captioned       {found.share_ok:.1%} of the sample",
-        f"output          {found.output_bytes / 1e6:,.1f} MB",
+        f"output          {_size(found.output_bytes)}",
     ]
+    gpus = sizes.num_workers * sizes.gpus_per_worker
     if gpus:
-        told.append(f"GPU time        {spread('GPU h', gpus)} on {gpus:g} GPUs")
-    if price_per_gpu_hour is not None and gpus:
-        told.append(f"cost            {spread('', gpus * price_per_gpu_hour)}")
-    return [*told, "in brackets: 90 % interval of the sample; start-up and faults are not in it"]
+        hours = [gpus * one / 3600 for one in seconds]
+        told.append(f"GPU time        {hours[0]:,.2f} GPU h ({hours[1]:,.2f} to {hours[2]:,.2f}) on {gpus:g} GPUs")
+        if price_per_gpu_hour is not None:
+            cost, cheapest, dearest = (price_per_gpu_hour * one for one in hours)
+            told.append(f"cost            {cost:,.2f} ({cheapest:,.2f} to {dearest:,.2f})")
+    return [*told, "in brackets: 90 % interval of what was measured now; start-up, faults and other load are not in it"]
 
 
-def _padded(texts: list[str], count: int) -> list[str]:
-    return texts + [""] * (count - len(texts))
+def _span(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
 
 
-def _parquet_bytes(table: pa.Table) -> int:
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
-    return int(sink.getvalue().size)
+def _size(num_bytes: float) -> str:
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:,.1f} {unit}"
+    return f"{num_bytes / 1e3:,.0f} kB"

@@ -1,13 +1,17 @@
-"""`--log-format json`: what a run says on standard error, one JSON object a line, for a log collector."""
+"""`--log-format json`: what a run says on standard error, one JSON object a line, for a log collector.
+
+The heartbeat of a run carries its figures as keys: see `captioner.progress.Progress.fields`.
+"""
 
 from __future__ import annotations
 
 import io
 import json
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
-from typing import TextIO
+from typing import Any, TextIO
 
 
 class JsonLines(io.TextIOBase):
@@ -24,6 +28,11 @@ class JsonLines(io.TextIOBase):
                 self._stream.write(json.dumps(_entry(line.strip()), ensure_ascii=False) + "\n")
         return len(text)
 
+    def write_fields(self, line: str, fields: Mapping[str, Any]) -> None:
+        """A line with figures of its own: they become keys of its object."""
+        entry = {**_entry(line), "event": "progress", **fields}
+        self._stream.write(json.dumps(entry, ensure_ascii=False) + "\n")
+
     def flush(self) -> None:
         with suppress(ValueError):  # closed at exit
             self._stream.flush()
@@ -38,7 +47,7 @@ def log_as_json() -> None:
         sys.stderr = JsonLines(sys.stderr)
 
 
-def _entry(line: str) -> dict[str, str]:
+def _entry(line: str) -> dict[str, Any]:
     message = line.removeprefix("captioner: ")
     level = "error" if message.startswith("error: ") else "info"
     now = datetime.now(UTC).isoformat(timespec="milliseconds")

@@ -1,11 +1,13 @@
-"""What a run shows on Ray's Prometheus endpoints, counted where chunks are committed.
+"""What a run shows on Ray's Prometheus endpoints: each worker counts what it does, the driver what has come back.
 
-Each name gets Ray's prefix: `ray_captioner_pictures_total`. How busy the devices are is the growth of
-`ray_captioner_seconds_total{step="generate"}` over the number of caption workers; queues between stages are in Ray
-Data's own metrics (`ray_data_...`). `deploy/grafana.json` draws them.
+Each name gets Ray's prefix: `ray_captioner_pictures_total`. Queues between the stages of Ray Data are in its own
+metrics (`ray_data_...`). `deploy/grafana.json` draws what is here.
 """
 
 from __future__ import annotations
+
+import time
+from collections.abc import Callable
 
 from captioner.data import Receipt
 
@@ -14,7 +16,7 @@ BOUNDARIES_S = [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300]
 
 
 class RunMetrics:
-    """Counters of one worker process. Make one in the process that counts."""
+    """Counters of one worker that commits. Make one in the process that counts."""
 
     def __init__(self) -> None:
         from ray.util.metrics import Counter, Gauge, Histogram
@@ -37,3 +39,44 @@ class RunMetrics:
             if seconds > 0:
                 self._seconds.inc(seconds, {"step": step})
         self._chunk_pictures.set(receipt.num_rows)
+
+
+class DeviceMetrics:
+    """Gauges of one worker that captions."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        from ray.util.metrics import Gauge
+
+        self._busy = Gauge("captioner_device_busy_share", "Share of the time a caption worker captioned, 0 to 1.")
+        self._batch = Gauge("captioner_batch_size", "Pictures of a forward pass, at most.")
+        self._clock = clock
+        self._since = clock()
+
+    def add(self, seconds: float, batch_size: int) -> None:
+        """A chunk was captioned in `seconds`, and ends now. The share is of the time since the chunk before."""
+        now = self._clock()
+        passed = now - self._since
+        self._busy.set(min(1.0, seconds / passed) if passed > 0 else 1.0)
+        self._batch.set(batch_size)
+        self._since = now
+
+
+class DriverMetrics:
+    """Gauges of the driver: what is still to do, and how good captions are so far."""
+
+    def __init__(self, num_rows: int) -> None:
+        from ray.util.metrics import Gauge
+
+        self._queue = Gauge("captioner_queue_pictures", "Planned pictures that are not committed yet.")
+        self._wer = Gauge("captioner_running_wer", "WER of the spot-checked captions of this start so far.")
+        self._left, self._edits, self._words = num_rows, 0, 0
+        self._queue.set(num_rows)
+
+    def add(self, receipt: Receipt) -> None:
+        """Count a chunk that has come back as committed."""
+        self._left -= receipt.num_rows
+        self._queue.set(self._left)
+        self._edits += sum(edits for edits, _ in receipt.scored)
+        self._words += sum(words for _, words in receipt.scored)
+        if self._words:
+            self._wer.set(self._edits / self._words)

@@ -7,6 +7,7 @@ with a column of their widths; the chunk and the seconds spent on it as JSON in 
 from __future__ import annotations
 
 import json
+import threading
 from dataclasses import asdict
 
 import numpy as np
@@ -14,23 +15,31 @@ import pyarrow as pa
 
 from captioner.config import AutoInt
 from captioner.data import Chunk, Pixels, Receipt, object_array
-from captioner.steps import ChunkRows, Work, caption, commit, read_and_decode
-from ray_jobs.metrics import RunMetrics
+from captioner.steps import ChunkRows, Work, caption, commit, decode, read
+from ray_jobs.metrics import DeviceMetrics, RunMetrics
 
 _CHUNK, _PIXELS, _WIDTHS = "_chunk", "_pixels", "_widths"
 
 
 class DecodeStage:
-    """A block with one chunk's description -> its pictures, decoded."""
+    """A block with one chunk's description -> its pictures, decoded.
+
+    Called by AT_ONCE threads: one reads the next chunk while the other decodes.
+    """
+
+    AT_ONCE = 2
 
     def __init__(self, work: Work) -> None:
         self.work = work
+        self.turn = threading.Lock()
         self.decoder = work.decoder()
         self.decoder.start()  # it imports torch while the model loads
 
     def __call__(self, block: pa.Table) -> pa.Table:
         (chunk,) = (Chunk(**row) for row in block.to_pylist())
-        return to_block(read_and_decode(self.work, chunk, self.decoder))
+        raw = read(self.work, chunk)
+        with self.turn:
+            return to_block(decode(self.work, raw, self.decoder))
 
 
 class CaptionStage:
@@ -42,9 +51,12 @@ class CaptionStage:
         self.work = work
         self.captioner = load(work.model, batch_size=batch_size, num_threads=num_threads)
         self.memory = work.new_memory()
+        self.metrics = DeviceMetrics()
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        return to_block(caption(self.work, self.captioner, from_block(block, self.work), self.memory))
+        rows = caption(self.work, self.captioner, from_block(block, self.work), self.memory)
+        self.metrics.add(rows.seconds["generate"], getattr(self.captioner, "batch_size", rows.chunk.num_rows))
+        return to_block(rows)
 
 
 class CommitStage:

@@ -7,6 +7,7 @@ The flow around it is that of `captioner.training.job`.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import sys
@@ -125,7 +126,16 @@ class RayTrainEngine:
             # Threads that wait for each other must not spin: decoding shares the CPUs with training.
             os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
             self._resources = connect(self._cluster)
-        return share_out(self._resources, self._cluster)
+        return with_all_threads(share_out(self._resources, self._cluster), self._resources)
+
+
+def with_all_threads(sizes: Sizes, resources: Resources) -> Sizes:
+    """Workers without a GPU compute on all CPUs: those that decode are idle most of the time, since a step takes far
+    longer than decoding its pictures. What each worker holds of Ray's CPUs stays as it is."""
+    if sizes.gpus_per_worker:
+        return sizes
+    cpus = min(resources.num_cpus / sizes.num_workers, resources.least_cpus)
+    return dataclasses.replace(sizes, threads_per_worker=max(1, int(cpus)))
 
 
 def train_loop(config: dict[str, Any], kind: type[RayWorker] | None = None) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from ray_jobs.cli import app
 from ray_jobs.submit import resolve_arguments
 
 ROOT = Path(__file__).parents[1]
-CLUSTERS = [ROOT / "deploy/gcp.yaml", ROOT / "deploy/on-premise.yaml"]
+CLUSTERS = [ROOT / "cluster.yaml", ROOT / "deploy/gcp.yaml", ROOT / "deploy/on-premise.yaml"]
 MANIFESTS = sorted((ROOT / "deploy/kuberay").glob("*.yaml"))
 SCHEMA = json.loads((ROOT / "tests/rayjob.schema.json").read_text())
 RAY_VERSION = re.search(r"^ray(?:\[.*\])?==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)[1]
@@ -41,6 +41,23 @@ def test_rays_launcher_accepts_the_cluster_file(file: Path) -> None:
 
     assert config["docker"]["image"] == f"rayproject/ray:{RAY_VERSION}-py311-gpu"
     assert any("ray start --head" in command for command in config["head_start_ray_commands"])
+
+
+@pytest.mark.parametrize("file", CLUSTERS, ids=lambda path: path.name)
+def test_a_cluster_that_is_started_asks_for_its_token(file: Path, tmp_path: Path, monkeypatch) -> None:
+    from ray.autoscaler._private.util import hash_runtime_conf, prepare_config
+
+    config = prepare_config(yaml.safe_load(file.read_text()))
+
+    assert "--env RAY_AUTH_MODE=token" in config["docker"]["run_options"]
+    assert config["file_mounts"] == {"~/.ray/auth_token": "~/.ray/auth_token"}
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".ray").mkdir()
+    digests = []
+    for token in ("one", "other"):  # what the launcher copies: with another token, nodes are set up anew
+        (tmp_path / ".ray/auth_token").write_text(token)
+        digests.append(hash_runtime_conf(config["file_mounts"], [], token, generate_file_mounts_contents_hash=True)[1])
+    assert digests[0] != digests[1]
 
 
 @pytest.mark.parametrize("manifest", MANIFESTS, ids=lambda path: path.name)

@@ -18,12 +18,12 @@ HEAVY = ("ray", "torch", "transformers", "datasets", "evaluate")
 LAYERS = """
     errors
     text
-    config data scenes stopping dedupe bottleneck
+    config data scenes stopping dedupe bottleneck ahead
     files starter samples
     sources imaging models store
     scoring faults
     alttext
-    steps
+    steps review
     job progress
     record summary report
     quality tiny_models

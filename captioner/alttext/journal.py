@@ -7,6 +7,7 @@ can cut off the last line only; that line was never acknowledged, and the next s
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -19,7 +20,7 @@ from typing import Any
 
 from captioner.alttext.nouns import DECISIONS, Review
 from captioner.errors import OutputError
-from captioner.store.directory import Directory
+from captioner.store.directory import Directory, sync_folder
 
 FOLDER = "reviews"
 
@@ -31,12 +32,12 @@ class Journal:
     def __init__(self, out: Directory, reviewer: str) -> None:
         if not out.is_local:
             raise OutputError(f"{out.location}: reviews are written to a local disk; copy OUT to one and review there")
-        path = Path(out.path(f"{FOLDER}/{_file_name(reviewer)}"))
+        path = Path(out.path(f"{FOLDER}/{journal_name(reviewer)}"))
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(path, "ab")  # noqa: SIM115
-            if path.stat().st_size and not _ends_a_line(path):
-                self._file.write(b"\n")  # what a kill cut off stays a damaged line of its own
+            self._file = open(path, "ab", buffering=0)  # noqa: SIM115
+            sync_folder(path.parent)
+            self._torn = bool(path.stat().st_size) and not _ends_a_line(path)
         except OSError as error:
             raise OutputError(f"{path} cannot be written: {error.strerror}; free it and start again") from error
 
@@ -48,13 +49,17 @@ class Journal:
 
     def append(self, review: Review) -> None:
         """When this returns, the decision is on the disk. Raises OutputError."""
-        line = json.dumps(asdict(review) | {"reviewed_at": review.reviewed_at.isoformat()}, ensure_ascii=False)
+        text = json.dumps(asdict(review) | {"reviewed_at": review.reviewed_at.isoformat()}, ensure_ascii=False)
+        # What a kill or a full disk cut off stays a damaged line of its own. One write: another process may append too.
+        line = (b"\n" if self._torn else b"") + text.encode("utf-8", "surrogatepass") + b"\n"
+        self._torn = True
         try:
-            self._file.write(line.encode() + b"\n")
-            self._file.flush()
+            if self._file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(self._file.fileno())
         except OSError as error:
             raise OutputError(f"{self._file.name}: the decision was not saved: {error.strerror}") from error
+        self._torn = False
 
 
 def read_reviews(out: Directory) -> tuple[list[Review], int]:
@@ -62,7 +67,7 @@ def read_reviews(out: Directory) -> tuple[list[Review], int]:
     found: list[Review] = []
     damaged = 0
     for name in out.list_names(FOLDER):
-        for review in _read_journal(out.read_bytes(f"{FOLDER}/{name}")):
+        for review in parse_lines(out.read_bytes(f"{FOLDER}/{name}")):
             if review is None:
                 damaged += 1
             else:
@@ -77,7 +82,8 @@ def latest_reviews(reviews: list[Review]) -> dict[str, Review]:
     return {image_id: review for review in reviews if review.decision != "skipped" for image_id in review.image_ids}
 
 
-def _read_journal(data: bytes) -> Iterator[Review | None]:
+def parse_lines(data: bytes) -> Iterator[Review | None]:
+    """The decisions of whole lines of a journal; `None` for a damaged one."""
     for line in data.splitlines():
         if line.strip():
             yield _review(line)
@@ -95,7 +101,7 @@ def _review(line: bytes) -> Review | None:
     return review if review.decision in DECISIONS else None
 
 
-def _file_name(reviewer: str) -> str:
+def journal_name(reviewer: str) -> str:
     """A file name that two different reviewers never share."""
     plain = re.sub(r"[^a-z0-9]+", "-", reviewer.lower()).strip("-")[:40] or "reviewer"
     return f"{plain}-{hashlib.sha256(reviewer.encode()).hexdigest()[:8]}.jsonl"

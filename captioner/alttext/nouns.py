@@ -60,7 +60,7 @@ TEXTS_SCHEMA = pa.schema(
         pa.field("sha256", pa.string()),
         pa.field("width", pa.int32()),
         pa.field("height", pa.int32()),
-        pa.field("alt_text", pa.string(), nullable=False),  # the person's text, else the rules'; "": decorative
+        pa.field("alt_text", pa.string(), nullable=False),  # a person's, else the rules'; "": decorative or blank
         pa.field("caption", pa.string(), nullable=False),  # the model's own words
         pa.field("logprob_mean", pa.float32()),
         pa.field("flags", pa.list_(pa.string()), nullable=False),  # of caption and alt text

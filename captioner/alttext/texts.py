@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import datetime
 from typing import Any
 
 import pyarrow as pa
@@ -35,19 +36,37 @@ def read_texts(table: CaptionsTable) -> Iterator[pa.Table]:
 
     Raises OutputError where the table is not finished, or has no alt texts or older ones.
     """
+    reviews = latest_reviews(read_reviews(table.directory)[0])
+    language = read_settings(table)["language"]
+    for _, rows, made in read_alt_texts(table, [*_FROM_CAPTIONS, "flags"]):
+        yield _joined(rows, made, reviews, language)
+
+
+def read_settings(table: CaptionsTable) -> dict[str, Any]:
+    """With what `captioner alt-text` made the alt texts: "language", "max_chars", "hard_max", ... Raises OutputError
+    where the table is not finished or has none."""
     require_finished(table)
     if not table.directory.exists(SETTINGS_FILE):
         raise OutputError(f"{table.directory.location} has no alt texts; run `captioner alt-text` on it first")
-    language = table.directory.read_json(SETTINGS_FILE)["language"]
-    reviews = latest_reviews(read_reviews(table.directory)[0])
-    columns = [*_FROM_CAPTIONS, "flags", "status"]
+    return table.directory.read_json(SETTINGS_FILE)
+
+
+def read_alt_texts(table: CaptionsTable, columns: list[str]) -> Iterator[tuple[int, pa.Table, pa.Table]]:
+    """(part, these columns of its captions, its rows of ALT_TEXT_SCHEMA), row for row. Raises as `read_texts`."""
+    read_settings(table)
+    columns = list(dict.fromkeys([*columns, "image_id", "run_id", "created_at"]))
     for part, rows in zip(sorted(table.published_parts()), read_parts(table, columns), strict=True):
         made = table.directory.read_table(alt_text_name(part))
         if not all(made[name].equals(rows[name]) for name in ("image_id", "run_id", "created_at")):
             raise OutputError(
                 f"{table.directory.location} has newer captions than alt texts; run `captioner alt-text` on it again"
             )
-        yield _joined(rows, made, reviews, language)
+        yield part, rows, made
+
+
+def holds(review: Review, created_at: datetime) -> bool:
+    """Whether a decision holds for a caption made at `created_at`: not where it was about an earlier one."""
+    return review.decision in LASTING or created_at <= review.reviewed_at
 
 
 def _joined(rows: pa.Table, made: pa.Table, reviews: dict[str, Review], language: str | None) -> pa.Table:
@@ -86,5 +105,5 @@ def _decided(rows: pa.Table, reviews: dict[str, Review]) -> Iterator[tuple[int, 
     created = rows["created_at"]
     for place, image_id in enumerate(rows["image_id"].to_pylist()):
         review = reviews.get(image_id)
-        if review and (review.decision in LASTING or created[place].as_py() <= review.reviewed_at):
+        if review and holds(review, created[place].as_py()):
             yield place, review

@@ -5,9 +5,10 @@
     colour.py    any Pillow mode -> RGB over white
     sizes.py     the size of a picture -> the size its model wants
     fitting.py   upright picture -> uint8 pixels of that size
+    descriptions.py  what people already wrote about the picture in its file
     faults.py    what went wrong -> an error code
     settings.py  Pillow's process-wide settings meanwhile
-    guarded.py   the same in a process of its own (child.py), which a picture may crash or stop
+    guarded.py   the same in a process of its own (child.py, worker.py, slots.py), which a picture may crash or stop
 
 Nothing here loads torch before the first picture is resized.
 """
@@ -15,19 +16,22 @@ Nothing here loads torch before the first picture is resized.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from captioner.data import CAPTIONS_SCHEMA, DecodedImage, ImageBatch, Pixels, PixelSpec, RawImage, object_array
+from captioner.imaging.descriptions import descriptions_of
 from captioner.imaging.faults import PictureError, one_line
-from captioner.imaging.fitting import fit, needed_side
+from captioner.imaging.fitting import fit, fit_square, needed_side
 from captioner.imaging.opening import Picture, open_picture
 from captioner.imaging.settings import decoding
 
-__all__ = ["IMAGE_SCHEMA", "Picture", "PictureError", "decode", "decode_images", "open_picture"]
+__all__ = ["IMAGE_SCHEMA", "Picture", "PictureError", "decode", "decode_images", "open_picture", "squeeze"]
 
 _KNOWN_COLUMNS = ("image_id", "uri", "sha256", "width", "height", "format", "num_bytes")
 
@@ -40,10 +44,23 @@ IMAGE_SCHEMA = pa.schema(
 
 def decode(data: bytes, spec: PixelSpec, max_pixels: int) -> DecodedImage:
     """One file's bytes as uint8 pixels (see `PixelSpec`), or an error code. Never raises."""
+    return _decoded(data, max_pixels, needed_side(spec), partial(fit, spec=spec))
+
+
+def squeeze(data: bytes, side: int, max_pixels: int) -> DecodedImage:
+    """One file's whole picture as pixels uint8 [side, side, 3], whatever its aspect, with the descriptions in the file,
+    or an error code. Never raises, and does without torch: for a page, not for a model."""
+    decoded = _decoded(data, max_pixels, side, partial(fit_square, side=side))
+    return decoded if decoded.error_code else replace(decoded, descriptions=descriptions_of(data, max_pixels))
+
+
+def _decoded(
+    data: bytes, max_pixels: int, needed: int, fitted: Callable[[Picture], npt.NDArray[np.uint8]]
+) -> DecodedImage:
     try:
         with decoding(max_pixels):
-            picture = open_picture(data, max_pixels, needed_side(spec))
-            pixels = fit(picture, spec)
+            picture = open_picture(data, max_pixels, needed)
+            pixels = fitted(picture)
     except PictureError as error:
         return DecodedImage(None, error.width, error.height, error.format, error.code, error.message)
     except Exception as error:  # MemoryError too: one picture must not end the others
@@ -55,16 +72,33 @@ def decode_images(
     raws: Sequence[RawImage],
     spec: PixelSpec,
     max_pixels: int,
-    decode_one: Callable[[bytes], DecodedImage] | None = None,
+    decode_each: Callable[[Iterable[bytes]], Iterator[DecodedImage]] | None = None,
 ) -> ImageBatch:
-    """Pictures of one chunk, one row each, in order. `rows` has IMAGE_SCHEMA. `decode_one`: `decode` in this process
+    """Pictures of one chunk, one row each, in order. `rows` has IMAGE_SCHEMA. `decode_each`: `decode` in this process
     unless given.
 
-    Holds one full-size picture at a time: each is shrunk as far as the model allows before the next is opened.
+    Holds one full-size picture at a time: each is shrunk as far as the model allows before the next is opened. Rows
+    that share one bytes object are decoded once.
     """
-    decode_one = decode_one or partial(decode, spec=spec, max_pixels=max_pixels)
     pixels = _no_pixels(len(raws), spec)
-    rows = [_decode_into(pixels, place, raw, decode_one) for place, raw in enumerate(raws)]
+    decode_each = decode_each or partial(map, partial(decode, spec=spec, max_pixels=max_pixels))
+    first: dict[int, int] = {}
+    for index, raw in enumerate(raws):
+        if raw.data is not None and not raw.error_code:
+            first.setdefault(id(raw.data), index)
+    decoded = decode_each(raws[index].data or b"" for index in first.values())
+    rows: list[dict[str, str | int | None]] = []
+    for index, raw in enumerate(raws):
+        has_bytes = raw.data is not None and not raw.error_code
+        same = first[id(raw.data)] if has_bytes else index
+        if same < index:
+            pixels[index] = pixels[same]
+            rows.append(rows[same] | {"image_id": raw.image_id, "uri": raw.uri})
+            continue
+        one = next(decoded) if has_bytes else _without_bytes(raw)
+        if one.pixels is not None:
+            pixels[index] = one.pixels
+        rows.append(_row(raw, one))
     return ImageBatch(pa.Table.from_pylist(rows, schema=IMAGE_SCHEMA), pixels)
 
 
@@ -74,13 +108,12 @@ def _no_pixels(count: int, spec: PixelSpec) -> Pixels:
     return object_array([np.zeros((1, 1, 3), np.uint8)] * count)
 
 
-def _decode_into(
-    pixels: Pixels, place: int, raw: RawImage, decode_one: Callable[[bytes], DecodedImage]
-) -> dict[str, str | int | None]:
-    """Write one picture's pixels in place and return its row."""
-    decoded = _decode_raw(raw, decode_one)
-    if decoded.pixels is not None:
-        pixels[place] = decoded.pixels
+def _without_bytes(raw: RawImage) -> DecodedImage:
+    code, message = raw.error_code or "not_found", raw.error_message or "the source gave no bytes"
+    return DecodedImage(None, error_code=code, error_message=one_line(message))
+
+
+def _row(raw: RawImage, decoded: DecodedImage) -> dict[str, str | int | None]:
     return {
         "image_id": raw.image_id,
         "uri": raw.uri,
@@ -92,10 +125,3 @@ def _decode_into(
         "error_code": decoded.error_code,
         "error_message": decoded.error_message,
     }
-
-
-def _decode_raw(raw: RawImage, decode_one: Callable[[bytes], DecodedImage]) -> DecodedImage:
-    if raw.error_code or raw.data is None:
-        code, message = raw.error_code or "not_found", raw.error_message or "the source gave no bytes"
-        return DecodedImage(None, error_code=code, error_message=one_line(message))
-    return decode_one(raw.data)

@@ -52,6 +52,11 @@ def fit(picture: Picture, spec: PixelSpec) -> npt.NDArray[np.uint8]:
     return padded
 
 
+def fit_square(picture: Picture, side: int) -> npt.NDArray[np.uint8]:
+    """uint8 [side, side, 3]: all of the picture, whatever its aspect; by Pillow."""
+    return _resize_with_pillow(picture, (side, side), (0, 0, side, side), PixelSpec(side, side))
+
+
 def _resize(picture: Picture, size: tuple[int, int], window: Box, spec: PixelSpec) -> npt.NDArray[np.uint8]:
     if picture.image.size == (size[1], size[0]) == (picture.width, picture.height):
         return np.array(picture.image)[window[0] : window[2], window[1] : window[3]]
@@ -71,7 +76,15 @@ def _resize_with_torch(picture: Picture, size: tuple[int, int], window: Box, spe
     pixels = torch.from_numpy(_as_array(picture.image)).permute(2, 0, 1)[None]  # channels last: torch's fast path
     pixels = torch.nn.functional.interpolate(pixels, size=size, mode=spec.resample, antialias=True)
     top, left, bottom, right = window
-    return np.ascontiguousarray(pixels[0, :3, top:bottom, left:right].permute(1, 2, 0).numpy())
+    return _three_channels(pixels[0].permute(1, 2, 0).numpy()[top:bottom, left:right])
+
+
+def _three_channels(values: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """A copy of [H, W, 3 or 4] without the fourth, made plane by plane: numpy copies threes out of fours slowly."""
+    copy = np.empty((*values.shape[:2], 3), np.uint8)
+    for channel in range(3):
+        copy[..., channel] = values[..., channel]
+    return copy
 
 
 def _as_array(image: Image.Image) -> npt.NDArray[np.uint8]:
@@ -80,7 +93,7 @@ def _as_array(image: Image.Image) -> npt.NDArray[np.uint8]:
         values = pa.array(image)
     except ValueError:
         return np.array(image)
-    return values.flatten().to_numpy().reshape(image.height, image.width, 4)
+    return values.values.to_numpy().reshape(image.height, image.width, 4)
 
 
 def _resize_with_pillow(picture: Picture, size: tuple[int, int], window: Box, spec: PixelSpec) -> npt.NDArray[np.uint8]:

@@ -11,13 +11,13 @@ from collections.abc import Callable
 from captioner.data import DecodedImage
 
 # A picture whose bytes hold one of these kills its decoder, keeps it for ever, or makes it wait at the gate named after
-# the marker (see `wait_at`; the number is that of the decoder's parent), where the environment variable
+# the marker (see `wait_at`; the number is that of the decoder's caller), where the environment variable
 # CAPTIONER_TEST_POISON is set. Everywhere else they are bytes like others.
 ABORT_MARKER, HANG_MARKER, GATE_MARKER = b"captioner-test: abort", b"captioner-test: hang", b"captioner-test: gate "
 
 
-def poisoned(decode_one: Callable[[bytes], DecodedImage]) -> Callable[[bytes], DecodedImage]:
-    """A decoder with a weakness for the markers."""
+def poisoned(decode_one: Callable[[bytes], DecodedImage], caller: int) -> Callable[[bytes], DecodedImage]:
+    """A decoder with a weakness for the markers. `caller`: the process it decodes for."""
 
     def decode(data: bytes) -> DecodedImage:
         if ABORT_MARKER in data:
@@ -25,7 +25,7 @@ def poisoned(decode_one: Callable[[bytes], DecodedImage]) -> Callable[[bytes], D
         while HANG_MARKER in data:
             time.sleep(3600)
         if GATE_MARKER in data:
-            wait_at(data.partition(GATE_MARKER)[2].decode(), os.getppid())
+            wait_at(data.partition(GATE_MARKER)[2].decode(), caller)
         return decode_one(data)
 
     return decode

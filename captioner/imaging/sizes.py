@@ -61,5 +61,5 @@ def _at_most_area(size: Size, area: int, multiple: int) -> Size:
     if rounded[0] * rounded[1] <= area:
         return rounded
     shrink = math.sqrt(height * width / area)
-    down, across = (max(multiple, math.floor(side / shrink / multiple) * multiple) for side in size)
+    down, across = (min(area, max(multiple, math.floor(side / shrink / multiple) * multiple)) for side in size)
     return down, across

@@ -6,6 +6,7 @@ Imports torch and transformers: seconds. `captioner.models.load` is the way in.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,13 +14,15 @@ import torch
 from PIL import Image
 from transformers import GenerationConfig, LogitsProcessorList
 
-from captioner.data import Captions, Pixels
+from captioner.data import Captions, Pixels, object_array
 from captioner.errors import ModelError
 from captioner.models.opening import open_model, open_tokenizer, quiet
 from captioner.models.processors import open_image_processor
 from captioner.models.ref import ModelRef
 from captioner.models.scores import ScoreRecorder, token_counts
+from captioner.models.uploads import Uploads
 
+_USUAL_SIDE = 1024
 # The settings of a checkpoint's generation_config.json that shape greedy and beam search. The others belong to
 # sampling, or to what ModelRef decides (beams, length).
 KEPT_GENERATION_SETTINGS = (
@@ -56,6 +59,7 @@ class TransformersCaptioner:
     def __init__(self, ref: ModelRef, device: torch.device, batch_size: int) -> None:
         self.ref, self.device, self.batch_size = ref, device, batch_size
         self.dtype: torch.dtype = getattr(torch, ref.dtype)
+        self.uploads = Uploads(device)
         self.model = open_model(ref.path, self.dtype, device, self.attention)
         self.tokenizer = open_tokenizer(ref.path)
         self.prefix = self.start_ids()
@@ -73,11 +77,11 @@ class TransformersCaptioner:
         """What `prepare` makes pictures of own sizes with."""
         return open_image_processor(self.ref.path)
 
-    def prepare(self, pixels: Pixels) -> Any:
+    def prepare(self, values: Any) -> Any:
         """What `search` and `generate` take: of most families normalised pixels [N, 3, H, W] on the device."""
         if self.processor is None:
-            return self.normalise(pixels)
-        pictures = [Image.fromarray(picture) for picture in pixels]
+            return self.normalise(values)
+        pictures = [Image.fromarray(picture) for picture in values]
         return self.processor(pictures, return_tensors="pt").pixel_values.to(self.device, self.dtype)
 
     def generate(self, prepared: Any, /, **options: Any) -> Any:
@@ -126,18 +130,9 @@ class TransformersCaptioner:
         Where the device's memory is not enough, the batch is halved and tried again, and stays at what fits.
         """
         parts: list[Captions] = []
-        first = 0
-        while first < len(pixels):
-            try:
-                parts.append(self._caption_batch(pixels[first : first + self.batch_size]))
-            except torch.OutOfMemoryError:
-                tried = min(self.batch_size, len(pixels) - first)
-                if tried == 1:
-                    raise
-                self.batch_size = tried // 2
-                self.free_memory()
-            else:
-                first += len(parts[-1].texts)
+        own = self.processor is not None
+        for values in _pieces(pixels, self.batch_size) if own else self.uploads.batches(pixels, self.batch_size):
+            parts += self._as_fits(values)
         return Captions(
             [text for part in parts for text in part.texts],
             [number for part in parts for number in part.num_tokens],
@@ -145,15 +140,49 @@ class TransformersCaptioner:
             [done for part in parts for done in part.finished],
         )
 
+    def _as_fits(self, values: Any) -> list[Captions]:
+        """`caption_batch`, in as many pieces as the device's memory asks for."""
+        if len(values) > self.batch_size:
+            return [part for some in _pieces(values, self.batch_size) for part in self._as_fits(some)]
+        try:
+            return [self.caption_batch(values)]
+        except torch.OutOfMemoryError:
+            if len(values) == 1:
+                raise
+        # Outside of the except clause, which keeps alive what the failed call had allocated.
+        self.batch_size = len(values) // 2
+        self.free_memory()
+        return self._as_fits(values)
+
+    def try_batch(self, size: int) -> None:
+        """Caption `size` pictures of noise in one piece. Raises torch.OutOfMemoryError."""
+        own = self.processor is not None
+        # Pictures of own sizes may be very large; few are.
+        height, width = (
+            min(side, _USUAL_SIDE if own else side) for side in (self.ref.spec.height, self.ref.spec.width)
+        )
+        noise = np.random.default_rng(0).integers(0, 256, (size, height, width, 3), dtype=np.uint8)
+        self.caption_batch(object_array(list(noise)) if own else torch.from_numpy(noise).to(self.device))
+
+    @property
+    def device_name(self) -> str:
+        """ "cpu", or a GPU's name and memory."""
+        if self.device.type != "cuda":
+            return self.device.type
+        found = torch.cuda.get_device_properties(self.device)
+        return f"{found.name}, {found.total_memory >> 30} GiB"
+
     def free_memory(self) -> None:
         """Give back what the device holds for later use."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     @torch.inference_mode()
-    def _caption_batch(self, pixels: Pixels) -> Captions:
+    def caption_batch(self, values: Any) -> Captions:
+        """Caption uint8 pixels [N, height, width, 3] on the device, or pictures of own sizes, in one piece. Raises
+        torch.OutOfMemoryError."""
         with quiet():
-            tokens, logprobs = self.search(self.prepare(pixels))
+            tokens, logprobs = self.search(self.prepare(values))
         counts, finished = token_counts(tokens, self._end_ids())
         rows = list(zip(tokens, logprobs, counts, strict=True))
         return Captions(
@@ -174,10 +203,8 @@ class TransformersCaptioner:
         tokens = output.sequences[:, given:].cpu()
         return tokens, recorder.logprobs(tokens, getattr(output, "beam_indices", None))
 
-    def normalise(self, pixels: Pixels) -> torch.Tensor:
-        """uint8 [N, H, W, 3] on the host -> normalised [N, 3, H, W] of the model's dtype on its device."""
-        # A copy, because Arrow's memory is read-only and torch warns of that.
-        values = torch.from_numpy(np.array(pixels)).to(self.device, non_blocking=True)
+    def normalise(self, values: torch.Tensor) -> torch.Tensor:
+        """uint8 [N, H, W, 3] -> normalised [N, 3, H, W] of the model's dtype, both on its device."""
         return ((values.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std).to(self.dtype)
 
     def decode(self, token_ids: list[int]) -> str:
@@ -190,3 +217,8 @@ class TransformersCaptioner:
     def start_rows(self, count: int) -> torch.Tensor:
         """The start ids once for each picture, int64 [count, P]."""
         return torch.tensor([self.prefix], device=self.device).repeat(count, 1)
+
+
+def _pieces(values: Any, size: int) -> Iterator[Any]:
+    for first in range(0, len(values), size):
+        yield values[first : first + size]

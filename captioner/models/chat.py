@@ -45,11 +45,11 @@ class ChatCaptioner(TransformersCaptioner):
     def start_ids(self) -> list[int]:
         return []
 
-    def prepare(self, pixels: Pixels) -> dict[str, torch.Tensor]:
+    def prepare(self, values: Pixels) -> dict[str, torch.Tensor]:
         """The processor's output for the pictures and the question, on the device."""
         made = self.processor(
-            text=[self.question] * len(pixels),
-            images=[[Image.fromarray(picture)] for picture in pixels],
+            text=[self.question] * len(values),
+            images=[[Image.fromarray(picture)] for picture in values],
             padding=True,
             return_tensors="pt",
             **self._special_tokens,

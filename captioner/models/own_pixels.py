@@ -50,12 +50,13 @@ def _qwen(file: Path, settings: dict[str, Any]) -> PixelSpec:
     limit = _side(file, "max_pixels", area)
     multiple = _side(file, "patch_size", settings.get("patch_size") or 14)
     multiple *= _side(file, "merge_size", settings.get("merge_size") or 2)
-    side = math.isqrt(limit)
+    side = math.isqrt(max(limit, 200 * multiple**2)) + 1  # the narrowest strip it takes is `multiple` pixels wide
     return PixelSpec(side, side, "own_area", resample=_filter(settings, "bicubic"), limit=limit, multiple=multiple)
 
 
 def _at_most_edge(edge: int, multiple: int, resample: Any) -> PixelSpec:
-    return PixelSpec(edge, edge, "own_edge", resample=resample, limit=edge, multiple=multiple)
+    side = edge + -edge % multiple
+    return PixelSpec(side, side, "own_edge", resample=resample, limit=edge, multiple=multiple)
 
 
 def _filter(settings: dict[str, Any], default: str) -> Any:

@@ -38,6 +38,7 @@ def render(facts: dict[str, Any], pictures: Mapping[str, str]) -> str:
 def _template() -> Template:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"number": _number, "decimal": _decimal, "interval": _interval, "words": _words}
+    environment.filters |= {"percent": _percent, "capital": _capital}
     environment.filters |= {"shown": printable, "moment": _moment}
     return environment.from_string(files("captioner.report").joinpath("page.html").read_text(encoding="utf-8"))
 
@@ -59,7 +60,7 @@ def _charts(facts: dict[str, Any]) -> dict[str, Markup | None]:
     return {
         "wer": _wer_histogram(check),
         "throughput": _throughput(facts["throughput"]),
-        "stages": _stages(facts["run"].get("seconds", {})),
+        "stages": _stages(facts["stages"]),
         "lengths": _lengths(survey),
         "confidence": _confidence(survey),
         "wer_by_confidence": _wer_by_confidence(check["wer_by_confidence"]),
@@ -89,10 +90,10 @@ def _throughput(throughput: dict[str, Any]) -> Markup | None:
     return charts.bars(rates, labels, says)
 
 
-def _stages(seconds: dict[str, float]) -> Markup | None:
-    parts = [(name, seconds.get(name, 0.0)) for name in ("read", "decode", "generate", "commit")]
-    if not any(value for _, value in parts):
+def _stages(stages: list[dict[str, Any]]) -> Markup | None:
+    if not stages:
         return None
+    parts = [(stage["stage"], stage["seconds"]) for stage in stages]
     return charts.shares(parts, "Seconds by stage: " + ", ".join(f"{name} {value:,.1f}" for name, value in parts))
 
 
@@ -149,8 +150,16 @@ def _decimal(value: float | None, places: int = 3) -> str:
     return "no data" if value is None else f"{round(value, places) + 0.0:.{places}f}"  # + 0.0: no "-0.00"
 
 
+def _percent(value: float | None) -> str:
+    return "no data" if value is None else f"{100 * value:.0f} %"
+
+
 def _interval(value: list[float] | None) -> str:
     return "" if value is None else f"{value[0]:.3f} to {value[1]:.3f}"
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _words(flag: str) -> str:

@@ -8,11 +8,15 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+from PIL import Image
 
 from captioner.config import SourceConfig
-from captioner.data import Chunk, RawImage
+from captioner.data import Chunk
 from captioner.errors import CaptionerError
+from captioner.imaging.guarded import GuardedDecoder
 from captioner.sources import open_source
 from captioner.store.plan import read_planned
 from captioner.store.table import CaptionsTable
@@ -32,13 +36,15 @@ def thumbnails(table: CaptionsTable, shown: Iterable[Mapping[str, Any]]) -> tupl
         places[row["chunk_id"]][row["chunk_row"]] = row["image_id"]
     found: dict[str, str] = {}
     try:
-        source = open_source(SourceConfig.model_validate(table.info["source"]))
-        for chunk_id, rows in places.items():
-            planned = read_planned(table, _chunk(chunk_id)).take(pa.array(sorted(rows)))
-            for raw in source.read(planned):
-                uri = _thumbnail(raw)
-                if uri:
-                    found[raw.image_id] = uri
+        config = SourceConfig.model_validate(table.info["source"])
+        source = open_source(config)
+        with GuardedDecoder(SIDE, MAX_PIXELS, config.decode_timeout) as decoder:
+            for chunk_id, rows in places.items():
+                planned = read_planned(table, _chunk(chunk_id)).take(pa.array(sorted(rows)))
+                readable = {raw.image_id: raw.data for raw in source.read(planned) if raw.data is not None}
+                for image_id, decoded in zip(readable, decoder(readable.values()), strict=True):
+                    if decoded.pixels is not None:
+                        found[image_id] = _data_uri(decoded.pixels, decoded.width, decoded.height)
     except (CaptionerError, OSError) as error:
         return found, f"pictures could not be read from the source: {error}"
     return found, ""
@@ -49,18 +55,10 @@ def _chunk(chunk_id: str) -> Chunk:
     return Chunk(generation, part, index, num_rows=0)
 
 
-def _thumbnail(raw: RawImage) -> str | None:
-    from captioner.imaging.faults import PictureError
-    from captioner.imaging.opening import open_picture
-
-    if raw.data is None:
-        return None
-    try:
-        image = open_picture(raw.data, MAX_PIXELS, needed_side=SIDE).image
-    except PictureError:
-        return None
-    image = image.convert("RGB")
-    image.thumbnail((SIDE, SIDE))
+def _data_uri(square: npt.NDArray[np.uint8], width: int, height: int) -> str:
+    """The picture in its own aspect again, as JPEG."""
+    scale = min(1.0, SIDE / max(width, height))
+    size = max(1, round(width * scale)), max(1, round(height * scale))
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=72)
+    Image.fromarray(square).resize(size).save(buffer, "JPEG", quality=72)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

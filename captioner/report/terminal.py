@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from captioner.text import printable
+from captioner.text import printable, shorten
 
-SHOWN = 3
+SHOWN, WIDTH = 3, 160  # rows of each kind; characters of a caption
 
 
 def print_check(facts: dict[str, Any], stream: TextIO | None = None) -> None:
@@ -25,13 +25,26 @@ def print_check(facts: dict[str, Any], stream: TextIO | None = None) -> None:
     for name, value in _figures(check):
         table.add_row(Text(name), Text(value))
     console.print(table)
+    _print_comparison(console, check["comparison"])
     for name in ("best", "worst"):
         rows = [row for row in check["shown"][name] if name == "best" or row["wer"] > 0][:SHOWN]
         if rows:
             console.print(Text(f"{name}:"))
         for row in rows:
-            line = f"  {row['wer']:.2f}  {row['image_id']}: {row['caption']}  (reference: {row['reference']})"
+            caption, reference = shorten(row["caption"], WIDTH), shorten(row["reference"], WIDTH)
+            line = f"  {row['wer']:.2f}  {row['image_id']}: {caption}  (reference: {reference})"
             console.print(Text(printable(line)), soft_wrap=True)
+
+
+def _print_comparison(console: Console, comparison: dict[str, Any] | None) -> None:
+    if comparison is None:
+        return
+    changed = f"{comparison['changed']:,} of {comparison['num_rows']:,} captions differ"
+    console.print(Text(printable(f"against {comparison['against']}: {changed}")), soft_wrap=True)
+    for name, figures in comparison["differences"].items():
+        low, high = figures["interval"] or (None, None)
+        within = "" if low is None else f" (95 % interval {low:+.3f} to {high:+.3f})"
+        console.print(Text(f"  {name} {figures['difference']:+.3f}{within}: {figures['verdict']}"), soft_wrap=True)
 
 
 def _figures(check: dict[str, Any]) -> list[tuple[str, str]]:

@@ -20,7 +20,7 @@ class Verdict:
 
 def verdict_of(counts: dict[str, Any], check: dict[str, Any]) -> Verdict:
     """`counts`: TableCounts as JSON; `check`: what OUT/checks/check.json holds."""
-    sentences = [_completeness(counts), *_about_scores(check), *_about_flags(check)]
+    sentences = [_completeness(counts), *_about_scores(check), *_about_flags(check), *_about_the_part(counts, check)]
     if check["failed_gates"]:
         return Verdict("bad", "Not good enough", [*map(_capital, check["failed_gates"]), *sentences])
     if not counts["ok"]:
@@ -73,6 +73,16 @@ def _about_flags(check: dict[str, Any]) -> list[str]:
         return []
     flag, count = max(flags.items(), key=lambda item: item[1])
     return [f"The most frequent flag is “{flag.replace('_', ' ')}”: {count:,} captions ({100 * count / total:.1f} %)."]
+
+
+def _about_the_part(counts: dict[str, Any], check: dict[str, Any]) -> list[str]:
+    there, seen = counts["ok"] + counts["failed"], check["survey"]["num_rows"]
+    if seen >= there:
+        return []
+    return [
+        f"The table is large: scores, flags and figures are of {seen:,} of its {there:,} rows, every n-th file; "
+        "captioner check takes all of them."
+    ]
 
 
 def _flagged_share(check: dict[str, Any]) -> float:

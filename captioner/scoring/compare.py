@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from captioner.data import STATUS_OK
-from captioner.scoring.bootstrap import difference_interval, mean_interval
+from captioner.scoring.bleu import Tokens, bleu_counts, bleu_of
+from captioner.scoring.bootstrap import difference_interval, interval, mean_interval
 from captioner.scoring.choose import Question
 from captioner.scoring.cider import cider_d
 from captioner.scoring.draw import Draw, rank
@@ -82,35 +84,59 @@ def _captions_of(table: CaptionsTable, names: Sequence[str]) -> dict[str, str]:
 
 
 def _differences(pairs: Sequence[_Pair], seed: int) -> dict[str, dict[str, Any]]:
-    """WER, CIDEr-D and ROUGE-L of this run and of the other; empty without references."""
+    """WER, CIDEr-D, BLEU-4 and ROUGE-L of this run and of the other; empty without references."""
     if not pairs:
         return {}
     references = [pair.references for pair in pairs]
-    mine = [match.best_edits for match in match_captions([pair.caption for pair in pairs], references)]
-    theirs = [match.best_edits for match in match_captions([pair.other for pair in pairs], references)]
-    rows = Counter((a.edits, a.words, b.edits, b.words) for a, b in zip(mine, theirs, strict=True))
-    sums = [sum(row[place] * count for row, count in rows.items()) for place in range(4)]
-    found = {}
-    if sums[1] and sums[3]:
-        found["WER"] = _figures(sums[0] / sums[1], sums[2] / sums[3], difference_interval(rows, seed))
+    texts = [pair.caption for pair in pairs], [pair.other for pair in pairs]
     known = [[caption_tokens(one) for one in several] for several in references]
-    said = [
-        [caption_tokens(text) for text in texts] for texts in ([p.caption for p in pairs], [p.other for p in pairs])
-    ]
-    for name, (own, other) in {
-        "CIDEr-D": (cider_d(said[0], known), cider_d(said[1], known)),
-        "ROUGE-L": (
-            [rouge_l(*pair) for pair in zip(said[0], known, strict=True)],
-            [rouge_l(*pair) for pair in zip(said[1], known, strict=True)],
-        ),
-    }.items():
-        gaps = [round(a - b, 6) for a, b in zip(own, other, strict=True)]
-        found[name] = _figures(sum(own) / len(own), sum(other) / len(other), mean_interval(gaps, seed))
+    mine, theirs = ([caption_tokens(text) for text in some] for some in texts)
+    found = _wer_difference(texts, references, seed)
+    found["CIDEr-D"] = _mean_difference(cider_d(mine, known), cider_d(theirs, known), seed)
+    found["BLEU-4"] = _bleu_difference(mine, theirs, known, seed)
+    rouges = [[rouge_l(*one) for one in zip(said, known, strict=True)] for said in (mine, theirs)]
+    found["ROUGE-L"] = _mean_difference(rouges[0], rouges[1], seed)
     return found
 
 
-def _figures(mine: float, theirs: float, interval: tuple[float, float] | None) -> dict[str, Any]:
-    return {"this": mine, "other": theirs, "difference": mine - theirs, "interval": interval}
+def _wer_difference(texts: tuple[list[str], list[str]], references: list[list[str]], seed: int) -> dict[str, Any]:
+    """Empty where no reference holds a word."""
+    mine, theirs = ([match.best_edits for match in match_captions(some, references)] for some in texts)
+    rows = Counter((a.edits, a.words, b.edits, b.words) for a, b in zip(mine, theirs, strict=True))
+    sums = [sum(row[place] * count for row, count in rows.items()) for place in range(4)]
+    if not sums[1] or not sums[3]:
+        return {}
+    return {
+        "WER": _figures(sums[0] / sums[1], sums[2] / sums[3], difference_interval(rows, seed), lower_is_better=True)
+    }
+
+
+def _mean_difference(mine: Sequence[float], theirs: Sequence[float], seed: int) -> dict[str, Any]:
+    gaps = [round(a - b, 6) for a, b in zip(mine, theirs, strict=True)]
+    return _figures(sum(mine) / len(mine), sum(theirs) / len(theirs), mean_interval(gaps, seed))
+
+
+def _bleu_difference(
+    mine: Sequence[Tokens], theirs: Sequence[Tokens], known: Sequence[Sequence[Tokens]], seed: int
+) -> dict[str, Any]:
+    counts = [
+        (*bleu_counts(own, several), *bleu_counts(other, several))
+        for own, other, several in zip(mine, theirs, known, strict=True)
+    ]
+    own, other = (float(bleu_of(part)[3]) for part in np.array(counts, np.float64).sum(axis=0).reshape(2, 10))
+    gap = interval(Counter(counts), lambda sums: bleu_of(sums[:, :10])[:, 3] - bleu_of(sums[:, 10:])[:, 3], seed)
+    return _figures(own, other, gap)
+
+
+def _figures(
+    mine: float, theirs: float, interval: tuple[float, float] | None, lower_is_better: bool = False
+) -> dict[str, Any]:
+    """`verdict`: "better" or "worse" than the other where the interval leaves out 0, else "not shown to differ"."""
+    verdict = "not shown to differ"
+    if interval is not None and (interval[0] > 0 or interval[1] < 0):
+        verdict = "better" if (interval[1] < 0) == lower_is_better else "worse"
+    gap = mine - theirs
+    return {"this": mine, "other": theirs, "difference": gap, "interval": interval, "verdict": verdict}
 
 
 def _shown(changed: Sequence[_Pair]) -> list[dict[str, Any]]:

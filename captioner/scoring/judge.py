@@ -16,6 +16,7 @@ from captioner.scoring.flags import ALL_FLAGS
 from captioner.scoring.language import language_of
 from captioner.scoring.scores import ScoreSums
 from captioner.scoring.survey import Survey
+from captioner.scoring.terms import finder
 from captioner.scoring.wer import Match, match_captions
 
 SHOWN_RANDOM, SHOWN_FLAGGED, SHOWN_WORST, SHOWN_BEST = 24, 12, 20, 3
@@ -41,7 +42,7 @@ class Judge:
     def __init__(self, question: Question, survey: Survey) -> None:
         self._question, self._survey = question, survey
         self._repeated, self._low, self._language = survey.repeated, survey.low_logprob, survey.language
-        self._terms = [term.lower() for term in question.terms]
+        self._holds_term = finder(question.terms)
         self.sums = ScoreSums(question.seed)
         self.flags: Counter[str] = Counter()
         self.by_bin: dict[int, list[int]] = {}  # logprob in hundredths -> rows, edits, words
@@ -81,12 +82,11 @@ class Judge:
         if caption is None:
             return []
         low, language = self._low, self._language
-        lower = caption.lower() if self._terms else ""
         found = {
             "same_caption": caption in self._repeated,
             "low_confidence": logprob is not None and low is not None and logprob < low,
             "other_language": language is not None and language_of(caption) not in (language, None),
-            "listed_term": any(term in lower for term in self._terms),
+            "listed_term": self._holds_term(caption),
         }
         flags = own + [flag for flag, holds in found.items() if holds]
         self.flags.update(flags)
@@ -95,7 +95,7 @@ class Judge:
     def _add(self, row: Eligible, match: Match, logprob: float | None) -> None:
         self.sums.add(row.place, row.image_id, row.caption, row.references, match)
         if logprob is not None:
-            sums = self.by_bin.setdefault(int(logprob * 100), [0, 0, 0])
+            sums = self.by_bin.setdefault(max(-1_000, int(logprob * 100)), [0, 0, 0])
             sums[0] += 1
             sums[1] += match.best_edits.edits
             sums[2] += match.best_edits.words

@@ -22,7 +22,7 @@ for _language, _words in _FUNCTION_WORDS.items():
 _MIN_HITS = 2
 
 
-@lru_cache(maxsize=100_000)
+@lru_cache(maxsize=10_000)
 def language_of(text: str) -> str | None:
     """A code of _FUNCTION_WORDS or the name of a script ("cyrillic", "cjk"); `None` where it cannot be told.
 

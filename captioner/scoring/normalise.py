@@ -24,7 +24,7 @@ _WORD = re.compile(r"n't\b|\d+(?:[.,:/]\d+)+|\w+(?:[-./&]\w+)*|'\w+|[^\w\s]+")
 _CLITIC = re.compile(r"(?<=\w)(n't|'s|'re|'ve|'ll|'d|'m)\b")
 
 
-@lru_cache(maxsize=100_000)
+@lru_cache(maxsize=10_000)
 def normalise(text: str) -> str:
     """`text` as words separated by single spaces; "" where nothing is left."""
     if text.isascii() and text.replace(" ", "").isalnum():  # most captions: nothing but words

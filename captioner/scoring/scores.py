@@ -14,6 +14,7 @@ from captioner.scoring.cider import cider_d
 from captioner.scoring.draw import Draw
 from captioner.scoring.normalise import NORMALISATION, caption_tokens
 from captioner.scoring.rouge import rouge_l
+from captioner.scoring.vocabulary import compare_vocabulary
 from captioner.scoring.wer import Edits, Match, character_edits
 
 # CIDEr-D needs all its pictures at hand, the shuffled baseline compares each caption 20 times over: of a larger set of
@@ -28,7 +29,7 @@ class Scores:
 
     `wer`: of each picture's best reference; `wer_single`: of its first. `interval`: 95 %, bootstrap, of `wer`.
     `shuffled_wer`: mean of 20 derangements; `lift` = 1 - wer / shuffled_wer; `human_wer`: one reference against the
-    others. CIDEr-D, BLEU and ROUGE-L are of `overlap_rows` rows.
+    others. CIDEr-D, BLEU, ROUGE-L and the vocabulary are of `overlap_rows` rows.
     """
 
     num_rows: int
@@ -51,6 +52,7 @@ class Scores:
     cider_d_interval: Interval | None = None
     bleu: list[float] | None = None
     rouge_l: float | None = None
+    vocabulary: dict[str, Any] | None = None
     normalisation: str = NORMALISATION
 
     def to_json(self) -> dict[str, Any]:
@@ -114,6 +116,7 @@ class ScoreSums:
             cider_d_interval=mean_interval([round(score, 6) for score in ciders], self.seed),
             bleu=bleu(said, known),
             rouge_l=_ratio(sum(rouges), len(rouges)),
+            vocabulary=compare_vocabulary(said, known),
         )
 
 

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from captioner.data import STATUS_OK
 from captioner.scoring.frequent import Frequent
 from captioner.scoring.language import language_of
+from captioner.scoring.timeline import Timeline
 
 COLUMNS = ["image_id", "status", "error_code", "error_message", "sha256", "caption", "logprob_mean", "created_at"]
 EXAMPLES = 5
@@ -42,7 +43,7 @@ class Survey:
     languages: Counter[str] = field(default_factory=Counter)
     failed: Counter[str] = field(default_factory=Counter)
     failed_examples: dict[str, list[dict[str, str]]] = field(default_factory=dict)
-    committed: Counter[float] = field(default_factory=Counter)  # seconds since the epoch -> rows
+    committed: Timeline = field(default_factory=Timeline)
 
     def add(self, rows: pa.Table) -> None:
         """Rows of the captions table with COLUMNS."""
@@ -54,8 +55,8 @@ class Survey:
         known = fine["logprob_mean"].drop_null().to_numpy()
         bins = np.clip(np.floor((known - _LOGPROB_LOW) / _LOGPROB_STEP), 0, 1000).astype(np.int64)
         self.logprobs += np.bincount(bins, minlength=1001)
-        for item in pc.cast(rows["created_at"], pa.timestamp("s", "UTC"), safe=False).value_counts().to_pylist():
-            self.committed[item["values"].timestamp()] += item["counts"]
+        seconds = pc.cast(pc.cast(rows["created_at"], pa.timestamp("s", "UTC"), safe=False), pa.int64())
+        self.committed.add({item["values"]: item["counts"] for item in seconds.value_counts().to_pylist()})
 
     def _add_failed(self, failed: pa.Table) -> None:
         for code, image_id, message in zip(
@@ -130,7 +131,7 @@ class Survey:
             "failed": dict(self.failed.most_common()),
             "failed_examples": self.failed_examples,
             "distinct_captions": len(self.captions),
-            "distinct_is_lower_bound": bool(self.captions.error),
+            "distinct_is_estimate": bool(self.captions.error),
             "top_captions": self.captions.most_common(10),
             "repeated_captions": list(self.repeated.items())[:20],
             "distinct_words": len(self.words),
@@ -144,5 +145,6 @@ class Survey:
             "languages": dict(self.languages.most_common()),
             "logprobs": {f"{edges[n]:.2f}": int(count) for n, count in enumerate(self.logprobs) if count},
             "low_logprob": self.low_logprob,
-            "committed": sorted((int(second), count) for second, count in self.committed.items()),
+            "committed": self.committed.to_list(),
+            "committed_seconds": self.committed.width,
         }

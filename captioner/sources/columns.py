@@ -33,6 +33,7 @@ class Columns:
     id: str | None
     reference: str | None
     kept: tuple[pa.Field, ...]
+    sha256: str | None = None  # of the pictures' files, where the table knows it
 
     @property
     def described(self) -> list[str]:
@@ -61,6 +62,7 @@ def choose_columns(schema: pa.Schema, config: SourceConfig, where: str) -> Colum
         id=_id_column(schema, config.id_column, where),
         reference=reference_column_of(schema, config.reference_column, where),
         kept=tuple(_kept_field(schema, name, where) for name in config.keep_columns),
+        sha256="sha256" if "sha256" in schema.names and _is_string(schema.field("sha256").type) else None,
     )
 
 

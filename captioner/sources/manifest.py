@@ -11,8 +11,8 @@ import pyarrow as pa
 from captioner.data import Listing, RawImage
 from captioner.errors import SourceError
 from captioner.sources.columns import Columns, table_rows
+from captioner.sources.copies import read_copies_once, with_known_sha256
 from captioner.sources.files import FETCH_FIRST, Root, file_of_unit, readable, unit_of_file
-from captioner.sources.reading import read_rows
 from captioner.sources.tables import open_table, read_batches
 
 
@@ -39,17 +39,20 @@ class ManifestSource:
         table = open_table(self.root, file)
         self.columns.check(table.schema, self.root.uri(file))
         first_row = 0
-        wanted = list(dict.fromkeys([*self.columns.described, self.columns.picture]))
+        sha256 = self.columns.sha256 if self.columns.sha256 in table.schema.names else None
+        wanted = list(dict.fromkeys([*self.columns.described, self.columns.picture, *filter(None, [sha256])]))
         for batch in read_batches(self.root, file, table, wanted):
             rows = table_rows(batch, self.columns, file, readable(file), first_row)
             paths = [self._full_path(file, path) for path in batch.column(self.columns.picture).to_pylist()]
             rows = rows.set_column(1, rows.schema.field("file"), [pa.array(paths, pa.binary())])
             rows = rows.set_column(4, rows.schema.field("row"), [pa.nulls(len(rows), pa.int64())])
+            if self.columns.sha256:
+                rows = with_known_sha256(rows, batch.column(sha256).to_pylist() if sha256 else [None] * len(batch))
             yield Listing(rows, [])
             first_row += batch.num_rows
 
     def read(self, rows: pa.Table) -> list[RawImage]:
-        return read_rows(rows, self.root)
+        return read_copies_once(rows, self.root)
 
     def _full_path(self, table: bytes, path: str | None) -> bytes:
         """Empty where the table names no file: that row will fail as not found."""

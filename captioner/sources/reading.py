@@ -43,7 +43,13 @@ def concurrency() -> int:
 
 @contextmanager
 def reads_at_once(number: int) -> Iterator[None]:
-    """Inside, this thread's sources have so many reads under way at once."""
+    """Inside, this thread's sources have so many reads under way at once.
+
+    pyarrow's client of a store opens 25 connections, or as many as pyarrow has threads for input and output when the
+    client is made.
+    """
+    if pa.io_thread_count() < number:
+        pa.set_io_thread_count(number)
     token = _concurrency.set(number)
     try:
         yield
@@ -68,17 +74,26 @@ def read_all(tasks: Sequence[Callable[[], RawImage]], root: Root, *, in_archives
 
     `in_archives`: the pictures are inside files, so that none of them can be missing by itself.
     """
-    with ThreadPoolExecutor(min(concurrency(), len(tasks)) or 1) as pool:
-        images = list(pool.map(lambda task: task(), tasks))
-    _check_archive(images, root, in_archives)
+    images = run_reads(tasks)
+    check_archive(images, root, in_archives)
     return images
+
+
+def run_reads(tasks: Sequence[Callable[[], RawImage]]) -> list[RawImage]:
+    """Reads side by side; their answers in order."""
+    with ThreadPoolExecutor(min(concurrency(), len(tasks)) or 1) as pool:
+        return list(pool.map(lambda task: task(), tasks))
 
 
 def read_rows(rows: pa.Table, root: Root) -> list[RawImage]:
     """The pictures of PLAN_SCHEMA rows that are files, or parts of files (members of tars)."""
+    return read_all(reads_of(rows, root), root, in_archives=rows.column("offset").null_count == 0)
+
+
+def reads_of(rows: pa.Table, root: Root) -> list[Callable[[], RawImage]]:
+    """What reads each of the rows."""
     columns = (rows.column(name).to_pylist() for name in ("image_id", "file", "offset", "size"))
-    tasks = [partial(_read_file, root, *row) for row in zip(*columns, strict=True)]
-    return read_all(tasks, root, in_archives=rows.column("offset").null_count == 0)
+    return [partial(_read_file, root, *row) for row in zip(*columns, strict=True)]
 
 
 def _read_file(root: Root, image_id: str, file: bytes, offset: int | None, size: int | None) -> RawImage:
@@ -107,7 +122,7 @@ def failed_read(image_id: str, uri: str, error: OSError) -> RawImage:
     return RawImage(image_id, uri, None, _reason(error), message)
 
 
-def _check_archive(images: Sequence[RawImage], root: Root, in_archives: bool) -> None:
+def check_archive(images: Sequence[RawImage], root: Root, in_archives: bool) -> None:
     """Raise SourceError where all failed together, and for a reason that no picture has by itself."""
     codes = {image.error_code for image in images}
     if codes == {"not_found"} and (in_archives or not root.has_anything()):

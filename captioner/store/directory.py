@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -21,6 +22,7 @@ from captioner.store.retry import retried
 
 _TEMPORARY = ".tmp"
 ROW_GROUP_ROWS = 2_048
+LEASE_FILE = "writer.json"  # of a run at work: see `captioner.store.lease`
 
 
 @dataclass(frozen=True)
@@ -76,12 +78,13 @@ class Directory:
         return sorted(i.base_name for i in self.filesystem.get_file_info(selector) if i.type == FileType.Directory)
 
     def is_empty(self) -> bool:
-        """Raises OutputError where `location` is a file or cannot be listed."""
+        """Whether nothing but a run's marker is here. Raises OutputError where `location` is a file or cannot be
+        listed."""
         try:
             infos = self.filesystem.get_file_info(FileSelector(self.path(""), allow_not_found=True))
         except OSError as error:
             raise OutputError(f"{self.location} cannot be listed: {error}; give another OUT") from error
-        return not infos
+        return all(info.base_name == LEASE_FILE for info in infos)
 
     @retried
     def read_bytes(self, name: str) -> bytes:
@@ -119,7 +122,7 @@ class Directory:
             if os.path.exists(temporary):
                 os.unlink(temporary)
             raise
-        _sync_folder(folder)
+        sync_folder(folder)
 
     def read_json(self, name: str) -> dict[str, Any]:
         value = json.loads(self.read_bytes(name))
@@ -188,8 +191,8 @@ class Directory:
                 os.unlink(info.path)
 
 
-def _sync_folder(folder: str) -> None:
-    """Make a rename survive a power cut."""
+def sync_folder(folder: str | Path) -> None:
+    """Make a new name in it survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

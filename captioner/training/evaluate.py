@@ -49,6 +49,7 @@ class Evaluator:
             sums, shown = self._sums(pairs)
         finally:
             self.loss.train(was_training)
+            self.captioner.free_memory()
         whole = self.add_up(torch.tensor([sums[name] for name in _SUMS], dtype=torch.float64)).tolist()
         total = dict(zip(_SUMS, whole, strict=True))
         return {

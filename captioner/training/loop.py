@@ -62,7 +62,7 @@ def train_worker(work: Training, worker: Worker, checkpoint: Path | None = None)
     eval_batch = settings.per_device_eval_batch_size or settings.per_device_train_batch_size
     captioner = open_trainable(work.model, work.config.model, worker.device, eval_batch, checkpoint)
     if settings.gradient_checkpointing:
-        captioner.model.gradient_checkpointing_enable({"use_reentrant": False})
+        captioner.model.activation_checkpointing_enable({"use_reentrant": False})
     loss = CaptionLoss(captioner)
     loss.train()
     collate = make_collate(captioner)

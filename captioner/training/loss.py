@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from captioner.models.base import TransformersCaptioner
 from captioner.training.batches import IGNORED
+from captioner.training.git_layers import text_hidden
 
 
 class CaptionLoss(torch.nn.Module):
@@ -42,12 +43,6 @@ class CaptionLoss(torch.nn.Module):
         return functional.cross_entropy(logits, labels[wanted], reduction="sum")
 
 
-def _git_hidden(model: Any, images: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """float [N, T, hidden]: of the text positions, which come after those of the picture."""
-    hidden: torch.Tensor = model.git(input_ids=ids, pixel_values=images, use_cache=False).last_hidden_state
-    return hidden[:, -ids.shape[1] :]
-
-
 def _blip_hidden(model: Any, images: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     seen = model.vision_model(pixel_values=images).last_hidden_state
     hidden: torch.Tensor = model.text_decoder.bert(
@@ -62,7 +57,7 @@ def _pair_hidden(model: Any, images: torch.Tensor, ids: torch.Tensor) -> torch.T
     return logits
 
 
-_HIDDEN = {"git": _git_hidden, "blip": _blip_hidden, "vision-encoder-decoder": _pair_hidden}
+_HIDDEN = {"git": text_hidden, "blip": _blip_hidden, "vision-encoder-decoder": _pair_hidden}
 _HEADS: dict[str, Any] = {
     "git": lambda model: model.output,
     "blip": lambda model: model.text_decoder.cls,

@@ -11,6 +11,7 @@ from captioner.errors import ModelError
 from captioner.models.base import TransformersCaptioner
 from captioner.models.blip import BlipCaptioner
 from captioner.models.git import GitCaptioner
+from captioner.models.git_fast import FastSearch, missing_settings
 from captioner.models.opening import open_model
 from captioner.models.ref import ModelRef
 from captioner.models.resolving import on_this_machine
@@ -20,16 +21,20 @@ from captioner.training.limits import TRAINABLE
 ADAPTERS = "adapters"
 
 
-class PlainGitCaptioner(GitCaptioner):
-    """GIT as transformers has it: the fast search rearranges weights, which then could not learn."""
+class TrainableGitCaptioner(GitCaptioner):
+    """GIT with its weights as they are stored, so that they can learn: they are not packed for captioning."""
 
     def __init__(self, ref: ModelRef, device: torch.device, batch_size: int) -> None:
         TransformersCaptioner.__init__(self, ref, device, batch_size)
+        # transformers offers GIT eager attention only, but its vision tower calls whichever is set here.
+        self.model.config.vision_config._attn_implementation = "sdpa"
         self._fast = None
+        if not missing_settings(self.settings):
+            self._fast = FastSearch.over(self.model, self.settings, self.prefix)
 
 
 _FAMILIES: dict[str, type[TransformersCaptioner]] = {
-    "git": PlainGitCaptioner,
+    "git": TrainableGitCaptioner,
     "blip": BlipCaptioner,
     "vision-encoder-decoder": VisionEncoderDecoderCaptioner,
 }

@@ -31,6 +31,10 @@ class TrainProgress(Progress):
         speed = "" if not rate else f"  {rate:,.1f} samples/s  ETA {duration(self._left(rate))}"
         return f"{self._count()}{loss}{wer}{speed}"
 
+    def fields(self) -> dict[str, Any]:
+        """What the workers told last, as figures."""
+        return dict(self._told or {}) | {"elapsed_seconds": round(self._clock() - self._started, 1)}
+
     def _left(self, rate: float) -> float:
         return (self._total - self._done) * self._per_step / rate
 

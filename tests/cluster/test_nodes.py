@@ -56,6 +56,16 @@ def test_a_running_job_is_counted_on_the_metrics_endpoint(grown: dict) -> None:
     ok = sum(value for name, value in metrics.items() if "pictures_total" in name and 'status="ok"' in name)
 
     assert 0 < ok <= PICTURES
+    for name, low, high in (
+        ("running_wer", 0, 1),
+        ("queue_pictures", 0, PICTURES),
+        ("batch_size", 1, 512),
+        ("device_busy_share", 0, 1),
+        ("chunk_pictures", 1, 512),
+    ):
+        values = [value for metric, value in metrics.items() if metric.startswith(f"ray_captioner_{name}{{")]
+        assert values, name
+        assert all(low <= value <= high for value in values), (name, values)
     assert {step for step in STEPS if any(f'step="{step}"' in name for name in metrics)} == set(STEPS)
 
 

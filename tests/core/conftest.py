@@ -1,19 +1,25 @@
 """Shared by the tests of one process."""
 
+from collections.abc import Iterable
 from functools import partial
 from typing import Self
 
 import pytest
 
-from captioner.imaging import decode
-from captioner.steps import Work
+import captioner.report.pictures as report_pictures
+from captioner import steps
+from captioner.data import PixelSpec
+from captioner.imaging import decode, squeeze
+from captioner.store import lease
 
 
 class DecoderHere:
     """Stands for the guarded decoder where a test makes dozens of runs: a child for each would take minutes."""
 
-    def __init__(self, work: Work) -> None:
-        self.decode = partial(decode, spec=work.model.spec, max_pixels=work.max_pixels)
+    def __init__(self, spec: PixelSpec | int, max_pixels: int, timeout: float) -> None:
+        is_side = isinstance(spec, int)
+        self.decode = partial(squeeze, side=spec) if is_side else partial(decode, spec=spec)
+        self.max_pixels = max_pixels
 
     def __enter__(self) -> Self:
         return self
@@ -21,10 +27,17 @@ class DecoderHere:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def __call__(self, data: bytes):
-        return self.decode(data)
+    def __call__(self, pictures: Iterable[bytes]):
+        return (self.decode(data, max_pixels=self.max_pixels) for data in pictures)
 
 
 @pytest.fixture
 def decoding_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Work, "decoder", lambda work: DecoderHere(work))
+    for module in (steps, report_pictures):
+        monkeypatch.setattr(module, "GuardedDecoder", DecoderHere)
+
+
+@pytest.fixture(autouse=True)
+def no_settling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table on an object store need not wait for others that start in the same second."""
+    monkeypatch.setattr(lease, "_sleep", lambda seconds: None)

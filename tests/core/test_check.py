@@ -487,5 +487,23 @@ def test_two_runs_are_compared_picture_by_picture(tmp_path: Path, archive: Path,
     figures = comparison["differences"]["WER"]
     assert figures["other"] == 0
     assert figures["interval"][0] < figures["this"] == figures["difference"] < figures["interval"][1]
-    assert comparison["differences"]["CIDEr-D"]["interval"][1] < 0
+    assert figures["verdict"] == "worse"
+    for name in ("CIDEr-D", "BLEU-4", "ROUGE-L"):
+        assert comparison["differences"][name]["interval"][1] < 0, name
+        assert comparison["differences"][name]["verdict"] == "worse"
+    bleus = [quality.check(one, CheckConfig()).scores.bleu for one in (table, true_table)]
+    measured = comparison["differences"]["BLEU-4"]
+    assert [measured["this"], measured["other"]] == [one[3] for one in bleus if one]
     assert all(row["caption"] != row["other"] for row in comparison["shown"])
+
+
+def test_the_same_captions_are_not_shown_to_differ(
+    true_table: CaptionsTable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = true_table.directory.location
+
+    assert exit_code("check", out, "--against", out) == 0
+
+    shown = capsys.readouterr().out
+    assert "0 of 120 captions differ" in shown
+    assert shown.count("not shown to differ") == 4

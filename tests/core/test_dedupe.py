@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,10 +16,14 @@ from captioner import pipeline
 from captioner.config import CaptionConfig
 from captioner.dedupe import CaptionMemory, find_copies
 from captioner.faults import Killed, killed_at_write
+from captioner.sources.copies import with_known_sha256
+from captioner.sources.files import Root
 from captioner.store.read import read_parts
 from captioner.store.table import open_table
 from captioner.store.verify import verify
 from captioner.testing import FakeCaptioner, make_folder
+
+pytestmark = pytest.mark.usefixtures("decoding_here")
 
 DISTINCT, COPIES = 12, 3
 
@@ -169,3 +175,107 @@ def test_the_memory_is_bounded_and_forgets_what_was_longest_unused() -> None:
     assert len(memory) == 2
     assert memory.get("a") == ("1", "x")
     assert memory.get("b") is None
+
+
+@pytest.fixture
+def manifest(tmp_path, archive) -> Path:
+    """The archive as a table of paths that knows each file's sha256, copies far apart."""
+    files = sorted(archive.glob("*.png"))
+    return write_manifest(tmp_path, files, [hashlib.sha256(file.read_bytes()).hexdigest() for file in files])
+
+
+def write_manifest(folder: Path, files: list[Path], sha256s: list[str]) -> Path:
+    pq.write_table(pa.table({"path": [str(file) for file in files], "sha256": sha256s}), folder / "pictures.parquet")
+    return folder / "pictures.parquet"
+
+
+@pytest.fixture
+def read(monkeypatch) -> list[bytes]:
+    """The files that are read."""
+    names: list[bytes] = []
+    before = Root.read
+
+    def noted(root: Root, file: bytes, *args):
+        names.append(file)
+        return before(root, file, *args)
+
+    monkeypatch.setattr(Root, "read", noted)
+    return names
+
+
+def test_a_file_that_the_manifest_knows_as_a_copy_is_not_read(tmp_path, archive, manifest, captioner, read) -> None:
+    rows = run(manifest, tmp_path / "out")
+
+    assert captioner.asked == DISTINCT
+    assert len(rows) == DISTINCT * COPIES + 1
+    for same in by_bytes(rows).values():
+        assert {Path(row["uri"]).read_bytes() for row in same} == {Path(same[0]["uri"]).read_bytes()}
+        assert len({row["uri"] for row in same}) == len({row["image_id"] for row in same}) == COPIES
+    assert len(read) < DISTINCT * COPIES
+    assert verify(open_table(str(tmp_path / "out"))).proven
+
+
+def test_the_table_is_that_of_a_manifest_that_knows_nothing(tmp_path, archive, manifest, read) -> None:
+    knowing = run(manifest, tmp_path / "knowing")
+    few, read[:] = len(read), []
+    every = run(manifest, tmp_path / "every", no_dedupe=True)
+
+    kept = ("image_id", "uri", "sha256", "width", "height", "format", "num_bytes", "status", "error_code", "caption")
+    assert [[row[name] for name in kept] for row in knowing] == [[row[name] for name in kept] for row in every]
+    assert few < len(read)
+
+
+def test_a_manifest_that_is_wrong_about_its_files_is_not_believed(tmp_path, archive, captioner) -> None:
+    files = sorted(archive.glob("*.png"))
+    lie = write_manifest(tmp_path, files, ["0" * 64] * len(files))
+
+    rows = run(lie, tmp_path / "out")
+
+    assert len(by_bytes(rows)) == DISTINCT
+    assert all(row["sha256"] == hashlib.sha256(Path(row["uri"]).read_bytes()).hexdigest() for row in rows)
+    assert [row["error_code"] for row in rows if row["status"] == "failed"] == ["not_an_image"]
+
+
+def test_a_copy_of_what_cannot_be_read_is_read_itself(tmp_path, archive, captioner) -> None:
+    files = [tmp_path / "gone.png", *sorted(archive.glob("late-*.png"))[:2], tmp_path / "gone too.png"]
+    sha256s = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files[1:3]]
+    told = write_manifest(tmp_path, files, [sha256s[0], *sha256s, "not known"])
+
+    rows = run(told, tmp_path / "out")
+
+    assert sorted((Path(row["uri"]).name, row["error_code"]) for row in rows) == [
+        ("gone too.png", "not_found"),
+        ("gone.png", "not_found"),
+        *((file.name, None) for file in files[1:3]),
+    ]
+
+
+@pytest.mark.parametrize("write", range(4, 30, 5))
+def test_a_killed_run_over_such_a_manifest_ends_with_each_picture_once(tmp_path, manifest, write) -> None:
+    try:
+        with killed_at_write(write):
+            pipeline.run(settings(manifest, tmp_path / "out"))
+    except Killed:
+        pass
+    rows = run(manifest, tmp_path / "out")
+
+    assert verify(open_table(str(tmp_path / "out"))).proven
+    assert len({row["uri"] for row in rows}) == len(rows) == DISTINCT * COPIES + 1
+    assert all(len({row["caption"] for row in same}) == 1 for same in by_bytes(rows).values())
+
+
+@given(st.lists(st.sampled_from([None, "", "not known", "A" * 64, "a" * 64, "b" * 64, "c" * 64])))
+def test_copies_are_listed_behind_the_first_and_no_row_is_lost(told) -> None:
+    rows = pa.table({"image_id": [str(place) for place in range(len(told))], "told": pa.array(told, pa.string())})
+
+    listed = with_known_sha256(rows, told).to_pylist()
+
+    assert sorted(int(row["image_id"]) for row in listed) == list(range(len(told)))
+    assert all(
+        row["known_sha256"] == (row["told"].lower() if row["told"] and len(row["told"]) == 64 else None)
+        for row in listed
+    )
+    known = [row["known_sha256"] for row in listed]
+    for sha256 in set(known) - {None}:
+        places = [place for place, one in enumerate(known) if one == sha256]
+        assert places == list(range(places[0], places[0] + len(places)))

@@ -59,7 +59,7 @@ def both(directory: Path, pixels: np.ndarray, generate=None, **settings) -> tupl
     ours, theirs = [], []
     with torch.inference_mode():
         for first in range(0, len(pixels), captioner.batch_size):
-            values = captioner.normalise(pixels[first : first + captioner.batch_size])
+            values = captioner.normalise(torch.from_numpy(pixels[first : first + captioner.batch_size]))
             rows = prefix.repeat(len(values), 1)
             found = plain.generate(pixel_values=values, input_ids=rows, **options, **(generate or {}))
             ours += [caption_of(row) for row in captioner.search(values)[0]]
@@ -146,7 +146,7 @@ def test_batches_and_numbers_beside_the_captions_are_those_of_the_generic_search
 def test_the_shortest_limits(limit, num_beams, tiny) -> None:
     pixels = pictures(32, 20)
     captioner = open_fast(tiny, num_beams=num_beams, max_new_tokens=limit)
-    values = captioner.normalise(pixels)
+    values = captioner.normalise(torch.from_numpy(pixels))
     with torch.inference_mode():
         ours = captioner.search(values)[0]
         captioner._fast = None

@@ -86,7 +86,7 @@ def test_a_guarded_decoder_hands_over_any_size() -> None:
     here = decode_images([RawImage("0", "", file) for file in files], spec, 10**6)
 
     with GuardedDecoder(spec, 10**6, 60) as decoder:
-        there = [decoder(file) for file in files]
+        there = list(decoder(files))
 
     assert [picture.shape for picture in here.pixels] == [(30, 20, 3), (16, 40, 3)]
     assert all((decoded.pixels == picture).all() for decoded, picture in zip(there, here.pixels, strict=True))

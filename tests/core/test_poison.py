@@ -1,18 +1,20 @@
 """A picture that crashes its decoder, or never lets it return, is one failed row: in one process and on Ray alike."""
 
-import os
-import signal
+import io
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pyarrow as pa
 import pytest
+from PIL import Image
 
 from captioner import pipeline
-from captioner.config import CaptionConfig
+from captioner.batches import CaptionBatches
+from captioner.commands import try_pictures
+from captioner.config import CaptionConfig, ModelConfig
 from captioner.data import PixelSpec
-from captioner.imaging import decode
+from captioner.imaging import decode, guarded
 from captioner.imaging.guarded import GuardedDecoder
 from captioner.store.read import read_parts
 from captioner.store.table import open_table
@@ -39,9 +41,17 @@ def decoder() -> Iterator[GuardedDecoder]:
         yield decoder
 
 
+def another_png(number: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 30), (number, 0, 255 - number)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def test_a_guarded_decoder_says_what_decode_says(decoder: GuardedDecoder, png: bytes) -> None:
-    for data in (png, b"no picture", png[:200], b""):
-        here, there = decode(data, SPEC, NO_LIMIT), decoder(data)
+    pictures = [png, b"no picture", png[:200], b"", *(another_png(number) for number in range(40))]
+
+    for data, there in zip(pictures, decoder(pictures), strict=True):
+        here = decode(data, SPEC, NO_LIMIT)
         assert (there.error_code, there.error_message) == (here.error_code, here.error_message)
         assert (there.width, there.height, there.format) == (here.width, here.height, here.format)
         assert (there.pixels is None) == (here.pixels is None)
@@ -49,43 +59,97 @@ def test_a_guarded_decoder_says_what_decode_says(decoder: GuardedDecoder, png: b
 
 
 @pytest.mark.usefixtures("poison")
-def test_a_crash_and_a_hang_are_reasons_and_the_next_picture_is_fine(png: bytes) -> None:
+def test_crashes_and_hangs_are_reasons_and_their_neighbours_are_fine(png: bytes) -> None:
+    pictures = [another_png(number) for number in range(60)]
+    for place in (0, 7, 8, 9, 30, 59):
+        pictures[place] += ABORT_MARKER
+    pictures[20] += HANG_MARKER
     with GuardedDecoder(SPEC, NO_LIMIT, timeout=2.0) as decoder:
-        crashed = decoder(png + ABORT_MARKER)
-        hanging = decoder(png + HANG_MARKER)
+        found = list(decoder(pictures))
 
-        assert (crashed.error_code, crashed.pixels) == ("decoder_crashed", None)
-        assert "died 2 times, by signal SIGABRT" in crashed.error_message
-        assert (hanging.error_code, hanging.pixels) == ("timeout", None)
-        assert "2 s (decode_timeout)" in hanging.error_message
-        assert decoder(png).error_code == ""
+    crashed, hanging = found[7], found[20]
+    assert (crashed.error_code, crashed.pixels) == ("decoder_crashed", None)
+    assert "died 2 times, by signal SIGABRT" in crashed.error_message
+    assert (hanging.error_code, hanging.pixels) == ("timeout", None)
+    assert "2 s (decode_timeout)" in hanging.error_message
+    assert [place for place, one in enumerate(found) if one.error_code] == [0, 7, 8, 9, 20, 30, 59]
+    for number, one in enumerate(found):
+        expected = decode(another_png(number), SPEC, NO_LIMIT).pixels
+        assert one.pixels is None or (one.pixels == expected).all()
+
+
+@pytest.mark.usefixtures("poison")
+def test_a_chunk_full_of_poison_loses_little_time_to_each(monkeypatch: pytest.MonkeyPatch, png: bytes) -> None:
+    monkeypatch.setattr(guarded, "HANGS_AT_FULL_TIME", 2)
+    monkeypatch.setattr(guarded, "SHORT_TIMEOUT_S", 0.05)
+    with GuardedDecoder(SPEC, NO_LIMIT, timeout=0.5) as decoder:
+        first = [one.error_message for one in decoder([png + HANG_MARKER] * 12)]
+        second = next(decoder([png + HANG_MARKER])).error_message
+        crashes = {one.error_code for one in decoder([png + ABORT_MARKER] * 100)}
+
+    assert first == [f"not decoded within {time} s (decode_timeout)" for time in [0.5] * 2 + [0.05] * 10]
+    assert second == first[0]  # each chunk has its own
+    assert crashes == {"decoder_crashed"}
 
 
 def test_the_markers_mean_nothing_unless_asked(decoder: GuardedDecoder, png: bytes) -> None:
-    assert decoder(png + ABORT_MARKER + HANG_MARKER).error_code == ""
+    assert next(decoder([png + ABORT_MARKER + HANG_MARKER])).error_code == ""
 
 
-def only_decoder() -> psutil.Process:
-    """The one decoder process of this one; what other tests left dead is passed over."""
+def child_and_worker() -> tuple[psutil.Process, psutil.Process]:
+    """The decoder's processes; what other tests left dead is passed over."""
     alive = [p for p in psutil.Process().children() if p.status() != psutil.STATUS_ZOMBIE]
-    (decoder,) = [p for p in alive if "captioner.imaging.child" in p.cmdline()]
-    return decoder
+    (child,) = [p for p in alive if "captioner.imaging.child" in p.cmdline()]
+    (worker,) = child.children()
+    return child, worker
 
 
-def test_a_decoder_killed_from_outside_costs_no_picture(decoder: GuardedDecoder, png: bytes) -> None:
-    assert decoder(png).error_code == ""
-    child = only_decoder()
-    os.kill(child.pid, signal.SIGKILL)
+@pytest.mark.parametrize("victims", [[0], [1], [0, 1]])
+def test_a_decoder_killed_from_outside_costs_no_picture(decoder: GuardedDecoder, png: bytes, victims: list) -> None:
+    assert next(decoder([png])).error_code == ""
+    processes = child_and_worker()
+    for victim in victims:
+        processes[victim].kill()
+        psutil.wait_procs([processes[victim]], timeout=60)
 
-    assert decoder(png).error_code == ""
+    assert [one.error_code for one in decoder([png] * 3)] == [""] * 3
+
+
+def test_a_chunk_that_is_given_up_leaves_nothing_for_the_next(decoder: GuardedDecoder) -> None:
+    given_up = decoder(another_png(number) for number in range(60))
+    next(given_up)
+    given_up.close()
+
+    assert (next(decoder([another_png(99)])).pixels == decode(another_png(99), SPEC, NO_LIMIT).pixels).all()
+
+
+@pytest.mark.usefixtures("poison")
+def test_a_large_picture_behind_one_that_hangs_waits_for_nothing(png: bytes) -> None:
+    with GuardedDecoder(SPEC, NO_LIMIT, timeout=1.0) as decoder:
+        found = [one.error_code for one in decoder([png + HANG_MARKER, png + bytes(5_000_000)])]
+
+    assert found == ["timeout", ""]
 
 
 def test_no_process_is_left(png: bytes) -> None:
     with GuardedDecoder(SPEC, NO_LIMIT, timeout=30.0) as decoder:
-        decoder(png)
-        child = only_decoder()
+        next(decoder([png]))
+        processes = child_and_worker()
 
-    assert not child.is_running()
+    assert not any(process.is_running() for process in processes)
+
+
+def test_what_a_codec_says_does_not_reach_the_terminal(decoder: GuardedDecoder, capfd: pytest.CaptureFixture) -> None:
+    """libtiff prints to standard error, and may quote the file."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 40)).save(buffer, "TIFF", compression="tiff_lzw")
+    broken = bytearray(buffer.getvalue())
+    broken[8:18] = b"\xff" * 10
+    decode(bytes(broken), SPEC, NO_LIMIT)
+    assert capfd.readouterr().err
+
+    assert next(decoder([bytes(broken)])).error_code == "decode_error"
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.usefixtures("poison")
@@ -108,3 +172,22 @@ def test_a_run_in_one_process_goes_on_past_poison(tmp_path: Path) -> None:
     assert failed == {"000005x.png": "decoder_crashed", "000011x.png": "timeout"}
     assert len(rows) == 22
     assert verify(open_table(str(out))).proven
+
+
+@pytest.mark.usefixtures("poison")
+def test_a_crash_is_no_crash_of_try_or_of_somebody_elses_pipeline(
+    tmp_path: Path, png: bytes, capsys: pytest.CaptureFixture
+) -> None:
+    pictures = {"fine.png": png, "poison.png": png + ABORT_MARKER}
+    for name, data in pictures.items():
+        (tmp_path / name).write_bytes(data)
+
+    code = try_pictures([str(tmp_path / name) for name in pictures], ModelConfig(name="fake"))
+    batch = CaptionBatches("fake")({"bytes": list(pictures.values())})
+
+    said = capsys.readouterr()
+    assert code == 0
+    assert "fine.png: " in said.out
+    assert "poison.png: decoder_crashed" in said.err
+    assert list(batch["error_code"]) == ["", "decoder_crashed"]
+    assert [caption is None for caption in batch["caption"]] == [False, True]

@@ -16,7 +16,7 @@ from PIL import Image
 
 from captioner import pipeline, quality
 from captioner.config import CaptionConfig, CheckConfig
-from captioner.report import charts
+from captioner.report import charts, facts
 from captioner.report.diff import word_diff
 from captioner.report.page import render
 from captioner.report.verdict import verdict_of
@@ -153,6 +153,10 @@ def test_the_page_says_what_the_run_did(page: Page, figures: dict[str, Any]) -> 
         "--retry-failed",
         figures["fingerprint"],
         f"pyarrow {pa.__version__}",
+        "In references only, by pictures:",
+        "Of 60 scored captions:",
+        "Pictures a second, one worker",
+        "; bottleneck: ",
     ):
         assert words in page.text, words
     assert len(check["shown"]["random"]) == 24
@@ -161,6 +165,54 @@ def test_the_page_says_what_the_run_did(page: Page, figures: dict[str, Any]) -> 
     )
     assert sum(check["wer_histogram"]) == 60
     assert sum(group["rows"] for group in check["wer_by_confidence"]) == 60
+    assert [stage["stage"] for stage in figures["stages"]] == ["read", "decode", "generate", "commit"]
+    assert all(stage["images_per_second"] > 0 and 0 <= stage["busy"] <= 1 for stage in figures["stages"])
+
+
+def test_texts_stand_out_from_their_background_in_both_schemes(out: Path) -> None:
+    """WCAG 2.2, 1.4.3: a contrast of 4.5 for text."""
+    html = (out / "report/index.html").read_text(encoding="utf-8")
+    light, dark = (
+        dict(re.findall(r"--(\w+): (#\w{6})", block)) for block in re.findall(r":root \{(.+?)\}", html, re.S)
+    )
+    pairs = [("ink", "paper"), ("ink", "panel"), ("ink", "ins"), ("ink", "del"), ("soft", "paper"), ("soft", "panel")]
+    pairs += [(colour, "paper") for colour in ("bar", "mark", "good", "mixed", "bad", "unknown")]
+
+    assert set(dark) == set(light)
+    low = {(text, under): contrast(light[text], light[under]) for text, under in pairs}
+    low |= {(text, under, "dark"): contrast(dark[text], dark[under]) for text, under in pairs}
+    assert {pair: value for pair, value in low.items() if value < 4.5} == {}
+
+
+def contrast(one: str, other: str) -> float:
+    """The contrast ratio of two sRGB colours."""
+    high, low = sorted((luminance(one), luminance(other)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+def luminance(colour: str) -> float:
+    parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def test_a_page_of_part_of_a_table_says_so_and_colours_are_not_lost_in_print(
+    out: Path, figures: dict[str, Any]
+) -> None:
+    check = figures["check"] | {"survey": figures["check"]["survey"] | {"num_rows": 20}}
+
+    sentences = verdict_of(figures["counts"], check).sentences
+
+    assert sentences[-1].startswith("The table is large: scores, flags and figures are of 20 of its 63 rows")
+
+
+def test_throughput_has_no_more_bins_than_commits_tell_and_shows_a_stall() -> None:
+    commits = [(start, 10) for start in (*range(0, 30, 2), *range(90, 120, 2))]
+    found = facts._throughput(commits, 1)
+
+    assert 0 in found["rates"]
+    assert sum(found["rates"]) * found["bin_seconds"] == pytest.approx(300, rel=0.02)
+    assert facts._throughput(commits[:3], 1)["rates"] == []
 
 
 def test_thumbnails_are_upright_and_small(out: Path) -> None:
@@ -248,7 +300,7 @@ CHECK = {
     "num_rows": 100,
     "with_references": 100,
     "flags": {},
-    "survey": {"num_ok": 100},
+    "survey": {"num_ok": 100, "num_rows": 100},
 }
 
 

@@ -2,6 +2,9 @@
 
 import errno
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -164,6 +167,15 @@ def full_after(good: int, number: int):
     return wrapper
 
 
+KILLED_AT_WRITE = """
+import sys
+from captioner.faults import sigkill_at_write
+from ray_jobs.cli import main
+with sigkill_at_write(int(sys.argv[1])):
+    main(sys.argv[2:])
+"""
+
+
 # --- a real S3 protocol, on a server of this machine ----------------------------------------------------------------
 
 
@@ -195,3 +207,21 @@ def test_a_table_on_s3_is_written_killed_resumed_and_verified(tmp_path: Path, ar
         assert pipeline.run(settings(archive, out)) == 0
         assert verify(open_table(out)).proven
         assert contents(out) == contents(tmp_path / "local")
+
+
+@pytest.mark.parametrize("write", [13, 17])
+def test_a_process_killed_with_a_table_on_s3_leaves_what_resumes(
+    tmp_path: Path, archive: Path, bucket: str, write: int
+) -> None:
+    out = bucket.format(f"killed-{write}")
+    words = ["caption", str(archive), out, "--model", "fake", "--rows-per-file", "16", "--local"]
+    killed = subprocess.run([sys.executable, "-c", KILLED_AT_WRITE, str(write), *words], stderr=subprocess.DEVNULL)
+    found = verify(open_table(out))
+
+    assert killed.returncode == -signal.SIGKILL
+    assert not found.proven
+    assert found.counts.ok > 0  # some of it was done
+    pipeline.run(settings(archive, tmp_path / "local"))
+    assert pipeline.run(settings(archive, out)) == 0
+    assert verify(open_table(out)).proven
+    assert contents(out) == contents(tmp_path / "local")

@@ -1,5 +1,6 @@
 """The loss is cross-entropy over caption tokens: by hand, for every family that trains."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional
 
 from captioner.config import ModelConfig, TrainModelConfig
 from captioner.errors import ModelError
@@ -39,7 +41,7 @@ def pictures(count: int) -> torch.Tensor:
 
 def logits_by_hand(captioner: TransformersCaptioner, pixels: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """What the model itself says after each token of one text: float [T, vocabulary]."""
-    images = captioner.normalise(pixels[None].numpy())
+    images = captioner.normalise(pixels[None])
     model, family = captioner.model, captioner.ref.family
     if family == "git":
         return model(input_ids=ids[None], pixel_values=images).logits[0, -len(ids) :]
@@ -66,6 +68,63 @@ def test_the_loss_is_the_cross_entropy_of_each_caption_token(models, family: str
 
     assert num_tokens == int((collate.texts(CAPTIONS)["labels"] != IGNORED).sum())
     assert found == pytest.approx(expected, rel=1e-4)
+
+
+def gradients(captioner: TransformersCaptioner, value: torch.Tensor) -> dict[str, torch.Tensor]:
+    captioner.model.zero_grad()
+    value.backward()
+    found = {name: weight.grad for name, weight in captioner.model.named_parameters() if weight.grad is not None}
+    captioner.model.zero_grad()
+    return found
+
+
+def same_gradients(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    largest = max(gradient.abs().max().item() for gradient in expected.values())
+    for name, gradient in expected.items():
+        size = max(gradient.abs().max().item(), 1e-3 * largest)  # those of key biases are zero but for rounding
+        torch.testing.assert_close(found[name] / size, gradient / size, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_git_learns_as_through_its_own_forward_pass(models) -> None:
+    """Ours leaves out work whose result nobody reads; what is left must have the same gradients."""
+    captioner = models["git"]
+    loss, pixels = CaptionLoss(captioner).eval(), pictures(1)
+    texts = make_collate(captioner).texts(CAPTIONS[:1])
+
+    logits = logits_by_hand(captioner, pixels[0], texts["input_ids"][0])
+    expected = gradients(captioner, functional.cross_entropy(logits, texts["labels"][0], reduction="sum"))
+
+    same_gradients(gradients(captioner, loss(pixels, **texts)), expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path: Path, family: str) -> None:
+    captioner = opened(make_tiny_model(family, tmp_path / "model"))
+    for module in captioner.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    loss, texts = CaptionLoss(captioner).train(), make_collate(captioner).texts(CAPTIONS)
+    value, all_kept = with_size_kept(lambda: loss(pictures(3), **texts))
+    expected = gradients(captioner, value)
+
+    captioner.model.activation_checkpointing_enable({"use_reentrant": False})
+    value, kept = with_size_kept(lambda: loss(pictures(3), **texts))
+
+    assert kept < all_kept / 2
+    same_gradients(gradients(captioner, value), expected)
+
+
+def with_size_kept(run: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, int]:
+    """The result, and how many numbers were kept for the backward pass."""
+    kept: list[int] = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        return run(), sum(kept)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

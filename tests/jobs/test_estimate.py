@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,15 +15,17 @@ from hypothesis import strategies as st
 from captioner.config import CaptionConfig, SourceConfig
 from captioner.sources import open_source
 from captioner.testing import make_folder
+from ray_jobs.cluster import Sizes
 from ray_jobs.doctor import Finding, findings
-from ray_jobs.estimate import Piece, draw_sample, predict, run
+from ray_jobs.estimate import Prediction, draw_sample, lines, predict, run
+from ray_jobs.sampling import Piece, cut
 
 
-def piece(prepare: float, generate: float) -> Piece:
-    return Piece(16, 16, prepare, generate, source_bytes=1_600, output_bytes=160)
+def piece(prepare: float, generate: float, gap: float = 0.0) -> Piece:
+    return Piece(16, 16, prepare, generate, source_bytes=1_600, output_bytes=160, gap=gap)
 
 
-def test_the_rate_is_that_of_the_slower_stage() -> None:
+def test_without_gaps_the_rate_is_that_of_the_slower_stage() -> None:
     slow_model = predict([piece(1.0, 8.0)] * 8, 1_000, num_workers=2, decoders=1)
     slow_decoding = predict([piece(8.0, 1.0)] * 8, 1_000, num_workers=1, decoders=2)
 
@@ -29,12 +34,63 @@ def test_the_rate_is_that_of_the_slower_stage() -> None:
     assert (slow_model.source_bytes, slow_model.output_bytes) == (100_000, 10_000)
 
 
-@given(st.lists(st.tuples(st.floats(0.1, 10), st.floats(0.1, 10)), min_size=2, max_size=20), st.integers(1, 8))
-def test_the_rate_lies_in_its_interval(seconds: list[tuple[float, float]], workers: int) -> None:
-    found = predict([piece(*one) for one in seconds], 1_000, workers, 1)
-    every = [min(16 / prepare, 16 * workers / generate) for prepare, generate in seconds]
+def test_what_came_out_of_the_pipeline_counts_and_the_interval_reaches_to_what_the_stages_could_do() -> None:
+    found = predict([piece(1.0, 2.0), *[piece(1.0, 2.0, gap=4.0)] * 9], 1_000, num_workers=1, decoders=1)
 
-    assert min(every) * 0.999 <= found.low <= found.high <= max(16 / min(p for p, _ in seconds), found.rate) * 1.001
+    assert (found.rate, found.low, found.high) == (4.0, 4.0, 8.0)
+
+
+def test_time_and_cost_are_told_with_their_intervals() -> None:
+    found = Prediction(1_000_000, 100.0, 80.0, 125.0, "the model", 2e11, 3.4e8, 0.999)
+    told = "\n".join(lines(found, Sizes(4, 1.0, 1.0, 1, 8, 1), price_per_gpu_hour=1.5))
+
+    assert "1,000,000, 200.0 GB" in told
+    assert "100.0 (80.0 to 125.0), bound by the model" in told
+    assert "2.8 h (2.2 h to 3.5 h)" in told
+    assert "11.11 GPU h (8.89 to 13.89) on 4 GPUs" in told
+    assert "16.67 (13.33 to 20.83)" in told
+    assert "340.0 MB" in told
+    assert "GPU" not in "\n".join(lines(found, Sizes(4, 1.0, 0.0, 1, 8, 1), price_per_gpu_hour=1.5))
+
+
+SECONDS = st.floats(0.1, 10)
+
+
+@given(st.lists(st.tuples(SECONDS, SECONDS, SECONDS), min_size=2, max_size=20), st.integers(1, 8))
+def test_the_rate_lies_in_its_interval(seconds: list[tuple[float, float, float]], workers: int) -> None:
+    found = predict([piece(*one) for one in seconds], 1_000, workers, 1)
+    slowest = min(16 / gap for _, _, gap in seconds)
+
+    assert slowest * 0.999 <= found.low <= found.rate <= found.high
+
+
+def pipeline(random: np.random.Generator, pieces: int, workers: int, decoders: int) -> list[Piece]:
+    """Two stages with a queue between them: what `measure` would see, without Ray and without waiting."""
+    decoder, worker = [0.0] * decoders, [0.0] * workers
+    ended = []
+    for _ in range(pieces):
+        prepare, generate = 0.5 * random.gamma(9, 1 / 9), 1.0 * random.gamma(9, 1 / 9)
+        one, other = int(np.argmin(decoder)), int(np.argmin(worker))
+        decoder[one] += prepare
+        start = max(decoder[one], worker[other])
+        worker[other] = start + generate
+        ended.append((worker[other], prepare, generate))
+    ended.sort()
+    gaps = [0.0] * workers + [ended[k][0] - ended[k - 1][0] for k in range(workers, pieces)]
+    return [piece(prepare, generate, gap) for (_, prepare, generate), gap in zip(ended, gaps, strict=True)]
+
+
+@pytest.mark.parametrize(("workers", "decoders"), [(1, 1), (2, 1), (4, 1), (4, 4)])
+def test_the_true_rate_of_a_pipeline_lies_in_the_interval_nine_times_of_ten(workers: int, decoders: int) -> None:
+    random = np.random.default_rng(7)
+    truth = 16 * min(workers / 1.0, decoders / 0.5)
+    found = [
+        predict(pipeline(random, 16 + 4 * workers, workers, decoders), 1_000, workers, decoders) for _ in range(100)
+    ]
+
+    held = sum(one.low <= truth <= one.high for one in found)
+    assert held >= 80  # of 90 expected
+    assert np.median([one.high / one.low for one in found]) < 2.2
 
 
 def test_the_sample_is_the_same_for_a_seed_and_without_repetition(tmp_path: Path) -> None:
@@ -45,6 +101,30 @@ def test_the_sample_is_the_same_for_a_seed_and_without_repetition(tmp_path: Path
     assert drawn[0] == drawn[1] != drawn[2]
     assert len(set(drawn[0])) == 20
     assert draw_sample(source, SourceConfig(), 500, 0)[0] == 60
+
+
+@pytest.mark.parametrize(
+    ("rows", "gpus", "workers", "batch", "sizes", "count"),
+    [
+        (256, 0.0, 1, "auto", {16}, 16),
+        (256, 0.0, 8, "auto", {16}, 32),
+        (256, 1.0, 2, "auto", {128}, 16),
+        (41, 0.0, 1, "auto", {13, 14}, 18),
+        (100, 0.0, 1, 8, {7, 8}, 26),
+        (3, 0.0, 1, "auto", {1, 2}, 16),
+        (1, 0.0, 1, "auto", {1}, 16),
+    ],
+)
+def test_every_worker_gets_pieces_of_a_batch_each_and_the_sample_is_whole(
+    rows: int, gpus: float, workers: int, batch: int | str, sizes: set[int], count: int
+) -> None:
+    pieces = cut(pa.table({"n": range(rows)}), Sizes(workers, 1.0, gpus, 1, 1, 1), batch)
+    drawn = Counter(number for piece in pieces for number in piece["n"].to_pylist())
+
+    assert {piece.num_rows for piece in pieces} == sizes
+    assert len(pieces) == count
+    assert set(drawn) == set(range(rows))
+    assert len(set(drawn.values())) == 1
 
 
 @pytest.mark.usefixtures("ray_instance")

@@ -1,0 +1,122 @@
+"""Reading pictures from a store that answers late: what `--read-concurrency` brings.
+
+    python -m benchmarks.reads --images DIR [--latency 30] [--pictures 512] [--concurrency 1,8,32,64]
+
+A server of its own process speaks as much of the S3 protocol as reading needs and waits --latency milliseconds before
+each answer. The pictures are read as a decode worker reads its chunk, then read and decoded chunk by chunk as a run
+does. The last line is one JSON object of pictures a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from email.utils import formatdate
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+BUCKET = "pictures"
+
+
+def main() -> None:
+    options = _options()
+    found = sorted(Path(options.images).rglob("*.jpg"))
+    files = {f"{number:06d}.jpg": found[number % len(found)] for number in range(options.pictures)}
+    result: dict[str, dict[str, float]] = {}
+    with serving(files, options.latency / 1000) as port:
+        location = f"s3://{BUCKET}?endpoint_override=127.0.0.1:{port}&scheme=http&region=us-east-1"
+        for concurrency in map(int, options.concurrency.split(",")):
+            rates = [_read(location, list(files), concurrency) for _ in range(options.rounds)]
+            result[str(concurrency)] = {"pictures_per_second": round(statistics.median(rates), 1)}
+            print(f"{concurrency} reads at once:", [round(rate, 1) for rate in rates], flush=True)
+    print(json.dumps({"latency_ms": options.latency, "pictures": options.pictures, "read_concurrency": result}))
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", required=True)
+    parser.add_argument("--latency", type=float, default=30, help="milliseconds before each answer")
+    parser.add_argument("--pictures", type=int, default=512)
+    parser.add_argument("--concurrency", default="1,8,32,64")
+    parser.add_argument("--rounds", type=int, default=3)
+    return parser.parse_args()
+
+
+def _read(location: str, names: list[str], concurrency: int) -> float:
+    """Pictures a second."""
+    import pyarrow as pa
+
+    from captioner.sources.files import Root
+    from captioner.sources.reading import read_rows, reads_at_once
+
+    count = len(names)
+    rows = pa.table({"image_id": names, "file": [name.encode() for name in names]})
+    rows = rows.append_column("offset", pa.nulls(count, pa.int64())).append_column("size", pa.nulls(count, pa.int64()))
+    started = time.perf_counter()
+    with reads_at_once(concurrency):
+        images = read_rows(rows, Root.at(location))
+    assert all(image.data for image in images), next(image.error_message for image in images if not image.data)
+    return count / (time.perf_counter() - started)
+
+
+@contextmanager
+def serving(files: dict[str, Path], latency: float) -> Iterator[int]:
+    """A store of these objects on a port of this machine. Its keys are in the environment meanwhile."""
+    os.environ |= {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_EC2_METADATA_DISABLED": "true"}
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=_serve, args=(files, latency, theirs), daemon=True)
+    process.start()
+    try:
+        yield ours.recv()
+    finally:
+        process.kill()
+        process.join()
+
+
+def _serve(files: dict[str, Path], latency: float, connection: Connection) -> None:
+    objects = {f"/{BUCKET}/{name}": path.read_bytes() for name, path in files.items()}
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while request := await reader.readuntil(b"\r\n\r\n"):
+                await asyncio.sleep(latency)
+                writer.writelines(_answer(objects, request.decode("latin-1")))
+                await writer.drain()
+        except (asyncio.IncompleteReadError, ConnectionError):
+            writer.close()
+
+    async def run() -> None:
+        server = await asyncio.start_server(answer, "127.0.0.1", 0)
+        connection.send(server.sockets[0].getsockname()[1])
+        await server.serve_forever()
+
+    asyncio.run(run())
+
+
+def _answer(objects: dict[str, bytes], request: str) -> list[bytes]:
+    """HEAD and GET of an object, whole or a range of it."""
+    first, *lines = request.split("\r\n")
+    method, target, _ = first.split()
+    data = objects.get(target.partition("?")[0])
+    if data is None:
+        return [b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"]
+    headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    start, end = 0, len(data) - 1
+    status = "200 OK"
+    if headers.get("range", "").startswith("bytes="):
+        low, _, high = headers["range"].removeprefix("bytes=").partition("-")
+        start, end, status = int(low), min(int(high or end), end), "206 Partial Content"
+    said = [f"HTTP/1.1 {status}", f"Content-Length: {end + 1 - start}", f'ETag: "{hash(data):x}"']
+    said += [f"Content-Range: bytes {start}-{end}/{len(data)}", f"Last-Modified: {formatdate(usegmt=True)}", "", ""]
+    return ["\r\n".join(said).encode(), b"" if method == "HEAD" else data[start : end + 1]]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""An archive's own list of terms, and finding them in captions."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from captioner.errors import UsageError
+
+UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"  # scripts that put no spaces between words
+)
+
+
+def read_terms(file: str) -> tuple[str, ...]:
+    """A term a line; empty lines and those that start with # are passed over."""
+    try:
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--terms {file}: cannot be read: {error}") from None
+    terms = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
+    if not terms:
+        raise UsageError(f"--terms {file}: holds no term")
+    return terms
+
+
+def finder(terms: Sequence[str]) -> Callable[[str], bool]:
+    """Whether a text holds one of the terms, in any case, at the start of a word: `gypsy` finds "Gypsys" but `ass`
+    does not find "grass". In scripts without spaces it may stand anywhere."""
+    if not terms:
+        return lambda text: False
+    one_of = "|".join(_pattern(term) for term in sorted(terms, key=len, reverse=True))
+    search = re.compile(one_of, re.I).search
+    return lambda text: search(text) is not None
+
+
+def _pattern(term: str) -> str:
+    words = r"\s+".join(re.escape(word) for word in term.split())
+    at_word_start = re.match(rf"[^\W_{UNSPACED}]", term)
+    return rf"(?<![^\W_]){words}" if at_word_start else words

@@ -1,0 +1,114 @@
+"""`--batch-size auto`: tried out going up, remembered for model and device, never above what fits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from captioner.config import ModelConfig
+from captioner.models import load, resolve
+from captioner.models.batch_size import SIZES, WORTH, fastest_size, settle_batch_size
+from captioner.models.ref import ModelRef
+from captioner.models.uploads import Uploads
+from captioner.testing import SmallGpu
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "captioner" / "batch_sizes.json"
+
+
+@pytest.fixture
+def ref() -> ModelRef:
+    return resolve(ModelConfig(name="starter"))
+
+
+@pytest.mark.parametrize(
+    ("room", "each", "expected"),
+    [
+        (10_000, 0.0, 512),  # the more the faster
+        (100, 0.0, 64),  # 128 do not fit
+        (10_000, 1.0, 16),  # a picture takes its time, in whatever company
+        (10_000, 0.01, 512),
+        (3, 0.0, 16),  # halved later
+    ],
+)
+def test_sizes_go_up_while_they_fit_and_are_worth_it(ref, room, each, expected) -> None:
+    gpu = SmallGpu(ref, room, each=each)
+
+    settle_batch_size(gpu, gpu.clock)
+
+    assert gpu.batch_size == expected
+
+
+def test_what_was_found_is_remembered_for_model_and_device(ref, cache) -> None:
+    first, again, other = SmallGpu(ref, 100), SmallGpu(ref, 100), SmallGpu(ref, 40)
+    other.device_name = "another GPU, 2 GiB"
+    for gpu in (first, again, other):
+        settle_batch_size(gpu, gpu.clock)
+
+    assert (first.batch_size, again.batch_size, other.batch_size) == (64, 64, 32)
+    assert again.tried == []
+    assert other.tried != []
+    more_beams = SmallGpu(resolve(ModelConfig(name="starter", num_beams=3)), 100)
+    settle_batch_size(more_beams, more_beams.clock)
+    assert more_beams.tried != []
+    assert len(json.loads(cache.read_text())) == 3
+
+
+@pytest.mark.parametrize("left_there", ["", "[]", '{"x": "many"}', '{"x": null}', "\x00"])
+def test_a_damaged_memory_is_made_anew(ref, cache, left_there) -> None:
+    cache.parent.mkdir()
+    cache.write_text(left_there)
+    gpu = SmallGpu(ref, 100)
+
+    settle_batch_size(gpu, gpu.clock)
+
+    assert gpu.batch_size == 64
+    assert list(json.loads(cache.read_text()).values()) == [64]
+
+
+def test_a_home_that_cannot_be_written_to_is_no_error(ref, cache) -> None:
+    cache.parent.write_text("a file where the directory should be")
+    gpu = SmallGpu(ref, 100)
+
+    settle_batch_size(gpu, gpu.clock)
+
+    assert gpu.batch_size == 64
+
+
+@given(st.lists(st.floats(0.01, 100), min_size=len(SIZES), max_size=len(SIZES)), st.integers(0, len(SIZES)))
+def test_the_size_found_fits_and_is_no_slower_than_those_before(seconds, fitting) -> None:
+    def time_of(size: int) -> float:
+        if SIZES.index(size) >= fitting:
+            raise torch.OutOfMemoryError("no memory")
+        return seconds[SIZES.index(size)]
+
+    found = SIZES.index(fastest_size(time_of))
+
+    rates = [size / spent for size, spent in zip(SIZES, seconds, strict=True)]
+    assert found < max(fitting, 1)
+    assert all(rates[place + 1] >= WORTH * rates[place] for place in range(found))
+
+
+def test_a_cpu_is_not_tried_out(ref, cache) -> None:
+    assert load(ref, device="cpu").batch_size == 16
+    assert not cache.exists()
+
+
+@given(st.integers(1, 20), st.integers(1, 25))
+def test_every_picture_arrives_once_and_in_order(count, size) -> None:
+    pixels = np.arange(count * 12, dtype=np.uint8).reshape(count, 2, 2, 3)
+    pixels.flags.writeable = False  # as Arrow's memory is
+
+    batches = list(Uploads(torch.device("cpu")).batches(pixels, size))
+
+    assert [len(batch) for batch in batches[:-1]] == [size] * (len(batches) - 1)
+    assert np.array_equal(torch.cat(batches).numpy(), pixels)

@@ -1,0 +1,144 @@
+"""One writer at a time on an object store: a marker that its owner keeps changing."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from captioner import pipeline
+from captioner.config import CaptionConfig
+from captioner.errors import OutputError
+from captioner.store import lease
+from captioner.store.directory import LEASE_FILE, Directory
+from captioner.store.lease import SILENT_S, Lease, leased
+from captioner.store.table import open_table
+from captioner.store.verify import verify
+from captioner.testing import make_folder
+
+OTHER = {"owner": "another", "machine": "elsewhere", "pid": 1, "beat": 1}
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Directory:
+    return Directory(f"memory://{tmp_path}")
+
+
+@pytest.fixture
+def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds that would have been slept."""
+    seconds: list[float] = []
+    monkeypatch.setattr(lease, "_sleep", seconds.append)
+    return seconds
+
+
+def test_a_second_run_is_refused_while_the_first_one_lives(directory: Directory, monkeypatch) -> None:
+    with leased(directory.location):
+        first = directory.read_json(LEASE_FILE)
+        monkeypatch.setattr(lease, "_sleep", lambda _: directory.write_json(LEASE_FILE, first | {"beat": 2}))
+        with pytest.raises(OutputError, match="another run is writing to it"):
+            Lease(directory).take()
+
+    assert not directory.exists(LEASE_FILE)
+
+
+def test_the_marker_of_a_dead_run_elsewhere_is_waited_out(directory: Directory, slept: list[float]) -> None:
+    directory.write_json(LEASE_FILE, OTHER)
+    with leased(directory.location) as held:
+        held.check()
+
+    assert sum(slept) >= SILENT_S
+
+
+def test_the_marker_of_a_dead_run_of_this_machine_is_taken_at_once(directory: Directory, slept: list[float]) -> None:
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    directory.write_json(LEASE_FILE, OTHER | {"machine": lease._machine(), "pid": dead.pid})
+    with leased(directory.location):
+        pass
+
+    assert sum(slept) < SILENT_S
+
+
+def test_of_two_that_start_at_once_one_goes_on(directory: Directory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "_sleep", lambda _: directory.write_json(LEASE_FILE, OTHER))
+    with pytest.raises(OutputError, match="another run is writing to it"), leased(directory.location):
+        pass
+
+    assert directory.read_json(LEASE_FILE) == OTHER  # the one that wrote last has it
+
+
+def test_a_run_that_was_silent_for_too_long_stops_when_another_has_taken_over(
+    directory: Directory, slept: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "BEAT_S", 0.01)
+    with leased(directory.location) as held:
+        directory.write_json(LEASE_FILE, OTHER)
+        held._thread.join(60)
+        with pytest.raises(OutputError, match="was taken over by another run"):
+            held.check()
+
+    assert directory.read_json(LEASE_FILE) == OTHER
+
+
+@pytest.mark.usefixtures("decoding_here")
+def test_a_run_that_lost_its_table_leaves_it_to_the_other(
+    tmp_path: Path, directory: Directory, slept: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = make_folder(tmp_path / "archive", 20)
+    settings = {"source": {"path": str(archive)}, "model": {"name": "fake"}, "output": {"path": directory.location}}
+    config = CaptionConfig.model_validate(settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(Lease, "check", _lost)
+        with pytest.raises(OutputError, match="taken over"):
+            pipeline.run(config)
+    assert not open_table(directory.location).is_published(0)
+
+    assert pipeline.run(config) == 0
+    assert verify(open_table(directory.location)).proven
+
+
+def _lost(held: Lease) -> None:
+    raise OutputError("taken over")
+
+
+HOLDER = """
+import sys
+from captioner.store import lease
+lease.BEAT_S = 0.2
+with lease.leased(sys.argv[1]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_another_process_that_holds_a_directory_without_locks(
+    tmp_path: Path, slept: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a network file system that refuses flock. The other one lives: nothing is waited out; it dies: at once."""
+    monkeypatch.setattr("captioner.store.lock._lock", lambda descriptor, location: False)
+    archive, out = make_folder(tmp_path / "archive", 8), tmp_path / "out"
+    settings = {"source": {"path": str(archive)}, "model": {"name": "fake"}, "output": {"path": str(out)}}
+    config = CaptionConfig.model_validate(settings)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(out)], **pipes)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+
+    monkeypatch.setattr(lease, "_sleep", lambda _: _wait_for_a_beat(out))
+    with pytest.raises(OutputError, match="another run is writing to it"):
+        pipeline.run(config)
+    holder.kill()
+    holder.wait()
+
+    monkeypatch.setattr(lease, "_sleep", slept.append)
+    assert pipeline.run(config) == 0
+    assert sum(slept) < SILENT_S
+    assert verify(open_table(str(out))).proven
+    assert not (out / LEASE_FILE).exists()
+
+
+def _wait_for_a_beat(out: Path) -> None:
+    before = (out / LEASE_FILE).read_text()
+    while (out / LEASE_FILE).read_text() == before:
+        pass

@@ -1,0 +1,64 @@
+"""`--log-format json`: lines become objects, the heartbeat's figures their keys."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+
+from captioner.data import Receipt
+from captioner.progress import Progress
+from ray_jobs.logs import JsonLines
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_the_heartbeat_carries_its_figures_as_keys() -> None:
+    log, clock = io.StringIO(), Clock()
+    with Progress(1_000, already=100, stream=JsonLines(log), clock=clock, interval=3600) as progress:
+        assert progress.fields()["images_per_second"] is progress.fields()["running_wer"] is None
+        for _ in range(3):
+            clock.now += 2
+            progress.update(Receipt("g", 100, 99, {"truncated": 1}, scored=[(1, 10), (3, 10)]), note="WER 0.200 of 6")
+
+    (entry,) = map(json.loads, log.getvalue().splitlines())
+    figures = {key: entry[key] for key in entry if key not in ("time", "level", "message")}
+    assert entry["message"].startswith("captioned 400/1,000 (40%)")
+    assert figures == {
+        "event": "progress",
+        "done": 400,
+        "total": 1_000,
+        "failed": 3,
+        "images_per_second": 50.0,
+        "eta_seconds": 12,
+        "elapsed_seconds": 6.0,
+        "running_wer": 0.2,
+        "running_wer_rows": 6,
+    }
+
+
+@pytest.mark.parametrize("pieces", [["one\ntwo\n"], ["on", "e\nt", "wo", "\n"], ["\n", "one\n\n", "two\n"]])
+def test_lines_are_objects_however_they_are_written(pieces: list[str]) -> None:
+    log = io.StringIO()
+    stream = JsonLines(log)
+    for piece in pieces:
+        stream.write(piece)
+
+    assert [json.loads(line)["message"] for line in log.getvalue().splitlines()] == ["one", "two"]
+
+
+def test_errors_are_told_from_the_rest() -> None:
+    log = io.StringIO()
+    JsonLines(log).write("captioner: error: no such file\ncaptioner: planned 3 pictures\n")
+
+    entries = [json.loads(line) for line in log.getvalue().splitlines()]
+    assert [(entry["level"], entry["message"]) for entry in entries] == [
+        ("error", "no such file"),
+        ("info", "planned 3 pictures"),
+    ]
