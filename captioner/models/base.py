@@ -16,7 +16,9 @@ from transformers import GenerationConfig, LogitsProcessorList
 
 from captioner.data import Captions, Pixels, object_array
 from captioner.errors import ModelError
+from captioner.models import own_batches
 from captioner.models.opening import open_model, open_tokenizer, quiet
+from captioner.models.own_batches import OwnBatch
 from captioner.models.processors import open_image_processor
 from captioner.models.ref import ModelRef
 from captioner.models.scores import ScoreRecorder, token_counts
@@ -74,15 +76,16 @@ class TransformersCaptioner:
         raise NotImplementedError
 
     def open_own_processor(self) -> Any:
-        """What `prepare` makes pictures of own sizes with."""
+        """What `process` makes pictures of own sizes with."""
         return open_image_processor(self.ref.path)
+
+    def process(self, pictures: Pixels) -> Any:
+        """What the model's own processor makes of pictures of own sizes, on the CPU."""
+        return self.processor([Image.fromarray(picture) for picture in pictures], return_tensors="pt").pixel_values
 
     def prepare(self, values: Any) -> Any:
         """What `search` and `generate` take: of most families normalised pixels [N, 3, H, W] on the device."""
-        if self.processor is None:
-            return self.normalise(values)
-        pictures = [Image.fromarray(picture) for picture in values]
-        return self.processor(pictures, return_tensors="pt").pixel_values.to(self.device, self.dtype)
+        return self.normalise(values) if self.processor is None else values.result().to(self.device, self.dtype)
 
     def generate(self, prepared: Any, /, **options: Any) -> Any:
         """Call the model's `generate`."""
@@ -130,8 +133,7 @@ class TransformersCaptioner:
         Where the device's memory is not enough, the batch is halved and tried again, and stays at what fits.
         """
         parts: list[Captions] = []
-        own = self.processor is not None
-        for values in _pieces(pixels, self.batch_size) if own else self.uploads.batches(pixels, self.batch_size):
+        for values in self._batches(pixels):
             parts += self._as_fits(values)
         return Captions(
             [text for part in parts for text in part.texts],
@@ -139,6 +141,11 @@ class TransformersCaptioner:
             [mean for part in parts for mean in part.logprob_mean],
             [done for part in parts for done in part.finished],
         )
+
+    def _batches(self, pixels: Pixels) -> Iterator[Any]:
+        if self.processor is None:
+            return self.uploads.batches(pixels, self.batch_size)
+        return own_batches.batches(pixels, self.batch_size, self.process)
 
     def _as_fits(self, values: Any) -> list[Captions]:
         """`caption_batch`, in as many pieces as the device's memory asks for."""
@@ -162,7 +169,8 @@ class TransformersCaptioner:
             min(side, _USUAL_SIDE if own else side) for side in (self.ref.spec.height, self.ref.spec.width)
         )
         noise = np.random.default_rng(0).integers(0, 256, (size, height, width, 3), dtype=np.uint8)
-        self.caption_batch(object_array(list(noise)) if own else torch.from_numpy(noise).to(self.device))
+        batch = OwnBatch(object_array(list(noise)), self.process) if own else torch.from_numpy(noise).to(self.device)
+        self.caption_batch(batch)
 
     @property
     def device_name(self) -> str:
@@ -179,7 +187,7 @@ class TransformersCaptioner:
 
     @torch.inference_mode()
     def caption_batch(self, values: Any) -> Captions:
-        """Caption uint8 pixels [N, height, width, 3] on the device, or pictures of own sizes, in one piece. Raises
+        """Caption uint8 pixels [N, height, width, 3] on the device, or an OwnBatch, in one piece. Raises
         torch.OutOfMemoryError."""
         with quiet():
             tokens, logprobs = self.search(self.prepare(values))

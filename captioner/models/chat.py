@@ -17,6 +17,7 @@ from captioner.data import Pixels
 from captioner.errors import ModelError
 from captioner.models.base import TransformersCaptioner
 from captioner.models.opening import UNREADABLE
+from captioner.models.own_batches import OwnBatch
 from captioner.models.processors import open_processor
 from captioner.models.ref import ModelRef
 
@@ -27,6 +28,7 @@ _PROCESSORS: dict[str, type[ProcessorMixin]] = {
     "qwen2_vl": Qwen2VLProcessor,
     "qwen2_5_vl": Qwen2_5_VLProcessor,
 }
+_TILED = ("idefics3", "smolvlm")
 
 
 class ChatCaptioner(TransformersCaptioner):
@@ -38,6 +40,10 @@ class ChatCaptioner(TransformersCaptioner):
         begins = self.tokenizer.bos_token is not None and self.question.startswith(self.tokenizer.bos_token)
         # A template that writes the start token itself must not get a second one (as transformers has it).
         self._special_tokens = {"add_special_tokens": False} if begins else {}
+        # Of a picture's many tiles normalising takes most of the processor's time: it is left to the device.
+        images = self.processor.image_processor
+        tiled = bool(ref.family in _TILED and images.do_pad and images.do_rescale and images.do_normalize)
+        self._unnormalised = {"do_rescale": False, "do_normalize": False} if tiled else {}
 
     def open_own_processor(self) -> Any:
         return open_processor(self.ref.path, _PROCESSORS[self.ref.family])
@@ -45,19 +51,31 @@ class ChatCaptioner(TransformersCaptioner):
     def start_ids(self) -> list[int]:
         return []
 
-    def prepare(self, values: Pixels) -> dict[str, torch.Tensor]:
-        """The processor's output for the pictures and the question, on the device."""
+    def process(self, pictures: Pixels) -> dict[str, torch.Tensor]:
+        """The processor's output for the pictures and the question, but for what `_unnormalised` leaves undone."""
         made = self.processor(
-            text=[self.question] * len(values),
-            images=[[Image.fromarray(picture)] for picture in values],
+            text=[self.question] * len(pictures),
+            images=[[Image.fromarray(picture)] for picture in pictures],
             padding=True,
             return_tensors="pt",
             **self._special_tokens,
+            **self._unnormalised,
         )
-        return {
-            name: value.to(self.device, self.dtype if value.is_floating_point() else None)
-            for name, value in made.items()
-        }
+        return dict(made)
+
+    def prepare(self, values: OwnBatch) -> dict[str, torch.Tensor]:
+        made = {name: value.to(self.device, non_blocking=True) for name, value in values.result().items()}
+        if self._unnormalised:
+            made["pixel_values"] = self._normalised(made["pixel_values"], made["pixel_attention_mask"])
+        return {name: value.to(self.dtype) if value.is_floating_point() else value for name, value in made.items()}
+
+    def _normalised(self, tiles: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """uint8 [N, tiles, 3, H, W] as the image processor would have normalised them, float32; 0 outside of `mask`
+        [N, tiles, H, W], by which the model knows padding."""
+        images = self.processor.image_processor
+        mean, std = (torch.tensor(of, device=self.device).view(3, 1, 1) for of in (images.image_mean, images.image_std))
+        values = (tiles.float() * images.rescale_factor - mean) / std
+        return values * mask[:, :, None]
 
     def search(self, prepared: dict[str, torch.Tensor], /) -> tuple[torch.Tensor, torch.Tensor]:
         return self.search_from(prepared["input_ids"].shape[1], prepared)

@@ -66,7 +66,7 @@ def test_a_missing_and_an_extra_tensor_of_any_family_are_named(family, tmp_path)
 
     change_tensors(model, change)
 
-    with pytest.raises(ModelError, match="1 missing: .*; 1 unexpected: extra.weight") as raised:
+    with pytest.raises(ModelError, match=r"1 missing: .*; 1 unexpected: extra\.weight") as raised:
         check(resolved(model))
 
     assert lost[0].rpartition(".")[0].rpartition(".")[2] in str(raised.value)

@@ -212,7 +212,7 @@ def test_a_template_that_writes_the_start_token_gets_no_second_one(tmp_path) -> 
     template.write_text("<s>" + template.read_text())
     captioner = load(resolve(ModelConfig(name=str(tmp_path))), device="cpu")
 
-    ids = captioner.prepare([np.zeros((16, 16, 3), np.uint8)])["input_ids"][0].tolist()
+    ids = captioner.process([np.zeros((16, 16, 3), np.uint8)])["input_ids"][0].tolist()
 
     assert ids.count(START) == 1
 
