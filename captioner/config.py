@@ -51,7 +51,10 @@ class SourceConfig(Settings):
     reference_column: str | None = Field(None, description="Column with known captions (text or list of text).")
     keep_columns: CommaList = Field([], description="Source columns to carry into the table, comma-separated.")
     limit: int | None = Field(None, ge=1, description="Plan only the first N pictures.")
-    max_pixels: int = Field(300_000_000, ge=1, description="Larger pictures fail as too_many_pixels, unopened.")
+    pages: Literal["first", "all"] = Field("first", description="Of a TIFF: its first page, or each page a picture.")
+    max_pixels: int = Field(
+        300_000_000, ge=1, description="Pictures that are larger even when read reduced fail as too_many_pixels."
+    )
     decode_timeout: float = Field(60.0, gt=0, description="Seconds; a picture that takes longer fails as timeout.")
 
 
@@ -101,6 +104,11 @@ class OutputConfig(Settings):
     overwrite: bool = Field(False, description="Discard what OUT holds and start again.")
     retry_failed: bool = Field(False, description="Caption the failed pictures again; new rows supersede old ones.")
     extend: bool = Field(False, description="Add the pictures that are new in the source.")
+    only: str | None = Field(
+        None,
+        description="Caption weak rows again, with another model too: flags, flag:NAME, logprob<10%, rejected, expert "
+        "or failed, joined by 'or'.",
+    )
     max_failed: float = Field(1.0, ge=0, le=1, description="Exit 2 when a larger share of the pictures failed.")
     no_dedupe: bool = Field(False, description="Caption every picture, byte-equal ones too.")
     rows_per_file: int = Field(50_000, ge=1, description="About how many rows each published file holds.")

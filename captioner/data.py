@@ -42,8 +42,17 @@ PLAN_SCHEMA = pa.schema(
         pa.field("size", pa.int64()),  # bytes from offset; null: the whole file
         pa.field("row", pa.int64()),  # row in a table; null: not from a table
         pa.field("reference_captions", pa.list_(pa.string())),  # null: none known
+        pa.field("page_at", pa.int64()),  # byte of a TIFF page's directory; null: the whole file
     ]
 )
+PAGE = "#page="  # between the name of a TIFF and the number of its page, from 1, in an image_id
+
+
+def names_of(image_id: str) -> tuple[str, ...]:
+    """What a glob may match: the id, and of a page the id without its number."""
+    file, mark, page = image_id.rpartition(PAGE)
+    return (image_id, file) if mark and page.isdecimal() else (image_id,)
+
 
 CAPTIONS_SCHEMA = pa.schema(
     [
@@ -248,7 +257,8 @@ class Source(Protocol):
         ...
 
     def list_unit(self, unit: str) -> Iterator[Listing]:
-        """The pictures of one piece, in batches of a few thousand. Never opens a picture."""
+        """The pictures of one piece, in batches of a few thousand. Never opens a picture; with --pages all it reads
+        the directories of TIFFs, to count their pages."""
         ...
 
     def read(self, rows: pa.Table) -> list[RawImage]:

@@ -128,6 +128,7 @@ def make_record(job: Job, state: str, tally: Tally, counts: TableCounts | None =
         "engine": tally.engine,
         "model": None if model is None else {**asdict(model), "fingerprint": model.fingerprint},
         "fingerprint": job.table.info["fingerprint"],
+        "models": job.table.info.get("models", {}),
         "settings": _without_keys(job.config),
         "notes": job.notes,
         "versions": versions(),

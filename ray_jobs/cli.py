@@ -231,6 +231,20 @@ def review(
 
 
 @app.command()
+def feedback(
+    out: Out,
+    pairs: Annotated[str, typer.Argument(metavar="PAIRS", help="A new directory; `captioner train` takes it.")],
+) -> int:
+    """Turn approved and edited texts into training pairs.
+
+    Other decisions are left out and counted. Checks of a model trained on the pairs leave their pictures out.
+    """
+    from captioner.alttext.feedback import run
+
+    return run(out, pairs)
+
+
+@app.command()
 def models() -> int:
     """List the families of models and known checkpoints."""
     from captioner.models.catalogue import table

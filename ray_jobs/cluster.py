@@ -57,6 +57,9 @@ def connect(config: ClusterConfig) -> Resources:
         # Read when ray is imported. The log level hides a warning about actor arguments at every start.
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ and "ray" not in sys.modules:
+        # Under `uv run` Ray would upload the current folder and run workers in the copy; a job has a folder of its own.
+        os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     import ray
 
     if not ray.is_initialized():

@@ -10,8 +10,11 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +50,9 @@ class RayTrainEngine:
     def num_workers(self) -> int:
         return self._sizes().num_workers
 
+    def has_gpus(self) -> bool:
+        return self._sizes().gpus_per_worker > 0
+
     def map_tables(self, function: Callable[[pa.Table], pa.Table], tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
         import ray.exceptions
 
@@ -66,7 +72,7 @@ class RayTrainEngine:
         schedule = opened.schedule
         trainer = self._trainer(opened, board)
         try:
-            with TrainProgress(schedule.max_steps, look, schedule.global_batch_size):
+            with TrainProgress(schedule.max_steps, look, schedule.global_batch_size), _own_sigint():
                 result = trainer.fit()
         except ray.train.TrainingFailedError as error:
             raise _cause_of(error) from error
@@ -182,6 +188,19 @@ class RayWorker:
 
     def tell(self, progress: dict[str, Any]) -> None:
         self._board.tell.remote(progress)
+
+
+@contextmanager
+def _own_sigint() -> Iterator[None]:
+    """Ray Train replaces the handler of Ctrl-C by one that stops the workers and ends the process with code 0."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, before)
 
 
 def _board() -> Any:

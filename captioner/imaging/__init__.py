@@ -2,6 +2,7 @@
 
     formats.py   bytes -> a Pillow file, told by content
     opening.py   bytes -> an upright RGB picture
+    reducing.py  reading it smaller where its format allows
     colour.py    any Pillow mode -> RGB over white
     sizes.py     the size of a picture -> the size its model wants
     fitting.py   upright picture -> uint8 pixels of that size

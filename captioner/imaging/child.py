@@ -14,6 +14,7 @@ import struct
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import fields
 from functools import partial
 from typing import Any
@@ -88,7 +89,8 @@ def main(argv: list[str]) -> None:
         decode_one = poisoned(decode_one, caller)
     slots = Slots(settings["max_bytes"], settings["slots"])
     work = partial(serve, decode_one=decode_one, slots=slots, timeout=settings["timeout"])
-    fork_workers(socket.socket(fileno=int(argv[0])), work)
+    with suppress(ConnectionError):  # the caller was killed
+        fork_workers(socket.socket(fileno=int(argv[0])), work)
 
 
 def _decoder_of(settings: dict[str, Any]) -> Callable[[bytes], DecodedImage]:

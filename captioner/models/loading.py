@@ -50,7 +50,7 @@ def load(
     used.
     """
     if ref.family == "fake":
-        return FakeCaptioner()
+        return FakeCaptioner(prompt=ref.prompt)
     ref = on_this_machine(ref)
     # Threads that wait for each other must not spin: where other work shares the CPUs, decoding for one, spinning
     # made captioning up to a hundred times slower. Read when torch is imported, so the first model sets it.

@@ -73,7 +73,9 @@ class Survey:
     def _add_captions(self, fine: pa.Table) -> None:
         if not fine.num_rows:
             return
-        grouped = fine.group_by("caption").aggregate([("sha256", "count_distinct"), ("caption", "count")])
+        grouped = fine.group_by("caption", use_threads=False).aggregate(
+            [("sha256", "count_distinct"), ("caption", "count")]
+        )
         texts = grouped["caption"].to_pylist()
         self.captions.add(dict(zip(texts, grouped["sha256_count_distinct"].to_pylist(), strict=True)))
         words: Counter[str] = Counter()

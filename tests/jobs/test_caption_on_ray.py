@@ -8,13 +8,14 @@ import pytest
 
 from captioner import pipeline
 from captioner.config import CaptionConfig, ClusterConfig
-from captioner.errors import ClusterError, SourceError
-from captioner.job import open_job
+from captioner.errors import ClusterError, ModelError, SourceError
+from captioner.imaging import guarded
+from captioner.job import ROWS_PER_CHUNK, open_job
 from captioner.store.read import read_parts
 from captioner.store.table import open_table
 from captioner.store.verify import verify
 from captioner.testing import make_folder, make_tiny_model
-from ray_jobs.caption import RayEngine, _configure_ray_data, make_dataset, run
+from ray_jobs.caption import RayEngine, _configure_ray_data, make_dataset, no_progress_timeout, run
 from ray_jobs.cluster import Resources, share_out
 
 pytestmark = pytest.mark.usefixtures("ray_instance")
@@ -107,6 +108,32 @@ def test_a_fault_of_the_source_stops_the_run_and_resumes(tmp_path: Path) -> None
 
     assert run(settings(archive, out)) == 0
     assert verify(open_table(str(out))).proven
+
+
+def test_a_worker_that_cannot_load_the_model_stops_the_run_with_one_line(tmp_path: Path, archive: Path) -> None:
+    """Its files are there when the run starts and gone when a worker looks for them, as on a node without that disk."""
+    model, out = make_tiny_model("git", tmp_path / "model"), tmp_path / "out"
+    config = settings(archive, out, model)
+    engine = RayEngine(config)
+    job = open_job(config, engine, lambda line: None)
+    job.finish_model_check()
+    (plan,) = job.table.open_plans()
+    model.rename(tmp_path / "gone")
+
+    with pytest.raises(ModelError) as fault:
+        list(engine.caption_chunks(job.work, job.missing_chunks(plan)))
+    assert str(model) in str(fault.value)
+    assert len(str(fault.value).splitlines()) == 1
+    (tmp_path / "gone").rename(model)
+
+    assert run(config) == 0
+    assert verify(open_table(str(out))).proven
+
+
+def test_a_chunk_of_pictures_that_hang_is_no_stall() -> None:
+    for timeout in (1.0, 60.0, 600.0):
+        most = guarded.HANGS_AT_FULL_TIME * timeout + ROWS_PER_CHUNK * min(timeout, guarded.SHORT_TIMEOUT_S)
+        assert no_progress_timeout(timeout) > most
 
 
 @pytest.mark.parametrize(
