@@ -238,5 +238,22 @@ def test_a_picture_the_processor_refuses_fails_alone(model) -> None:
     assert "aspect ratio" in str(results[3])
 
 
+def test_what_does_not_fit_the_memory_is_halved_and_no_picture_lost(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    captioner = load(resolve(ModelConfig(name=str(model("smolvlm")), max_new_tokens=LIMIT)), device="cpu", batch_size=9)
+    decoded = decode_images(as_files(pictures()), captioner.ref.spec, max_pixels=10**6)
+    expected = captioner.caption(decoded.pixels)
+    search = captioner.search
+
+    def with_little_memory(prepared):
+        if len(prepared["input_ids"]) > 3:
+            raise torch.OutOfMemoryError("no memory")
+        return search(prepared)
+
+    monkeypatch.setattr(captioner, "search", with_little_memory)
+
+    assert captioner.caption(decoded.pixels).texts == expected.texts
+    assert captioner.batch_size == 2
+
+
 def test_every_family_has_a_way_to_be_asked() -> None:
     assert all((family.default_prompt is None) == (family.prompt in ("none", "start")) for family in BY_NAME.values())
