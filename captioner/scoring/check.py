@@ -9,8 +9,11 @@ Two passes over a few columns of the table; memory does not grow with its length
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+
+import pyarrow as pa
 
 from captioner.scoring.choose import Chooser, Question
 from captioner.scoring.draw import Draw
@@ -22,6 +25,7 @@ from captioner.store.table import CaptionsTable
 
 CHECK_FILE = "checks/check.json"
 _OWN_REFERENCES = "the source's own"
+_PIECE_ROWS = 2_000
 
 
 @dataclass
@@ -41,6 +45,7 @@ class Check:
     sample: int | str
     seed: int
     comparison: dict[str, Any] | None = None
+    changes: dict[str, Any] | None = None  # by the latest recaptioning
 
     def summary(self) -> dict[str, Any]:
         """The figures that run.json holds."""
@@ -65,6 +70,7 @@ class Check:
             "survey": self.survey.to_json(),
             "shown": self.shown,
             "comparison": self.comparison,
+            "changes": self.changes,
         }
 
 
@@ -78,16 +84,22 @@ def check_table(table: CaptionsTable, question: Question) -> Check:
     every = _every(table, question)
     for rows in read_parts(table, chooser.columns(COLUMNS), every):
         survey.add(rows)
-        for row in chooser.eligible(rows):
-            drawn.offer(row.place, row.image_id, None)
+        for piece in _pieces(rows):
+            for row in chooser.eligible(piece):
+                drawn.offer(row.place, row.image_id, None)
     chooser.settle(drawn)
     table.directory.delete_folder("checks")  # what an older check left is no part of this one
     judge = Judge(question, survey)
     columns = chooser.columns([*COLUMNS, "flags", "chunk_id", "chunk_row"])
     for part, rows in enumerate(read_parts(table, columns, every)):
-        checked = judge.rows(rows, chooser.drawn(rows))
-        table.directory.write_table(f"checks/part-{part:05d}.parquet", checked)
+        checked = [judge.rows(piece, chooser.drawn(piece)) for piece in _pieces(rows)]
+        table.directory.write_table(f"checks/part-{part:05d}.parquet", pa.concat_tables(checked))
     return _finish(question, survey, chooser, judge)
+
+
+def _pieces(rows: pa.Table) -> Iterator[pa.Table]:
+    """A part in pieces: as Python's objects its rows take many times their memory. An empty part is one piece."""
+    return (rows.slice(first, _PIECE_ROWS) for first in range(0, max(rows.num_rows, 1), _PIECE_ROWS))
 
 
 def _every(table: CaptionsTable, question: Question) -> int:

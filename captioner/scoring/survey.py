@@ -73,7 +73,9 @@ class Survey:
     def _add_captions(self, fine: pa.Table) -> None:
         if not fine.num_rows:
             return
-        grouped = fine.group_by("caption").aggregate([("sha256", "count_distinct"), ("caption", "count")])
+        grouped = fine.group_by("caption", use_threads=False).aggregate(
+            [("sha256", "count_distinct"), ("caption", "count")]
+        )
         texts = grouped["caption"].to_pylist()
         self.captions.add(dict(zip(texts, grouped["sha256_count_distinct"].to_pylist(), strict=True)))
         words: Counter[str] = Counter()
@@ -135,6 +137,7 @@ class Survey:
             "top_captions": self.captions.most_common(10),
             "repeated_captions": list(self.repeated.items())[:20],
             "distinct_words": len(self.words),
+            "distinct_words_is_estimate": bool(self.words.error),
             "num_words": self.num_words,
             "top_words": self.words.most_common(30),
             "word_lengths": {str(n): int(count) for n, count in enumerate(self.word_lengths) if count},

@@ -143,7 +143,7 @@ class Directory:
     @retried
     def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
         with self.open_parquet(name) as file:
-            return file.read(columns)
+            return file.read(columns, use_threads=False)
 
     def write_table(self, name: str, table: pa.Table, row_group_size: int | None = None) -> pa.Buffer:
         """Write `table` as one Parquet file, atomically; returns the bytes written."""

@@ -8,13 +8,14 @@ import pytest
 
 from captioner import pipeline
 from captioner.config import CaptionConfig, ClusterConfig
-from captioner.errors import ClusterError, SourceError
-from captioner.job import open_job
+from captioner.errors import ClusterError, ModelError, SourceError
+from captioner.imaging import guarded
+from captioner.job import ROWS_PER_CHUNK, open_job
 from captioner.store.read import read_parts
 from captioner.store.table import open_table
 from captioner.store.verify import verify
 from captioner.testing import make_folder, make_tiny_model
-from ray_jobs.caption import RayEngine, _configure_ray_data, make_dataset, run
+from ray_jobs.caption import RayEngine, _configure_ray_data, make_dataset, no_progress_timeout, run
 from ray_jobs.cluster import Resources, share_out
 
 pytestmark = pytest.mark.usefixtures("ray_instance")
@@ -76,7 +77,7 @@ def test_decoding_captioning_and_commits_stay_separate_operators(tmp_path: Path,
     assert job.work is not None
     (plan,) = job.table.open_plans()
     chunks = job.missing_chunks(plan)
-    _configure_ray_data(job.work)
+    _configure_ray_data(job.work, most_rows=512)
     sizes = share_out(Resources(num_cpus=2, num_gpus=0, num_nodes=1), config.cluster)
 
     dataset = make_dataset(job.work, chunks, sizes, "auto").materialize()
@@ -109,6 +110,32 @@ def test_a_fault_of_the_source_stops_the_run_and_resumes(tmp_path: Path) -> None
     assert verify(open_table(str(out))).proven
 
 
+def test_a_worker_that_cannot_load_the_model_stops_the_run_with_one_line(tmp_path: Path, archive: Path) -> None:
+    """Its files are there when the run starts and gone when a worker looks for them, as on a node without that disk."""
+    model, out = make_tiny_model("git", tmp_path / "model"), tmp_path / "out"
+    config = settings(archive, out, model)
+    engine = RayEngine(config)
+    job = open_job(config, engine, lambda line: None)
+    job.finish_model_check()
+    (plan,) = job.table.open_plans()
+    model.rename(tmp_path / "gone")
+
+    with pytest.raises(ModelError) as fault:
+        list(engine.caption_chunks(job.work, job.missing_chunks(plan)))
+    assert str(model) in str(fault.value)
+    assert len(str(fault.value).splitlines()) == 1
+    (tmp_path / "gone").rename(model)
+
+    assert run(config) == 0
+    assert verify(open_table(str(out))).proven
+
+
+def test_a_chunk_of_pictures_that_hang_is_no_stall() -> None:
+    for timeout in (1.0, 60.0, 600.0):
+        most = guarded.HANGS_AT_FULL_TIME * timeout + ROWS_PER_CHUNK * min(timeout, guarded.SHORT_TIMEOUT_S)
+        assert no_progress_timeout(timeout) > most
+
+
 @pytest.mark.parametrize(
     ("resources", "cluster", "expected"),
     [
@@ -125,6 +152,22 @@ def test_every_share_leaves_room_to_decode(resources: Resources, cluster: dict, 
 
     assert (sizes.num_workers, sizes.cpus_per_worker, sizes.gpus_per_worker, sizes.decode_cpus) == expected
     assert sizes.num_workers * sizes.cpus_per_worker + sizes.decode_cpus <= resources.num_cpus
+
+
+@pytest.mark.parametrize(
+    ("resources", "cluster", "expected"),
+    [
+        (Resources(2, 0, 1), {}, (1, 1.0, 1)),
+        (Resources(4, 0, 1), {}, (2, 1.0, 2)),
+        (Resources(4, 0, 1), {"num_workers": 1}, (1, 1.0, 3)),
+        (Resources(8, 0, 2, 4), {}, (4, 1.0, 4)),
+        (Resources(16, 4, 1), {}, (4, 1.0, 12)),
+    ],
+)
+def test_a_small_model_captions_on_one_cpu_and_as_many_prepare(resources: Resources, cluster: dict, expected) -> None:
+    sizes = share_out(resources, ClusterConfig(**cluster), one_thread=True)
+
+    assert (sizes.num_workers, sizes.cpus_per_worker, sizes.decode_cpus) == expected
 
 
 @pytest.mark.parametrize(

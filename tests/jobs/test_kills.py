@@ -1,16 +1,20 @@
 """The whole job killed with SIGKILL, resumed, and proven: no picture lost, none doubled."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from captioner import pipeline
 from captioner.config import CaptionConfig
 from captioner.store.read import read_parts
 from captioner.store.table import open_table
@@ -45,12 +49,12 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, archive: Path) -> list
     return rows(out)
 
 
-def settings(archive: Path, out: Path) -> CaptionConfig:
+def settings(archive: Path, out: Path, **output) -> CaptionConfig:
     return CaptionConfig.model_validate(
         {
             "source": {"path": str(archive)},
             "model": {"name": "fake"},
-            "output": {"path": str(out), "rows_per_file": 100},
+            "output": {"path": str(out), "rows_per_file": 100, **output},
         }
     )
 
@@ -60,9 +64,9 @@ def rows(out: Path) -> list[tuple]:
     return [(row["image_id"], row["status"], row["caption"], row["chunk_id"]) for row in table]
 
 
-def start_job(archive: Path, out: Path, *before: str) -> subprocess.Popen[bytes]:
+def start_job(archive: Path, out: Path, *before: str, more: Sequence[str] = ()) -> subprocess.Popen[bytes]:
     """The command line in a process of its own, with a Ray of its own."""
-    arguments = ["caption", str(archive), str(out), "--model", "fake", "--rows-per-file", "100"]
+    arguments = ["caption", str(archive), str(out), "--model", "fake", "--rows-per-file", "100", *more]
     command = [sys.executable, *before, *arguments] if before else [sys.executable, "-m", "ray_jobs.cli", *arguments]
     return subprocess.Popen(
         command,
@@ -132,6 +136,38 @@ def test_the_driver_killed_during_publish(tmp_path: Path, archive: Path, undistu
     published = len(list(out.glob("captions/*.parquet")))
 
     assert 0 < published < 7
+    assert_resumes(archive, out, undisturbed)
+
+
+def test_the_driver_killed_while_it_publishes_a_retry(tmp_path: Path, archive: Path) -> None:
+    """The failed picture is mended meanwhile: its older row must end in history/, its new one in the table, once."""
+    out, ours = tmp_path / "out", tmp_path / "archive"
+    shutil.copytree(archive, ours)
+    assert pipeline.run(settings(ours, out)) == 0
+    (ours / "broken.png").write_bytes((ours / "000000.png").read_bytes())
+    # Its writes before publishing: plan part, plan, two records, a chunk by a worker; then history, part, published.
+    job = start_job(ours, out, "-c", KILLED_AT_WRITE, "7", more=["--retry-failed"])
+    assert job.wait() == -signal.SIGKILL
+    assert list(out.glob("history/*/*.parquet"))
+    assert not open_table(str(out)).is_published(1)
+
+    assert run(settings(ours, out, retry_failed=True)) == 0
+    found = verify(open_table(str(out)))
+    assert (found.lost, found.doubled, found.problems, found.proven) == (0, 0, [], True)
+    assert [row[1] for row in rows(out)] == ["ok"] * (PICTURES + 1)
+    assert sum(pq.read_table(file).num_rows for file in out.glob("history/*/*.parquet")) == 1
+
+
+@pytest.mark.parametrize("write", [3, 14])
+def test_the_driver_killed_while_it_overwrites(
+    tmp_path: Path, archive: Path, undisturbed: list[tuple], write: int
+) -> None:
+    """In the middle of deleting the old table, and while the new one is planned: no row of the old one is left."""
+    out, small = tmp_path / "out", make_folder(tmp_path / "small", 20, seed=1)
+    assert pipeline.run(settings(small, out)) == 0
+    job = start_job(archive, out, "-c", KILLED_AT_WRITE, str(write), more=["--overwrite"])
+    assert job.wait() == -signal.SIGKILL
+
     assert_resumes(archive, out, undisturbed)
 
 
