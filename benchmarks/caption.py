@@ -1,13 +1,15 @@
 """The whole job beside its peers: the same pictures, model, search and threads, in turn in one run.
 
-    python -m benchmarks.caption --model DIR --images DIR [--num-beams N] [--peers DIR] [--sizes 64,192] [--rounds 2]
+    python -m benchmarks.caption --model DIR --images DIR [--num-beams N] [--peers DIR] [--sizes 64,192]
+        [--peer-sizes 64,192] [--rounds 2]
 
 Ours is the `captioner caption` command with --no-dedupe; the peers are the scripts of --peers, which load the model
 and take no chunks, no resume and no checks. Each is a process of its own and runs at two sizes, so that what it takes
-to start drops out: steady state = (n2 - n1) / (t2 - t1), t the wall time of the process. Pictures are the JPEGs of
---images, copied under other names as often as needed. torch has --threads threads in each: peers by OMP_NUM_THREADS,
-which Ray passes on, ours by leaving the other CPUs to decoding. The last line is one JSON object, medians of the
-rounds; `of_engine` is our rate over that of the captioning calls alone.
+to start drops out: steady state = (n2 - n1) / (t2 - t1), t the wall time of the process. A slow peer may be given
+smaller sizes. Pictures are the JPEGs of --images, copied under other names as often as needed. torch has --threads
+threads in each peer, by OMP_NUM_THREADS, which Ray passes on; the default is what ours takes for a large model, which
+leaves the other CPUs to decoding. The last line is one JSON object, medians of the rounds; `of_engine` is our rate over
+that of the captioning calls alone.
 """
 
 from __future__ import annotations
@@ -41,20 +43,25 @@ class Run:
 
 def main() -> None:
     options = _options()
-    sizes = [int(size) for size in options.sizes.split(",")]
     with tempfile.TemporaryDirectory() as scratch:
-        folders = [_link_pictures(Path(options.images), Path(scratch) / f"pictures{size}", size) for size in sizes]
+        images, out = Path(options.images), Path(scratch) / "out"
         names = ["ours", *(options.against.split(",") if options.peers else ())]
         runs: dict[str, list[list[Run]]] = {name: [] for name in names}
         for number in range(options.rounds):
             for name in names:
-                pair = [_run(name, folder, Path(scratch) / "out", options) for folder in folders]
+                folders = [_link_pictures(images, Path(scratch), size) for size in _sizes(name, options)]
+                pair = [_run(name, folder, out, options) for folder in folders]
                 runs[name].append(pair)
                 print(f"round {number}: {name:<10}", [round(run.seconds, 2) for run in pair], flush=True)
-    rates = {name: statistics.median(_rate(pair, sizes) for pair in pairs) for name, pairs in runs.items()}
+    rates = {name: statistics.median(map(_rate, pairs)) for name, pairs in runs.items()}
     for name, rate in rates.items():
         print(f"{name:<10}{rate:>10.2f} images/s{rates['ours'] / rate:>8.2f} x")
     print(json.dumps(_result(runs, rates)))
+
+
+def _sizes(name: str, options: argparse.Namespace) -> list[int]:
+    sizes = options.sizes if name == "ours" else options.peer_sizes or options.sizes
+    return [int(size) for size in sizes.split(",")]
 
 
 def _options() -> argparse.Namespace:
@@ -67,19 +74,22 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--sizes", default="64,192")
+    parser.add_argument("--peer-sizes", help="of the peers' runs; default as --sizes")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=max(1, CPUS - 1))
+    parser.add_argument("--threads", type=int, default=CPUS - max(1, CPUS // 4))
     options = parser.parse_args()
     options.model = str(Path(options.model).resolve())  # Ray's workers run in a directory of their own
     return options
 
 
-def _link_pictures(images: Path, folder: Path, count: int) -> Path:
-    """A folder of `count` JPEGs: the archive's own, over and over."""
-    found = sorted(images.rglob("*.jpg"))
-    folder.mkdir()
-    for number in range(count):
-        shutil.copyfile(found[number % len(found)], folder / f"{number:06d}.jpg")
+def _link_pictures(images: Path, scratch: Path, count: int) -> Path:
+    """A folder of `count` JPEGs: the archive's own, over and over. Made once."""
+    folder = scratch / f"pictures{count}"
+    if not folder.exists():
+        folder.mkdir()
+        found = sorted(images.rglob("*.jpg"))
+        for number in range(count):
+            shutil.copyfile(found[number % len(found)], folder / f"{number:06d}.jpg")
     return folder
 
 
@@ -107,18 +117,9 @@ def _command(name: str, folder: Path, out: Path, options: argparse.Namespace) ->
     search = ["--num-beams", str(options.num_beams), "--max-new-tokens", str(options.max_new_tokens)]
     search += ["--batch-size", str(options.batch_size)]
     if name == "ours":
-        own = ["--no-dedupe", "--sample", "0", "--decode-cpus", str(max(1, CPUS - options.threads))]
-        return [
-            sys.executable,
-            "-m",
-            "ray_jobs.caption",
-            str(folder),
-            str(out),
-            "--model",
-            options.model,
-            *search,
-            *own,
-        ]
+        own = ["--no-dedupe", "--sample", "0"]
+        job = [sys.executable, "-m", "ray_jobs.caption", str(folder), str(out), "--model", options.model]
+        return [*job, *search, *own]
     script = str(Path(options.peers) / f"{name}.py")
     if name == "seed_loop":  # one picture at a time, whatever the batch
         search[-1] = "1"
@@ -141,21 +142,25 @@ def _captions(name: str, out: Path) -> dict[str, str]:
     return {Path(row.get("path") or row["image_id"]).name: row["caption"].strip() for row in rows}
 
 
-def _rate(pair: list[Run], sizes: list[int]) -> float:
-    return (sizes[1] - sizes[0]) / (pair[1].seconds - pair[0].seconds)
+def _rate(pair: list[Run]) -> float:
+    small, large = pair
+    return (len(large.captions) - len(small.captions)) / (large.seconds - small.seconds)
 
 
 def _result(runs: dict[str, list[list[Run]]], rates: dict[str, float]) -> dict[str, Any]:
     last = runs["ours"][-1][1]
     assert last.record is not None
-    seconds = last.record["seconds"]
+    seconds, workers = last.record["seconds"], last.record["slots"]["device"]
     others = [pairs[-1][1].captions for name, pairs in runs.items() if name != "ours"]
-    equal = [sum(last.captions[key] == text for key, text in other.items()) / len(last.captions) for other in others]
+    equal = [
+        statistics.fmean(last.captions[name] == text for name, text in other.items() if name in last.captions)
+        for other in others
+    ]
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     return {
         "ours": {
             "images_per_second": round(rates["ours"], 3),
-            "of_engine": round(rates["ours"] * seconds["generate"] / len(last.captions), 3),
+            "of_engine": round(rates["ours"] * seconds["generate"] / len(last.captions) / workers, 3),
             "startup_seconds": seconds["startup"],
             "peak_memory_gb": round(peak, 2),
             "shares": last.record["busy"],

@@ -29,6 +29,7 @@ def try_pictures(pictures: Sequence[str], model: ModelConfig) -> int:
     from captioner.imaging import decode_images
 
     ref = resolve(model, None if model.dtype == "auto" else model.dtype)
+    print(f"captioner: {printable(ref.told)}", file=sys.stderr)
     limits = SourceConfig()
     with GuardedDecoder(ref.spec, limits.max_pixels, limits.decode_timeout) as decoder:
         batch = decode_images([_read(name) for name in pictures], ref.spec, limits.max_pixels, decoder)
@@ -82,6 +83,10 @@ def status(out: str) -> int:
     lines += [(f"  {reason}", number) for reason, number in counts.failed_by_reason.items()]
     for name, number in [*lines, ("remaining", counts.remaining)]:
         print(f"{name:<22}{number:>14,}")
+    models = table.info.get("models", {})
+    for fingerprint, number in counts.by_fingerprint.items() if len(models) > 1 else ():
+        name = models.get(fingerprint, {}).get("name", fingerprint[:12])
+        print(f"{number:,} rows made by {printable(name)} (fingerprint {fingerprint[:12]})")
     if table.directory.exists("run.json"):
         record = table.directory.read_json("run.json")
         rate, when = record["images_per_second"], datetime.fromisoformat(record["written_at"])

@@ -51,7 +51,10 @@ class SourceConfig(Settings):
     reference_column: str | None = Field(None, description="Column with known captions (text or list of text).")
     keep_columns: CommaList = Field([], description="Source columns to carry into the table, comma-separated.")
     limit: int | None = Field(None, ge=1, description="Plan only the first N pictures.")
-    max_pixels: int = Field(300_000_000, ge=1, description="Larger pictures fail as too_many_pixels, unopened.")
+    pages: Literal["first", "all"] = Field("first", description="Of a TIFF: its first page, or each page a picture.")
+    max_pixels: int = Field(
+        300_000_000, ge=1, description="Pictures that are larger even when read reduced fail as too_many_pixels."
+    )
     decode_timeout: float = Field(60.0, gt=0, description="Seconds; a picture that takes longer fails as timeout.")
 
 
@@ -101,6 +104,11 @@ class OutputConfig(Settings):
     overwrite: bool = Field(False, description="Discard what OUT holds and start again.")
     retry_failed: bool = Field(False, description="Caption the failed pictures again; new rows supersede old ones.")
     extend: bool = Field(False, description="Add the pictures that are new in the source.")
+    only: str | None = Field(
+        None,
+        description="Caption weak rows again, with another model too: flags, flag:NAME, logprob<10%, rejected, expert "
+        "or failed, joined by 'or'.",
+    )
     max_failed: float = Field(1.0, ge=0, le=1, description="Exit 2 when a larger share of the pictures failed.")
     no_dedupe: bool = Field(False, description="Caption every picture, byte-equal ones too.")
     rows_per_file: int = Field(50_000, ge=1, description="About how many rows each published file holds.")
@@ -162,6 +170,41 @@ class MakeAltTextConfig(Settings):
     """`captioner alt-text`."""
 
     alt_text: AltTextConfig = AltTextConfig()
+
+
+class ExportConfig(Settings):
+    """Where texts go, in what form, and which of them."""
+
+    path: str = Field(
+        "", description="File or folder to write; not with --beside-originals.", json_schema_extra={"argument": "DEST"}
+    )
+    to: Literal["xmp", "html", "csv", "jsonl", "txt", "coco", "imagefolder", "webdataset", "parquet"] | None = Field(
+        None, description="The form of the export."
+    )
+    approved_only: bool = Field(
+        False, description="Only what a person has approved, edited or called decorative; so by default."
+    )
+    include_unreviewed: bool = Field(False, description="Also what nobody has reviewed, marked as automatic.")
+    automatic_mark: str = Field(
+        "(automatic description)", min_length=1, description="Put behind every text that nobody has reviewed."
+    )
+    update: bool = Field(False, description="Refresh an earlier export at DEST.")
+    dry_run: bool = Field(False, description="Say what would be exported and write nothing; html shows the diff.")
+    beside_originals: bool = Field(False, description="xmp, txt: write beside the pictures themselves.")
+    existing: Literal["skip", "overwrite", "append"] = Field(
+        "skip", description="txt: what to do where a .txt file is there."
+    )
+    columns: CommaList = Field([], description="csv: NAME=FIELD for each column, comma-separated.")
+    preset: Literal["wordpress", "wagtail"] | None = Field(None, description="csv: the columns of a publishing system.")
+    html_dir: str | None = Field(None, description="html: folder of the pages to fill; they are not changed.")
+    embed: bool = Field(False, description="xmp: into copies of the pictures, by ExifTool, instead of sidecars.")
+    allow_c2pa: bool = Field(False, description="--embed: also where it breaks a C2PA signature.")
+
+
+class ExportTextsConfig(Settings):
+    """`captioner export`."""
+
+    export: ExportConfig = ExportConfig()
 
 
 class TrainDataConfig(Settings):

@@ -15,23 +15,29 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
+from captioner.binding import bind, facts_of, rebind
 from captioner.config import CaptionConfig, SourceConfig
 from captioner.data import Chunk, Receipt, Source
-from captioner.errors import FingerprintError, OutputError, UsageError
+from captioner.errors import OutputError, UsageError
 from captioner.files import is_uri, local_path, shown
 from captioner.models import ModelRef, check_in_subprocess, resolve, weights_bytes
+from captioner.recaption import make_recaption_plan, parse_selector
 from captioner.scenes import describes_scene
 from captioner.sources import open_source
 from captioner.steps import Work
-from captioner.store.plan import compare_with_source, make_plan, make_retry_plan, read_planned
+from captioner.store.again import make_retry_plan
+from captioner.store.plan import compare_with_source, make_plan, read_planned
 from captioner.store.publish import remove_merged_chunks
 from captioner.store.table import CaptionsTable, Plan, create_table, open_table, table_exists
 
 ROWS_PER_CHUNK = 512
 CHUNK_PIXEL_BYTES = 80_000_000  # 512 pictures of 224 x 224; larger inputs make smaller chunks
+# Where pictures keep their own sizes, few are as large as they may be, and the device wants whole batches.
+OWN_SIZES_CHUNK_BYTES = 400_000_000
 # A chunk is what a kill can cost. A large model without a GPU captions a few pictures a second: its chunks are small.
 ROWS_PER_CHUNK_SLOW = 64
 LARGE_MODEL_BYTES = 50_000_000
+MODES = ("overwrite", "only", "retry_failed", "extend")  # of a start; some exclude each other
 # Above this many pictures a finished listing is not compared with the source at every start: it would take minutes.
 COMPARE_UP_TO = 1_000_000
 STARTER_NOTE = (
@@ -73,7 +79,7 @@ class Job:
     notes: list[str] = field(default_factory=list)
 
     def generations(self) -> Iterator[Plan]:
-        """Every plan with work left, oldest first; with --retry-failed a last one of what failed."""
+        """Every plan with work left, oldest first; then one of what --retry-failed or --only mean."""
         yield from self.table.open_plans()
         if self.config.output.retry_failed and not self.config.output.plan_only:
             retry = make_retry_plan(self.table)
@@ -82,6 +88,24 @@ class Job:
             else:
                 self.say(f"retrying {retry.num_rows:,} failed pictures")
                 yield retry
+        if self.config.output.only:
+            yield from self._weak(self.config.output.only)
+
+    def _weak(self, only: str) -> Iterator[Plan]:
+        """A generation of the rows that --only chooses; from then on the table is bound to this model."""
+        assert self.work is not None
+        model = self.work.model
+        size = _rows_per_chunk(model, self.config)
+        plan, chosen = make_recaption_plan(self.table, parse_selector(only), model.fingerprint, facts_of(model), size)
+        if chosen.settled:
+            self.say(f"{chosen.settled:,} more match --only, but a person settled their text")
+        if plan is None:
+            self.say("nothing to recaption: --only matches no caption that another model made")
+            return
+        self.say(f"recaptioning {plan.num_rows:,} pictures with {model.name}")
+        self.table = rebind(self.table)
+        self.work = replace(self.work, table=self.table)
+        yield plan
 
     def finish_model_check(self) -> None:
         """Wait for the check of the model's tensors that was started with the job. Raises ModelError."""
@@ -115,7 +139,7 @@ def open_job(config: CaptionConfig, engine: Engine, say: Say) -> Job:
     job = Job(config, table, source, say, _new_run_id(), model_check=check, started=started)
     _bring_plan_up_to_date(job, model)
     if model is not None:
-        job.table, model = _settle_fingerprint(job.table, config, model, engine)
+        job.table, model = bind(job.table, config, model, engine.device)
         job.work = Work(
             job.table,
             source,
@@ -126,6 +150,7 @@ def open_job(config: CaptionConfig, engine: Engine, say: Say) -> Job:
             read_concurrency=config.cluster.read_concurrency,
             dedupe=not config.output.no_dedupe,
         )
+        say(model.told)
         if model.name == "starter" and not _holds_scenes(job.table):
             job.notes.append(STARTER_NOTE)
             say(STARTER_NOTE)
@@ -137,9 +162,13 @@ def _check_settings(config: CaptionConfig) -> None:
         raise UsageError("no SOURCE given; name a folder, tar, Parquet file, dataset or manifest")
     if not config.output.path:
         raise UsageError("no OUT given; name the directory for the captions table")
-    wanted = [name for name in ("overwrite", "retry_failed", "extend") if getattr(config.output, name)]
-    if "overwrite" in wanted and len(wanted) > 1:
-        raise UsageError(f"--overwrite and --{wanted[1].replace('_', '-')} exclude each other; give one of them")
+    wanted = [f"--{name.replace('_', '-')}" for name in MODES if getattr(config.output, name)]
+    if len(wanted) > 1 and not {"--overwrite", "--only"}.isdisjoint(wanted):
+        raise UsageError(f"{wanted[0]} and {wanted[1]} exclude each other; give one of them")
+    if config.output.only is not None:
+        if config.output.plan_only:
+            raise UsageError("--only and --plan-only exclude each other; give one of them")
+        parse_selector(config.output.only)
 
 
 def _with_absolute_source(config: CaptionConfig) -> CaptionConfig:
@@ -154,8 +183,8 @@ def _with_absolute_source(config: CaptionConfig) -> CaptionConfig:
 def _existing_table(config: CaptionConfig) -> CaptionsTable | None:
     if table_exists(config.output.path) and not config.output.overwrite:
         return open_table(config.output.path)
-    if config.output.retry_failed or config.output.extend:
-        flag = "--retry-failed" if config.output.retry_failed else "--extend"
+    flag = next((f"--{name.replace('_', '-')}" for name in MODES[1:] if getattr(config.output, name)), None)
+    if flag:
         raise OutputError(f"{flag}: {shown(config.output.path)} holds no captions table yet; run without {flag} first")
     return None
 
@@ -206,39 +235,6 @@ def _tell_what_changed(job: Job, planned: int) -> None:
         job.say(job.notes[-1])
 
 
-def _settle_fingerprint(
-    table: CaptionsTable, config: CaptionConfig, model: ModelRef, engine: Engine
-) -> tuple[CaptionsTable, ModelRef]:
-    """The model in the dtype of the table, and the table bound to the model."""
-    recorded = table.info["model"]
-    dtype = config.model.dtype
-    if dtype == "auto":
-        dtype = recorded["dtype"] if recorded else ("bfloat16" if engine.device() == "cuda" else "float32")
-    model = replace(model, dtype=dtype)
-    if recorded is None:
-        facts = {"name": model.name, "sha256": model.sha256, "dtype": dtype, "num_beams": model.num_beams}
-        facts |= {"max_new_tokens": model.max_new_tokens, "prompt": model.prompt, "revision": model.revision}
-        facts["preprocess"] = model.preprocess
-        return table.update(fingerprint=model.fingerprint, model=facts), model
-    if table.info["fingerprint"] != model.fingerprint:
-        raise FingerprintError(
-            f"{table.directory.location} holds captions made with {_difference(recorded, model)}; "
-            "use the same, another OUT, or --overwrite"
-        )
-    return table, model
-
-
-def _difference(recorded: dict[str, Any], model: ModelRef) -> str:
-    """What of the recorded model differs, in words."""
-    names = {"sha256": "weights", "num_beams": "--num-beams", "max_new_tokens": "--max-new-tokens"}
-    differing = [
-        f"{names.get(key, '--' + key)} {str(value)[:12]} instead of {str(getattr(model, key))[:12]}"
-        for key, value in recorded.items()
-        if key not in ("name", "revision") and getattr(model, key) != value
-    ]
-    return ", ".join(differing) or f"another tokenizer, processor or generation config of {recorded['name']}"
-
-
 def _holds_scenes(table: CaptionsTable) -> bool:
     """Whether the first pictures are rendered scenes, by their references."""
     first = next(table.plans()[0].chunks())
@@ -251,7 +247,8 @@ def _rows_per_chunk(model: ModelRef | None, config: CaptionConfig) -> int:
         return ROWS_PER_CHUNK
     without_gpu = config.cluster.address is None and not Path("/dev/nvidia0").exists()
     slow = without_gpu and weights_bytes(model) > LARGE_MODEL_BYTES
-    fitting = CHUNK_PIXEL_BYTES // (model.spec.height * model.spec.width * 3)
+    limit = OWN_SIZES_CHUNK_BYTES if model.spec.own_sizes else CHUNK_PIXEL_BYTES
+    fitting = limit // model.spec.max_bytes
     return max(1, min(ROWS_PER_CHUNK_SLOW if slow else ROWS_PER_CHUNK, fitting))
 
 

@@ -9,6 +9,7 @@ from captioner.config import CheckConfig, SpotCheckConfig
 from captioner.data import Receipt
 from captioner.errors import StoppedEarlyError, UsageError
 from captioner.report import make_report
+from captioner.scoring.changes import find_changes
 from captioner.scoring.check import CHECK_FILE, Check, check_table
 from captioner.scoring.choose import Question, nothing_matches
 from captioner.scoring.compare import compare_tables
@@ -39,6 +40,7 @@ def check(
     found = check_table(table, question)
     if other is not None:
         found.comparison = compare_tables(table, other, question)
+    found.changes = find_changes(table, question)
     figures = found.to_json() | {
         "gates": {"max_wer": settings.max_wer, "min_lift": settings.min_lift},
         "failed_gates": failed_gates(found.scores, settings),

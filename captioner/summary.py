@@ -79,6 +79,6 @@ def _retry_command(record: dict[str, Any]) -> str:
     if "settings" not in record:
         return "the same command with --retry-failed"
     config = CaptionConfig.model_validate(record["settings"])
-    again = {"retry_failed": True, "overwrite": False, "extend": False}
+    again = {"retry_failed": True, "overwrite": False, "extend": False, "only": None}
     config = config.model_copy(update={"output": config.output.model_copy(update=again)})
     return shlex.join(["captioner", "caption", *command_line(config)])

@@ -10,8 +10,11 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +24,9 @@ from captioner.config import ClusterConfig, TrainConfig
 from captioner.errors import CaptionerError, ClusterError
 from captioner.training import job
 from captioner.training.job import Finishing, Outcome, TrainRun
+from captioner.training.record import RUN_FILE
 from ray_jobs.cluster import Resources, Sizes, connect, share_out
+from ray_jobs.shared import check_shared
 from ray_jobs.tables import map_tables
 
 if TYPE_CHECKING:
@@ -47,6 +52,9 @@ class RayTrainEngine:
     def num_workers(self) -> int:
         return self._sizes().num_workers
 
+    def has_gpus(self) -> bool:
+        return self._sizes().gpus_per_worker > 0
+
     def map_tables(self, function: Callable[[pa.Table], pa.Table], tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
         import ray.exceptions
 
@@ -61,12 +69,13 @@ class RayTrainEngine:
 
         from captioner.training.progress import TrainProgress
 
+        check_shared(opened.out, RUN_FILE)
         board = _board()
         look = lambda: ray.get(board.latest.remote())  # noqa: E731
         schedule = opened.schedule
         trainer = self._trainer(opened, board)
         try:
-            with TrainProgress(schedule.max_steps, look, schedule.global_batch_size):
+            with TrainProgress(schedule.max_steps, look, schedule.global_batch_size), _own_sigint():
                 result = trainer.fit()
         except ray.train.TrainingFailedError as error:
             raise _cause_of(error) from error
@@ -182,6 +191,19 @@ class RayWorker:
 
     def tell(self, progress: dict[str, Any]) -> None:
         self._board.tell.remote(progress)
+
+
+@contextmanager
+def _own_sigint() -> Iterator[None]:
+    """Ray Train replaces the handler of Ctrl-C by one that stops the workers and ends the process with code 0."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, before)
 
 
 def _board() -> Any:

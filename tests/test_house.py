@@ -17,16 +17,16 @@ HEAVY = ("ray", "torch", "transformers", "datasets", "evaluate")
 # A part may import the parts on the lines above its own, and itself; never a part on its own line or below.
 LAYERS = """
     errors
-    text
+    text tiff
     config data scenes stopping dedupe bottleneck ahead
     files starter samples
     sources imaging models store
     scoring faults
     alttext
-    steps review
+    steps recaption binding review exports
     job progress
     record summary report
-    quality
+    quality tiny_models
     pipeline commands batches training testing starter.build
 """
 LEVELS = {part: level for level, line in enumerate(LAYERS.split("\n")) for part in line.split()}

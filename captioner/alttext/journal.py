@@ -13,6 +13,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -50,16 +51,25 @@ class Journal:
     def append(self, review: Review) -> None:
         """When this returns, the decision is on the disk. Raises OutputError."""
         text = json.dumps(asdict(review) | {"reviewed_at": review.reviewed_at.isoformat()}, ensure_ascii=False)
-        # What a kill or a full disk cut off stays a damaged line of its own. One write: another process may append too.
+        # What a kill cut off stays a damaged line of its own. One write: another process may append too.
         line = (b"\n" if self._torn else b"") + text.encode("utf-8", "surrogatepass") + b"\n"
         self._torn = True
+        before, written = os.fstat(self._file.fileno()).st_size, 0
         try:
-            if self._file.write(line) != len(line):
+            written = self._file.write(line)
+            if written != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(self._file.fileno())
         except OSError as error:
+            self._take_back(before, written)
             raise OutputError(f"{self._file.name}: the decision was not saved: {error.strerror}") from error
         self._torn = False
+
+    def _take_back(self, before: int, written: int) -> None:
+        """What was not acknowledged should not count; unless another process has written behind it."""
+        with suppress(OSError):
+            if os.fstat(self._file.fileno()).st_size == before + written:
+                os.ftruncate(self._file.fileno(), before)
 
 
 def read_reviews(out: Directory) -> tuple[list[Review], int]:

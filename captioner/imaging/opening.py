@@ -10,6 +10,7 @@ from PIL import Image, ImageFile, ImageOps
 from captioner.imaging.colour import to_rgb
 from captioner.imaging.faults import PictureError, code_of, one_line
 from captioner.imaging.formats import identify
+from captioner.imaging.reducing import open_reduced
 from captioner.imaging.settings import decoding
 
 _EXIF_ORIENTATION = 0x0112
@@ -37,9 +38,9 @@ class Picture:
 def open_picture(data: bytes, max_pixels: int, needed_side: int = 0) -> Picture:
     """The first frame or page of a file, as a person sees it: EXIF orientation applied, transparency over white.
 
-    `max_pixels` is compared with the header before the picture is allocated. With `needed_side` a JPEG may come out
-    2, 4 or 8 times smaller, each side still >= needed_side, which saves most of its decoding. Raises PictureError for
-    every fault of the file.
+    `max_pixels` is compared with the header before the picture is allocated. With `needed_side` some formats come out
+    smaller, each side still >= needed_side, which saves most of their decoding, and `max_pixels` is then compared with
+    what that takes (see `captioner.imaging.reducing`). Raises PictureError for every fault of the file.
     """
     if not data:
         raise PictureError("empty_file", "the file has no bytes")
@@ -57,16 +58,23 @@ def _open(data: bytes, max_pixels: int, needed_side: int) -> Picture:
     format = (file.format or "").lower()
     width, height = file.size
     try:
-        _check_pixels(width, height, max_pixels)
-        drafted = _load(file, needed_side)
-        if not drafted:
+        reduced = open_reduced(file, data, needed_side) if needed_side else None
+        _check_pixels(width, height, reduced.in_memory if reduced else width * height, max_pixels)
+        if reduced and not _loads(reduced.file):
+            file, reduced = identify(data), None  # whole, as it may still be fine
+            _check_pixels(width, height, width * height, max_pixels)
+        if reduced:
+            file = reduced.file
+        else:
+            _load_first(file)
             width, height = file.size  # ICO and TIFF know better once loaded
-            _check_pixels(width, height, max_pixels)
+            _check_pixels(width, height, width * height, max_pixels)
         orientation = _make_upright(file)
         if orientation in _TURNED:
             width, height = height, width
         image = to_rgb(file)
-        box = _upright_box(drafted, orientation, image) if drafted else (0, 0, *image.size)
+        extent = reduced.extent if reduced else None
+        box = _upright_box(extent, orientation, image) if extent else (0, 0, *image.size)
         return Picture(image, box, width, height, format)
     except PictureError as error:
         raise PictureError(error.code, error.message, width, height, format) from None
@@ -74,20 +82,29 @@ def _open(data: bytes, max_pixels: int, needed_side: int) -> Picture:
         raise PictureError(code_of(error, data), one_line(error), width, height, format) from error
 
 
-def _check_pixels(width: int, height: int, max_pixels: int) -> None:
-    if width * height > max_pixels:
+def _check_pixels(width: int, height: int, in_memory: int, max_pixels: int) -> None:
+    if in_memory > max_pixels:
         message = f"{width} x {height} pixels are more than the limit of {max_pixels} (max_pixels)"
         raise PictureError("too_many_pixels", message)
 
 
-def _load(file: ImageFile.ImageFile, needed_side: int) -> tuple[float, float] | None:
-    """Decode the first frame. If at a smaller size, the width and height that the picture has then, in pixels."""
+def _loads(file: ImageFile.ImageFile) -> bool:
+    """Decode what is read smaller; whether that went well. A JPEG cannot but fail whole as well."""
+    if file.format == "JPEG":
+        file.load()
+        return True
+    try:
+        file.load()
+    except Exception:
+        return False
+    return True
+
+
+def _load_first(file: ImageFile.ImageFile) -> None:
+    """Decode the first frame."""
     if getattr(file, "default_image", False) and getattr(file, "n_frames", 1) > 1:
         file.seek(1)  # APNG whose frame 0 is a stand-in for viewers that cannot animate
-    whole = file.size
-    drafted = file.draft("RGB", (needed_side, needed_side)) if needed_side else None
     file.load()
-    return drafted[1][2:] if drafted and file.size != whole else None
 
 
 def _make_upright(file: ImageFile.ImageFile) -> int:
@@ -100,9 +117,9 @@ def _make_upright(file: ImageFile.ImageFile) -> int:
     return orientation
 
 
-def _upright_box(drafted: tuple[float, float], orientation: int, image: Image.Image) -> Box:
+def _upright_box(extent: tuple[float, float], orientation: int, image: Image.Image) -> Box:
     """Where in `image` the picture lies: it may leave a fraction of the last stored column and row unfilled."""
-    width, height = reversed(drafted) if orientation in _TURNED else drafted
+    width, height = reversed(extent) if orientation in _TURNED else extent
     left, right = (image.width - width, image.width) if orientation in _RIGHT_TO_LEFT else (0, width)
     top, bottom = (image.height - height, image.height) if orientation in _BOTTOM_TO_TOP else (0, height)
     return left, top, right, bottom

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -20,7 +21,18 @@ if TYPE_CHECKING:
 # Below this, one operation takes less time than waking the threads that would share it: one thread captions faster
 # than four on an idle machine, and many times faster on a busy one.
 SMALL_MODEL_BYTES = 20_000_000
-BATCH_SIZES = {"cpu": 16, "cuda": 128}
+_CHAT = "chat", "ChatCaptioner"
+CLASSES = {
+    "git": ("git", "GitCaptioner"),
+    "blip": ("blip", "BlipCaptioner"),
+    "blip-2": ("blip2", "Blip2Captioner"),
+    "vision-encoder-decoder": ("vision_encoder_decoder", "VisionEncoderDecoderCaptioner"),
+    "florence2": ("florence2", "Florence2Captioner"),
+    "idefics3": _CHAT,
+    "smolvlm": _CHAT,
+    "qwen2_vl": _CHAT,
+    "qwen2_5_vl": _CHAT,
+}
 
 
 def load(
@@ -31,26 +43,35 @@ def load(
 ) -> Captioner:
     """The captioner of `ref`, its weights on `device` ("auto": the first CUDA GPU, else the CPU).
 
-    `batch_size`: pictures for each forward pass. `num_threads`: CPU threads of torch, where the environment's
-    OMP_NUM_THREADS is not what is wanted; a small model gets one. A model that is not on this machine is fetched again;
-    one whose weights are no longer those of `ref` is refused. Raises ModelError where the model or the device cannot be
-    used.
+    `batch_size`: pictures for each forward pass; "auto" tries out on a GPU what is fastest. `num_threads`: CPU threads
+    of torch, where the environment's OMP_NUM_THREADS is not what is wanted; a small model gets one. A model that is not
+    on this machine is fetched again; one whose weights are no longer those of `ref` is refused. Raises ModelError where
+    the model or the device cannot be used.
     """
     if ref.family == "fake":
-        return FakeCaptioner()
+        return FakeCaptioner(prompt=ref.prompt)
     ref = on_this_machine(ref)
     # Threads that wait for each other must not spin: where other work shares the CPUs, decoding for one, spinning
     # made captioning up to a hundred times slower. Read when torch is imported, so the first model sets it.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
 
+    from captioner.models.batch_size import CPU_SIZE, SMALL_CPU_SIZE, settle_batch_size
+
     place = _device(device)
-    if place.type == "cpu" and weights_bytes(ref) <= SMALL_MODEL_BYTES:
+    if place.type == "cpu" and is_small(ref):
         num_threads = 1
     if num_threads is not None:
         torch.set_num_threads(num_threads)
-    size = BATCH_SIZES.get(place.type, 16) if batch_size == "auto" else batch_size
-    return _family(ref.family)(ref, place, size)
+    captioner = _family(ref.family)(ref, place, 1 if batch_size == "auto" else batch_size)
+    if batch_size == "auto":
+        settle_batch_size(captioner, SMALL_CPU_SIZE if is_small(ref) else CPU_SIZE)
+    return captioner
+
+
+def is_small(ref: ModelRef) -> bool:
+    """Whether a model captions on one thread of a CPU."""
+    return weights_bytes(ref) <= SMALL_MODEL_BYTES
 
 
 def weights_bytes(ref: ModelRef) -> int:
@@ -73,14 +94,7 @@ def _device(name: str) -> torch.device:
 
 
 def _family(family: str) -> type[TransformersCaptioner]:
-    """One file for each family; its key is the `model_type` of config.json."""
-    from captioner.models.blip import BlipCaptioner
-    from captioner.models.git import GitCaptioner
-    from captioner.models.vision_encoder_decoder import VisionEncoderDecoderCaptioner
-
-    classes: dict[str, type[TransformersCaptioner]] = {
-        "git": GitCaptioner,
-        "blip": BlipCaptioner,
-        "vision-encoder-decoder": VisionEncoderDecoderCaptioner,
-    }
-    return classes[family]
+    """The class of a family. Its module is imported when called: each imports its own part of transformers."""
+    module, name = CLASSES[family]
+    found: type[TransformersCaptioner] = getattr(import_module(f"captioner.models.{module}"), name)
+    return found

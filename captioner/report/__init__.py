@@ -17,8 +17,9 @@ def make_report(table: CaptionsTable) -> str:
     """
     facts = collect(table)
     shown = [row for rows in facts["check"]["shown"].values() for row in rows]
-    comparison = facts["check"]["comparison"] or {}
-    pictures, problem = thumbnails(table, shown + comparison.get("shown", []))
+    for part in ("comparison", "changes"):
+        shown += (facts["check"][part] or {}).get("shown", [])
+    pictures, problem = thumbnails(table, shown)
     facts["pictures_problem"] = problem
     table.directory.write_json(FIGURES, facts)
     table.directory.write_bytes(PAGE, render(facts, pictures).encode())

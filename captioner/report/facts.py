@@ -84,7 +84,7 @@ def _commands(record: dict[str, Any]) -> dict[str, str]:
     """The run's own command, and the one that does failed pictures again; empty where the record lacks settings."""
     with suppress(ValidationError, KeyError):
         config = CaptionConfig.model_validate(record["settings"])
-        again = {"retry_failed": True, "overwrite": False, "extend": False}
+        again = {"retry_failed": True, "overwrite": False, "extend": False, "only": None}
         retry = config.model_copy(update={"output": config.output.model_copy(update=again)})
         return {name: _shell(one) for name, one in (("run", config), ("retry", retry))}
     return {}

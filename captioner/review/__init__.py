@@ -16,8 +16,9 @@ The page's elements and keys, which tests and the screenshots rely on:
                where "Single-key shortcuts" in the help is switched off
     buttons    "Accept", "Edit", "Reject", "Decorative", "Skip", "Needs an expert", "Undo", "Help"; "Save" and "Cancel"
                while editing; in a group one toggle button for each picture, "Only this one" and "All of them"
-    #card      the picture under review: data-image-id, data-place, and data-state "loading", "ready", "editing" or
-               "done"
+    #card      the picture under review: data-image-id, data-place; data-state "loading", "ready", "saving", "editing"
+               or "done"; data-shown, which counts what was shown: it grows when a decision is on the disk and the next
+               picture there; data-picture "loading", "shown" or "missing"
     #alt-text  the text as it stands; #editor the text field, labelled "Alt text"
     #status    role=status: says what happened ("Accepted.")
     #progress  reviewed and left; #acceptance the acceptance rate

@@ -29,7 +29,7 @@ def run(out: str, port: int, reviewer: str | None, queue: QueueKind, open_page: 
     table = open_table(out)
     with stoppable("every decision is saved"), Desk(table, name, queue) as desk:
         if desk.decisions.num_damaged:
-            say(f"{desk.decisions.num_damaged} damaged lines in {out}/reviews were passed over; the rest counts")
+            say(f"{out}: damaged lines in its journals passed over: {desk.decisions.num_damaged}; the rest counts")
         pictures = Pictures(table)
         try:
             with _server(desk, pictures, port) as server:

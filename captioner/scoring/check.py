@@ -45,6 +45,7 @@ class Check:
     sample: int | str
     seed: int
     comparison: dict[str, Any] | None = None
+    changes: dict[str, Any] | None = None  # by the latest recaptioning
 
     def summary(self) -> dict[str, Any]:
         """The figures that run.json holds."""
@@ -69,6 +70,7 @@ class Check:
             "survey": self.survey.to_json(),
             "shown": self.shown,
             "comparison": self.comparison,
+            "changes": self.changes,
         }
 
 

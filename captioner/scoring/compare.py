@@ -28,7 +28,9 @@ SHOWN_CHANGES = 24
 
 
 @dataclass(frozen=True)
-class _Pair:
+class Pair:
+    """A picture with the caption of this run and that of the other."""
+
     image_id: str
     caption: str
     other: str
@@ -45,7 +47,7 @@ def compare_tables(table: CaptionsTable, other: CaptionsTable, question: Questio
     mine = _drawn(table, question)
     theirs = _captions_of(other, list(mine))
     pairs = [
-        _Pair(name, row["caption"], theirs[name], row["reference_captions"], row["chunk_id"], row["chunk_row"])
+        Pair(name, row["caption"], theirs[name], row["reference_captions"], row["chunk_id"], row["chunk_row"])
         for name, row in mine.items()
         if name in theirs
     ]
@@ -57,8 +59,8 @@ def compare_tables(table: CaptionsTable, other: CaptionsTable, question: Questio
         "num_rows": len(pairs),
         "changed": len(changed),
         "scored": len(scored),
-        "differences": _differences(scored, question.seed),
-        "shown": _shown(changed),
+        "differences": differences(scored, question.seed),
+        "shown": shown(changed),
     }
 
 
@@ -83,7 +85,7 @@ def _captions_of(table: CaptionsTable, names: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _differences(pairs: Sequence[_Pair], seed: int) -> dict[str, dict[str, Any]]:
+def differences(pairs: Sequence[Pair], seed: int) -> dict[str, dict[str, Any]]:
     """WER, CIDEr-D, BLEU-4 and ROUGE-L of this run and of the other; empty without references."""
     if not pairs:
         return {}
@@ -139,7 +141,8 @@ def _figures(
     return {"this": mine, "other": theirs, "difference": gap, "interval": interval, "verdict": verdict}
 
 
-def _shown(changed: Sequence[_Pair]) -> list[dict[str, Any]]:
+def shown(changed: Sequence[Pair]) -> list[dict[str, Any]]:
+    """Pairs as a report keeps them: `caption` and `other`."""
     return [
         {
             "image_id": pair.image_id,

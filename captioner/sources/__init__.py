@@ -19,6 +19,7 @@ from captioner.sources.huggingface import SAVED_NAMES, HuggingFaceSource
 from captioner.sources.listing import FilteredSource
 from captioner.sources.look import look_at, matching
 from captioner.sources.manifest import ManifestSource
+from captioner.sources.pages import PagedSource
 from captioner.sources.parquet import ParquetSource
 from captioner.sources.tables import TABLE_SUFFIXES, open_table
 from captioner.sources.webdataset import COMPRESSED_SUFFIXES, WebDatasetSource
@@ -36,6 +37,10 @@ def open_source(config: SourceConfig) -> Source:
     Raises SourceError where there is nothing, UsageError where a flag has no meaning for that kind.
     """
     source = _open(config)
+    if config.pages == "all":
+        if not isinstance(source, FolderSource | WebDatasetSource | ManifestSource):
+            raise UsageError(f"--pages all: {config.path} holds pictures in a table; unpack them into files first")
+        source = PagedSource(source)
     if config.include or config.exclude:
         return FilteredSource(source, tuple(config.include), tuple(config.exclude))
     return source

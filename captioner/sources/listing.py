@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from captioner.data import PLAN_SCHEMA, Listing, RawImage, Source
+from captioner.data import PLAN_SCHEMA, Listing, RawImage, Source, names_of
 from captioner.sources.files import readable
 
 BATCH_ROWS = 4096
@@ -23,10 +23,11 @@ def plan_table(
     size: Sequence[int] | None = None,
     row: Sequence[int] | pa.Array | None = None,
     references: Sequence[list[str] | None] | pa.Array | None = None,
+    page_at: Sequence[int | None] | None = None,
     kept: pa.Table | None = None,
 ) -> pa.Table:
     """Rows of PLAN_SCHEMA, then the kept columns. What is not given is null."""
-    given = (image_id, file, offset, size, row, references)
+    given = (image_id, file, offset, size, row, references, page_at)
     columns = [
         pa.nulls(len(image_id), field.type) if values is None else _as_array(values, field.type)
         for field, values in zip(PLAN_SCHEMA, given, strict=True)
@@ -79,7 +80,10 @@ class FilteredSource:
 
     def _chosen(self, ids: list[str]) -> list[bool]:
         wanted, unwanted = _any_glob(self.include or ("*",)), _any_glob(self.exclude)
-        return [bool(wanted.match(name)) and not (self.exclude and unwanted.match(name)) for name in ids]
+        return [
+            any(map(wanted.match, names_of(name))) and not (self.exclude and any(map(unwanted.match, names_of(name))))
+            for name in ids
+        ]
 
 
 def _any_glob(globs: Sequence[str]) -> re.Pattern[str]:

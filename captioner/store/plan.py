@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from captioner.config import SourceConfig
-from captioner.data import STATUS_FAILED, Chunk, Listing, Source
+from captioner.data import Chunk, Listing, Source, names_of
 from captioner.errors import SourceError
 from captioner.store.ids import IdIndex, digests_of
 from captioner.store.listing import list_units
-from captioner.store.table import CaptionsTable, Plan, captions_name, plan_folder, plan_part_name
+from captioner.store.table import CaptionsTable, Plan, plan_folder, plan_part_name
 
 MAX_EXAMPLES = 5
 MIN_ROWS_PER_CHUNK = 16
@@ -80,32 +79,8 @@ def make_plan(
     return plan
 
 
-def make_retry_plan(table: CaptionsTable) -> Plan | None:
-    """A generation of the pictures whose current row is failed, or `None` where there are none. Every plan of the table
-    must be published."""
-    plans = table.plans()
-    generation, rows_per_chunk = plans[-1].generation + 1, plans[0].rows_per_chunk
-    table.directory.delete_folder(plan_folder(generation))  # what a planning that was cut off left there
-    parts = {}
-    for plan in plans:
-        for part in sorted(plan.parts) if plan.founds_parts else ():
-            status = table.directory.read_table(captions_name(part), ["status"])["status"]
-            failed = np.flatnonzero(pc.equal(status, STATUS_FAILED).to_numpy())
-            if not len(failed):
-                continue
-            rows = table.directory.read_table(plan_part_name(plan.generation, part)).take(failed)
-            rows = rows.append_column(pa.field("part_row", pa.int64()), pa.array(failed, pa.int64()))
-            table.directory.write_table(plan_part_name(generation, part), rows, rows_per_chunk)
-            parts[part] = len(failed)
-    if not parts:
-        return None
-    retry = Plan(generation, "retry", rows_per_chunk, parts)
-    table.directory.write_json(f"{plan_folder(generation)}/plan.json", retry.to_json())
-    return retry
-
-
 def read_planned(table: CaptionsTable, chunk: Chunk) -> pa.Table:
-    """The planned rows of one chunk: PLAN_SCHEMA, kept columns, and `part_row` in a retry."""
+    """The planned rows of one chunk: PLAN_SCHEMA, kept columns, and `part_row` where they are captioned again."""
     with table.directory.open_parquet(plan_part_name(chunk.generation, chunk.part)) as file:
         return file.read_row_group(chunk.index)
 
@@ -255,11 +230,14 @@ def matching(rows: pa.Table, config: SourceConfig) -> pa.Table:
         return rows
     ids = rows["image_id"].to_pylist()
     keep = [
-        (not config.include or any(fnmatchcase(image_id, glob) for glob in config.include))
-        and not any(fnmatchcase(image_id, glob) for glob in config.exclude)
+        (not config.include or _matches(image_id, config.include)) and not _matches(image_id, config.exclude)
         for image_id in ids
     ]
     return rows.filter(pa.array(keep, pa.bool_()))
+
+
+def _matches(image_id: str, globs: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, glob) for name in names_of(image_id) for glob in globs)
 
 
 def _split(

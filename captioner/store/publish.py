@@ -68,7 +68,7 @@ def _committed_rows(table: CaptionsTable, plan: Plan, part: int) -> Iterator[pa.
 
 
 def _supersede(table: CaptionsTable, plan: Plan, part: int) -> pa.Buffer | bytes:
-    """Replace the rows of a published part that a retry made anew; the older rows go to history/ first.
+    """Replace the rows of a published part that a later generation made anew; the older rows go to history/ first.
 
     A part that holds this generation's rows already was written before a kill and stays: its older rows are safe.
     """

@@ -1,7 +1,7 @@
 """The captions table on disk: what lies where in OUT, and which of it is finished.
 
     OUT/
-      table.json                    which table this is: id, source, fingerprint, kept columns
+      table.json                    which table this is: id, source, kept columns, fingerprint, and every model in it
       run.json, runs/RUN_ID.json    the latest start, and each start
       plan/gNNN/part-PPPPP.parquet  the frozen list; one row group for each chunk
       plan/gNNN/plan.json           written last: the listing is complete
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -35,11 +35,26 @@ _OWN_FOLDERS = ("plan", "chunks", "captions", "history", "runs", "checks", "repo
 
 
 @dataclass(frozen=True, slots=True)
+class Recaption:
+    """What a generation of kind "recaption" was made with: the one allowed change of a table's fingerprint.
+
+    `only`: which rows were chosen, see `captioner.recaption`. `logprob_below`: what its quantile came to.
+    `model`: as in table.json.
+    """
+
+    only: str
+    fingerprint: str
+    model: dict[str, Any]
+    logprob_below: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """A generation's frozen list. `parts`: rows of each part, by part number.
 
-    `kind`: "archive" (the first listing), "extend" (pictures added later) or "retry" (failed pictures again; the rows
-    of a retry plan carry `part_row`, their place in the published part).
+    `kind`: "archive" (the first listing), "extend" (pictures added later), "retry" (failed pictures again) or
+    "recaption" (weak captions again, with another model). The rows of the last two carry `part_row`, their place in
+    the published part.
     """
 
     generation: int
@@ -48,6 +63,7 @@ class Plan:
     parts: dict[int, int]
     num_ignored: int = 0
     ignored_examples: list[str] = field(default_factory=list)
+    recaption: Recaption | None = None
 
     @property
     def num_rows(self) -> int:
@@ -56,7 +72,7 @@ class Plan:
     @property
     def founds_parts(self) -> bool:
         """Whether its parts are new files of the table, rather than rows that supersede others."""
-        return self.kind != "retry"
+        return self.kind in ("archive", "extend")
 
     def part_chunks(self, part: int) -> list[Chunk]:
         """The chunks of one part, in row order."""
@@ -82,6 +98,7 @@ class Plan:
             "num_rows": self.num_rows,
             "num_ignored": self.num_ignored,
             "ignored_examples": self.ignored_examples,
+            "recaption": self.recaption and asdict(self.recaption),
         }
 
 
@@ -214,6 +231,7 @@ def create_table(
         "kept_schema": pa.schema(kept_fields).serialize().to_pybytes().hex(),
         "fingerprint": None,
         "model": None,
+        "models": {},
     }
     directory.write_json(TABLE_FILE, info)
     directory.delete(_OVERWRITE_FILE)
@@ -231,6 +249,7 @@ def table_exists(location: str) -> bool:
 
 
 def _plan_from_json(generation: int, value: dict[str, Any]) -> Plan:
+    recaption = value.get("recaption")
     return Plan(
         generation=generation,
         kind=value["kind"],
@@ -238,4 +257,5 @@ def _plan_from_json(generation: int, value: dict[str, Any]) -> Plan:
         parts={int(part): rows for part, rows in value["parts"].items()},
         num_ignored=value["num_ignored"],
         ignored_examples=value["ignored_examples"],
+        recaption=recaption and Recaption(**recaption),
     )

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from captioner.data import ERROR_CODES, STATUS_FAILED, STATUS_OK
 from captioner.store.ids import IdIndex
 from captioner.store.read import read_parts
-from captioner.store.table import CaptionsTable, Plan, captions_name, plan_part_name, published_name
+from captioner.store.table import CaptionsTable, Plan, captions_name, history_name, plan_part_name, published_name
 
 MAX_PROBLEMS = 20
 
@@ -25,6 +25,7 @@ class TableCounts:
     ok: int = 0
     failed: int = 0
     failed_by_reason: dict[str, int] = field(default_factory=dict)
+    by_fingerprint: dict[str, int] = field(default_factory=dict)
 
     @property
     def remaining(self) -> int:
@@ -51,16 +52,19 @@ class Verification:
 
 
 def count_rows(table: CaptionsTable) -> TableCounts:
-    """Count the committed rows by status. Reads two columns of the table."""
+    """Count the committed rows by status and by fingerprint. Reads three columns of the table."""
     counts = TableCounts(planned=sum(plan.num_rows for plan in table.plans() if plan.founds_parts))
     reasons: Counter[str] = Counter()
-    for rows in read_parts(table, ["status", "error_code"]):
+    fingerprints: Counter[str] = Counter()
+    for rows in read_parts(table, ["status", "error_code", "fingerprint"]):
         failed = rows.filter(pc.equal(rows["status"], STATUS_FAILED))
         counts.ok += rows.num_rows - failed.num_rows
         counts.failed += failed.num_rows
         for item in failed["error_code"].value_counts().to_pylist():
             reasons[item["values"]] += item["counts"]
-    counts.failed_by_reason = dict(reasons.most_common())
+        for item in rows["fingerprint"].value_counts().to_pylist():
+            fingerprints[item["values"]] += item["counts"]
+    counts.failed_by_reason, counts.by_fingerprint = dict(reasons.most_common()), dict(fingerprints.most_common())
     return counts
 
 
@@ -73,6 +77,8 @@ def verify(table: CaptionsTable) -> Verification:
                 result.open_generations.append(plan.generation)
             elif plan.founds_parts:
                 _verify_parts(table, plan, result)
+            else:
+                _verify_history(table, plan, result)
             _verify_chunks(table, plan, result)
             for part in sorted(plan.parts) if plan.founds_parts else ():
                 planned.add(_plan_ids(table, plan, part))
@@ -104,6 +110,18 @@ def _verify_parts(table: CaptionsTable, plan: Plan, result: Verification) -> Non
         wrong = rows.filter(pc.invert(_has_known_status(rows)))["image_id"]
         if len(wrong):
             result.note(f"{name}: {len(wrong)} rows have an unknown status or reason, e.g. {wrong[0].as_py()!r}")
+
+
+def _verify_history(table: CaptionsTable, plan: Plan, result: Verification) -> None:
+    """The rows that a generation superseded are all in history/, in its order."""
+    for part in sorted(plan.parts):
+        name = history_name(plan.generation, part)
+        if not table.directory.exists(name):
+            result.note(f"{name} is missing: the rows that generation {plan.generation} superseded")
+            continue
+        older = table.directory.read_table(name, ["image_id"])
+        if older["image_id"].to_pylist() != _plan_ids(table, plan, part):
+            result.note(f"{name} does not hold the rows that generation {plan.generation} superseded")
 
 
 def _has_known_status(rows: pa.Table) -> pa.ChunkedArray:

@@ -82,7 +82,11 @@ class TableOfCaptions:
         return []
 
     def list_unit(self, unit: str) -> Iterator[Listing]:
-        yield Listing(open_table(self.name).directory.read_table(unit, PLAN_SCHEMA.names), [])
+        rows = open_table(self.name).directory.read_table(unit)
+        for field in PLAN_SCHEMA:
+            if field.name not in rows.schema.names:  # a table of an earlier version
+                rows = rows.append_column(field, pa.nulls(len(rows), field.type))
+        yield Listing(rows.select(PLAN_SCHEMA.names), [])
 
     def read(self, rows: pa.Table) -> list[RawImage]:
         return self.source.read(rows)

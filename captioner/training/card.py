@@ -52,7 +52,7 @@ def model_card(job: Finishing, result: dict[str, Any]) -> str:
         base=printable(base["name"]),
         base_sha=base["sha256"][:16],
         num_train=len(job.tables["train"]),
-        data=printable(job.config.data.path),
+        data=printable(job.record["settings"]["data"]["path"]),
         rows="\n".join(_row(name, found) for name, found in (before | result["measured"]).items()),
         max_new_tokens=job.config.model.max_new_tokens,
         selection="The test set was scored once, after the checkpoint was chosen on the eval set."

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
 from captioner.config import ModelConfig
 from captioner.models import resolve
 from captioner.models.weights import SETTINGS_FILES
+from captioner.scoring.trained import TRAINING_IMAGES
 from captioner.training.batches import Decode
 from captioner.training.card import model_card
 from captioner.training.evaluate import Evaluator
@@ -89,13 +91,14 @@ def _publish(directory: Path, job: Finishing, result: dict[str, Any]) -> None:
     for file in sorted(directory.iterdir()):
         with pa.memory_map(str(file)) as stream:
             job.out.write_bytes(f"model/{file.name}", stream.read_buffer())
-    job.out.write_table("model/training_images.parquet", training_images(job.tables))
+    seen = training_images(job.tables, Path(job.model.path) / TRAINING_IMAGES)
+    job.out.write_table(f"model/{TRAINING_IMAGES}", seen)
     job.out.write_json(
         MODEL_FILE,
         {
             "training_run_id": job.record["training_run_id"],
             "base_model": job.record["base_model"],
-            "data": job.config.data.path,
+            "data": job.record["settings"]["data"]["path"],
             "data_fingerprint": job.out.read_json("pairs/pairs.json")["fingerprint"],
             "settings": job.record["settings"],
             "versions": job.record["versions"],
@@ -110,10 +113,13 @@ def _figures(found: dict[str, Any]) -> dict[str, Any]:
     return {name: found[name] for name in ("wer", "shuffled_wer", "loss", "num_pictures")}
 
 
-def training_images(tables: dict[str, pa.Table]) -> pa.Table:
-    """`sha256`, `image_id` and `split` ("train" or "eval") of every picture that shaped the model."""
+def training_images(tables: dict[str, pa.Table], of_base: Path) -> pa.Table:
+    """`sha256`, `image_id` and `split` ("train" or "eval") of every picture that shaped the model, those of the base
+    model among them: a model that people teach again and again remembers what it was taught before."""
     parts = []
     for name in ("train", "eval"):
         rows = tables[name].select(["sha256", "image_id"])
         parts.append(rows.append_column("split", pa.array([name] * len(rows), pa.string())))
+    if of_base.is_file():
+        parts.append(pq.read_table(of_base))
     return pa.concat_tables(parts).combine_chunks()

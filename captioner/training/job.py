@@ -18,12 +18,8 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from captioner.config import ModelConfig, TrainConfig
-from captioner.errors import (
-    OK,
-    ModelError,
-    TrainingError,
-    UsageError,
-)
+from captioner.errors import OK, ModelError, TrainingError, UsageError
+from captioner.files import shown
 from captioner.models import ModelRef, check_in_subprocess, resolve
 from captioner.stopping import say, stoppable
 from captioner.store.directory import Directory
@@ -70,6 +66,10 @@ class TrainEngine(Protocol):
         """How many workers will train; raises ClusterError where a request cannot be met."""
         ...
 
+    def has_gpus(self) -> bool:
+        """Whether each worker has a GPU, or a share of one."""
+        ...
+
     def map_tables(self, function: Callable[[pa.Table], pa.Table], tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
         """`function` on each table, in order."""
         ...
@@ -102,7 +102,7 @@ class TrainRun:
 
 def run(config: TrainConfig, engine: TrainEngine) -> int:
     """Train a model into OUT/model; returns the exit code. Raises CaptionerError."""
-    with stoppable(f"checkpoints stay in {config.output.path}"):
+    with stoppable(f"checkpoints stay in {shown(config.output.path)}"):
         return _run(config, engine)
 
 
@@ -111,9 +111,11 @@ def _run(config: TrainConfig, engine: TrainEngine) -> int:
     _check_settings(config)
     out, model, archives = Directory(config.output.path), _resolve(config), open_archives(config.data)
     check = check_in_subprocess(model)
+    if config.training.fp16 and not engine.has_gpus():
+        raise UsageError("--fp16: there is no GPU to compute in float16 on; --bf16 works on CPUs as well")
     record = open_record(config, out, model, engine.num_workers())
     if out.exists(MODEL_FILE):
-        say(f"nothing to train: {config.output.path}/model is there")
+        say(f"nothing to train: {shown(config.output.path)}/model is there")
         _push(config, out)
         return OK
     pairs = _frozen_pairs(config, out, archives, model, engine)
@@ -128,7 +130,7 @@ def _run(config: TrainConfig, engine: TrainEngine) -> int:
         say(f"stopped at step {outcome.step}: {outcome.stopped}")
     if outcome.stopped.startswith("the loss of"):
         raise TrainingError(
-            f"{outcome.stopped}; the last good checkpoint stays in {config.output.path}/checkpoints; "
+            f"{outcome.stopped}; the last good checkpoint stays in {shown(config.output.path)}/checkpoints; "
             "train with a lower --learning-rate into another OUT"
         )
     finishing = Finishing(
@@ -166,7 +168,14 @@ def _resolve(config: TrainConfig) -> ModelRef:
     model = resolve(wanted, "float32", announce=say)
     if model.family not in TRAINABLE:
         known = ", ".join(TRAINABLE)
-        raise ModelError(f"--model {config.model.name}: a {model.family} model cannot be trained here; {known} can")
+        raise ModelError(
+            f"--model {shown(config.model.name)}: a {model.family} model cannot be trained here; {known} can"
+        )
+    if model.spec.own_sizes:
+        raise ModelError(
+            f"--model {shown(config.model.name)}: cannot be trained here, because only its own image processor can"
+            " prepare its pictures; save it with one that resizes to one size"
+        )
     return model
 
 
@@ -227,4 +236,4 @@ def _tell_result(config: TrainConfig, finished: dict[str, Any]) -> None:
     before = finished["before"]["wer"]
     if before is not None:
         say(f"before training it was {before:.3f} on the eval pictures")
-    say(f"the model: {config.output.path.rstrip('/')}/model")
+    say(f"the model: {shown(config.output.path).rstrip('/')}/model")

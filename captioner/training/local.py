@@ -25,6 +25,11 @@ class LocalEngine:
     def num_workers(self) -> int:
         return 1
 
+    def has_gpus(self) -> bool:
+        import torch
+
+        return torch.cuda.is_available()
+
     def map_tables(self, function: Callable[[pa.Table], pa.Table], tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
         return map(function, tables)
 

@@ -1,58 +1,30 @@
 """What each worker does: transformers' Trainer steps, evaluation and checkpoints around it. Free of Ray.
 
-Trainer only trains. When to evaluate, what is best and where checkpoints go is decided by `Conductor`, a callback; the
-`Worker` it is given knows the other workers and the storage.
+Trainer only trains. When to evaluate, what is best and where checkpoints go is decided by `Conductor`.
 """
 
 from __future__ import annotations
 
-import math
-import shutil
 import tempfile
-import time
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from transformers import GenerationConfig, Trainer, TrainerCallback, TrainingArguments
+from transformers import GenerationConfig, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from captioner.models.base import TransformersCaptioner
 from captioner.models.opening import quiet
 from captioner.training.batches import IGNORED, Collate, Decode, batches_of
+from captioner.training.conductor import Conductor, add_up
 from captioner.training.evaluate import Evaluator, Feed
 from captioner.training.limits import max_caption_tokens
 from captioner.training.loss import CaptionLoss
 from captioner.training.network import ADAPTERS, open_trainable
 from captioner.training.order import GlobalOrder, Share
-from captioner.training.schedule import best_of, evaluations, is_stale
-from captioner.training.work import Training
-
-
-class Worker(Protocol):
-    """One of the processes that train together."""
-
-    rank: int
-    world_size: int
-    device: torch.device
-
-    def feed(self, decode: Decode) -> Feed:
-        """What decodes tables of pairs for this worker."""
-        ...
-
-    def prepare(self, trainer: Trainer) -> Trainer:
-        """The trainer, made fit for where it runs."""
-        ...
-
-    def report(self, metrics: dict[str, Any], checkpoint: Path | None) -> None:
-        """Keep a checkpoint (rank 0 has one, the others `None`) under these metrics. Every worker calls it."""
-        ...
-
-    def tell(self, progress: dict[str, Any]) -> None:
-        """Show how far the run is; called by rank 0 only."""
-        ...
+from captioner.training.work import Training, Worker
 
 
 def train_worker(work: Training, worker: Worker, checkpoint: Path | None = None) -> dict[str, Any]:
@@ -81,7 +53,7 @@ def train_worker(work: Training, worker: Worker, checkpoint: Path | None = None)
         trainer = CaptionTrainer(
             work, worker, loss, collate, args=training_arguments(work, folder, captioner.device.type == "cpu")
         )
-        conductor = Conductor(work, worker, trainer, evaluator)
+        conductor = Conductor(work, worker, evaluator, lambda: trainer.step_loss)
         trainer.add_callback(conductor)
         trainer = worker.prepare(trainer)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -112,7 +84,7 @@ def training_arguments(work: Training, folder: str, use_cpu: bool) -> TrainingAr
         use_cpu=use_cpu,
         save_strategy="no",
         eval_strategy="no",
-        report_to=[settings.report_to] if settings.report_to != "none" else [],
+        report_to=[],  # Conductor reports
         logging_nan_inf_filter=False,
         ignore_data_skip=True,  # the order starts at the restored step by itself
         remove_unused_columns=False,
@@ -174,79 +146,6 @@ class CaptionTrainer(Trainer):
         """Random numbers follow from seed, step and rank instead: a worker may come back under another rank."""
 
 
-class Conductor(TrainerCallback):
-    """Evaluates, keeps checkpoints, stops early, watches for a loss that is no number, and tells how far it is."""
-
-    def __init__(self, work: Training, worker: Worker, trainer: CaptionTrainer, evaluator: Evaluator) -> None:
-        self._work, self._worker, self._trainer, self._evaluate = work, worker, trainer, evaluator
-        self.stopped = ""
-        self._started = time.perf_counter()
-        self._first_step = 0
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._seed(state)
-        self._first_step = state.global_step
-        if not evaluations(state.log_history):
-            self._run_evaluation(state)
-        self._started = time.perf_counter()
-        self._tell(state, None)
-        if state.global_step >= self._work.schedule.max_steps:
-            control.should_training_stop = True
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        schedule, step = self._work.schedule, state.global_step
-        loss = add_up(self._trainer.step_loss.detach().double(), args.device).item() / self._worker.world_size
-        if not math.isfinite(loss):
-            self.stopped = f"the loss of step {step} is {loss}"
-            control.should_training_stop = True
-            control.should_log = False
-            return
-        state.epoch = step * schedule.global_batch_size / schedule.epoch_size
-        self._tell(state, loss)
-        if schedule.is_evaluated(step):
-            self._run_evaluation(state)
-            if is_stale(state.log_history, self._work.config.training):
-                self.stopped = f"no better evaluation since step {best_of(state.log_history, self._metric)['step']}"
-                control.should_training_stop = True
-        control.should_save = schedule.is_saved(step) or control.should_training_stop
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        latest = evaluations(state.log_history)[-1]
-        metrics = {"step": state.global_step, "eval_wer": latest["eval_wer"], "eval_loss": latest["eval_loss"]}
-        self._worker.report(metrics, folder if self._worker.rank == 0 else None)
-        shutil.rmtree(folder, ignore_errors=True)
-
-    @property
-    def _metric(self) -> str:
-        return f"eval_{self._work.config.training.metric_for_best_model}"
-
-    def _run_evaluation(self, state: Any) -> None:
-        found = self._evaluate(self._work.eval)
-        state.log_history.append({"step": state.global_step, **{f"eval_{k}": v for k, v in found.items()}})
-        self._seed(state)
-
-    def _seed(self, state: Any) -> None:
-        """Dropout after a restart at a step is what it would have been after the evaluation at that step."""
-        torch.manual_seed(hash((self._work.config.training.seed, state.global_step, self._worker.rank)) % 2**63)
-
-    def _tell(self, state: Any, loss: float | None) -> None:
-        if self._worker.rank:
-            return
-        step, seconds = state.global_step, time.perf_counter() - self._started
-        samples = (step - self._first_step) * self._work.schedule.global_batch_size
-        known = evaluations(state.log_history)
-        self._worker.tell(
-            {
-                "step": step,
-                "total": self._work.schedule.max_steps,
-                "loss": loss,
-                "wer": known[-1]["eval_wer"] if known else None,
-                "samples_per_second": samples / seconds if samples else None,
-            }
-        )
-
-
 class _Nothing(torch.utils.data.IterableDataset):
     """Trainer wants a dataset; what is read when is the order's business."""
 
@@ -283,13 +182,3 @@ def save_network(network: Any, with_adapters: bool, folder: Path) -> None:
             network.save_pretrained(folder)
     finally:
         network.generation_config = before
-
-
-def add_up(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Sum over the workers; float64, on the CPU."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return values
-    moved = values.to(device)
-    distributed.all_reduce(moved)
-    return moved.cpu()

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from captioner.config import TrainDataConfig
 from captioner.data import PixelSpec
 from captioner.errors import SourceError, UsageError
+from captioner.files import shown
 from captioner.training.archives import PAIRS_SCHEMA, Archives
 
 SPLITS = ("train", "eval", "test")
@@ -111,7 +112,7 @@ def make_pairs(config: TrainDataConfig, examined: Iterable[pa.Table], seed: int)
         _note_skipped(pairs, bad)
         kept.append(table.filter(fine))
     if not pairs.num_listed:
-        raise SourceError(f"{config.path}: no pictures")
+        raise SourceError(f"{shown(config.path)}: no pictures")
     usable = pa.concat_tables([PAIRS_SCHEMA.empty_table(), *kept]).combine_chunks()
     _check_share(config, pairs, num_failed, len(usable))
     pairs.num_truncated = pc.sum(usable["num_truncated"]).as_py() or 0
@@ -135,14 +136,14 @@ def _check_share(config: TrainDataConfig, pairs: Pairs, num_failed: int, num_usa
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in pairs.skipped.items())
     if not num_usable:
         raise SourceError(
-            f"{config.path}: no pairs: {pairs.num_listed:,} pictures ({reasons}); captions come from metadata.jsonl, "
-            ".csv or .parquet (file_name and text, caption or captions), a column (--reference-column), or .txt or "
-            ".json members"
+            f"{shown(config.path)}: no pairs: {pairs.num_listed:,} pictures ({reasons}); captions come from "
+            "metadata.jsonl, .csv, .parquet (file_name and text, caption or captions), a column (--reference-column), "
+            "or .txt or .json members"
         )
     if num_failed / pairs.num_listed > config.max_failed:
         raise SourceError(
-            f"{config.path}: {num_failed:,} of {pairs.num_listed:,} pictures are unusable ({reasons}), for instance "
-            f"{pairs.examples[0]}; mend them, or allow more with --max-failed"
+            f"{shown(config.path)}: {num_failed:,} of {pairs.num_listed:,} pictures are unusable ({reasons}), for "
+            f"instance {pairs.examples[0]}; mend them, or allow more with --max-failed"
         )
 
 
@@ -190,7 +191,9 @@ def _limit_eval(pairs: Pairs, config: TrainDataConfig, seed: int) -> None:
 
 def _refuse_empty(pairs: Pairs, config: TrainDataConfig) -> None:
     if not len(pairs.tables["train"]):
-        raise SourceError(f"{config.path}: no pictures are left to train on; every one is in the eval or test set")
+        raise SourceError(
+            f"{shown(config.path)}: no pictures are left to train on; every one is in the eval or test set"
+        )
     for name in ("eval", "test"):
         if name in pairs.tables and not len(pairs.tables[name]):
             raise UsageError(

@@ -28,7 +28,7 @@ def push_to_hub(out: Directory, repository: str, api: Any = None) -> str:
         except Exception as error:  # whatever the HTTP client of the day raises
             reason = " ".join(str(error).split())[:300]
             raise OutputError(
-                f"--hub-model-id {repository}: the upload failed: {reason}; the model is in {out.location}/model, the "
+                f"--hub-model-id {repository}: the upload failed: {reason}; the model is in {out.shown('model')}, the "
                 "same command tries again"
             ) from None
     return str(address)

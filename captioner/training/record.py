@@ -10,6 +10,7 @@ from typing import Any
 
 from captioner.config import TrainConfig
 from captioner.errors import FingerprintError, OutputError
+from captioner.files import shown
 from captioner.models import ModelRef
 from captioner.record import versions
 from captioner.store.directory import Directory
@@ -24,6 +25,8 @@ _FREE = {
     "data": {"max_failed"},
     "model": set(),
 }
+# Settings that are places: a URI may hold keys, which belong in no record.
+_PLACES = {"data": ("path", "eval_data", "test_data"), "model": ("name",), "output": ("path",)}
 
 
 def open_record(config: TrainConfig, out: Directory, model: ModelRef, num_workers: int) -> dict[str, Any]:
@@ -33,18 +36,18 @@ def open_record(config: TrainConfig, out: Directory, model: ModelRef, num_worker
     bound["cluster"] = {"num_workers": num_workers}
     if out.exists(RUN_FILE):
         record = out.read_json(RUN_FILE)
-        _refuse_difference(config.output.path, record["bound"], bound)
+        _refuse_difference(shown(config.output.path), record["bound"], bound)
         return record
     if not out.is_empty():
-        raise OutputError(f"{config.output.path} is not empty and holds no training run; give another OUT")
+        raise OutputError(f"{shown(config.output.path)} is not empty and holds no training run; give another OUT")
     fingerprint = hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()
     record = {
         "training_run_id": f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}",
         "fingerprint": fingerprint,
         "num_workers": num_workers,
         "bound": bound,
-        "settings": config.model_dump(),
-        "base_model": {"name": model.name, "revision": model.revision, "sha256": model.sha256},
+        "settings": _settings(config),
+        "base_model": {"name": shown(model.name), "revision": model.revision, "sha256": model.sha256},
         "versions": versions(),
     }
     out.write_json(RUN_FILE, record)
@@ -54,8 +57,15 @@ def open_record(config: TrainConfig, out: Directory, model: ModelRef, num_worker
 def _bound_settings(config: TrainConfig) -> dict[str, dict[str, Any]]:
     return {
         group: {name: value for name, value in settings.items() if name not in _FREE[group]}
-        for group, settings in config.model_dump().items()
+        for group, settings in _settings(config).items()
     }
+
+
+def _settings(config: TrainConfig) -> dict[str, dict[str, Any]]:
+    settings = config.model_dump()
+    for group, names in _PLACES.items():
+        settings[group] |= {name: shown(settings[group][name]) for name in names if settings[group][name]}
+    return settings
 
 
 def _refuse_difference(path: str, before: dict[str, Any], now: dict[str, Any]) -> None:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import os
+import pty
 import re
+import select
 import socket
 import subprocess
+import termios
 import threading
 import time
 from pathlib import Path
@@ -147,3 +152,61 @@ def test_without_the_token_the_message_says_so(head, tmp_path: Path) -> None:
     assert job.returncode == 1
     assert "RAY_AUTH_TOKEN" in log
     assert "Traceback" not in log
+
+
+class Terminal:
+    """A person at a terminal: what the program writes, and keys pressed in answer."""
+
+    def __init__(self, head, *words: str) -> None:
+        self._keyboard, screen = pty.openpty()
+        self._seen = ""
+        self.process = head.captioner(
+            "submit",
+            "--address",
+            head.url,
+            *words,
+            stdin=screen,
+            stdout=screen,
+            stderr=screen,
+            text=False,
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # Ctrl-C is a signal from its own terminal
+        )
+        os.close(screen)
+
+    def wait_for(self, words: str) -> str:
+        """All that was written, once `words` are."""
+        deadline = time.monotonic() + DEADLINE_S
+        while words not in self._seen:
+            assert time.monotonic() < deadline, self._seen
+            ready, _, _ = select.select([self._keyboard], [], [], 1.0)
+            if ready:
+                self._seen += os.read(self._keyboard, 65536).decode()
+        return self._seen
+
+    def press(self, keys: str) -> None:
+        os.write(self._keyboard, keys.encode())
+
+
+CTRL_C = "\x03"
+
+
+def test_ctrl_c_asks_whether_to_stop_or_to_detach(head, archive: Path, tmp_path: Path) -> None:
+    words = caption(archive, tmp_path / "out")
+    first = Terminal(head, *words)
+    job_id = re.search(r"submitted: (\S+)\r\n", first.wait_for("\r\n"))[1]
+    first.press(CTRL_C)
+    first.wait_for("Stop the job? [y/N] ")
+    first.press("n\r")
+    first.wait_for(f"detached: {job_id} goes on")
+    assert first.process.wait() == 130
+    assert str(head.client().get_job_status(job_id)) in ("PENDING", "RUNNING")
+
+    second = Terminal(head, *words)
+    second.wait_for(f"already submitted: {job_id}\r\n")
+    second.press(CTRL_C)
+    second.wait_for("Stop the job? [y/N] ")
+    second.press("y\r")
+    second.wait_for(f"{job_id} is stopped; the same command goes on")
+    assert second.process.wait() == 130
+    assert str(head.client().get_job_status(job_id)) == "STOPPED"

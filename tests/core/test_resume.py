@@ -3,12 +3,16 @@
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from captioner import pipeline
+from captioner.alttext.journal import Journal
+from captioner.alttext.nouns import Review
 from captioner.config import CaptionConfig
 from captioner.errors import FingerprintError, OutputError, TooManyFailedError, VerificationError
 from captioner.faults import Killed, killed_at_write
+from captioner.store.directory import Directory
 from captioner.store.publish import publish
 from captioner.store.read import read_parts
 from captioner.store.table import Plan, open_table
@@ -40,6 +44,23 @@ def contents(out: Path) -> list[dict]:
     """What a person would compare: the rows in order, without what names the run."""
     rows = pa.concat_tables(read_parts(open_table(str(out))))
     return rows.drop_columns(["run_id", "created_at"]).to_pylist()
+
+
+def superseded(out: Path) -> list[dict]:
+    """What lies in history/, in the order of the table."""
+    parts = [pq.read_table(file) for file in sorted((out / "history/g001").iterdir())]
+    return pa.concat_tables(parts).drop_columns(["run_id", "created_at"]).to_pylist()
+
+
+def with_prompt(config: CaptionConfig, prompt: str) -> CaptionConfig:
+    """Another model, as far as a table is concerned."""
+    return config.model_copy(update={"model": config.model.model_copy(update={"prompt": prompt})})
+
+
+def reject(out: Path, image_ids: list[str], decision: str = "rejected") -> None:
+    with Journal(Directory(str(out)), "Ada") as journal:
+        for image_id in image_ids:
+            journal.append(Review(decision, (image_id,), None, "Ada"))
 
 
 def run_until_killed(config: CaptionConfig, write: int) -> bool:
@@ -104,6 +125,38 @@ def test_a_retry_killed_at_any_write_resumes_to_the_same_table(tmp_path: Path, a
         assert superseded["image_id"].to_pylist() == ["000003.png", "000017.png"]
         assert set(superseded["generation"].to_pylist()) == {0}
     assert write > 5
+
+
+def test_a_recaptioning_killed_at_any_write_resumes_to_the_same_table(tmp_path: Path, archive: Path) -> None:
+    """Weak rows with another model: the one change of fingerprint that a table allows."""
+
+    def recaption(out: Path) -> CaptionConfig:
+        return with_prompt(settings(archive, out, only="logprob<25% or rejected or failed"), "another")
+
+    def captioned(out: Path) -> Path:
+        pipeline.run(settings(archive, out))
+        reject(out, ["000004.png", "000020.png"])
+        return out
+
+    pipeline.run(recaption(captioned(tmp_path / "undisturbed")))
+    expected = contents(tmp_path / "undisturbed")
+    again = [row for row in expected if row["generation"] == 1]
+    assert {"000004.png", "000020.png", *BAD} <= {row["image_id"] for row in again}
+    assert 12 <= len(again) <= 14
+    assert all(row["caption"].startswith("another ") for row in again if row["status"] == "ok")
+    older = superseded(tmp_path / "undisturbed")
+    assert [row["image_id"] for row in older] == [row["image_id"] for row in again]
+
+    write, lived = 0, False
+    while not lived:
+        write += 1
+        out = captioned(tmp_path / f"killed-{write}")
+        lived = run_with_kills(recaption(out), write)
+
+        assert verify(open_table(str(out))).proven
+        assert contents(out) == expected
+        assert superseded(out) == older
+    assert write > 15
 
 
 def test_an_overwrite_killed_at_any_write_never_mixes_tables(tmp_path: Path, archive: Path) -> None:

@@ -77,7 +77,7 @@ def test_decoding_captioning_and_commits_stay_separate_operators(tmp_path: Path,
     assert job.work is not None
     (plan,) = job.table.open_plans()
     chunks = job.missing_chunks(plan)
-    _configure_ray_data(job.work)
+    _configure_ray_data(job.work, most_rows=512)
     sizes = share_out(Resources(num_cpus=2, num_gpus=0, num_nodes=1), config.cluster)
 
     dataset = make_dataset(job.work, chunks, sizes, "auto").materialize()
@@ -152,6 +152,22 @@ def test_every_share_leaves_room_to_decode(resources: Resources, cluster: dict, 
 
     assert (sizes.num_workers, sizes.cpus_per_worker, sizes.gpus_per_worker, sizes.decode_cpus) == expected
     assert sizes.num_workers * sizes.cpus_per_worker + sizes.decode_cpus <= resources.num_cpus
+
+
+@pytest.mark.parametrize(
+    ("resources", "cluster", "expected"),
+    [
+        (Resources(2, 0, 1), {}, (1, 1.0, 1)),
+        (Resources(4, 0, 1), {}, (2, 1.0, 2)),
+        (Resources(4, 0, 1), {"num_workers": 1}, (1, 1.0, 3)),
+        (Resources(8, 0, 2, 4), {}, (4, 1.0, 4)),
+        (Resources(16, 4, 1), {}, (4, 1.0, 12)),
+    ],
+)
+def test_a_small_model_captions_on_one_cpu_and_as_many_prepare(resources: Resources, cluster: dict, expected) -> None:
+    sizes = share_out(resources, ClusterConfig(**cluster), one_thread=True)
+
+    assert (sizes.num_workers, sizes.cpus_per_worker, sizes.decode_cpus) == expected
 
 
 @pytest.mark.parametrize(

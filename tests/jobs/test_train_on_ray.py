@@ -1,18 +1,19 @@
 """Training on Ray Train: the same curve as in one process, whatever is killed on the way."""
 
-import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from pyarrow.fs import FileSystem
 
 from captioner.config import ClusterConfig, TrainConfig
-from captioner.errors import ClusterError, SourceError
+from captioner.errors import ClusterError, InterruptedRunError, SourceError
+from captioner.store.directory import Directory
 from captioner.testing import make_folder, make_tiny_model
 from captioner.training import job
 from captioner.training.local import LocalEngine
@@ -34,7 +35,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model("git", tmp_path_factory.mktemp("tiny"))
 
 
-def settings(data: Path, out: Path, model: Path, workers: int) -> TrainConfig:
+def settings(data: Path, out: Path | str, model: Path, workers: int) -> TrainConfig:
     return TrainConfig.model_validate(
         {
             "data": {"path": str(data), "eval_fraction": 0.2},
@@ -64,63 +65,100 @@ def alone(tmp_path_factory: pytest.TempPathFactory, data: Path, tiny: Path) -> P
     return out
 
 
-def curve(out: Path, name: str) -> list[tuple[int, float]]:
-    history = json.loads((out / "history.json").read_text())["history"]
+def curve(out: Path | str, name: str) -> list[tuple[int, float]]:
+    history = Directory(str(out)).read_json("history.json")["history"]
     return [(entry["step"], pytest.approx(entry[name], rel=1e-3)) for entry in history if name in entry]
 
 
-def dying_loop(note: Path, checkpoints: Path, victim: int | None) -> Callable[[dict], dict]:
-    """The loop of a worker that, at step 5 of the first start and once the checkpoint of step 4 is kept, kills `victim`
-    (`None`: itself). `note` says what happened. Defined here in whole, so that it travels to workers by value."""
+def signalling_loop(note: Path, out: str, victim: int | None, sent: int = signal.SIGKILL) -> Callable[[dict], dict]:
+    """The loop of a worker that, at step 5 of the first start and once the checkpoint of step 4 is kept, sends a signal
+    to `victim` (`None`: itself) and waits for its own end. `note` is there from then on; beside it stands from which
+    checkpoint each start went on. Defined here in whole, so that it travels to workers by value."""
 
     def loop(config: dict) -> dict:
         import os
-        import signal
+        import threading
         import time
 
         import ray.train
 
+        from captioner.store.directory import Directory
         from ray_jobs.train import RayWorker, train_loop
 
         restored = ray.train.get_checkpoint()
-        if note.exists() and restored is not None:
-            note.write_text(os.path.basename(restored.path))
+        if ray.train.get_context().get_world_rank() == 0:
+            with open(f"{note}.starts", "a") as starts:
+                starts.write("new " if restored is None else f"{os.path.basename(restored.path)} ")
 
-        class Dying(RayWorker):
+        def is_kept(checkpoint: str) -> bool:
+            directory = Directory(out)
+            folders = [f"checkpoints/{name}" for name in directory.list_folders("checkpoints")]
+            files = [f"{folder}/{name}" for folder in folders for name in directory.list_names(folder)]
+            return any(checkpoint.encode() in directory.read_bytes(file) for file in files)
+
+        class Signalling(RayWorker):
             def tell(self, progress: dict) -> None:
                 super().tell(progress)
                 if progress["step"] == 5 and not note.exists():
-                    note.write_text("killed")
-                    while not any("step-00000004" in file.read_text() for file in checkpoints.glob("*/*.json")):
+                    while not is_kept("step-00000004"):
                         time.sleep(0.05)
-                    os.kill(victim or os.getpid(), signal.SIGKILL)
+                    note.write_text("sent")
+                    os.kill(victim or os.getpid(), sent)
+                    threading.Event().wait()
 
-        return train_loop(config, Dying)
+        return train_loop(config, Signalling)
 
     return loop
 
 
+def starts(note: Path) -> list[str]:
+    return Path(f"{note}.starts").read_text().split()
+
+
+@pytest.fixture
+def bucket() -> Iterator[str]:
+    """URI of a directory in a bucket of an S3 server on this machine, with the keys in it: Ray's processes are older
+    than this test and do not have its environment."""
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    options = f"endpoint_override={host}:{port}&scheme=http&region=us-east-1"
+    FileSystem.from_uri(f"s3://key:secret@models/?{options}&allow_bucket_creation=true")[0].create_dir("models")
+    yield f"s3://key:secret@models/out?{options}"
+    server.stop()
+
+
 @pytest.mark.usefixtures("ray_instance")
-def test_two_workers_give_the_curve_of_one_even_when_one_is_killed(
-    tmp_path: Path, data: Path, tiny: Path, alone: Path
+def test_two_workers_give_the_curve_of_one_even_when_one_is_killed_and_out_is_an_object_store(
+    tmp_path: Path, data: Path, tiny: Path, alone: Path, bucket: str
 ) -> None:
-    config, note = settings(data, tmp_path / "out", tiny, workers=2), tmp_path / "note"
+    config, note, out = settings(data, bucket, tiny, workers=2), tmp_path / "note", Directory(bucket)
 
-    job.run(config, RayTrainEngine(config, dying_loop(note, tmp_path / "out" / "checkpoints", None)))
+    job.run(config, RayTrainEngine(config, signalling_loop(note, bucket, None)))
 
-    assert note.read_text() == "step-00000004"
-    assert curve(tmp_path / "out", "loss") == curve(alone, "loss")
-    assert curve(tmp_path / "out", "eval_loss") == curve(alone, "eval_loss")
-    assert curve(tmp_path / "out", "eval_wer") == curve(alone, "eval_wer")
+    assert starts(note) == ["new", "step-00000004"]
+    assert curve(bucket, "loss") == curve(alone, "loss")
+    assert curve(bucket, "eval_loss") == curve(alone, "eval_loss")
+    assert curve(bucket, "eval_wer") == curve(alone, "eval_wer")
     assert [step for step, _ in curve(alone, "loss")] == list(range(1, STEPS + 1))
-    assert (tmp_path / "out" / "model" / "training_run.json").exists()
+    assert {"config.json", "model.safetensors", "training_run.json"} < set(out.list_names("model"))
+    assert out.exists("report.html")
+    assert not [name for name in ("train.json", "model/training_run.json") if b"secret" in out.read_bytes(name)]
 
 
-@pytest.mark.usefixtures("ray_instance")
-def test_after_the_driver_was_killed_the_same_command_goes_on(
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """A test run in the background of a shell ignores Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ray_instance", "ctrl_c")
+def test_after_the_driver_was_killed_or_stopped_the_same_command_goes_on(
     tmp_path: Path, data: Path, tiny: Path, alone: Path
 ) -> None:
-    out, note = tmp_path / "out", tmp_path / "note"
+    out, killed, stopped = tmp_path / "out", tmp_path / "killed", tmp_path / "stopped"
     code = f"""
 import importlib.util, os, sys
 from pathlib import Path
@@ -129,18 +167,21 @@ from ray_jobs.train import RayTrainEngine
 spec = importlib.util.spec_from_file_location("killed_driver", {__file__!r})
 tests = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tests)
-config = tests.settings(Path({str(data)!r}), Path({str(out)!r}), Path({str(tiny)!r}), workers=2)
-loop = tests.dying_loop(Path({str(note)!r}), Path({str(out)!r}) / "checkpoints", os.getpid())
-job.run(config, RayTrainEngine(config, loop))
+config = tests.settings(Path({str(data)!r}), Path({str(out)!r}), Path({str(tiny)!r}), workers=1)
+job.run(config, RayTrainEngine(config, tests.signalling_loop(Path({str(killed)!r}), {str(out)!r}, os.getpid())))
 """
-    killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+    assert done.returncode == -signal.SIGKILL, done.stderr
     assert not (out / "model").exists()
 
-    config = settings(data, out, tiny, workers=2)
-    job.run(config, RayTrainEngine(config, dying_loop(note, out / "checkpoints", os.getpid())))
+    config = settings(data, out, tiny, workers=1)
+    engine = RayTrainEngine(config, signalling_loop(stopped, str(out), os.getpid(), signal.SIGINT))
+    with pytest.raises(InterruptedRunError, match=f"stopped; checkpoints stay in {out}, the same command goes on"):
+        job.run(config, engine)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    job.run(config, engine)
 
-    assert note.read_text() == "step-00000004"
+    assert starts(killed) + starts(stopped) == ["new", "step-00000004", "step-00000004"]
     assert curve(out, "loss") == curve(alone, "loss")
 
 

@@ -1,0 +1,92 @@
+"""What a recaptioning changed: the rows it superseded, in history/, beside those that took their place."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+
+from captioner.data import STATUS_OK
+from captioner.scoring.choose import Question
+from captioner.scoring.compare import COMPARED_ROWS, SHOWN_CHANGES, Pair, differences, shown
+from captioner.scoring.draw import Draw, rank
+from captioner.scoring.trained import trained_pictures
+from captioner.store.table import CaptionsTable, Plan, captions_name, history_name, plan_part_name
+
+_COLUMNS = ["image_id", "status", "caption", "sha256", "reference_captions", "fingerprint", "chunk_id", "chunk_row"]
+
+
+def find_changes(table: CaptionsTable, question: Question) -> dict[str, Any] | None:
+    """Figures of the latest recaptioning (`--only`); `None` where there is none that is published.
+
+    Every row is counted. Scored are at most 10,000 of those with references and a caption on both sides, the first of
+    the seed's order, without the pictures that the new model was trained on; differences are new minus old.
+    """
+    plans = [plan for plan in table.plans() if plan.recaption and table.is_published(plan.generation)]
+    if not plans:
+        return None
+    plan, recaption = plans[-1], plans[-1].recaption
+    assert recaption is not None
+    trained = trained_pictures(table)
+    counts: Counter[str] = Counter()
+    before: Counter[str] = Counter()
+    scored: Draw[Pair] = Draw(COMPARED_ROWS)
+    changed: Draw[Pair] = Draw(SHOWN_CHANGES)
+    for older, newer in _rows(table, plan):
+        before[older["fingerprint"]] += 1
+        counts["rows"] += 1
+        counts["now_ok"] += older["status"] != STATUS_OK and newer["status"] == STATUS_OK
+        counts["now_failed"] += older["status"] == STATUS_OK and newer["status"] != STATUS_OK
+        if older["caption"] is None or newer["caption"] is None:
+            continue
+        pair, place = _pair(older, newer, question), rank(newer["image_id"], question.seed)
+        counts["changed"] += pair.caption != pair.other
+        if pair.caption != pair.other:
+            changed.offer(place, pair.image_id, pair)
+        if pair.references:
+            counts["trained_left_out"] += newer["sha256"] in trained
+            if newer["sha256"] not in trained:
+                scored.offer(place, pair.image_id, pair)
+    pairs = list(scored)
+    return {
+        "generation": plan.generation,
+        "only": recaption.only,
+        "logprob_below": recaption.logprob_below,
+        "model": recaption.model,
+        "before": [{**_facts(table, name), "rows": rows} for name, rows in before.most_common()],
+        "num_rows": counts["rows"],
+        **{name: counts[name] for name in ("changed", "now_ok", "now_failed", "trained_left_out")},
+        "scored": len(pairs),
+        "differences": differences(pairs, question.seed),
+        "shown": shown(list(changed)),
+    }
+
+
+def _rows(table: CaptionsTable, plan: Plan) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """(superseded row, current row) of each picture of a generation."""
+    for part in sorted(plan.parts):
+        places = table.directory.read_table(plan_part_name(plan.generation, part), ["part_row"])["part_row"]
+        older = table.directory.read_table(history_name(plan.generation, part), _COLUMNS)
+        newer = table.directory.read_table(captions_name(part), _COLUMNS).take(places.combine_chunks())
+        for old, new in zip(older.to_batches(1024), _batches(newer, older), strict=True):
+            yield from zip(old.to_pylist(), new.to_pylist(), strict=True)
+
+
+def _batches(rows: pa.Table, like: pa.Table) -> Iterator[pa.Table]:
+    first = 0
+    for batch in like.to_batches(1024):
+        yield rows.slice(first, len(batch))
+        first += len(batch)
+
+
+def _pair(older: dict[str, Any], newer: dict[str, Any], question: Question) -> Pair:
+    given, name = question.references, newer["image_id"]
+    known = given.find(name) if given else newer["reference_captions"]
+    return Pair(name, newer["caption"], older["caption"], known or [], newer["chunk_id"], newer["chunk_row"])
+
+
+def _facts(table: CaptionsTable, fingerprint: str) -> dict[str, Any]:
+    facts = table.info.get("models", {}).get(fingerprint, {})
+    return {"fingerprint": fingerprint, "name": facts.get("name", fingerprint[:12])}

@@ -1,0 +1,226 @@
+"""The review page in a real browser: everything by keyboard, nothing that axe-core objects to, text stays text."""
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from captioner import quality
+from captioner.alttext.journal import read_reviews
+from captioner.config import CheckConfig
+from captioner.store.directory import Directory
+from captioner.store.table import open_table
+
+pytestmark = pytest.mark.browser
+
+HOSTILE = '<img src=x onerror="document.title = 1"><script>document.title = 2</script>'
+READY = "#card[data-state=ready][data-picture]:not([data-picture=loading])"
+
+
+def violations(page) -> list[str]:
+    """What axe-core finds against WCAG 2.2 A and AA and its best practices, in words."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    page.evaluate("Promise.all(document.getAnimations().map((one) => one.finished)).then(() => 0)")
+    found = Axe().run(page).response["violations"]
+    return [f"{one['id']}: {node['target']} {node['failureSummary']}" for one in found for node in one["nodes"]]
+
+
+def decisions(out: Path) -> list[tuple[str, tuple[str, ...], str | None]]:
+    return [(review.decision, review.image_ids, review.text) for review in read_reviews(Directory(str(out)))[0]]
+
+
+def press_and_wait(page, key: str) -> None:
+    """Press a key that decides, and wait for the next picture or the end."""
+    shown = int(page.get_attribute("#card", "data-shown"))
+    page.keyboard.press(key)
+    page.wait_for_selector(f"#card[data-shown='{shown + 1}']", state="attached")
+
+
+@pytest.fixture
+def out(make_reviewable, tmp_path: Path) -> Path:
+    """A group of four, a long text, a hostile one, flags, a picture that has gone."""
+    captions = ["a dog"] * 4 + ["a very long text about a dog " * 7, f"dogs {HOSTILE}", "a sign that says “stop”"]
+    made = make_reviewable(captions, logprobs=[-9.0, -8.0, -7.0, -6.0], flags=[["truncated"]])
+    (tmp_path / "archive" / "000006.png").unlink()
+    return made
+
+
+@pytest.mark.parametrize("phone", [False, True], ids=["desktop", "phone"])
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_axe_finds_nothing_wherever_the_page_is(out: Path, review, open_page, phone: bool, dark: bool) -> None:
+    with review(out, "--queue", "all") as (_, url):
+        page = open_page(url, phone, dark)
+        page.wait_for_selector(READY)
+        assert page.locator("#neighbours button").count() == 3
+        assert violations(page) == []
+        page.keyboard.press("o")
+        assert violations(page) == []
+        page.keyboard.press("?")
+        page.wait_for_selector("dialog[open]")
+        assert violations(page) == []
+        page.keyboard.press("Escape")
+        page.keyboard.press("e")
+        page.get_by_role("textbox", name="Alt text").fill("x" * 260)
+        page.keyboard.press("Control+Enter")
+        page.get_by_text("the limit is 250 (captioner alt-text --hard-max)").wait_for()
+        assert violations(page) == []
+        page.keyboard.press("Escape")
+        press_and_wait(page, "a")
+        press_and_wait(page, "a")
+        page.wait_for_selector("#card[data-image-id='000004.png']")
+        press_and_wait(page, "s")
+        press_and_wait(page, "s")
+        page.wait_for_selector("#card[data-image-id='000006.png'][data-picture=missing]")
+        assert violations(page) == []
+        while page.get_attribute("#card", "data-state") != "done":
+            press_and_wait(page, "d")
+        page.get_by_role("heading", name="All done").wait_for()
+        assert violations(page) == []
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_axe_finds_nothing_in_the_report(out: Path, open_page) -> None:
+    table = open_table(str(out))
+    quality.check(table, CheckConfig())
+    address = Path(quality.report(table)).absolute().as_uri()
+    for phone in (False, True):
+        for dark in (False, True):
+            assert violations(open_page(address, phone, dark)) == []
+
+
+@pytest.fixture
+def reviewed(out: Path, review, open_page) -> Path:
+    """20 reviews by keyboard alone, then SIGKILL."""
+    keys = ["a", "Enter", "a", "r", "d", "x", "s", *"aa", "Enter", *"ardxsaaa", "Enter"]
+    with review(out, "--queue", "all") as (process, url):
+        page = open_page(url)
+        page.wait_for_selector(READY)
+        page.keyboard.press("o")
+        for key in keys:
+            press_and_wait(page, key)
+        page.keyboard.press("e")
+        page.keyboard.press("Control+a")
+        page.keyboard.type("rude keys: a e r d s x u o ?")
+        press_and_wait(page, "Control+Enter")
+        process.send_signal(signal.SIGKILL)
+    return out
+
+
+def test_twenty_reviews_by_keyboard_alone_survive_sigkill(reviewed: Path, review, open_page) -> None:
+    made = decisions(reviewed)
+    assert len(made) == 20
+    assert [decision for decision, _, _ in made[:7]] == [
+        *("approved", "approved", "approved", "rejected", "decorative", "expert", "skipped")
+    ]
+    assert made[0][1] == ("000000.png",)
+    assert made[1][1] == ("000001.png", "000002.png", "000003.png")
+    assert made[-1][::2] == ("edited", "rude keys: a e r d s x u o ?")
+    with review(reviewed, "--queue", "all") as (_, url):
+        page = open_page(url)
+        page.wait_for_selector(READY)
+        assert page.inner_text("#progress").startswith("20 of 30 reviewed")
+        page.keyboard.press("u")
+        page.get_by_role("status").get_by_text("Undone: Saved.").wait_for()
+    assert decisions(reviewed) == made[:-1]
+
+
+def test_an_undo_brings_the_group_back(out: Path, review, open_page) -> None:
+    with review(out, "--queue", "all") as (_, url):
+        page = open_page(url)
+        page.wait_for_selector(READY)
+        assert page.get_by_role("button", name="Undo").is_disabled()
+        press_and_wait(page, "a")
+        assert page.get_by_role("status").inner_text() == "Accepted for 4 pictures."
+        press_and_wait(page, "u")
+        assert page.get_attribute("#card", "data-image-id") == "000000.png"
+        assert page.locator("#neighbours button[aria-pressed=true]").count() == 3
+        assert decisions(out) == []
+        page.get_by_role("button", name="With it: 000002.png").click()
+        press_and_wait(page, "r")
+    assert decisions(out) == [("rejected", ("000000.png", "000001.png", "000003.png"), None)]
+
+
+def test_texts_and_names_of_others_are_never_html(out: Path, review, open_page) -> None:
+    with review(out, "--queue", "all") as (_, url):
+        page = open_page(url)
+        page.wait_for_selector(READY)
+        press_and_wait(page, "a")
+        press_and_wait(page, "s")
+        page.wait_for_selector(f"{READY}[data-image-id='000005.png']")
+        assert page.inner_text("#alt-text") == f"Dogs {HOSTILE}."
+        page.keyboard.press("e")
+        page.get_by_role("textbox", name="Alt text").fill(HOSTILE)
+        press_and_wait(page, "Control+Enter")
+        press_and_wait(page, "u")
+        assert page.title() == "Review of alt texts"
+        assert page.locator("#card img[src=x]").count() == 0
+
+
+def test_letters_are_keys_only_where_they_should_be(out: Path, review, open_page) -> None:
+    with review(out, "--queue", "all") as (_, url):
+        page = open_page(url)
+        page.wait_for_selector(READY)
+        page.keyboard.press("e")
+        page.keyboard.press("a")
+        page.keyboard.press("Escape")
+        assert page.inner_text("#alt-text") == "A dog."
+        for key in ("Control+a", "Alt+r", "Meta+d", "z"):
+            page.keyboard.press(key)
+        page.keyboard.press("?")
+        page.keyboard.press("r")
+        page.get_by_role("checkbox", name="Single-key shortcuts").uncheck()
+        page.get_by_role("button", name="Close").click()
+        for key in "aerdsxuo?":
+            page.keyboard.press(key)
+        assert not page.locator("dialog[open]").count()
+        assert page.get_attribute("#card", "data-state") == "ready"
+        assert decisions(out) == []
+        page.get_by_role("button", name="Decorative").click()
+        page.wait_for_selector("#card[data-image-id='000004.png']")
+    assert [decision for decision, _, _ in decisions(out)] == ["decorative"]
+
+
+def test_every_control_is_reached_by_tab_and_none_holds_the_focus(out: Path, review, open_page) -> None:
+    with review(out, "--queue", "all") as (_, url):
+        page = open_page(url)
+        page.wait_for_selector(READY)
+        reached = []
+        for _ in range(13):
+            page.keyboard.press("Tab")
+            reached.append(
+                page.evaluate("document.activeElement.getAttribute('aria-label') ?? document.activeElement.id")
+            )
+            outline = page.evaluate("getComputedStyle(document.activeElement).outlineWidth")
+            assert reached[-1] in ("", None) or outline == "3px"
+        names = page.evaluate(
+            "[...document.querySelectorAll('button')].filter(one => one.checkVisibility() && !one.disabled).length"
+        )
+        assert len(set(reached) - {"", None}) >= names - 5  # the five decisions have neither label nor id
+
+
+def test_targets_are_large_enough_for_a_finger(out: Path, review, open_page) -> None:
+    with review(out, "--queue", "all") as (_, url):
+        page = open_page(url, phone=True)
+        page.wait_for_selector(READY)
+        sizes = page.evaluate(
+            "[...document.querySelectorAll('button, input')].filter(one => one.checkVisibility())"
+            ".map(one => one.getBoundingClientRect()).map(box => [box.width, box.height])"
+        )
+        assert len(sizes) >= 12
+        assert min(min(size) for size in sizes) >= 24
+        page.get_by_role("button", name="Accept").tap()
+        page.wait_for_selector("#card[data-image-id='000004.png']")
+
+
+def test_a_server_that_has_gone_is_told_and_nothing_moves_on(out: Path, review, open_page) -> None:
+    with review(out, "--queue", "all") as (process, url):
+        page = open_page(url)
+        page.wait_for_selector("#card[data-picture=shown]")
+        page.wait_for_load_state("networkidle")
+        process.kill()
+        process.wait()
+        page.keyboard.press("a")
+        page.get_by_role("alert").get_by_text("captioner review does not answer").wait_for()
+        assert page.get_attribute("#card", "data-image-id") == "000000.png"
+        page.context.close()

@@ -1,0 +1,64 @@
+"""Shared by all tests."""
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from captioner import pipeline
+from captioner.alttext.make import make_alt_texts
+from captioner.config import AltTextConfig, CaptionConfig
+from captioner.store.table import open_table
+from captioner.testing import make_folder
+
+MakeReviewable = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `archive`, 30 pictures, and `out`, their finished table."""
+    root = tmp_path_factory.mktemp("finished")
+    config = {
+        "source": {"path": str(make_folder(root / "archive", 30))},
+        "model": {"name": "fake"},
+        "output": {"path": str(root / "out")},
+    }
+    assert pipeline.run(CaptionConfig.model_validate(config)) == 0
+    return root
+
+
+@pytest.fixture
+def make_reviewable(finished: Path, tmp_path: Path) -> MakeReviewable:
+    """Makes `tmp_path/out`, a finished table with alt texts, of `tmp_path/archive`.
+
+    `captions`, `logprobs`, `flags`: of its first pictures, by their number; the others keep "picture CRC".
+    """
+
+    def make(
+        captions: Sequence[str] = (),
+        logprobs: Sequence[float] = (),
+        flags: Sequence[list[str]] = (),
+        alt_text: AltTextConfig | None = None,
+    ) -> Path:
+        shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+        out = tmp_path / "out"
+        (part,) = (out / "captions").iterdir()
+        rows = pq.read_table(part)
+        given = {"caption": captions, "logprob_mean": logprobs, "flags": flags}
+        for name, values in given.items():
+            column = [*values, *rows[name].to_pylist()[len(values) :]]
+            rows = rows.set_column(
+                rows.schema.get_field_index(name),
+                rows.schema.field(name),
+                pa.array(column, rows.schema.field(name).type),
+            )
+        pq.write_table(rows, part)
+        table = open_table(str(out))
+        table = table.update(source=table.info["source"] | {"path": str(tmp_path / "archive")})
+        make_alt_texts(table, alt_text or AltTextConfig())
+        return out
+
+    return make

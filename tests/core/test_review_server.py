@@ -1,0 +1,600 @@
+"""The review page's server: what is shown, what a decision does, who is let in, and what a kill leaves."""
+
+import http.client
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from PIL import Image
+
+from captioner.alttext.journal import Journal, read_reviews
+from captioner.alttext.nouns import Review
+from captioner.config import AltTextConfig
+from captioner.errors import OutputError, UsageError
+from captioner.imaging.descriptions import descriptions_of
+from captioner.review.desk import Asked, Desk
+from captioner.review.pictures import Pictures
+from captioner.review.progress import acceptance, seconds_per_picture, wilson
+from captioner.review.server import ReviewServer
+from captioner.store.directory import Directory
+from captioner.store.table import open_table
+from captioner.testing import ABORT_MARKER
+from ray_jobs.cli import main
+
+JSON = {"Content-Type": "application/json"}
+HOSTILE = 'x <script>alert(1)</script> & "quotes" \u202e'
+XMP = """<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
+<rdf:Description xmlns:dc="http://purl.org/dc/elements/1.1/" xmlns:i="http://iptc.org/std/Iptc4xmpCore/1.0/xmlns/">
+<dc:description><rdf:Alt><rdf:li xml:lang="de">Ein Hund</rdf:li><rdf:li xml:lang="x-default">A dog, says XMP</rdf:li>
+</rdf:Alt></dc:description>
+<i:AltTextAccessibility><rdf:Alt><rdf:li>Alt, says XMP</rdf:li></rdf:Alt></i:AltTextAccessibility>
+</rdf:Description></rdf:RDF></x:xmpmeta>"""
+
+
+@contextmanager
+def desk(out: Path, reviewer: str = "ana", queue: Any = "all") -> Iterator[Desk]:
+    with Desk(open_table(str(out)), reviewer, queue) as opened:
+        yield opened
+
+
+def decide(at: Desk, decision: str, text: str | None = None, alone: bool = False) -> tuple[bool, dict[str, Any]]:
+    """Decide what lies on the desk, as the page does."""
+    card = at.next()["card"]
+    others = [] if alone else [one["place"] for one in card["group"]]
+    return at.decide(Asked(decision, (card["place"], *others), card["alt_text"], text, seconds=4.0))
+
+
+def shown_in_order(at: Desk) -> list[str]:
+    ids = []
+    while card := at.next()["card"]:
+        ids.append(card["image_id"])
+        decide(at, "approved", alone=True)
+    return ids
+
+
+def decisions(out: Path) -> list[tuple[str, tuple[str, ...], str | None]]:
+    return [(review.decision, review.image_ids, review.text) for review in read_reviews(Directory(str(out)))[0]]
+
+
+def test_flagged_pictures_come_first_then_the_least_certain(make_reviewable) -> None:
+    out = make_reviewable(
+        logprobs=[-0.1, -3.0, float("nan"), -0.2, -2.0],
+        flags=[[], [], [], ["truncated"], ["truncated", "no_logprob"]],
+    )
+    with desk(out, queue="flagged") as at:
+        assert at.next()["progress"]["flagged_left"] == 2
+        assert (
+            at.next()["card"]["flags"]
+            == ["cut off at the token limit, before an end", "the model gave no finite probability"][::-1]
+        )
+        assert shown_in_order(at)[:4] == ["000004.png", "000003.png", "000002.png", "000001.png"]
+
+
+def test_flags_that_a_rule_has_mended_are_not_shown(make_reviewable) -> None:
+    out = make_reviewable(["a picture of a dog", "x" * 130], flags=[["image_of"], ["over_125"]])
+    with desk(out, queue="flagged") as at:
+        first = at.next()["card"]
+        assert (first["image_id"], first["flags"]) == (
+            "000001.png",
+            ["longer than 125 characters, the advice for alt text"],
+        )
+        assert at.next()["progress"]["flagged_left"] == 1
+
+
+def test_the_random_queue_is_the_same_for_everybody_and_no_other_order(make_reviewable, tmp_path: Path) -> None:
+    out = make_reviewable(["the same"] * 30)
+    shutil.copytree(out, tmp_path / "copy")
+    with desk(out, queue="random") as one, desk(tmp_path / "copy", "ben", queue="random") as other:
+        assert one.next()["card"]["group"] == []  # a sample is drawn one by one
+        order = shown_in_order(one)
+        assert order == shown_in_order(other)
+    assert sorted(order) == [f"{number:06d}.png" for number in range(30)] != order
+
+
+def test_every_picture_is_shown_once_and_a_restart_goes_on(make_reviewable) -> None:
+    out = make_reviewable()
+    with desk(out, queue="flagged") as at:
+        for decision in ("approved", "rejected", "decorative", "expert"):
+            assert decide(at, decision)[0]
+        decide(at, "edited", "A dog of my own.")
+        third = at.next()["card"]["image_id"]
+    with desk(out, queue="flagged") as at:
+        assert at.next()["card"]["image_id"] == third
+        assert at.next()["progress"]["left"] == 25
+        rest = shown_in_order(at)
+        assert at.next()["card"] is None
+    done = [ids[0] for _, ids, _ in decisions(out)]
+    assert sorted(done) == [f"{number:06d}.png" for number in range(30)]
+    assert len(rest) == 25
+    assert [(decision, text) for decision, _, text in decisions(out)][1:5] == [
+        ("rejected", None),
+        ("decorative", ""),
+        ("expert", None),
+        ("edited", "A dog of my own."),
+    ]
+
+
+def test_pictures_with_one_text_are_one_decision_at_most_twelve_at_a_time(make_reviewable) -> None:
+    out = make_reviewable(["a dog"] * 20)
+    with desk(out) as at:
+        card = at.next()["card"]
+        assert (len(card["group"]), card["num_same"]) == (11, 19)
+        _, state = decide(at, "approved")
+        assert state["message"] == "Accepted for 12 pictures"
+        assert (len(state["card"]["group"]), state["card"]["num_same"]) == (7, 7)
+        _, state = decide(at, "rejected", alone=True)
+        assert (state["card"]["image_id"], len(state["card"]["group"])) == ("000013.png", 6)
+    assert [(decision, len(ids)) for decision, ids, _ in decisions(out)] == [("approved", 12), ("rejected", 1)]
+
+
+def test_an_undo_shows_the_picture_again_also_after_a_restart(make_reviewable) -> None:
+    out = make_reviewable(["a dog", "a dog", "a cat"])
+    with desk(out) as at:
+        assert at.undo()["message"] == "There is nothing to undo"
+        decide(at, "approved")
+        decide(at, "rejected")
+    with desk(out) as at, desk(out, "ben") as other:
+        assert other.undo()["message"] == "There is nothing to undo"
+        state = at.undo()
+        assert (state["message"], state["card"]["image_id"]) == ("Undone: Rejected", "000002.png")
+        state = at.undo()
+        assert (state["message"], state["card"]["image_id"]) == ("Undone: Accepted for 2 pictures", "000000.png")
+        assert [one["image_id"] for one in state["card"]["group"]] == ["000001.png"]
+        assert state["progress"]["left"] == 30
+        assert not state["progress"]["can_undo"]
+    assert decisions(out) == []
+
+
+def test_skipped_pictures_come_back_when_asked_for(make_reviewable) -> None:
+    out = make_reviewable()
+    with desk(out) as at:
+        decide(at, "skipped")
+        decide(at, "skipped")
+        assert at.undo()["card"]["image_id"] == "000001.png"
+        shown_in_order(at)
+        assert at.next()["progress"]["skipped"] == 1
+    with desk(out) as at:
+        assert at.next()["card"] is None
+        assert at.show_skipped()["card"]["image_id"] == "000000.png"
+        decide(at, "approved")
+        assert at.next()["progress"]["left"] == 0
+
+
+def test_what_needs_an_expert_is_shown_to_others_last(make_reviewable) -> None:
+    out = make_reviewable()
+    with desk(out) as at:
+        decide(at, "expert")
+        assert "000000.png" not in shown_in_order(at)
+        assert at.next()["card"] is None
+    with desk(out, "ben") as other:
+        card = other.next()["card"]
+        assert (card["image_id"], card["note"]) == ("000000.png", "ana asks for an expert")
+        assert decide(other, "edited", "A rare dog.")[0]
+        assert other.next()["card"] is None
+    assert decisions(out)[-1] == ("edited", ("000000.png",), "A rare dog.")
+
+
+def test_two_reviewers_get_different_pictures_and_a_late_decision_is_refused(make_reviewable) -> None:
+    out = make_reviewable(["a dog", "a dog", "a cat"])
+    with desk(out) as ana, desk(out, "ben") as ben:
+        on_anas = ana.next()["card"]
+        assert ben.next()["card"]["image_id"] == "000002.png"
+        late = Asked("rejected", (on_anas["place"], *(one["place"] for one in on_anas["group"])), "A dog.")
+        half = Asked("rejected", (1, 0), "A dog.")
+        ben.decide(Asked("approved", (0,), "A dog."))
+
+        kept, state = ana.decide(late)
+        assert not kept
+        assert state["message"] == "ben has decided this picture meanwhile (accepted); nothing was changed"
+        kept, state = ana.decide(half)
+        assert kept
+        assert state["message"] == "Rejected; 1 were decided by somebody else meanwhile"
+        assert ben.next()["progress"]["left"] == 28
+    assert decisions(out) == [("approved", ("000000.png",), "A dog."), ("rejected", ("000001.png",), None)]
+
+
+def test_a_text_that_changed_meanwhile_is_shown_again(make_reviewable) -> None:
+    with desk(make_reviewable(["a dog"])) as at:
+        kept, state = at.decide(Asked("approved", (0,), "Another text."))
+        assert not kept
+        assert "has changed" in state["message"]
+        assert state["card"]["alt_text"] == "A dog."
+
+
+def test_edits_are_one_line_and_keep_to_the_hard_limit(make_reviewable) -> None:
+    out = make_reviewable(["a dog", "a cat"], alt_text=AltTextConfig(max_chars=20, hard_max=30))
+    with serving(out) as (ask, _):
+
+        def edit(text: str) -> tuple[int, Any]:
+            place = ask("GET", "state")[1]["card"]["place"]
+            shown = ["A dog.", "A cat."][place]
+            return ask("POST", "decide", {"decision": "edited", "places": [place], "shown": shown, "text": text})
+
+        status, answer = edit("x" * 31)
+        assert (status, answer["error"]) == (
+            400,
+            "The text has 31 characters; the limit is 30 (captioner alt-text --hard-max)",
+        )
+        status, answer = edit(" \n\t ")
+        assert status == 400
+        assert "choose Decorative" in answer["error"]
+        assert edit(" A black\r\n dog\u202e. ")[0] == 200
+        assert edit("A cat. ")[0] == 200
+    assert [(decision, text) for decision, _, text in decisions(out)] == [
+        ("edited", "A black dog."),
+        ("approved", "A cat."),
+    ]
+
+
+def test_the_acceptance_rate_is_of_a_random_sample_whatever_was_decided_before(make_reviewable) -> None:
+    out = make_reviewable(["a dog"] * 30)
+    with desk(out, queue="random") as at:
+        order = [at.next()["card"]["image_id"]]
+        assert at.next()["progress"]["acceptance"] is None
+    with desk(out, "ben", queue="all") as at:
+        assert at.next()["progress"]["acceptance"] is None
+        decide(at, "rejected")  # twelve of them, whose turn in the random order may come
+        rejected = {image_id for _, ids, _ in decisions(out) for image_id in ids}
+        assert at.next()["progress"]["acceptance"] is None
+    with desk(out, queue="random") as at:
+        order = shown_in_order(at)
+        found = at.next()["progress"]["acceptance"]
+    assert len(order) == 18
+    assert not rejected & set(order)
+    assert (found["accepted"], found["decided"]) in [(18, decided) for decided in range(18, 31)]
+    assert found["decided"] > 18  # rejected ones that came before the last accepted one in the random order
+    assert found["low"] < 18 / found["decided"] < found["high"]
+
+
+@pytest.mark.parametrize(
+    ("successes", "trials", "low", "high"),
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_the_interval_is_wilsons(successes: int, trials: int, low: float, high: float) -> None:
+    """The values of R. G. Newcombe, Two-sided confidence intervals for the single proportion, 1998, table I."""
+    assert wilson(successes, trials) == pytest.approx((low, high), abs=5e-5)
+    assert wilson(trials - successes, trials) == pytest.approx((1 - high, 1 - low), abs=5e-5)
+
+
+def test_the_hours_left_are_measured() -> None:
+    own = [
+        Review("approved", ("a", "b"), "", "ana", seconds=6.0),
+        Review("approved", ("c",), "", "ana", seconds=3.0),
+        Review("approved", ("d",), "", "ana"),
+        Review("approved", ("e",), "", "ana", seconds=80_000.0),  # was away
+    ]
+    assert seconds_per_picture(own[:3]) == 3.0
+    assert seconds_per_picture(own) == (6 + 3 + 300) / 4
+    assert seconds_per_picture(own[2:3]) is None
+    assert acceptance([]) is None
+
+
+Ask = Callable[..., tuple[int, Any]]
+
+
+@contextmanager
+def serving(out: Path, reviewer: str = "ana", queue: Any = "all") -> Iterator[tuple[Ask, ReviewServer]]:
+    with ExitStack() as stack:
+        at = stack.enter_context(desk(out, reviewer, queue))
+        pictures = Pictures(open_table(str(out)))
+        stack.callback(pictures.close)
+        server = stack.enter_context(ReviewServer(at, pictures, port=0))
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        stack.callback(thread.join)
+        stack.callback(server.shutdown)
+        yield asker(server.url), server
+
+
+def asker(url: str) -> Ask:
+    parts = urlsplit(url)
+
+    def ask(method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> tuple[int, Any]:
+        """`path`: after the token, or from the root where it starts with /."""
+        connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=60)
+        data = body if isinstance(body, bytes | None) else json.dumps(body)
+        connection.request(method, path if path.startswith("/") else parts.path + path, data, headers or JSON)
+        answer = connection.getresponse()
+        content = answer.read()
+        connection.close()
+        is_json = answer.headers.get_content_type() == "application/json"
+        return answer.status, json.loads(content) if is_json else (answer.headers, content)
+
+    return ask
+
+
+def test_only_who_knows_the_token_gets_anything(make_reviewable) -> None:
+    with serving(make_reviewable()) as (ask, server):
+        assert server.server_address[0] == "127.0.0.1"
+        assert ask("GET", "state")[0] == 200
+        wrong = [
+            f"/{server.token[:-1]}/state",
+            f"/{server.token}x/state",
+            "/state",
+            "/",
+            "//state",
+            f"/x/{server.token}/",
+        ]
+        for path in wrong:
+            assert ask("GET", path)[0] == 403
+            assert ask("POST", path, {})[0] == 403
+
+
+def test_names_that_point_here_are_refused(make_reviewable) -> None:
+    with serving(make_reviewable()) as (ask, server):
+        port = server.server_address[1]
+        for host in ("127.0.0.1", f"127.0.0.1:{port}", f"localhost:{port}", "localhost:9000"):
+            assert ask("GET", "state", headers={"Host": host})[0] == 200
+        for host in ("evil.example", f"evil.example:{port}", "127.0.0.1.evil.example", "localhost.evil.example", ""):
+            assert ask("GET", "state", headers={"Host": host})[0] == 403
+
+
+def test_only_a_page_of_ours_can_decide(make_reviewable) -> None:
+    out = make_reviewable()
+    good = {"decision": "approved", "places": [0], "shown": ""}
+    with serving(out) as (ask, server):
+        own = f"http://127.0.0.1:{server.server_address[1]}"
+        assert ask("POST", "decide", good, JSON | {"Origin": "http://evil.example"})[0] == 403
+        assert ask("POST", "decide", good, JSON | {"Origin": "null"})[0] == 403
+        assert ask("POST", "decide", good, {"Content-Type": "text/plain"})[0] == 415
+        assert ask("POST", "decide", b"{", JSON)[0] == 400
+        assert ask("POST", "decide", b" " * 70_000, JSON)[0] == 413
+        assert ask("GET", "decide")[0] == 404
+        assert ask("POST", "state", {})[0] == 404
+        assert ask("POST", "undo", {}, JSON | {"Origin": own})[0] == 200
+    assert decisions(out) == []
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        [],
+        {},
+        {"decision": "liked", "places": [0], "shown": ""},
+        {"decision": "undo", "places": [0], "shown": ""},
+        {"decision": "approved", "places": [], "shown": ""},
+        {"decision": "approved", "places": [30], "shown": ""},
+        {"decision": "approved", "places": [-1], "shown": ""},
+        {"decision": "approved", "places": [True], "shown": ""},
+        {"decision": "approved", "places": ["0"], "shown": ""},
+        {"decision": "approved", "places": [0], "shown": None},
+        {"decision": "edited", "places": [0], "shown": "", "text": 3},
+    ],
+)
+def test_what_no_page_sends_is_refused(make_reviewable, body: Any) -> None:
+    with desk(make_reviewable()) as at, pytest.raises(UsageError, match=r"decision|places"):
+        Asked.from_json(body, len(at))
+
+
+def test_the_page_runs_nothing_but_its_own_script(make_reviewable) -> None:
+    with serving(make_reviewable([HOSTILE])) as (ask, _):
+        pages = [ask("GET", "") for _ in range(2)]
+        nonces = []
+        for status, (headers, content) in pages:
+            policy, html = headers["Content-Security-Policy"], content.decode()
+            nonces += re.findall(r"script-src 'nonce-([\w-]{16,})'", policy)
+            assert status == 200
+            assert "default-src 'none'" in policy
+            assert "unsafe" not in policy
+            assert set(re.findall(r'<(?:script|style) nonce="([^"]+)"', html)) == {nonces[-1]}
+            assert len(re.findall(r"<(?:script|style)\b", html)) == 2
+            assert not re.search(r'\son\w+="|\sstyle="|https?://', html)
+            assert headers["Referrer-Policy"] == "no-referrer"
+            assert headers["Cache-Control"] == "no-store"
+        assert len(set(nonces)) == 2
+        assert ask("GET", "state")[1]["card"]["alt_text"].startswith("X <script>alert(1)</script>")
+
+
+def test_pictures_are_upright_and_small_and_say_what_is_written_in_them(make_reviewable, tmp_path: Path) -> None:
+    out = make_reviewable()
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "EXIF\x07words"
+    file = tmp_path / "archive" / "000000.png"
+    Image.new("RGB", (3000, 1000), "red").save(file, "JPEG", xmp=XMP.encode(), exif=exif)
+    before = file.read_bytes()
+    with serving(out) as (ask, _):
+        _, about = ask("GET", "about/0")
+        _, (headers, large) = ask("GET", "picture/0/large")
+        _, (_, small) = ask("GET", "picture/0/small")
+
+        assert {one["place"]: one["text"] for one in about["descriptions"]} == {
+            "XMP alt text": "Alt, says XMP",
+            "XMP description": "A dog, says XMP",
+            "EXIF description": "EXIFwords",
+        }
+        assert headers.get_content_type() == "image/jpeg"
+        assert Image.open(io.BytesIO(large)).size == (480, 1440)
+        assert Image.open(io.BytesIO(small)).size == (80, 240)
+        assert not Image.open(io.BytesIO(large)).getexif()
+        for path in (
+            "picture/0/huge",
+            "picture/30/large",
+            "picture/-1/large",
+            "picture/%C2%B2/large",
+            "about/x",
+            "about/9/9",
+        ):
+            assert ask("GET", path)[0] == 404
+    assert file.read_bytes() == before
+    assert sorted(file.name for file in out.rglob("*.jp*g")) == []
+
+
+def test_descriptions_are_read_from_iptc_and_png_and_damage_is_none() -> None:
+    def iptc(text: bytes) -> bytes:
+        record = b"\x1c\x02\x78" + len(text).to_bytes(2, "big") + text
+        resource = b"8BIM\x04\x04\x00\x00" + len(record).to_bytes(4, "big") + record + b"\x00" * (len(record) % 2)
+        data = b"Photoshop 3.0\x00" + resource
+        return b"\xff\xd8\xff\xed" + (len(data) + 2).to_bytes(2, "big") + data + jpeg()[2:]
+
+    def jpeg(**fields: Any) -> bytes:
+        stream = io.BytesIO()
+        Image.new("RGB", (8, 8)).save(stream, "JPEG", **fields)
+        return stream.getvalue()
+
+    entities = b'<!DOCTYPE a [<!ENTITY b "boom">]>' + XMP.encode().replace(b"A dog", b"&b;")
+
+    assert descriptions_of(iptc("Zoë".encode()), 100) == {"IPTC caption": "Zoë"}
+    assert descriptions_of(iptc("Zoë".encode("latin-1")), 100) == {"IPTC caption": "Zoë"}
+    assert descriptions_of(jpeg(xmp=entities), 100) == {}
+    assert descriptions_of(jpeg(xmp=XMP.encode()[:-40]), 100) == {}
+    assert descriptions_of(jpeg(exif=b"Exif\x00\x00MM\x00*\xff\xff\xff\xff"), 100) == {}
+    assert descriptions_of(b"no picture", 100) == {}
+
+
+def test_a_picture_that_has_gone_can_still_be_decided(make_reviewable, tmp_path: Path) -> None:
+    out = make_reviewable()
+    (tmp_path / "archive" / "000000.png").unlink()
+    with serving(out) as (ask, _):
+        assert ask("GET", "about/0")[1]["error"] == "No such file or directory"
+        assert ask("GET", "picture/0/large")[0] == 404
+        shown = ask("GET", "state")[1]["card"]["alt_text"]
+        assert ask("POST", "decide", {"decision": "rejected", "places": [0], "shown": shown})[0] == 200
+        assert ask("GET", "about/1")[1]["error"] == ""
+    shutil.rmtree(tmp_path / "archive")
+    with serving(out) as (ask, _):
+        assert "no such file or directory" in ask("GET", "about/1")[1]["error"]
+        assert ask("GET", "state")[1]["card"]["image_id"] == "000001.png"
+
+
+def test_a_picture_that_crashes_its_decoder_is_a_message(
+    make_reviewable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CAPTIONER_TEST_POISON", "1")
+    out = make_reviewable()
+    with (tmp_path / "archive" / "000000.png").open("ab") as file:
+        file.write(ABORT_MARKER)
+    with serving(out) as (ask, _):
+        assert ask("GET", "about/0")[1]["error"].startswith("decoder_crashed")
+        assert ask("GET", "about/1")[1]["error"] == ""
+
+
+def test_a_decision_that_cannot_be_written_is_told_and_not_counted(
+    make_reviewable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = make_reviewable()
+    with serving(out) as (ask, _):
+        shown = ask("GET", "state")[1]["card"]["alt_text"]
+        wanted = {"decision": "approved", "places": [0], "shown": shown}
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", failing)
+            status, answer = ask("POST", "decide", wanted)
+        assert status == 500
+        assert "the decision was not saved: No space left" in answer["error"]
+        assert ask("GET", "state")[1]["card"]["place"] == 0
+        assert decisions(out) == []
+        assert ask("POST", "decide", wanted)[0] == 200
+    assert len(decisions(out)) == 1
+
+
+def failing(descriptor: int) -> None:
+    raise OSError(28, "No space left on device")
+
+
+@contextmanager
+def reviewing(out: Path, *flags: str) -> Iterator[tuple[subprocess.Popen[str], Ask]]:
+    """A real `captioner review` and a client of it."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ray_jobs.cli", "review", str(out), "--reviewer", "ana", "--queue", "all", *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    try:
+        line = process.stdout.readline()
+        found = re.search(r"http://127\.0\.0\.1:\d+/[\w-]+/", line)
+        assert found, line
+        yield process, asker(found.group())
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_every_accepted_decision_survives_sigkill(make_reviewable) -> None:
+    out = make_reviewable()
+    with reviewing(out) as (process, ask):
+        state = ask("GET", "state")[1]
+        for _ in range(7):
+            card = state["card"]
+            status, state = ask(
+                "POST", "decide", {"decision": "approved", "places": [card["place"]], "shown": card["alt_text"]}
+            )
+            assert status == 200
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert [ids for _, ids, _ in decisions(out)] == [(f"{number:06d}.png",) for number in range(7)]
+
+    with reviewing(out) as (process, ask):
+        state = ask("GET", "state")[1]
+        assert (state["card"]["image_id"], state["progress"]["left"]) == ("000007.png", 23)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate()
+        assert process.returncode == 143
+        assert said.splitlines()[-1] == (
+            "captioner: error: stopped by SIGTERM; every decision is saved, the same command goes on"
+        )
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    with pytest.raises(SystemExit) as ended:
+        main(["review", *words])
+    assert ended.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_what_cannot_be_reviewed_is_one_line(
+    make_reviewable, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = make_reviewable()
+    assert "holds no captions table" in refusal(capsys, str(tmp_path / "nothing"))
+    assert "has no alt texts; run `captioner alt-text`" in refusal(capsys, str(finished / "out"))
+    assert "--reviewer: a name" in refusal(capsys, str(out), "--reviewer", " ")
+    (out / "plan" / "g000" / "published.json").unlink()
+    assert "is not finished; run the same `captioner caption` again" in refusal(capsys, str(out))
+
+
+def test_a_port_in_use_is_one_line(make_reviewable, capsys: pytest.CaptureFixture[str]) -> None:
+    out = make_reviewable()
+    with serving(out) as (_, server):
+        port = str(server.server_address[1])
+        line = refusal(capsys, str(out), "--port", port, "--reviewer", "ben")
+    assert f"--port {port}: 127.0.0.1 cannot be listened on there: Address already in use; give another port" in line
+
+
+def test_a_journal_that_was_cut_off_is_told_and_the_rest_counts(
+    make_reviewable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = make_reviewable()
+    with Journal(Directory(str(out)), "ana") as journal:
+        journal.append(Review("approved", ("000000.png",), "x", "ana", reviewed_at=datetime.now(UTC)))
+    (file,) = (out / "reviews").glob("*.jsonl")
+    file.write_bytes(file.read_bytes() + b'{"decision": "appr\n')
+    with reviewing(out) as (process, ask):
+        assert ask("GET", "state")[1]["card"]["image_id"] == "000001.png"
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate()
+    assert process.returncode == 130
+    assert "damaged lines in its journals passed over: 1; the rest counts" in said
+    assert said.splitlines()[-1] == "captioner: error: stopped; every decision is saved, the same command goes on"
+
+
+def test_a_table_made_anew_meanwhile_is_told(make_reviewable) -> None:
+    out = make_reviewable()
+    with desk(out) as at:
+        shutil.rmtree(out / "alt_text")
+        with pytest.raises(OutputError, match="was changed meanwhile; stop, and start `captioner review` again"):
+            at.next()

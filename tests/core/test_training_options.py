@@ -1,0 +1,235 @@
+"""What can be asked of a run beside the plain one: adapters, number formats, less memory, curves, the hub, a stop."""
+
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import torch
+
+from captioner.config import ModelConfig, TrainConfig, TrainModelConfig
+from captioner.errors import InterruptedRunError, TerminatedRunError, UsageError
+from captioner.models import load, resolve
+from captioner.testing import TINY_SIDE, make_folder, make_tiny_model
+from captioner.training import job
+from captioner.training.evaluate import WINDOW, Evaluator
+from captioner.training.local import LocalEngine, LocalWorker
+from captioner.training.loop import make_collate
+from captioner.training.loss import CaptionLoss
+from captioner.training.network import open_trainable
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Many threads on tiny models wait for each other more than they work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("data"), 30, seed=5)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model("git", tmp_path_factory.mktemp("tiny"))
+
+
+def settings(data: Path, out: Path, model: Path, groups: dict | None = None, **training) -> TrainConfig:
+    tree = {
+        "data": {"path": str(data), "eval_fraction": 0.2},
+        "model": {"name": str(model), "max_new_tokens": 8},
+        "training": {"per_device_train_batch_size": 8, "max_steps": 4, "logging_steps": 1, "learning_rate": 1e-3}
+        | training,
+        "output": {"path": str(out)},
+    }
+    for group, more in (groups or {}).items():
+        tree[group] = tree[group] | more
+    return TrainConfig.model_validate(tree)
+
+
+def losses(out: Path) -> list[float]:
+    history = json.loads((out / "history.json").read_text())["history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+@pytest.fixture(scope="module")
+def plain_out(tmp_path_factory: pytest.TempPathFactory, data: Path, tiny: Path) -> Path:
+    """The OUT of a plain run."""
+    out = tmp_path_factory.mktemp("plain") / "out"
+    job.run(settings(data, out, tiny), LocalEngine())
+    return out
+
+
+@pytest.fixture(scope="module")
+def plain(plain_out: Path) -> list[float]:
+    return losses(plain_out)
+
+
+def test_a_run_with_adapters_leaves_a_plain_model_that_captions(tmp_path: Path, data: Path, tiny: Path) -> None:
+    pytest.importorskip("peft", reason="the extra `lora` is not installed")
+    from safetensors.torch import load_file
+    from transformers import AutoModelForImageTextToText
+
+    out = tmp_path / "out"
+    job.run(settings(data, out, tiny, {"model": {"lora_rank": 4}}, learning_rate=1e-2, eval_steps=2), LocalEngine())
+
+    trained, base = load_file(out / "model" / "model.safetensors"), load_file(tiny / "model.safetensors")
+    assert trained.keys() == base.keys()
+    changed = {name for name in base if not torch.equal(trained[name], base[name])}
+    assert "git.encoder.layer.0.attention.self.query.weight" in changed
+    assert not [name for name in changed if "embedding" in name or "LayerNorm" in name]
+    assert type(AutoModelForImageTextToText.from_pretrained(out / "model")).__name__ == "GitForCausalLM"
+    pixels = torch.randint(0, 256, (2, TINY_SIDE, TINY_SIDE, 3), dtype=torch.uint8).numpy()
+    assert len(load(resolve(ModelConfig(name=str(out / "model"), max_new_tokens=8))).caption(pixels).texts) == 2
+    assert losses(out)[-1] < losses(out)[0]
+    kept = {file.name for file in (out / "checkpoints").glob("*/step-*/*")}
+    assert "adapters" in kept
+    assert "model.safetensors" not in kept
+
+
+def test_bfloat16_gives_nearly_the_same_curve_and_float32_weights(
+    tmp_path: Path, data: Path, tiny: Path, plain: list[float]
+) -> None:
+    from safetensors.torch import load_file
+
+    job.run(settings(data, tmp_path / "out", tiny, bf16=True), LocalEngine())
+
+    assert losses(tmp_path / "out") == pytest.approx(plain, rel=0.05)
+    assert losses(tmp_path / "out") != plain
+    weights = load_file(tmp_path / "out" / "model" / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+
+
+def test_gradient_checkpointing_gives_the_same_curve(
+    tmp_path: Path, data: Path, tiny: Path, plain: list[float]
+) -> None:
+    job.run(settings(data, tmp_path / "out", tiny, gradient_checkpointing=True), LocalEngine())
+
+    assert losses(tmp_path / "out") == pytest.approx(plain, rel=1e-4)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_float16_without_a_gpu_is_refused_before_anything_is_written(tmp_path: Path, data: Path, tiny: Path) -> None:
+    with pytest.raises(UsageError, match="--fp16: there is no GPU"):
+        job.run(settings(data, tmp_path / "out", tiny, fp16=True), LocalEngine())
+
+    assert not (tmp_path / "out").exists()
+
+
+def test_curves_for_tensorboard_are_in_out(tmp_path: Path, data: Path, tiny: Path) -> None:
+    out = tmp_path / "out"
+    job.run(settings(data, out, tiny, report_to="tensorboard", eval_steps=2), LocalEngine())
+
+    history = json.loads((out / "history.json").read_text())["history"]
+    told = [point for file in sorted((out / "tensorboard").iterdir()) for point in scalars(file)]
+    for tag, name in (("train/loss", "loss"), ("eval/wer", "eval_wer"), ("eval/loss", "eval_loss")):
+        expected = [(entry["step"], pytest.approx(entry[name])) for entry in history if name in entry]
+        assert [(step, value) for found, step, value in told if found == tag] == expected
+        assert len(expected) >= 3
+    assert all("tfevents" in file.name for file in (out / "tensorboard").iterdir())
+
+
+def scalars(file: Path) -> list[tuple[str, int, float]]:
+    """(tag, step, value) of an event file: records of length, checksum, event, checksum."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found, data = [], file.read_bytes()
+    while data:
+        length = int.from_bytes(data[:8], "little")
+        event = Event.FromString(data[12 : 12 + length])
+        found += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
+        data = data[16 + length :]
+    return found
+
+
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """A test run in the background of a shell ignores Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
+@pytest.mark.parametrize(
+    ("stop", "error", "code"), [(signal.SIGINT, InterruptedRunError, 130), (signal.SIGTERM, TerminatedRunError, 143)]
+)
+def test_a_stopped_run_says_how_to_go_on_and_does(
+    tmp_path: Path, data: Path, tiny: Path, plain: list[float], monkeypatch: pytest.MonkeyPatch, stop, error, code
+) -> None:
+    tell, out = LocalWorker.tell, tmp_path / "out"
+
+    def stop_at_step_3(worker: LocalWorker, progress: dict) -> None:
+        tell(worker, progress)
+        if progress["step"] == 3:
+            signal.raise_signal(stop)
+
+    given = settings(data, out, tiny, eval_steps=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalWorker, "tell", stop_at_step_3)
+        with pytest.raises(error, match=rf"checkpoints stay in {out}, the same command goes on") as raised:
+            job.run(given, LocalEngine())
+    assert raised.value.exit_code == code
+    assert [folder.name for folder in (out / "checkpoints").glob("*/step-*")] == ["step-00000002"]
+
+    job.run(given, LocalEngine())
+
+    assert losses(out) == pytest.approx(plain, rel=1e-5)
+
+
+def test_without_a_test_set_the_card_says_what_its_figures_are_worth(plain_out: Path) -> None:
+    card = (plain_out / "model" / "README.md").read_text()
+
+    assert "| eval | 6 |" in card
+    assert "selected on this set" in card
+
+
+def test_a_finished_run_is_uploaded_by_the_same_command(
+    data: Path, tiny: Path, plain_out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    uploaded: list[str] = []
+
+    class Hub:
+        """Stands in for the hub's client."""
+
+        def create_repo(self, repo_id: str, *, private: bool, exist_ok: bool) -> str:
+            assert private
+            return f"https://hub.example/{repo_id}"
+
+        def upload_folder(self, *, repo_id: str, folder_path: str, commit_message: str) -> None:
+            uploaded.extend(file.name for file in Path(folder_path).iterdir())
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    to_hub = {"push_to_hub": True, "hub_model_id": "someone/model"}
+    job.run(settings(data, plain_out, tiny, {"output": to_hub}), LocalEngine())
+
+    assert {"README.md", "model.safetensors", "training_images.parquet", "training_run.json"} < set(uploaded)
+    assert "uploaded to https://hub.example/someone/model" in capsys.readouterr().err
+
+
+def test_evaluation_holds_one_window_of_pictures_however_many_there_are(tiny: Path) -> None:
+    captioner = open_trainable(
+        resolve(ModelConfig(name=str(tiny), max_new_tokens=2)), TrainModelConfig(), torch.device("cpu"), 64, None
+    )
+    held: list[int] = []
+
+    def feed(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+        for table in tables:
+            held.append(pa.total_allocated_bytes())
+            size = TINY_SIDE * TINY_SIDE * 3
+            yield table.append_column("_pixels", pa.array([bytes(size)] * len(table), pa.binary(size)))
+
+    evaluate = Evaluator(captioner, CaptionLoss(captioner), make_collate(captioner), feed, 64)
+    count = 8 * WINDOW
+    pairs = pa.table({"image_id": [str(n) for n in range(count)], "reference_captions": [["a ring"]] * count})
+
+    assert evaluate(pairs)["num_pictures"] == count
+    window = WINDOW * TINY_SIDE * TINY_SIDE * 3
+    assert len(held) == 8
+    assert max(held) - held[0] < 2.5 * window
