@@ -100,6 +100,12 @@ def put(path: Path, data: bytes) -> None:
             raise
 
 
+def write_new(path: Path, data: bytes) -> None:
+    """Write a file into a folder that is not in its place yet."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+
+
 def inside(image_id: str) -> Path:
     """An image id as a relative path without ".." or other ways out, and with names that a disk takes."""
     parts = [part for part in re.split(r"[/\\]", image_id) if part not in ("", ".")]

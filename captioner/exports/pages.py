@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from captioner.errors import UsageError
-from captioner.exports.destination import new_folder
+from captioner.exports.destination import new_folder, write_new
 from captioner.exports.export import Export, write_origin
 from captioner.exports.fill import Gap, PageError, decode, filled, find_gaps
 from captioner.text import printable
@@ -109,9 +109,7 @@ def _write_pages(folder: Path, pages: list[Page], known: Known, export: Export) 
             text, diff, done = _fill(page, known, export)
             if not done:
                 continue
-            path = folder / page.name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(text.encode(page.encoding))
+            write_new(folder / page.name, text.encode(page.encoding))
             diffs.write(diff.encode(page.encoding))
             for gap, row in done:
                 write_origin(origins, row, page=page.name, src=gap.src)
