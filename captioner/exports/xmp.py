@@ -137,8 +137,8 @@ def extended_description(row: dict[str, Any], mark: str) -> str | None:
 
 
 def _require_free(packet: Packet, image_id: str, update: bool) -> None:
-    text, own = packet.value(ALT_TEXT), packet.own("Text")
-    if text and text != own:
+    own = packet.own("Text")
+    if not packet.texts(ALT_TEXT) <= {own}:
         raise XmpError("its sidecar holds a text by somebody else")
     if own is not None and packet.own("ImageId") != image_id:
         raise XmpError(f"its sidecar is that of {packet.own('ImageId')}")
@@ -150,7 +150,7 @@ def _ours(packet: Packet) -> list[str]:
     """Names of the properties that an earlier export wrote and nobody has changed since."""
     found = list(_OWN_NAMES)
     for name, recorded in ((ALT_TEXT, "Text"), (EXTENDED, "Extended"), (CAPTION_WRITER, "Writer")):
-        if not packet.value(name) or packet.value(name) == packet.own(recorded):
+        if packet.texts(name) <= {packet.own(recorded)}:
             found.append(name)
     return found
 

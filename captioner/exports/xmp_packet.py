@@ -74,6 +74,11 @@ class Packet:
         found = self.find(name)
         return None if found is None else found.values.get("x-default", next(iter(found.values.values()), ""))
 
+    def texts(self, name: str) -> set[str]:
+        """What a property says, in whatever language."""
+        found = self.find(name)
+        return set() if found is None else {text for text in found.values.values() if text}
+
     def own(self, name: str) -> str | None:
         """A field of our own namespace."""
         return self.value(f"{OWN} {name}")
