@@ -14,14 +14,18 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export RAY_USAGE_STATS_ENABLED := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup test lint unit chaos fuzz demo test-lowest clean
+.PHONY: help setup test test-browser lint unit chaos fuzz demo test-lowest clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: .venv/.installed ## Install everything into .venv, once
 
 test: setup lint unit ## Lint, type-check and run the whole test suite
+
+test-browser: .venv/.browser ## The review page and the report in headless Chromium, checked with axe-core
+	@tests/browser/need-chromium
+	$(BIN)/python -m pytest tests/browser -m browser $(PYTEST_ARGS)
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check
@@ -55,4 +59,8 @@ clean: ## Remove environments, caches and the demo
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or 3.12 with venv found; install it or give PYTHON=..." >&2; exit 1; }
 	"$(PYTHON)" -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet $(PIP_ARGS) -c $(filter constraints%,$^) -e '.[dev]'
+	@touch $@
+
+.venv/.browser: .venv/.installed
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e '.[browser]'
 	@touch $@

@@ -7,9 +7,9 @@ Ours is the `captioner caption` command with --no-dedupe; the peers are the scri
 and take no chunks, no resume and no checks. Each is a process of its own and runs at two sizes, so that what it takes
 to start drops out: steady state = (n2 - n1) / (t2 - t1), t the wall time of the process. A slow peer may be given
 smaller sizes. Pictures are the JPEGs of --images, copied under other names as often as needed. torch has --threads
-threads in each: peers by OMP_NUM_THREADS, which Ray passes on, ours by leaving the other CPUs to decoding (on a GPU it
-shares CPUs out itself). The last line is one JSON object, medians of the rounds; `of_engine` is our rate over that of
-the captioning calls alone.
+threads in each peer, by OMP_NUM_THREADS, which Ray passes on; the default is what ours takes for a large model, which
+leaves the other CPUs to decoding. The last line is one JSON object, medians of the rounds; `of_engine` is our rate over
+that of the captioning calls alone.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any
 
 CPUS = len(os.sched_getaffinity(0))
-ON_GPU = Path("/dev/nvidia0").exists()
 PEERS = ("ray_naive", "hf_batch", "seed_loop")
 
 
@@ -77,7 +76,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--sizes", default="64,192")
     parser.add_argument("--peer-sizes", help="of the peers' runs; default as --sizes")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=max(1, CPUS - 1))
+    parser.add_argument("--threads", type=int, default=CPUS - max(1, CPUS // 4))
     options = parser.parse_args()
     options.model = str(Path(options.model).resolve())  # Ray's workers run in a directory of their own
     return options
@@ -119,8 +118,6 @@ def _command(name: str, folder: Path, out: Path, options: argparse.Namespace) ->
     search += ["--batch-size", str(options.batch_size)]
     if name == "ours":
         own = ["--no-dedupe", "--sample", "0"]
-        if not ON_GPU:
-            own += ["--decode-cpus", str(max(1, CPUS - options.threads))]
         job = [sys.executable, "-m", "ray_jobs.caption", str(folder), str(out), "--model", options.model]
         return [*job, *search, *own]
     script = str(Path(options.peers) / f"{name}.py")
@@ -153,7 +150,7 @@ def _rate(pair: list[Run]) -> float:
 def _result(runs: dict[str, list[list[Run]]], rates: dict[str, float]) -> dict[str, Any]:
     last = runs["ours"][-1][1]
     assert last.record is not None
-    seconds = last.record["seconds"]
+    seconds, workers = last.record["seconds"], last.record["slots"]["device"]
     others = [pairs[-1][1].captions for name, pairs in runs.items() if name != "ours"]
     equal = [
         statistics.fmean(last.captions[name] == text for name, text in other.items() if name in last.captions)
@@ -163,7 +160,7 @@ def _result(runs: dict[str, list[list[Run]]], rates: dict[str, float]) -> dict[s
     return {
         "ours": {
             "images_per_second": round(rates["ours"], 3),
-            "of_engine": round(rates["ours"] * seconds["generate"] / len(last.captions), 3),
+            "of_engine": round(rates["ours"] * seconds["generate"] / len(last.captions) / workers, 3),
             "startup_seconds": seconds["startup"],
             "peak_memory_gb": round(peak, 2),
             "shares": last.record["busy"],

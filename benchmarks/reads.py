@@ -3,8 +3,8 @@
     python -m benchmarks.reads --images DIR [--latency 30] [--pictures 512] [--concurrency 1,8,32,64]
 
 A server of its own process speaks as much of the S3 protocol as reading needs and waits --latency milliseconds before
-each answer. The pictures are read as a decode worker reads its chunk, then read and decoded chunk by chunk as a run
-does. The last line is one JSON object of pictures a second.
+each answer; a picture takes two of them. The pictures are read as a decode worker reads its chunk. The last line is one
+JSON object of pictures a second, medians of the rounds.
 """
 
 from __future__ import annotations

@@ -124,6 +124,7 @@ def make_record(job: Job, state: str, tally: Tally, counts: TableCounts | None =
             **{name: round(value, 3) for name, value in tally.seconds.items()},
         },
         "busy": tally.busy,
+        "slots": tally.slots,
         "images_per_second": None if rate is None else round(rate, 2),
         "engine": tally.engine,
         "model": None if model is None else {**asdict(model), "fingerprint": model.fingerprint},

@@ -20,6 +20,7 @@ from captioner.config import AutoInt, CaptionConfig
 from captioner.data import Chunk, Receipt
 from captioner.errors import CaptionerError, ClusterError
 from captioner.files import is_uri
+from captioner.models import is_small
 from captioner.steps import Work
 from ray_jobs.cluster import Resources, Sizes, connect, share_out
 from ray_jobs.metrics import DriverMetrics
@@ -44,16 +45,17 @@ class RayEngine:
     def __init__(self, config: CaptionConfig) -> None:
         self._config = config
         self._resources: Resources | None = None
+        self._sizes: Sizes | None = None
 
     def device(self) -> str:
         return "cuda" if share_out(self._connected(), self._config.cluster).gpus_per_worker else "cpu"
 
     def slots(self) -> dict[str, float]:
-        sizes = share_out(self._connected(), self._config.cluster)
+        sizes = self._sizes or share_out(self._connected(), self._config.cluster)
         return {"decode": sizes.decode_cpus, "device": sizes.num_workers, "write": sizes.committers}
 
     def caption_chunks(self, work: Work, chunks: list[Chunk]) -> Iterator[Receipt]:
-        sizes = share_out(self._connected(), self._config.cluster)
+        sizes = self._sizes = share_out(self._connected(), self._config.cluster, is_small(work.model))
         if self._connected().num_nodes > 1 and not is_uri(work.table.directory.location):
             _check_shared(work.table.directory.location)
         metrics = DriverMetrics(sum(chunk.num_rows for chunk in chunks))

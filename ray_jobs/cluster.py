@@ -116,13 +116,16 @@ def available_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def share_out(resources: Resources, config: ClusterConfig) -> Sizes:
-    """Workers and decoders for a cluster. Raises ClusterError where a request cannot be met."""
+def share_out(resources: Resources, config: ClusterConfig, one_thread: bool = False) -> Sizes:
+    """Workers and decoders for a cluster. Raises ClusterError where a request cannot be met.
+
+    `one_thread`: the model captions on one thread where there is no GPU, about as fast as one CPU prepares pictures.
+    """
     if isinstance(config.num_workers, str) and config.num_workers != "auto":
         return _share_out_growing(resources, config)
     gpus = _gpus_per_worker(resources, config)
-    workers = _num_workers(resources, config, gpus)
-    spare = resources.num_cpus - workers if gpus else resources.num_cpus / 4
+    workers = _num_workers(resources, config, gpus, one_thread)
+    spare = resources.num_cpus - workers if gpus or one_thread else resources.num_cpus / 4
     decode = max(1, int(spare)) if config.decode_cpus == "auto" else config.decode_cpus
     per_decoder = min(1.0, resources.least_cpus / 2)
     cpus = int((resources.num_cpus - decode * per_decoder) / workers * 1000) / 1000  # what Ray counts
@@ -163,9 +166,10 @@ def _fitting_a_node(cpus: float) -> float:
     return float(int(cpus)) if cpus >= 1 or cpus < MIN_CPU_SHARE else int(1000 / math.ceil(1 / cpus)) / 1000
 
 
-def _num_workers(resources: Resources, config: ClusterConfig, gpus: float) -> int:
+def _num_workers(resources: Resources, config: ClusterConfig, gpus: float, one_thread: bool) -> int:
     most = int(resources.num_gpus / gpus) if gpus else None
-    workers = most or resources.num_nodes if config.num_workers == "auto" else int(config.num_workers)
+    on_cpus = max(resources.num_nodes, int(resources.num_cpus / 2)) if one_thread else resources.num_nodes
+    workers = most or on_cpus if config.num_workers == "auto" else int(config.num_workers)
     if most is not None and workers > most:
         raise ClusterError(
             f"{workers} workers with {gpus:g} GPUs each were asked for; the cluster has {resources.num_gpus:g} GPUs"

@@ -16,7 +16,7 @@ import pyarrow as pa
 from captioner.config import CaptionConfig, SourceConfig
 from captioner.data import Source
 from captioner.errors import OK, SourceError, UsageError
-from captioner.models import resolve
+from captioner.models import is_small, resolve
 from captioner.sources import open_source
 from captioner.stopping import say
 from captioner.store.listing import list_units
@@ -51,9 +51,10 @@ def run(config: CaptionConfig, sample: int, seed: int, price_per_gpu_hour: float
     if not total:
         raise SourceError(f"{config.source.path}: no pictures found")
     say(f"{total:,} pictures listed; captioning a sample of {rows.num_rows:,}")
-    sizes = share_out(connect(config.cluster), config.cluster)
-    device_dtype = "bfloat16" if sizes.gpus_per_worker else "float32"
+    resources = connect(config.cluster)
+    device_dtype = "bfloat16" if share_out(resources, config.cluster).gpus_per_worker else "float32"
     model = resolve(config.model, device_dtype if config.model.dtype == "auto" else config.model.dtype, say)
+    sizes = share_out(resources, config.cluster, is_small(model))
     pieces = measure(source, rows, model, sizes, config)
     prediction = predict(pieces, total, sizes.num_workers, sizes.decode_cpus, seed)
     for line in lines(prediction, sizes, price_per_gpu_hour):

@@ -13,7 +13,7 @@ from captioner.errors import EXIT_CODES
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 README = (ROOT / "README.md").read_text()
-OTHERS_FLAGS = {"--address", "--working-dir", "--generate"}  # of `ray job submit`, `ray get-auth-token`
+OTHERS_FLAGS = {"--address", "--working-dir", "--generate", "--shm-size"}  # of ray and docker
 
 
 def help_of(*command: str) -> str:

@@ -5,7 +5,7 @@
 
 from captioner.models.checking import PendingCheck, check, check_in_subprocess
 from captioner.models.fake import FakeCaptioner
-from captioner.models.loading import load, weights_bytes
+from captioner.models.loading import is_small, load, weights_bytes
 from captioner.models.ref import PREPROCESSING_VERSION, ModelRef
 from captioner.models.resolving import FAMILIES, resolve
 
@@ -17,6 +17,7 @@ __all__ = [
     "PendingCheck",
     "check",
     "check_in_subprocess",
+    "is_small",
     "load",
     "resolve",
     "weights_bytes",

@@ -21,7 +21,8 @@ from captioner.models.ref import ModelRef
 
 SIZES = (16, 32, 64, 128, 256, 512)
 WORTH = 1.05  # twice the memory is taken only for so many times the pictures a second
-CPU_SIZE = 16
+# On a CPU. Of a small model, calling an operation takes longer than the operation.
+CPU_SIZE, SMALL_CPU_SIZE = 16, 64
 
 
 class Batched(Protocol):
@@ -44,11 +45,11 @@ class Batched(Protocol):
         ...
 
 
-def settle_batch_size(captioner: Batched, clock: Callable[[], float] = time.perf_counter) -> None:
-    """Set `batch_size` to what is remembered for its model and device, or to what is found now. A CPU gains little from
-    large batches and gets CPU_SIZE."""
+def settle_batch_size(captioner: Batched, on_cpu: int, clock: Callable[[], float] = time.perf_counter) -> None:
+    """Set `batch_size` to what is remembered for its model and device, or to what is found now; to `on_cpu` on a CPU,
+    which gains little from large batches."""
     if captioner.device_name == "cpu":
-        captioner.batch_size = CPU_SIZE
+        captioner.batch_size = on_cpu
         return
     key, file = f"{captioner.device_name}; {captioner.ref.fingerprint}", cache_dir() / "batch_sizes.json"
     known = _remembered(file)

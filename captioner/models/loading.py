@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 # Below this, one operation takes less time than waking the threads that would share it: one thread captions faster
 # than four on an idle machine, and many times faster on a busy one.
 SMALL_MODEL_BYTES = 20_000_000
-BATCH_SIZES = {"cpu": 16, "cuda": 128}
 
 
 def load(
@@ -31,10 +30,10 @@ def load(
 ) -> Captioner:
     """The captioner of `ref`, its weights on `device` ("auto": the first CUDA GPU, else the CPU).
 
-    `batch_size`: pictures for each forward pass. `num_threads`: CPU threads of torch, where the environment's
-    OMP_NUM_THREADS is not what is wanted; a small model gets one. A model that is not on this machine is fetched again;
-    one whose weights are no longer those of `ref` is refused. Raises ModelError where the model or the device cannot be
-    used.
+    `batch_size`: pictures for each forward pass; "auto" tries out on a GPU what is fastest. `num_threads`: CPU threads
+    of torch, where the environment's OMP_NUM_THREADS is not what is wanted; a small model gets one. A model that is not
+    on this machine is fetched again; one whose weights are no longer those of `ref` is refused. Raises ModelError where
+    the model or the device cannot be used.
     """
     if ref.family == "fake":
         return FakeCaptioner(prompt=ref.prompt)
@@ -44,13 +43,22 @@ def load(
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
 
+    from captioner.models.batch_size import CPU_SIZE, SMALL_CPU_SIZE, settle_batch_size
+
     place = _device(device)
-    if place.type == "cpu" and weights_bytes(ref) <= SMALL_MODEL_BYTES:
+    if place.type == "cpu" and is_small(ref):
         num_threads = 1
     if num_threads is not None:
         torch.set_num_threads(num_threads)
-    size = BATCH_SIZES.get(place.type, 16) if batch_size == "auto" else batch_size
-    return _family(ref.family)(ref, place, size)
+    captioner = _family(ref.family)(ref, place, 1 if batch_size == "auto" else batch_size)
+    if batch_size == "auto":
+        settle_batch_size(captioner, SMALL_CPU_SIZE if is_small(ref) else CPU_SIZE)
+    return captioner
+
+
+def is_small(ref: ModelRef) -> bool:
+    """Whether a model captions on one thread of a CPU."""
+    return weights_bytes(ref) <= SMALL_MODEL_BYTES
 
 
 def weights_bytes(ref: ModelRef) -> int:

@@ -24,9 +24,10 @@ def failed_gates(scores: Scores, settings: CheckConfig) -> list[str]:
         if scores.lift is None:
             failed.append(f"--min-lift {settings.min_lift:g} cannot be judged: fewer than two captions could be scored")
         elif scores.lift < settings.min_lift:
+            better = "too little better" if scores.lift > 0 else "no better"
             failed.append(
-                f"lift {scores.lift:.3f} is below --min-lift {settings.min_lift:g}: WER {scores.wer:.3f} is hardly "
-                f"better than {scores.shuffled_wer:.3f}, that of the same captions on other pictures"
+                f"lift {scores.lift:.3f} is below --min-lift {settings.min_lift:g}: WER {scores.wer:.3f} is {better} "
+                f"than {scores.shuffled_wer:.3f}, that of the same captions on other pictures"
             )
     return failed
 

@@ -137,6 +137,7 @@ class Survey:
             "top_captions": self.captions.most_common(10),
             "repeated_captions": list(self.repeated.items())[:20],
             "distinct_words": len(self.words),
+            "distinct_words_is_estimate": bool(self.words.error),
             "num_words": self.num_words,
             "top_words": self.words.most_common(30),
             "word_lengths": {str(n): int(count) for n, count in enumerate(self.word_lengths) if count},

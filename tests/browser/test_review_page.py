@@ -66,8 +66,8 @@ def test_axe_finds_nothing_wherever_the_page_is(out: Path, review, open_page, ph
         page.get_by_text("the limit is 250 (captioner alt-text --hard-max)").wait_for()
         assert violations(page) == []
         page.keyboard.press("Escape")
-        for _ in range(4):
-            press_and_wait(page, "a")
+        press_and_wait(page, "a")
+        press_and_wait(page, "a")
         page.wait_for_selector("#card[data-image-id='000004.png']")
         press_and_wait(page, "s")
         press_and_wait(page, "s")

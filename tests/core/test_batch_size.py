@@ -43,7 +43,7 @@ def ref() -> ModelRef:
 def test_sizes_go_up_while_they_fit_and_are_worth_it(ref, room, each, expected) -> None:
     gpu = SmallGpu(ref, room, each=each)
 
-    settle_batch_size(gpu, gpu.clock)
+    settle_batch_size(gpu, 16, gpu.clock)
 
     assert gpu.batch_size == expected
 
@@ -52,13 +52,13 @@ def test_what_was_found_is_remembered_for_model_and_device(ref, cache) -> None:
     first, again, other = SmallGpu(ref, 100), SmallGpu(ref, 100), SmallGpu(ref, 40)
     other.device_name = "another GPU, 2 GiB"
     for gpu in (first, again, other):
-        settle_batch_size(gpu, gpu.clock)
+        settle_batch_size(gpu, 16, gpu.clock)
 
     assert (first.batch_size, again.batch_size, other.batch_size) == (64, 64, 32)
     assert again.tried == []
     assert other.tried != []
     more_beams = SmallGpu(resolve(ModelConfig(name="starter", num_beams=3)), 100)
-    settle_batch_size(more_beams, more_beams.clock)
+    settle_batch_size(more_beams, 16, more_beams.clock)
     assert more_beams.tried != []
     assert len(json.loads(cache.read_text())) == 3
 
@@ -69,7 +69,7 @@ def test_a_damaged_memory_is_made_anew(ref, cache, left_there) -> None:
     cache.write_text(left_there)
     gpu = SmallGpu(ref, 100)
 
-    settle_batch_size(gpu, gpu.clock)
+    settle_batch_size(gpu, 16, gpu.clock)
 
     assert gpu.batch_size == 64
     assert list(json.loads(cache.read_text()).values()) == [64]
@@ -79,7 +79,7 @@ def test_a_home_that_cannot_be_written_to_is_no_error(ref, cache) -> None:
     cache.parent.write_text("a file where the directory should be")
     gpu = SmallGpu(ref, 100)
 
-    settle_batch_size(gpu, gpu.clock)
+    settle_batch_size(gpu, 16, gpu.clock)
 
     assert gpu.batch_size == 64
 
@@ -99,7 +99,7 @@ def test_the_size_found_fits_and_is_no_slower_than_those_before(seconds, fitting
 
 
 def test_a_cpu_is_not_tried_out(ref, cache) -> None:
-    assert load(ref, device="cpu").batch_size == 16
+    assert load(ref, device="cpu").batch_size == 64  # a small model
     assert not cache.exists()
 
 

@@ -6,6 +6,7 @@ import io
 import threading
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -15,7 +16,7 @@ from captioner.data import RawImage
 from captioner.models import load, resolve
 from captioner.scenes import make_scenes
 from captioner.sources.files import Root
-from captioner.sources.reading import read_all, reads_at_once
+from captioner.sources.reading import concurrency, read_all, reads_at_once
 from captioner.summary import print_summary
 from captioner.testing import make_tiny_model
 
@@ -59,6 +60,12 @@ def test_so_many_reads_are_under_way_as_were_asked_for() -> None:
 
     with reads_at_once(5):
         assert len(read_all([read] * 10, Root("/"))) == 10
+
+
+def test_a_store_can_be_asked_so_many_times_at_once() -> None:
+    """pyarrow's clients of stores open as many connections as it has threads for input and output."""
+    with reads_at_once(pa.io_thread_count() + 3):
+        assert pa.io_thread_count() == concurrency()
 
 
 def test_a_batch_that_does_not_fit_is_halved_and_no_row_is_lost(tmp_path, monkeypatch) -> None:

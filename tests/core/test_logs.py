@@ -9,6 +9,7 @@ import pytest
 
 from captioner.data import Receipt
 from captioner.progress import Progress
+from captioner.training.progress import TrainProgress
 from ray_jobs.logs import JsonLines
 
 
@@ -62,3 +63,14 @@ def test_errors_are_told_from_the_rest() -> None:
         ("error", "no such file"),
         ("info", "planned 3 pictures"),
     ]
+
+
+def test_the_heartbeat_of_training_carries_its_figures_too() -> None:
+    log = io.StringIO()
+    told = {"step": 30, "total": 100, "loss": 1.25, "wer": None, "samples_per_second": 8.0}
+    with TrainProgress(100, lambda: told, samples_per_step=4, stream=JsonLines(log)):
+        pass
+
+    (entry,) = map(json.loads, log.getvalue().splitlines())
+    assert entry["message"].startswith("step 30/100  loss 1.2500")
+    assert {key: entry[key] for key in told} == told

@@ -423,7 +423,7 @@ def test_pictures_are_upright_and_small_and_say_what_is_written_in_them(make_rev
             "picture/0/huge",
             "picture/30/large",
             "picture/-1/large",
-            "picture/²/large",
+            "picture/%C2%B2/large",
             "about/x",
             "about/9/9",
         ):

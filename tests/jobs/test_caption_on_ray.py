@@ -170,6 +170,22 @@ def test_every_share_leaves_room_to_decode(resources: Resources, cluster: dict, 
 
 
 @pytest.mark.parametrize(
+    ("resources", "cluster", "expected"),
+    [
+        (Resources(2, 0, 1), {}, (1, 1.0, 1)),
+        (Resources(4, 0, 1), {}, (2, 1.0, 2)),
+        (Resources(4, 0, 1), {"num_workers": 1}, (1, 1.0, 3)),
+        (Resources(8, 0, 2, 4), {}, (4, 1.0, 4)),
+        (Resources(16, 4, 1), {}, (4, 1.0, 12)),
+    ],
+)
+def test_a_small_model_captions_on_one_cpu_and_as_many_prepare(resources: Resources, cluster: dict, expected) -> None:
+    sizes = share_out(resources, ClusterConfig(**cluster), one_thread=True)
+
+    assert (sizes.num_workers, sizes.cpus_per_worker, sizes.decode_cpus) == expected
+
+
+@pytest.mark.parametrize(
     ("resources", "cluster", "words"),
     [
         (Resources(2, 0, 1), {"gpus_per_worker": 1}, "0 GPUs"),
