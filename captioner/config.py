@@ -172,6 +172,41 @@ class MakeAltTextConfig(Settings):
     alt_text: AltTextConfig = AltTextConfig()
 
 
+class ExportConfig(Settings):
+    """Where texts go, in what form, and which of them."""
+
+    path: str = Field(
+        "", description="File or folder to write; not with --beside-originals.", json_schema_extra={"argument": "DEST"}
+    )
+    to: Literal["xmp", "html", "csv", "jsonl", "txt", "coco", "imagefolder", "webdataset", "parquet"] | None = Field(
+        None, description="The form of the export."
+    )
+    approved_only: bool = Field(
+        False, description="Only what a person has approved, edited or called decorative; so by default."
+    )
+    include_unreviewed: bool = Field(False, description="Also what nobody has reviewed, marked as automatic.")
+    automatic_mark: str = Field(
+        "(automatic description)", min_length=1, description="Put behind every text that nobody has reviewed."
+    )
+    update: bool = Field(False, description="Refresh an earlier export at DEST.")
+    dry_run: bool = Field(False, description="Say what would be exported and write nothing; html shows the diff.")
+    beside_originals: bool = Field(False, description="xmp, txt: write beside the pictures themselves.")
+    existing: Literal["skip", "overwrite", "append"] = Field(
+        "skip", description="txt: what to do where a .txt file is there."
+    )
+    columns: CommaList = Field([], description="csv: NAME=FIELD for each column, comma-separated.")
+    preset: Literal["wordpress", "wagtail"] | None = Field(None, description="csv: the columns of a publishing system.")
+    html_dir: str | None = Field(None, description="html: folder of the pages to fill; they are not changed.")
+    embed: bool = Field(False, description="xmp: into copies of the pictures, by ExifTool, instead of sidecars.")
+    allow_c2pa: bool = Field(False, description="--embed: also where it breaks a C2PA signature.")
+
+
+class ExportTextsConfig(Settings):
+    """`captioner export`."""
+
+    export: ExportConfig = ExportConfig()
+
+
 class TrainDataConfig(Settings):
     """Pairs of pictures and captions, and how they are shared out."""
 

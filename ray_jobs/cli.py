@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
-from captioner.config import CaptionConfig, CheckTableConfig, MakeAltTextConfig, TrainConfig
+from captioner.config import CaptionConfig, CheckTableConfig, ExportTextsConfig, MakeAltTextConfig, TrainConfig
 from captioner.errors import ERROR, EXIT_CODES, INTERRUPTED, OK, CaptionerError
 from captioner.text import printable
 from ray_jobs.options import takes
@@ -228,6 +228,19 @@ def review(
     from captioner.review import command
 
     return command.run(out, port, reviewer, queue, open)
+
+
+@app.command()
+@takes(ExportTextsConfig)
+def export(config: ExportTextsConfig, out: Out) -> int:
+    """Write reviewed texts in the form that others read.
+
+    Only what a person has approved, unless told otherwise. Every text says what model made it and who reviewed it;
+    what is left out is counted.
+    """
+    from captioner.exports.make import run
+
+    return run(out, config.export)
 
 
 @app.command()

@@ -23,6 +23,7 @@ LAYERS = """
     sources imaging models store
     scoring faults
     alttext
+    exports
     steps recaption binding review
     job progress
     record summary report

@@ -1,0 +1,415 @@
+"""Exports: which texts go out, each form read back, nothing half-written."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from captioner import pipeline
+from captioner.alttext.journal import Journal
+from captioner.alttext.make import make_alt_texts
+from captioner.alttext.nouns import Decision, Review
+from captioner.config import AltTextConfig, CaptionConfig, ExportConfig, SourceConfig
+from captioner.errors import CaptionerError, OutputError
+from captioner.exports.chosen import CHOSEN_SCHEMA, PROVENANCE, Tally
+from captioner.exports.coco import coco_id
+from captioner.exports.destination import inside
+from captioner.exports.export import Export
+from captioner.exports.make import FORMS, export_texts
+from captioner.exports.pictures import Pictures
+from captioner.exports.spreadsheet import safe_cell
+from captioner.sources import open_source
+from captioner.store.table import CaptionsTable, open_table
+from captioner.testing import make_folder, make_tar
+from ray_jobs.cli import main
+
+WRITTEN = '=1+1 is "written" by a person, <i>&</i> ends'
+MARK = "(automatic description)"
+STATUSES = {0: "approved", 1: "approved", 2: "edited", 3: "decorative", 4: "rejected", 5: "expert", 6: "skipped"}
+
+
+def captioned(archive: Path, out: Path) -> CaptionsTable:
+    """A finished table of the archive in parts of 16, with alt texts."""
+    settings = {
+        "source": {"path": str(archive)},
+        "model": {"name": "fake"},
+        "output": {"path": str(out), "rows_per_file": 16},
+        "cluster": {"local": True},
+    }
+    pipeline.run(CaptionConfig.model_validate(settings))
+    table = open_table(str(out))
+    make_alt_texts(table, AltTextConfig(language="en"))
+    return table
+
+
+def decide(table: CaptionsTable, decision: Decision, image_ids: list[str], text: str | None = None) -> None:
+    with Journal(table.directory, "Ada") as journal:
+        journal.append(Review(decision, tuple(image_ids), text, "Ada"))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with archive/ and out/: 40 pictures, decisions of every kind about the first ones."""
+    home = tmp_path_factory.mktemp("exports")
+    table = captioned(make_folder(home / "archive", 40), home / "out")
+    for number, status in STATUSES.items():
+        text = {"edited": WRITTEN, "decorative": ""}.get(status)
+        decide(table, status, [f"{number:06d}.png"], text)
+    return home
+
+
+@pytest.fixture
+def home(finished: Path, tmp_path: Path) -> Path:
+    """The same with paths of its own, for tests that change archive or reviews."""
+    shutil.copytree(finished, tmp_path / "home")
+    info = json.loads((tmp_path / "home/out/table.json").read_text())
+    info["source"]["path"] = str(tmp_path / "home/archive")
+    (tmp_path / "home/out/table.json").write_text(json.dumps(info))
+    for part in (tmp_path / "home/out/captions").iterdir():
+        rows = pq.read_table(part)
+        uris = pc.replace_substring(rows["uri"], str(finished), str(tmp_path / "home"))
+        pq.write_table(rows.set_column(1, rows.schema.field("uri"), uris), part)
+    return tmp_path / "home"
+
+
+def export(home: Path, to: str, dest: Path | None, **settings: Any) -> Tally:
+    path = "" if dest is None else str(dest)
+    return export_texts(open_table(str(home / "out")), ExportConfig(to=to, path=path, **settings))
+
+
+def lines_of(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def test_only_what_a_person_let_pass_goes_out(finished: Path, tmp_path: Path) -> None:
+    tally = export(finished, "jsonl", tmp_path / "texts.jsonl")
+
+    rows = {row["image_id"]: row for row in lines_of(tmp_path / "texts.jsonl")}
+    assert {name: row["review_status"] for name, row in rows.items()} == {
+        "000000.png": "approved",
+        "000001.png": "approved",
+        "000002.png": "edited",
+        "000003.png": "decorative",
+    }
+    assert [rows[name]["text_by"] for name in sorted(rows)] == ["machine", "machine", "person", "person"]
+    assert rows["000002.png"]["alt_text"] == WRITTEN
+    assert sum(tally.left_out.values()) == 36
+    for row in rows.values():
+        assert (row["model"], row["reviewer"], row["language"]) == ("fake", "Ada", "en")
+        assert row["run_id"]
+        assert row["created_at"].startswith("20")
+
+
+def test_unreviewed_texts_are_marked_and_rejected_ones_never_go_out(finished: Path, tmp_path: Path) -> None:
+    export(finished, "jsonl", tmp_path / "texts.jsonl", include_unreviewed=True, automatic_mark="[machine]")
+
+    rows = lines_of(tmp_path / "texts.jsonl")
+    assert len(rows) == 38
+    assert {row["review_status"] for row in rows} == {"approved", "edited", "decorative", "unreviewed"}
+    assert all(row["alt_text"].endswith(" [machine]") == (row["review_status"] == "unreviewed") for row in rows)
+
+
+def test_parquet_holds_the_same_rows_as_jsonl(finished: Path, tmp_path: Path) -> None:
+    export(finished, "parquet", tmp_path / "texts.parquet", include_unreviewed=True)
+    export(finished, "jsonl", tmp_path / "texts.jsonl", include_unreviewed=True)
+
+    table = pq.read_table(tmp_path / "texts.parquet")
+    assert table.schema.equals(CHOSEN_SCHEMA)
+    assert table["alt_text"].to_pylist() == [row["alt_text"] for row in lines_of(tmp_path / "texts.jsonl")]
+
+
+def test_csv_is_read_back_and_starts_no_formula(finished: Path, tmp_path: Path) -> None:
+    export(finished, "csv", tmp_path / "texts.csv")
+
+    with (tmp_path / "texts.csv").open(newline="", encoding="utf-8") as file:
+        rows = {row["image_id"]: row for row in csv.DictReader(file)}
+    assert rows["000002.png"]["alt_text"] == f"'{WRITTEN}"
+    assert rows["000003.png"]["alt_text"] == ""
+    assert set(PROVENANCE) <= set(rows["000000.png"])
+    assert not (tmp_path / "texts.csv.provenance.jsonl").exists()
+
+
+@given(st.text())
+def test_no_cell_is_a_formula(text: str) -> None:
+    cell = safe_cell(text)
+
+    assert cell in (text, f"'{text}")
+    assert not cell.lstrip(" ").startswith(("=", "+", "-", "@", "\t", "\r"))
+
+
+def test_chosen_columns_keep_their_provenance_beside(finished: Path, tmp_path: Path) -> None:
+    export(finished, "csv", tmp_path / "texts.csv", columns=["Datei=file_name", "alt_text"])
+
+    assert (tmp_path / "texts.csv").read_text().splitlines()[0] == "Datei,alt_text"
+    origins = lines_of(tmp_path / "texts.csv.provenance.jsonl")
+    assert [set(PROVENANCE) <= set(origin) for origin in origins] == [True] * 4
+
+
+def test_presets_of_publishing_systems(finished: Path, home: Path, tmp_path: Path) -> None:
+    import hashlib
+
+    decide(open_table(str(home / "out")), "edited", ["000001.png"], "x" * 256)
+
+    export(finished, "csv", tmp_path / "wordpress.csv", preset="wordpress")
+    tally = export(home, "csv", tmp_path / "wagtail.csv", preset="wagtail")
+
+    assert (tmp_path / "wordpress.csv").read_text().splitlines()[0] == "filename,alt_text"
+    with (tmp_path / "wagtail.csv").open(newline="") as file:
+        rows = {row["filename"]: row for row in csv.DictReader(file)}
+    picture = (finished / "archive/000002.png").read_bytes()
+    assert rows["000002.png"]["file_hash"] == hashlib.sha1(picture).hexdigest()
+    assert [name for name, _ in tally.named] == ["000001.png"]
+    assert sorted(rows) == ["000000.png", "000002.png", "000003.png"]
+
+
+def test_coco_results_are_a_list_of_captions(finished: Path, tmp_path: Path) -> None:
+    export(finished, "coco", tmp_path / "results.json")
+
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [result["image_id"] for result in results] == ["000000.png", "000001.png", "000002.png"]
+    assert results[2]["caption"] == WRITTEN
+    assert coco_id("val2014/COCO_val2014_000000391895.jpg") == 391895
+
+
+def test_text_files_named_like_the_pictures(finished: Path, tmp_path: Path) -> None:
+    export(finished, "txt", tmp_path / "texts")
+
+    assert (tmp_path / "texts/000002.txt").read_text() == WRITTEN + "\n"
+    assert sorted(file.name for file in (tmp_path / "texts").glob("*.txt")) == [
+        "000000.txt",
+        "000001.txt",
+        "000002.txt",
+    ]
+    assert len(lines_of(tmp_path / "texts/captioner-provenance.jsonl")) == 3
+
+
+@pytest.mark.parametrize(
+    ("existing", "wanted"),
+    [("skip", "mine"), ("overwrite", WRITTEN + "\n"), ("append", f"mine\n{WRITTEN}\n")],
+)
+def test_text_files_beside_the_originals(home: Path, existing: str, wanted: str) -> None:
+    (home / "archive/000002.txt").write_text("mine")
+
+    export(home, "txt", None, beside_originals=True, existing=existing)
+    export(home, "txt", None, beside_originals=True, existing=existing)
+
+    assert (home / "archive/000002.txt").read_text() == wanted
+    assert (home / "archive/000000.txt").exists()
+
+
+def test_a_text_that_was_rejected_later_is_taken_back(home: Path) -> None:
+    export(home, "txt", None, beside_originals=True)
+    (home / "archive/000001.txt").write_text("changed by somebody\n")
+    decide(open_table(str(home / "out")), "rejected", ["000000.png", "000001.png"])
+
+    tally = export(home, "txt", None, beside_originals=True, update=True, existing="overwrite")
+
+    assert not (home / "archive/000000.txt").exists()
+    assert (home / "archive/000001.txt").exists()
+    assert tally.withdrawn == 1
+
+
+def test_imagefolder_loads_with_datasets(finished: Path, tmp_path: Path) -> None:
+    import datasets
+
+    export(finished, "imagefolder", tmp_path / "data")
+
+    loaded = datasets.load_dataset(str(tmp_path / "data"), split="train", cache_dir=str(tmp_path / "cache"))
+    rows = {row["image_id"]: row for row in loaded}
+    assert set(rows) == {"000000.png", "000001.png", "000002.png"}
+    assert rows["000002.png"]["text"] == WRITTEN
+    assert rows["000002.png"]["image"].size == Image.open(finished / "archive/000002.png").size
+    card = (tmp_path / "data/README.md").read_text()
+    assert "- en" in card
+    assert "| edited | 1 |" in card
+
+
+def test_webdataset_is_read_by_our_own_source(finished: Path, tmp_path: Path) -> None:
+    export(finished, "webdataset", tmp_path / "shards")
+
+    source = open_source(SourceConfig(path=str(tmp_path / "shards")))
+    (listing,) = source.list_unit(source.units()[0])
+    assert listing.rows["reference_captions"].to_pylist()[2] == [WRITTEN]
+    raws = source.read(listing.rows)
+    assert [raw.data for raw in raws] == [(finished / f"archive/{n:06d}.png").read_bytes() for n in range(3)]
+
+
+def test_a_picture_that_has_gone_is_counted_and_named(home: Path, tmp_path: Path) -> None:
+    (home / "archive/000001.png").unlink()
+
+    tally = export(home, "imagefolder", tmp_path / "data")
+
+    assert tally.named == [("000001.png", "picture cannot be read: not_found")]
+    assert [row["image_id"] for row in lines_of(tmp_path / "data/metadata.jsonl")] == ["000000.png", "000002.png"]
+    assert sorted(file.name for file in (tmp_path / "data").glob("*.png")) == ["000000.png", "000002.png"]
+
+
+def test_an_archive_that_has_gone_leaves_nothing_behind(home: Path, tmp_path: Path) -> None:
+    shutil.rmtree(home / "archive")
+
+    with pytest.raises(CaptionerError, match="archive"):
+        export(home, "webdataset", tmp_path / "made/shards")
+
+    assert list((tmp_path / "made").iterdir()) == []
+
+
+def test_pictures_of_a_tar_keep_their_names_apart(tmp_path: Path) -> None:
+    make_tar(tmp_path / "a.tar", 3)
+    table = captioned(tmp_path / "a.tar", tmp_path / "out")
+
+    export_texts(table, ExportConfig(to="imagefolder", path=str(tmp_path / "data"), include_unreviewed=True))
+
+    assert len(list((tmp_path / "data").rglob("*.png"))) == 3
+
+
+@pytest.mark.parametrize("to", sorted(set(FORMS) - {"html", "xmp", "txt"}))
+def test_dest_that_is_there_is_an_error_and_update_refreshes_it(finished: Path, tmp_path: Path, to: str) -> None:
+    dest = tmp_path / "dest"
+    export(finished, to, dest)
+    with pytest.raises(OutputError, match="--update"):
+        export(finished, to, dest)
+
+    export(finished, to, dest, update=True, include_unreviewed=True)
+
+    assert [path.name for path in tmp_path.iterdir() if ".partial" in path.name or ".old" in path.name] == []
+
+
+def test_update_replaces_no_folder_of_somebody_else(finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("years of work")
+
+    with pytest.raises(OutputError, match="no earlier export"):
+        export(finished, "webdataset", tmp_path / "mine", update=True)
+
+    assert (tmp_path / "mine/thesis.txt").exists()
+
+
+@pytest.mark.parametrize("to", ["jsonl", "imagefolder"])
+def test_killed_in_the_middle_it_leaves_no_dest_and_can_be_run_again(finished: Path, tmp_path: Path, to: str) -> None:
+    code = f"""
+import os, signal
+from captioner.config import ExportConfig
+from captioner.exports import imagefolder, lines
+from captioner.exports.make import run
+
+def killing(write_line, count=[0]):
+    def wrapper(file, value):
+        count[0] += 1
+        if count[0] == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        write_line(file, value)
+    return wrapper
+
+lines.write_line, imagefolder.write_line = killing(lines.write_line), killing(imagefolder.write_line)
+run({str(finished / "out")!r}, ExportConfig(to={to!r}, path={str(tmp_path / "dest")!r}))
+"""
+    killed = subprocess.run([sys.executable, "-c", code], env=os.environ)
+    assert killed.returncode == -signal.SIGKILL
+    assert not (tmp_path / "dest").exists()
+
+    export(finished, to, tmp_path / "dest")
+
+    assert [path.name for path in tmp_path.iterdir()] == ["dest"]
+
+
+def test_nothing_to_export_is_said(tmp_path: Path) -> None:
+    table = captioned(make_folder(tmp_path / "archive", 3), tmp_path / "out")
+
+    with pytest.raises(OutputError, match="3 nobody has reviewed"):
+        export_texts(table, ExportConfig(to="csv", path=str(tmp_path / "texts.csv")))
+
+    assert not (tmp_path / "texts.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["dest"], "no form given"),
+        (["--to", "csv"], "no DEST given"),
+        (["s3://bucket/x", "--to", "csv"], "to a local disk"),
+        (["dest", "--to", "csv", "--approved-only", "--include-unreviewed"], "exclude each other"),
+        (["dest", "--to", "csv", "--columns", "a=b"], "--columns a=b"),
+        (["dest", "--to", "csv", "--columns", "uri", "--preset", "wagtail"], "exclude each other"),
+        (["dest", "--to", "coco", "--embed"], "--embed: means nothing with --to coco"),
+        (["dest", "--to", "xmp", "--beside-originals"], "exclude each other"),
+        (["dest", "--to", "html"], "--html-dir"),
+        (["dest", "--to", "csv", "--automatic-mark", ""], "--automatic-mark"),
+    ],
+)
+def test_settings_that_make_no_sense_are_one_line(
+    finished: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["export", str(finished / "out"), *words])
+
+    shown = capsys.readouterr().err
+    assert ended.value.code == 1
+    assert message in shown
+    assert shown.count("\n") == 1
+
+
+def test_a_dry_run_counts_and_writes_nothing(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["export", str(finished / "out"), str(tmp_path / "dest"), "--to", "webdataset", "--dry-run"])
+
+    shown = capsys.readouterr()
+    assert "3 texts would be exported" in shown.out
+    assert "1 rejected" in shown.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@given(st.text())
+def test_a_name_stays_inside(image_id: str) -> None:
+    path = inside(image_id)
+
+    assert not path.is_absolute()
+    assert ".." not in path.parts
+    assert all(part and "\0" not in part and len(part.encode()) <= 255 for part in path.parts)
+
+
+@pytest.mark.parametrize("to", ["csv", "jsonl", "coco", "parquet", "txt", "xmp"])
+def test_texts_stream(finished: Path, tmp_path: Path, to: str) -> None:
+    """At no time is more than two tables of the stream alive, however many there are."""
+    table = open_table(str(finished / "out"))
+    row = dict.fromkeys(CHOSEN_SCHEMA.names) | dict.fromkeys(
+        ["uri", "alt_text", "caption", "text_by", "model", "model_sha256", "run_id"], "x"
+    )
+    row |= {"flags": [], "review_status": "approved", "reviewer": "Ada"}
+    most = 0
+
+    def stream() -> Iterator[pa.Table]:
+        nonlocal most
+        alive: list[weakref.ref] = []
+        for number in range(30):
+            made = pa.Table.from_pylist(
+                [row | {"image_id": f"{number}-{n}", "created_at": 0} for n in range(20)], CHOSEN_SCHEMA
+            )
+            alive = [one for one in alive if one() is not None] + [weakref.ref(made)]
+            most = max(most, len(alive))
+            yield made
+            del made
+
+    settings = ExportConfig(to=to, path=str(tmp_path / "dest"))
+    FORMS[to].write(
+        stream(), Export(tmp_path / "dest", settings, Tally(), Pictures(table), lambda: iter(()), {"to": to})
+    )
+
+    assert (tmp_path / "dest").exists()
+    assert most <= 2
