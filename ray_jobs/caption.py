@@ -19,11 +19,12 @@ from captioner import errors, pipeline
 from captioner.config import AutoInt, CaptionConfig
 from captioner.data import Chunk, Receipt
 from captioner.errors import CaptionerError, ClusterError
-from captioner.files import is_uri
 from captioner.models import is_small
 from captioner.steps import Work
+from captioner.store.table import TABLE_FILE
 from ray_jobs.cluster import Resources, Sizes, connect, share_out
 from ray_jobs.metrics import DriverMetrics
+from ray_jobs.shared import check_shared
 from ray_jobs.stages import CaptionStage, CommitStage, DecodeStage, receipts_of
 
 if TYPE_CHECKING:
@@ -56,8 +57,7 @@ class RayEngine:
 
     def caption_chunks(self, work: Work, chunks: list[Chunk]) -> Iterator[Receipt]:
         sizes = self._sizes = share_out(self._connected(), self._config.cluster, is_small(work.model))
-        if self._connected().num_nodes > 1 and not is_uri(work.table.directory.location):
-            _check_shared(work.table.directory.location)
+        check_shared(work.table.directory, TABLE_FILE)
         metrics = DriverMetrics(sum(chunk.num_rows for chunk in chunks))
         for first in range(0, len(chunks), CHUNKS_PER_EXECUTION):
             window = chunks[first : first + CHUNKS_PER_EXECUTION]
@@ -104,7 +104,7 @@ def make_dataset(work: Work, chunks: list[Chunk], sizes: Sizes, batch_size: Auto
 def _execute(work: Work, chunks: list[Chunk], sizes: Sizes, batch_size: AutoInt) -> Iterator[Receipt]:
     import ray.exceptions
 
-    _configure_ray_data(work)
+    _configure_ray_data(work, max(chunk.num_rows for chunk in chunks))
     try:
         for block in make_dataset(work, chunks, sizes, batch_size).iter_batches(
             batch_size=None, batch_format="pyarrow", prefetch_batches=0
@@ -114,14 +114,13 @@ def _execute(work: Work, chunks: list[Chunk], sizes: Sizes, batch_size: AutoInt)
         raise _cause_of(error) from error
 
 
-def _configure_ray_data(work: Work) -> None:
+def _configure_ray_data(work: Work, most_rows: int) -> None:
     """One chunk stays one block, a dropped block is a failure, a stall ends, and the display is ours."""
     import ray.data
 
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it says is told in one line by _cause_of
     context = ray.data.DataContext.get_current()
-    chunk_bytes = 512 * work.model.spec.height * work.model.spec.width * 3
-    context.target_max_block_size = max(4 * chunk_bytes, 512 * 2**20)
+    context.target_max_block_size = max(4 * most_rows * work.model.spec.max_bytes, 512 * 2**20)
     context.max_errored_blocks = 0
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -147,27 +146,6 @@ def _cause_of(error: BaseException) -> CaptionerError:
     words = re.findall(r"^(?:[\w.]+\.)?(\w+(?:Error|Exception|Exit)\b.*)$", str(error), re.MULTILINE)
     said = words[0] if words else str(error).strip().splitlines()[-1]
     return ClusterError(f"a worker failed: {said}; committed rows stay, the same command goes on")
-
-
-def _check_shared(location: str) -> None:
-    """A local OUT must be the same directory on every node (NFS, say)."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    @ray.remote(num_cpus=0)
-    def sees_table() -> bool:
-        from captioner.store.table import table_exists
-
-        return table_exists(location)
-
-    for node in ray.nodes():
-        if node["Alive"]:
-            strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            if not ray.get(sees_table.options(scheduling_strategy=strategy).remote()):
-                raise ClusterError(
-                    f"{location} is not shared: node {node['NodeManagerAddress']} does not see it; "
-                    "give an OUT on shared storage (s3://, gs://, NFS)"
-                )
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -24,7 +24,9 @@ from captioner.config import ClusterConfig, TrainConfig
 from captioner.errors import CaptionerError, ClusterError
 from captioner.training import job
 from captioner.training.job import Finishing, Outcome, TrainRun
+from captioner.training.record import RUN_FILE
 from ray_jobs.cluster import Resources, Sizes, connect, share_out
+from ray_jobs.shared import check_shared
 from ray_jobs.tables import map_tables
 
 if TYPE_CHECKING:
@@ -67,6 +69,7 @@ class RayTrainEngine:
 
         from captioner.training.progress import TrainProgress
 
+        check_shared(opened.out, RUN_FILE)
         board = _board()
         look = lambda: ray.get(board.latest.remote())  # noqa: E731
         schedule = opened.schedule

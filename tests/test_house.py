@@ -23,11 +23,10 @@ LAYERS = """
     sources imaging models store
     scoring faults
     alttext
-    exports
-    steps recaption binding review
+    steps recaption binding review exports
     job progress
     record summary report
-    quality
+    quality tiny_models
     pipeline commands batches training testing starter.build
 """
 LEVELS = {part: level for level, line in enumerate(LAYERS.split("\n")) for part in line.split()}

@@ -28,8 +28,9 @@ class TrainProgress(Progress):
         loss = "" if told["loss"] is None else f"  loss {told['loss']:.4f}"
         wer = "" if told["wer"] is None else f"  WER {told['wer']:.3f}"
         rate = told["samples_per_second"]
-        speed = "" if not rate else f"  {rate:,.1f} samples/s  ETA {duration(self._left(rate))}"
-        return f"{self._count()}{loss}{wer}{speed}"
+        speed = f"  {rate:,.1f} samples/s" if rate else ""
+        left = f"  ETA {duration(self._left(rate))}" if rate and self._done < self._total else ""
+        return f"{self._count()}{loss}{wer}{speed}{left}"
 
     def fields(self) -> dict[str, Any]:
         """What the workers told last, as figures."""
@@ -46,7 +47,7 @@ class TrainProgress(Progress):
     ) -> None:
         if self._live is not None:
             self._live.stop()
+            return
         self._ended.set()
-        if self._thread.is_alive():
-            self._thread.join()
+        self._thread.join()
         self._write(f"{self.line()}  in {duration(self._clock() - self._started)}")

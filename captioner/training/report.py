@@ -32,16 +32,15 @@ def write_report(
     page = Environment(
         loader=PackageLoader("captioner.training", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     ).get_template("report.html.j2")
-    known = evaluations(history)
-    losses = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+    known, chosen = evaluations(history), result.get("step")
     html = page.render(
         record=record,
         counts=counts,
         result=result,
         curves=[
-            _curve("training loss", losses),
-            _curve("eval loss", [(one["step"], one["eval_loss"]) for one in known]),
-            _curve("eval WER", [(one["step"], one["eval_wer"]) for one in known]),
+            _curve("training loss", [(one["step"], one["loss"]) for one in history if "loss" in one], None),
+            _curve("eval loss", [(one["step"], one["eval_loss"]) for one in known], chosen),
+            _curve("eval WER", [(one["step"], one["eval_wer"]) for one in known], chosen),
         ],
         train_sheet=_sheet(archives, tables["train"].slice(0, SHEET)),
         eval_sheet=_eval_sheet(archives, tables["eval"], result),
@@ -49,16 +48,25 @@ def write_report(
     out.write_bytes("report.html", html.encode())
 
 
-def _curve(name: str, points: list[tuple[int, float | None]]) -> dict[str, Any] | None:
-    """Points of an SVG polyline in a box of 300 x 100, and the range they span."""
+def _curve(name: str, points: list[tuple[int, float | None]], chosen: int | None) -> dict[str, Any] | None:
+    """Points of an SVG polyline in a box of 300 x 100, where the chosen step is on it, and the range it spans."""
     known = [(step, value) for step, value in points if value is not None]
     if len(known) < 2:
         return None
     steps, values = [step for step, _ in known], [value for _, value in known]
-    low, high = min(values), max(values)
-    across, up = max(steps) - min(steps) or 1, (high - low) or 1
-    line = " ".join(f"{300 * (s - min(steps)) / across:.1f},{100 - 100 * (v - low) / up:.1f}" for s, v in known)
-    return {"name": name, "line": line, "low": low, "high": high, "last": values[-1], "steps": max(steps)}
+    first, low, high = min(steps), min(values), max(values)
+    across, up = max(steps) - first or 1, (high - low) or 1
+    places = [(step, 300 * (step - first) / across, 100 - 100 * (value - low) / up) for step, value in known]
+    return {
+        "name": name,
+        "line": " ".join(f"{x:.1f},{y:.1f}" for _, x, y in places),
+        "mark": next(((x, y) for step, x, y in places if step == chosen), None),
+        "low": low,
+        "high": high,
+        "last": values[-1],
+        "first_step": first,
+        "last_step": max(steps),
+    }
 
 
 def _sheet(archives: Archives, rows: pa.Table) -> list[dict[str, Any]]:

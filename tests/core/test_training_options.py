@@ -5,15 +5,20 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
 
-from captioner.config import ModelConfig, TrainConfig
+from captioner.config import ModelConfig, TrainConfig, TrainModelConfig
 from captioner.errors import InterruptedRunError, TerminatedRunError, UsageError
 from captioner.models import load, resolve
 from captioner.testing import TINY_SIDE, make_folder, make_tiny_model
 from captioner.training import job
+from captioner.training.evaluate import WINDOW, Evaluator
 from captioner.training.local import LocalEngine, LocalWorker
+from captioner.training.loop import make_collate
+from captioner.training.loss import CaptionLoss
+from captioner.training.network import open_trainable
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -54,11 +59,16 @@ def losses(out: Path) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory, data: Path, tiny: Path) -> list[float]:
-    """The losses of a plain run."""
+def plain_out(tmp_path_factory: pytest.TempPathFactory, data: Path, tiny: Path) -> Path:
+    """The OUT of a plain run."""
     out = tmp_path_factory.mktemp("plain") / "out"
     job.run(settings(data, out, tiny), LocalEngine())
-    return losses(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def plain(plain_out: Path) -> list[float]:
+    return losses(plain_out)
 
 
 def test_a_run_with_adapters_leaves_a_plain_model_that_captions(tmp_path: Path, data: Path, tiny: Path) -> None:
@@ -171,3 +181,55 @@ def test_a_stopped_run_says_how_to_go_on_and_does(
     job.run(given, LocalEngine())
 
     assert losses(out) == pytest.approx(plain, rel=1e-5)
+
+
+def test_without_a_test_set_the_card_says_what_its_figures_are_worth(plain_out: Path) -> None:
+    card = (plain_out / "model" / "README.md").read_text()
+
+    assert "| eval | 6 |" in card
+    assert "selected on this set" in card
+
+
+def test_a_finished_run_is_uploaded_by_the_same_command(
+    data: Path, tiny: Path, plain_out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    uploaded: list[str] = []
+
+    class Hub:
+        """Stands in for the hub's client."""
+
+        def create_repo(self, repo_id: str, *, private: bool, exist_ok: bool) -> str:
+            assert private
+            return f"https://hub.example/{repo_id}"
+
+        def upload_folder(self, *, repo_id: str, folder_path: str, commit_message: str) -> None:
+            uploaded.extend(file.name for file in Path(folder_path).iterdir())
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    to_hub = {"push_to_hub": True, "hub_model_id": "someone/model"}
+    job.run(settings(data, plain_out, tiny, {"output": to_hub}), LocalEngine())
+
+    assert {"README.md", "model.safetensors", "training_images.parquet", "training_run.json"} < set(uploaded)
+    assert "uploaded to https://hub.example/someone/model" in capsys.readouterr().err
+
+
+def test_evaluation_holds_one_window_of_pictures_however_many_there_are(tiny: Path) -> None:
+    captioner = open_trainable(
+        resolve(ModelConfig(name=str(tiny), max_new_tokens=2)), TrainModelConfig(), torch.device("cpu"), 64, None
+    )
+    held: list[int] = []
+
+    def feed(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+        for table in tables:
+            held.append(pa.total_allocated_bytes())
+            size = TINY_SIDE * TINY_SIDE * 3
+            yield table.append_column("_pixels", pa.array([bytes(size)] * len(table), pa.binary(size)))
+
+    evaluate = Evaluator(captioner, CaptionLoss(captioner), make_collate(captioner), feed, 64)
+    count = 8 * WINDOW
+    pairs = pa.table({"image_id": [str(n) for n in range(count)], "reference_captions": [["a ring"]] * count})
+
+    assert evaluate(pairs)["num_pictures"] == count
+    window = WINDOW * TINY_SIDE * TINY_SIDE * 3
+    assert len(held) == 8
+    assert max(held) - held[0] < 2.5 * window

@@ -158,6 +158,20 @@ def test_eval_pictures_that_are_training_pictures_too_are_taken_out_of_training(
     assert pairs.skipped == {"also_in_another_split": 1}
 
 
+def test_eval_and_test_pictures_of_their_own_are_on_one_side_each(tmp_path: Path) -> None:
+    """The second archive's last pictures are the third's first ones: those count as test pictures."""
+    roots = [make_folder(tmp_path / name, 8, seed=seed) for name, seed in (("train", 1), ("eval", 2), ("test", 3))]
+    for number in range(3):
+        shutil.copy(roots[2] / f"00000{number}.png", roots[1] / f"00000{5 + number}.png")
+
+    pairs = pairs_of(path=str(roots[0]), eval_data=str(roots[1]), test_data=str(roots[2]))
+
+    sides = {name: set(table["sha256"].to_pylist()) for name, table in pairs.tables.items()}
+    assert {name: len(side) for name, side in sides.items()} == {"train": 8, "eval": 5, "test": 8}
+    assert not sides["eval"] & sides["test"]
+    assert pairs.skipped == {"also_in_another_split": 3}
+
+
 def test_max_eval_samples_takes_the_same_pictures_each_time(tmp_path: Path) -> None:
     root = str(make_folder(tmp_path, 40))
     whole = pairs_of(path=root, eval_fraction=0.5).tables["eval"]["image_id"].to_pylist()

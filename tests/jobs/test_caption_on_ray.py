@@ -92,7 +92,7 @@ def test_decoding_captioning_and_commits_stay_separate_operators(tmp_path: Path,
     assert job.work is not None
     (plan,) = job.table.open_plans()
     chunks = job.missing_chunks(plan)
-    _configure_ray_data(job.work)
+    _configure_ray_data(job.work, most_rows=512)
     sizes = share_out(Resources(num_cpus=2, num_gpus=0, num_nodes=1), config.cluster)
 
     dataset = make_dataset(job.work, chunks, sizes, "auto").materialize()

@@ -72,8 +72,8 @@ def curve(out: Path | str, name: str) -> list[tuple[int, float]]:
 
 def signalling_loop(note: Path, out: str, victim: int | None, sent: int = signal.SIGKILL) -> Callable[[dict], dict]:
     """The loop of a worker that, at step 5 of the first start and once the checkpoint of step 4 is kept, sends a signal
-    to `victim` (`None`: itself) and waits for its own end. `note` says what happened. Defined here in whole, so that it
-    travels to workers by value."""
+    to `victim` (`None`: itself) and waits for its own end. `note` is there from then on; beside it stands from which
+    checkpoint each start went on. Defined here in whole, so that it travels to workers by value."""
 
     def loop(config: dict) -> dict:
         import os
@@ -86,8 +86,9 @@ def signalling_loop(note: Path, out: str, victim: int | None, sent: int = signal
         from ray_jobs.train import RayWorker, train_loop
 
         restored = ray.train.get_checkpoint()
-        if note.exists() and restored is not None:
-            note.write_text(os.path.basename(restored.path))
+        if ray.train.get_context().get_world_rank() == 0:
+            with open(f"{note}.starts", "a") as starts:
+                starts.write("new " if restored is None else f"{os.path.basename(restored.path)} ")
 
         def is_kept(checkpoint: str) -> bool:
             directory = Directory(out)
@@ -108,6 +109,10 @@ def signalling_loop(note: Path, out: str, victim: int | None, sent: int = signal
         return train_loop(config, Signalling)
 
     return loop
+
+
+def starts(note: Path) -> list[str]:
+    return Path(f"{note}.starts").read_text().split()
 
 
 @pytest.fixture
@@ -131,7 +136,7 @@ def test_two_workers_give_the_curve_of_one_even_when_one_is_killed_and_out_is_an
 
     job.run(config, RayTrainEngine(config, signalling_loop(note, bucket, None)))
 
-    assert note.read_text() == "step-00000004"
+    assert starts(note) == ["new", "step-00000004"]
     assert curve(bucket, "loss") == curve(alone, "loss")
     assert curve(bucket, "eval_loss") == curve(alone, "eval_loss")
     assert curve(bucket, "eval_wer") == curve(alone, "eval_wer")
@@ -176,7 +181,7 @@ job.run(config, RayTrainEngine(config, tests.signalling_loop(Path({str(killed)!r
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     job.run(config, engine)
 
-    assert stopped.read_text() == "step-00000004"
+    assert starts(killed) + starts(stopped) == ["new", "step-00000004", "step-00000004"]
     assert curve(out, "loss") == curve(alone, "loss")
 
 
