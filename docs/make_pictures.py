@@ -118,7 +118,7 @@ def alt_text_pictures() -> None:
         with review_page(out) as address:
             review(browser, address, "a" + "e" * 72 + "rrrx", known)
         captioner("feedback", out, "pairs")
-        taught = ("--max-steps", 150, "--learning-rate", 1e-3, "--warmup-steps", 10)
+        taught = ("--max-steps", 150, "--learning-rate", 1e-3, "--warmup-steps", 10, "--eval-steps", 50)
         captioner("train", "pairs", "trained", "--model", "starter", *taught)
         again = ("--only", "flags or logprob<60% or rejected")
         captioner("caption", archive, out, "--model", "trained/model", "--local", *again)
