@@ -5,7 +5,9 @@
 The guide pads every caption to the model's length, counts padding in the loss and computes logits for every position.
 Each runs in a process of its own, in turn. `--pipeline` runs the whole job (Ray Train fed by Ray Data) with 1 and 2
 workers instead, and says which share of the bare step's rate it reaches: of the mean of what the bare step did right
-before and right after. DATA: pictures with captions; the last line is one JSON object.
+before and right after. `share_in_step` is the share of a worker's time that goes into forward and backward pass,
+clipping and optimiser, which hardly depends on what else the machine does. DATA: pictures with captions; the last line
+is one JSON object.
 """
 
 from __future__ import annotations
@@ -141,22 +143,51 @@ def job(args: argparse.Namespace, workers: int) -> dict:
             }
         )
         job.run(config, RayTrainEngine(config, timed_loop(str(times))))
-        ticks = [float(line) for line in times.read_text().split()]
-    ticks = ticks[3:-1]  # the start, two steps that fill the pipeline, and the last step's evaluation left out
-    return {"samples_per_second": round(batch * workers * (len(ticks) - 1) / (ticks[-1] - ticks[0]), 3)}
+        ticks = [tuple(map(float, line.split())) for line in times.read_text().splitlines()]
+    # The start, two steps that fill the pipeline, and the last step with its evaluation are left out.
+    (first, spent_before), (last, spent) = ticks[3], ticks[-3]
+    return {
+        "samples_per_second": round(batch * workers * (len(ticks) - 6) / (last - first), 3),
+        "share_in_step": round((spent - spent_before) / (last - first), 3),
+    }
 
 
 def timed_loop(file: str):
+    """The loop of a worker that notes, after each step, the time and the seconds spent so far in what is the bare step
+    too: forward and backward pass, clipping, optimiser."""
+
     def loop(config: dict) -> dict:
         import time
 
+        from accelerate.optimizer import AcceleratedOptimizer
+
+        from captioner.training.loop import CaptionTrainer
         from ray_jobs.train import RayWorker, train_loop
+
+        spent = 0.0
+
+        def timed(kind: type, name: str) -> None:
+            original = getattr(kind, name)
+
+            def wrapper(*args, **kwargs):
+                nonlocal spent
+                start = time.perf_counter()
+                try:
+                    return original(*args, **kwargs)
+                finally:
+                    spent += time.perf_counter() - start
+
+            setattr(kind, name, wrapper)
+
+        timed(CaptionTrainer, "training_step")
+        timed(CaptionTrainer, "_clip_grad_norm")
+        timed(AcceleratedOptimizer, "step")
 
         class Timed(RayWorker):
             def tell(self, progress: dict) -> None:
                 super().tell(progress)
                 with open(file, "a") as stream:
-                    stream.write(f"{time.perf_counter()}\n")
+                    stream.write(f"{time.perf_counter()} {spent}\n")
 
         return train_loop(config, Timed)
 
