@@ -182,7 +182,10 @@ def _with_absolute_source(config: CaptionConfig) -> CaptionConfig:
 
 def _existing_table(config: CaptionConfig) -> CaptionsTable | None:
     if table_exists(config.output.path) and not config.output.overwrite:
-        return open_table(config.output.path)
+        table = open_table(config.output.path)
+        if config.output.only and table.info["model"] is None:
+            raise OutputError(f"--only: {shown(config.output.path)} holds no captions yet; run without --only first")
+        return table
     flag = next((f"--{name.replace('_', '-')}" for name in MODES[1:] if getattr(config.output, name)), None)
     if flag:
         raise OutputError(f"{flag}: {shown(config.output.path)} holds no captions table yet; run without {flag} first")

@@ -65,8 +65,7 @@ size     of the weights in float32; half of it in bfloat16. Qwen Research is a l
 
 HOW_TO_FETCH = """\
 For machines without network, fetch a checkpoint once and give its directory to --model:
-  hf download microsoft/git-base-coco --include '*.json' '*.jinja' '*.txt' '*.model' '*.safetensors' \\
-      --local-dir models/git-base-coco
+  hf download microsoft/git-base-coco --exclude '*.bin' --exclude '*.h5' --exclude '*/*' --local-dir models/git
 Weights must be safetensors; the licence is that of the checkpoint's own card, which may have changed."""
 
 

@@ -88,7 +88,14 @@ def _written_out(processor: Any, ref: ModelRef) -> str:
     """The prompt as a user's turn after the picture, in the model's chat template."""
     content = [{"type": "image"}, {"type": "text", "text": ref.prompt}]
     try:
-        return str(processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True))
+        question = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     except UNREADABLE as error:
         reason = " ".join(str(error).split())
         raise ModelError(f"{ref.path}: its chat template cannot be used: {reason}") from None
+    places = question.count(processor.image_token)
+    if places != 1:
+        raise ModelError(
+            f"{ref.path}: --prompt and its chat template leave {places} places ({processor.image_token}) for one"
+            " picture; take them out of the prompt, or give a model whose template knows pictures"
+        )
+    return str(question)

@@ -43,7 +43,7 @@ def _tiled(file: Path, settings: dict[str, Any]) -> PixelSpec:
 
 def _qwen(file: Path, settings: dict[str, Any]) -> PixelSpec:
     """Qwen-VL: both sides become multiples of `patch_size * merge_size`, and the area at most `max_pixels`."""
-    size = settings.get("size") or {}
+    size = settings["size"] if isinstance(settings.get("size"), dict) else {}
     area = settings.get("max_pixels") or size.get("longest_edge") or size.get("max_pixels") or 28 * 28 * 1280
     if not settings.get("do_resize", True):
         return any_spec(settings)

@@ -6,12 +6,13 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from captioner.ahead import one_ahead
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers()))
 def test_the_items_come_in_order(numbers: list[int]) -> None:
     with one_ahead(iter(numbers)) as once, one_ahead(number + 1 for number in once) as twice:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from captioner.config import ModelConfig
@@ -103,6 +103,7 @@ def test_a_cpu_is_not_tried_out(ref, cache) -> None:
     assert not cache.exists()
 
 
+@settings(deadline=None)
 @given(st.integers(1, 20), st.integers(1, 25))
 def test_every_picture_arrives_once_and_in_order(count, size) -> None:
     pixels = np.arange(count * 12, dtype=np.uint8).reshape(count, 2, 2, 3)

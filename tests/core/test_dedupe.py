@@ -6,6 +6,7 @@ import hashlib
 import json
 from pathlib import Path
 
+import hypothesis
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -264,6 +265,7 @@ def test_a_killed_run_over_such_a_manifest_ends_with_each_picture_once(tmp_path,
     assert all(len({row["caption"] for row in same}) == 1 for same in by_bytes(rows).values())
 
 
+@hypothesis.settings(deadline=None)
 @given(st.lists(st.sampled_from([None, "", "not known", "A" * 64, "a" * 64, "b" * 64, "c" * 64])))
 def test_copies_are_listed_behind_the_first_and_no_row_is_lost(told) -> None:
     rows = pa.table({"image_id": [str(place) for place in range(len(told))], "told": pa.array(told, pa.string())})

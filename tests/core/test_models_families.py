@@ -227,6 +227,16 @@ def test_a_model_without_a_chat_template_is_an_error_of_one_line(tmp_path) -> No
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("prompt", ["<|image_pad|> What is this?", None])
+def test_a_question_without_one_place_for_the_picture_is_an_error(prompt, tmp_path) -> None:
+    make_tiny_model("qwen2_vl", tmp_path)
+    if prompt is None:
+        (tmp_path / "chat_template.jinja").write_text("{{ messages[0]['content'][1]['text'] }}")
+
+    with pytest.raises(ModelError, match=rf"leave {2 if prompt else 0} places \(<\|image_pad\|>\) for one picture"):
+        load(resolve(ModelConfig(name=str(tmp_path), prompt=prompt)), device="cpu")
+
+
 def test_a_picture_the_processor_refuses_fails_alone(model) -> None:
     ref = resolve(ModelConfig(name=str(model("qwen2_vl")), max_new_tokens=LIMIT))
     strip = Image.new("RGB", (900, 2))  # Qwen takes no aspect above 200
