@@ -29,6 +29,7 @@ def try_pictures(pictures: Sequence[str], model: ModelConfig) -> int:
     from captioner.imaging import decode_images
 
     ref = resolve(model, None if model.dtype == "auto" else model.dtype)
+    print(f"captioner: {printable(ref.told)}", file=sys.stderr)
     limits = SourceConfig()
     with GuardedDecoder(ref.spec, limits.max_pixels, limits.decode_timeout) as decoder:
         batch = decode_images([_read(name) for name in pictures], ref.spec, limits.max_pixels, decoder)

@@ -2,8 +2,8 @@
 
     Chunk --read--> RawImage --decode--> ImageBatch --caption--> rows of CAPTIONS_SCHEMA --commit--> Receipt
 
-Between stages travel Arrow tables and small uint8 pixels of the model's own input size: never full pictures,
-never floats.
+Between stages travel Arrow tables and uint8 pixels of the model's own input size, or of the largest that its image
+processor would make use of: never full pictures, never floats.
 """
 
 from __future__ import annotations
@@ -128,31 +128,67 @@ class RawImage:
     error_message: str = ""
 
 
+# Pictures as a model takes them: uint8 [N, height, width, 3]; or, of a model that takes them in their own sizes, an
+# object array [N] of uint8 [height, width, 3].
+Pixels = npt.NDArray[np.uint8] | npt.NDArray[np.object_]
+
+
+def object_array(pictures: Sequence[npt.NDArray[np.uint8]]) -> npt.NDArray[np.object_]:
+    """Pictures of any sizes as one array [N], which numpy would stack where their sizes are equal."""
+    array = np.empty(len(pictures), object)
+    for place, picture in enumerate(pictures):
+        array[place] = picture
+    return array
+
+
 @dataclass(frozen=True, slots=True)
 class PixelSpec:
     """What pixels a model wants: its image processor's settings, readable without loading the model.
 
-    `resize`: "exact" makes pictures `height` x `width` whatever their aspect; "shortest_edge" scales the shorter side
-    to `shortest_edge` and crops the centre. `mean`, `std`: for values scaled to 0..1, applied on the device.
-    `preprocess`: "processor" gives the pixels of the model's own image processor, to the bit; "fast" takes shorter
-    ways to nearly the same ones.
+    `resize`, before the centre is cropped to `height` x `width`, or padded to it with black:
+        "exact"          to `resized` (height, width; (0, 0): `height` x `width`), whatever the aspect
+        "shortest_edge"  the shorter side to `shortest_edge`
+        "inside"         as large as fits into `resized`; padded at the right and below with the colour `fill`
+        "none"           not at all
+    Models whose own image processor does more take pictures in their own sizes, and only those too large to be worth
+    carrying are made smaller first, the sides rounded to multiples of `multiple`:
+        "own_edge"       so that the longer side is `limit` pixels
+        "own_area"       so that there are at most `limit` pixels
+
+    `height`, `width`: of the "own_..." kinds the largest a picture is likely to be. `mean`, `std`: for values scaled to
+    0..1, applied on the device. `preprocess`: "processor" gives the pixels of the model's own image processor, to the
+    bit; "fast" takes shorter ways to nearly the same ones.
     """
 
     height: int
     width: int
-    resize: Literal["exact", "shortest_edge"] = "exact"
+    resize: Literal["exact", "shortest_edge", "inside", "none", "own_edge", "own_area"] = "exact"
     shortest_edge: int = 0
-    resample: Literal["bicubic", "bilinear"] = "bicubic"
+    resample: Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"] = "bicubic"
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     preprocess: Literal["fast", "processor"] = "fast"
+    resized: tuple[int, int] = (0, 0)
+    fill: tuple[int, int, int] = (0, 0, 0)
+    limit: int = 0
+    multiple: int = 1
+
+    @property
+    def own_sizes(self) -> bool:
+        """Whether pictures travel in sizes of their own, for the model's own image processor."""
+        return self.resize in ("own_edge", "own_area")
+
+    @property
+    def max_bytes(self) -> int:
+        """Of the pixels of one picture."""
+        return 3 * self.height * self.width
 
 
 @dataclass(frozen=True, slots=True)
 class DecodedImage:
     """One picture ready for the model, or the reason why not (`error_code`; "" = fine).
 
-    `pixels`: uint8 [height, width, 3] of the model's input size, `None` on failure. `width`, `height`: of the picture
+    `pixels`: uint8 [height, width, 3] as the PixelSpec says, `None` on failure. `width`, `height`: of the picture
     as a person sees it (EXIF orientation applied), 0 where unknown. `descriptions`: what people wrote about it in the
     file, where that was asked for.
     """
@@ -171,11 +207,11 @@ class ImageBatch:
     """Decoded pictures of one chunk, in chunk order.
 
     `rows`: Arrow table [N] with the columns of CAPTIONS_SCHEMA known before captioning (and the kept columns).
-    `pixels`: uint8 [N, height, width, 3]; zeros where `error_code` is set.
+    `pixels`: of N pictures; zeros, or of own sizes a single black pixel, where `error_code` is set.
     """
 
     rows: pa.Table
-    pixels: npt.NDArray[np.uint8]
+    pixels: Pixels
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,8 +231,8 @@ class Captions:
 class Captioner(Protocol):
     """Anything that turns pixels into captions: a model of `captioner.models`, or the fake of `captioner.testing`."""
 
-    def caption(self, pixels: npt.NDArray[np.uint8]) -> Captions:
-        """Caption uint8 pixels [N, height, width, 3], N >= 1."""
+    def caption(self, pixels: Pixels) -> Captions:
+        """Caption N >= 1 pictures."""
         ...
 
 

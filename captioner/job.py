@@ -32,6 +32,8 @@ from captioner.store.table import CaptionsTable, Plan, create_table, open_table,
 
 ROWS_PER_CHUNK = 512
 CHUNK_PIXEL_BYTES = 80_000_000  # 512 pictures of 224 x 224; larger inputs make smaller chunks
+# Where pictures keep their own sizes, few are as large as they may be, and the device wants whole batches.
+OWN_SIZES_CHUNK_BYTES = 400_000_000
 # A chunk is what a kill can cost. A large model without a GPU captions a few pictures a second: its chunks are small.
 ROWS_PER_CHUNK_SLOW = 64
 LARGE_MODEL_BYTES = 50_000_000
@@ -148,6 +150,7 @@ def open_job(config: CaptionConfig, engine: Engine, say: Say) -> Job:
             read_concurrency=config.cluster.read_concurrency,
             dedupe=not config.output.no_dedupe,
         )
+        say(model.told)
         if model.name == "starter" and not _holds_scenes(job.table):
             job.notes.append(STARTER_NOTE)
             say(STARTER_NOTE)
@@ -179,7 +182,10 @@ def _with_absolute_source(config: CaptionConfig) -> CaptionConfig:
 
 def _existing_table(config: CaptionConfig) -> CaptionsTable | None:
     if table_exists(config.output.path) and not config.output.overwrite:
-        return open_table(config.output.path)
+        table = open_table(config.output.path)
+        if config.output.only and table.info["model"] is None:
+            raise OutputError(f"--only: {shown(config.output.path)} holds no captions yet; run without --only first")
+        return table
     flag = next((f"--{name.replace('_', '-')}" for name in MODES[1:] if getattr(config.output, name)), None)
     if flag:
         raise OutputError(f"{flag}: {shown(config.output.path)} holds no captions table yet; run without {flag} first")
@@ -244,7 +250,8 @@ def _rows_per_chunk(model: ModelRef | None, config: CaptionConfig) -> int:
         return ROWS_PER_CHUNK
     without_gpu = config.cluster.address is None and not Path("/dev/nvidia0").exists()
     slow = without_gpu and weights_bytes(model) > LARGE_MODEL_BYTES
-    fitting = CHUNK_PIXEL_BYTES // (model.spec.height * model.spec.width * 3)
+    limit = OWN_SIZES_CHUNK_BYTES if model.spec.own_sizes else CHUNK_PIXEL_BYTES
+    fitting = limit // model.spec.max_bytes
     return max(1, min(ROWS_PER_CHUNK_SLOW if slow else ROWS_PER_CHUNK, fitting))
 
 

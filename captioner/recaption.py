@@ -39,7 +39,8 @@ from captioner.store.table import CaptionsTable, Plan, Recaption, captions_name
 
 _EXAMPLES = ("flags", "logprob<10%", "rejected", "expert", "failed", *(f"flag:{name}" for name in CAPTION_FLAGS))
 _LOGPROB = re.compile(r"logprob(?:<|below)(-?\d+(?:\.\d+)?)(%?)")
-_LOWEST, _STEP = -50.0005, 0.001  # bins of the log-probabilities that a quantile is taken of
+# Log-probabilities are counted by the upper bits of their float32: bins as wide as 1/2048 of what they hold.
+_BIN_BITS = 12
 _COLUMNS = ["image_id", "status", "flags", "logprob_mean", "fingerprint", "created_at"]
 
 
@@ -172,12 +173,13 @@ def _logprob_below(table: CaptionsTable, selector: Selector, fingerprint: str) -
         made = plan.recaption
         if made and (made.only, made.fingerprint) == (selector.text, fingerprint):
             return made.logprob_below
-    counts = np.zeros(int(-_LOWEST / _STEP) + 1, np.int64)
+    counts = np.zeros(1 << (32 - _BIN_BITS), np.int64)
     for _, rows in _parts(table):
         known = rows.filter(pc.not_equal(rows["fingerprint"], fingerprint))["logprob_mean"].drop_null().to_numpy()
-        bins = np.clip(np.floor((known.astype(np.float64) - _LOWEST) / _STEP), 0, len(counts) - 1).astype(np.int64)
-        counts += np.bincount(bins, minlength=len(counts))
+        counts += np.bincount(np.abs(known).view(np.uint32) >> _BIN_BITS, minlength=len(counts))
     if not counts.any():
         return None
-    place = int(np.searchsorted(np.cumsum(counts), selector.percent / 100 * counts.sum()))
-    return round(_LOWEST + _STEP * (place + 1), 6)
+    from_least_certain = np.cumsum(counts[::-1])
+    place = int(np.searchsorted(from_least_certain, selector.percent / 100 * counts.sum()))
+    edge = np.uint32((len(counts) - 1 - place) << _BIN_BITS).view(np.float32)
+    return float(np.nextafter(-edge, np.float32(1)))

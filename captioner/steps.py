@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -21,6 +19,7 @@ from captioner.data import (
     Captions,
     Chunk,
     ImageBatch,
+    Pixels,
     RawImage,
     Receipt,
     Source,
@@ -79,7 +78,7 @@ class ChunkRows:
 
     chunk: Chunk
     rows: pa.Table
-    pixels: npt.NDArray[np.uint8] | None
+    pixels: Pixels | None
     seconds: dict[str, float]
     engine: str = ""
 
@@ -96,7 +95,7 @@ def read(work: Work, chunk: Chunk) -> ReadChunk:
 
 
 def decode(work: Work, read: ReadChunk, decoder: GuardedDecoder) -> ChunkRows:
-    """The pictures as rows, and as pixels of the model's input size. Bad pictures have an `error_code`."""
+    """The pictures as rows, and as pixels as the model wants them. Bad pictures have an `error_code`."""
     from captioner.imaging import decode_images
 
     started = time.perf_counter()
@@ -170,7 +169,7 @@ class Caption:
     flags: list[str]
 
 
-def caption_or_reasons(captioner: Captioner, pixels: npt.NDArray[np.uint8]) -> list[Caption | str]:
+def caption_or_reasons(captioner: Captioner, pixels: Pixels) -> list[Caption | str]:
     """A caption for each picture, or why the model could not. What fails together is tried again in halves, so that
     one picture takes no neighbour with it."""
     if not len(pixels):

@@ -1,15 +1,33 @@
-"""Make the pictures of the README: `python docs/make_pictures.py OUT ARCHIVE`, from a captioned table."""
+"""Make the pictures of the README and of docs/alt-text.md.
+
+python docs/make_pictures.py OUT ARCHIVE   contact-sheet.png, from a captioned table
+python docs/make_pictures.py alt-text      review-*.png and recaptioned.png: goes the whole way of docs/alt-text.md on
+                                           rendered posters, in a minute or two; needs playwright and a Chromium
+"""
 
 from __future__ import annotations
 
+import contextlib
+import io
+import json
+import shutil
+import subprocess
 import sys
+import tempfile
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 from PIL import Image, ImageDraw, ImageFont
 
+from captioner.scenes import make_scenes
+
+DOCS = Path(__file__).absolute().parent
 COLUMNS, ROWS, SIDE, TEXT = 4, 2, 240, 74
+COLOURS = 96  # of a screenshot: text on plain grounds, and small
 
 
 def contact_sheet(rows: list[dict], archive: Path) -> Image.Image:
@@ -26,10 +44,105 @@ def contact_sheet(rows: list[dict], archive: Path) -> Image.Image:
     return sheet
 
 
-def main(out: Path, archive: Path) -> None:
+def render_posters(archive: Path, count: int) -> dict[str, str]:
+    """Pictures with a shape that the starter does not know; returns what this archive, whose style names the background
+    first, would say of each."""
+    archive.mkdir()
+    known = {}
+    for number, poster in enumerate(make_scenes(count, seed=8, family="poster")):
+        name = f"poster-{number:03d}.png"
+        poster.render(320).save(archive / name)
+        known[name] = poster.captions[0]
+    lines = [json.dumps({"file_name": name, "captions": [text]}) for name, text in known.items()]
+    (archive / "metadata.jsonl").write_text("\n".join(lines))
+    return {name: f"{text.capitalize()}." for name, text in known.items()}
+
+
+def captioner(*words: object) -> None:
+    """A command of docs/alt-text.md."""
+    subprocess.run([sys.executable, "-m", "ray_jobs.cli", *map(str, words)], check=True)
+
+
+@contextmanager
+def review_page(out: Path) -> Iterator[str]:
+    """The address of `captioner review` while it runs."""
+    command = [sys.executable, "-m", "ray_jobs.cli", "review", str(out), "--reviewer", "Ada"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        yield process.stdout.readline().split()[-1]
+        process.terminate()
+
+
+def wait_for_card(page: Any) -> None:
+    page.wait_for_selector("#card[data-state=ready][data-picture=shown]")
+    page.locator("#picture").evaluate("picture => picture.decode()")
+
+
+def save(png: bytes, name: str) -> None:
+    Image.open(io.BytesIO(png)).convert("RGB").quantize(COLOURS).save(DOCS / name, optimize=True)
+
+
+def review(browser: Any, address: str, decisions: str, known: dict[str, str]) -> None:
+    """Decide by keyboard; the letters are those of the page, "e" writes what is known of the picture."""
+    page = browser.new_page(viewport={"width": 1100, "height": 720})
+    page.goto(address)
+    for number, key in enumerate(decisions):
+        wait_for_card(page)
+        if number == 1:
+            save(page.screenshot(), "review.png")
+        place = page.locator("#card").get_attribute("data-place")
+        page.keyboard.press("o" if page.locator("#only").is_visible() else "Shift")
+        page.keyboard.press(key)
+        if key == "e":
+            page.keyboard.press("Control+A")
+            page.keyboard.insert_text(known[str(page.locator("#card").get_attribute("data-image-id"))])
+            if number == 2:
+                save(page.screenshot(), "review-edit.png")
+            page.keyboard.press("Control+Enter")
+        page.wait_for_selector(f"#card:not([data-place='{place}'])", state="attached")
+    page.set_viewport_size({"width": 390, "height": 844})
+    wait_for_card(page)
+    save(page.screenshot(), "review-phone.png")
+
+
+def alt_text_pictures() -> None:
+    """In an empty working directory."""
+    from playwright.sync_api import sync_playwright
+
+    archive, out = Path("posters"), Path("captions")
+    known = render_posters(archive, 160)
+    captioner("caption", archive, out, "--model", "starter", "--local")
+    captioner("alt-text", out, "--language", "en")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"))
+        with review_page(out) as address:
+            review(browser, address, "a" + "e" * 72 + "rrrx", known)
+        captioner("feedback", out, "pairs")
+        taught = ("--max-steps", 150, "--learning-rate", 1e-3, "--warmup-steps", 10, "--eval-steps", 50)
+        captioner("train", "pairs", "trained", "--model", "starter", *taught)
+        again = ("--only", "flags or logprob<60% or rejected")
+        captioner("caption", archive, out, "--model", "trained/model", "--local", *again)
+        page = browser.new_page(viewport={"width": 1100, "height": 900})
+        page.goto((out / "report/index.html").absolute().as_uri())
+        page.add_style_tag(content="#changes ~ table.even tbody tr:nth-child(n+6) { display: none }")
+        save(page.locator("section[aria-labelledby=changes]").screenshot(), "recaptioned.png")
+        browser.close()
+
+
+def main(words: list[str]) -> None:
+    if words == ["alt-text"]:
+        museum = Path(tempfile.gettempdir()) / "museum"  # its name is seen in the pictures
+        museum.mkdir()
+        try:
+            with contextlib.chdir(museum):
+                alt_text_pictures()
+        finally:
+            shutil.rmtree(museum)
+        return
+    out, archive = map(Path, words)
     rows = pq.read_table(out / "captions", columns=["image_id", "caption"]).to_pylist()
-    contact_sheet(rows[3:], archive).save(Path(__file__).parent / "contact-sheet.png", optimize=True)
+    contact_sheet(rows[3:], archive).save(DOCS / "contact-sheet.png", optimize=True)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(sys.argv[1:])

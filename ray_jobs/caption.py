@@ -104,7 +104,7 @@ def make_dataset(work: Work, chunks: list[Chunk], sizes: Sizes, batch_size: Auto
 def _execute(work: Work, chunks: list[Chunk], sizes: Sizes, batch_size: AutoInt) -> Iterator[Receipt]:
     import ray.exceptions
 
-    _configure_ray_data(work)
+    _configure_ray_data(work, max(chunk.num_rows for chunk in chunks))
     try:
         for block in make_dataset(work, chunks, sizes, batch_size).iter_batches(
             batch_size=None, batch_format="pyarrow", prefetch_batches=0
@@ -114,14 +114,13 @@ def _execute(work: Work, chunks: list[Chunk], sizes: Sizes, batch_size: AutoInt)
         raise _cause_of(error) from error
 
 
-def _configure_ray_data(work: Work) -> None:
+def _configure_ray_data(work: Work, most_rows: int) -> None:
     """One chunk stays one block, a dropped block is a failure, a stall ends, and the display is ours."""
     import ray.data
 
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it says is told in one line by _cause_of
     context = ray.data.DataContext.get_current()
-    chunk_bytes = 512 * work.model.spec.height * work.model.spec.width * 3
-    context.target_max_block_size = max(4 * chunk_bytes, 512 * 2**20)
+    context.target_max_block_size = max(4 * most_rows * work.model.spec.max_bytes, 512 * 2**20)
     context.max_errored_blocks = 0
     context.enable_progress_bars = False
     context.print_on_execution_start = False

@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 import math
 import os
+import secrets
 import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from captioner.config import ClusterConfig
@@ -55,7 +58,8 @@ def connect(config: ClusterConfig) -> Resources:
         raise ClusterError(f"{address}: Ray Client is not supported; submit a job to the cluster or give HOST:PORT")
     if address == "local" and "ray" not in sys.modules:
         # Read when ray is imported. The log level hides a warning about actor arguments at every start.
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        if os.environ.setdefault("RAY_AUTH_MODE", "token") == "token":
+            _keep_token_private()
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ and "ray" not in sys.modules:
         # Under `uv run` Ray would upload the current folder and run workers in the copy; a job has a folder of its own.
@@ -68,6 +72,19 @@ def connect(config: ClusterConfig) -> Resources:
     alive = [node for node in ray.nodes() if node["Alive"]]
     cpus = [node["Resources"]["CPU"] for node in alive if node["Resources"].get("CPU")]
     return Resources(total.get("CPU", 0), total.get("GPU", 0), len(alive), min(cpus, default=math.inf))
+
+
+def _keep_token_private() -> None:
+    """The token of this user's Rays, made as Ray makes it, but for nobody else to read: Ray's own file is for all who
+    may enter the home directory."""
+    if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        return
+    file = Path.home() / ".ray" / "auth_token"
+    with suppress(OSError):  # a file of somebody else, a home that is read-only: Ray tells where it matters
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError), open(file, "x", opener=partial(os.open, mode=0o600)) as stream:
+            stream.write(secrets.token_hex(32))
+        file.chmod(0o600)
 
 
 def _init(address: str) -> None:

@@ -156,7 +156,8 @@ def _caption_one(model: ModelConfig) -> str:
     ref = resolve(model, None if model.dtype == "auto" else model.dtype)
     captioner = load(ref, batch_size=model.batch_size)
     loaded = time.perf_counter()
-    captioner.caption(np.full((1, ref.spec.height, ref.spec.width, 3), 128, np.uint8))
+    shape = (512, 512) if ref.spec.own_sizes else (ref.spec.height, ref.spec.width)
+    captioner.caption(np.full((1, *shape, 3), 128, np.uint8))
     return f"{model.name} loads in {loaded - started:.1f} s, first caption in {time.perf_counter() - loaded:.2f} s"
 
 

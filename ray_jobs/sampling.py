@@ -14,13 +14,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from captioner.config import AutoInt, CaptionConfig
-from captioner.data import Source
+from captioner.data import Pixels, Source
 from captioner.errors import ClusterError
 from captioner.imaging.guarded import GuardedDecoder
 from captioner.models import ModelRef, load
@@ -55,7 +53,7 @@ class Prepared:
 
     piece: Piece
     rows: pa.Table
-    pixels: npt.NDArray[np.uint8]
+    pixels: Pixels
 
 
 class Preparer:

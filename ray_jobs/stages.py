@@ -1,7 +1,7 @@
 """The steps as Ray Data stages: columns to nouns and back, nothing else.
 
-One block is one chunk from the first stage to the last. Pixels travel as one fixed-size binary column, the
-chunk and the seconds spent on it as JSON in every row.
+One block is one chunk from the first stage to the last. Pixels travel as one column of bytes, those of own sizes
+with a column of their widths; the chunk and the seconds spent on it as JSON in every row.
 """
 
 from __future__ import annotations
@@ -9,17 +9,16 @@ from __future__ import annotations
 import json
 import threading
 from dataclasses import asdict
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from captioner.config import AutoInt
-from captioner.data import Chunk, Receipt
+from captioner.data import Chunk, Pixels, Receipt, object_array
 from captioner.steps import ChunkRows, Work, caption, commit, decode, read
 from ray_jobs.metrics import DeviceMetrics, RunMetrics
 
-_CHUNK, _PIXELS = "_chunk", "_pixels"
+_CHUNK, _PIXELS, _WIDTHS = "_chunk", "_pixels", "_widths"
 
 
 class DecodeStage:
@@ -82,6 +81,10 @@ def to_block(rows: ChunkRows) -> pa.Table:
     block = rows.rows.append_column(_CHUNK, pa.array([travelling] * rows.chunk.num_rows))
     if rows.pixels is None:
         return block
+    if rows.pixels.dtype == object:
+        widths = pa.array([picture.shape[1] for picture in rows.pixels], pa.int32())
+        pictures = pa.array([picture.tobytes() for picture in rows.pixels], pa.large_binary())
+        return block.append_column(_WIDTHS, widths).append_column(_PIXELS, pictures)
     flat = np.ascontiguousarray(rows.pixels).reshape(len(rows.pixels), -1)
     kind = pa.binary(flat.shape[1])
     pixels = pa.FixedSizeBinaryArray.from_buffers(kind, len(flat), [None, pa.py_buffer(flat)])
@@ -98,14 +101,17 @@ def from_block(block: pa.Table, work: Work) -> ChunkRows:
     if block.num_rows != chunk.num_rows:
         raise ValueError(f"chunk {chunk.chunk_id} came as {block.num_rows} of its {chunk.num_rows} rows")
     pixels = _pixels_of(block, work) if _PIXELS in block.column_names else None
-    rows = block.drop_columns([name for name in (_CHUNK, _PIXELS) if name in block.column_names])
+    rows = block.drop_columns([name for name in (_CHUNK, _PIXELS, _WIDTHS) if name in block.column_names])
     return ChunkRows(chunk, rows, pixels, known["seconds"], known["engine"])
 
 
-def _pixels_of(block: pa.Table, work: Work) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def _pixels_of(block: pa.Table, work: Work) -> Pixels:
     column = block[_PIXELS].combine_chunks()
     column = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
     spec = work.model.spec
-    shape = (len(column), spec.height, spec.width, 3)
+    if _WIDTHS in block.column_names:
+        both = zip(column, block[_WIDTHS].to_pylist(), strict=True)
+        return object_array([np.frombuffer(data.as_buffer(), np.uint8).reshape(-1, width, 3) for data, width in both])
     size = spec.height * spec.width * 3
-    return np.frombuffer(column.buffers()[1], np.uint8, len(column) * size, column.offset * size).reshape(shape)
+    flat = np.frombuffer(column.buffers()[1], np.uint8, len(column) * size, column.offset * size)
+    return flat.reshape(len(column), spec.height, spec.width, 3)

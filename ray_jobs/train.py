@@ -7,11 +7,11 @@ The flow around it is that of `captioner.training.job`.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -19,9 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+from pyarrow.fs import LocalFileSystem
 
 from captioner.config import ClusterConfig, TrainConfig
 from captioner.errors import CaptionerError, ClusterError
+from captioner.models import ModelRef, weights_bytes
+from captioner.models.loading import SMALL_MODEL_BYTES
 from captioner.training import job
 from captioner.training.job import Finishing, Outcome, TrainRun
 from captioner.training.record import RUN_FILE
@@ -93,7 +96,7 @@ class RayTrainEngine:
         sizes = self._sizes()
         task = ray.remote(num_cpus=1, num_gpus=sizes.gpus_per_worker or None, max_retries=1)(_finish)
         try:
-            return ray.get(task.remote(checkpoint, finishing, sizes.threads_per_worker))
+            return ray.get(task.remote(checkpoint, finishing, self._threads(finishing.model)))
         except ray.exceptions.RayError as error:
             raise _cause_of(error) from error
 
@@ -111,7 +114,7 @@ class RayTrainEngine:
         resources = {"CPU": sizes.cpus_per_worker} | ({"GPU": sizes.gpus_per_worker} if sizes.gpus_per_worker else {})
         return TorchTrainer(
             self._loop,
-            train_loop_config={"work": ray.put(work), "board": board, "threads": sizes.threads_per_worker},
+            train_loop_config={"work": ray.put(work), "board": board, "threads": self._threads(opened.model)},
             scaling_config=ScalingConfig(
                 num_workers=sizes.num_workers, use_gpu=bool(sizes.gpus_per_worker), resources_per_worker=resources
             ),
@@ -135,16 +138,22 @@ class RayTrainEngine:
             # Threads that wait for each other must not spin: decoding shares the CPUs with training.
             os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
             self._resources = connect(self._cluster)
-        return with_all_threads(share_out(self._resources, self._cluster), self._resources)
+        return share_out(self._resources, self._cluster)
+
+    def _threads(self, model: ModelRef) -> int:
+        sizes = self._sizes()
+        assert self._resources is not None
+        return num_threads(sizes, self._resources, weights_bytes(model))
 
 
-def with_all_threads(sizes: Sizes, resources: Resources) -> Sizes:
-    """Workers without a GPU compute on all CPUs: those that decode are idle most of the time, since a step takes far
-    longer than decoding its pictures. What each worker holds of Ray's CPUs stays as it is."""
+def num_threads(sizes: Sizes, resources: Resources, model_bytes: int) -> int:
+    """CPU threads of torch in each worker. Without a GPU workers compute on all CPUs: those that decode are idle most
+    of the time, since a step takes far longer than decoding its pictures. A small model is fastest on one."""
     if sizes.gpus_per_worker:
-        return sizes
-    cpus = min(resources.num_cpus / sizes.num_workers, resources.least_cpus)
-    return dataclasses.replace(sizes, threads_per_worker=max(1, int(cpus)))
+        return sizes.threads_per_worker
+    if model_bytes <= SMALL_MODEL_BYTES:
+        return 1
+    return max(1, int(min(resources.num_cpus / sizes.num_workers, resources.least_cpus)))
 
 
 def train_loop(config: dict[str, Any], kind: type[RayWorker] | None = None) -> dict[str, Any]:
@@ -160,8 +169,19 @@ def train_loop(config: dict[str, Any], kind: type[RayWorker] | None = None) -> d
     restored = ray.train.get_checkpoint()
     if restored is None:
         return train_worker(work, worker)
-    with restored.as_directory() as folder:
-        return train_worker(work, worker, Path(folder))
+    with _as_directory(restored) as folder:
+        return train_worker(work, worker, folder)
+
+
+@contextmanager
+def _as_directory(checkpoint: Any) -> Iterator[Path]:
+    """A checkpoint as a local directory. Ray's method of that name downloads into one directory for all workers of a
+    node: the second one to come overwrites the weights that the first one has mapped into memory, which kills it."""
+    if isinstance(checkpoint.filesystem, LocalFileSystem):
+        yield Path(checkpoint.path)
+        return
+    with tempfile.TemporaryDirectory(prefix="captioner-checkpoint-") as folder:
+        yield Path(checkpoint.to_directory(folder))
 
 
 class RayWorker:
@@ -229,8 +249,8 @@ def _finish(checkpoint: Any, finishing: Finishing, num_threads: int) -> dict[str
     from captioner.training.finish import finish
 
     torch.set_num_threads(num_threads)
-    with checkpoint.as_directory() as folder:
-        return finish(Path(folder), finishing)
+    with _as_directory(checkpoint) as folder:
+        return finish(folder, finishing)
 
 
 def _number(value: float | None) -> float:

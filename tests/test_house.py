@@ -26,7 +26,7 @@ LAYERS = """
     steps recaption binding review exports
     job progress
     record summary report
-    quality
+    quality tiny_models
     pipeline commands batches training testing starter.build
 """
 LEVELS = {part: level for level, line in enumerate(LAYERS.split("\n")) for part in line.split()}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from captioner.alttext.rules import QUOTED, has_words
 
@@ -40,66 +41,66 @@ class Captioned:
 Finding = Callable[[Captioned], bool]
 
 
-def _words(words: str, before: str = r"\b") -> re.Pattern[str]:
-    one_of = "|".join(word.replace("_", r"\s+") for word in words.split())
-    return re.compile(rf"{before}(?:{one_of})s?\b", re.I)
+def _lexicon(words: str) -> frozenset[str]:
+    """Words and their plurals in -s."""
+    return frozenset(form for word in words.split() for form in (word, f"{word}s"))
 
 
-_DECORATIVE = _words(
-    "background pattern texture gradient wallpaper border ornament divider swirl blank_page blank_paper empty_page "
-    "white_background black_background solid_colou?r",
-    r"^\W*(?:an?\s+|the\s+)?(?:\w+\s+){0,3}",
-)
-_TEXT = _words(
+_DECORATIVE = _lexicon("background pattern texture gradient wallpaper border ornament divider swirl blank")
+_TEXT = _lexicon(
     "sign text word letter lettering logo label poster banner billboard caption inscription writing written says "
-    "reads reading screenshot document newspaper headline page_of_a_book license_plate graffiti titled handwriting "
-    "subtitle menu ticket stamp_with map_with chart graph diagram"
+    "reads reading screenshot document newspaper headline graffiti license titled handwriting "
+    "subtitle menu ticket map chart graph diagram"
 )
-_PEOPLE = (
+_PEOPLE = _lexicon(
     "man men woman women boy girl male female person people child children kid baby couple family lady ladies guy "
     "gentleman soldier worker farmer player dancer musician student"
 )
-_WHAT_PEOPLE_ARE = (  # said of people only: there are African elephants and window blinds
+_WHAT_PEOPLE_ARE = _lexicon(  # said of people only: there are African elephants and window blinds
     "african african-american asian american european chinese japanese korean indian arab arabic mexican hispanic "
     "latino latina caucasian black white brown native indigenous tribal ethnic blind deaf disabled poor gay lesbian "
     "old elderly young middle-aged homeless foreign"
 )
-_IDENTITY = _words(
+_IDENTITY = _lexicon(
     "eskimo gypsy gypsie immigrant refugee migrant muslim jewish jew christian hindu buddhist sikh nun rabbi imam "
     "handicapped wheelchair amputee autistic transgender pregnant beggar slave mother father mom mum dad wife wives "
     "husband bride groom son daughter sister brother sibling grandmother grandfather obese overweight"
 )
-_PEOPLE_WHO_ARE = re.compile(rf"{_words(_WHAT_PEOPLE_ARE).pattern}\s+(?:\w+\s+)?{_words(_PEOPLE).pattern}", re.I)
-_GENDER = _words("man men woman women boy girl male female gentleman gentlemen lady ladies ladie he she his her guy")
+_GENDER = _lexicon("man men woman women boy girl male female gentleman gentlemen lady ladies ladie he she his her guy")
 _NAME = re.compile(r"\b[A-Z][a-z’']+\s+(?:(?:de|van|von|di|da|of)\s+)?[A-Z][a-z’']+")
 
 
 def maybe_decorative(of: Captioned) -> bool:
-    """Whether the picture is small as a spacer, or the caption tells of a background, border or pattern only.
+    """Whether the picture is small as a spacer, or the caption begins with a background, border or pattern.
 
     Source: W3C WAI, Images Tutorial, alt Decision Tree: decorative pictures have an empty alt text; only who knows the
     page can tell.
     """
     sides = [side for side in (of.width, of.height) if side is not None]
-    return any(side < SPACER_PIXELS for side in sides) or _DECORATIVE.search(of.caption) is not None
+    return any(side < SPACER_PIXELS for side in sides) or not _DECORATIVE.isdisjoint(_words_of(of.caption)[:3])
 
 
 def text_in_picture(of: Captioned) -> bool:
     """Whether the caption quotes something or speaks of a sign, a label, a page. Source: W3C WAI, alt Decision Tree."""
-    return QUOTED.search(of.caption) is not None or _TEXT.search(of.caption) is not None
+    return QUOTED.search(of.caption) is not None or not _TEXT.isdisjoint(_words_of(of.caption))
 
 
 def identity(of: Captioned) -> bool:
     """Whether the caption says what nobody can see of a person. Source: Cooper Hewitt, Guidelines for Image
     Description; Nasjonalmuseet: observable elements only."""
-    return any(pattern.search(of.caption) for pattern in (_IDENTITY, _PEOPLE_WHO_ARE))
+    words = _words_of(of.caption)
+    said_of_people = (
+        word in _WHAT_PEOPLE_ARE and not _PEOPLE.isdisjoint(words[place + 1 : place + 3])
+        for place, word in enumerate(words)
+    )
+    return not _IDENTITY.isdisjoint(words) or any(said_of_people)
 
 
 def gender(of: Captioned) -> bool:
     """Whether the caption says that someone is a man or a woman. A flag of its own: it is far more frequent than
     `identity`. Source: as there; captioning models follow the habits of their data (Hendricks et al., Women also
     Snowboard, 2018)."""
-    return _GENDER.search(of.caption) is not None
+    return not _GENDER.isdisjoint(_words_of(of.caption))
 
 
 def name(of: Captioned) -> bool:
@@ -115,6 +116,11 @@ def cut_short(of: Captioned) -> bool:
 def no_words(of: Captioned) -> bool:
     """Whether no words are left. Source: W3C ATAG 2.0, B.2.3.2: no strings that say nothing are put in as repairs."""
     return not has_words(re.sub(r"[\[<][^\]>]*[\]>]", "", of.alt_text))
+
+
+@lru_cache(maxsize=64)
+def _words_of(caption: str) -> tuple[str, ...]:
+    return tuple(re.findall(r"\w+(?:-\w+)*", caption.lower()))
 
 
 def findings(of: Captioned, holds_term: Callable[[str], bool]) -> list[str]:

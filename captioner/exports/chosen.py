@@ -34,7 +34,7 @@ _WHY_NOT = {
     "rejected": "rejected",
     "expert": "waiting for an expert",
     "decorative": "decorative, which this form cannot say",
-    "blank": "without a text",
+    "blank": "without words",
 }
 
 
@@ -60,10 +60,7 @@ def choose(
 ) -> Iterator[pa.Table]:
     """Tables of CHOSEN_SCHEMA with what may be published; `mark` is put behind what nobody has reviewed."""
     for rows in texts:
-        reasons = [
-            _reason(status, text, include_unreviewed, says_decorative)
-            for status, text in zip(rows["review_status"].to_pylist(), rows["alt_text"].to_pylist(), strict=True)
-        ]
+        reasons = [_reason(*row, include_unreviewed, says_decorative) for row in _columns(rows)]
         tally.left_out.update(_WHY_NOT[reason] for reason in reasons if reason)
         kept = rows.filter(pa.array([not reason for reason in reasons], pa.bool_()))
         tally.written.update(kept["review_status"].to_pylist())
@@ -73,20 +70,22 @@ def choose(
 def refused(texts: Iterator[pa.Table], *, include_unreviewed: bool, says_decorative: bool) -> Iterator[pa.Table]:
     """The other texts: an earlier export may hold them and has to give them up."""
     for rows in texts:
-        keep = [
-            bool(_reason(status, text, include_unreviewed, says_decorative))
-            for status, text in zip(rows["review_status"].to_pylist(), rows["alt_text"].to_pylist(), strict=True)
-        ]
+        keep = [bool(_reason(*row, include_unreviewed, says_decorative)) for row in _columns(rows)]
         yield _with_author(rows.filter(pa.array(keep, pa.bool_())))
 
 
-def _reason(status: str, text: str, include_unreviewed: bool, says_decorative: bool) -> str:
+def _columns(rows: pa.Table) -> Iterator[tuple[str, str, list[str]]]:
+    return zip(*(rows[name].to_pylist() for name in ("review_status", "alt_text", "flags")), strict=True)
+
+
+def _reason(status: str, text: str, flags: list[str], include_unreviewed: bool, says_decorative: bool) -> str:
     """Why a text is left out; "" where it is not."""
     if status == "decorative":
         return "" if says_decorative else status
     if status not in _PUBLISHED and not (include_unreviewed and status == UNREVIEWED):
         return status
-    return "" if text.strip() else "blank"
+    says_nothing = not text.strip() or (status == UNREVIEWED and "no_words" in flags)
+    return "blank" if says_nothing else ""
 
 
 def _marked(rows: pa.Table, mark: str) -> pa.Table:

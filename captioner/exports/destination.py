@@ -26,6 +26,8 @@ def open_destination(dest: str, update: bool) -> Path:
     if is_uri(dest):
         raise UsageError(f"{dest}: exports are written to a local disk; copy them from there")
     path = Path(local_path(dest))
+    if _old(path).exists() and not path.exists():
+        os.rename(_old(path), path)  # a refresh was killed between taking the old folder away and putting the new one
     if path.exists() and not update:
         raise OutputError(f"{dest} is there already; give another DEST, or --update to refresh an earlier export")
     return path
@@ -34,7 +36,7 @@ def open_destination(dest: str, update: bool) -> Path:
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """A file to write, which takes its place when everything is in it."""
-    partial = path.with_name(f"{path.name}.partial")
+    partial = _partial(path)
     with _telling(path):
         if path.is_dir():
             raise OutputError(f"{path} is a folder; this export is a file, give another DEST")
@@ -54,7 +56,7 @@ def new_folder(path: Path, record: dict[str, Any]) -> Iterator[Path]:
 
     Raises OutputError where something else is there.
     """
-    partial, old = path.with_name(f"{path.name}.partial"), path.with_name(f"{path.name}.old")
+    partial, old = _partial(path), _old(path)
     with _telling(path):
         require_export(path, record["to"])
         shutil.rmtree(partial, ignore_errors=True)
@@ -72,6 +74,14 @@ def new_folder(path: Path, record: dict[str, Any]) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.captioner-partial")
+
+
+def _old(path: Path) -> Path:
+    return path.with_name(f".{path.name}.captioner-old")
+
+
 def require_export(path: Path, form: str) -> None:
     """Raise OutputError where `path` is there and no earlier export of that form."""
     if not path.exists():
@@ -86,7 +96,7 @@ def require_export(path: Path, form: str) -> None:
 
 def put(path: Path, data: bytes) -> None:
     """Replace one file of a folder that others use, or make it; atomically, its mode kept."""
-    partial = path.with_name(f"{path.name}.partial")
+    partial = _partial(path)
     with _telling(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -98,6 +108,12 @@ def put(path: Path, data: bytes) -> None:
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
+
+
+def write_new(path: Path, data: bytes) -> None:
+    """Write a file into a folder that is not in its place yet."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
 
 
 def inside(image_id: str) -> Path:

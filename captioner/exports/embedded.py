@@ -14,7 +14,7 @@ import pyarrow as pa
 from captioner.config import ExportConfig
 from captioner.data import RawImage
 from captioner.errors import UsageError
-from captioner.exports.destination import inside, new_folder
+from captioner.exports.destination import inside, new_folder, write_new
 from captioner.exports.export import Export
 from captioner.exports.suffixes import free_name, with_own_suffix
 from captioner.exports.xmp import merged
@@ -44,8 +44,7 @@ def _write_copy(folder: Path, row: dict[str, Any], raw: RawImage, exiftool: Exif
     if is_signed(raw.data) and not settings.allow_c2pa:
         raise XmpError("it has a C2PA signature, which embedding breaks (--allow-c2pa)")
     path = free_name(folder, with_own_suffix(inside(row["image_id"]), raw.data))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(raw.data)
+    write_new(path, raw.data)
     try:
         exiftool.replace_xmp(path, merged(exiftool.read_xmp(path), row, settings.automatic_mark, update=True))
     except XmpError:

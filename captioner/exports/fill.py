@@ -19,7 +19,8 @@ _SAID_OTHERWISE = ("alt", "aria-label", "aria-labelledby", "aria-hidden", "role"
 _RAW_TEXT = ("textarea", "title", "xmp", "iframe", "noembed", "noframes", "plaintext")  # tags in them are text
 _FENCE = re.compile(r"^[ >]*(```+|~~~+)", re.M)
 _INDENTED = re.compile(r"(?:\A|\n[ \t]*\n)((?:(?: {4}|\t)[^\n]*(?:\n|\Z))+)")
-_INLINE_CODE = re.compile(r"(?<![`\\])(`+)(?!`)(?:.+?)(?<!`)\1(?!`)", re.S)
+_INLINE_CODE = re.compile(r"(?<![`\\])(`+)(?!`)(?:(?!\n[ \t]*\n).)+?(?<!`)\1(?!`)", re.S)
+_NOT_MARKDOWN = re.compile(r"<!--.*?-->|<(pre|script|style|textarea)\b.*?</\1>", re.S | re.I)
 _MARKDOWN_IMAGE = re.compile(r"(?<!\\)!\[\]\(\s*(<[^<>\n]*>|[^\s<>()]*(?:\([^\s()]*\)[^\s()]*)*)")
 _MARKDOWN_SPECIAL = re.compile(r"([\\`*_\[\]<>&])")
 
@@ -54,7 +55,7 @@ def find_gaps(text: str, markdown: bool) -> list[Gap]:
         text = _without_code(text)
         gaps = [
             Gap(found.start() + 2, html.unescape(found.group(1).strip("<>")), True)
-            for found in _MARKDOWN_IMAGE.finditer(text)
+            for found in _MARKDOWN_IMAGE.finditer(_NOT_MARKDOWN.sub(lambda found: _blank(found.group()), text))
             if found.group(1)
         ]
     finder = _Finder(text)

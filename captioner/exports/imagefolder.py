@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from captioner.exports.chosen import provenance
-from captioner.exports.destination import inside, new_folder
+from captioner.exports.destination import inside, new_folder, write_new
 from captioner.exports.export import Export, write_line
 from captioner.exports.suffixes import free_name, with_own_suffix
 
@@ -54,8 +54,7 @@ def write(texts: Iterator[pa.Table], export: Export) -> None:
 def _put_picture(folder: Path, row: dict[str, Any], data: bytes) -> str:
     """Write one picture; returns its name. Two ids that make the same name get different ones."""
     path = free_name(folder, with_own_suffix(inside(row["image_id"]), data))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
+    write_new(path, data)
     return path.relative_to(folder).as_posix()
 
 

@@ -7,7 +7,7 @@ import hashlib
 import posixpath
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from captioner.errors import UsageError
-from captioner.exports.destination import new_folder
+from captioner.exports.destination import new_folder, write_new
 from captioner.exports.export import Export, write_origin
 from captioner.exports.fill import Gap, PageError, decode, filled, find_gaps
 from captioner.text import printable
@@ -109,9 +109,7 @@ def _write_pages(folder: Path, pages: list[Page], known: Known, export: Export) 
             text, diff, done = _fill(page, known, export)
             if not done:
                 continue
-            path = folder / page.name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(text.encode(page.encoding))
+            write_new(folder / page.name, text.encode(page.encoding))
             diffs.write(diff.encode(page.encoding))
             for gap, row in done:
                 write_origin(origins, row, page=page.name, src=gap.src)
@@ -142,6 +140,7 @@ def _site_of(export: Export) -> Path:
 
 def _pages_with_gaps(site: Path) -> Iterator[Page]:
     """Pages in which a picture has no alt; those that cannot be read are named on standard error."""
+    digest = cache(_digest)
     for path in sorted(site.rglob("*")):
         suffix = path.suffix.lower()
         if suffix not in (*_HTML, *_MARKDOWN) or not path.is_file():
@@ -154,11 +153,11 @@ def _pages_with_gaps(site: Path) -> Iterator[Page]:
             print(f"captioner: {printable(name)} is left as it is: {printable(error)}", file=sys.stderr)
             continue
         if gaps:
-            wanted = {gap.src: _wanted(site, name, gap.src) for gap in gaps}
+            wanted = {gap.src: _wanted(site, name, gap.src, digest) for gap in gaps}
             yield Page(name, text, encoding, gaps, {src: one for src, one in wanted.items() if one})
 
 
-def _wanted(site: Path, page: str, src: str) -> Wanted | None:
+def _wanted(site: Path, page: str, src: str, digest: Callable[[Path], str]) -> Wanted | None:
     """Which picture `src` means; None where it is no file at all (data: and the like)."""
     try:
         parts = urlsplit(src.strip())
@@ -169,10 +168,9 @@ def _wanted(site: Path, page: str, src: str) -> Wanted | None:
     whole = unquote(parts.path)
     in_site = whole if parts.netloc or whole.startswith("/") else posixpath.join(posixpath.dirname(page), whole)
     path = posixpath.normpath("/" + in_site).lstrip("/")  # ".." ends at the site's root
-    return Wanted(sha256=digest) if (digest := _digest(site / path)) else Wanted(path=path)
+    return Wanted(sha256=found) if (found := digest(site / path)) else Wanted(path=path)
 
 
-@cache
 def _digest(file: Path) -> str:
     """The sha256 of a file; "" where there is none."""
     try:

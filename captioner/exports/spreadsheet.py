@@ -26,7 +26,7 @@ PRESETS = {
     "wagtail": {"file_hash": "file_hash", "filename": "file_name", "description": "alt_text"},
 }
 WAGTAIL_LIMIT = 255
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
 
 
 def write(texts: Iterator[pa.Table], export: Export) -> None:

@@ -9,7 +9,7 @@ from typing import Any, TextIO
 import pyarrow as pa
 
 from captioner.errors import UsageError
-from captioner.exports.destination import inside, new_file, new_folder, put
+from captioner.exports.destination import inside, new_file, new_folder, put, write_new
 from captioner.exports.export import Export, write_origin
 from captioner.exports.suffixes import beside
 
@@ -31,8 +31,7 @@ def write(texts: Iterator[pa.Table], export: Export) -> None:
                 if path.exists():
                     export.tally.leave_out(row, f"another picture has {path.name} too")
                     continue
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(row["alt_text"] + "\n", encoding="utf-8")
+                write_new(path, _appended(b"", row["alt_text"]))
                 write_origin(origins, row, path=path.relative_to(folder).as_posix())
 
 

@@ -16,12 +16,13 @@ from captioner.alttext.nouns import UNREVIEWED
 from captioner.alttext.rules import Limits, apply_rules
 from captioner.errors import SourceError
 from captioner.exports.chosen import Tally, provenance, writer_of
-from captioner.exports.destination import inside, new_folder, put, require_export
+from captioner.exports.destination import inside, new_folder, put, require_export, write_new
 from captioner.exports.export import Export
 from captioner.exports.suffixes import beside
 from captioner.exports.xmp_packet import (
     ALT_TEXT,
     CAPTION_WRITER,
+    EMPTY,
     EXTENDED,
     OWN,
     Packet,
@@ -56,16 +57,18 @@ def write(texts: Iterator[pa.Table], export: Export) -> None:
 
         embedded.write(texts, export)
     elif export.settings.beside_originals:
-        _write_all(texts, export, sidecar_of_original)
+        _write_all(texts, export, sidecar_of_original, put)
     elif export.dest.exists():  # other fields may have been added to its sidecars: they are refreshed one by one
         require_export(export.dest, "xmp")
-        _write_all(texts, export, sidecar_in(export.dest))
+        _write_all(texts, export, sidecar_in(export.dest), put)
     else:
         with new_folder(export.dest, export.record) as folder:
-            _write_all(texts, export, sidecar_in(folder))
+            _write_all(texts, export, sidecar_in(folder), write_new)
 
 
-def _write_all(texts: Iterator[pa.Table], export: Export, place_of: PlaceOf) -> None:
+def _write_all(
+    texts: Iterator[pa.Table], export: Export, place_of: PlaceOf, store: Callable[[Path, bytes], None]
+) -> None:
     for rows in texts:
         for row in rows.to_pylist():
             try:
@@ -73,7 +76,7 @@ def _write_all(texts: Iterator[pa.Table], export: Export, place_of: PlaceOf) -> 
                 before = path.read_bytes() if path.exists() else None
                 after = merged(before, row, export.settings.automatic_mark, export.settings.update)
                 if after != before:
-                    put(path, after)
+                    store(path, after)
             except (XmpError, SourceError) as error:
                 export.tally.leave_out(row, str(error))
     for rows in export.refused() if export.settings.update else ():
@@ -103,9 +106,11 @@ def merged(existing: bytes | None, row: dict[str, Any], mark: str, update: bool)
 
     Raises XmpError where it cannot be read, holds a text that is not ours, or one of ours and not `update`.
     """
-    packet = parse(existing)
-    _require_free(packet, row["image_id"], update)
-    packet = without(packet, _ours(packet))
+    packet = EMPTY
+    if existing is not None:
+        packet = parse(existing)
+        _require_free(packet, row["image_id"], update)
+        packet = without(packet, _ours(packet))
     languages = ["x-default", *([row["language"]] if row["language"] else [])]
     texts = {"Iptc4xmpCore:AltTextAccessibility": dict.fromkeys(languages, row["alt_text"])}
     fields = {"captioner:ImageId": row["image_id"], "captioner:Text": row["alt_text"]}
@@ -132,8 +137,8 @@ def extended_description(row: dict[str, Any], mark: str) -> str | None:
 
 
 def _require_free(packet: Packet, image_id: str, update: bool) -> None:
-    text, own = packet.value(ALT_TEXT), packet.own("Text")
-    if text and text != own:
+    own = packet.own("Text")
+    if not packet.texts(ALT_TEXT) <= {own}:
         raise XmpError("its sidecar holds a text by somebody else")
     if own is not None and packet.own("ImageId") != image_id:
         raise XmpError(f"its sidecar is that of {packet.own('ImageId')}")
@@ -145,7 +150,7 @@ def _ours(packet: Packet) -> list[str]:
     """Names of the properties that an earlier export wrote and nobody has changed since."""
     found = list(_OWN_NAMES)
     for name, recorded in ((ALT_TEXT, "Text"), (EXTENDED, "Extended"), (CAPTION_WRITER, "Writer")):
-        if not packet.value(name) or packet.value(name) == packet.own(recorded):
+        if packet.texts(name) <= {packet.own(recorded)}:
             found.append(name)
     return found
 

@@ -24,7 +24,7 @@ _LANG = "http://www.w3.org/XML/1998/namespace lang"
 _MAX_BYTES = 16_000_000
 _NOT_IN_XML = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff\ud800-\udfff]")
 _START_TAG = re.compile(rb"""<[^>"']*(?:"[^"]*"[^>"']*|'[^']*'[^>"']*)*>""")
-_EMPTY = (
+_NEW = (
     b'<?xpacket begin="\xef\xbb\xbf" id="W5M0MpCehiHzreSzNTczkc9d"?>\n'
     b'<x:xmpmeta xmlns:x="adobe:ns:meta/">\n'
     b' <rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">\n'
@@ -74,14 +74,18 @@ class Packet:
         found = self.find(name)
         return None if found is None else found.values.get("x-default", next(iter(found.values.values()), ""))
 
+    def texts(self, name: str) -> set[str]:
+        """What a property says, in whatever language."""
+        found = self.find(name)
+        return set() if found is None else {text for text in found.values.values() if text}
+
     def own(self, name: str) -> str | None:
         """A field of our own namespace."""
         return self.value(f"{OWN} {name}")
 
 
-def parse(data: bytes | None) -> Packet:
-    """Raises XmpError saying what is wrong. `None` is a packet without properties."""
-    data = _EMPTY if data is None else data
+def parse(data: bytes) -> Packet:
+    """Raises XmpError saying what is wrong."""
     if len(data) > _MAX_BYTES:
         raise XmpError(f"larger than {_MAX_BYTES:,} bytes")
     reader = _Reader(data)
@@ -92,6 +96,9 @@ def parse(data: bytes | None) -> Packet:
     if not reader.packet.rdf_end:
         raise XmpError("no XMP: it has no rdf:RDF to add to")
     return reader.packet
+
+
+EMPTY = Packet(_NEW, rdf_end=_NEW.index(b"</rdf:RDF>"))
 
 
 def without(packet: Packet, names: Iterable[str]) -> Packet:

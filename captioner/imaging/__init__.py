@@ -4,7 +4,8 @@
     opening.py   bytes -> an upright RGB picture
     reducing.py  reading it smaller where its format allows
     colour.py    any Pillow mode -> RGB over white
-    fitting.py   upright picture -> uint8 pixels of the model's size
+    sizes.py     the size of a picture -> the size its model wants
+    fitting.py   upright picture -> uint8 pixels of that size
     descriptions.py  what people already wrote about the picture in its file
     faults.py    what went wrong -> an error code
     settings.py  Pillow's process-wide settings meanwhile
@@ -24,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from captioner.data import CAPTIONS_SCHEMA, DecodedImage, ImageBatch, PixelSpec, RawImage
+from captioner.data import CAPTIONS_SCHEMA, DecodedImage, ImageBatch, Pixels, PixelSpec, RawImage, object_array
 from captioner.imaging.descriptions import descriptions_of
 from captioner.imaging.faults import PictureError, one_line
 from captioner.imaging.fitting import fit, fit_square, needed_side
@@ -43,7 +44,7 @@ IMAGE_SCHEMA = pa.schema(
 
 
 def decode(data: bytes, spec: PixelSpec, max_pixels: int) -> DecodedImage:
-    """One file's bytes as pixels uint8 [spec.height, spec.width, 3], or an error code. Never raises."""
+    """One file's bytes as uint8 pixels (see `PixelSpec`), or an error code. Never raises."""
     return _decoded(data, max_pixels, needed_side(spec), partial(fit, spec=spec))
 
 
@@ -77,10 +78,10 @@ def decode_images(
     """Pictures of one chunk, one row each, in order. `rows` has IMAGE_SCHEMA. `decode_each`: `decode` in this process
     unless given.
 
-    Holds one full-size picture at a time: each is shrunk to the model's size before the next is opened. Rows that share
-    one bytes object are decoded once.
+    Holds one full-size picture at a time: each is shrunk as far as the model allows before the next is opened. Rows
+    that share one bytes object are decoded once.
     """
-    pixels = np.zeros((len(raws), spec.height, spec.width, 3), np.uint8)
+    pixels = _no_pixels(len(raws), spec)
     decode_each = decode_each or partial(map, partial(decode, spec=spec, max_pixels=max_pixels))
     first: dict[int, int] = {}
     for index, raw in enumerate(raws):
@@ -100,6 +101,12 @@ def decode_images(
             pixels[index] = one.pixels
         rows.append(_row(raw, one))
     return ImageBatch(pa.Table.from_pylist(rows, schema=IMAGE_SCHEMA), pixels)
+
+
+def _no_pixels(count: int, spec: PixelSpec) -> Pixels:
+    if not spec.own_sizes:
+        return np.zeros((count, spec.height, spec.width, 3), np.uint8)
+    return object_array([np.zeros((1, 1, 3), np.uint8)] * count)
 
 
 def _without_bytes(raw: RawImage) -> DecodedImage:

@@ -72,8 +72,9 @@ def serve(connection: socket.socket, decode_one: Callable[[bytes], DecodedImage]
         decoded = decode_one(slots.get(slot, int(line)))
         signal.setitimer(signal.ITIMER_REAL, 0)
         if decoded.pixels is not None:
-            slots.pixels[slot] = decoded.pixels
+            slots.put_pixels(slot, decoded.pixels)
         told = {name: getattr(decoded, name) for name in _TOLD}
+        told["shape"] = None if decoded.pixels is None else decoded.pixels.shape
         connection.sendall(json.dumps(told).encode() + b"\n")
 
 
@@ -86,8 +87,7 @@ def main(argv: list[str]) -> None:
         from captioner.imaging.poison import poisoned
 
         decode_one = poisoned(decode_one, caller)
-    height, width = settings["shape"]
-    slots = Slots(height, width, settings["slots"])
+    slots = Slots(settings["max_bytes"], settings["slots"])
     work = partial(serve, decode_one=decode_one, slots=slots, timeout=settings["timeout"])
     with suppress(ConnectionError):  # the caller was killed
         fork_workers(socket.socket(fileno=int(argv[0])), work)
@@ -95,11 +95,11 @@ def main(argv: list[str]) -> None:
 
 def _decoder_of(settings: dict[str, Any]) -> Callable[[bytes], DecodedImage]:
     spec, max_pixels = settings["spec"], settings["max_pixels"]
-    if spec is None:
-        return partial(squeeze, side=settings["shape"][0], max_pixels=max_pixels)
+    if isinstance(spec, int):
+        return partial(squeeze, side=spec, max_pixels=max_pixels)
     import torch  # noqa: F401  # pictures are resized with it: loaded before the first one's time runs
 
-    spec |= {name: tuple(spec[name]) for name in ("mean", "std")}
+    spec |= {name: tuple(value) for name, value in spec.items() if isinstance(value, list)}
     return partial(decode, spec=PixelSpec(**spec), max_pixels=max_pixels)
 
 

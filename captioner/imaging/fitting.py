@@ -14,6 +14,7 @@ from PIL import Image
 
 from captioner.data import PixelSpec
 from captioner.imaging.opening import Picture
+from captioner.imaging.sizes import resized
 
 # A picture is first made smaller in a cheap way (JPEG: while it is decoded; Pillow: averages of whole blocks) as long
 # as this many pixels are left for each one wanted. Mean difference from resizing the whole picture, for 113 photos
@@ -22,27 +23,32 @@ _MARGIN = 3
 _LARGE_PIXELS = 4_000_000  # from about here Pillow, which averages first, is faster than torch, which does not
 _EXTREME_ASPECT = 8
 
-_PILLOW_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+_TORCH_FILTERS = ("bicubic", "bilinear")
+_STEPPED_FILTERS = ("nearest", "box")  # a rounding error makes them take another pixel: they see the whole picture
 
 Box = tuple[int, int, int, int]  # top, left, bottom, right
 
 
 def needed_side(spec: PixelSpec) -> int:
     """The shorter side, in pixels, below which a picture should not be made smaller while it is decoded; 0: never."""
-    return 0 if spec.preprocess == "processor" else _MARGIN * max(spec.shortest_edge, spec.height, spec.width)
+    if spec.preprocess == "processor" or spec.resize == "none" or spec.resample in _STEPPED_FILTERS:
+        return 0
+    return _MARGIN * max(spec.shortest_edge, spec.height, spec.width, *spec.resized)
 
 
 def fit(picture: Picture, spec: PixelSpec) -> npt.NDArray[np.uint8]:
-    """uint8 [spec.height, spec.width, 3]. Black where a crop reaches beyond the picture."""
-    height, width = _resized(picture, spec)
-    top, left = (height - spec.height) // 2, (width - spec.width) // 2
+    """uint8 [spec.height, spec.width, 3], or of own sizes [height, width, 3]. A crop that reaches beyond the picture is
+    black there."""
+    height, width = resized((picture.height, picture.width), spec)
+    if spec.own_sizes:
+        return _resize(picture, (height, width), (0, 0, height, width), spec)
+    padded_at_end = spec.resize == "inside"
+    top, left = (0, 0) if padded_at_end else ((height - spec.height) // 2, (width - spec.width) // 2)
     window = max(top, 0), max(left, 0), min(top + spec.height, height), min(left + spec.width, width)
-    fast = spec.preprocess == "fast" and _suits_torch(picture)
-    resize = _resize_with_torch if fast else _resize_with_pillow
-    pixels = resize(picture, (height, width), window, spec)
+    pixels = _resize(picture, (height, width), window, spec)
     if pixels.shape == (spec.height, spec.width, 3):
         return pixels
-    padded = np.zeros((spec.height, spec.width, 3), np.uint8)
+    padded = np.full((spec.height, spec.width, 3), spec.fill, np.uint8)
     padded[window[0] - top : window[2] - top, window[1] - left : window[3] - left] = pixels
     return padded
 
@@ -52,13 +58,11 @@ def fit_square(picture: Picture, side: int) -> npt.NDArray[np.uint8]:
     return _resize_with_pillow(picture, (side, side), (0, 0, side, side), PixelSpec(side, side))
 
 
-def _resized(picture: Picture, spec: PixelSpec) -> tuple[int, int]:
-    """Height and width after resizing, before the centre crop; rounded as transformers does."""
-    if spec.resize == "exact":
-        return spec.height, spec.width
-    short, long = sorted((picture.width, picture.height))
-    scaled = int(spec.shortest_edge * long / short)
-    return (scaled, spec.shortest_edge) if picture.width <= picture.height else (spec.shortest_edge, scaled)
+def _resize(picture: Picture, size: tuple[int, int], window: Box, spec: PixelSpec) -> npt.NDArray[np.uint8]:
+    if picture.image.size == (size[1], size[0]) == (picture.width, picture.height):
+        return np.array(picture.image)[window[0] : window[2], window[1] : window[3]]
+    fast = spec.preprocess == "fast" and spec.resample in _TORCH_FILTERS and _suits_torch(picture)
+    return (_resize_with_torch if fast else _resize_with_pillow)(picture, size, window, spec)
 
 
 def _suits_torch(picture: Picture) -> bool:
@@ -99,8 +103,8 @@ def _resize_with_pillow(picture: Picture, size: tuple[int, int], window: Box, sp
     x0, y0, x1, y1 = picture.box
     across, down = (x1 - x0) / size[1], (y1 - y0) / size[0]
     source = x0 + left * across, y0 + top * down, min(x0 + right * across, x1), min(y0 + bottom * down, y1)
-    resample = _PILLOW_FILTERS[spec.resample]
-    if spec.preprocess == "fast":
+    resample = Image.Resampling[spec.resample.upper()]
+    if spec.preprocess == "fast" and spec.resample not in _STEPPED_FILTERS:
         return np.array(picture.image.resize((right - left, bottom - top), resample, source, _MARGIN))
     if size[0] * size[1] > _LARGE_PIXELS:  # such a strip that resized whole it would fill the memory
         return np.array(picture.image.resize((right - left, bottom - top), resample, source))

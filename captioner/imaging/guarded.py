@@ -36,9 +36,9 @@ class GuardedDecoder:
     """
 
     def __init__(self, spec: PixelSpec | int, max_pixels: int, timeout: float) -> None:
-        self._shape = (spec, spec) if isinstance(spec, int) else (spec.height, spec.width)
-        told = None if isinstance(spec, int) else asdict(spec)
-        self._settings = {"spec": told, "shape": self._shape, "max_pixels": max_pixels, "timeout": timeout}
+        self._max_bytes = 3 * spec * spec if isinstance(spec, int) else spec.max_bytes
+        told = spec if isinstance(spec, int) else asdict(spec)
+        self._settings = {"spec": told, "max_bytes": self._max_bytes, "max_pixels": max_pixels, "timeout": timeout}
         self._timeout = timeout
         self._slots: Slots | None = None
         self._child: Child | None = None
@@ -79,7 +79,7 @@ class GuardedDecoder:
     def start(self) -> None:
         """Start the child unless there is one; does not wait until it is ready."""
         if self._slots is None:
-            self._slots = Slots(*self._shape)
+            self._slots = Slots(self._max_bytes)
         if self._child is None:
             self._child = Child(self._settings, self._slots)
 

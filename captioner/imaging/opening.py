@@ -10,7 +10,7 @@ from PIL import Image, ImageFile, ImageOps
 from captioner.imaging.colour import to_rgb
 from captioner.imaging.faults import PictureError, code_of, one_line
 from captioner.imaging.formats import identify
-from captioner.imaging.reducing import open_reduced
+from captioner.imaging.reducing import Reduced, open_reduced
 from captioner.imaging.settings import decoding
 
 _EXIF_ORIENTATION = 0x0112
@@ -58,17 +58,14 @@ def _open(data: bytes, max_pixels: int, needed_side: int) -> Picture:
     format = (file.format or "").lower()
     width, height = file.size
     try:
-        reduced = open_reduced(file, data, needed_side) if needed_side else None
-        _check_pixels(width, height, reduced.in_memory if reduced else width * height, max_pixels)
-        if reduced and not _loads(reduced.file):
-            file, reduced = identify(data), None  # whole, as it may still be fine
-            _check_pixels(width, height, width * height, max_pixels)
+        reduced = _load_reduced(file, data, max_pixels, needed_side) if needed_side else None
         if reduced:
             file = reduced.file
         else:
+            _check_pixels(width, height, max_pixels)
             _load_first(file)
             width, height = file.size  # ICO and TIFF know better once loaded
-            _check_pixels(width, height, width * height, max_pixels)
+            _check_pixels(width, height, max_pixels)
         orientation = _make_upright(file)
         if orientation in _TURNED:
             width, height = height, width
@@ -82,22 +79,24 @@ def _open(data: bytes, max_pixels: int, needed_side: int) -> Picture:
         raise PictureError(code_of(error, data), one_line(error), width, height, format) from error
 
 
-def _check_pixels(width: int, height: int, in_memory: int, max_pixels: int) -> None:
-    if in_memory > max_pixels:
+def _check_pixels(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
         message = f"{width} x {height} pixels are more than the limit of {max_pixels} (max_pixels)"
         raise PictureError("too_many_pixels", message)
 
 
-def _loads(file: ImageFile.ImageFile) -> bool:
-    """Decode what is read smaller; whether that went well. A JPEG cannot but fail whole as well."""
-    if file.format == "JPEG":
-        file.load()
-        return True
+def _load_reduced(file: ImageFile.ImageFile, data: bytes, max_pixels: int, needed_side: int) -> Reduced | None:
+    """Decode at a smaller size; `None` where the format or the file does not let us, and where that is too large."""
+    reduced = open_reduced(file, data, needed_side)
+    if reduced is None or reduced.in_memory > max_pixels:
+        return None
     try:
-        file.load()
+        reduced.file.load()
     except Exception:
-        return False
-    return True
+        if reduced.file is file:
+            raise
+        return None  # read whole, it may still be fine
+    return reduced
 
 
 def _load_first(file: ImageFile.ImageFile) -> None:

@@ -33,12 +33,12 @@ class Reduced:
 
 
 def open_reduced(file: ImageFile.ImageFile, data: bytes, needed_side: int) -> Reduced | None:
-    """As small as can be with both sides >= needed_side; `None` where the file only loads whole. `file` is then as
-    before."""
+    """As small as can be with both sides >= needed_side; `None` where the file only loads whole. Of a JPEG it is `file`
+    itself; else another, and `file` is as before."""
     if file.format == "JPEG":
         return _open_jpeg(file, needed_side)
     if file.format == "JPEG2000":
-        return _open_jpeg2000(file, data, needed_side)
+        return _open_jpeg2000(data, needed_side)
     return _open_tiff(data, needed_side) if file.format == "TIFF" else None
 
 
@@ -51,7 +51,8 @@ def _open_jpeg(file: ImageFile.ImageFile, needed_side: int) -> Reduced | None:
     return Reduced(file, drafted[1][2:], math.prod(held))
 
 
-def _open_jpeg2000(file: ImageFile.ImageFile, data: bytes, needed_side: int) -> Reduced | None:
+def _open_jpeg2000(data: bytes, needed_side: int) -> Reduced | None:
+    file = identify(data)
     width, height = file.size
     halvings = min(_resolution_levels(data), int(math.log2(max(1.0, min(file.size) / needed_side))))
     if not halvings:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 import tempfile
@@ -18,16 +19,16 @@ class Slots:
     """Files without a name, one for the bytes in each slot and a last one for all pixels.
 
     Unlike a pipe they take a picture of any size at once: handing one over never waits for a decoder that hangs.
-    `descriptors`: of the files, where another process made them. `pixels`: uint8 [NUM_SLOTS, height, width, 3].
+    `max_bytes`: of the pixels of one picture. `descriptors`: of the files, where another process made them.
     """
 
-    def __init__(self, height: int, width: int, descriptors: Sequence[int] = ()) -> None:
+    def __init__(self, max_bytes: int, descriptors: Sequence[int] = ()) -> None:
         self._files = [os.fdopen(number, "r+b") for number in descriptors or _new_files(NUM_SLOTS + 1)]
-        size = NUM_SLOTS * height * width * 3
+        size = NUM_SLOTS * max_bytes
         if not descriptors:
             self._files[-1].truncate(size)
         self._mapped = mmap.mmap(self._files[-1].fileno(), size)
-        self.pixels: npt.NDArray[np.uint8] = np.frombuffer(self._mapped, np.uint8).reshape(-1, height, width, 3)
+        self._pixels: npt.NDArray[np.uint8] = np.frombuffer(self._mapped, np.uint8).reshape(-1, max_bytes)
 
     @property
     def descriptors(self) -> list[int]:
@@ -43,8 +44,15 @@ class Slots:
     def get(self, slot: int, num_bytes: int) -> bytes:
         return os.pread(self._files[slot].fileno(), num_bytes, 0)
 
+    def put_pixels(self, slot: int, pixels: npt.NDArray[np.uint8]) -> None:
+        self._pixels[slot, : pixels.size] = pixels.reshape(-1)
+
+    def get_pixels(self, slot: int, shape: Sequence[int]) -> npt.NDArray[np.uint8]:
+        """A copy: the slot is used again."""
+        return self._pixels[slot, : math.prod(shape)].reshape(shape).copy()
+
     def close(self) -> None:
-        del self.pixels
+        del self._pixels
         self._mapped.close()
         for file in self._files:
             file.close()

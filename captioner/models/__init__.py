@@ -5,9 +5,10 @@
 
 from captioner.models.checking import PendingCheck, check, check_in_subprocess
 from captioner.models.fake import FakeCaptioner
+from captioner.models.families import FAMILIES
 from captioner.models.loading import is_small, load, weights_bytes
 from captioner.models.ref import PREPROCESSING_VERSION, ModelRef
-from captioner.models.resolving import FAMILIES, resolve
+from captioner.models.resolving import resolve
 
 __all__ = [
     "FAMILIES",

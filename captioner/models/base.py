@@ -6,20 +6,25 @@ Imports torch and transformers: seconds. `captioner.models.load` is the way in.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
+from PIL import Image
 from transformers import GenerationConfig, LogitsProcessorList
 
-from captioner.data import Captions
+from captioner.data import Captions, Pixels, object_array
 from captioner.errors import ModelError
+from captioner.models import own_batches
 from captioner.models.opening import open_model, open_tokenizer, quiet
+from captioner.models.own_batches import OwnBatch
+from captioner.models.processors import open_image_processor
 from captioner.models.ref import ModelRef
 from captioner.models.scores import ScoreRecorder, token_counts
 from captioner.models.uploads import Uploads
 
+_USUAL_SIDE = 1024
 # The settings of a checkpoint's generation_config.json that shape greedy and beam search. The others belong to
 # sampling, or to what ModelRef decides (beams, length).
 KEPT_GENERATION_SETTINGS = (
@@ -64,13 +69,26 @@ class TransformersCaptioner:
         self.settings = self.generator().generation_config = self.search_settings()
         self.mean = torch.tensor(ref.spec.mean, device=device).view(1, 3, 1, 1)
         self.std = torch.tensor(ref.spec.std, device=device).view(1, 3, 1, 1)
+        self.processor: Any = self.open_own_processor() if ref.spec.own_sizes else None
 
     def start_ids(self) -> list[int]:
         """The token ids every caption starts from: start token and prompt. They are no part of the caption."""
         raise NotImplementedError
 
-    def generate(self, pixel_values: torch.Tensor, **options: Any) -> Any:
-        """Call the model's `generate` on normalised pixels [N, 3, H, W]."""
+    def open_own_processor(self) -> Any:
+        """What `process` makes pictures of own sizes with."""
+        return open_image_processor(self.ref.path)
+
+    def process(self, pictures: Pixels) -> Any:
+        """What the model's own processor makes of pictures of own sizes, on the CPU."""
+        return self.processor([Image.fromarray(picture) for picture in pictures], return_tensors="pt").pixel_values
+
+    def prepare(self, values: Any) -> Any:
+        """What `search` and `generate` take: of most families normalised pixels [N, 3, H, W] on the device."""
+        return self.normalise(values) if self.processor is None else values.result().to(self.device, self.dtype)
+
+    def generate(self, prepared: Any, /, **options: Any) -> Any:
+        """Call the model's `generate`."""
         raise NotImplementedError
 
     def generator(self) -> Any:
@@ -109,13 +127,13 @@ class TransformersCaptioner:
             return_dict_in_generate=True,
         )
 
-    def caption(self, pixels: npt.NDArray[np.uint8]) -> Captions:
-        """Caption uint8 pixels [N, height, width, 3], `batch_size` at a time.
+    def caption(self, pixels: Pixels) -> Captions:
+        """Caption pictures, `batch_size` at a time.
 
         Where the device's memory is not enough, the batch is halved and tried again, and stays at what fits.
         """
         parts: list[Captions] = []
-        for values in self.uploads.batches(pixels, self.batch_size):
+        for values in self._batches(pixels):
             parts += self._as_fits(values)
         return Captions(
             [text for part in parts for text in part.texts],
@@ -124,10 +142,15 @@ class TransformersCaptioner:
             [done for part in parts for done in part.finished],
         )
 
-    def _as_fits(self, values: torch.Tensor) -> list[Captions]:
+    def _batches(self, pixels: Pixels) -> Iterator[Any]:
+        if self.processor is None:
+            return self.uploads.batches(pixels, self.batch_size)
+        return own_batches.batches(pixels, self.batch_size, self.process)
+
+    def _as_fits(self, values: Any) -> list[Captions]:
         """`caption_batch`, in as many pieces as the device's memory asks for."""
         if len(values) > self.batch_size:
-            return [part for some in values.split(self.batch_size) for part in self._as_fits(some)]
+            return [part for some in _pieces(values, self.batch_size) for part in self._as_fits(some)]
         try:
             return [self.caption_batch(values)]
         except torch.OutOfMemoryError:
@@ -140,9 +163,14 @@ class TransformersCaptioner:
 
     def try_batch(self, size: int) -> None:
         """Caption `size` pictures of noise in one piece. Raises torch.OutOfMemoryError."""
-        shape = size, self.ref.spec.height, self.ref.spec.width, 3
-        noise = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-        self.caption_batch(torch.from_numpy(noise).to(self.device))
+        own = self.processor is not None
+        # Pictures of own sizes may be very large; few are.
+        height, width = (
+            min(side, _USUAL_SIDE if own else side) for side in (self.ref.spec.height, self.ref.spec.width)
+        )
+        noise = np.random.default_rng(0).integers(0, 256, (size, height, width, 3), dtype=np.uint8)
+        batch = OwnBatch(object_array(list(noise)), self.process) if own else torch.from_numpy(noise).to(self.device)
+        self.caption_batch(batch)
 
     @property
     def device_name(self) -> str:
@@ -158,10 +186,11 @@ class TransformersCaptioner:
             torch.cuda.empty_cache()
 
     @torch.inference_mode()
-    def caption_batch(self, values: torch.Tensor) -> Captions:
-        """Caption uint8 pixels [N, height, width, 3] on the device, in one piece. Raises torch.OutOfMemoryError."""
+    def caption_batch(self, values: Any) -> Captions:
+        """Caption uint8 pixels [N, height, width, 3] on the device, or an OwnBatch, in one piece. Raises
+        torch.OutOfMemoryError."""
         with quiet():
-            tokens, logprobs = self.search(self.normalise(values))
+            tokens, logprobs = self.search(self.prepare(values))
         counts, finished = token_counts(tokens, self._end_ids())
         rows = list(zip(tokens, logprobs, counts, strict=True))
         return Captions(
@@ -171,11 +200,15 @@ class TransformersCaptioner:
             finished,
         )
 
-    def search(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def search(self, prepared: Any, /) -> tuple[torch.Tensor, torch.Tensor]:
         """New tokens int64 [N, T] and their log-probabilities float32 [N, T], on the CPU, by `generate`."""
+        return self.search_from(len(self.prefix), prepared)
+
+    def search_from(self, given: int, prepared: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """`search`, where the first `given` ids of what `generate` returns are no new tokens."""
         recorder = ScoreRecorder(self.ref.num_beams, len(self._end_ids()))
-        output = self.generate(pixel_values, logits_processor=LogitsProcessorList([recorder]))
-        tokens = output.sequences[:, len(self.prefix) :].cpu()
+        output = self.generate(prepared, logits_processor=LogitsProcessorList([recorder]))
+        tokens = output.sequences[:, given:].cpu()
         return tokens, recorder.logprobs(tokens, getattr(output, "beam_indices", None))
 
     def normalise(self, values: torch.Tensor) -> torch.Tensor:
@@ -192,3 +225,8 @@ class TransformersCaptioner:
     def start_rows(self, count: int) -> torch.Tensor:
         """The start ids once for each picture, int64 [count, P]."""
         return torch.tensor([self.prefix], device=self.device).repeat(count, 1)
+
+
+def _pieces(values: Any, size: int) -> Iterator[Any]:
+    for first in range(0, len(values), size):
+        yield values[first : first + size]

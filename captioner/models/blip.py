@@ -24,7 +24,7 @@ class BlipCaptioner(TransformersCaptioner):
         """A BLIP caption ends with the separator."""
         return {"eos_token_id": self.text_config.sep_token_id, "pad_token_id": self.text_config.pad_token_id}
 
-    def generate(self, pixel_values: torch.Tensor, **options: Any) -> Any:
+    def generate(self, pixel_values: torch.Tensor, /, **options: Any) -> Any:
         rows = self.start_rows(len(pixel_values))
         end = torch.full_like(rows[:, :1], self.text_config.sep_token_id)
         # BLIP's generate cuts off the last token, taking it for the end token of a tokenized text.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from captioner.models.families import BY_NAME, QUESTION
+
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
@@ -15,56 +17,66 @@ class Checkpoint:
     size: float
 
 
-@dataclass(frozen=True, slots=True)
-class Family:
-    """`engine`: "fast" is a search of our own, "generic" transformers' `generate`. `prompt`: "optional" or "none"."""
-
-    name: str
-    engine: str
-    prompt: str
-    checkpoints: tuple[Checkpoint, ...]
-
-
-CATALOGUE = (
-    Family(
-        "git",
-        "fast",
-        "optional",
-        (
-            Checkpoint("starter", "English", "Apache-2.0", 0.005),
-            Checkpoint("microsoft/git-base-coco", "English", "MIT", 0.7),
-            Checkpoint("microsoft/git-large-coco", "English", "MIT", 1.6),
-        ),
+# Sizes and licences as the checkpoints' own pages gave them in 2026; what sources disagree about is not repeated here.
+_SEE_CARD = "see its card"
+_TASKS = BY_NAME["florence2"].tasks
+CATALOGUE: dict[str, tuple[Checkpoint, ...]] = {
+    "git": (
+        Checkpoint("starter", "English", "Apache-2.0", 0.005),
+        Checkpoint("microsoft/git-base-coco", "English", "MIT", 0.7),
+        Checkpoint("microsoft/git-large-coco", "English", "MIT", 1.6),
     ),
-    Family(
-        "blip",
-        "generic",
-        "optional",
-        (
-            Checkpoint("Salesforce/blip-image-captioning-base", "English", "BSD-3-Clause", 1.0),
-            Checkpoint("Salesforce/blip-image-captioning-large", "English", "BSD-3-Clause", 1.9),
-        ),
+    "blip": (
+        Checkpoint("Salesforce/blip-image-captioning-base", "English", "BSD-3-Clause", 1.0),
+        Checkpoint("Salesforce/blip-image-captioning-large", "English", "BSD-3-Clause", 1.9),
     ),
-    Family(
-        "vision-encoder-decoder",
-        "generic",
-        "none",
-        (Checkpoint("nlpconnect/vit-gpt2-image-captioning", "English", "Apache-2.0", 1.0),),
+    "blip-2": (
+        Checkpoint("Salesforce/blip2-opt-2.7b", "English", _SEE_CARD, 15.0),
+        Checkpoint("Salesforce/blip2-flan-t5-xl", "English", "MIT", 15.8),
     ),
-)
+    "vision-encoder-decoder": (Checkpoint("nlpconnect/vit-gpt2-image-captioning", "English", "Apache-2.0", 1.0),),
+    "florence2": (
+        Checkpoint("florence-community/Florence-2-base", "English", _SEE_CARD, 0.9),
+        Checkpoint("florence-community/Florence-2-large", "English", _SEE_CARD, 3.1),
+    ),
+    "idefics3": (
+        Checkpoint("HuggingFaceTB/SmolVLM-256M-Instruct", "English", "Apache-2.0", 1.0),
+        Checkpoint("HuggingFaceM4/Idefics3-8B-Llama3", "English", "Apache-2.0", 33.9),
+    ),
+    "smolvlm": (
+        Checkpoint("HuggingFaceTB/SmolVLM2-500M-Video-Instruct", "English", "Apache-2.0", 2.0),
+        Checkpoint("HuggingFaceTB/SmolVLM2-2.2B-Instruct", "English", "Apache-2.0", 9.0),
+    ),
+    "qwen2_vl": (Checkpoint("Qwen/Qwen2-VL-2B-Instruct", "many", "Apache-2.0", 8.8),),
+    "qwen2_5_vl": (
+        Checkpoint("Qwen/Qwen2.5-VL-3B-Instruct", "many", "Qwen Research", 15.0),
+        Checkpoint("Qwen/Qwen2.5-VL-7B-Instruct", "many", "Apache-2.0", 33.2),
+    ),
+}
+
+LEGEND = f"""\
+search   fast: our own, with the token ids of transformers' generate; generic: generate itself
+pixels   ours: resized here, as the model's image processor says (--preprocess fast, or processor: to the bit);
+         own: by the model's own image processor, and so for any family whose settings are out of the ordinary
+prompt   none: takes none; start: the caption goes on from --prompt; question: asked of a chat model (default
+         {QUESTION!r}); task: {", ".join(_TASKS)},
+         or a question in words (default {_TASKS[0]})
+size     of the weights in float32; half of it in bfloat16. Qwen Research is a licence for non-commercial use."""
 
 HOW_TO_FETCH = """\
 For machines without network, fetch a checkpoint once and give its directory to --model:
-  hf download microsoft/git-base-coco --include '*.json' '*.txt' '*.safetensors' --local-dir models/git-base-coco
+  hf download microsoft/git-base-coco --exclude '*.bin' --exclude '*.h5' --exclude '*/*' --local-dir models/git
 Weights must be safetensors; the licence is that of the checkpoint's own card, which may have changed."""
 
 
 def table() -> str:
     """The catalogue as lines of text."""
-    row = "{:<24}{:<9}{:<10}{:<42}{:<10}{:<14}{:>8}".format
-    lines = [row("family", "search", "prompt", "checkpoint", "language", "licence", "size")]
-    for family in CATALOGUE:
-        for one in family.checkpoints:
+    row = "{:<23}{:<8}{:<7}{:<9}{:<43}{:<9}{:<14}{:>7}".format
+    lines = [row("family", "search", "pixels", "prompt", "checkpoint", "language", "licence", "size")]
+    for name, checkpoints in CATALOGUE.items():
+        family = BY_NAME[name]
+        for one in checkpoints:
             size = f"{one.size:g} GB" if one.size >= 0.1 else f"{one.size * 1000:g} MB"
-            lines.append(row(family.name, family.engine, family.prompt, one.name, one.language, one.licence, size))
-    return "\n".join(lines) + f"\n\n{HOW_TO_FETCH}"
+            facts = (family.name, family.search, family.pixels, family.prompt)
+            lines.append(row(*facts, one.name, one.language, one.licence, size))
+    return "\n".join(lines) + f"\n\n{LEGEND}\n\n{HOW_TO_FETCH}"

@@ -17,7 +17,7 @@ from captioner.models.cache import cache_dir
 from captioner.models.weights import weight_files
 
 # Nothing that could run: no pickles, no Python.
-HUB_PATTERNS = ("*.json", "*.txt", "*.model", "*.safetensors")
+HUB_PATTERNS = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors")
 
 
 def from_hub(name: str, revision: str | None, announce: Callable[[str], None]) -> tuple[Path, str]:

@@ -5,10 +5,7 @@ from __future__ import annotations
 import time
 import zlib
 
-import numpy as np
-import numpy.typing as npt
-
-from captioner.data import Captions
+from captioner.data import Captions, Pixels
 
 
 class FakeCaptioner:
@@ -20,8 +17,8 @@ class FakeCaptioner:
     def __init__(self, delay: float = 0.0, prompt: str | None = None) -> None:
         self.delay, self.prompt = delay, prompt or "picture"
 
-    def caption(self, pixels: npt.NDArray[np.uint8]) -> Captions:
-        """Caption uint8 pixels [N, height, width, 3]: "picture 1a2b3c4d". Its log-probability follows from the CRC."""
+    def caption(self, pixels: Pixels) -> Captions:
+        """Caption N pictures: "picture 1a2b3c4d". Its log-probability follows from the CRC."""
         if self.delay:
             time.sleep(self.delay)
         sums = [zlib.crc32(picture.tobytes()) for picture in pixels]

@@ -40,5 +40,5 @@ class GitCaptioner(TransformersCaptioner):
             self._fast.stepper.forget()
         super().free_memory()
 
-    def generate(self, pixel_values: torch.Tensor, **options: Any) -> Any:
+    def generate(self, pixel_values: torch.Tensor, /, **options: Any) -> Any:
         return self.model.generate(pixel_values=pixel_values, input_ids=self.start_rows(len(pixel_values)), **options)

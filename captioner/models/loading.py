@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -20,6 +21,18 @@ if TYPE_CHECKING:
 # Below this, one operation takes less time than waking the threads that would share it: one thread captions faster
 # than four on an idle machine, and many times faster on a busy one.
 SMALL_MODEL_BYTES = 20_000_000
+_CHAT = "chat", "ChatCaptioner"
+CLASSES = {
+    "git": ("git", "GitCaptioner"),
+    "blip": ("blip", "BlipCaptioner"),
+    "blip-2": ("blip2", "Blip2Captioner"),
+    "vision-encoder-decoder": ("vision_encoder_decoder", "VisionEncoderDecoderCaptioner"),
+    "florence2": ("florence2", "Florence2Captioner"),
+    "idefics3": _CHAT,
+    "smolvlm": _CHAT,
+    "qwen2_vl": _CHAT,
+    "qwen2_5_vl": _CHAT,
+}
 
 
 def load(
@@ -81,14 +94,7 @@ def _device(name: str) -> torch.device:
 
 
 def _family(family: str) -> type[TransformersCaptioner]:
-    """One file for each family; its key is the `model_type` of config.json."""
-    from captioner.models.blip import BlipCaptioner
-    from captioner.models.git import GitCaptioner
-    from captioner.models.vision_encoder_decoder import VisionEncoderDecoderCaptioner
-
-    classes: dict[str, type[TransformersCaptioner]] = {
-        "git": GitCaptioner,
-        "blip": BlipCaptioner,
-        "vision-encoder-decoder": VisionEncoderDecoderCaptioner,
-    }
-    return classes[family]
+    """The class of a family. Its module is imported when called: each imports its own part of transformers."""
+    module, name = CLASSES[family]
+    found: type[TransformersCaptioner] = getattr(import_module(f"captioner.models.{module}"), name)
+    return found

@@ -3,15 +3,20 @@
 The settings are the `image_processor` section of processor_config.json or, in older directories, all of
 preprocessor_config.json. Older ones leave out what equals the default of their class; those defaults are below, as
 transformers 5 has them (`transformers/models/*/image_processing_pil_*.py`).
+
+The classes below resize, crop, pad and normalise in one way (`PilBackend` of transformers), which is done here. What
+they can say beyond a PixelSpec, and every other class, goes through the processor itself (`own_pixels.py`).
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from captioner.data import PixelSpec
 from captioner.errors import ModelError
+from captioner.models.families import BY_NAME
+from captioner.models.own_pixels import FILTERS, any_spec, own_spec
 from captioner.models.weights import read_json
 
 _CLIP_MEAN, _CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
@@ -24,56 +29,75 @@ def _defaults(side: int, resample: int, mean: list[float], std: list[float], **o
     return {"size": size, "resample": resample, "image_mean": mean, "image_std": std, "do_center_crop": False} | others
 
 
+_CLIP = _defaults(
+    224,
+    _BICUBIC,
+    _CLIP_MEAN,
+    _CLIP_STD,
+    size={"shortest_edge": 224},
+    crop_size={"height": 224, "width": 224},
+    do_center_crop=True,
+)
 _CLASSES: dict[str, dict[str, Any]] = {
-    "CLIP": _defaults(
-        224,
-        _BICUBIC,
-        _CLIP_MEAN,
-        _CLIP_STD,
-        size={"shortest_edge": 224},
-        crop_size={"height": 224, "width": 224},
-        do_center_crop=True,
-    ),
+    "CLIP": _CLIP,
     "Blip": _defaults(384, _BICUBIC, _CLIP_MEAN, _CLIP_STD),
     "ViT": _defaults(224, _BILINEAR, _HALF, _HALF),
     "DeiT": _defaults(256, _BICUBIC, _HALF, _HALF, crop_size={"height": 224, "width": 224}, do_center_crop=True),
     "Beit": _defaults(224, _BICUBIC, _HALF, _HALF, crop_size={"height": 224, "width": 224}),
     "Siglip": _defaults(224, _BICUBIC, _HALF, _HALF),
+    "Bit": _CLIP,
 }
 # The class where no file names one, by the model type of the (vision) configuration.
-_BY_MODEL_TYPE = {"git": "CLIP", "blip": "Blip", "vit": "ViT", "swin": "ViT", "deit": "DeiT", "beit": "Beit"}
-_UNSUPPORTED_FLAGS = ("do_pad", "do_thumbnail", "do_align_long_axis", "do_image_splitting", "rescale_offset")
+_BY_MODEL_TYPE = {
+    "git": "CLIP",
+    "blip": "Blip",
+    "blip-2": "Blip",
+    "florence2": "CLIP",
+    "vit": "ViT",
+    "swin": "ViT",
+    "deit": "DeiT",
+    "beit": "Beit",
+    "dinov2": "Bit",
+}
 
 
-def read_pixel_spec(directory: Path, model_type: str) -> PixelSpec:
-    """The pixels the model in `directory` wants.
-
-    Raises ModelError naming the setting that a PixelSpec cannot express.
+def read_pixel_spec(directory: Path, family: str, vision: str = "", preprocess: str = "fast") -> PixelSpec:
+    """The pixels the model in `directory` wants. `vision`: model type of its picture encoder, where it is not the
+    family's own. Raises ModelError naming a setting that no batch of pictures can have.
     """
+    file, settings = _read_settings(directory)
+    settings = {key: value for key, value in settings.items() if value is not None}
+    if BY_NAME[family].pixels == "own":
+        return own_spec(family, file, settings)
+    kind = _class_of(settings, vision or family)
+    if kind not in _CLASSES:
+        return any_spec(settings)
+    always = {"do_resize": True, "do_rescale": True, "do_normalize": True, "rescale_factor": 1 / 255, "do_pad": False}
+    reader = _Reader(str(file), always | _CLASSES[kind] | settings)
+    return any_spec(settings) if reader.is_beyond_a_spec(exact=preprocess == "processor") else reader.spec()
+
+
+def _read_settings(directory: Path) -> tuple[Path, dict[str, Any]]:
     file = directory / "processor_config.json"
     settings = read_json(file).get("image_processor")
-    if not isinstance(settings, dict):
-        file = directory / "preprocessor_config.json"
-        settings = read_json(file)
-        if not settings:
-            raise ModelError(
-                f"{directory}: no image processor settings (processor_config.json or preprocessor_config.json); save"
-                " the model's processor into it"
-            )
-    return _Reader(str(file), _with_defaults(file, settings, model_type)).spec()
+    if isinstance(settings, dict):
+        return file, settings
+    file = directory / "preprocessor_config.json"
+    settings = read_json(file)
+    if not settings:
+        raise ModelError(
+            f"{directory}: no image processor settings (processor_config.json or preprocessor_config.json); save"
+            " the model's processor into it"
+        )
+    return file, settings
 
 
-def _with_defaults(file: Path, settings: dict[str, Any], model_type: str) -> dict[str, Any]:
+def _class_of(settings: dict[str, Any], model_type: str) -> str:
     named = settings.get("image_processor_type") or settings.get("feature_extractor_type")
     kind = _BY_MODEL_TYPE.get(model_type, model_type) if named is None else str(named)
     for suffix in ("Fast", "Pil", "ImageProcessor", "FeatureExtractor"):
         kind = kind.removesuffix(suffix)
-    if kind not in _CLASSES:
-        known = ", ".join(f"{name}ImageProcessor" for name in _CLASSES)
-        raise ModelError(f"{file}: image_processor_type {named or model_type!r} is not supported; supported: {known}")
-    always = {"do_resize": True, "do_rescale": True, "do_normalize": True, "rescale_factor": 1 / 255}
-    given = {key: value for key, value in settings.items() if value is not None}
-    return always | _CLASSES[kind] | given
+    return kind
 
 
 class _Reader:
@@ -81,58 +105,74 @@ class _Reader:
 
     def __init__(self, file: str, settings: dict[str, Any]) -> None:
         self.file, self.settings = file, settings
+        self.crops, self.resizes = settings["do_center_crop"], settings["do_resize"]
+        self.pad = settings.get("pad_size") if settings["do_pad"] else None  # else pads to the batch's largest
+        size = settings["size"]
+        if isinstance(size, int):  # written by transformers 4.2x and earlier
+            size = {"shortest_edge": size} if self.crops else {"height": size, "width": size}
+        self.size: dict[str, Any] = size if isinstance(size, dict) else {}
+
+    def is_beyond_a_spec(self, exact: bool) -> bool:
+        """Whether the settings make sense, but only to the processor.
+
+        With `exact` padding is: the processor pads after normalising, with a colour that eight bits only come near to.
+        """
+        if self.pad is None:
+            return self.resizes and self.crops and set(self.size) not in ({"shortest_edge"}, {"height", "width"})
+        return exact or self.crops or not self.resizes or set(self.size) != {"max_height", "max_width"}
 
     def spec(self) -> PixelSpec:
-        for flag in _UNSUPPORTED_FLAGS:
-            if self.settings.get(flag):
-                raise self.refuse(flag)
-        if not self.settings["do_resize"]:
-            raise self.refuse("do_resize", "pictures of one batch must have one size")
-        resize, edge, height, width = self.geometry()
         mean, std = self.normalisation()
-        return PixelSpec(height, width, resize, edge, self.resample(), mean, std)
+        resample = self.resample()
+        if self.pad is not None:
+            box = self.sides("size", self.size, "max_")
+            height, width = self.sides("pad_size", self.pad)
+            if height < box[0] or width < box[1]:
+                raise self.refuse("pad_size", "smaller than the resized picture")
+            fill = self.fill(mean)
+            return PixelSpec(height, width, "inside", 0, resample, mean, std, resized=box, fill=fill)
+        if not self.resizes:
+            return PixelSpec(*self.crop("do_resize"), "none", 0, resample, mean, std)
+        if set(self.size) == {"height", "width"}:
+            size = self.sides("size", self.size)
+            height, width = self.crop("do_center_crop") if self.crops else size
+            return PixelSpec(height, width, "exact", 0, resample, mean, std, resized=size)
+        if set(self.size) != {"shortest_edge"}:
+            raise self.refuse("size", "pictures of one batch must have one size")
+        height, width = self.crop("do_center_crop")
+        edge = self.side("size", self.size["shortest_edge"])
+        return PixelSpec(height, width, "shortest_edge", edge, resample, mean, std)
 
-    def geometry(self) -> tuple[Literal["exact", "shortest_edge"], int, int, int]:
-        """How to resize, the shortest edge (0 for exact), height and width of the result."""
-        crops = self.settings["do_center_crop"]
-        size = self.settings["size"]
-        if isinstance(size, int):  # written by transformers 4.2x and earlier
-            size = {"shortest_edge": size} if crops else {"height": size, "width": size}
-        if set(size) == {"height", "width"}:
-            height, width = self.side("size", size["height"]), self.side("size", size["width"])
-            if crops and self.crop() != (height, width):
-                raise self.refuse("do_center_crop", "after an exact resize")
-            return "exact", 0, height, width
-        if set(size) != {"shortest_edge"}:
-            raise self.refuse("size")
-        if not crops:
-            raise self.refuse("do_center_crop", "pictures of one batch must have one size")
-        edge = self.side("size", size["shortest_edge"])
-        height, width = self.crop()
-        if max(height, width) > edge:
-            raise self.refuse("crop_size", "larger than the resized picture")
-        return "shortest_edge", edge, height, width
-
-    def crop(self) -> tuple[int, int]:
+    def crop(self, needed_by: str) -> tuple[int, int]:
+        """Height and width of the centre that is kept, which what leaves sizes open must have."""
+        if not self.crops:
+            raise self.refuse(needed_by, "pictures of one batch must have one size")
         crop = self.settings.get("crop_size")
         if isinstance(crop, int):
             crop = {"height": crop, "width": crop}
-        if not isinstance(crop, dict) or set(crop) != {"height", "width"}:
-            raise self.refuse("crop_size")
-        return self.side("crop_size", crop["height"]), self.side("crop_size", crop["width"])
+        return self.sides("crop_size", crop)
+
+    def sides(self, key: str, value: Any, prefix: str = "") -> tuple[int, int]:
+        names = f"{prefix}height", f"{prefix}width"
+        if not isinstance(value, dict) or set(value) != set(names):
+            raise self.refuse(key)
+        return self.side(key, value[names[0]]), self.side(key, value[names[1]])
 
     def side(self, key: str, value: Any) -> int:
         if not isinstance(value, int) or value < 1:
             raise self.refuse(key)
         return value
 
-    def resample(self) -> Literal["bicubic", "bilinear"]:
-        match self.settings["resample"]:
-            case 3:
-                return "bicubic"
-            case 2:
-                return "bilinear"
-        raise self.refuse("resample", "only 2 (bilinear) and 3 (bicubic)")
+    def resample(self) -> Any:
+        number = self.settings["resample"]
+        if not isinstance(number, int) or not 0 <= number < len(FILTERS):
+            raise self.refuse("resample")
+        return FILTERS[number]
+
+    def fill(self, mean: tuple[float, float, float]) -> tuple[int, int, int]:
+        """The colour that normalising makes 0, as near as eight bits come."""
+        red, green, blue = (min(255, max(0, round(255 * value))) for value in mean)
+        return red, green, blue
 
     def normalisation(self) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
         """Mean and standard deviation for values of 0..1, whatever scale the processor normalises at."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from captioner.data import PixelSpec
+from captioner.files import shown
 
 # Raised whenever the same file and the same PixelSpec would give other pixels than before.
 PREPROCESSING_VERSION = 2
@@ -41,6 +42,13 @@ class ModelRef:
     @property
     def preprocess(self) -> str:
         return self.spec.preprocess
+
+    @property
+    def told(self) -> str:
+        """What a person should know of it before a run: its family, who prepares the pictures, the prompt."""
+        prompt = "" if self.prompt is None else f"; prompt {self.prompt!r}"
+        by = "its own image processor" if self.spec.own_sizes else f"--preprocess {self.preprocess}"
+        return f"model {shown(self.name)}: {self.family}; pictures prepared by {by}{prompt}"
 
     @cached_property
     def fingerprint(self) -> str:

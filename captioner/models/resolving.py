@@ -16,12 +16,12 @@ from captioner.data import PixelSpec
 from captioner.errors import ModelError
 from captioner.files import is_uri, local_path
 from captioner.models import weights
+from captioner.models.families import BY_NAME, FAMILIES
 from captioner.models.pixels import read_pixel_spec
 from captioner.models.ref import ModelRef
 
 STARTER, FAKE = "starter", "fake"
 FAKE_SPEC = PixelSpec(height=32, width=32)
-FAMILIES = ("git", "blip", "vision-encoder-decoder")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -44,7 +44,7 @@ def resolve(config: ModelConfig, dtype: str | None = None, announce: Callable[[s
         )
     else:
         directory, revision = locate(config.name, config.revision, announce)
-        ref = _describe(directory, revision, settings)
+        ref = _describe(directory, revision, settings, config.preprocess)
     return dataclasses.replace(ref, spec=dataclasses.replace(ref.spec, preprocess=config.preprocess))
 
 
@@ -102,14 +102,15 @@ def on_this_machine(ref: ModelRef) -> ModelRef:
     return dataclasses.replace(ref, path=str(path))
 
 
-def _describe(directory: Path, revision: str | None, settings: dict[str, Any]) -> ModelRef:
+def _describe(directory: Path, revision: str | None, settings: dict[str, Any], preprocess: str) -> ModelRef:
     config_file = directory / "config.json"
     if not config_file.is_file():
         raise ModelError(f"{directory}: no config.json; give the directory that save_pretrained wrote")
     config = weights.read_json(config_file)
     family = _family(config_file, config)
     max_positions = _max_positions(family, config)
-    _check_settings(directory, family, max_positions, settings)
+    settings = settings | {"prompt": _prompt(directory, family, settings["prompt"])}
+    _check_length(directory, max_positions, settings["max_new_tokens"])
     files = weights.weight_files(directory)
     for file in files:
         weights.check_header(file)
@@ -118,7 +119,7 @@ def _describe(directory: Path, revision: str | None, settings: dict[str, Any]) -
         family=family,
         sha256=weights.sha256_of(files),
         settings_sha256=weights.settings_sha256(directory),
-        spec=_pixel_spec(directory, family, config),
+        spec=_pixel_spec(directory, family, config, preprocess),
         max_positions=max_positions,
         revision=revision,
         training_run_id=_training_run_id(directory),
@@ -130,39 +131,55 @@ def _family(config_file: Path, config: dict[str, Any]) -> str:
     model_type = config.get("model_type")
     if model_type not in FAMILIES:
         raise ModelError(f"{config_file}: model_type {model_type!r} is not supported; supported: {', '.join(FAMILIES)}")
+    vision = config.get("vision_config")
+    if model_type == "florence2" and isinstance(vision, dict) and vision.get("model_type") == "davit":
+        raise ModelError(
+            f"{config_file}: a Florence-2 that only runs with code of its own, which is never run here; take the same"
+            " model from florence-community on the hub"
+        )
     return str(model_type)
 
 
 def _max_positions(family: str, config: dict[str, Any]) -> int | None:
     """How many text tokens the decoder has positions for, where its configuration says so."""
-    section = {"git": config, "blip": config.get("text_config"), "vision-encoder-decoder": config.get("decoder")}[
-        family
-    ]
+    place = BY_NAME[family].text
+    section = config if place == "." else config.get(place)
     section = section if isinstance(section, dict) else {}
     positions = section.get("max_position_embeddings", section.get("n_positions"))
     return positions if isinstance(positions, int) else None
 
 
-def _check_settings(directory: Path, family: str, positions: int | None, settings: dict[str, Any]) -> None:
-    if settings["prompt"] and family == "vision-encoder-decoder":
-        raise ModelError(f"--prompt {settings['prompt']!r}: {directory} is a {family} model, which takes no prompt")
-    if positions is not None and settings["max_new_tokens"] >= positions:
+def _prompt(directory: Path, family: str, prompt: str | None) -> str | None:
+    """The prompt given, or the default of a family that needs one."""
+    known = BY_NAME[family]
+    if prompt is None:
+        return known.default_prompt
+    if known.prompt == "none":
+        raise ModelError(f"--prompt {prompt!r}: {directory} is a {family} model, which takes no prompt")
+    if known.prompt == "task" and prompt.startswith("<") and prompt not in known.tasks:
+        raise ModelError(f"--prompt {prompt!r}: no task of {family} that makes captions; use {', '.join(known.tasks)}")
+    return prompt
+
+
+def _check_length(directory: Path, positions: int | None, limit: int) -> None:
+    if positions is not None and limit >= positions:
         raise ModelError(
-            f"--max-new-tokens {settings['max_new_tokens']}: {directory} has {positions} text positions, one of them"
-            f" for the start token; use {positions - 1} or fewer"
+            f"--max-new-tokens {limit}: {directory} has {positions} text positions, one of them for the start token;"
+            f" use {positions - 1} or fewer"
         )
 
 
-def _pixel_spec(directory: Path, family: str, config: dict[str, Any]) -> PixelSpec:
-    vision = config.get("encoder" if family == "vision-encoder-decoder" else "vision_config")
-    vision = vision if isinstance(vision, dict) else {}
-    model_type = str(vision.get("model_type")) if family == "vision-encoder-decoder" else family
-    spec = read_pixel_spec(directory, model_type)
-    image_size = vision.get("image_size")
-    if model_type != "swin" and isinstance(image_size, int) and (spec.height, spec.width) != (image_size, image_size):
+def _pixel_spec(directory: Path, family: str, config: dict[str, Any], preprocess: str) -> PixelSpec:
+    encoder = config.get("encoder" if family == "vision-encoder-decoder" else "vision_config")
+    encoder = encoder if isinstance(encoder, dict) else {}
+    vision = str(encoder.get("model_type")) if family == "vision-encoder-decoder" else ""
+    spec = read_pixel_spec(directory, family, vision, preprocess)
+    side = encoder.get("image_size")
+    checked = not spec.own_sizes and vision != "swin" and isinstance(side, int)
+    if checked and (spec.height, spec.width) != (side, side):
         raise ModelError(
             f"{directory}: its image processor makes {spec.width}x{spec.height} pixels, its model wants"
-            f" {image_size}x{image_size} (image_size in config.json); save the right processor into it"
+            f" {side}x{side} (image_size in config.json); save the right processor into it"
         )
     return spec
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-import numpy.typing as npt
 import torch
+
+from captioner.data import Pixels
 
 
 class Uploads:
@@ -17,7 +18,7 @@ class Uploads:
         self.device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def batches(self, pixels: npt.NDArray[np.uint8], size: int) -> Iterator[torch.Tensor]:
+    def batches(self, pixels: Pixels, size: int) -> Iterator[torch.Tensor]:
         """Pixels [N, H, W, 3] as tensors on the device, `size` pictures in each."""
         ahead = self._start(pixels[:size])
         for following in range(size, len(pixels) + size, size):
@@ -27,7 +28,7 @@ class Uploads:
                 ahead = self._start(pixels[following : following + size])
             yield values
 
-    def _start(self, pixels: npt.NDArray[np.uint8]) -> torch.Tensor:
+    def _start(self, pixels: Pixels) -> torch.Tensor:
         values = torch.from_numpy(np.array(pixels))  # a copy, because Arrow's memory is read-only and torch warns of it
         if self._stream is None:
             return values.to(self.device)

@@ -15,6 +15,8 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 # What besides the weights decides the caption of a picture, as saved by transformers now and in earlier years.
 SETTINGS_FILES = (
     "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
     "config.json",
     "generation_config.json",
     "merges.txt",

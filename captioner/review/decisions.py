@@ -27,6 +27,7 @@ class Decisions:
     def __init__(self, out: Directory, reviewer: str) -> None:
         self._out, self._reviewer = out, reviewer
         self._journal = Journal(out, reviewer)
+        self._shown_file = Path(out.path(f"{_SHOWN_FOLDER}/{journal_name(reviewer)}"))
         self._read: dict[str, int] = {}  # journal -> bytes taken in
         self._undone: set[str | None] = set()
         self._held: dict[str, Review] = {}
@@ -39,7 +40,7 @@ class Decisions:
 
     def __exit__(self, *_: object) -> None:
         self._journal.__exit__()
-        self.show(())
+        self._shown_file.unlink(missing_ok=True)
 
     def add(self, review: Review) -> None:
         """When this returns, the decision is on the disk; `news` tells it like every other. Raises OutputError."""
@@ -70,14 +71,13 @@ class Decisions:
     def show(self, image_ids: Iterable[str]) -> None:
         """Tell other reviewers what this one has before them."""
         told = {"image_ids": list(image_ids), "at": datetime.now(UTC).isoformat()}
-        path = Path(self._out.path(f"{_SHOWN_FOLDER}/{journal_name(self._reviewer)}"))
+        temporary = self._shown_file.with_suffix(f".{os.getpid()}.tmp")  # no reader lists such names
         try:
-            path.parent.mkdir(exist_ok=True)
-            temporary = path.with_suffix(f".{os.getpid()}")
+            temporary.parent.mkdir(exist_ok=True)
             temporary.write_text(json.dumps(told))
-            temporary.replace(path)
+            temporary.replace(self._shown_file)
         except OSError as error:
-            raise OutputError(f"{path} cannot be written: {error.strerror}; free it and start again") from error
+            raise OutputError(f"{temporary} cannot be written: {error.strerror}; free it and start again") from error
 
     def shown_to_others(self) -> set[str]:
         """Ids of the pictures that others have had before them for less than 15 minutes."""

@@ -172,6 +172,8 @@ class Desk:
         if decision == "edited":
             text = self._edited(asked.text or "")
             decision = "approved" if text == asked.shown else "edited"
+        elif decision == "approved" and not asked.shown.strip():
+            raise UsageError("There is no text to accept: edit it, or choose Decorative")
         elif decision in ("approved", "decorative"):
             text = asked.shown if decision == "approved" else ""
         return Review(

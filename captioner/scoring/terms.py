@@ -32,7 +32,13 @@ def finder(terms: Sequence[str]) -> Callable[[str], bool]:
         return lambda text: False
     one_of = "|".join(_pattern(term) for term in sorted(terms, key=len, reverse=True))
     search = re.compile(one_of, re.I).search
-    return lambda text: search(text) is not None
+    starts = {term.split()[0].lower() for term in terms}
+
+    def holds(text: str) -> bool:
+        lower = text.lower()
+        return any(start in lower for start in starts) and search(text) is not None  # the pattern alone is slow
+
+    return holds
 
 
 def _pattern(term: str) -> str:

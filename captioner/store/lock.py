@@ -28,6 +28,8 @@ def sole_writer(location: str) -> Iterator[Callable[[], None]]:
     if not location:
         yield _held
         return
+    if location.startswith("hf://"):
+        raise OutputError(f"{location}: hf:// can only be read; give an OUT on a disk, s3:// or gs://")
     if fcntl is None or is_uri(location):
         with leased(location) as lease:
             yield lease.check

@@ -56,6 +56,7 @@ class Conductor(TrainerCallback):
         self._tell(state, loss)
         if schedule.is_evaluated(step):
             self._run_evaluation(state)
+            self._tell(state, loss)
             if is_stale(state.log_history, self._work.config.training):
                 self.stopped = f"no better evaluation since step {best_of(state.log_history, self._metric)['step']}"
                 control.should_training_stop = True

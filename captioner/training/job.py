@@ -171,6 +171,11 @@ def _resolve(config: TrainConfig) -> ModelRef:
         raise ModelError(
             f"--model {shown(config.model.name)}: a {model.family} model cannot be trained here; {known} can"
         )
+    if model.spec.own_sizes:
+        raise ModelError(
+            f"--model {shown(config.model.name)}: cannot be trained here, because only its own image processor can"
+            " prepare its pictures; save it with one that resizes to one size"
+        )
     return model
 
 

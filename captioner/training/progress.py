@@ -22,8 +22,9 @@ class TrainProgress(Progress):
     def line(self) -> str:
         """The state as one line of plain text."""
         told = self._told = self._look() or self._told
-        if told is None:
-            return f"{self._count()}  starting, {duration(self._clock() - self._started)} so far"
+        if told is None:  # a live display shows the time beside it
+            since = "" if self._live else f", {duration(self._clock() - self._started)} so far"
+            return f"{self._count()}  starting{since}"
         self._done = told["step"]
         loss = "" if told["loss"] is None else f"  loss {told['loss']:.4f}"
         wer = "" if told["wer"] is None else f"  WER {told['wer']:.3f}"

@@ -5,11 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from captioner import quality
 from captioner.alttext.journal import read_reviews
-from captioner.config import CheckConfig
 from captioner.store.directory import Directory
-from captioner.store.table import open_table
 
 pytestmark = pytest.mark.browser
 
@@ -78,15 +75,6 @@ def test_axe_finds_nothing_wherever_the_page_is(out: Path, review, open_page, ph
         page.get_by_role("heading", name="All done").wait_for()
         assert violations(page) == []
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-
-
-def test_axe_finds_nothing_in_the_report(out: Path, open_page) -> None:
-    table = open_table(str(out))
-    quality.check(table, CheckConfig())
-    address = Path(quality.report(table)).absolute().as_uri()
-    for phone in (False, True):
-        for dark in (False, True):
-            assert violations(open_page(address, phone, dark)) == []
 
 
 @pytest.fixture

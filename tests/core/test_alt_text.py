@@ -113,6 +113,7 @@ def test_every_rule_cites_its_source() -> None:
         ("a dog on a lawn", []),
         ("a blue background with waves", ["maybe_decorative"]),
         ("a sign on a door", ["text_in_picture"]),
+        ("an empty plate on a table", []),
         ('a door, "exit"', ["text_in_picture"]),
         ("an indian bride with her mother", ["identity", "gender"]),
         ("an african elephant behind window blinds", []),

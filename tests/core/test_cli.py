@@ -62,6 +62,7 @@ def example(setting: Setting) -> tuple[list[str], object]:
     known: dict[str, tuple[list[str], object]] = {
         "dtype": (["bfloat16"], "bfloat16"),
         "preprocess": (["processor"], "processor"),
+        "pages": (["all"], "all"),
         "keep_columns": (["a, b"], ["a", "b"]),
         "decode_timeout": (["2.5"], 2.5),
         "max_failed": (["0.25"], 0.25),

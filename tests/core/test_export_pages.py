@@ -98,6 +98,8 @@ def test_only_missing_alts_are_filled(page: str, encoding: str) -> None:
         ("~~~\n<img src=a.png>\n", None),
         ("text\n\n    ![](a.png)\n", None),
         ("\\![](a.png)", None),
+        ("<!-- ![](a.png) --> <pre>![](a.png)</pre>", None),
+        ("a ` b\n\n![](a.png)\n\na ` b", "a ` b\n\n![TEXT](a.png)\n\na ` b"),
         ('[![](a.png "title")](page.html)', '[![TEXT](a.png "title")](page.html)'),
         ("<img src='a.png'>", None),
     ],

@@ -84,6 +84,11 @@ def test_a_text_by_somebody_else_stays() -> None:
     ours = merged(LIGHTROOM, row(), "(auto)", update=False)
     with pytest.raises(XmpError, match="somebody else"):
         merged(ours.replace(b">A boat.</rdf:li>", b">A better text.</rdf:li>"), row(), "(auto)", update=True)
+    norwegian = '<rdf:li xml:lang="nb">En båt</rdf:li></rdf:Alt>'.encode()
+    translated = ours.replace(b"</rdf:Alt>", norwegian)
+    assert translated != ours
+    with pytest.raises(XmpError, match="somebody else"):
+        merged(translated, row(), "(auto)", update=True)
 
 
 def test_the_writer_of_an_existing_description_stays() -> None:

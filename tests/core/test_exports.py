@@ -149,7 +149,7 @@ def test_no_cell_is_a_formula(text: str) -> None:
     cell = safe_cell(text)
 
     assert cell in (text, f"'{text}")
-    assert not cell.lstrip(" ").startswith(("=", "+", "-", "@", "\t", "\r"))
+    assert not cell.lstrip(" ").startswith(("=", "+", "-", "@", "\t", "\r", "\n"))
 
 
 def test_chosen_columns_keep_their_provenance_beside(finished: Path, tmp_path: Path) -> None:
@@ -268,7 +268,7 @@ def test_an_archive_that_has_gone_leaves_nothing_behind(home: Path, tmp_path: Pa
     assert list((tmp_path / "made").iterdir()) == []
 
 
-def test_pictures_of_a_tar_keep_their_names_apart(tmp_path: Path) -> None:
+def test_pictures_of_a_tar_keep_their_names_apart(tmp_path: Path, decoding_here: None) -> None:
     make_tar(tmp_path / "a.tar", 3)
     table = captioned(tmp_path / "a.tar", tmp_path / "out")
 
@@ -286,7 +286,7 @@ def test_dest_that_is_there_is_an_error_and_update_refreshes_it(finished: Path, 
 
     export(finished, to, dest, update=True, include_unreviewed=True)
 
-    assert [path.name for path in tmp_path.iterdir() if ".partial" in path.name or ".old" in path.name] == []
+    assert [path.name for path in tmp_path.iterdir() if "captioner-" in path.name] == []
 
 
 def test_update_replaces_no_folder_of_somebody_else(finished: Path, tmp_path: Path) -> None:
@@ -327,7 +327,19 @@ run({str(finished / "out")!r}, ExportConfig(to={to!r}, path={str(tmp_path / "des
     assert [path.name for path in tmp_path.iterdir()] == ["dest"]
 
 
-def test_nothing_to_export_is_said(tmp_path: Path) -> None:
+def test_what_a_killed_refresh_took_away_comes_back(home: Path, tmp_path: Path) -> None:
+    dest = tmp_path / "shards"
+    export(home, "webdataset", dest)
+    os.rename(dest, tmp_path / ".shards.captioner-old")  # the moment between its two renames
+    shutil.rmtree(home / "archive")
+
+    with pytest.raises(CaptionerError, match="archive"):
+        export(home, "webdataset", dest, update=True)
+
+    assert (dest / "00000.tar").exists()
+
+
+def test_nothing_to_export_is_said(tmp_path: Path, decoding_here: None) -> None:
     table = captioned(make_folder(tmp_path / "archive", 3), tmp_path / "out")
 
     with pytest.raises(OutputError, match="3 nobody has reviewed"):

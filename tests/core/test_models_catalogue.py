@@ -6,12 +6,14 @@ import pytest
 
 from captioner.models import FAMILIES
 from captioner.models.catalogue import CATALOGUE
+from captioner.models.families import BY_NAME
+from captioner.models.loading import CLASSES
 from ray_jobs import cli
 
 
-def test_every_family_is_listed_with_a_checkpoint() -> None:
-    assert tuple(family.name for family in CATALOGUE) == FAMILIES
-    assert all(family.checkpoints for family in CATALOGUE)
+def test_every_family_is_listed_with_a_checkpoint_and_has_a_class() -> None:
+    assert tuple(CATALOGUE) == FAMILIES == tuple(CLASSES)
+    assert all(CATALOGUE.values())
 
 
 def test_the_command_prints_them(capsys: pytest.CaptureFixture[str]) -> None:
@@ -20,5 +22,6 @@ def test_the_command_prints_them(capsys: pytest.CaptureFixture[str]) -> None:
 
     shown = capsys.readouterr().out
     assert end.value.code == 0
-    assert all(one.name in shown and one.licence in shown for family in CATALOGUE for one in family.checkpoints)
+    assert all(one.name in shown and one.licence in shown for listed in CATALOGUE.values() for one in listed)
+    assert all(task in shown for task in BY_NAME["florence2"].tasks)
     assert max(map(len, shown.splitlines())) <= 120

@@ -54,6 +54,25 @@ def test_a_whole_model_passes(family, tmp_path) -> None:
     check(resolved(make_tiny_model(family, tmp_path / family)))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_missing_and_an_extra_tensor_of_any_family_are_named(family, tmp_path) -> None:
+    model = make_tiny_model(family, tmp_path / family)
+    lost = []
+
+    def change(tensors) -> None:
+        lost.append(sorted(name for name in tensors if name.endswith(".bias"))[0])
+        tensors.pop(lost[0])
+        tensors["extra.weight"] = torch.zeros(2)
+
+    change_tensors(model, change)
+
+    with pytest.raises(ModelError, match=r"1 missing: .*; 1 unexpected: extra\.weight") as raised:
+        check(resolved(model))
+
+    assert lost[0].rpartition(".")[0].rpartition(".")[2] in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_tensor_that_does_not_fit_is_named(damage, model) -> None:
     change, message = DAMAGES[damage]

@@ -133,7 +133,7 @@ def only_pickles(model) -> None:
         (lambda model: (model / "processor_config.json").write_text("{'"), "processor_config.json: cannot be read"),
         (
             lambda model: edit_json(model / "config.json", model_type="llama"),
-            "model_type 'llama' is not supported; supported: git, blip, vision-encoder-decoder",
+            "model_type 'llama' is not supported; supported: git, blip, blip-2, vision-encoder-decoder",
         ),
         (
             lambda model: edit_json(model / "config.json", vision_config={"image_size": 48}),

@@ -212,6 +212,10 @@ def test_only_goes_alone(run: Run, other: str) -> None:
 def test_only_needs_a_table(run: Run) -> None:
     with pytest.raises(OutputError, match=r"--only: .* holds no captions table yet"):
         run("a", only="flags")
+    with pytest.raises(Killed), killed_at_write(2):
+        run("a")
+    with pytest.raises(OutputError, match=r"--only: .* holds no captions yet"):
+        run("a", only="flags")
 
 
 @given(

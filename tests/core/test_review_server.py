@@ -239,6 +239,11 @@ def test_edits_are_one_line_and_keep_to_the_hard_limit(make_reviewable) -> None:
     ]
 
 
+def test_an_empty_text_cannot_be_accepted(make_reviewable) -> None:
+    with desk(make_reviewable([""])) as at, pytest.raises(UsageError, match="no text to accept"):
+        decide(at, "approved")
+
+
 def test_the_acceptance_rate_is_of_a_random_sample_whatever_was_decided_before(make_reviewable) -> None:
     out = make_reviewable(["a dog"] * 30)
     with desk(out, queue="random") as at:

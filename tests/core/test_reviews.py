@@ -4,10 +4,13 @@ import json
 import signal
 import subprocess
 import sys
+import tempfile
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from captioner.alttext.journal import Journal, latest_reviews, read_reviews
 from captioner.alttext.nouns import TEXTS_SCHEMA, Decision, Review
@@ -111,6 +114,51 @@ def test_a_line_that_was_cut_off_is_put_aside_and_costs_no_other(tmp_path: Path)
     with Decisions(out, "ana") as decisions:
         assert [one.image_ids[0] for one in decisions.own] == ["a.png", "b.png", "after-100.png"]
         assert decisions.num_damaged == 2
+
+
+@given(
+    texts=st.lists(st.text(), min_size=1, max_size=4),
+    cut=st.integers(min_value=0, max_value=2_000),
+)
+def test_wherever_a_journal_is_cut_off_its_whole_lines_count(texts: list[str], cut: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        out = Directory(folder)
+        written = [review(text, "edited", text=text, shown=text[::-1]) for text in texts]
+        with Journal(out, "ana") as journal:
+            for one in written:
+                journal.append(one)
+        file = journal_of(Path(folder))
+        data = file.read_bytes()[:-cut] if cut else file.read_bytes()
+        file.write_bytes(data)
+        whole = data.count(b"\n") + (data.endswith(b"}") and data.count(b"\n") < len(texts) and complete(data))
+        last = review("last.png")
+        with Journal(out, "ana") as journal:
+            journal.append(last)
+
+        reviews, damaged = read_reviews(out)
+
+        assert reviews == [*written[:whole], last]
+        assert damaged <= 1
+
+
+def complete(data: bytes) -> bool:
+    """Whether the last line lacks only its line break."""
+    try:
+        return bool(json.loads(data.rpartition(b"\n")[2]))
+    except ValueError:
+        return False
+
+
+def test_two_processes_of_one_reviewer_share_a_journal(tmp_path: Path) -> None:
+    out = Directory(str(tmp_path))
+    with Journal(out, "ana") as one, Journal(out, "ana") as other:
+        for number in range(6):
+            (one if number % 2 else other).append(review(f"{number}.png"))
+
+    reviews, damaged = read_reviews(out)
+
+    assert [one.image_ids[0] for one in reviews] == [f"{number}.png" for number in range(6)]
+    assert damaged == 0
 
 
 def test_lines_of_something_else_are_counted_and_passed_over(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from captioner.config import ModelConfig, TrainModelConfig
 from captioner.errors import OutputError
 from captioner.models import resolve
 from captioner.store.directory import Directory
-from captioner.testing import TINY_SIDE, make_tiny_model
+from captioner.testing import make_tiny_model
+from captioner.tiny_models import TINY_SIDE
 from captioner.training.loop import make_collate, save_network
 from captioner.training.loss import CaptionLoss
 from captioner.training.network import ADAPTERS, open_trainable

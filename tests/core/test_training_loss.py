@@ -14,7 +14,8 @@ from captioner.config import ModelConfig, TrainModelConfig
 from captioner.errors import ModelError
 from captioner.models import resolve
 from captioner.models.base import TransformersCaptioner
-from captioner.testing import TINY_SIDE, make_tiny_model
+from captioner.testing import make_tiny_model
+from captioner.tiny_models import TINY_SIDE
 from captioner.training.batches import IGNORED, Collate
 from captioner.training.loop import make_collate
 from captioner.training.loss import CaptionLoss

@@ -12,7 +12,8 @@ import torch
 from captioner.config import ModelConfig, TrainConfig, TrainModelConfig
 from captioner.errors import InterruptedRunError, TerminatedRunError, UsageError
 from captioner.models import load, resolve
-from captioner.testing import TINY_SIDE, make_folder, make_tiny_model
+from captioner.testing import make_folder, make_tiny_model
+from captioner.tiny_models import TINY_SIDE
 from captioner.training import job
 from captioner.training.evaluate import WINDOW, Evaluator
 from captioner.training.local import LocalEngine, LocalWorker

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -17,6 +18,7 @@ from captioner.scoring.wer import corpus_wer
 from captioner.store.read import read_parts
 from captioner.store.table import open_table
 from captioner.testing import make_folder, make_tiny_model
+from captioner.tiny_models import TINY_SIDE
 from captioner.training import job
 from captioner.training.local import LocalEngine, LocalWorker
 
@@ -97,8 +99,6 @@ def test_the_measured_wer_is_that_of_the_saved_model(trained: Path) -> None:
     record = json.loads((trained / "model" / "training_run.json").read_text())
     rows = pq.read_table(trained / "pairs" / "test.parquet").to_pylist()
     ref = resolve(ModelConfig(name=str(trained / "model"), max_new_tokens=24))
-
-    import numpy as np
 
     from captioner.imaging import decode
 
@@ -207,6 +207,18 @@ def test_every_family_trains_whatever_the_batch_is_cut_into(
     expected = _SEEN.setdefault(key, losses(out))
     assert losses(out) == pytest.approx(expected, rel=1e-3)
     assert losses(out)[-1] < losses(out)[0]
+    assert_loads(out / "model", family)
+
+
+def assert_loads(model: Path, family: str) -> None:
+    """With transformers alone, and as --model. AutoProcessor has no processor for VisionEncoderDecoder."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    assert AutoModelForImageTextToText.from_pretrained(model).config.model_type == family
+    if family != "vision-encoder-decoder":
+        assert AutoProcessor.from_pretrained(model).image_processor is not None
+    pixels = np.zeros((2, TINY_SIDE, TINY_SIDE, 3), np.uint8)
+    assert len(load(resolve(ModelConfig(name=str(model), max_new_tokens=4))).caption(pixels).texts) == 2
 
 
 _SEEN: dict = {}

@@ -120,3 +120,10 @@ def test_a_run_that_comes_to_nothing_leaves_no_directory(tmp_path: Path) -> None
     with sole_writer(str(tmp_path / "out")):
         assert (tmp_path / "out").is_dir()
     assert not (tmp_path / "out").exists()
+
+
+def test_an_out_that_can_only_be_read_is_refused(archive: Path) -> None:
+    config = settings(archive, Path("out"))
+    output = config.output.model_copy(update={"path": "hf://datasets/someone/captions"})
+    with pytest.raises(OutputError, match="hf:// can only be read"):
+        pipeline.run(config.model_copy(update={"output": output}))

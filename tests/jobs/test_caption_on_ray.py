@@ -70,6 +70,21 @@ def test_the_distributed_table_equals_the_local_one(
     assert verify(open_table(str(tmp_path / "out"))).proven
 
 
+def test_weak_rows_are_recaptioned_alike_on_ray_and_in_one_process(tmp_path: Path, archive: Path) -> None:
+    tables = []
+    for engine in (run, pipeline.run):
+        config = settings(archive, tmp_path / engine.__module__)
+        pipeline.run(config)
+        model = config.model.model_copy(update={"prompt": "another"})
+        output = config.output.model_copy(update={"only": "logprob<30% or failed"})
+        engine(config.model_copy(update={"model": model, "output": output}))
+        assert verify(open_table(config.output.path)).proven
+        tables.append(captions(Path(config.output.path)))
+
+    assert tables[0] == tables[1]
+    assert len([row for row in tables[0] if (row[3] or "").startswith("another")]) >= 18
+
+
 def test_decoding_captioning_and_commits_stay_separate_operators(tmp_path: Path, archive: Path) -> None:
     config = settings(archive, tmp_path / "out", num_workers=2)
     engine = RayEngine(config)
@@ -77,7 +92,7 @@ def test_decoding_captioning_and_commits_stay_separate_operators(tmp_path: Path,
     assert job.work is not None
     (plan,) = job.table.open_plans()
     chunks = job.missing_chunks(plan)
-    _configure_ray_data(job.work)
+    _configure_ray_data(job.work, most_rows=512)
     sizes = share_out(Resources(num_cpus=2, num_gpus=0, num_nodes=1), config.cluster)
 
     dataset = make_dataset(job.work, chunks, sizes, "auto").materialize()

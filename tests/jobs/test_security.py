@@ -1,11 +1,15 @@
 """The Ray that a run starts for itself lets nobody in who has no token."""
 
 import os
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+
+from ray_jobs.cluster import _keep_token_private
 
 START = """
 import sys
@@ -25,9 +29,16 @@ print("joined with", ray.cluster_resources()["CPU"], "CPUs")
 
 
 @pytest.fixture(scope="module")
-def address() -> Iterator[str]:
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a user who has never started a Ray."""
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def address(home: Path) -> Iterator[str]:
     """Of a Ray started as `captioner caption` starts it."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment["HOME"] = str(home)
     with subprocess.Popen(
         [sys.executable, "-c", START], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
     ) as process:
@@ -36,23 +47,42 @@ def address() -> Iterator[str]:
         process.communicate("")
 
 
-def join(address: str, **settings: str) -> subprocess.CompletedProcess[str]:
+def join(address: str, **settings: str) -> subprocess.Popen[str]:
+    """A process that tries; what it says ends with how it went."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= {"RAY_gcs_rpc_server_connect_timeout_s": "3", **settings}
-    return subprocess.run(
-        [sys.executable, "-c", JOIN, address], env=environment, capture_output=True, text=True, timeout=120
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    return subprocess.Popen([sys.executable, "-c", JOIN, address], env=environment, **pipes)
 
 
-def test_the_token_lets_in(address: str) -> None:
-    assert "joined with" in join(address, RAY_AUTH_MODE="token").stdout
+def test_the_token_lets_in(address: str, home: Path) -> None:
+    assert "joined with" in join(address, RAY_AUTH_MODE="token", HOME=str(home)).communicate()[0]
 
 
-@pytest.mark.parametrize(
-    "settings", [{"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "x" * 64}]
-)
-def test_no_token_and_a_wrong_one_do_not(address: str, settings: dict[str, str]) -> None:
-    refused = join(address, **settings)
+@pytest.mark.usefixtures("address")
+def test_the_token_is_for_its_user_alone(home: Path) -> None:
+    file = home / ".ray" / "auth_token"
 
-    assert refused.returncode != 0
-    assert "joined" not in refused.stdout
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert len(file.read_text()) == 64
+
+
+def test_a_token_that_others_could_read_is_closed_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray/auth_token").write_text("made by Ray")
+    _keep_token_private()
+
+    assert (tmp_path / ".ray/auth_token").read_text() == "made by Ray"
+    assert stat.S_IMODE((tmp_path / ".ray/auth_token").stat().st_mode) == 0o600
+
+
+def test_no_token_and_a_wrong_one_do_not(address: str, home: Path) -> None:
+    wrong = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "x" * 64}
+    without = {"RAY_AUTH_MODE": "disabled"}
+    tries = [join(address, HOME=str(home), **settings) for settings in (without, wrong)]  # each takes 20 s to give up
+
+    for one in tries:
+        assert "joined" not in one.communicate(timeout=120)[0]
+        assert one.returncode != 0

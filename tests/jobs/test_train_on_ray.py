@@ -19,7 +19,7 @@ from captioner.training import job
 from captioner.training.local import LocalEngine
 from ray_jobs.cluster import Resources, share_out
 from ray_jobs.tables import map_tables
-from ray_jobs.train import RayTrainEngine
+from ray_jobs.train import RayTrainEngine, num_threads
 
 STEPS = 6
 
@@ -163,7 +163,7 @@ def test_after_the_driver_was_killed_or_stopped_the_same_command_goes_on(
 import importlib.util, os, sys
 from pathlib import Path
 from captioner.training import job
-from ray_jobs.train import RayTrainEngine
+from ray_jobs.train import RayTrainEngine, num_threads
 spec = importlib.util.spec_from_file_location("killed_driver", {__file__!r})
 tests = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tests)
@@ -221,3 +221,11 @@ def test_two_workers_on_two_cpus_leave_one_for_decoding() -> None:
     sizes = share_out(Resources(num_cpus=2, num_gpus=0, num_nodes=1), ClusterConfig(num_workers=2))
 
     assert 2 - sizes.num_workers * sizes.cpus_per_worker >= 1
+
+
+def test_workers_without_a_gpu_compute_on_all_cpus_but_a_small_model_on_one() -> None:
+    machine, large, small = Resources(num_cpus=8, num_gpus=0, num_nodes=1, least_cpus=8), 10**9, 10**7
+    one, two = (share_out(machine, ClusterConfig(num_workers=number)) for number in (1, 2))
+
+    assert (num_threads(one, machine, large), num_threads(two, machine, large)) == (8, 4)
+    assert num_threads(one, machine, small) == 1

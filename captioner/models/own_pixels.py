@@ -1,0 +1,75 @@
+"""PixelSpec of a model whose pictures go through its own image processor: how small they may be made before.
+
+Such a processor gets each picture in its own size, and resizes, splits, pads and normalises in the model's process. A
+picture so large that it would make it smaller first is made smaller where it is decoded, by the processor's own rule
+and filter, which leaves the processor nothing more to shrink: with `--preprocess processor` its pixels are the same to
+the bit. Only of a processor unknown here (`any_spec`) they may differ, for pictures with a side above 2048 pixels and
+above twice what the processor's settings name.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from captioner.data import PixelSpec
+from captioner.errors import ModelError
+
+FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # by their numbers in PIL.Image.Resampling
+LARGEST_EDGE = 4096  # `MAX_IMAGE_SIZE` of Idefics3 and SmolVLM
+_ANY_EDGE = 2048
+
+
+def own_spec(family: str, file: Path, settings: dict[str, Any]) -> PixelSpec:
+    """Of a family whose processor is known. Raises ModelError where a size is no number."""
+    return _qwen(file, settings) if family.startswith("qwen") else _tiled(file, settings)
+
+
+def any_spec(settings: dict[str, Any]) -> PixelSpec:
+    """Of any processor: twice the largest side its settings name, and at least 2048 pixels, are enough."""
+    named = [_largest(settings.get(name)) for name in ("size", "crop_size", "pad_size", "max_image_size")]
+    return _at_most_edge(max(_ANY_EDGE, *(2 * side for side in named)), 1, _filter(settings, "bicubic"))
+
+
+def _tiled(file: Path, settings: dict[str, Any]) -> PixelSpec:
+    """Idefics3 and SmolVLM: the longer side becomes `size["longest_edge"]`, then the picture is cut into tiles."""
+    size = settings.get("size") or {"longest_edge": 4 * 364}
+    if not settings.get("do_resize", True) or not isinstance(size, dict) or "longest_edge" not in size:
+        return any_spec(settings)
+    edge = min(_side(file, "size", size["longest_edge"]), LARGEST_EDGE)
+    return _at_most_edge(edge, 2, _filter(settings, "lanczos"))
+
+
+def _qwen(file: Path, settings: dict[str, Any]) -> PixelSpec:
+    """Qwen-VL: both sides become multiples of `patch_size * merge_size`, and the area at most `max_pixels`."""
+    size = settings["size"] if isinstance(settings.get("size"), dict) else {}
+    area = settings.get("max_pixels") or size.get("longest_edge") or size.get("max_pixels") or 28 * 28 * 1280
+    if not settings.get("do_resize", True):
+        return any_spec(settings)
+    limit = _side(file, "max_pixels", area)
+    multiple = _side(file, "patch_size", settings.get("patch_size") or 14)
+    multiple *= _side(file, "merge_size", settings.get("merge_size") or 2)
+    side = math.isqrt(max(limit, 200 * multiple**2)) + 1  # the narrowest strip it takes is `multiple` pixels wide
+    return PixelSpec(side, side, "own_area", resample=_filter(settings, "bicubic"), limit=limit, multiple=multiple)
+
+
+def _at_most_edge(edge: int, multiple: int, resample: Any) -> PixelSpec:
+    side = edge + -edge % multiple
+    return PixelSpec(side, side, "own_edge", resample=resample, limit=edge, multiple=multiple)
+
+
+def _filter(settings: dict[str, Any], default: str) -> Any:
+    number = settings.get("resample")
+    return FILTERS[number] if isinstance(number, int) and 0 <= number < len(FILTERS) else default
+
+
+def _side(file: Path, key: str, value: Any) -> int:
+    if not isinstance(value, int) or value < 1:
+        raise ModelError(f"{file}: {key}={value!r} is no number of pixels; save the model's processor again")
+    return value
+
+
+def _largest(size: Any) -> int:
+    sides = size.values() if isinstance(size, dict) else size if isinstance(size, list) else [size]
+    return max((side for side in sides if isinstance(side, int)), default=0)

@@ -1,0 +1,151 @@
+"""The whole loop on a small archive: captions -> alt text -> a person's review in a browser -> export -> training pairs
+-> a model -> better captions -> a report of what changed."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from captioner import pipeline
+from captioner.alttext.journal import latest_reviews, read_reviews
+from captioner.config import CaptionConfig, TrainConfig
+from captioner.samples import render_scenes
+from captioner.store.directory import Directory
+from captioner.store.read import read_parts
+from captioner.store.table import open_table
+from captioner.store.verify import verify
+from captioner.training import job
+from captioner.training.local import LocalEngine
+from ray_jobs.cli import main
+
+pytestmark = pytest.mark.browser
+PICTURES = 32
+# What the reviewer does, picture by picture; "edited" writes what is known of the picture.
+DECISIONS = ["edited"] * 13 + ["approved", "rejected", "decorative", "expert", "rejected", "edited", "approved"]
+FORMS = ("xmp", "html", "csv", "jsonl", "txt", "coco", "imagefolder", "webdataset", "parquet")
+KEYS = {"approved": "a", "rejected": "r", "decorative": "d", "expert": "x"}
+
+
+@pytest.fixture
+def archive(tmp_path: Path) -> Path:
+    """Posters: the starter has never seen any, so a person has much to write."""
+    render_scenes(tmp_path / "archive", PICTURES, seed=8, width=64, family="poster")
+    return tmp_path / "archive"
+
+
+def caption(archive: Path, out: Path, model: str, only: str | None = None) -> None:
+    tree = {
+        "source": {"path": str(archive)},
+        "model": {"name": model},
+        "output": {"path": str(out), "only": only},
+        "cluster": {"local": True},
+    }
+    assert pipeline.run(CaptionConfig.model_validate(tree)) == 0
+
+
+def captioner(*words: object) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([str(word) for word in words])
+    assert ended.value.code == 0
+
+
+def known_texts(archive: Path) -> dict[str, str]:
+    lines = map(json.loads, (archive / "metadata.jsonl").read_text().splitlines())
+    return {line["file_name"]: line["captions"][0] for line in lines}
+
+
+def decided(out: Path) -> dict[str, str]:
+    reviews, damaged = read_reviews(Directory(str(out)))
+    assert not damaged
+    return {image_id: review.decision for image_id, review in latest_reviews(reviews).items()}
+
+
+def decide(page, decisions: list[str], known: dict[str, str]) -> dict[str, str]:
+    """Decide with the keyboard alone; returns the decisions by picture, as the page took them."""
+    made = {}
+    for decision in decisions:
+        page.wait_for_selector("#card[data-state=ready]")
+        card = page.locator("#card")
+        image_id, place = card.get_attribute("data-image-id"), card.get_attribute("data-place")
+        if page.locator("#only").is_visible():
+            page.keyboard.press("o")  # others have the same text; this decision is about one picture
+        if decision == "edited":
+            page.keyboard.press("e")
+            page.keyboard.press("Control+A")
+            page.keyboard.insert_text(known[image_id].capitalize() + ".")
+            page.keyboard.press("Control+Enter")
+        else:
+            page.keyboard.press(KEYS[decision])
+        page.wait_for_selector(f"#card:not([data-place='{place}'])", state="attached")
+        made[image_id] = decision
+    page.wait_for_selector("#card[data-state=ready]")
+    return made
+
+
+def test_the_whole_loop(tmp_path: Path, archive: Path, open_page, review) -> None:
+    out, known = tmp_path / "out", known_texts(archive)
+    caption(archive, out, "starter")
+    captioner("alt-text", out, "--language", "en")
+
+    with review(out, "--queue", "all") as (server, address):
+        made = decide(open_page(address), DECISIONS[:12], known)
+        os.kill(server.pid, signal.SIGKILL)
+        assert server.wait() == -signal.SIGKILL
+    assert decided(out) == made
+    with review(out, "--queue", "all") as (_, address):
+        made |= decide(open_page(address), DECISIONS[12:], known)
+    assert decided(out) == made
+    assert len(made) == 20
+
+    export_everything(out, tmp_path)
+
+    captioner("feedback", out, tmp_path / "pairs")
+    assert json.loads((tmp_path / "pairs/feedback.json").read_text())["pairs"] == {"edited": 14, "approved": 2}
+    job.run(training(tmp_path), LocalEngine())
+
+    before = rows_of(out)
+    caption(archive, out, str(tmp_path / "trained/model"), only="flags or logprob below 40% or rejected or expert")
+    after = rows_of(out)
+    again = [name for name in after if after[name]["generation"] == 1]
+    assert {name for name, decision in made.items() if decision in ("rejected", "expert")} <= set(again)
+    assert not {name for name, decision in made.items() if decision in ("approved", "edited")} & set(again)
+    assert {name: row for name, row in before.items() if name not in again} == {
+        name: row for name, row in after.items() if name not in again
+    }
+    assert verify(open_table(str(out))).proven
+    assert decided(out) == made
+
+    changes = json.loads((out / "report/report.json").read_text())["check"]["changes"]
+    changed = [name for name in again if before[name]["caption"] != after[name]["caption"]]
+    assert (changes["num_rows"], changes["changed"]) == (len(again), len(changed))
+    assert changed
+    shown = open_page((out / "report/index.html").as_uri()).locator("section[aria-labelledby=changes]")
+    assert shown.locator("tbody tr ins").count()
+    assert shown.get_by_role("rowheader", name="WER", exact=True).count() == 1
+
+
+def export_everything(out: Path, root: Path) -> None:
+    pages = root / "pages"
+    pages.mkdir()
+    image_id = next(name for name, decision in decided(out).items() if decision == "edited")
+    (pages / "index.html").write_text(f'<!doctype html><title>Posters</title><img src="{image_id}">')
+    for form in FORMS:
+        more = ["--html-dir", pages] if form == "html" else []
+        captioner("export", out, root / "exports" / form, "--to", form, *more)
+        assert (root / "exports" / form).exists()
+
+
+def training(root: Path) -> TrainConfig:
+    tree = {
+        "data": {"path": str(root / "pairs"), "eval_fraction": 0.1},
+        "training": {"max_steps": 40, "per_device_train_batch_size": 8, "learning_rate": 1e-3},
+        "output": {"path": str(root / "trained")},
+    }
+    return TrainConfig.model_validate(tree)
+
+
+def rows_of(out: Path) -> dict[str, dict]:
+    return {row["image_id"]: row for row in pa.concat_tables(read_parts(open_table(str(out)))).to_pylist()}

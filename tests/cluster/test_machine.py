@@ -1,0 +1,99 @@
+"""A machine that runs out of memory for a while, or has no room to spill to: the run ends by itself."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from captioner.config import CaptionConfig
+from captioner.store.table import open_table
+from captioner.store.verify import verify
+from captioner.testing import make_folder
+from ray_jobs.caption import run
+
+pytestmark = pytest.mark.chaos
+
+DEADLINE_S = 120.0
+MARGIN = 2**30  # bytes of memory that may be taken before Ray kills
+
+
+@contextmanager
+def own_ray(**system_config: float) -> Iterator[None]:
+    import ray
+
+    if ray.is_initialized():
+        ray.shutdown()
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        object_store_memory=80 * 2**20,
+        _system_config=system_config,
+    )
+    yield
+    ray.shutdown()
+
+
+def settings(archive: Path, out: Path) -> CaptionConfig:
+    return CaptionConfig.model_validate(
+        {
+            "source": {"path": str(archive)},
+            "model": {"name": "fake"},
+            "output": {"path": str(out), "rows_per_file": 100},
+        }
+    )
+
+
+def workers() -> set[int]:
+    """Process numbers of the stages' workers."""
+    return {p.pid for p in psutil.Process().children(recursive=True) if p.name().startswith("ray::Map")}
+
+
+def hold_memory_until_a_worker_is_killed(out: Path, killed: list[int]) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while not list(out.glob("chunks/*/*.parquet")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    before, memory = workers(), np.ones(MARGIN * 3 // 2, np.uint8)
+    while not killed and time.monotonic() < deadline:
+        killed += before - workers()
+        time.sleep(0.05)
+    del memory
+
+
+def test_memory_that_runs_out_for_a_while_costs_workers_and_no_picture(tmp_path: Path) -> None:
+    archive, out, killed = make_folder(tmp_path / "archive", 3_000, width=32), tmp_path / "out", []
+    memory = psutil.virtual_memory()
+    limit = (memory.total - memory.available + MARGIN) / memory.total
+    with own_ray(memory_usage_threshold=limit, memory_monitor_refresh_ms=100):
+        hog = threading.Thread(target=hold_memory_until_a_worker_is_killed, args=[out, killed])
+        hog.start()
+        assert run(settings(archive, out)) == 0
+        hog.join()
+
+    assert killed
+    found = verify(open_table(str(out)))
+    assert (found.lost, found.doubled, found.problems, found.proven) == (0, 0, [], True)
+    assert found.counts.ok == 3_000
+
+
+def test_an_object_store_that_is_full_and_cannot_spill_stops_nothing(tmp_path: Path) -> None:
+    """A run's blocks are small, and it holds few of them."""
+    import ray
+    from ray.exceptions import OutOfDiskError
+
+    archive, out, held = make_folder(tmp_path / "archive", 600, width=32), tmp_path / "out", []
+    with own_ray(local_fs_capacity_threshold=0.001):  # any disk is fuller than that
+        with pytest.raises(OutOfDiskError):
+            held.extend(ray.put(np.zeros(9 * 2**20, np.uint8)) for _ in range(100))
+        assert run(settings(archive, out)) == 0
+
+    assert verify(open_table(str(out))).proven

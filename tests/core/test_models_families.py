@@ -1,0 +1,269 @@
+"""BLIP-2, Florence-2 and chat models: captions are those of the model's own processor and `generate`, one by one."""
+
+from __future__ import annotations
+
+import io
+import json
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoTokenizer
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
+from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
+
+from captioner.config import ModelConfig
+from captioner.data import RawImage
+from captioner.errors import ModelError
+from captioner.imaging import decode_images
+from captioner.models import load, resolve
+from captioner.models.families import BY_NAME, QUESTION
+from captioner.scenes import make_scenes
+from captioner.steps import caption_or_reasons
+from captioner.testing import make_tiny_model
+
+LIMIT = 12
+START, END = 1, 2
+CHAT = ("idefics3", "smolvlm", "qwen2_vl", "qwen2_5_vl")
+NEW = ("blip-2", "florence2", *CHAT)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The models are small: threads would wait for each other more than they compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return cache(lambda family: make_tiny_model(family, tmp_path_factory.mktemp(family)))
+
+
+@cache
+def pictures() -> list[Image.Image]:
+    """Of many sizes: below, at and above what the tiny models take."""
+    sizes = [(20 + 7 * place % 31, 18 + 5 * place % 29) for place in range(24)]
+    return [scene.render(64).resize(size) for scene, size in zip(make_scenes(24, seed=5), sizes, strict=True)]
+
+
+def as_files(images: list[Image.Image]) -> list[RawImage]:
+    raws = []
+    for place, image in enumerate(images):
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        raws.append(RawImage(str(place), "", buffer.getvalue()))
+    return raws
+
+
+def caption(directory: Path, batch_size: int = 16, **settings):
+    """Captions of the pictures, from their files."""
+    config = ModelConfig(name=str(directory), **({"max_new_tokens": LIMIT, "preprocess": "processor"} | settings))
+    ref = resolve(config)
+    decoded = decode_images(as_files(pictures()), ref.spec, max_pixels=10**6)
+    return load(ref, device="cpu", batch_size=batch_size).caption(decoded.pixels)
+
+
+def by_hand(family: str, directory: Path, prompt: str | None = None) -> list[str]:
+    """`generate` on one picture after the other, each through transformers' own classes."""
+    model = AutoModelForImageTextToText.from_pretrained(directory).eval()
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    texts = []
+    for image in pictures():
+        inputs = INPUTS[family](directory, tokenizer, image, prompt)
+        with torch.inference_mode():
+            ids = model.generate(**inputs, do_sample=False, max_new_tokens=LIMIT)[0]
+        given = 1 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+        texts.append(tokenizer.decode(ids[given:], skip_special_tokens=True).strip())
+    return texts
+
+
+def blip2_inputs(directory, tokenizer, image, prompt):
+    from transformers import Blip2Processor
+    from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+
+    processor = Blip2Processor(BlipImageProcessorPil.from_pretrained(directory), tokenizer, num_query_tokens=4)
+    return processor(images=image, text=prompt or "", return_tensors="pt")
+
+
+def florence2_inputs(directory, tokenizer, image, prompt):
+    from transformers import Florence2Processor
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    processor = Florence2Processor(CLIPImageProcessorPil.from_pretrained(directory), tokenizer)
+    return processor(images=image, text=prompt or "<CAPTION>", return_tensors="pt")
+
+
+def tiled_inputs(directory, tokenizer, image, prompt, kind):
+    images = kind.from_pretrained(directory)([[image]], return_row_col_info=True, return_tensors="pt")
+    rows, columns = images.pop("rows")[0][0], images.pop("cols")[0][0]
+    tokens = ("<fake_token_around_image>", "<image>", "<global-img>")
+    placeholders = get_image_prompt_string(rows, columns, 4, *tokens)
+    text = f"user:{placeholders} {prompt or QUESTION}\nassistant:"
+    return dict(tokenizer(text, return_tensors="pt")) | dict(images)
+
+
+def qwen_inputs(directory, tokenizer, image, prompt):
+    images = Qwen2VLImageProcessorPil.from_pretrained(directory)([image], return_tensors="pt")
+    placeholders = "<|image_pad|>" * (int(images["image_grid_thw"].prod()) // 4)
+    text = f"user:<|vision_start|>{placeholders}<|vision_end|> {prompt or QUESTION}\nassistant:"
+    inputs = dict(tokenizer(text, return_tensors="pt", return_token_type_ids=False)) | dict(images)
+    kinds = (inputs["input_ids"] == tokenizer.convert_tokens_to_ids("<|image_pad|>")).long()
+    return inputs | {"mm_token_type_ids": kinds}
+
+
+INPUTS = {
+    "blip-2": blip2_inputs,
+    "florence2": florence2_inputs,
+    "idefics3": lambda *given: tiled_inputs(*given, kind=Idefics3ImageProcessorPil),
+    "smolvlm": lambda *given: tiled_inputs(*given, kind=SmolVLMImageProcessorPil),
+    "qwen2_vl": qwen_inputs,
+    "qwen2_5_vl": qwen_inputs,
+}
+
+
+@pytest.mark.parametrize("family", NEW)
+def test_captions_are_those_of_the_processor_and_generate(family, model) -> None:
+    expected = by_hand(family, model(family))
+
+    captions = caption(model(family))
+
+    assert len(set(expected)) >= len(expected) / 2
+    assert captions.texts == expected
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.parametrize("family", NEW)
+def test_batches_do_not_change_captions(family, num_beams, model) -> None:
+    single = caption(model(family), batch_size=1, num_beams=num_beams)
+    batched = caption(model(family), batch_size=7, num_beams=num_beams)
+
+    assert len(set(single.texts)) >= len(single.texts) / 2
+    assert (batched.texts, batched.num_tokens, batched.finished) == (single.texts, single.num_tokens, single.finished)
+    np.testing.assert_allclose(batched.logprob_mean, single.logprob_mean, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", NEW)
+def test_a_prompt_changes_captions_and_is_no_part_of_them(family, model) -> None:
+    prompt = "<DETAILED_CAPTION>" if family == "florence2" else "a small red"
+    expected = by_hand(family, model(family), prompt)
+
+    captions = caption(model(family), prompt=prompt)
+
+    assert captions.texts == expected
+    assert captions.texts != caption(model(family)).texts
+
+
+@pytest.mark.parametrize("family", NEW)
+def test_the_prompt_is_known_before_the_run_and_in_the_fingerprint(family, model) -> None:
+    plain, other = (resolve(ModelConfig(name=str(model(family)), prompt=prompt)) for prompt in (None, "What is this?"))
+
+    assert plain.prompt == {"blip-2": None, "florence2": "<CAPTION>"}.get(family, QUESTION)
+    assert repr(plain.prompt) in plain.told or plain.prompt is None
+    assert plain.fingerprint != other.fingerprint
+    assert plain.fingerprint == resolve(ModelConfig(name=str(model(family)), prompt=plain.prompt)).fingerprint
+
+
+def test_only_tasks_that_make_captions_are_taken(model) -> None:
+    with pytest.raises(ModelError, match=r"--prompt '<OD>': no task of florence2 that makes captions; use <CAPTION>, "):
+        resolve(ModelConfig(name=str(model("florence2")), prompt="<OD>"))
+
+
+def test_a_florence_that_needs_its_own_code_is_refused(tmp_path) -> None:
+    config = {"model_type": "florence2", "vision_config": {"model_type": "davit"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    with pytest.raises(ModelError, match="take the same model from florence-community on the hub"):
+        resolve(ModelConfig(name=str(tmp_path)))
+
+
+def test_blip2_over_t5_reads_the_prompt_and_answers_without_it(tmp_path) -> None:
+    make_tiny_model("blip-2", tmp_path)
+    make_t5(tmp_path)
+
+    for prompt in (None, "a small red"):
+        assert caption(tmp_path, prompt=prompt).texts == by_hand("blip-2", tmp_path, prompt)
+
+
+def make_t5(directory: Path) -> None:
+    """Put a T5 with random weights into the place of a tiny BLIP-2's text decoder."""
+    from transformers import Blip2ForConditionalGeneration, T5Config
+
+    tiny = AutoModelForImageTextToText.from_pretrained(directory)
+    ids = {"pad_token_id": 0, "eos_token_id": END, "decoder_start_token_id": 0, "vocab_size": 385}
+    tiny.config.text_config = T5Config(d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, **ids)
+    settings = tiny.config.to_dict()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Blip2ForConditionalGeneration(type(tiny.config).from_dict(settings))
+    model.save_pretrained(directory)
+
+
+def test_a_template_that_writes_the_start_token_gets_no_second_one(tmp_path) -> None:
+    make_tiny_model("qwen2_vl", tmp_path)
+    template = tmp_path / "chat_template.jinja"
+    template.write_text("<s>" + template.read_text())
+    captioner = load(resolve(ModelConfig(name=str(tmp_path))), device="cpu")
+
+    ids = captioner.process([np.zeros((16, 16, 3), np.uint8)])["input_ids"][0].tolist()
+
+    assert ids.count(START) == 1
+
+
+def test_a_model_without_a_chat_template_is_an_error_of_one_line(tmp_path) -> None:
+    make_tiny_model("qwen2_vl", tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+
+    with pytest.raises(ModelError, match="its chat template cannot be used") as raised:
+        load(resolve(ModelConfig(name=str(tmp_path))), device="cpu")
+
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("prompt", ["<|image_pad|> What is this?", None])
+def test_a_question_without_one_place_for_the_picture_is_an_error(prompt, tmp_path) -> None:
+    make_tiny_model("qwen2_vl", tmp_path)
+    if prompt is None:
+        (tmp_path / "chat_template.jinja").write_text("{{ messages[0]['content'][1]['text'] }}")
+
+    with pytest.raises(ModelError, match=rf"leave {2 if prompt else 0} places \(<\|image_pad\|>\) for one picture"):
+        load(resolve(ModelConfig(name=str(tmp_path), prompt=prompt)), device="cpu")
+
+
+def test_a_picture_the_processor_refuses_fails_alone(model) -> None:
+    ref = resolve(ModelConfig(name=str(model("qwen2_vl")), max_new_tokens=LIMIT))
+    strip = Image.new("RGB", (900, 2))  # Qwen takes no aspect above 200
+    decoded = decode_images(as_files([*pictures()[:3], strip]), ref.spec, max_pixels=10**6)
+
+    results = caption_or_reasons(load(ref, device="cpu", batch_size=4), decoded.pixels)
+
+    assert [isinstance(result, str) for result in results] == [False, False, False, True]
+    assert "aspect ratio" in str(results[3])
+
+
+def test_what_does_not_fit_the_memory_is_halved_and_no_picture_lost(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    captioner = load(resolve(ModelConfig(name=str(model("smolvlm")), max_new_tokens=LIMIT)), device="cpu", batch_size=9)
+    decoded = decode_images(as_files(pictures()), captioner.ref.spec, max_pixels=10**6)
+    expected = captioner.caption(decoded.pixels)
+    search = captioner.search
+
+    def with_little_memory(prepared):
+        if len(prepared["input_ids"]) > 3:
+            raise torch.OutOfMemoryError("no memory")
+        return search(prepared)
+
+    monkeypatch.setattr(captioner, "search", with_little_memory)
+
+    assert captioner.caption(decoded.pixels).texts == expected.texts
+    assert captioner.batch_size == 2
+
+
+def test_every_family_has_a_way_to_be_asked() -> None:
+    assert all((family.default_prompt is None) == (family.prompt in ("none", "start")) for family in BY_NAME.values())

@@ -1,0 +1,146 @@
+"""Pictures that travel in their own sizes: no larger than their model's processor makes use of, through a whole run."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoTokenizer
+from transformers.models.donut.image_processing_pil_donut import DonutImageProcessorPil
+from transformers.models.idefics3.image_processing_pil_idefics3 import get_resize_output_image_size
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+from captioner import pipeline
+from captioner.config import CaptionConfig, ModelConfig
+from captioner.data import Chunk, RawImage
+from captioner.imaging import decode_images
+from captioner.imaging.guarded import GuardedDecoder
+from captioner.imaging.sizes import resized
+from captioner.models import load, resolve
+from captioner.models.own_pixels import own_spec
+from captioner.scenes import make_scenes
+from captioner.steps import ChunkRows, Work
+from captioner.testing import make_tiny_model
+from ray_jobs.stages import from_block, to_block
+
+SIDES = st.integers(1, 9000)
+FILE = Path("preprocessor_config.json")
+
+
+@settings(max_examples=300, deadline=None)
+@given(height=SIDES, width=SIDES, edge=st.sampled_from([364, 1456, 2048]))
+def test_a_tiled_picture_is_made_as_small_as_its_processor_makes_it(height, width, edge) -> None:
+    spec = own_spec("idefics3", FILE, {"size": {"longest_edge": edge}})
+
+    size = resized((height, width), spec)
+
+    assert max(size) <= edge
+    if max(height, width) <= edge:
+        assert size == (height, width)
+    else:
+        wanted = get_resize_output_image_size(np.empty((3, height, width), np.uint8), edge)
+        assert size == wanted
+        # A strip left one pixel thin is the exception.
+        assert min(size) == 1 or get_resize_output_image_size(np.empty((3, *size), np.uint8), edge) == wanted
+
+
+@settings(max_examples=300, deadline=None)
+@given(height=SIDES, width=SIDES, area=st.sampled_from([200_704, 1_003_520, 12_845_056]))
+def test_a_picture_for_qwen_is_made_as_small_as_its_processor_makes_it(height, width, area) -> None:
+    spec = own_spec("qwen2_5_vl", FILE, {"min_pixels": 3136, "max_pixels": area})
+
+    size = resized((height, width), spec)
+
+    assert size[0] * size[1] <= max(area, height * width)
+    if height * width <= area:
+        assert size == (height, width)
+    elif max(height, width) <= 200 * min(height, width):  # it refuses the others
+        wanted = smart_resize(height, width, 28, 3136, area)
+        assert size == wanted
+        assert smart_resize(*size, 28, 3136, area) == wanted
+
+
+def test_what_the_settings_say_is_the_limit() -> None:
+    assert own_spec("smolvlm", FILE, {"size": {"longest_edge": 2048}}).max_bytes == 2048 * 2048 * 3
+    assert own_spec("idefics3", FILE, {"size": {"longest_edge": 9999}}).limit == 4096
+    assert own_spec("idefics3", FILE, {"size": {"height": 980, "width": 980}}).limit == 2048
+    assert own_spec("qwen2_vl", FILE, {"size": {"shortest_edge": 3136, "longest_edge": 784}}).limit == 784
+    assert own_spec("qwen2_vl", FILE, {"patch_size": 16}).multiple == 32
+
+
+def as_file(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def test_a_guarded_decoder_hands_over_any_size() -> None:
+    spec = own_spec("qwen2_vl", FILE, {"max_pixels": 32 * 32, "patch_size": 4})
+    files = [as_file(Image.effect_noise(size, 50)) for size in [(20, 30), (90, 50)]]
+    here = decode_images([RawImage("0", "", file) for file in files], spec, 10**6)
+
+    with GuardedDecoder(spec, 10**6, 60) as decoder:
+        there = list(decoder(files))
+
+    assert [picture.shape for picture in here.pixels] == [(30, 20, 3), (16, 40, 3)]
+    assert all((decoded.pixels == picture).all() for decoded, picture in zip(there, here.pixels, strict=True))
+
+
+def test_pixels_of_any_size_pass_from_stage_to_stage(tmp_path) -> None:
+    ref = resolve(ModelConfig(name=str(make_tiny_model("qwen2_vl", tmp_path))))
+    raws = [RawImage("0", "", as_file(Image.new("RGB", (20, 30), "red"))), RawImage("1", "", b"no picture")]
+    batch = decode_images(raws, ref.spec, 10**6)
+    rows = ChunkRows(Chunk(0, 0, 0, 2), batch.rows, batch.pixels, {"read": 0.0, "decode": 0.0})
+    work = Work(None, None, 10**6, ref, "run", 60.0)  # type: ignore[arg-type]
+
+    passed = from_block(to_block(rows), work)
+
+    assert passed.rows.equals(rows.rows)
+    assert [picture.tolist() for picture in passed.pixels] == [picture.tolist() for picture in rows.pixels]
+
+
+def test_a_run_captions_pictures_of_many_sizes(tmp_path, decoding_here) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for place, scene in enumerate(make_scenes(12, seed=3)):
+        scene.render(64).resize((15 + 7 * place, 60 - 3 * place)).save(folder / f"{place:02d}.png")
+    (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    model = make_tiny_model("qwen2_5_vl", tmp_path / "model")
+    config = {"source": {"path": str(folder)}, "output": {"path": str(tmp_path / "out")}}
+    config |= {"model": {"name": str(model), "max_new_tokens": 8}, "check": {"sample": 0}}
+
+    assert pipeline.run(CaptionConfig.model_validate(config)) == 0
+
+    rows = pq.read_table(tmp_path / "out" / "captions").sort_by("image_id").to_pylist()
+    assert [row["status"] for row in rows] == ["ok"] * 12 + ["failed"]
+    assert {row["prompt"] for row in rows} == {"Describe the image in one sentence."}
+    assert len({row["caption"] for row in rows}) >= 6
+
+
+def test_an_unknown_processor_is_used_itself(tmp_path) -> None:
+    """A VisionEncoderDecoder whose pictures Donut's processor turns, shrinks and pads."""
+    model = make_tiny_model("vision-encoder-decoder", tmp_path)
+    processor = DonutImageProcessorPil(size={"height": 32, "width": 32}, do_align_long_axis=True)
+    processor.save_pretrained(model)
+    (model / "processor_config.json").unlink(missing_ok=True)
+    images = [scene.render(64).resize((30 + 9 * place, 64)) for place, scene in enumerate(make_scenes(10, seed=5))]
+    ref = resolve(ModelConfig(name=str(model), max_new_tokens=8))
+    decoded = decode_images([RawImage("", "", as_file(image)) for image in images], ref.spec, 10**6)
+
+    captions = load(ref, device="cpu", batch_size=4).caption(decoded.pixels)
+
+    network = AutoModelForImageTextToText.from_pretrained(model).eval()
+    with torch.inference_mode():
+        values = processor(images, return_tensors="pt").pixel_values
+        ids = network.generate(pixel_values=values, do_sample=False, max_new_tokens=8)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    expected = [tokenizer.decode(row[1:], skip_special_tokens=True).strip() for row in ids]
+    assert len(set(expected)) >= 5
+    assert captions.texts == expected
+    assert "its own image processor" in ref.told
