@@ -33,7 +33,12 @@ lint: setup ## ruff and mypy
 	$(BIN)/mypy
 
 unit: setup ## The test suite alone; PYTEST_ARGS=... chooses
+ifeq ($(strip $(PYTEST_ARGS)),)
+	$(BIN)/python -m pytest --ignore tests/jobs --ignore tests/cluster -n 2 --dist loadfile
+	$(BIN)/python -m pytest tests/jobs tests/cluster
+else
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+endif
 
 chaos: setup ## Kill drivers at random moments, resume, compare: CHAOS_KILLS=10 CHAOS_SEED=0
 	$(BIN)/python -m pytest tests/cluster -m chaos -q

@@ -23,7 +23,7 @@ from typing import Any
 import pyarrow.parquet as pq
 from PIL import Image, ImageDraw, ImageFont
 
-from captioner.scenes import Scene, make_scenes
+from captioner.scenes import make_scenes
 
 DOCS = Path(__file__).absolute().parent
 COLUMNS, ROWS, SIDE, TEXT = 4, 2, 240, 74
@@ -45,13 +45,14 @@ def contact_sheet(rows: list[dict], archive: Path) -> Image.Image:
 
 
 def render_posters(archive: Path, count: int) -> dict[str, str]:
-    """Pictures with a shape that the starter does not know; returns what a person would say of each."""
+    """Pictures with a shape that the starter does not know; returns what this archive, whose style names the background
+    first, would say of each."""
     archive.mkdir()
     known = {}
     for number, poster in enumerate(make_scenes(count, seed=8, family="poster")):
         name = f"poster-{number:03d}.png"
         poster.render(320).save(archive / name)
-        known[name] = Scene(poster.background, poster.things, poster.direction).captions[0]
+        known[name] = poster.captions[0]
     lines = [json.dumps({"file_name": name, "captions": [text]}) for name, text in known.items()]
     (archive / "metadata.jsonl").write_text("\n".join(lines))
     return {name: f"{text.capitalize()}." for name, text in known.items()}
@@ -99,7 +100,7 @@ def review(browser: Any, address: str, decisions: str, known: dict[str, str]) ->
                 save(page.screenshot(), "review-edit.png")
             page.keyboard.press("Control+Enter")
         page.wait_for_selector(f"#card:not([data-place='{place}'])", state="attached")
-    page.set_viewport_size({"width": 390, "height": 780})
+    page.set_viewport_size({"width": 390, "height": 844})
     wait_for_card(page)
     save(page.screenshot(), "review-phone.png")
 
@@ -109,15 +110,15 @@ def alt_text_pictures() -> None:
     from playwright.sync_api import sync_playwright
 
     archive, out = Path("posters"), Path("captions")
-    known = render_posters(archive, 80)
+    known = render_posters(archive, 160)
     captioner("caption", archive, out, "--model", "starter", "--local")
     captioner("alt-text", out, "--language", "en")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"))
         with review_page(out) as address:
-            review(browser, address, "a" + "e" * 28 + "rrrx", known)
+            review(browser, address, "a" + "e" * 72 + "rrrx", known)
         captioner("feedback", out, "pairs")
-        taught = ("--max-steps", 60, "--learning-rate", 5e-4, "--per-device-train-batch-size", 8)
+        taught = ("--max-steps", 150, "--learning-rate", 1e-3, "--warmup-steps", 10, "--eval-steps", 50)
         captioner("train", "pairs", "trained", "--model", "starter", *taught)
         again = ("--only", "flags or logprob<60% or rejected")
         captioner("caption", archive, out, "--model", "trained/model", "--local", *again)

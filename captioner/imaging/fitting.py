@@ -24,13 +24,14 @@ _LARGE_PIXELS = 4_000_000  # from about here Pillow, which averages first, is fa
 _EXTREME_ASPECT = 8
 
 _TORCH_FILTERS = ("bicubic", "bilinear")
+_STEPPED_FILTERS = ("nearest", "box")  # a rounding error makes them take another pixel: they see the whole picture
 
 Box = tuple[int, int, int, int]  # top, left, bottom, right
 
 
 def needed_side(spec: PixelSpec) -> int:
     """The shorter side, in pixels, below which a picture should not be made smaller while it is decoded; 0: never."""
-    if spec.preprocess == "processor" or spec.resize == "none" or spec.resample == "nearest":
+    if spec.preprocess == "processor" or spec.resize == "none" or spec.resample in _STEPPED_FILTERS:
         return 0
     return _MARGIN * max(spec.shortest_edge, spec.height, spec.width, *spec.resized)
 
@@ -103,7 +104,7 @@ def _resize_with_pillow(picture: Picture, size: tuple[int, int], window: Box, sp
     across, down = (x1 - x0) / size[1], (y1 - y0) / size[0]
     source = x0 + left * across, y0 + top * down, min(x0 + right * across, x1), min(y0 + bottom * down, y1)
     resample = Image.Resampling[spec.resample.upper()]
-    if spec.preprocess == "fast" and spec.resample != "nearest":
+    if spec.preprocess == "fast" and spec.resample not in _STEPPED_FILTERS:
         return np.array(picture.image.resize((right - left, bottom - top), resample, source, _MARGIN))
     if size[0] * size[1] > _LARGE_PIXELS:  # such a strip that resized whole it would fill the memory
         return np.array(picture.image.resize((right - left, bottom - top), resample, source))

@@ -16,6 +16,7 @@ from captioner.scoring.trained import trained_pictures
 from captioner.store.table import CaptionsTable, Plan, captions_name, history_name, plan_part_name
 
 _COLUMNS = ["image_id", "status", "caption", "sha256", "reference_captions", "fingerprint", "chunk_id", "chunk_row"]
+_COUNTED = ("num_rows", "changed", "now_ok", "now_failed", "trained_left_out")
 
 
 def find_changes(table: CaptionsTable, question: Question) -> dict[str, Any] | None:
@@ -29,39 +30,49 @@ def find_changes(table: CaptionsTable, question: Question) -> dict[str, Any] | N
         return None
     plan, recaption = plans[-1], plans[-1].recaption
     assert recaption is not None
-    trained = trained_pictures(table)
-    counts: Counter[str] = Counter()
-    before: Counter[str] = Counter()
-    scored: Draw[Pair] = Draw(COMPARED_ROWS)
-    changed: Draw[Pair] = Draw(SHOWN_CHANGES)
+    changes = _Changes(question, trained_pictures(table))
     for older, newer in _rows(table, plan):
-        before[older["fingerprint"]] += 1
-        counts["rows"] += 1
-        counts["now_ok"] += older["status"] != STATUS_OK and newer["status"] == STATUS_OK
-        counts["now_failed"] += older["status"] == STATUS_OK and newer["status"] != STATUS_OK
-        if older["caption"] is None or newer["caption"] is None:
-            continue
-        pair, place = _pair(older, newer, question), rank(newer["image_id"], question.seed)
-        counts["changed"] += pair.caption != pair.other
-        if pair.caption != pair.other:
-            changed.offer(place, pair.image_id, pair)
-        if pair.references:
-            counts["trained_left_out"] += newer["sha256"] in trained
-            if newer["sha256"] not in trained:
-                scored.offer(place, pair.image_id, pair)
-    pairs = list(scored)
+        changes.add(older, newer)
+    pairs = list(changes.scored)
     return {
         "generation": plan.generation,
         "only": recaption.only,
         "logprob_below": recaption.logprob_below,
         "model": recaption.model,
-        "before": [{**_facts(table, name), "rows": rows} for name, rows in before.most_common()],
-        "num_rows": counts["rows"],
-        **{name: counts[name] for name in ("changed", "now_ok", "now_failed", "trained_left_out")},
+        "before": [{**_facts(table, name), "rows": rows} for name, rows in changes.before.most_common()],
+        **{name: changes.counts[name] for name in _COUNTED},
         "scored": len(pairs),
         "differences": differences(pairs, question.seed),
-        "shown": shown(list(changed)),
+        "shown": shown(list(changes.changed)),
     }
+
+
+class _Changes:
+    """Takes pairs of rows one after the other."""
+
+    def __init__(self, question: Question, trained: frozenset[str]) -> None:
+        self._question, self._trained = question, trained
+        self.counts: Counter[str] = Counter()
+        self.before: Counter[str] = Counter()  # rows by their older fingerprint
+        self.scored: Draw[Pair] = Draw(COMPARED_ROWS)
+        self.changed: Draw[Pair] = Draw(SHOWN_CHANGES)
+
+    def add(self, older: dict[str, Any], newer: dict[str, Any]) -> None:
+        counts, was_ok, is_ok = self.counts, older["status"] == STATUS_OK, newer["status"] == STATUS_OK
+        self.before[older["fingerprint"]] += 1
+        counts["num_rows"] += 1
+        counts["now_ok"] += is_ok and not was_ok
+        counts["now_failed"] += was_ok and not is_ok
+        if not (was_ok and is_ok):
+            return
+        pair, place = _pair(older, newer, self._question), rank(newer["image_id"], self._question.seed)
+        if pair.caption != pair.other:
+            counts["changed"] += 1
+            self.changed.offer(place, pair.image_id, pair)
+        if pair.references and newer["sha256"] in self._trained:
+            counts["trained_left_out"] += 1
+        elif pair.references:
+            self.scored.offer(place, pair.image_id, pair)
 
 
 def _rows(table: CaptionsTable, plan: Plan) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:

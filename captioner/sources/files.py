@@ -65,6 +65,9 @@ def file_of_unit(unit: str) -> bytes:
     return unquote_to_bytes(unit)
 
 
+_WITHOUT_FOLDERS = ("gcs",)  # pyarrow lists files only there
+
+
 @dataclass(slots=True)
 class Directory:
     """What one directory holds, not what its sub-directories hold. Names are sorted by their bytes."""
@@ -218,9 +221,22 @@ class Root:
 
     def _scan_store(self, path: bytes) -> Iterator[tuple[bytes, FileType]]:
         filesystem, inside = self._inside(path)
+        if filesystem.type_name in _WITHOUT_FOLDERS:
+            yield from _scan_flat(filesystem, inside)
+            return
         for info in filesystem.get_file_info(FileSelector(inside)):
             if info.base_name:
                 yield info.base_name.encode(), info.type
+
+
+def _scan_flat(filesystem: FileSystem, folder: str) -> Iterator[tuple[bytes, FileType]]:
+    """What lies directly in a folder, told by all the files below it."""
+    found = {}
+    for info in filesystem.get_file_info(FileSelector(folder, recursive=True)):
+        name, deeper, _ = info.path.removeprefix(folder).strip("/").partition("/")
+        if name:
+            found[name.encode()] = FileType.Directory if deeper else info.type
+    yield from found.items()
 
 
 def _kind(entry: os.DirEntry[bytes]) -> FileType:

@@ -6,7 +6,6 @@ import json
 import os
 import uuid
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -74,8 +73,12 @@ class Directory:
 
     @retried
     def list_folders(self, folder: str) -> list[str]:
-        selector = FileSelector(self.path(folder), allow_not_found=True)
-        return sorted(i.base_name for i in self.filesystem.get_file_info(selector) if i.type == FileType.Directory)
+        """Names of the folders directly in `folder`, sorted: of those that hold a file, since pyarrow does not list
+        others, nor any as such, on Google Cloud Storage."""
+        root = self.path(folder)
+        infos = self.filesystem.get_file_info(FileSelector(root, allow_not_found=True, recursive=True))
+        below = (info.path.removeprefix(root).strip("/").partition("/") for info in infos if info.is_file)
+        return sorted({name for name, deeper, _ in below if deeper})
 
     def is_empty(self) -> bool:
         """Whether nothing but a run's marker is here. Raises OutputError where `location` is a file or cannot be
@@ -172,14 +175,20 @@ class Directory:
 
     @retried
     def delete(self, name: str) -> None:
-        """Delete a file; one that has gone is no error."""
-        with suppress(FileNotFoundError):
+        """Delete a file; one that has gone is no error, whatever a store calls it."""
+        try:
             self.filesystem.delete_file(self.path(name))
+        except OSError:
+            if self.exists(name):
+                raise
 
     def delete_folder(self, name: str) -> None:
         """Delete a folder with all it holds; one that has gone is no error."""
-        with suppress(FileNotFoundError):
+        try:
             self.filesystem.delete_dir(self.path(name))
+        except OSError:
+            if self.list_names(name) or self.list_folders(name):
+                raise
 
     def sweep(self, folder: str) -> None:
         """Remove what killed writers left in `folder`. Only for a folder that no live writer uses."""

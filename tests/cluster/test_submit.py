@@ -19,15 +19,25 @@ import pytest
 
 from captioner.store.table import open_table
 from captioner.store.verify import verify
-from captioner.testing import make_folder
+from captioner.testing import GATE_MARKER, make_folder
 
 DEADLINE_S = 120.0
-PICTURES = 3_000
+PICTURES = 320
 
 
-@pytest.fixture(scope="module")
-def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_folder(tmp_path_factory.mktemp("archive"), PICTURES, width=32)
+@pytest.fixture
+def gate(tmp_path: Path) -> Path:
+    """Where the last picture of the archive waits, once, until `open` is there: a job that gets to it does not end."""
+    (tmp_path / "gate").mkdir()
+    return tmp_path / "gate"
+
+
+@pytest.fixture
+def archive(tmp_path: Path, gate: Path) -> Path:
+    made = make_folder(tmp_path / "archive", PICTURES, width=32)
+    with (made / f"{PICTURES - 1:06d}.png").open("ab") as last:
+        last.write(GATE_MARKER + str(gate).encode())
+    return made
 
 
 class Proxy:
@@ -69,7 +79,8 @@ class Proxy:
 
 
 def caption(archive: Path, out: Path, *more: str) -> list[str]:
-    return ["--", "caption", str(archive), str(out), "--model", "fake", "--rows-per-file", "160", *more]
+    words = ["--", "caption", str(archive), str(out), "--model", "fake", "--rows-per-file", "32", *more]
+    return ["--env", "CAPTIONER_TEST_POISON=1", *words, "--decode-timeout", "600"]
 
 
 def job_ids(head, prefix: str = "captioner-") -> list[str]:
@@ -82,21 +93,23 @@ def first_line(job: subprocess.Popen[str]) -> str:
     return line.strip()
 
 
-def wait_for_chunks(out: Path, count: int) -> None:
+def wait_until_half_way(out: Path, gate: Path) -> None:
+    """Some chunks are committed, and one waits."""
     deadline = time.monotonic() + DEADLINE_S
-    while len(list(out.glob("chunks/*/*.parquet"))) < count:
+    while not ((gate / "pid").exists() and any(out.glob("chunks/*/*.parquet"))):
         assert time.monotonic() < deadline, "no chunk was committed"
         time.sleep(0.01)
 
 
-def test_stopped_half_way_and_submitted_again_ends_whole(head, archive: Path, tmp_path: Path) -> None:
+def test_stopped_half_way_and_submitted_again_ends_whole(head, archive: Path, gate: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with Proxy(head.url) as proxy:
         first = head.captioner("submit", "--address", proxy.url, *caption(archive, out))
         job_id = first_line(first).removeprefix("captioner: submitted: ")
-        wait_for_chunks(out, 1)
+        wait_until_half_way(out, gate)
         _stop_half_way(head, proxy, first, job_id, archive, out)
 
+    (gate / "open").touch()
     third = head.submit(*caption(archive, out))
     log, _ = third.communicate()
     assert third.returncode == 0, log
@@ -116,7 +129,7 @@ def _stop_half_way(head, proxy: Proxy, first, job_id: str, archive: Path, out: P
     logs = [first.communicate()[0], second.communicate()[0]]
     assert (first.returncode, second.returncode) == (143, 143), logs
     assert not verify(open_table(str(out))).proven
-    assert logs[0].count("planned 3,000 pictures") == 1  # followed over two connections, each line once
+    assert logs[0].count(f"planned {PICTURES} pictures") == 1  # followed over two connections, each line once
 
 
 def test_the_exit_code_is_that_of_the_command(head, tmp_path: Path) -> None:

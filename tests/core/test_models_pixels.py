@@ -178,8 +178,20 @@ def settings_of_processors() -> st.SearchStrategy[dict[str, Any]]:
     return st.builds(lambda way, number: way | {"resample": number}, ways, st.integers(0, 5))
 
 
+BOX_FILTER = {
+    "size": {"shortest_edge": 24},
+    "do_center_crop": True,
+    "crop_size": {"height": 16, "width": 16},
+    "resample": 4,
+}
+
+
 @settings(max_examples=60, deadline=None)
-@given(chosen=settings_of_processors(), size=st.tuples(st.integers(17, 150), st.integers(17, 150)), data=st.data())
+@given(
+    chosen=settings_of_processors() | st.just(BOX_FILTER),
+    size=st.tuples(st.integers(17, 150), st.integers(17, 150)),
+    data=st.data(),
+)
 def test_pixels_are_those_of_the_processor(chosen, size, data, tmp_path_factory) -> None:
     """To the bit with `processor`, within 1/255 on average with `fast`."""
     preprocess = data.draw(st.sampled_from(["fast", "processor"]))

@@ -1,0 +1,48 @@
+"""Google Cloud Storage as pyarrow lists it: files, and no folders. Nothing of an archive or a table is missed there."""
+
+from pathlib import Path
+
+import fsspec
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+from captioner import pipeline
+from captioner.config import CaptionConfig
+from captioner.sources import files
+from captioner.store.table import open_table
+from captioner.store.verify import verify
+from captioner.testing import make_folder
+
+
+class FlatFileSystem(MemoryFileSystem):
+    """fsspec's memory as flat://, whose listings name no folder."""
+
+    protocol = "flat"
+    store: dict = {}  # noqa: RUF012
+
+    def ls(self, path, detail=True, **options):
+        found = [one for one in super().ls(path, detail=True, **options) if one["type"] == "file"]
+        return found if detail else [one["name"] for one in found]
+
+    def find(self, path, maxdepth=None, withdirs=False, detail=False, **options):
+        root = self._strip_protocol(path)
+        found = {name: self.info(name) for name in sorted(self.store) if name.startswith(f"{root}/")}
+        return found if detail else list(found)
+
+
+@pytest.mark.usefixtures("decoding_here")
+def test_an_archive_and_a_table_without_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fsspec.register_implementation("flat", FlatFileSystem, clobber=True)
+    archive = make_folder(tmp_path / "archive", 6)
+    store = fsspec.filesystem("flat")
+    source, out = f"flat://bucket{tmp_path}/in", f"flat://bucket{tmp_path}/out"
+    for number, file in enumerate(sorted(archive.glob("*.png"))):
+        store.pipe_file(f"{source}/{'sub/' * (number % 3)}{file.name}", file.read_bytes())
+    monkeypatch.setattr(files, "_WITHOUT_FOLDERS", ("py::fsspec+flat",))
+    settings = {"source": {"path": source}, "model": {"name": "fake"}, "output": {"path": out}}
+
+    assert pipeline.run(CaptionConfig.model_validate(settings)) == 0
+
+    found = verify(open_table(out))
+    assert found.proven
+    assert found.counts.ok == 6
