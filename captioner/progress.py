@@ -78,7 +78,11 @@ class Progress:
             return
         self._ended.set()
         self._thread.join()
-        self._write(f"{self._count()} in {duration(self._clock() - self._started)}  failed {self._failed:,}")
+        self._write(self.last_line())
+
+    def last_line(self) -> str:
+        """What a log ends with."""
+        return f"{self._count()} in {duration(self._clock() - self._started)}  failed {self._failed:,}"
 
     def update(self, receipt: Receipt, note: str = "") -> None:
         """Count a committed chunk. `note`: what else to say of the run so far."""

@@ -3,41 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pyarrow as pa
 
 from captioner.data import Listing, RawImage
 from captioner.errors import SourceError
-from captioner.sources.columns import Columns, table_rows
+from captioner.sources.columns import table_rows
 from captioner.sources.copies import read_copies_once, with_known_sha256
-from captioner.sources.files import FETCH_FIRST, Root, file_of_unit, readable, unit_of_file
-from captioner.sources.tables import open_table, read_batches
+from captioner.sources.files import FETCH_FIRST, readable
+from captioner.sources.table_files import TableFiles
+from captioner.sources.tables import read_batches
 
 
 @dataclass(frozen=True, slots=True)
-class ManifestSource:
-    """`files`: the tables, as paths under the root, in order. Each is one unit.
-
-    Paths in a table are relative to its own folder. The plan holds them in full, so reading needs no table.
-    """
-
-    name: str
-    root: Root
-    files: tuple[bytes, ...]
-    columns: Columns
-
-    def units(self) -> Sequence[str]:
-        return [unit_of_file(file) for file in self.files]
-
-    def kept_fields(self) -> list[pa.Field]:
-        return list(self.columns.kept)
+class ManifestSource(TableFiles):
+    """Paths in a table are relative to its own folder. The plan holds them in full, so reading needs no table."""
 
     def list_unit(self, unit: str) -> Iterator[Listing]:
-        file = file_of_unit(unit)
-        table = open_table(self.root, file)
-        self.columns.check(table.schema, self.root.uri(file))
+        file, table = self.open_unit(unit)
         first_row = 0
         sha256 = self.columns.sha256 if self.columns.sha256 in table.schema.names else None
         wanted = list(dict.fromkeys([*self.columns.described, self.columns.picture, *filter(None, [sha256])]))

@@ -15,35 +15,23 @@ import pyarrow.parquet as pq
 
 from captioner.data import Listing, RawImage
 from captioner.sources.cells import Cell, make_cell, read_cells
-from captioner.sources.columns import Columns, table_rows
-from captioner.sources.files import Root, file_of_unit, readable, unit_of_file
+from captioner.sources.columns import table_rows
+from captioner.sources.files import readable
 from captioner.sources.reading import concurrency, with_retry
-from captioner.sources.tables import open_parquet, open_table, read_batches
+from captioner.sources.table_files import TableFiles
+from captioner.sources.tables import open_parquet, read_batches
 
 # Rows of a picture column in memory at once, while the wanted ones of its row group are looked for.
 READ_ROWS = 64
 
 
 @dataclass(frozen=True, slots=True)
-class ParquetSource:
-    """`files`: paths under the root, in order. Each is one unit."""
-
-    name: str
-    root: Root
-    files: tuple[bytes, ...]
-    columns: Columns
-
-    def units(self) -> Sequence[str]:
-        return [unit_of_file(file) for file in self.files]
-
-    def kept_fields(self) -> list[pa.Field]:
-        return list(self.columns.kept)
+class ParquetSource(TableFiles):
+    """The pictures are in the tables themselves."""
 
     def list_unit(self, unit: str) -> Iterator[Listing]:
         """Reads the columns of ids, captions and kept values; never that of the pictures."""
-        file = file_of_unit(unit)
-        table = open_table(self.root, file)
-        self.columns.check(table.schema, self.root.uri(file))
+        file, table = self.open_unit(unit)
         first_row = 0
         for batch in read_batches(self.root, file, table, self.columns.described):
             yield Listing(table_rows(batch, self.columns, file, readable(file), first_row), [])

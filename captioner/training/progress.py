@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any, TextIO
 
 from captioner.progress import HEARTBEAT_S, Progress, duration
@@ -43,12 +42,5 @@ class TrainProgress(Progress):
     def _count(self) -> str:
         return f"step {self._done:,}/{self._total:,}"
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._live is not None:
-            self._live.stop()
-            return
-        self._ended.set()
-        self._thread.join()
-        self._write(f"{self.line()}  in {duration(self._clock() - self._started)}")
+    def last_line(self) -> str:
+        return f"{self.line()}  in {duration(self._clock() - self._started)}"
