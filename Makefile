@@ -35,7 +35,8 @@ lint: setup ## ruff and mypy
 unit: setup ## The test suite alone; PYTEST_ARGS=... chooses
 ifeq ($(strip $(PYTEST_ARGS)),)
 	$(BIN)/python -m pytest --ignore tests/jobs --ignore tests/cluster -n 2 --dist loadfile
-	$(BIN)/python -m pytest tests/jobs tests/cluster
+	$(BIN)/python -m pytest tests/cluster
+	$(BIN)/python -m pytest tests/jobs
 else
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 endif
