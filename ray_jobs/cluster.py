@@ -153,7 +153,9 @@ def share_out(resources: Resources, config: ClusterConfig, one_thread: bool = Fa
             f"{workers} workers and {decode} decode CPUs do not fit {resources.num_cpus:g} CPUs; "
             "each needs a share: lower --num-workers or --decode-cpus"
         )
-    threads = max(1, round(cpus))
+    # A large model takes far more of the CPUs than preparing its pictures does: it gets a thread on each, the decoders'
+    # as well, which idle most of the time.
+    threads = max(1, round(cpus if gpus or one_thread else cpus + decode * per_decoder / workers))
     cpus = min(cpus, 1.0) if gpus else cpus
     return Sizes(workers, cpus, gpus, threads, decode, 1 + workers // 4, cpus_per_decoder=per_decoder)
 

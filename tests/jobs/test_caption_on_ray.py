@@ -186,6 +186,22 @@ def test_a_small_model_captions_on_one_cpu_and_as_many_prepare(resources: Resour
 
 
 @pytest.mark.parametrize(
+    ("resources", "cluster", "one_thread", "threads"),
+    [
+        (Resources(2, 0, 1), {}, False, 2),
+        (Resources(4, 0, 1), {}, False, 4),
+        (Resources(8, 0, 2, 4), {}, False, 4),
+        (Resources(4, 0, 1), {}, True, 1),
+        (Resources(8, 2, 1), {}, False, 1),
+    ],
+)
+def test_a_large_model_without_a_gpu_has_a_thread_on_each_cpu_of_its_share(
+    resources, cluster, one_thread, threads
+) -> None:
+    assert share_out(resources, ClusterConfig(**cluster), one_thread).threads_per_worker == threads
+
+
+@pytest.mark.parametrize(
     ("resources", "cluster", "words"),
     [
         (Resources(2, 0, 1), {"gpus_per_worker": 1}, "0 GPUs"),
