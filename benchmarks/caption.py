@@ -7,8 +7,8 @@ Ours is the `captioner caption` command with --no-dedupe; the peers are the scri
 and take no chunks, no resume and no checks. Each is a process of its own and runs at two sizes, so that what it takes
 to start drops out: steady state = (n2 - n1) / (t2 - t1), t the wall time of the process. A slow peer may be given
 smaller sizes. Pictures are the JPEGs of --images, copied under other names as often as needed. torch has --threads
-threads in each peer, by OMP_NUM_THREADS, which Ray passes on; the default is what ours takes for a large model, which
-leaves the other CPUs to decoding. The last line is one JSON object, medians of the rounds; `of_engine` is our rate over
+threads in each peer, by OMP_NUM_THREADS, which Ray passes on; the default is every CPU, as ours takes for a large model.
+The last line is one JSON object, medians of the rounds; `of_engine` is our rate over
 that of the captioning calls alone.
 """
 
@@ -76,7 +76,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--sizes", default="64,192")
     parser.add_argument("--peer-sizes", help="of the peers' runs; default as --sizes")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=CPUS - max(1, CPUS // 4))
+    parser.add_argument("--threads", type=int, default=CPUS)
     options = parser.parse_args()
     options.model = str(Path(options.model).resolve())  # Ray's workers run in a directory of their own
     return options
