@@ -7,9 +7,9 @@ Ours is the `captioner caption` command with --no-dedupe; the peers are the scri
 and take no chunks, no resume and no checks. Each is a process of its own and runs at two sizes, so that what it takes
 to start drops out: steady state = (n2 - n1) / (t2 - t1), t the wall time of the process. A slow peer may be given
 smaller sizes. Pictures are the JPEGs of --images, copied under other names as often as needed. torch has --threads
-threads in each peer, by OMP_NUM_THREADS, which Ray passes on; the default is every CPU, as ours takes for a large model.
-The last line is one JSON object, medians of the rounds; `of_engine` is our rate over
-that of the captioning calls alone.
+threads in each peer, by OMP_NUM_THREADS, which Ray passes on; the default is every CPU, as ours takes for a large
+model. The last line is one JSON object, medians of the rounds; `of_engine` is our rate over that of the captioning
+calls alone.
 """
 
 from __future__ import annotations
