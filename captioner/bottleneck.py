@@ -19,7 +19,7 @@ def busy_shares(seconds: Mapping[str, float], slots: Mapping[str, float], wall: 
     "device" and "write" there were at once. `wall`: seconds from start-up to the last commit.
     """
     spent = {
-        "decode": max(seconds["read"], seconds["decode"]),  # a decoder reads the next chunk meanwhile
+        "decode": seconds["read"] + seconds["decode"],  # one after the other on a cluster; in one process they overlap
         "device": seconds["generate"],
         "write": seconds["commit"],
     }

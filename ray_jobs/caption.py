@@ -77,10 +77,11 @@ def make_dataset(work: Work, chunks: list[Chunk], sizes: Sizes, batch_size: Auto
     import ray
     from ray.data import ActorPoolStrategy
 
-    def pool(size: int, most: int = 0, at_once: int = 1) -> dict[str, Any]:
+    # One call at a time: with Ray's true multi-threading two calls that fail together may both be lost, and the run
+    # waits for ever (Ray 2.60).
+    def pool(size: int, most: int = 0) -> dict[str, Any]:
         least, most = min(size, len(chunks)), min(max(size, most), len(chunks))
-        threads: dict[str, Any] = {"max_concurrent_calls_per_actor": at_once, "enable_true_multi_threading": True}
-        strategy = ActorPoolStrategy(min_size=least, max_size=most, **(threads if at_once > 1 else {}))
+        strategy = ActorPoolStrategy(min_size=least, max_size=most)
         return {"compute": strategy, "batch_size": None, "batch_format": "pyarrow", "zero_copy_batch": True}
 
     described = [asdict(chunk) for chunk in chunks]
@@ -89,7 +90,7 @@ def make_dataset(work: Work, chunks: list[Chunk], sizes: Sizes, batch_size: Auto
         DecodeStage,
         fn_constructor_kwargs={"work": work},
         num_cpus=sizes.cpus_per_decoder,
-        **pool(sizes.decode_cpus, sizes.max_decode_cpus, DecodeStage.AT_ONCE),
+        **pool(sizes.decode_cpus, sizes.max_decode_cpus),
     )
     dataset = dataset.map_batches(
         CaptionStage,

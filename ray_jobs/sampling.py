@@ -7,7 +7,6 @@ ahead of the captioners by a few pieces, as in a run. Nothing is written.
 from __future__ import annotations
 
 import itertools
-import threading
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -24,7 +23,6 @@ from captioner.imaging.guarded import GuardedDecoder
 from captioner.models import ModelRef, load
 from captioner.sources.reading import reads_at_once
 from ray_jobs.cluster import Sizes
-from ray_jobs.stages import DecodeStage
 
 BATCH = {"cpu": 16, "gpu": 128}  # pictures of a piece: those of a forward pass
 MIN_PIECES, PIECES_PER_WORKER = 16, 4  # a smaller sample is captioned again and again
@@ -57,11 +55,10 @@ class Prepared:
 
 
 class Preparer:
-    """A decode worker, called by DecodeStage.AT_ONCE threads as in a run: one reads while the other decodes."""
+    """A decode worker."""
 
     def __init__(self, source: Source, model: ModelRef, config: CaptionConfig) -> None:
         self._source, self._spec, self._settings = source, model.spec, config
-        self._turn = threading.Lock()
         self._decoder = GuardedDecoder(model.spec, config.source.max_pixels, config.source.decode_timeout)
 
     def prepare(self, rows: pa.Table) -> Prepared:
@@ -70,12 +67,8 @@ class Preparer:
         started = time.perf_counter()
         with reads_at_once(self._settings.cluster.read_concurrency):
             raws = self._source.read(rows)
-        reading = time.perf_counter() - started
-        with self._turn:
-            started = time.perf_counter()
-            batch = decode_images(raws, self._spec, self._settings.source.max_pixels, self._decoder)
-            decoding = time.perf_counter() - started
-        seconds = max(decoding, (reading + decoding) / DecodeStage.AT_ONCE)
+        batch = decode_images(raws, self._spec, self._settings.source.max_pixels, self._decoder)
+        seconds = time.perf_counter() - started
         fine = [place for place, code in enumerate(batch.rows["error_code"].to_pylist()) if not code]
         size = sum(len(raw.data) for raw in raws if raw.data)
         return Prepared(Piece(len(raws), len(fine), seconds, 0.0, size, 0), batch.rows, batch.pixels[fine])
@@ -101,7 +94,7 @@ def measure(source: Source, rows: pa.Table, model: ModelRef, sizes: Sizes, confi
     import ray
 
     pieces = cut(rows, sizes, config.model.batch_size)
-    prepare = ray.remote(num_cpus=sizes.cpus_per_decoder, max_concurrency=DecodeStage.AT_ONCE)(Preparer)
+    prepare = ray.remote(num_cpus=sizes.cpus_per_decoder)(Preparer)
     caption = ray.remote(num_cpus=sizes.cpus_per_worker, num_gpus=sizes.gpus_per_worker or None)(Sampler)
     settings = (model, config.model.batch_size, sizes.threads_per_worker)
     decoders = [prepare.remote(source, model, config) for _ in range(min(sizes.decode_cpus, len(pieces)))]
@@ -133,7 +126,7 @@ def _pipeline(decoders: list[Any], workers: list[Any], pieces: list[pa.Table]) -
     import ray
 
     waiting, prepared = itertools.cycle(pieces), deque[Any]()
-    free = {"decode": decoders * DecodeStage.AT_ONCE, "caption": list(workers)}
+    free = {"decode": list(decoders), "caption": list(workers)}
     running: dict[Any, tuple[str, Any]] = {}
     done, last = 0, 0.0
     while done < len(pieces):

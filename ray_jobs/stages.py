@@ -7,7 +7,6 @@ with a column of their widths; the chunk and the seconds spent on it as JSON in 
 from __future__ import annotations
 
 import json
-import threading
 from dataclasses import asdict
 
 import numpy as np
@@ -22,24 +21,16 @@ _CHUNK, _PIXELS, _WIDTHS = "_chunk", "_pixels", "_widths"
 
 
 class DecodeStage:
-    """A block with one chunk's description -> its pictures, decoded.
-
-    Called by AT_ONCE threads: one reads the next chunk while the other decodes.
-    """
-
-    AT_ONCE = 2
+    """A block with one chunk's description -> its pictures, decoded."""
 
     def __init__(self, work: Work) -> None:
         self.work = work
-        self.turn = threading.Lock()
         self.decoder = work.decoder()
         self.decoder.start()  # it imports torch while the model loads
 
     def __call__(self, block: pa.Table) -> pa.Table:
         (chunk,) = (Chunk(**row) for row in block.to_pylist())
-        raw = read(self.work, chunk)
-        with self.turn:
-            return to_block(decode(self.work, raw, self.decoder))
+        return to_block(decode(self.work, read(self.work, chunk), self.decoder))
 
 
 class CaptionStage:
