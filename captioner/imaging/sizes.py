@@ -51,12 +51,18 @@ def _at_most_edge(size: Size, edge: int, multiple: int) -> Size:
 
 
 def _at_most_area(size: Size, area: int, multiple: int) -> Size:
-    """As Qwen-VL rounds (`smart_resize`): so its processor leaves it so. A strip that it refuses stays one."""
+    """As Qwen-VL rounds (`smart_resize`): so its processor leaves it so. A strip that it refuses stays one, and one
+    that it takes never becomes one that it refuses."""
+    if max(size) > _QWEN_ASPECT * min(size):
+        return _rounded_to_area(size, area, 1)
+    found = _rounded_to_area(size, area, multiple)
+    return size if max(found) > _QWEN_ASPECT * min(found) else found
+
+
+def _rounded_to_area(size: Size, area: int, multiple: int) -> Size:
     height, width = size
     if height * width <= area:
         return size
-    if max(size) > _QWEN_ASPECT * min(size):
-        multiple = 1
     rounded = round(height / multiple) * multiple, round(width / multiple) * multiple
     if rounded[0] * rounded[1] <= area:
         return rounded
