@@ -52,13 +52,10 @@ def _as_array(values: Sequence[object] | pa.Array, kind: pa.DataType) -> pa.Arra
 
 
 @dataclass(frozen=True, slots=True)
-class FilteredSource:
-    """A source without the pictures that `include` and `exclude` leave out: shell globs over whole image ids, in which
-    `*` crosses slashes."""
+class WrappedSource:
+    """A source that lists or reads in its own way what another one holds."""
 
     source: Source
-    include: tuple[str, ...]
-    exclude: tuple[str, ...]
 
     @property
     def name(self) -> str:
@@ -69,6 +66,15 @@ class FilteredSource:
 
     def kept_fields(self) -> list[pa.Field]:
         return self.source.kept_fields()
+
+
+@dataclass(frozen=True, slots=True)
+class FilteredSource(WrappedSource):
+    """A source without the pictures that `include` and `exclude` leave out: shell globs over whole image ids, in which
+    `*` crosses slashes."""
+
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
 
     def list_unit(self, unit: str) -> Iterator[Listing]:
         for listing in self.source.list_unit(unit):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from captioner.data import PAGE, PLAN_SCHEMA, Listing, RawImage, Source
 from captioner.sources.files import Root
+from captioner.sources.listing import WrappedSource
 from captioner.sources.reading import concurrency
 from captioner.tiff import SUFFIXES, extract, page_offsets
 
@@ -21,7 +22,7 @@ class _FilesSource(Source, Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class PagedSource:
+class PagedSource(WrappedSource):
     """A source of files in which each page of a TIFF that has several is a picture of its own: `scan.tif#page=1`, ...
 
     Listing opens the files whose names end in .tif or .tiff and follows their chains of directories; no pixel is
@@ -30,16 +31,6 @@ class PagedSource:
     """
 
     source: _FilesSource
-
-    @property
-    def name(self) -> str:
-        return self.source.name
-
-    def units(self) -> Sequence[str]:
-        return self.source.units()
-
-    def kept_fields(self) -> list[pa.Field]:
-        return self.source.kept_fields()
 
     def list_unit(self, unit: str) -> Iterator[Listing]:
         for listing in self.source.list_unit(unit):
