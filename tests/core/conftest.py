@@ -1,6 +1,6 @@
 """Shared by the tests of one process."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Self
 
@@ -41,3 +41,14 @@ def decoding_here(monkeypatch: pytest.MonkeyPatch) -> None:
 def no_settling(monkeypatch: pytest.MonkeyPatch) -> None:
     """A table on an object store need not wait for others that start in the same second."""
     monkeypatch.setattr(lease, "_sleep", lambda seconds: None)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For tiny models: threads would wait for each other more than they compute."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -23,13 +23,7 @@ LIMIT = 20
 STARTER = Path(captioner.starter.__file__).parent / "model"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The models are small: threads would wait for each other more than they compute."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -33,13 +33,7 @@ CHAT = ("idefics3", "smolvlm", "qwen2_vl", "qwen2_5_vl")
 NEW = ("blip-2", "florence2", *CHAT)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The models are small: threads would wait for each other more than they compute."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -21,14 +21,7 @@ from captioner.training.loop import make_collate
 from captioner.training.loss import CaptionLoss
 from captioner.training.network import open_trainable
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Many threads on tiny models wait for each other more than they work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
