@@ -39,7 +39,7 @@ class Form:
     size: str
     images: int
     batch_size: int
-    few: int  # images of the slow peer, and of the job with two workers
+    few: int  # images of the slow peer, and of the batch that is too large
     pairs: int
     train_batch: int
     train_steps: int
@@ -133,7 +133,7 @@ def kill(setup: Setup) -> list[str]:
 
 def two_workers(setup: Setup) -> list[str]:
     share = ("--gpus-per-worker", 0.5) if has_gpu() else ("--decode-cpus", 1)
-    return setup.job("caption", "few", "two", "--against", setup.path("job"), "--num-workers", 2, *share, *TOKENS)
+    return setup.job("caption", "images", "two", "--against", setup.path("job"), "--num-workers", 2, *share, *TOKENS)
 
 
 def oversized(setup: Setup) -> list[str]:
@@ -158,6 +158,7 @@ def hf_loader(setup: Setup) -> list[str]:
 
 
 def ray_naive(setup: Setup) -> list[str]:
+    shutil.rmtree(setup.path("ray_naive"), ignore_errors=True)  # it would add to what is there
     return setup.peer("ray_naive.py", "--images", setup.path("few"), "--out", setup.path("ray_naive"))
 
 

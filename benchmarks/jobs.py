@@ -152,6 +152,7 @@ def watch_display(terminal: int, started: float) -> tuple[float | None, float | 
             first = time.perf_counter() - started
         if rates := re.findall(rb"([\d.,]+) samples/s", shown):
             rate = float(rates[-1].replace(b",", b""))
+    print(file=sys.stderr)  # the display ends within a line
     return first, rate
 
 
