@@ -136,7 +136,11 @@ def test_the_sample_is_captioned_on_the_cluster_and_nothing_is_written(
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.chdir(tmp_path)
 
-    settings = {"source": {"path": str(archive)}, "model": {"name": "fake"}, "cluster": {"gpus_per_worker": 0, "decode_cpus": 1}}
+    settings = {
+        "source": {"path": str(archive)},
+        "model": {"name": "fake"},
+        "cluster": {"gpus_per_worker": 0, "decode_cpus": 1},
+    }
     code = run(CaptionConfig.model_validate(settings), 41, 0, 2.5)
 
     shown = capsys.readouterr().out
