@@ -15,9 +15,9 @@ import torch
 from transformers import GenerationConfig, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from captioner.ahead import one_ahead
 from captioner.models.base import TransformersCaptioner
 from captioner.models.opening import quiet
-from captioner.ahead import one_ahead
 from captioner.training.batches import Collate, Decode, Upload, batches_of
 from captioner.training.conductor import Conductor, sum_over_workers
 from captioner.training.evaluate import Evaluator, Feed
