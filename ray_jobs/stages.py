@@ -1,7 +1,8 @@
 """The steps as Ray Data stages: columns to nouns and back, nothing else.
 
-One block is one chunk from the first stage to the last. Pixels travel as one column of bytes, those of own sizes
-with a column of their widths; the chunk and the seconds spent on it as JSON in every row.
+One chunk is one row and one block from the first stage to the last: whatever Ray merges or cuts, a row stays whole.
+The images of the chunk are a list in that row. Pixels travel as one field of bytes, those of own sizes with their
+widths beside them; the chunk and the seconds spent on it as JSON.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from captioner.data import Chunk, Pixels, Receipt, object_array
 from captioner.steps import ChunkRows, Work, caption, commit, decode, read
 from ray_jobs.metrics import DeviceMetrics, RunMetrics
 
-_CHUNK, _PIXELS, _WIDTHS, _ERROR = "_chunk", "_pixels", "_widths", "_error"
+_CHUNK, _IMAGES = "chunk", "images"
+_PIXELS, _WIDTHS = "_pixels", "_widths"
+_ERROR = "error"
 
 
 class DecodeStage:
@@ -100,32 +103,35 @@ def receipts_of(block: pa.Table) -> list[Receipt]:
 
 
 def to_block(rows: ChunkRows) -> pa.Table:
-    travelling = json.dumps({"chunk": asdict(rows.chunk), "seconds": rows.seconds, "engine": rows.engine})
-    block = rows.rows.append_column(_CHUNK, pa.array([travelling] * rows.chunk.num_rows))
-    if rows.pixels is None:
-        return block
-    if rows.pixels.dtype == object:
-        widths = pa.array([picture.shape[1] for picture in rows.pixels], pa.int32())
-        pictures = pa.array([picture.tobytes() for picture in rows.pixels], pa.large_binary())
-        return block.append_column(_WIDTHS, widths).append_column(_PIXELS, pictures)
-    flat = np.ascontiguousarray(rows.pixels).reshape(len(rows.pixels), -1)
-    kind = pa.binary(flat.shape[1])
-    pixels = pa.FixedSizeBinaryArray.from_buffers(kind, len(flat), [None, pa.py_buffer(flat)])
-    return block.append_column(_PIXELS, pixels)
+    """The chunk as one row: what it is as JSON, and its images as a list of structs; no buffer is copied."""
+    facts = json.dumps({"chunk": asdict(rows.chunk), "seconds": rows.seconds, "engine": rows.engine})
+    (images,) = _with_pixels(rows).combine_chunks().to_batches()
+    images = pa.LargeListArray.from_arrays([0, len(images)], images.to_struct_array())
+    return pa.table({_CHUNK: [facts], _IMAGES: images})
 
 
 def from_block(block: pa.Table, work: Work) -> ChunkRows:
-    """Raises ValueError where the block is not one whole chunk: then Ray cut or merged what must stay together."""
-    travelling = set(block[_CHUNK].to_pylist())
-    if len(travelling) != 1:
-        raise ValueError(f"a block holds rows of {len(travelling)} chunks")
-    known = json.loads(travelling.pop())
-    chunk = Chunk(**known["chunk"])
-    if block.num_rows != chunk.num_rows:
-        raise ValueError(f"chunk {chunk.chunk_id} came as {block.num_rows} of its {chunk.num_rows} rows")
-    pixels = _pixels_of(block, work) if _PIXELS in block.column_names else None
-    rows = block.drop_columns([name for name in (_CHUNK, _PIXELS, _WIDTHS) if name in block.column_names])
-    return ChunkRows(chunk, rows, pixels, known["seconds"], known["engine"])
+    """Raises ValueError where the block is not one chunk: then Ray merged what must stay apart."""
+    if block.num_rows != 1:
+        raise ValueError(f"a block holds {block.num_rows} chunks instead of one")
+    facts = json.loads(block[_CHUNK][0].as_py())
+    images = pa.Table.from_struct_array(block[_IMAGES][0].values)
+    pixels = _pixels_of(images, work) if _PIXELS in images.column_names else None
+    rows = images.drop_columns([name for name in (_PIXELS, _WIDTHS) if name in images.column_names])
+    return ChunkRows(Chunk(**facts["chunk"]), rows, pixels, facts["seconds"], facts["engine"])
+
+
+def _with_pixels(rows: ChunkRows) -> pa.Table:
+    if rows.pixels is None:
+        return rows.rows
+    if rows.pixels.dtype == object:
+        widths = pa.array([image.shape[1] for image in rows.pixels], pa.int32())
+        images = pa.array([image.tobytes() for image in rows.pixels], pa.large_binary())
+        return rows.rows.append_column(_WIDTHS, widths).append_column(_PIXELS, images)
+    flat = np.ascontiguousarray(rows.pixels).reshape(len(rows.pixels), -1)
+    kind = pa.binary(flat.shape[1])
+    pixels = pa.FixedSizeBinaryArray.from_buffers(kind, len(flat), [None, pa.py_buffer(flat)])
+    return rows.rows.append_column(_PIXELS, pixels)
 
 
 def _pixels_of(block: pa.Table, work: Work) -> Pixels:
