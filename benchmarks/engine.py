@@ -25,7 +25,7 @@ import torch
 from captioner.config import ModelConfig
 from captioner.models import load, resolve
 from captioner.models.git_fast import FastSearch
-from captioner.models.opening import open_model, quiet
+from captioner.models.pretrained import open_model, quiet
 
 
 def main() -> None:

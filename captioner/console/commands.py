@@ -9,19 +9,19 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-from captioner import quality
 from captioner.config import CheckConfig, ModelConfig, SourceConfig
+from captioner.console.text import printable
 from captioner.data import RawImage
 from captioner.errors import ERROR, OK, TOO_MANY_FAILED
-from captioner.imaging.guarded import GuardedDecoder
+from captioner.imaging.sandbox.decoder import GuardedDecoder
 from captioner.models import load, resolve
 from captioner.report import FIGURES
 from captioner.report.terminal import print_check
-from captioner.scoring.gates import enforce
+from captioner.run import quality
+from captioner.run.quality import enforce
 from captioner.store.table import open_table
 from captioner.store.verify import TableCounts, count_rows
 from captioner.store.verify import verify as verify_table
-from captioner.text import printable
 
 
 def try_pictures(pictures: Sequence[str], model: ModelConfig) -> int:

@@ -1,6 +1,6 @@
 """`--log-format json`: what a run says on standard error, one JSON object a line, for a log collector.
 
-The heartbeat of a run carries its figures as keys: see `captioner.progress.Progress.fields`.
+The heartbeat of a run carries its figures as keys: see `captioner.console.progress.Progress.fields`.
 """
 
 from __future__ import annotations

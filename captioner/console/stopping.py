@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from captioner.console.text import printable
 from captioner.errors import InterruptedRunError, TerminatedRunError
-from captioner.text import printable
 
 
 @contextmanager

@@ -10,14 +10,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from captioner.bottleneck import bottleneck_line
 from captioner.config import CaptionConfig, command_line
-from captioner.progress import duration
-from captioner.text import printable
+from captioner.console.progress import duration
+from captioner.console.text import printable
+from captioner.run.bottleneck import bottleneck_line
 
 
 def print_summary(record: dict[str, Any], stream: TextIO | None = None) -> None:
-    """Print a finished run's record (see `captioner.record.make_record`); to standard error unless told otherwise.
+    """Print a finished run's record (see `captioner.run.record.make_record`); to standard error unless told otherwise.
 
     Keys that a record lacks are left out. What comes from data is shown without control characters.
     """

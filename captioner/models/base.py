@@ -16,12 +16,12 @@ from transformers import GenerationConfig, LogitsProcessorList
 
 from captioner.data import Captions, Pixels, object_array
 from captioner.errors import ModelError
-from captioner.models import own_batches
-from captioner.models.opening import open_model, open_tokenizer, quiet
-from captioner.models.own_batches import OwnBatch
+from captioner.models import native_batches
+from captioner.models.logprobs import ScoreRecorder, token_counts
+from captioner.models.native_batches import OwnBatch
+from captioner.models.pretrained import open_model, open_tokenizer, quiet
 from captioner.models.processors import open_image_processor
 from captioner.models.ref import ModelRef
-from captioner.models.scores import ScoreRecorder, token_counts
 from captioner.models.uploads import Uploads
 
 _USUAL_SIDE = 1024
@@ -145,7 +145,7 @@ class TransformersCaptioner:
     def _batches(self, pixels: Pixels) -> Iterator[Any]:
         if self.processor is None:
             return self.uploads.batches(pixels, self.batch_size)
-        return own_batches.batches(pixels, self.batch_size, self.process)
+        return native_batches.batches(pixels, self.batch_size, self.process)
 
     def _as_fits(self, values: Any) -> list[Captions]:
         """`caption_batch`, in as many pieces as the device's memory asks for."""

@@ -1,5 +1,7 @@
 """The caption stage for a pipeline of one's own, on Ray Data or anything that passes batches of columns.
 
+    from captioner import CaptionBatches
+
     ds = ray.data.read_binary_files("pictures/", include_paths=True)
     ds = ds.map_batches(CaptionBatches, fn_constructor_kwargs={"model": "starter"}, batch_size=64,
                         compute=ray.data.ActorPoolStrategy(size=1), num_gpus=1)
@@ -15,7 +17,7 @@ import numpy as np
 
 from captioner.config import ModelConfig, SourceConfig
 from captioner.data import RawImage
-from captioner.imaging.guarded import GuardedDecoder
+from captioner.imaging.sandbox.decoder import GuardedDecoder
 from captioner.models import load, resolve
 from captioner.steps import caption_or_reasons
 

@@ -15,19 +15,19 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
-from captioner.binding import bind, facts_of, rebind
 from captioner.config import CaptionConfig, SourceConfig
 from captioner.data import Chunk, Receipt, Source
 from captioner.errors import OutputError, UsageError
 from captioner.files import is_uri, local_path, shown
 from captioner.models import ModelRef, check_in_subprocess, resolve, weights_bytes
-from captioner.recaption import make_recaption_plan, parse_selector
-from captioner.scenes import describes_scene
+from captioner.run.fingerprint import bind, facts_of, rebind
+from captioner.run.selector import make_recaption_plan, parse_selector
 from captioner.sources import open_source
+from captioner.starter.scenes import describes_scene
 from captioner.steps import Work
-from captioner.store.again import make_retry_plan
 from captioner.store.plan import compare_with_source, make_plan, read_planned
 from captioner.store.publish import remove_merged_chunks
+from captioner.store.replan import make_retry_plan
 from captioner.store.table import CaptionsTable, Plan, create_table, open_table, table_exists
 
 ROWS_PER_CHUNK = 512

@@ -1,4 +1,5 @@
-"""Check a table and tell people: what `captioner check`, `captioner report` and the end of a run share."""
+"""Check a table, tell people, and decide whether its captions are good enough (--max-wer and --min-lift): what
+`captioner check`, `captioner report` and the end of a run share."""
 
 from __future__ import annotations
 
@@ -7,15 +8,15 @@ from typing import Any
 
 from captioner.config import CheckConfig, SpotCheckConfig
 from captioner.data import Receipt
-from captioner.errors import StoppedEarlyError, UsageError
+from captioner.errors import CheckFailedError, StoppedEarlyError, UsageError
 from captioner.report import make_report
 from captioner.scoring.changes import find_changes
-from captioner.scoring.check import CHECK_FILE, Check, check_table
-from captioner.scoring.choose import Question, nothing_matches
+from captioner.scoring.check_table import CHECK_FILE, Check, check_table
 from captioner.scoring.compare import compare_tables
-from captioner.scoring.gates import failed_gates
+from captioner.scoring.eligible_rows import Question, nothing_matches
 from captioner.scoring.references import read_references
-from captioner.scoring.running import RunningWer, Sample, draw_sample
+from captioner.scoring.running_wer import RunningWer, Sample, draw_sample
+from captioner.scoring.scores import Scores
 from captioner.scoring.terms import read_terms
 from captioner.store.table import CaptionsTable, open_table
 
@@ -104,3 +105,35 @@ def _state_of(table: CaptionsTable) -> dict[str, Any]:
 
 def _digest(names: list[str]) -> str:
     return sha256("\n".join(names).encode()).hexdigest()
+
+
+def failed_gates(scores: Scores, settings: CheckConfig) -> list[str]:
+    """What is not good enough, in words; empty where nothing was asked for or all is well.
+
+    A gate on a figure for which there is no data fails: nothing shows that the captions are good enough.
+    """
+    failed = []
+    if settings.max_wer is not None:
+        if scores.wer is None:
+            failed.append(f"--max-wer {settings.max_wer:g} cannot be judged: no caption has a reference to score it by")
+        elif scores.wer > settings.max_wer:
+            failed.append(
+                f"WER {scores.wer:.3f} of {scores.num_rows:,} captions is above --max-wer {settings.max_wer:g}"
+            )
+    if settings.min_lift is not None:
+        if scores.lift is None:
+            failed.append(f"--min-lift {settings.min_lift:g} cannot be judged: fewer than two captions could be scored")
+        elif scores.lift < settings.min_lift:
+            better = "too little better" if scores.lift > 0 else "no better"
+            failed.append(
+                f"lift {scores.lift:.3f} is below --min-lift {settings.min_lift:g}: WER {scores.wer:.3f} is {better} "
+                f"than {scores.shuffled_wer:.3f}, that of the same captions on other pictures"
+            )
+    return failed
+
+
+def enforce(scores: Scores, settings: CheckConfig) -> None:
+    """Raises CheckFailedError that names what is not good enough."""
+    failed = failed_gates(scores, settings)
+    if failed:
+        raise CheckFailedError("the captions are not good enough: " + "; ".join(failed))

@@ -13,12 +13,12 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from captioner.bottleneck import busy_shares
 from captioner.config import CaptionConfig
 from captioner.data import Chunk, Receipt
 from captioner.errors import CaptionerError, CheckFailedError, StoppedEarlyError, TooManyFailedError
 from captioner.files import shown
-from captioner.job import Job
+from captioner.run.bottleneck import busy_shares
+from captioner.run.job import Job
 from captioner.store.table import Plan
 from captioner.store.verify import TableCounts
 

@@ -28,13 +28,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from captioner.alttext.journal import latest_reviews, read_reviews
-from captioner.alttext.nouns import LASTING, Review
-from captioner.alttext.texts import holds
 from captioner.data import STATUS_FAILED
 from captioner.errors import UsageError
+from captioner.publishing.alt_text.journal import latest_reviews, read_reviews
+from captioner.publishing.alt_text.schemas import LASTING, Review
+from captioner.publishing.alt_text.texts import holds
 from captioner.scoring.flags import CAPTION_FLAGS, RUN_FLAGS
-from captioner.store.again import Places, founded_by, plan_again
+from captioner.store.replan import Places, founded_by, plan_again
 from captioner.store.table import CaptionsTable, Plan, Recaption, captions_name
 
 _EXAMPLES = ("flags", "logprob<10%", "rejected", "expert", "failed", *(f"flag:{name}" for name in CAPTION_FLAGS))

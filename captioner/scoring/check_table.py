@@ -15,11 +15,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from captioner.scoring.choose import Chooser, Question
-from captioner.scoring.draw import Draw
-from captioner.scoring.judge import Judge
+from captioner.scoring.eligible_rows import Chooser, Question
+from captioner.scoring.row_checks import Judge
+from captioner.scoring.sample import Draw
 from captioner.scoring.scores import Scores
-from captioner.scoring.survey import COLUMNS, Survey
+from captioner.scoring.table_stats import COLUMNS, Survey
 from captioner.store.read import read_parts
 from captioner.store.table import CaptionsTable
 

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow.fs import FileType
 
 from captioner.data import STATUS_OK
 from captioner.errors import UsageError
-from captioner.scoring.draw import Draw, rank
+from captioner.files import open_filesystem
 from captioner.scoring.references import References
-from captioner.scoring.trained import trained_pictures
+from captioner.scoring.sample import Draw, rank
 from captioner.store.plan import read_planned
 from captioner.store.table import CaptionsTable
 
@@ -102,3 +104,20 @@ def nothing_matches(references: References, table: CaptionsTable) -> str:
         f"--references {references.name}: none of its {number:,} names, such as {examples[0]!r}, is a picture of the "
         f"table, whose ids are like {example!r}"
     )
+
+
+TRAINING_IMAGES = "training_images.parquet"
+
+
+def trained_pictures(table: CaptionsTable) -> frozenset[str]:
+    """sha256 of the pictures in the model directory's training_images.parquet; empty where there is none."""
+    name = (table.info.get("model") or {}).get("name", "")
+    if table.directory.exists("run.json"):
+        name = (table.directory.read_json("run.json").get("model") or {}).get("path") or name
+    if not name:
+        return frozenset()
+    filesystem, path = open_filesystem(f"{name}/{TRAINING_IMAGES}")
+    if filesystem.get_file_info(path).type != FileType.File:
+        return frozenset()
+    column: pa.ChunkedArray = pq.read_table(filesystem.open_input_file(path), columns=["sha256"])["sha256"]
+    return frozenset(column.drop_null().to_pylist())

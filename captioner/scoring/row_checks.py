@@ -10,12 +10,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from captioner.data import STATUS_OK
-from captioner.scoring.choose import Eligible, Question
-from captioner.scoring.draw import Draw, rank
+from captioner.scoring.eligible_rows import Eligible, Question
 from captioner.scoring.flags import ALL_FLAGS
 from captioner.scoring.language import language_of
+from captioner.scoring.sample import Draw, rank
 from captioner.scoring.scores import ScoreSums
-from captioner.scoring.survey import Survey
+from captioner.scoring.table_stats import Survey
 from captioner.scoring.terms import finder
 from captioner.scoring.wer import Match, match_captions
 

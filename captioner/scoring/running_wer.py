@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from captioner.scoring.bootstrap import Interval, wer_interval
-from captioner.scoring.draw import Draw, rank
 from captioner.scoring.references import References
+from captioner.scoring.sample import Draw, rank
 from captioner.scoring.wer import match_captions
 from captioner.store.table import CaptionsTable, plan_part_name
 

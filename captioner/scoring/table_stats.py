@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +15,6 @@ import pyarrow.compute as pc
 from captioner.data import STATUS_OK
 from captioner.scoring.frequent import Frequent
 from captioner.scoring.language import language_of
-from captioner.scoring.timeline import Timeline
 
 COLUMNS = ["image_id", "status", "error_code", "error_message", "sha256", "caption", "logprob_mean", "created_at"]
 EXAMPLES = 5
@@ -24,6 +24,36 @@ LOW_CONFIDENCE_SHARE = 0.01
 LANGUAGE_SHARE = 0.8  # a run has a language where so many of the captions that tell theirs share it
 MAX_LENGTH = 100  # words, and tens of characters; longer ones are counted there
 _LOGPROB_LOW, _LOGPROB_STEP = -10.0, 0.01
+
+
+MOST_BUCKETS = 4_096
+
+
+class Timeline:
+    """Rows by time, in buckets of `width` seconds: 1 at first, doubled whenever there are too many buckets."""
+
+    def __init__(self, most: int = MOST_BUCKETS) -> None:
+        self._most = most
+        self._rows: Counter[int] = Counter()  # number of the bucket since the epoch -> rows
+        self.width = 1
+
+    def add(self, rows: Mapping[int, int]) -> None:
+        """`rows`: second since the epoch -> rows made in it."""
+        for second, count in rows.items():
+            self._rows[second // self.width] += count
+        while len(self._rows) > self._most:
+            self._halve()
+
+    def _halve(self) -> None:
+        self.width *= 2
+        merged: Counter[int] = Counter()
+        for bucket, count in self._rows.items():
+            merged[bucket // 2] += count
+        self._rows = merged
+
+    def to_list(self) -> list[tuple[int, int]]:
+        """(first second of the bucket, rows) of each bucket with rows, in order."""
+        return [(bucket * self.width, count) for bucket, count in sorted(self._rows.items())]
 
 
 @dataclass

@@ -12,7 +12,7 @@ from pyarrow.fs import FileType
 
 from captioner.errors import SourceError
 from captioner.files import is_uri
-from captioner.sources.files import Root, is_hidden, is_ignored
+from captioner.sources.root import Root, is_hidden, is_ignored
 from captioner.sources.webdataset import COMPRESSED_SUFFIXES
 
 

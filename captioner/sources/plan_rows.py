@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from captioner.data import PLAN_SCHEMA, Listing, RawImage, Source, names_of
-from captioner.sources.files import readable
+from captioner.sources.root import readable
 
 BATCH_ROWS = 4096
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from captioner.errors import OutputError
-from captioner.scenes import Scene, make_scenes
+from captioner.starter.scenes import Scene, make_scenes
 
 SCENES_PER_TAR = 1000
 SCENES_PER_ROW_GROUP = 100

@@ -13,12 +13,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from captioner.faults import GatedDirectory, Killed, killed_at_write, sigkill_at_write
-from captioner.imaging.poison import ABORT_MARKER, GATE_MARKER, HANG_MARKER
+from captioner.imaging.sandbox.poison import ABORT_MARKER, GATE_MARKER, HANG_MARKER
 from captioner.models.fake import FakeCaptioner
 from captioner.models.ref import ModelRef
-from captioner.scenes import Scene, make_scenes
-from captioner.tiny_models import make_tiny_model
+from captioner.starter.scenes import Scene, make_scenes
+from captioner.testing.faults import GatedDirectory, Killed, killed_at_write, sigkill_at_write
+from captioner.testing.tiny_models import make_tiny_model
 
 __all__ = [
     "ABORT_MARKER",

@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from captioner.imaging.poison import wait_at
+from captioner.imaging.sandbox.poison import wait_at
 from captioner.store.directory import Directory
 
 _WRITES = ("write_bytes", "delete", "delete_folder")

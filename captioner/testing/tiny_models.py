@@ -25,7 +25,7 @@ def make_tiny_model(family: str, path: Path, seed: int = 0) -> Path:
     """
     import torch
 
-    from captioner.models.opening import quiet
+    from captioner.models.pretrained import quiet
 
     makers: dict[str, Callable[[Path], Any]] = {
         "git": _make_git,

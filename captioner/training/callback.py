@@ -14,9 +14,9 @@ from transformers import TrainerCallback
 
 from captioner.store.directory import Directory
 from captioner.training.evaluate import Evaluator
-from captioner.training.events import write_events
 from captioner.training.schedule import best_of, evaluations, is_stale
-from captioner.training.work import Training, Worker
+from captioner.training.tensorboard import write_events
+from captioner.training.worker import Training, Worker
 
 
 class Conductor(TrainerCallback):

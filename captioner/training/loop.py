@@ -16,15 +16,15 @@ from transformers import GenerationConfig, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from captioner.models.base import TransformersCaptioner
-from captioner.models.opening import quiet
-from captioner.training.batches import IGNORED, Collate, Decode, batches_of
-from captioner.training.conductor import Conductor, add_up
+from captioner.models.pretrained import quiet
+from captioner.training.callback import Conductor, add_up
+from captioner.training.collate import IGNORED, Collate, Decode, batches_of
 from captioner.training.evaluate import Evaluator, Feed
-from captioner.training.limits import max_caption_tokens
 from captioner.training.loss import CaptionLoss
-from captioner.training.network import ADAPTERS, open_trainable
 from captioner.training.order import GlobalOrder, Share
-from captioner.training.work import Training, Worker
+from captioner.training.pairs import max_caption_tokens
+from captioner.training.trainable import ADAPTERS, open_trainable
+from captioner.training.worker import Training, Worker
 
 
 def train_worker(work: Training, worker: Worker, checkpoint: Path | None = None) -> dict[str, Any]:

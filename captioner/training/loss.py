@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional
 
 from captioner.models.base import TransformersCaptioner
-from captioner.training.batches import IGNORED
+from captioner.training.collate import IGNORED
 from captioner.training.git_layers import text_hidden
 
 

@@ -12,11 +12,12 @@ from captioner.models.base import TransformersCaptioner
 from captioner.models.blip import BlipCaptioner
 from captioner.models.git import GitCaptioner
 from captioner.models.git_fast import FastSearch, missing_settings
-from captioner.models.opening import open_model
+from captioner.models.pretrained import open_model
 from captioner.models.ref import ModelRef
 from captioner.models.resolving import on_this_machine
 from captioner.models.vision_encoder_decoder import VisionEncoderDecoderCaptioner
-from captioner.training.limits import TRAINABLE
+from captioner.training.lora import add_adapters
+from captioner.training.pairs import TRAINABLE
 
 ADAPTERS = "adapters"
 
@@ -52,9 +53,9 @@ def open_trainable(
     captioner = _FAMILIES[ref.family](on_this_machine(ref), device, batch_size)
     network = captioner.model
     if config.lora_rank is not None:
-        from captioner.training.lora import add_adapters
-
-        add_adapters(network, ref.family, config, None if checkpoint is None else checkpoint / ADAPTERS)
+        add_adapters(
+            network, vision_part(network, ref.family), config, None if checkpoint is None else checkpoint / ADAPTERS
+        )
     elif checkpoint is not None:
         saved = open_model(str(checkpoint), captioner.dtype, device, captioner.attention)
         network.load_state_dict(saved.state_dict())

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import Trainer
 
-    from captioner.training.batches import Decode
+    from captioner.training.collate import Decode
     from captioner.training.evaluate import Feed
 
 

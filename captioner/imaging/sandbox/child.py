@@ -1,4 +1,4 @@
-"""`python -m captioner.imaging.child CONTROL SETTINGS`: the processes behind `captioner.imaging.guarded`.
+"""`python -m captioner.imaging.sandbox.child CONTROL SETTINGS`: the processes behind `decoder.py`.
 
 This one loads what decoding needs, opens no picture, and forks a worker whenever its caller asks for one: a worker that
 a picture ended is replaced within milliseconds.
@@ -21,9 +21,9 @@ from typing import Any
 
 from captioner.data import DecodedImage, PixelSpec
 from captioner.imaging import decode, squeeze
-from captioner.imaging.slots import NUM_SLOTS, Slots
+from captioner.imaging.sandbox.slots import NUM_SLOTS, Slots
 
-# Asks for a picture whose bytes tell its decoder to die or to hang: see `captioner.imaging.poison`.
+# Asks for a picture whose bytes tell its decoder to die or to hang: see `captioner.imaging.sandbox.poison`.
 POISON_VARIABLE = "CAPTIONER_TEST_POISON"
 NUMBER = struct.Struct("<i")  # what is said over the control socket: 0 (ready), then each worker's pid and exit code
 
@@ -84,7 +84,7 @@ def main(argv: list[str]) -> None:
     settings: dict[str, Any] = json.loads(argv[1])
     decode_one = _decoder_of(settings)
     if POISON_VARIABLE in os.environ:
-        from captioner.imaging.poison import poisoned
+        from captioner.imaging.sandbox.poison import poisoned
 
         decode_one = poisoned(decode_one, caller)
     slots = Slots(settings["max_bytes"], settings["slots"])

@@ -18,8 +18,8 @@ from types import TracebackType
 from typing import Self
 
 from captioner.data import DecodedImage, PixelSpec
-from captioner.imaging.slots import NUM_SLOTS, Slots
-from captioner.imaging.worker import Child, Worker
+from captioner.imaging.sandbox.processes import Child, Worker
+from captioner.imaging.sandbox.slots import NUM_SLOTS, Slots
 
 ATTEMPTS = 2  # a decoder may also die of something else: memory that a neighbour took, say
 # However many of its pictures hang, a chunk must not take as long as a run waits for progress: after so many, its

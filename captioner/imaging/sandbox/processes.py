@@ -1,4 +1,4 @@
-"""The caller's side of the processes in `captioner.imaging.child`."""
+"""The caller's side of the processes in `captioner.imaging.sandbox.child`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import captioner
 from captioner.data import DecodedImage
-from captioner.imaging.child import NUMBER
-from captioner.imaging.slots import NUM_SLOTS, Slots
+from captioner.imaging.sandbox.child import NUMBER
+from captioner.imaging.sandbox.slots import NUM_SLOTS, Slots
 
 START_TIMEOUT_S = 300.0
 
@@ -29,12 +28,12 @@ class Child:
         self._is_ready = False
         self._control, theirs = socket.socketpair()
         self._control.settimeout(START_TIMEOUT_S)
-        root = str(Path(captioner.__file__).parent.parent)
+        root = str(Path(__file__).parents[3])
         search_path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
         settings = settings | {"slots": slots.descriptors}
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "captioner.imaging.child", str(theirs.fileno()), json.dumps(settings)],
+                [sys.executable, "-m", "captioner.imaging.sandbox.child", str(theirs.fileno()), json.dumps(settings)],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno(), *slots.descriptors],

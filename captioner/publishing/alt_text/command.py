@@ -12,17 +12,17 @@ from typing import Any
 
 import pyarrow as pa
 
-from captioner.alttext.findings import FINDINGS, Captioned, findings
-from captioner.alttext.nouns import ALT_TEXT_SCHEMA
-from captioner.alttext.rules import RULES, Limits, apply_rules
-from captioner.alttext.texts import SETTINGS_FILE, alt_text_name, require_finished
 from captioner.config import AltTextConfig
+from captioner.console.text import printable
 from captioner.errors import OK, UsageError
+from captioner.publishing.alt_text.findings import FINDINGS, Captioned, findings
+from captioner.publishing.alt_text.rules import RULES, Limits, apply_rules
+from captioner.publishing.alt_text.schemas import ALT_TEXT_SCHEMA
+from captioner.publishing.alt_text.texts import SETTINGS_FILE, alt_text_name, require_finished
 from captioner.scoring.terms import finder, read_terms
 from captioner.store.lock import sole_writer
 from captioner.store.read import read_parts
 from captioner.store.table import CaptionsTable, open_table
-from captioner.text import printable
 
 _COLUMNS = ["image_id", "caption", "width", "height", "run_id", "created_at"]
 

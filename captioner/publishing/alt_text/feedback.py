@@ -22,16 +22,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from captioner.alttext.journal import latest_reviews, read_reviews
-from captioner.alttext.nouns import Review
-from captioner.alttext.texts import require_finished
 from captioner.config import SourceConfig
+from captioner.console.text import printable
 from captioner.errors import OK, OutputError
 from captioner.files import is_uri, local_path
+from captioner.publishing.alt_text.journal import latest_reviews, read_reviews
+from captioner.publishing.alt_text.schemas import Review
+from captioner.publishing.alt_text.texts import require_finished
 from captioner.sources import open_source
-from captioner.store.again import founded_by
+from captioner.store.replan import founded_by
 from captioner.store.table import CaptionsTable, captions_name, open_table, plan_part_name
-from captioner.text import printable
 
 PAIRS_FILE, RECORD_FILE = "pairs.parquet", "feedback.json"
 _PICTURES_AT_ONCE = 64

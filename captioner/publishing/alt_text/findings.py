@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
-from captioner.alttext.rules import QUOTED, has_words
+from captioner.publishing.alt_text.rules import QUOTED, has_words
 
 FINDINGS = {
     "maybe_decorative": "may be decorative: then its alt text is empty",

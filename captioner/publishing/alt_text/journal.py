@@ -19,8 +19,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from captioner.alttext.nouns import DECISIONS, Review
 from captioner.errors import OutputError
+from captioner.publishing.alt_text.schemas import DECISIONS, Review
 from captioner.store.directory import Directory, sync_folder
 
 FOLDER = "reviews"

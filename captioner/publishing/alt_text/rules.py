@@ -11,8 +11,8 @@ import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from captioner.console.text import printable
 from captioner.scoring.terms import UNSPACED
-from captioner.text import printable
 
 QUOTED = re.compile(r'"[^"]*"|“[^”]*”|«[^»]*»|「[^」]*」')
 _SPECIAL = re.compile(

@@ -9,9 +9,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from captioner.alttext.journal import latest_reviews, read_reviews
-from captioner.alttext.nouns import LASTING, TEXTS_SCHEMA, UNREVIEWED, Review
 from captioner.errors import OutputError
+from captioner.publishing.alt_text.journal import latest_reviews, read_reviews
+from captioner.publishing.alt_text.schemas import LASTING, TEXTS_SCHEMA, UNREVIEWED, Review
 from captioner.store.read import read_parts
 from captioner.store.table import CaptionsTable
 

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 
 import pyarrow as pa
 
-from captioner.exports.chosen import provenance
-from captioner.exports.destination import new_file
-from captioner.exports.export import Export
+from captioner.publishing.exports.context import Export
+from captioner.publishing.exports.destination import new_file
+from captioner.publishing.exports.select import provenance
 
 _COCO_NAME = re.compile(r"(\d{12})\.\w+$")  # 000000391895.jpg, COCO_val2014_000000391895.jpg
 

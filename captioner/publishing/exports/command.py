@@ -10,22 +10,39 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from captioner.alttext.texts import read_texts
 from captioner.config import ExportConfig
+from captioner.console.text import printable
 from captioner.errors import OK, OutputError, UsageError
-from captioner.exports import coco, imagefolder, lines, pages, parquet, spreadsheet, text_files, webdataset, xmp
-from captioner.exports.chosen import Tally, choose, refused
-from captioner.exports.destination import open_destination
-from captioner.exports.export import Export, Form
-from captioner.exports.pictures import Pictures
 from captioner.files import shown
+from captioner.publishing.alt_text.texts import read_texts
+from captioner.publishing.exports import (
+    coco,
+    embedded,
+    html_pages,
+    imagefolder,
+    lines,
+    parquet,
+    spreadsheet,
+    text_files,
+    webdataset,
+    xmp,
+)
+from captioner.publishing.exports.context import Export, Form
+from captioner.publishing.exports.destination import open_destination
+from captioner.publishing.exports.originals import Pictures
+from captioner.publishing.exports.select import Tally, choose, refused
 from captioner.store.lock import sole_writer
 from captioner.store.table import CaptionsTable, open_table
-from captioner.text import printable
+
+
+def _write_xmp(texts: Iterator[pa.Table], export: Export) -> None:
+    """As sidecars, or with --embed inside copies of the pictures."""
+    (embedded if export.settings.embed else xmp).write(texts, export)
+
 
 FORMS = {
-    "xmp": Form(xmp.write),
-    "html": Form(pages.write, says_decorative=True),
+    "xmp": Form(_write_xmp),
+    "html": Form(html_pages.write, says_decorative=True),
     "csv": Form(spreadsheet.write, says_decorative=True),
     "jsonl": Form(lines.write, says_decorative=True),
     "txt": Form(text_files.write),

@@ -11,8 +11,8 @@ from typing import Any, TextIO
 import pyarrow as pa
 
 from captioner.config import ExportConfig
-from captioner.exports.chosen import Tally, provenance
-from captioner.exports.pictures import Pictures
+from captioner.publishing.exports.originals import Pictures
+from captioner.publishing.exports.select import Tally, provenance
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ import pyarrow as pa
 from captioner.config import ExportConfig
 from captioner.data import RawImage
 from captioner.errors import UsageError
-from captioner.exports.destination import inside, new_folder, write_new
-from captioner.exports.export import Export
-from captioner.exports.suffixes import free_name, with_own_suffix
-from captioner.exports.xmp import merged
-from captioner.exports.xmp_packet import XmpError
+from captioner.publishing.exports.context import Export
+from captioner.publishing.exports.destination import inside, new_folder, write_new
+from captioner.publishing.exports.suffixes import free_name, with_own_suffix
+from captioner.publishing.exports.xmp import merged
+from captioner.publishing.exports.xmp_packet import XmpError
 
 _ANSWERED = b"{ready}"
 

@@ -17,11 +17,11 @@ from urllib.parse import unquote, urlsplit
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from captioner.console.text import printable
 from captioner.errors import UsageError
-from captioner.exports.destination import new_folder, write_new
-from captioner.exports.export import Export, write_origin
-from captioner.exports.fill import Gap, PageError, decode, filled, find_gaps
-from captioner.text import printable
+from captioner.publishing.exports.context import Export, write_origin
+from captioner.publishing.exports.destination import new_folder, write_new
+from captioner.publishing.exports.fill import Gap, PageError, decode, filled, find_gaps
 
 DIFF, ORIGINS = "alt-texts.diff", "captioner-provenance.jsonl"
 _HTML, _MARKDOWN = (".html", ".htm", ".xhtml"), (".md", ".markdown")

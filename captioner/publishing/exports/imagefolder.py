@@ -8,10 +8,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from captioner.exports.chosen import provenance
-from captioner.exports.destination import inside, new_folder, write_new
-from captioner.exports.export import Export, write_line
-from captioner.exports.suffixes import free_name, with_own_suffix
+from captioner.publishing.exports.context import Export, write_line
+from captioner.publishing.exports.destination import inside, new_folder, write_new
+from captioner.publishing.exports.select import provenance
+from captioner.publishing.exports.suffixes import free_name, with_own_suffix
 
 _CARD = """---
 task_categories:

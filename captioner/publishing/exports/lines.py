@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import pyarrow as pa
 
-from captioner.exports.chosen import as_json
-from captioner.exports.destination import new_file
-from captioner.exports.export import Export, write_line
+from captioner.publishing.exports.context import Export, write_line
+from captioner.publishing.exports.destination import new_file
+from captioner.publishing.exports.select import as_json
 
 
 def write(texts: Iterator[pa.Table], export: Export) -> None:

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from captioner.exports.chosen import CHOSEN_SCHEMA
-from captioner.exports.destination import new_file
-from captioner.exports.export import Export
+from captioner.publishing.exports.context import Export
+from captioner.publishing.exports.destination import new_file
+from captioner.publishing.exports.select import CHOSEN_SCHEMA
 
 
 def write(texts: Iterator[pa.Table], export: Export) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from captioner.alttext.nouns import TEXTS_SCHEMA, UNREVIEWED
+from captioner.publishing.alt_text.schemas import TEXTS_SCHEMA, UNREVIEWED
 
 # A text and its provenance. `text_by`: "machine" or "person", who wrote it; `review_status` and `reviewer`: who let it
 # pass.

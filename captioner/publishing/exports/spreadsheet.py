@@ -12,9 +12,9 @@ import pyarrow as pa
 
 from captioner.config import ExportConfig
 from captioner.errors import UsageError
-from captioner.exports.chosen import CHOSEN_SCHEMA, PROVENANCE, as_json
-from captioner.exports.destination import new_file
-from captioner.exports.export import Export, write_origin
+from captioner.publishing.exports.context import Export, write_origin
+from captioner.publishing.exports.destination import new_file
+from captioner.publishing.exports.select import CHOSEN_SCHEMA, PROVENANCE, as_json
 
 # `file_name`: the last part of the image id. `file_hash`: SHA-1 of the file, which has to be read for it.
 FIELDS = (*CHOSEN_SCHEMA.names, "file_name", "file_hash")

@@ -9,9 +9,9 @@ from typing import Any, TextIO
 import pyarrow as pa
 
 from captioner.errors import UsageError
-from captioner.exports.destination import inside, new_file, new_folder, put, write_new
-from captioner.exports.export import Export, write_origin
-from captioner.exports.suffixes import beside
+from captioner.publishing.exports.context import Export, write_origin
+from captioner.publishing.exports.destination import inside, new_file, new_folder, put, write_new
+from captioner.publishing.exports.suffixes import beside
 
 ORIGINS = "captioner-provenance.jsonl"
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from captioner.exports.chosen import provenance
-from captioner.exports.destination import inside, new_folder
-from captioner.exports.export import Export
-from captioner.exports.suffixes import suffix_of
+from captioner.publishing.exports.context import Export
+from captioner.publishing.exports.destination import inside, new_folder
+from captioner.publishing.exports.select import provenance
+from captioner.publishing.exports.suffixes import suffix_of
 
 SHARD_BYTES, SHARD_SAMPLES = 1_000_000_000, 10_000  # of the pictures in a tar: about 1 GB is the custom
 

@@ -12,14 +12,14 @@ from typing import Any
 
 import pyarrow as pa
 
-from captioner.alttext.nouns import UNREVIEWED
-from captioner.alttext.rules import Limits, apply_rules
 from captioner.errors import SourceError
-from captioner.exports.chosen import Tally, provenance, writer_of
-from captioner.exports.destination import inside, new_folder, put, require_export, write_new
-from captioner.exports.export import Export
-from captioner.exports.suffixes import beside
-from captioner.exports.xmp_packet import (
+from captioner.publishing.alt_text.rules import Limits, apply_rules
+from captioner.publishing.alt_text.schemas import UNREVIEWED
+from captioner.publishing.exports.context import Export
+from captioner.publishing.exports.destination import inside, new_folder, put, require_export, write_new
+from captioner.publishing.exports.select import Tally, provenance, writer_of
+from captioner.publishing.exports.suffixes import beside
+from captioner.publishing.exports.xmp_packet import (
     ALT_TEXT,
     CAPTION_WRITER,
     EMPTY,
@@ -52,11 +52,7 @@ PlaceOf = Callable[[dict[str, Any]], Path]
 
 def write(texts: Iterator[pa.Table], export: Export) -> None:
     """A sidecar for each picture: in DEST under the name of its image id, or with --beside-originals next to it."""
-    if export.settings.embed:
-        from captioner.exports import embedded
-
-        embedded.write(texts, export)
-    elif export.settings.beside_originals:
+    if export.settings.beside_originals:
         _write_all(texts, export, sidecar_of_original, put)
     elif export.dest.exists():  # other fields may have been added to its sidecars: they are refreshed one by one
         require_export(export.dest, "xmp")

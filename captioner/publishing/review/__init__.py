@@ -3,9 +3,9 @@
     queue.py     which pictures, in what order; which have the same text
     rows.py      what is known of one picture
     decisions.py what was decided, by this reviewer and by others meanwhile
-    desk.py      what is shown, and what a decision does
-    progress.py  how much is left, and how many alt texts are accepted as they stand
-    pictures.py  pictures of the archive as small JPEGs, never kept on the disk
+    session.py   what is shown, and what a decision does
+    acceptance.py  how much is left, and how many alt texts are accepted as they stand
+    previews.py  pictures of the archive as small JPEGs, never kept on the disk
     server.py    all of it over HTTP on 127.0.0.1, behind a token
     page.html    what the reviewer sees
 

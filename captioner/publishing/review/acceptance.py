@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from captioner.alttext.nouns import Review
+from captioner.publishing.alt_text.schemas import Review
 
 _Z95 = 1.959963984540054
 _RECENT = 50

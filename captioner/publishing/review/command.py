@@ -7,14 +7,14 @@ import getpass
 import sys
 import webbrowser
 
+from captioner.console.stopping import say, stoppable
+from captioner.console.text import printable
 from captioner.errors import OK, UsageError
-from captioner.review.desk import Desk
-from captioner.review.pictures import Pictures
-from captioner.review.queue import QueueKind
-from captioner.review.server import HOST, ReviewServer
-from captioner.stopping import say, stoppable
+from captioner.publishing.review.previews import Pictures
+from captioner.publishing.review.queue import QueueKind
+from captioner.publishing.review.server import HOST, ReviewServer
+from captioner.publishing.review.session import Desk
 from captioner.store.table import open_table
-from captioner.text import printable
 
 _LONGEST_NAME = 100
 

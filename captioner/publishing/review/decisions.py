@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from captioner.alttext.journal import FOLDER, Journal, journal_name, latest_reviews, parse_lines
-from captioner.alttext.nouns import Review
 from captioner.errors import OutputError
+from captioner.publishing.alt_text.journal import FOLDER, Journal, journal_name, latest_reviews, parse_lines
+from captioner.publishing.alt_text.schemas import Review
 from captioner.store.directory import Directory
 
 # What each reviewer has before them, so that two do not get the same picture. A hint: decisions alone count.

@@ -14,8 +14,8 @@ from PIL import Image
 from captioner.config import SourceConfig
 from captioner.data import Chunk, DecodedImage, RawImage, Source
 from captioner.errors import CaptionerError
-from captioner.imaging.guarded import GuardedDecoder
-from captioner.review.rows import Row
+from captioner.imaging.sandbox.decoder import GuardedDecoder
+from captioner.publishing.review.rows import Row
 from captioner.sources import open_source
 from captioner.store.plan import read_planned
 from captioner.store.table import CaptionsTable

@@ -11,10 +11,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from captioner.alttext.nouns import Review
-from captioner.alttext.texts import holds, read_alt_texts
-from captioner.review.flags import flagged_rows
-from captioner.scoring.draw import rank
+from captioner.publishing.alt_text.schemas import Review
+from captioner.publishing.alt_text.texts import holds, read_alt_texts
+from captioner.publishing.review.standing_flags import flagged_rows
+from captioner.scoring.sample import rank
 from captioner.store.table import CaptionsTable
 
 QueueKind = Literal["flagged", "random", "all"]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from captioner.alttext.texts import alt_text_name
 from captioner.errors import OutputError
-from captioner.review.flags import standing_flags
+from captioner.publishing.alt_text.texts import alt_text_name
+from captioner.publishing.review.standing_flags import standing_flags
 from captioner.store.directory import Directory
 from captioner.store.table import CaptionsTable, captions_name
 

@@ -23,8 +23,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from captioner.errors import CaptionerError, UsageError
-from captioner.review.desk import Asked, Desk
-from captioner.review.pictures import Pictures, Size
+from captioner.publishing.review.previews import Pictures, Size
+from captioner.publishing.review.session import Asked, Desk
 
 HOST = "127.0.0.1"
 _OWN_NAMES = {HOST, "localhost"}  # any port: a tunnel (ssh -L) may end at another
@@ -47,7 +47,7 @@ class ReviewServer(ThreadingHTTPServer):
     def __init__(self, desk: Desk, pictures: Pictures, port: int) -> None:
         self.desk, self.pictures = desk, pictures
         self.token = secrets.token_urlsafe(24)
-        self.page = files("captioner.review").joinpath("page.html").read_text(encoding="utf-8")
+        self.page = files("captioner.publishing.review").joinpath("page.html").read_text(encoding="utf-8")
         super().__init__((HOST, port), _Handler)
 
     @property

@@ -8,16 +8,16 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
-from captioner.alttext.nouns import Decision, Review
-from captioner.alttext.texts import read_settings
+from captioner.console.text import printable
 from captioner.errors import UsageError
-from captioner.review.decisions import Decisions
-from captioner.review.flags import in_words
-from captioner.review.progress import acceptance, seconds_per_picture
-from captioner.review.queue import Queue, QueueKind
-from captioner.review.rows import Row, read_row
+from captioner.publishing.alt_text.schemas import Decision, Review
+from captioner.publishing.alt_text.texts import read_settings
+from captioner.publishing.review.acceptance import acceptance, seconds_per_picture
+from captioner.publishing.review.decisions import Decisions
+from captioner.publishing.review.queue import Queue, QueueKind
+from captioner.publishing.review.rows import Row, read_row
+from captioner.publishing.review.standing_flags import in_words
 from captioner.store.table import CaptionsTable
-from captioner.text import printable
 
 SAID = {
     "approved": "Accepted",

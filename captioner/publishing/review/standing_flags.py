@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from captioner.alttext.findings import FINDINGS
+from captioner.publishing.alt_text.findings import FINDINGS
 from captioner.scoring.flags import ALL_FLAGS, caption_flags
 
 _WORDS = ALL_FLAGS | FINDINGS

@@ -16,7 +16,7 @@ from PIL import Image
 from captioner.config import SourceConfig
 from captioner.data import Chunk
 from captioner.errors import CaptionerError
-from captioner.imaging.guarded import GuardedDecoder
+from captioner.imaging.sandbox.decoder import GuardedDecoder
 from captioner.sources import open_source
 from captioner.store.plan import read_planned
 from captioner.store.table import CaptionsTable
