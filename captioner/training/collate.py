@@ -15,7 +15,6 @@ from captioner.data import PixelSpec
 from captioner.errors import SourceError
 from captioner.training.archives import Archives
 
-IGNORED = -100  # the label of what is no caption token, as everywhere in PyTorch
 _PIXELS = "_pixels"
 
 
@@ -56,7 +55,10 @@ def pixels_of(rows: pa.Table, spec: PixelSpec) -> npt.NDArray[np.uint8]:
 @dataclass(frozen=True)
 class Collate:
     """Decoded pairs -> a batch: `pixels` uint8 [N, H, W, 3]; `input_ids` int64 [N, T] from the start token to the last
-    but one token; `labels` int64 [N, T], the token after each, IGNORED where there is none.
+    but one token; `positions` int64 [K], which of the N x T tokens predict one of a caption, and `labels` int64 [K],
+    the token that each of them should predict.
+
+    Positions are made here, on the CPU: picking tokens by a mask on a GPU would wait for the GPU.
 
     `start`: ids every caption starts from; `end`: of its end; `padding`: of what fills up shorter captions, only to
     the longest of the batch. `max_tokens`: of a caption; longer ones are cut (and still end).
@@ -74,17 +76,15 @@ class Collate:
         return {"pixels": pixels, **self.texts(rows["caption"].to_pylist())}
 
     def texts(self, captions: list[str]) -> dict[str, torch.Tensor]:
-        """`input_ids` and `labels` of captions."""
-        found = self.tokenizer(captions, add_special_tokens=False).input_ids
-        rows = [[*self.start, *ids[: self.max_tokens], self.end] for ids in found]
+        """`input_ids`, `positions` and `labels` of captions."""
+        tokens = self.tokenizer(captions, add_special_tokens=False).input_ids
+        rows = [[*self.start, *ids[: self.max_tokens], self.end] for ids in tokens]
         length = max(map(len, rows)) - 1
-        input_ids = torch.full((len(rows), length), self.padding)
-        labels = torch.full((len(rows), length), IGNORED)
+        input_ids = torch.tensor([ids[:-1] + [self.padding] * (length - len(ids) + 1) for ids in rows])
         first = len(self.start) - 1  # the start ids are given, not predicted
-        for place, ids in enumerate(rows):
-            input_ids[place, : len(ids) - 1] = torch.tensor(ids[:-1])
-            labels[place, first : len(ids) - 1] = torch.tensor(ids[first + 1 :])
-        return {"input_ids": input_ids, "labels": labels}
+        positions = [row * length + index for row, ids in enumerate(rows) for index in range(first, len(ids) - 1)]
+        labels = [token for ids in rows for token in ids[first + 1 :]]
+        return {"input_ids": input_ids, "positions": torch.tensor(positions), "labels": torch.tensor(labels)}
 
 
 def batches_of(tables: Iterable[pa.Table], batch_size: int, collate: Collate) -> Iterator[dict[str, torch.Tensor]]:
@@ -92,3 +92,27 @@ def batches_of(tables: Iterable[pa.Table], batch_size: int, collate: Collate) ->
     for table in tables:
         for first in range(0, len(table), batch_size):
             yield collate(table.slice(first, batch_size))
+
+
+class Upload:
+    """Copies batches to a device. Meant for a thread of its own: it returns when the copy has arrived, and the device
+    computes on an earlier batch meanwhile."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __call__(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if self._stream is None:
+            return {name: values.to(self._device) for name, values in batch.items()}
+        with torch.cuda.stream(self._stream):
+            copied = {name: values.pin_memory().to(self._device, non_blocking=True) for name, values in batch.items()}
+        self._stream.synchronize()
+        return copied
+
+    def used(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The batch, for the thread that computes on it: its memory is free for other copies only after that."""
+        if self._stream is not None:
+            for values in batch.values():
+                values.record_stream(torch.cuda.current_stream(self._device))
+        return batch

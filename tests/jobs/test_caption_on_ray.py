@@ -38,7 +38,7 @@ def settings(archive: Path, out: Path, model="fake", **cluster) -> CaptionConfig
         {
             "source": {"path": str(archive)},
             "model": {"name": str(model), "batch_size": cluster.pop("batch_size", "auto"), "max_new_tokens": 8},
-            "cluster": cluster,
+            "cluster": {"gpus_per_worker": 0, "decode_cpus": 1, **cluster},
             "output": {"path": str(out), "rows_per_file": 32},
         }
     )
@@ -92,7 +92,7 @@ def test_decoding_captioning_and_commits_stay_separate_operators(tmp_path: Path,
     assert job.work is not None
     (plan,) = job.table.open_plans()
     chunks = job.missing_chunks(plan)
-    _configure_ray_data(job.work, most_rows=512)
+    _configure_ray_data(job.work)
     sizes = share_out(Resources(num_cpus=2, num_gpus=0, num_nodes=1), config.cluster)
 
     dataset = make_dataset(job.work, chunks, sizes, "auto").materialize()

@@ -40,7 +40,7 @@ def settings(data: Path, out: Path | str, model: Path, workers: int) -> TrainCon
         {
             "data": {"path": str(data), "eval_fraction": 0.2},
             "model": {"name": str(model), "max_new_tokens": 8},
-            "cluster": {"num_workers": workers},
+            "cluster": {"num_workers": workers, "gpus_per_worker": 0},
             "training": {
                 "per_device_train_batch_size": 8 // workers,
                 "max_steps": STEPS,
