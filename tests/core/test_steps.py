@@ -47,7 +47,7 @@ def test_memory_that_is_too_small_for_a_batch_costs_no_picture() -> None:
     captioner = Failing([], largest=5, error=MemoryError("out of memory"))
 
     assert texts(caption_or_reasons(captioner, PIXELS)) == EXPECTED
-    assert captioner.run.batches == [16, 8, 4, 4, 8, 4, 4]
+    assert captioner.batches == [16, 8, 4, 4, 8, 4, 4]
 
 
 def test_one_bad_picture_costs_a_few_calls_and_not_one_for_each() -> None:
@@ -55,14 +55,14 @@ def test_one_bad_picture_costs_a_few_calls_and_not_one_for_each() -> None:
 
     caption_or_reasons(captioner, PIXELS)
 
-    assert len(captioner.run.batches) == 1 + 2 * int(math.log2(16))
+    assert len(captioner.batches) == 1 + 2 * int(math.log2(16))
 
 
 def test_no_pictures_are_no_call() -> None:
     captioner = Failing([])
 
     assert caption_or_reasons(captioner, PIXELS[:0]) == []
-    assert captioner.run.batches == []
+    assert captioner.batches == []
 
 
 @pytest.mark.parametrize("logprob", [math.nan, math.inf, -math.inf])
