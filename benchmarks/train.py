@@ -1,13 +1,22 @@
 """A training step of ours beside the transformers guide's, and the whole job beside the bare step.
 
-    python -m benchmarks.train --model DIR --data DIR [--batch-size 4] [--steps 4] [--threads N] [--pipeline]
+    python -m benchmarks.train --model DIR --data DIR [--batch-size 4] [--steps 4] [--precision float32,bf16,fp16]
+    python -m benchmarks.train --model DIR --data DIR --pipeline [--precision bf16] [--workers 1,2]
 
 The guide pads every caption to the model's length, counts padding in the loss and computes logits for every position.
-Each runs in a process of its own, in turn. `--pipeline` runs the whole job (Ray Train fed by Ray Data) with 1 and 2
-workers instead, and says which share of the bare step's rate it reaches: of the mean of what the bare step did right
-before and right after. `share_in_step` is the share of a worker's time that goes into forward and backward pass,
-clipping and optimiser, which hardly depends on what else the machine does. DATA: pictures with captions; the last line
-is one JSON object.
+Both sides take real optimizer steps with clipping, under autocast where the precision is not float32, and with a
+GradScaler for fp16 (which is for GPUs only). Each side runs in a process of its own. Two rates are taken of each, the
+median of ROUNDS rounds of `--steps` steps, the device synchronised at both ends of a round:
+
+    step_samples_per_second    batches are ready in memory: copy to the device, forward, backward, clip, optimizer
+    samples_per_second         images are read and decoded as each side does it: the guide in turn with its steps, as a
+                               DataLoader without workers does; ours ahead of them in threads
+
+`--pipeline` runs the whole job (Ray Train fed by Ray) instead, and says which share of the bare step's rate it reaches:
+of the mean of what the bare step did right before and right after. `share_in_step` is the share of a worker's time that
+goes into forward and backward pass, clipping and optimizer, which hardly depends on what else the machine does.
+`first_step_seconds`: from the start of the job until its first step. DATA: images with captions; the last line is one
+JSON object.
 """
 
 from __future__ import annotations
@@ -22,24 +31,30 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from itertools import cycle, islice
 from pathlib import Path
+from typing import Any
 
-DEVICE_STEPS = 1  # not counted: the first step allocates
+ROUNDS = 3
+WARM_UP_STEPS = 2  # the first steps allocate
+PRECISIONS = ("float32", "bf16", "fp16")
 
 
 def ours(args: argparse.Namespace) -> dict:
-    """Decode, collate, forward, backward, optimiser: what a worker does for a step."""
-
+    """What a worker does for a step, decoding included."""
     from captioner.config import ModelConfig, TrainDataConfig, TrainModelConfig
     from captioner.models import resolve
+    from captioner.run.prefetch import one_ahead
     from captioner.training.archives import list_pairs, open_archives
-    from captioner.training.batches import Decode
+    from captioner.training.collate import Decode, Upload
     from captioner.training.loop import make_collate
     from captioner.training.loss import CaptionLoss
-    from captioner.training.network import open_trainable
     from captioner.training.order import GlobalOrder, Share
     from captioner.training.pairs import Examine, make_pairs
+    from captioner.training.trainable import open_trainable
 
     ref, config = resolve(ModelConfig(name=args.model)), TrainDataConfig(path=args.data, max_failed=1.0)
     archives = open_archives(config)
@@ -47,17 +62,41 @@ def ours(args: argparse.Namespace) -> dict:
     train = make_pairs(config, map(Examine(archives, ref.spec, ref.path, None), listed), 0).tables["train"]
     captioner = open_trainable(ref, TrainModelConfig(), device(), args.batch_size, None)
     loss, collate, decode = CaptionLoss(captioner).train(), make_collate(captioner), Decode(archives, ref.spec)
-    optimiser = adamw(loss)
     order, share = GlobalOrder(train, 0, "first"), Share(0, 1, args.batch_size)
-    times = []
-    for step in range(args.steps + DEVICE_STEPS):
-        start = time.perf_counter()
-        batch = collate(decode(order.take(share.positions(step))))
-        batch = {name: values.to(device()) for name, values in batch.items()}
-        (loss(**batch) / int((batch["labels"] >= 0).sum())).backward()
-        update(loss, optimiser)
-        times.append(time.perf_counter() - start)
-    return figures(args, times)
+    upload = Upload(device())
+
+    def tables() -> Iterator[Any]:
+        step = 0
+        while True:
+            yield order.take(share.positions(step))
+            step += 1
+
+    ready = [collate(decode(table)) for table in islice(tables(), 4)]
+    forward = loss
+    if args.compile:
+        import torch
+
+        forward = torch.compile(loss, dynamic=True)
+
+    def run(batch: dict) -> Any:
+        return forward(**batch) / len(batch["labels"])
+
+    def from_images(count: int) -> Iterator[dict]:
+        with ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 2) - 1))) as threads:
+            decoded = _ahead(threads, decode, tables(), count)
+            with one_ahead(map(upload, map(collate, decoded))) as batches:
+                yield from map(upload.used, batches)
+
+    def from_memory(count: int) -> Iterator[dict]:
+        with one_ahead(map(upload, islice(cycle(ready), count))) as batches:
+            yield from map(upload.used, batches)
+
+    return measure(args, loss, run, {"step": from_memory, "": from_images})
+
+
+def _ahead(threads: ThreadPoolExecutor, function: Callable, items: Iterator, count: int) -> Iterator:
+    """`function` of `count` items, in order, in threads."""
+    yield from threads.map(function, islice(items, count))
 
 
 def guide(args: argparse.Namespace) -> dict:
@@ -67,64 +106,140 @@ def guide(args: argparse.Namespace) -> dict:
 
     processor = AutoProcessor.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model).to(device()).train()
-    optimiser = adamw(model)
     rows = [json.loads(line) for line in (Path(args.data) / "metadata.jsonl").read_text().splitlines()]
-    stream, times = cycle(rows), []
-    for _ in range(args.steps + DEVICE_STEPS):
-        start = time.perf_counter()
+    stream = cycle(rows)
+
+    def prepare() -> Any:
         chunk = list(islice(stream, args.batch_size))
         images = [Image.open(Path(args.data) / row["file_name"]).convert("RGB") for row in chunk]
         texts = [row["text"] if "text" in row else row["captions"][0] for row in chunk]
         inputs = processor(images=images, text=texts, padding="max_length", truncation=True, return_tensors="pt")
-        inputs = inputs.to(device())
         inputs.pop("token_type_ids", None)
-        model(**inputs, labels=inputs["input_ids"]).loss.backward()
-        update(model, optimiser)
-        times.append(time.perf_counter() - start)
-    return figures(args, times)
+        return inputs
+
+    ready = [prepare() for _ in range(4)]
+
+    def run(inputs: Any) -> Any:
+        return model(**inputs, labels=inputs["input_ids"]).loss
+
+    def from_images(count: int) -> Iterator[Any]:
+        return (prepare().to(device()) for _ in range(count))
+
+    def from_memory(count: int) -> Iterator[Any]:
+        from transformers import BatchFeature
+
+        return (BatchFeature(dict(inputs)).to(device()) for inputs in islice(cycle(ready), count))
+
+    return measure(args, model, run, {"step": from_memory, "": from_images})
 
 
-def device():
+def device() -> Any:
     import torch
 
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def adamw(model):
-    """The optimiser that transformers' Trainer takes by default."""
+def synchronise() -> None:
     import torch
 
-    return torch.optim.AdamW(model.parameters(), lr=5e-5, fused=True)
-
-
-def update(model, optimiser) -> None:
-    """What Trainer does after the backward pass."""
-    import torch
-
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimiser.step()
-    optimiser.zero_grad()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
-def figures(args: argparse.Namespace, times: list[float]) -> dict:
+def measure(args: argparse.Namespace, model: Any, run: Callable, feeds: dict[str, Callable]) -> dict:
+    """Rates and peak memory in each precision. `run`: a batch -> its loss. `feeds`: name -> number of batches ->
+    batches on the device."""
+    found = {}
+    for precision in args.precision.split(","):
+        steps = Steps(model, run, precision)
+        reset_peak_memory()
+        found[precision] = {}
+        for name, feed in feeds.items():
+            steps.take(feed(WARM_UP_STEPS))
+            seconds = statistics.median(steps.take(feed(args.steps)) for _ in range(ROUNDS)) / args.steps
+            prefix = f"{name}_" if name else ""
+            found[precision][f"{prefix}samples_per_second"] = round(args.batch_size / seconds, 3)
+            found[precision][f"{prefix}seconds"] = round(seconds, 4)
+            if name == "step":
+                found[precision]["peak_memory_gb"] = round(peak_memory(), 3)
+        if args.profile:
+            profile(steps, feeds["step"], args.steps, precision)
+    return found
+
+
+class Steps:
+    """Optimizer steps as transformers' Trainer takes them."""
+
+    def __init__(self, model: Any, run: Callable, precision: str) -> None:
+        import torch
+
+        self._model, self._run, self._torch = model, run, torch
+        self._optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5, fused=True)  # Trainer's default
+        self._scaler = torch.amp.GradScaler() if precision == "fp16" else None
+        self._dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+
+    def take(self, batches: Iterator) -> float:
+        """A step with each batch; returns seconds."""
+        synchronise()
+        start = time.perf_counter()
+        for batch in batches:
+            self._take(batch)
+        synchronise()
+        return time.perf_counter() - start
+
+    def _take(self, batch: Any) -> None:
+        torch = self._torch
+        with torch.autocast(device().type, self._dtype) if self._dtype else nullcontext():
+            loss = self._run(batch)
+        if self._scaler is None:
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
+            self._optimizer.step()
+        else:
+            self._scaler.scale(loss).backward()
+            self._scaler.unscale_(self._optimizer)
+            torch.nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
+            self._scaler.step(self._optimizer)
+            self._scaler.update()
+        self._optimizer.zero_grad()
+
+
+def profile(steps: Steps, feed: Callable, count: int, precision: str) -> None:
+    """The operations that take longest, to standard error."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as record
+
+    on_gpu = device().type == "cuda"
+    with record(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as recorded:
+        steps.take(feed(count))
+    key = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
+    table = recorded.key_averages().table(sort_by=key, row_limit=30, max_name_column_width=60)
+    print(f"{precision}, {count} steps", table, sep="\n", file=sys.stderr, flush=True)
+
+
+def reset_peak_memory() -> None:
     import torch
 
-    step = statistics.median(times[DEVICE_STEPS:])
-    on_gpu = torch.cuda.is_available()
-    peak = (
-        torch.cuda.max_memory_allocated() / 1e9 if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    )
-    return {
-        "samples_per_second": round(args.batch_size / step, 3),
-        "seconds_per_step": round(step, 3),
-        "peak_memory_gb": round(peak, 3),
-    }
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    elif sys.platform == "linux":
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory() -> float:
+    """GB: of the GPU, or of this process (on Linux since `reset_peak_memory`)."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    if sys.platform == "linux":
+        line = next(one for one in Path("/proc/self/status").read_text().splitlines() if one.startswith("VmHWM"))
+        return int(line.split()[1]) / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
 
 
 def job(args: argparse.Namespace, workers: int) -> dict:
-    """The whole job on Ray; the rate of its steps after the first two."""
+    """The whole job on Ray; the rate of its steps after the first ones."""
     from captioner.config import TrainConfig
     from captioner.training import job
     from ray_jobs.train import RayTrainEngine
@@ -132,16 +247,19 @@ def job(args: argparse.Namespace, workers: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         times = Path(folder) / "times"
         batch = max(1, args.batch_size // workers)
-        steps = args.steps + 5
+        steps = ROUNDS * args.steps + 5
+        precision = {} if args.precision == "float32" else {args.precision: True}
+        gpus = {"gpus_per_worker": args.gpus_per_worker} if args.gpus_per_worker is not None else {}
         config = TrainConfig.model_validate(
             {
                 "data": {"path": args.data, "max_eval_samples": 4, "max_failed": 1.0, "limit": 200},
                 "model": {"name": args.model, "max_new_tokens": 4},
-                "cluster": {"num_workers": workers},
-                "training": {"per_device_train_batch_size": batch, "max_steps": steps},
+                "cluster": {"num_workers": workers} | gpus,
+                "training": {"per_device_train_batch_size": batch, "max_steps": steps} | precision,
                 "output": {"path": f"{folder}/out"},
             }
         )
+        started = time.perf_counter()
         job.run(config, RayTrainEngine(config, timed_loop(str(times))))
         ticks = [tuple(map(float, line.split())) for line in times.read_text().splitlines()]
     # The start, two steps that fill the pipeline, and the last step with its evaluation are left out.
@@ -149,6 +267,7 @@ def job(args: argparse.Namespace, workers: int) -> dict:
     return {
         "samples_per_second": round(batch * workers * (len(ticks) - 6) / (last - first), 3),
         "share_in_step": round((spent - spent_before) / (last - first), 3),
+        "first_step_seconds": round(ticks[1][0] - started, 1),
     }
 
 
@@ -194,15 +313,45 @@ def timed_loop(file: str):
     return loop
 
 
-def in_process(args: argparse.Namespace, what: str) -> dict:
-    command = [sys.executable, "-m", "benchmarks.train", "--only", what.split()[0]]
+def in_process(args: argparse.Namespace, what: str, precision: str) -> dict:
+    """What `--only` prints, from a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.train", "--only", what.split()[0], "--precision", precision]
     command += ["--model", args.model, "--data", args.data]
     command += ["--steps", str(args.steps), "--batch-size", str(args.batch_size)]
     command += ["--threads", str(args.threads)] if args.threads else []
+    command += ["--gpus-per-worker", str(args.gpus_per_worker)] if args.gpus_per_worker is not None else []
+    command += [f"--{name}" for name in ("compile", "profile") if getattr(args, name) and what.startswith("ours")]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     found = json.loads(done.stdout.strip().splitlines()[-1])
     print(what, found, file=sys.stderr, flush=True)
     return found
+
+
+def compare(args: argparse.Namespace, precisions: list[str]) -> dict:
+    """Both sides in every precision, and their ratios."""
+    found = {name: in_process(args, name, ",".join(precisions)) for name in ("ours", "guide")}
+    found["ratio"] = {
+        precision: {
+            name: round(found["ours"][precision][name] / found["guide"][precision][name], 3)
+            for name in ("step_samples_per_second", "samples_per_second", "peak_memory_gb")
+        }
+        for precision in precisions
+    }
+    return found
+
+
+def pipeline(args: argparse.Namespace, precision: str) -> dict:
+    """The whole job with each number of workers, and its share of the bare step's rate."""
+    found = {"ours": in_process(args, "ours", precision)}
+    shares, before = {}, found["ours"]
+    for workers in args.workers.split(","):
+        name = f"job-{workers}"
+        found[name], after = in_process(args, name, precision), in_process(args, "ours again", precision)
+        found[f"ours after {name}"] = after
+        bare = [rates[precision]["step_samples_per_second"] for rates in (before, after)]
+        shares[name] = round(found[name]["samples_per_second"] / statistics.mean(bare), 3)
+        before = after
+    return found | {"share_of_step": shares}
 
 
 def main() -> None:
@@ -212,8 +361,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--precision", default=None, help="some of float32,bf16,fp16; default all, or float32 (job)")
     parser.add_argument("--pipeline", action="store_true")
-    parser.add_argument("--only", choices=["ours", "guide", "job-1", "job-2"], help=argparse.SUPPRESS)
+    parser.add_argument("--workers", default="1,2", help="numbers of workers with --pipeline")
+    parser.add_argument("--gpus-per-worker", type=float, default=None)
+    parser.add_argument("--compile", action="store_true", help="our loss through torch.compile")
+    parser.add_argument("--profile", action="store_true", help="print which operations of our step take longest")
+    parser.add_argument("--only", help=argparse.SUPPRESS)
     args = parser.parse_args()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Ray lowers the priority of its workers; beside other work on the machine both sides must have the same.
@@ -223,20 +377,25 @@ def main() -> None:
             import torch
 
             torch.set_num_threads(args.threads)
-        run = {"ours": ours, "guide": guide, "job-1": lambda a: job(a, 1), "job-2": lambda a: job(a, 2)}[args.only]
-        print(json.dumps(run(args)))
+        kind, _, workers = args.only.partition("-")
+        print(json.dumps(job(args, int(workers)) if kind == "job" else {"ours": ours, "guide": guide}[kind](args)))
         return
-    names = ["ours", "job-1", "ours again", "job-2", "ours at last"] if args.pipeline else ["ours", "guide"]
-    found = {name: in_process(args, name) for name in names}
-    rates = [found[name]["samples_per_second"] for name in names]
-    if args.pipeline:
-        shares = {names[k]: rates[k] / ((rates[k - 1] + rates[k + 1]) / 2) for k in (1, 3)}
-        found["share_of_step"] = {name: round(share, 3) for name, share in shares.items()}
-    else:
-        memory = found["ours"]["peak_memory_gb"] / found["guide"]["peak_memory_gb"]
-        found["ratio"] = {"samples_per_second": round(rates[0] / rates[1], 2), "peak_memory": round(memory, 3)}
+    import torch
+
+    precisions = (args.precision or ("float32" if args.pipeline else ",".join(PRECISIONS))).split(",")
+    if "fp16" in precisions and not torch.cuda.is_available():
+        print("fp16 is left out: there is no GPU to compute in float16 on", file=sys.stderr, flush=True)
+        precisions.remove("fp16")
+    found = pipeline(args, precisions[0]) if args.pipeline else compare(args, precisions)
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    found["machine"] = {"cpus": cpus, "python": platform.python_version(), "batch_size": args.batch_size}
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    found["machine"] = {
+        "cpus": cpus,
+        "gpu": gpu,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "batch_size": args.batch_size,
+    }
     print(json.dumps(found))
 
 

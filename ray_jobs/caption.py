@@ -2,7 +2,7 @@
 
     chunks -> DecodeStage (CPUs) -> CaptionStage (GPUs) -> CommitStage -> receipts, read by the driver
 
-The flow around it is that of `captioner.pipeline`. One block is one chunk all the way, so no stage mixes chunks and a
+The flow around it is that of `captioner.pipeline`. One row is one chunk all the way, so no stage mixes chunks and a
 chunk is committed whole or not at all.
 """
 
@@ -77,12 +77,14 @@ def make_dataset(work: Work, chunks: list[Chunk], sizes: Sizes, batch_size: Auto
     import ray
     from ray.data import ActorPoolStrategy
 
-    # One call at a time: with Ray's true multi-threading two calls that fail together may both be lost, and the run
-    # waits for ever (Ray 2.60).
-    def pool(size: int, most: int = 0) -> dict[str, Any]:
+    # A batch of one row is one chunk; Ray asks for a batch size where a stage holds a GPU.
+    # One call at a time where a stage may raise: with Ray's true multi-threading two calls that fail together may both
+    # be lost, and the run waits for ever (Ray 2.60).
+    def pool(size: int, most: int = 0, at_once: int = 1) -> dict[str, Any]:
         least, most = min(size, len(chunks)), min(max(size, most), len(chunks))
-        strategy = ActorPoolStrategy(min_size=least, max_size=most)
-        return {"compute": strategy, "batch_size": None, "batch_format": "pyarrow", "zero_copy_batch": True}
+        threads: dict[str, Any] = {"max_concurrent_calls_per_actor": at_once, "enable_true_multi_threading": True}
+        strategy = ActorPoolStrategy(min_size=least, max_size=most, **(threads if at_once > 1 else {}))
+        return {"compute": strategy, "batch_size": 1, "batch_format": "pyarrow", "zero_copy_batch": True}
 
     described = [asdict(chunk) for chunk in chunks]
     dataset = ray.data.from_items(described, override_num_blocks=len(chunks))
@@ -97,7 +99,7 @@ def make_dataset(work: Work, chunks: list[Chunk], sizes: Sizes, batch_size: Auto
         fn_constructor_kwargs={"work": work, "batch_size": batch_size, "num_threads": sizes.threads_per_worker},
         num_cpus=sizes.cpus_per_worker,
         num_gpus=sizes.gpus_per_worker or None,
-        **pool(sizes.num_workers, sizes.max_workers),
+        **pool(sizes.num_workers, sizes.max_workers, CaptionStage.AT_ONCE if sizes.gpus_per_worker else 1),
     )
     return dataset.map_batches(CommitStage, fn_constructor_kwargs={"work": work}, num_cpus=0, **pool(sizes.committers))
 
@@ -105,7 +107,7 @@ def make_dataset(work: Work, chunks: list[Chunk], sizes: Sizes, batch_size: Auto
 def _execute(work: Work, chunks: list[Chunk], sizes: Sizes, batch_size: AutoInt) -> Iterator[Receipt]:
     import ray.exceptions
 
-    _configure_ray_data(work, max(chunk.num_rows for chunk in chunks))
+    _configure_ray_data(work)
     try:
         for block in make_dataset(work, chunks, sizes, batch_size).iter_batches(
             batch_size=None, batch_format="pyarrow", prefetch_batches=0
@@ -115,13 +117,12 @@ def _execute(work: Work, chunks: list[Chunk], sizes: Sizes, batch_size: AutoInt)
         raise _cause_of(error) from error
 
 
-def _configure_ray_data(work: Work, most_rows: int) -> None:
-    """One chunk stays one block, a dropped block is a failure, a stall ends, and the display is ours."""
+def _configure_ray_data(work: Work) -> None:
+    """Make a dropped block a failure, end a stall, and leave the display to this program."""
     import ray.data
 
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it says is told in one line by _cause_of
     context = ray.data.DataContext.get_current()
-    context.target_max_block_size = max(4 * most_rows * work.model.spec.max_bytes, 512 * 2**20)
     context.max_errored_blocks = 0
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -130,7 +131,7 @@ def _configure_ray_data(work: Work, most_rows: int) -> None:
 
 def no_progress_timeout(decode_timeout: float) -> float:
     """Seconds without a block from any stage after which a run is taken for stalled: more than a chunk of which every
-    picture hangs takes (see `captioner.imaging.guarded`)."""
+    picture hangs takes (see `captioner.imaging.sandbox.decoder`)."""
     return max(900.0, 20 * decode_timeout)
 
 
@@ -149,12 +150,7 @@ def _cause_of(error: BaseException) -> CaptionerError:
     return ClusterError(f"a worker failed: {said}; committed rows stay, the same command goes on")
 
 
-def main(argv: list[str] | None = None) -> None:
-    """The same arguments as `captioner caption`; ends the process with its exit code."""
-    from ray_jobs.cli import main as command
+if __name__ == "__main__":  # the same arguments and exit code as `captioner caption`
+    from ray_jobs.cli import main
 
-    command(["caption", *(sys.argv[1:] if argv is None else argv)])
-
-
-if __name__ == "__main__":
-    main()
+    main(["caption", *sys.argv[1:]])

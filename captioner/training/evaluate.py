@@ -13,7 +13,7 @@ import pyarrow as pa
 import torch
 
 from captioner.models.base import TransformersCaptioner
-from captioner.training.batches import Collate, batches_of, pixels_of
+from captioner.training.collate import Collate, batches_of, pixels_of
 from captioner.training.loss import CaptionLoss
 
 # Captions are shuffled within a window for the baseline, so windows do not depend on the number of workers.
@@ -91,7 +91,7 @@ class Evaluator:
         for batch in batches_of([rows], self.batch_size, self.collate):
             moved = {name: values.to(device) for name, values in batch.items()}
             sums["loss"] += self.loss(**moved).item()
-            sums["tokens"] += int((batch["labels"] >= 0).sum())
+            sums["tokens"] += len(batch["labels"])
 
 
 def _ratio(above: float, below: float) -> float | None:

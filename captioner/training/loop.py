@@ -16,15 +16,16 @@ from transformers import GenerationConfig, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from captioner.models.base import TransformersCaptioner
-from captioner.models.opening import quiet
-from captioner.training.batches import IGNORED, Collate, Decode, batches_of
-from captioner.training.conductor import Conductor, add_up
+from captioner.models.pretrained import quiet
+from captioner.run.prefetch import one_ahead
+from captioner.training.callback import Conductor, sum_over_workers
+from captioner.training.collate import Collate, Decode, Upload, batches_of
 from captioner.training.evaluate import Evaluator, Feed
-from captioner.training.limits import max_caption_tokens
 from captioner.training.loss import CaptionLoss
-from captioner.training.network import ADAPTERS, open_trainable
 from captioner.training.order import GlobalOrder, Share
-from captioner.training.work import Training, Worker
+from captioner.training.pairs import max_caption_tokens
+from captioner.training.trainable import ADAPTERS, open_trainable
+from captioner.training.worker import Training, Worker
 
 
 def train_worker(work: Training, worker: Worker, checkpoint: Path | None = None) -> dict[str, Any]:
@@ -47,7 +48,7 @@ def train_worker(work: Training, worker: Worker, checkpoint: Path | None = None)
         eval_batch,
         worker.rank,
         worker.world_size,
-        lambda sums: add_up(sums, captioner.device),
+        lambda sums: sum_over_workers(sums, captioner.device),
     )
     with tempfile.TemporaryDirectory(prefix="captioner-train-") as folder, quiet():
         trainer = CaptionTrainer(
@@ -121,8 +122,11 @@ class CaptionTrainer(Trainer):
         """The batches of one step, and the number of their caption tokens over all workers."""
         self.step_loss.zero_()
         batches = list(islice(epoch_iterator, num_batches))
-        count = sum(int((batch["labels"] != IGNORED).sum()) for batch in batches)
-        return batches, self.accelerator.reduce(torch.tensor(count, device=device), "sum")
+        count = sum(len(batch["labels"]) for batch in batches)
+        if self._worker.world_size == 1:
+            return batches, count
+        # `full` runs on the device; a copy of a tensor of this process would wait for the device.
+        return batches, self.accelerator.reduce(torch.full((), count, device=device), "sum")
 
     def compute_loss(
         self, model: Any, inputs: dict[str, torch.Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -163,7 +167,10 @@ class _Batches:
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         state = self._trainer.state
         tables = self._order.tables(self._share, state.global_step, state.max_steps)
-        return batches_of(self._feed(tables), self._share.batch_size, self._collate)
+        batches = batches_of(self._feed(tables), self._share.batch_size, self._collate)
+        upload = Upload(self._trainer.args.device)
+        with one_ahead(map(upload, batches)) as ahead:
+            yield from map(upload.used, ahead)
 
 
 def save_network(network: Any, with_adapters: bool, folder: Path) -> None:

@@ -12,7 +12,6 @@ import torch
 from torch.nn import functional
 
 from captioner.models.base import TransformersCaptioner
-from captioner.training.batches import IGNORED
 from captioner.training.git_layers import text_hidden
 
 
@@ -30,17 +29,19 @@ class CaptionLoss(torch.nn.Module):
         self.register_buffer("mean", captioner.mean, persistent=False)
         self.register_buffer("std", captioner.std, persistent=False)
 
-    def forward(self, pixels: torch.Tensor, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Sum of the cross-entropies (nats) of the labels that are not IGNORED; a float32 scalar.
+    def forward(
+        self, pixels: torch.Tensor, input_ids: torch.Tensor, positions: torch.Tensor, labels: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the sum of the cross-entropies (nats) of the labels; a float32 scalar.
 
-        `pixels` uint8 [N, H, W, 3], `input_ids` and `labels` int64 [N, T]. What follows a caption's last token in
-        `input_ids` has no label and, decoders being causal, no influence: it needs no attention mask.
+        `pixels` uint8 [N, H, W, 3], `input_ids` int64 [N, T], `positions` and `labels` int64 [K] as in `Collate`. What
+        follows a caption's last token in `input_ids` has no label and, decoders being causal, no influence: it needs no
+        attention mask.
         """
         images = (pixels.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
-        wanted = labels != IGNORED
-        hidden = self._hidden(self.network, images, input_ids)
-        logits = self._head(self.network)(hidden[wanted]).float()
-        return functional.cross_entropy(logits, labels[wanted], reduction="sum")
+        hidden = self._hidden(self.network, images, input_ids).flatten(0, 1)
+        logits = self._head(self.network)(hidden.index_select(0, positions)).float()
+        return functional.cross_entropy(logits, labels, reduction="sum")
 
 
 def _blip_hidden(model: Any, images: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

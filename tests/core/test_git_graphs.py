@@ -12,7 +12,7 @@ from captioner.config import ModelConfig
 from captioner.models import load, resolve
 from captioner.models.git_fast import graphs
 from captioner.models.git_fast.network import GitNetwork, State
-from captioner.scenes import make_scenes
+from captioner.starter.scenes import make_scenes
 from captioner.testing import make_tiny_model
 
 

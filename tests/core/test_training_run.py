@@ -17,7 +17,7 @@ from captioner.scoring.wer import corpus_wer
 from captioner.store.read import read_parts
 from captioner.store.table import open_table
 from captioner.testing import make_folder, make_tiny_model
-from captioner.tiny_models import TINY_SIDE
+from captioner.testing.tiny_models import TINY_SIDE
 from captioner.training import job
 from captioner.training.local import LocalEngine, LocalWorker
 
@@ -223,9 +223,9 @@ def test_a_loss_that_is_no_number_stops_and_leaves_the_last_good_checkpoint(
 
     forward, calls = CaptionLoss.forward, []
 
-    def broken(self, pixels, input_ids, labels):
+    def broken(self, *batch, **named):
         calls.extend([1] if self.training else [])
-        return forward(self, pixels, input_ids, labels) * (float("nan") if len(calls) == 3 and self.training else 1.0)
+        return forward(self, *batch, **named) * (float("nan") if len(calls) == 3 and self.training else 1.0)
 
     monkeypatch.setattr(CaptionLoss, "forward", broken)
     out = tmp_path / "out"

@@ -1,4 +1,5 @@
-"""One local Ray for all the tests of this folder: starting one costs seconds."""
+"""One local Ray for all the tests of this folder: starting one costs seconds. It has two GPUs that it only counts: a
+worker that asks for one gets it and finds no device behind it."""
 
 import os
 
@@ -12,7 +13,8 @@ def ray_instance():
 
     ray.init(
         address="local",
-        num_cpus=2,
+        num_cpus=4,
+        num_gpus=2,
         include_dashboard=False,
         log_to_driver=False,
         logging_level="ERROR",

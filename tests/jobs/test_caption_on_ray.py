@@ -9,8 +9,8 @@ import pytest
 from captioner import pipeline
 from captioner.config import CaptionConfig, ClusterConfig
 from captioner.errors import ClusterError, ModelError, SourceError
-from captioner.imaging import guarded
-from captioner.job import ROWS_PER_CHUNK, open_job
+from captioner.imaging.sandbox import decoder
+from captioner.run.job import ROWS_PER_CHUNK, open_job
 from captioner.store.read import read_parts
 from captioner.store.table import open_table
 from captioner.store.verify import verify
@@ -38,7 +38,7 @@ def settings(archive: Path, out: Path, model="fake", **cluster) -> CaptionConfig
         {
             "source": {"path": str(archive)},
             "model": {"name": str(model), "batch_size": cluster.pop("batch_size", "auto"), "max_new_tokens": 8},
-            "cluster": cluster,
+            "cluster": {"gpus_per_worker": 0, "decode_cpus": 1, **cluster},
             "output": {"path": str(out), "rows_per_file": 32},
         }
     )
@@ -92,7 +92,7 @@ def test_decoding_captioning_and_commits_stay_separate_operators(tmp_path: Path,
     assert job.work is not None
     (plan,) = job.table.open_plans()
     chunks = job.missing_chunks(plan)
-    _configure_ray_data(job.work, most_rows=512)
+    _configure_ray_data(job.work)
     sizes = share_out(Resources(num_cpus=2, num_gpus=0, num_nodes=1), config.cluster)
 
     dataset = make_dataset(job.work, chunks, sizes, "auto").materialize()
@@ -147,7 +147,7 @@ def test_a_worker_that_cannot_load_the_model_stops_the_run_with_one_line(tmp_pat
 
 def test_a_chunk_of_pictures_that_hang_is_no_stall() -> None:
     for timeout in (1.0, 60.0, 600.0):
-        most = guarded.HANGS_AT_FULL_TIME * timeout + ROWS_PER_CHUNK * min(timeout, guarded.SHORT_TIMEOUT_S)
+        most = decoder.HANGS_AT_FULL_TIME * timeout + ROWS_PER_CHUNK * min(timeout, decoder.SHORT_TIMEOUT_S)
         assert no_progress_timeout(timeout) > most
 
 

@@ -29,7 +29,7 @@ def settings(archive: Path, out: Path, model: Path, workers: int, batch: int, **
         {
             "source": {"path": str(archive)},
             "model": {"name": str(model), "batch_size": batch, "max_new_tokens": 8},
-            "cluster": {"num_workers": workers, "decode_cpus": 1},
+            "cluster": {"num_workers": workers, "decode_cpus": 1, "gpus_per_worker": 0},
             "output": {"path": str(out), "rows_per_file": 16 * workers},
             "check": {"sample": 25, "seed": 2, **check},
         }

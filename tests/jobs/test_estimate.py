@@ -136,7 +136,12 @@ def test_the_sample_is_captioned_on_the_cluster_and_nothing_is_written(
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.chdir(tmp_path)
 
-    code = run(CaptionConfig.model_validate({"source": {"path": str(archive)}, "model": {"name": "fake"}}), 41, 0, 2.5)
+    settings = {
+        "source": {"path": str(archive)},
+        "model": {"name": "fake"},
+        "cluster": {"gpus_per_worker": 0, "decode_cpus": 1},
+    }
+    code = run(CaptionConfig.model_validate(settings), 41, 0, 2.5)
 
     shown = capsys.readouterr().out
     assert code == 0
@@ -154,7 +159,7 @@ def test_the_doctor_names_what_is_wrong(tmp_path: Path) -> None:
 
     found: list[Finding] = list(findings(config, str(tmp_path / "file")))
 
-    assert {one.name for one in found if one.fine is False} == {"sizes", "model", "out"}
+    assert {one.name for one in found if one.fine is False} == {"gpu", "sizes", "model", "out"}
     assert {one.name for one in found if one.fine} >= {"cluster", "versions"}
     (model,) = [one for one in found if one.name == "model"]
     assert str(tmp_path / "nothing") in model.said

@@ -18,7 +18,7 @@ from captioner.testing import make_folder, make_tiny_model
 from captioner.training import job
 from captioner.training.local import LocalEngine
 from ray_jobs.cluster import Resources, share_out
-from ray_jobs.tables import map_tables
+from ray_jobs.map_tables import map_tables
 from ray_jobs.train import RayTrainEngine, num_threads
 
 STEPS = 6
@@ -40,7 +40,7 @@ def settings(data: Path, out: Path | str, model: Path, workers: int) -> TrainCon
         {
             "data": {"path": str(data), "eval_fraction": 0.2},
             "model": {"name": str(model), "max_new_tokens": 8},
-            "cluster": {"num_workers": workers},
+            "cluster": {"num_workers": workers, "gpus_per_worker": 0},
             "training": {
                 "per_device_train_batch_size": 8 // workers,
                 "max_steps": STEPS,

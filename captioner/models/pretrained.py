@@ -1,0 +1,91 @@
+"""A network and a tokenizer from a model directory: safetensors only, no code of the directory's, no network access."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import AutoModelForImageTextToText, AutoTokenizer, TokenizersBackend
+from transformers.utils import logging as transformers_logging
+
+from captioner.errors import ModelError
+
+# What transformers raises for directories it cannot make a model or a tokenizer of.
+UNREADABLE = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError)
+
+
+def open_tokenizer(path: str) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    except UNREADABLE as error:
+        raise ModelError(f"{path}: the tokenizer cannot be loaded: {' '.join(str(error).split())}") from None
+
+
+def decode_all(tokenizer: Any, rows: list[list[int]]) -> list[str]:
+    """The text of each row of token ids, without special tokens.
+
+    The rows of a batch go to the Rust tokenizer together where transformers would do no more than call it for each:
+    that takes a tenth of the time, and other threads run meanwhile.
+    """
+    plain = isinstance(tokenizer, TokenizersBackend) and not tokenizer.clean_up_tokenization_spaces
+    kind, known = type(tokenizer), TokenizersBackend
+    if plain and (kind.decode, kind._decode) == (known.decode, known._decode):
+        texts: list[str] = tokenizer.backend_tokenizer.decode_batch(rows, skip_special_tokens=True)
+        return texts
+    return list(tokenizer.batch_decode(rows, skip_special_tokens=True))
+
+
+def open_model(path: str, dtype: torch.dtype, device: torch.device | str, attention: str | None = None) -> Any:
+    """The network, in evaluation mode; on device "meta" without reading the weights.
+
+    Raises ModelError naming tensors that are missing, unexpected or of a wrong shape.
+    """
+    options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
+    if str(device) == "meta":
+        options["device_map"] = "meta"
+    try:
+        with quiet():
+            model, info = AutoModelForImageTextToText.from_pretrained(
+                path,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **options,
+            )
+    except UNREADABLE as error:
+        raise ModelError(f"{path}: the model cannot be loaded: {' '.join(str(error).split())}") from None
+    _check_loading_info(path, info)
+    return model.to(device).eval()
+
+
+def _check_loading_info(path: str, info: dict[str, Any]) -> None:
+    mismatched = [f"{name} is {list(got)}, not {list(wanted)}" for name, got, wanted in info["mismatched_keys"]]
+    # A constant that transformers kept in GPT-2 checkpoints until 2023.
+    unexpected = [name for name in info["unexpected_keys"] if not name.endswith(".attn.masked_bias")]
+    faults = (("missing", info["missing_keys"]), ("unexpected", unexpected), ("misshapen", mismatched))
+    found = [f"{len(names)} {kind}: {_few(sorted(names))}" for kind, names in faults if names]
+    if found:
+        raise ModelError(f"{path}: tensors do not fit config.json: {'; '.join(found)}; save the model again")
+
+
+def _few(names: list[str], limit: int = 3) -> str:
+    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """transformers without its progress bar and advice."""
+    verbosity, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bar:
+            transformers_logging.enable_progress_bar()
