@@ -142,7 +142,8 @@ def train(options: argparse.Namespace, rest: Sequence[str]) -> dict[str, Any]:
 
 
 def watch_display(terminal: int, started: float) -> tuple[float | None, float | None]:
-    """Seconds until the display shows a first step, and the last samples/s on it. Copies it to standard error until
+    """Seconds until the display shows a first step, and the highest samples/s on it: the rate counts from the first
+    step, and falls once an evaluation ran. Copies it to standard error until
     the job ends."""
     first, rate, shown = None, None, b""
     while data := read_terminal(terminal):
@@ -152,7 +153,7 @@ def watch_display(terminal: int, started: float) -> tuple[float | None, float | 
         if first is None and re.search(rb"step [1-9][\d,]*/", shown):
             first = time.perf_counter() - started
         if rates := re.findall(rb"([\d.,]+) samples/s", shown):
-            rate = float(rates[-1].replace(b",", b""))
+            rate = max(rate or 0.0, float(rates[-1].replace(b",", b"")))
     print(file=sys.stderr)  # the display ends within a line
     return first, rate
 
