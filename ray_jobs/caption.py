@@ -131,7 +131,7 @@ def _configure_ray_data(work: Work) -> None:
 
 def no_progress_timeout(decode_timeout: float) -> float:
     """Seconds without a block from any stage after which a run is taken for stalled: more than a chunk of which every
-    picture hangs takes (see `captioner.imaging.guarded`)."""
+    picture hangs takes (see `captioner.imaging.sandbox.decoder`)."""
     return max(900.0, 20 * decode_timeout)
 
 
@@ -150,12 +150,7 @@ def _cause_of(error: BaseException) -> CaptionerError:
     return ClusterError(f"a worker failed: {said}; committed rows stay, the same command goes on")
 
 
-def main(argv: list[str] | None = None) -> None:
-    """The same arguments as `captioner caption`; ends the process with its exit code."""
-    from ray_jobs.cli import main as command
+if __name__ == "__main__":  # the same arguments and exit code as `captioner caption`
+    from ray_jobs.cli import main
 
-    command(["caption", *(sys.argv[1:] if argv is None else argv)])
-
-
-if __name__ == "__main__":
-    main()
+    main(["caption", *sys.argv[1:]])

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from captioner.config import ClusterConfig
+from captioner.console.stopping import say
 from captioner.errors import ClusterError
-from captioner.stopping import say
 
 MIN_CPU_SHARE = 0.05
 EXIT_TIMEOUT_S = 10.0  # for a Ray that is just being started when the program ends
