@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("ray_instance")
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = make_folder(tmp_path_factory.mktemp("archive"), 60)
-    (root / "broken.png").write_bytes(b"no picture")
+    (root / "broken.png").write_bytes(b"no image")
     return root
 
 
@@ -131,7 +131,6 @@ def test_a_worker_that_cannot_load_the_model_stops_the_run_with_one_line(tmp_pat
     config = settings(archive, out, model)
     engine = RayEngine(config)
     job = open_job(config, engine, lambda line: None)
-    job.finish_model_check()
     (plan,) = job.table.open_plans()
     model.rename(tmp_path / "gone")
 
