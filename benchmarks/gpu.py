@@ -39,7 +39,7 @@ class Form:
     size: str
     images: int
     batch_size: int
-    few: int  # images of the slow peer, and of the batch that is too large
+    few: int  # images of the slow peer
     pairs: int
     train_batch: int
     train_steps: int
@@ -141,7 +141,7 @@ def two_workers(setup: Setup) -> list[str]:
 
 def oversized(setup: Setup) -> list[str]:
     need_gpu()
-    return setup.job("oversized", "few", "oversized", *TOKENS)
+    return setup.job("oversized", "images", "oversized", *TOKENS)
 
 
 def train_job(setup: Setup) -> list[str]:

@@ -64,7 +64,7 @@ def caption(options: argparse.Namespace, rest: Sequence[str]) -> dict[str, Any]:
 
 
 def kill(options: argparse.Namespace, rest: Sequence[str]) -> dict[str, Any]:
-    command, chunks = caption_command(options, rest), planned_chunks(options.against)
+    command, chunks = caption_command(options, rest), sum(plan.num_chunks for plan in plans_of(options.against))
     job = start(command)
     wait_for_chunks(job, options.out, max(1, chunks // 3))
     kill_all(job)
@@ -95,7 +95,11 @@ def oversized(options: argparse.Namespace, rest: Sequence[str]) -> dict[str, Any
     os.environ["PYTORCH_CUDA_ALLOC_CONF"] = f"per_process_memory_fraction:{fraction:.5f}"
     job = start(caption_command(options, ["--batch-size", str(OVERSIZED), *rest]))
     finish(job)
-    return {"memory_fraction": round(fraction, 5), "halved_to": halved_to} | record_figures(options.out)
+    rows = max(plan.rows_per_chunk for plan in plans_of(options.out))
+    if rows <= halved_to:
+        raise SystemExit(f"chunks of {rows} images fit, as batches of {halved_to} did: give more images")
+    figures = {"memory_fraction": round(fraction, 5), "halved_to": halved_to, "images_per_chunk": rows}
+    return figures | record_figures(options.out)
 
 
 def tight_memory(model: str) -> tuple[float, int]:
@@ -190,10 +194,10 @@ def wait_for_chunks(job: subprocess.Popen[bytes], out: Path, count: int) -> None
         time.sleep(POLL_S)
 
 
-def planned_chunks(table: Path) -> int:
+def plans_of(table: Path) -> list[Any]:
     from captioner.store.table import open_table
 
-    return sum(plan.num_chunks for plan in open_table(str(table)).plans())
+    return open_table(str(table)).plans()
 
 
 def kill_all(job: subprocess.Popen[bytes]) -> None:
