@@ -29,7 +29,7 @@ Feed = Callable[[Iterator[pa.Table]], Iterator[pa.Table]]
 @dataclass(frozen=True)
 class Evaluator:
     """Evaluates `captioner`, whose network `loss` wraps, on a table of pairs. `add_up` sums a float64 tensor over the
-    workers."""
+    workers; `doing` shows how far an evaluation is."""
 
     captioner: TransformersCaptioner
     loss: CaptionLoss
@@ -39,17 +39,20 @@ class Evaluator:
     rank: int = 0
     world_size: int = 1
     add_up: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums
+    doing: Callable[[str], None] = lambda text: None
 
     def __call__(self, pairs: pa.Table) -> dict[str, Any]:
         """`wer`, `shuffled_wer`, `loss` (nats a token), `num_pictures`, and `captions`: reference and caption of the
         first pictures (on rank 0). WER is over generated captions, loss over the first reference of each picture."""
         was_training = self.loss.training
+        self.doing(f"evaluating {len(pairs):,} images")
         self.loss.eval()
         try:
             sums, shown = self._sums(pairs)
         finally:
             self.loss.train(was_training)
             self.captioner.free_memory()
+            self.doing("")
         whole = self.add_up(torch.tensor([sums[name] for name in _SUMS], dtype=torch.float64)).tolist()
         total = dict(zip(_SUMS, whole, strict=True))
         return {
@@ -75,6 +78,7 @@ class Evaluator:
                 sums[name] += found[name]
             self._add_loss(sums, rows)
             sums["pictures"] += len(rows)
+            self.doing(f"evaluated {int(sums['pictures']) * self.world_size:,} of {len(pairs):,} images")
             if self.rank == 0 and len(shown) < SHOWN:
                 columns = zip(rows["image_id"].to_pylist(), references, captions, strict=True)
                 shown += [{"image_id": i, "references": r, "caption": c} for i, r, c in columns][: SHOWN - len(shown)]

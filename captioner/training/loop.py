@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from transformers import GenerationConfig, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from captioner.ahead import one_ahead
+from captioner.config import TrainConfig
 from captioner.models.base import TransformersCaptioner
 from captioner.models.opening import quiet
+from captioner.models.ref import ModelRef
 from captioner.training.batches import Collate, Decode, Upload, batches_of
 from captioner.training.conductor import Conductor, sum_over_workers
 from captioner.training.evaluate import Evaluator, Feed
@@ -28,16 +31,24 @@ from captioner.training.order import GlobalOrder, Share
 from captioner.training.work import Training, Worker
 
 
-def train_worker(work: Training, worker: Worker, checkpoint: Path | None = None) -> dict[str, Any]:
+def train_worker(
+    config: TrainConfig, model: ModelRef, worker: Worker, checkpoint: Path | None = None
+) -> dict[str, Any]:
     """Train up to the last step, from `checkpoint` where there is one. Returns `step`, `history` and `stopped`: why the
     run ended before its last step, or ""."""
-    settings = work.config.training
+    settings = config.training
     eval_batch = settings.per_device_eval_batch_size or settings.per_device_train_batch_size
-    captioner = open_trainable(work.model, work.config.model, worker.device, eval_batch, checkpoint)
+    _tell(worker, "loading weights")
+    captioner = open_trainable(model, config.model, worker.device, eval_batch, checkpoint)
     if settings.gradient_checkpointing:
         captioner.model.activation_checkpointing_enable({"use_reentrant": False})
     loss = CaptionLoss(captioner)
     loss.train()
+    _tell(worker, "waiting for the pairs")
+    work = worker.training()
+    if work is None:
+        return {"step": 0, "history": [], "stopped": "the run was given up"}
+    _tell(worker, "preparing the first step")
     collate = make_collate(captioner)
     decode = Decode(work.archives, work.model.spec)
     evaluator = Evaluator(
@@ -49,6 +60,7 @@ def train_worker(work: Training, worker: Worker, checkpoint: Path | None = None)
         worker.rank,
         worker.world_size,
         lambda sums: sum_over_workers(sums, captioner.device),
+        partial(_tell, worker),
     )
     with tempfile.TemporaryDirectory(prefix="captioner-train-") as folder, quiet():
         trainer = CaptionTrainer(
@@ -63,6 +75,11 @@ def train_worker(work: Training, worker: Worker, checkpoint: Path | None = None)
         "history": trainer.state.log_history,
         "stopped": conductor.stopped,
     }
+
+
+def _tell(worker: Worker, text: str) -> None:
+    if worker.rank == 0:
+        worker.doing(text)
 
 
 def make_collate(captioner: TransformersCaptioner) -> Collate:
