@@ -1,11 +1,13 @@
 """Pictures that are there more than once, byte for byte, are captioned once.
 
 Within a chunk the first one is captioned and the others take its caption. Across chunks each worker remembers the
-captions it made lately. No chunk waits for another, so copies in chunks of different workers may be captioned anew.
+captions it made lately. No chunk waits for another, so copies in chunks of different workers, or in two that one worker
+has under way at once, may be captioned anew.
 """
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,24 +19,28 @@ REMEMBERED = 100_000  # captions each worker remembers: some 50 MB
 
 
 class CaptionMemory(Generic[CaptionT]):
-    """sha256 of a file -> id and caption of the picture that was captioned. Forgets what was longest unused."""
+    """sha256 of a file -> id and caption of the picture that was captioned. Forgets what was longest unused. Several
+    threads may use one at once."""
 
     def __init__(self, limit: int = REMEMBERED) -> None:
         self._limit = limit
+        self._lock = threading.Lock()
         self._known: OrderedDict[str, tuple[str, CaptionT]] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._known)
 
     def get(self, sha256: str) -> tuple[str, CaptionT] | None:
-        if sha256 in self._known:
-            self._known.move_to_end(sha256)
-        return self._known.get(sha256)
+        with self._lock:
+            if sha256 in self._known:
+                self._known.move_to_end(sha256)
+            return self._known.get(sha256)
 
     def add(self, sha256: str, image_id: str, caption: CaptionT) -> None:
-        self._known[sha256] = image_id, caption
-        if len(self._known) > self._limit:
-            self._known.popitem(last=False)
+        with self._lock:
+            self._known[sha256] = image_id, caption
+            if len(self._known) > self._limit:
+                self._known.popitem(last=False)
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,9 @@ def caption(
     codes, messages = decoded.rows["error_code"].to_pylist(), decoded.rows["error_message"].to_pylist()
     ids, sha256s = decoded.rows["image_id"].to_pylist(), decoded.rows["sha256"].to_pylist()
     copies = find_copies([place for place, code in enumerate(codes) if not code], sha256s, memory)
-    made = dict(zip(copies.new, caption_or_reasons(captioner, decoded.pixels[copies.new]), strict=True))
+    every = len(copies.new) == len(decoded.pixels)
+    pixels = decoded.pixels if every else decoded.pixels[copies.new]  # which copies them
+    made = dict(zip(copies.new, caption_or_reasons(captioner, pixels), strict=True))
     made |= {place: made[first] for place, first in copies.of.items()}
     made |= {place: known for place, (_, known) in copies.known.items()}
     written: dict[int, Caption] = {}
@@ -225,8 +227,11 @@ def _finished_rows(
         "chunk_id": chunk.chunk_id,
         "created_at": datetime.now(UTC),
     }
-    columns |= {name: [value] * count for name, value in same_for_all.items()}
     schema = work.table.schema
+    columns |= {
+        name: pa.chunked_array([pa.repeat(pa.scalar(value, schema.field(name).type), count)])
+        for name, value in same_for_all.items()
+    }
     arrays = [_column(columns[field.name], field) for field in schema]
     return pa.Table.from_arrays(arrays, schema=schema)
 

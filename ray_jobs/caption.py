@@ -78,11 +78,12 @@ def make_dataset(work: Work, chunks: list[Chunk], sizes: Sizes, batch_size: Auto
     from ray.data import ActorPoolStrategy
 
     # A batch of one row is one chunk; Ray asks for a batch size where a stage holds a GPU.
-    # One call at a time: with Ray's true multi-threading two calls that fail together may both be lost, and the run
-    # waits for ever (Ray 2.60).
-    def pool(size: int, most: int = 0) -> dict[str, Any]:
+    # One call at a time where a stage may raise: with Ray's true multi-threading two calls that fail together may both
+    # be lost, and the run waits for ever (Ray 2.60).
+    def pool(size: int, most: int = 0, at_once: int = 1) -> dict[str, Any]:
         least, most = min(size, len(chunks)), min(max(size, most), len(chunks))
-        strategy = ActorPoolStrategy(min_size=least, max_size=most)
+        threads: dict[str, Any] = {"max_concurrent_calls_per_actor": at_once, "enable_true_multi_threading": True}
+        strategy = ActorPoolStrategy(min_size=least, max_size=most, **(threads if at_once > 1 else {}))
         return {"compute": strategy, "batch_size": 1, "batch_format": "pyarrow", "zero_copy_batch": True}
 
     described = [asdict(chunk) for chunk in chunks]
@@ -98,7 +99,7 @@ def make_dataset(work: Work, chunks: list[Chunk], sizes: Sizes, batch_size: Auto
         fn_constructor_kwargs={"work": work, "batch_size": batch_size, "num_threads": sizes.threads_per_worker},
         num_cpus=sizes.cpus_per_worker,
         num_gpus=sizes.gpus_per_worker or None,
-        **pool(sizes.num_workers, sizes.max_workers),
+        **pool(sizes.num_workers, sizes.max_workers, CaptionStage.AT_ONCE if sizes.gpus_per_worker else 1),
     )
     return dataset.map_batches(CommitStage, fn_constructor_kwargs={"work": work}, num_cpus=0, **pool(sizes.committers))
 

@@ -37,9 +37,13 @@ class Follower:
         self._written = 0
         self._last_answer = time.monotonic()
 
-    def run(self) -> int:
-        """The exit code of the job's command. Raises ClusterError where it never starts or the cluster is lost."""
+    def run(self, announcement: str) -> int:
+        """The exit code of the job's command. Raises ClusterError where it never starts or the cluster is lost.
+
+        `announcement` is printed first: whoever has read it may press Ctrl-C, and is asked.
+        """
         try:
+            say(announcement)
             self._wait_for_start()
             while str((info := self._info()).status) not in ENDED:
                 self._copy_log()

@@ -6,6 +6,7 @@ metrics (`ray_data_...`). `deploy/grafana.json` draws what is here.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 
@@ -42,7 +43,7 @@ class RunMetrics:
 
 
 class DeviceMetrics:
-    """Gauges of one worker that captions."""
+    """Gauges of one worker that captions. Several threads may use one at once."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         from ray.util.metrics import Gauge
@@ -51,14 +52,18 @@ class DeviceMetrics:
         self._batch = Gauge("captioner_batch_size", "Pictures of a forward pass, at most.")
         self._clock = clock
         self._since = clock()
+        self._lock = threading.Lock()
 
-    def add(self, seconds: float, batch_size: int) -> None:
-        """A chunk was captioned in `seconds`, and ends now. The share is of the time since the chunk before."""
-        now = self._clock()
-        passed = now - self._since
-        self._busy.set(min(1.0, seconds / passed) if passed > 0 else 1.0)
-        self._batch.set(batch_size)
-        self._since = now
+    def add(self, seconds: float, batch_size: int) -> float:
+        """A chunk was captioned in `seconds`, and ends now. Returns how many of them came after the chunk before, which
+        may have been captioned at the same time. The share is of the time since that."""
+        with self._lock:
+            now = self._clock()
+            passed, self._since = now - self._since, now
+            busy = min(seconds, passed)
+            self._busy.set(busy / passed if passed > 0 else 1.0)
+            self._batch.set(batch_size)
+            return busy
 
 
 class DriverMetrics:

@@ -8,7 +8,8 @@ widths beside them; the chunk and the seconds spent on it as JSON.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+import pickle
+from dataclasses import asdict, replace
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +21,7 @@ from ray_jobs.metrics import DeviceMetrics, RunMetrics
 
 _CHUNK, _IMAGES = "chunk", "images"
 _PIXELS, _WIDTHS = "_pixels", "_widths"
+_ERROR = "error"
 
 
 class DecodeStage:
@@ -36,7 +38,14 @@ class DecodeStage:
 
 
 class CaptionStage:
-    """Blocks of decoded pictures -> blocks of caption rows; holds the model."""
+    """Blocks of decoded pictures -> blocks of caption rows; holds the model.
+
+    On a GPU `AT_ONCE` calls run at once: while one's images are searched, the next one's are on their way to the device
+    and the rows of the one before are made. Of such calls two that raise together may both be lost, and the run waits
+    for ever (Ray 2.60): so none raises, and the error goes on as a block, which the CommitStage raises.
+    """
+
+    AT_ONCE = 2
 
     def __init__(self, work: Work, batch_size: AutoInt, num_threads: int) -> None:
         from captioner.models import load
@@ -47,9 +56,16 @@ class CaptionStage:
         self.metrics = DeviceMetrics()
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        rows = caption(self.work, self.captioner, from_block(block, self.work), self.memory)
-        self.metrics.add(rows.seconds["generate"], getattr(self.captioner, "batch_size", rows.chunk.num_rows))
-        return to_block(rows)
+        try:
+            return to_block(self._caption(from_block(block, self.work)))
+        except Exception as error:
+            return error_block(error)
+
+    def _caption(self, decoded: ChunkRows) -> ChunkRows:
+        rows = caption(self.work, self.captioner, decoded, self.memory)
+        batch_size = getattr(self.captioner, "batch_size", rows.chunk.num_rows)
+        busy = self.metrics.add(rows.seconds["generate"], batch_size)
+        return replace(rows, seconds=rows.seconds | {"generate": busy})
 
 
 class CommitStage:
@@ -60,9 +76,26 @@ class CommitStage:
         self.metrics = RunMetrics()
 
     def __call__(self, block: pa.Table) -> pa.Table:
+        raise_error(block)
         receipt = commit(self.work, from_block(block, self.work))
         self.metrics.add(receipt)
         return pa.table({"receipt": [json.dumps(asdict(receipt))]})
+
+
+def error_block(error: Exception) -> pa.Table:
+    """A block in place of the rows of a chunk that met `error`."""
+    try:
+        data = pickle.dumps(error)
+        pickle.loads(data)
+    except Exception:  # an exception of another library, which may survive neither
+        data = pickle.dumps(RuntimeError(f"{type(error).__name__}: {error}"))
+    return pa.table({_ERROR: pa.array([data], pa.binary())})
+
+
+def raise_error(block: pa.Table) -> None:
+    """Raise what `error_block` was given; nothing for any other block."""
+    if _ERROR in block.column_names:
+        raise pickle.loads(block[_ERROR][0].as_py())
 
 
 def receipts_of(block: pa.Table) -> list[Receipt]:
@@ -102,8 +135,8 @@ def _with_pixels(rows: ChunkRows) -> pa.Table:
 
 
 def _pixels_of(block: pa.Table, work: Work) -> Pixels:
-    column = block[_PIXELS].combine_chunks()
-    column = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
+    column = block[_PIXELS]
+    column = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()  # which copies
     spec = work.model.spec
     if _WIDTHS in block.column_names:
         both = zip(column, block[_WIDTHS].to_pylist(), strict=True)

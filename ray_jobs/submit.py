@@ -130,10 +130,11 @@ def submit(submission: Submission, address: str | None, follow: bool, pending_ti
 
     client = connect_client(address)
     job_id, is_new = start_or_attach(client, submission)
-    say(f"{'submitted' if is_new else 'already submitted'}: {job_id}")
+    announcement = f"{'submitted' if is_new else 'already submitted'}: {job_id}"
     if not follow:
+        say(announcement)
         return OK
-    return Follower(client, job_id, submission.waits_for, pending_timeout).run()
+    return Follower(client, job_id, submission.waits_for, pending_timeout).run(announcement)
 
 
 def start_or_attach(client: JobSubmissionClient, submission: Submission) -> tuple[str, bool]:

@@ -5,8 +5,10 @@ Imports torch and transformers: seconds. `captioner.models.load` is the way in.
 
 from __future__ import annotations
 
-import math
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,11 +19,11 @@ from transformers import GenerationConfig, LogitsProcessorList
 from captioner.data import Captions, Pixels, object_array
 from captioner.errors import ModelError
 from captioner.models import own_batches
-from captioner.models.opening import open_model, open_tokenizer, quiet
+from captioner.models.opening import decode_all, open_model, open_tokenizer, quiet
 from captioner.models.own_batches import OwnBatch
 from captioner.models.processors import open_image_processor
 from captioner.models.ref import ModelRef
-from captioner.models.scores import ScoreRecorder, token_counts
+from captioner.models.scores import ScoreRecorder, mean_logprobs, token_counts
 from captioner.models.uploads import Uploads
 
 _USUAL_SIDE = 1024
@@ -62,6 +64,7 @@ class TransformersCaptioner:
         self.ref, self.device, self.batch_size = ref, device, batch_size
         self.dtype: torch.dtype = getattr(torch, ref.dtype)
         self.uploads = Uploads(device)
+        self._turn = threading.Lock()  # one call's searches run after another's
         self.model = open_model(ref.path, self.dtype, device, self.attention)
         self.tokenizer = open_tokenizer(ref.path)
         self.prefix = self.start_ids()
@@ -128,31 +131,32 @@ class TransformersCaptioner:
         )
 
     def caption(self, pixels: Pixels) -> Captions:
-        """Caption pictures, `batch_size` at a time.
+        """Caption images, `batch_size` at a time.
 
-        Where the device's memory is not enough, the batch is halved and tried again, and stays at what fits.
+        The next batch is on its way to the device, and the batch before becomes text, while one is searched. Two
+        threads may call this at once: then the same holds from one call to the next. Where the device's memory is not
+        enough, the batch is halved and tried again, and stays at what fits.
         """
-        parts: list[Captions] = []
-        for values in self._batches(pixels):
-            parts += self._as_fits(values)
-        return Captions(
-            [text for part in parts for text in part.texts],
-            [number for part in parts for number in part.num_tokens],
-            [mean for part in parts for mean in part.logprob_mean],
-            [done for part in parts for done in part.finished],
-        )
+        with self._batches(pixels) as batches, ThreadPoolExecutor(1) as describing:
+            with self._turn:
+                parts = [
+                    describing.submit(self.describe, tokens, logprobs)
+                    for values in batches
+                    for tokens, logprobs in self._as_fits(values)
+                ]
+            return _joined([part.result() for part in parts])
 
-    def _batches(self, pixels: Pixels) -> Iterator[Any]:
+    def _batches(self, pixels: Pixels) -> AbstractContextManager[Iterator[Any]]:
         if self.processor is None:
             return self.uploads.batches(pixels, self.batch_size)
         return own_batches.batches(pixels, self.batch_size, self.process)
 
-    def _as_fits(self, values: Any) -> list[Captions]:
-        """`caption_batch`, in as many pieces as the device's memory asks for."""
+    def _as_fits(self, values: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """`search_batch`, in as many pieces as the device's memory asks for."""
         if len(values) > self.batch_size:
-            return [part for some in _pieces(values, self.batch_size) for part in self._as_fits(some)]
+            return [part for piece in _pieces(values, self.batch_size) for part in self._as_fits(piece)]
         try:
-            return [self.caption_batch(values)]
+            return [self.search_batch(values)]
         except torch.OutOfMemoryError:
             if len(values) == 1:
                 raise
@@ -170,7 +174,7 @@ class TransformersCaptioner:
         )
         noise = np.random.default_rng(0).integers(0, 256, (size, height, width, 3), dtype=np.uint8)
         batch = OwnBatch(object_array(list(noise)), self.process) if own else torch.from_numpy(noise).to(self.device)
-        self.caption_batch(batch)
+        self.search_batch(batch)
 
     @property
     def device_name(self) -> str:
@@ -186,19 +190,16 @@ class TransformersCaptioner:
             torch.cuda.empty_cache()
 
     @torch.inference_mode()
-    def caption_batch(self, values: Any) -> Captions:
-        """Caption uint8 pixels [N, height, width, 3] on the device, or an OwnBatch, in one piece. Raises
+    def search_batch(self, values: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """`search` for uint8 pixels [N, height, width, 3] on the device, or an OwnBatch, in one piece. Raises
         torch.OutOfMemoryError."""
-        with quiet():
-            tokens, logprobs = self.search(self.prepare(values))
+        return self.search(self.prepare(values))
+
+    def describe(self, tokens: torch.Tensor, logprobs: torch.Tensor) -> Captions:
+        """What `search` returned, in words."""
         counts, finished = token_counts(tokens, self._end_ids())
-        rows = list(zip(tokens, logprobs, counts, strict=True))
-        return Captions(
-            [self.decode(row[:count].tolist()) for row, _, count in rows],
-            counts,
-            [row[:count].mean().item() if count else math.nan for _, row, count in rows],
-            finished,
-        )
+        rows = [row[:count] for row, count in zip(tokens.tolist(), counts, strict=True)]
+        return Captions(self.decode(rows), counts, mean_logprobs(logprobs, counts), finished)
 
     def search(self, prepared: Any, /) -> tuple[torch.Tensor, torch.Tensor]:
         """New tokens int64 [N, T] and their log-probabilities float32 [N, T], on the CPU, by `generate`."""
@@ -207,7 +208,8 @@ class TransformersCaptioner:
     def search_from(self, given: int, prepared: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """`search`, where the first `given` ids of what `generate` returns are no new tokens."""
         recorder = ScoreRecorder(self.ref.num_beams, len(self._end_ids()))
-        output = self.generate(prepared, logits_processor=LogitsProcessorList([recorder]))
+        with quiet():
+            output = self.generate(prepared, logits_processor=LogitsProcessorList([recorder]))
         tokens = output.sequences[:, given:].cpu()
         return tokens, recorder.logprobs(tokens, getattr(output, "beam_indices", None))
 
@@ -215,8 +217,9 @@ class TransformersCaptioner:
         """uint8 [N, H, W, 3] -> normalised [N, 3, H, W] of the model's dtype, both on its device."""
         return ((values.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std).to(self.dtype)
 
-    def decode(self, token_ids: list[int]) -> str:
-        return self.tokenizer.decode(token_ids, skip_special_tokens=True).strip()
+    def decode(self, rows: list[list[int]]) -> list[str]:
+        """The text of each row of token ids."""
+        return [text.strip() for text in decode_all(self.tokenizer, rows)]
 
     def _end_ids(self) -> list[int]:
         end = self.settings.eos_token_id
@@ -230,3 +233,12 @@ class TransformersCaptioner:
 def _pieces(values: Any, size: int) -> Iterator[Any]:
     for first in range(0, len(values), size):
         yield values[first : first + size]
+
+
+def _joined(parts: list[Captions]) -> Captions:
+    return Captions(
+        [text for part in parts for text in part.texts],
+        [number for part in parts for number in part.num_tokens],
+        [mean for part in parts for mean in part.logprob_mean],
+        [done for part in parts for done in part.finished],
+    )

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoModelForImageTextToText, AutoTokenizer, TokenizersBackend
 from transformers.utils import logging as transformers_logging
 
 from captioner.errors import ModelError
@@ -21,6 +21,20 @@ def open_tokenizer(path: str) -> Any:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except UNREADABLE as error:
         raise ModelError(f"{path}: the tokenizer cannot be loaded: {' '.join(str(error).split())}") from None
+
+
+def decode_all(tokenizer: Any, rows: list[list[int]]) -> list[str]:
+    """The text of each row of token ids, without special tokens.
+
+    The rows of a batch go to the Rust tokenizer together where transformers would do no more than call it for each:
+    that takes a tenth of the time, and other threads run meanwhile.
+    """
+    plain = isinstance(tokenizer, TokenizersBackend) and not tokenizer.clean_up_tokenization_spaces
+    kind, known = type(tokenizer), TokenizersBackend
+    if plain and (kind.decode, kind._decode) == (known.decode, known._decode):
+        texts: list[str] = tokenizer.backend_tokenizer.decode_batch(rows, skip_special_tokens=True)
+        return texts
+    return list(tokenizer.batch_decode(rows, skip_special_tokens=True))
 
 
 def open_model(path: str, dtype: torch.dtype, device: torch.device | str, attention: str | None = None) -> Any:

@@ -51,3 +51,11 @@ def token_counts(tokens: torch.Tensor, end_ids: Sequence[int]) -> tuple[list[int
     finished = ends.any(1)
     first = ends.int().argmax(1) + 1 if tokens.shape[1] else torch.zeros(len(tokens), dtype=torch.long)
     return torch.where(finished, first, tokens.shape[1]).tolist(), finished.tolist()
+
+
+def mean_logprobs(logprobs: torch.Tensor, counts: Sequence[int]) -> list[float]:
+    """Mean of the first `counts[n]` values of each row of `logprobs` float32 [N, T], in float64; NaN of none."""
+    number = torch.tensor(counts)
+    own = torch.arange(logprobs.shape[1]) < number[:, None]
+    means: list[float] = (logprobs.double().where(own, 0.0).sum(1) / number).tolist()
+    return means

@@ -60,6 +60,8 @@ def is_repetitive(text: str) -> bool:
     """Whether a word, or a phrase of up to 6 words, comes three times in a row. "A red square, a red square and a
     ring" is no loop: two equal things may stand side by side."""
     words = _TOKENS.findall(text.lower())
+    if len(words) - len(set(words)) < 2:
+        return False  # no word is there three times
     return any(_repeats(words, size) for size in range(1, MAX_PHRASE_WORDS + 1))
 
 

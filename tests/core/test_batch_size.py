@@ -5,17 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from captioner.config import ModelConfig
 from captioner.models import load, resolve
 from captioner.models.batch_size import SIZES, WORTH, fastest_size, settle_batch_size
 from captioner.models.ref import ModelRef
-from captioner.models.uploads import Uploads
 from captioner.testing import SmallGpu
 
 
@@ -101,15 +99,3 @@ def test_the_size_found_fits_and_is_no_slower_than_those_before(seconds, fitting
 def test_a_cpu_is_not_tried_out(ref, cache) -> None:
     assert load(ref, device="cpu").batch_size == 64  # a small model
     assert not cache.exists()
-
-
-@settings(deadline=None)
-@given(st.integers(1, 20), st.integers(1, 25))
-def test_every_picture_arrives_once_and_in_order(count, size) -> None:
-    pixels = np.arange(count * 12, dtype=np.uint8).reshape(count, 2, 2, 3)
-    pixels.flags.writeable = False  # as Arrow's memory is
-
-    batches = list(Uploads(torch.device("cpu")).batches(pixels, size))
-
-    assert [len(batch) for batch in batches[:-1]] == [size] * (len(batches) - 1)
-    assert np.array_equal(torch.cat(batches).numpy(), pixels)

@@ -8,6 +8,8 @@ import pytest
 
 from captioner import pipeline
 from captioner.config import CaptionConfig
+from captioner.errors import ModelError
+from captioner.steps import ChunkRows
 from captioner.store.read import read_parts
 from captioner.store.table import open_table
 from captioner.store.verify import verify
@@ -100,3 +102,33 @@ def test_workers_hold_the_gpus_that_were_asked_for_and_a_chunk_stays_whole(
     assert set(gpus) in held
     assert captions(tmp_path / "out") == local_captions
     assert verify(open_table(str(tmp_path / "out"))).proven
+
+
+def failing_stage() -> type[CaptionStage]:
+    """A caption stage of which two calls at once meet an error in the same moment."""
+
+    class FailingStage(CaptionStage):
+        def __init__(self, *arguments: Any, **named: Any) -> None:
+            import threading
+
+            super().__init__(*arguments, **named)
+            self.both = threading.Barrier(2)
+
+        def _caption(self, decoded: ChunkRows) -> ChunkRows:
+            self.both.wait()
+            raise ModelError("model: gone")
+
+    return FailingStage
+
+
+def test_two_calls_of_a_gpu_worker_that_fail_together_end_the_run(
+    tmp_path: Path, archive: Path, local_captions: list[tuple], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings(archive, tmp_path / "out", num_workers=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(caption, "CaptionStage", failing_stage())
+        with pytest.raises(ModelError, match="model: gone"):
+            caption.run(config)
+
+    assert caption.run(config) == 0
+    assert captions(tmp_path / "out") == local_captions
