@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
 import pyarrow as pa
 
+from captioner.ahead import in_background
 from captioner.config import ModelConfig, TrainConfig
 from captioner.errors import OK, ModelError, TrainingError, UsageError
 from captioner.files import shown
@@ -133,8 +133,8 @@ def _run(config: TrainConfig, engine: TrainEngine) -> int:
     started = time.perf_counter()
     _check_settings(config)
     out, model, archives = Directory(config.output.path), _resolve(config), open_archives(config.data)
-    with TrainProgress() as progress, ThreadPoolExecutor(1, "listing") as thread:
-        listed = thread.submit(_list_new_pairs, config, out, archives)
+    with TrainProgress() as progress:
+        listed = in_background(partial(_list_new_pairs, config, out, archives))
         check = check_in_subprocess(model)
         progress.doing("starting Ray")
         if config.training.fp16 and not engine.has_gpus():
@@ -165,6 +165,7 @@ def _run(config: TrainConfig, engine: TrainEngine) -> int:
             config, model, archives, opened.schedule, opened.pairs.tables, record, outcome.metrics, outcome.history, out
         )
         finished = engine.finish(outcome.checkpoint, finishing)
+        progress.doing("")
     seconds = round(time.perf_counter() - started, 1)
     out.write_json(RUN_FILE, record | {"state": "finished", "seconds": seconds, **finished})
     _push(config, out)

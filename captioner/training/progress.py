@@ -61,4 +61,7 @@ class TrainProgress(Progress):
         return f"step {self._done:,}/{self._total:,}" if self._total else "training"
 
     def last_line(self) -> str:
-        return f"{self.line()}  in {duration(self._clock() - self._started)}"
+        line = self.line()
+        if not self._done:  # the run ended before its first step, and says why itself
+            return ""
+        return f"{line}  in {duration(self._clock() - self._started)}"
