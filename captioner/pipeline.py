@@ -52,7 +52,6 @@ def run(config: CaptionConfig, engine: Engine | None = None) -> int:
                 chunks = job.missing_chunks(plan)
                 already = tally.skip(plan, chunks)
                 if chunks:
-                    job.finish_model_check()
                     work = replace(job.work, sample=spot_check.draw(job.table))
                     write_record(job, make_record(job, "running", tally))
                     with Progress(total=plan.num_rows, already=already) as progress:
@@ -71,6 +70,9 @@ class ThisProcess:
 
     def __init__(self, config: CaptionConfig) -> None:
         self._batch_size = config.model.batch_size
+
+    def start(self) -> None:
+        """Nothing is started before the first chunk."""
 
     def device(self) -> str:
         import torch

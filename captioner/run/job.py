@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from captioner.config import CaptionConfig, SourceConfig
 from captioner.data import Chunk, Receipt, Source
 from captioner.errors import OutputError, UsageError
 from captioner.files import is_uri, local_path, shown
-from captioner.models import ModelRef, check_in_subprocess, resolve, weights_bytes
+from captioner.models import ModelRef, resolve, weights_bytes
 from captioner.run.fingerprint import bind, facts_of, rebind
 from captioner.run.selector import make_recaption_plan, parse_selector
 from captioner.sources import open_source
@@ -51,6 +51,10 @@ Say = Callable[[str], None]
 class Engine(Protocol):
     """Where chunks are captioned: this process, or a Ray cluster."""
 
+    def start(self) -> None:
+        """Begin to start what takes seconds, and do not wait for it."""
+        ...
+
     def device(self) -> str:
         """ "cuda" or "cpu"; connects where that is needed."""
         ...
@@ -74,7 +78,6 @@ class Job:
     say: Say
     run_id: str
     work: Work | None = None
-    model_check: Any = None
     started: float = field(default_factory=time.perf_counter)
     notes: list[str] = field(default_factory=list)
 
@@ -107,12 +110,6 @@ class Job:
         self.work = replace(self.work, table=self.table)
         yield plan
 
-    def finish_model_check(self) -> None:
-        """Wait for the check of the model's tensors that was started with the job. Raises ModelError."""
-        if self.model_check is not None:
-            self.model_check.result()
-            self.model_check = None
-
     def missing_chunks(self, plan: Plan) -> list[Chunk]:
         """The chunks of a plan that are neither committed nor published."""
         done = self.table.committed_chunks(plan.generation)
@@ -126,17 +123,18 @@ def open_job(config: CaptionConfig, engine: Engine, say: Say) -> Job:
     config = _with_absolute_source(config)
     started = time.perf_counter()
     model = None if config.output.plan_only else resolve(config.model, None, announce=say)
-    check = None if model is None else check_in_subprocess(model)
     table = _existing_table(config)
     source_config = config.source if table is None else _planned_source(config, table)
     source = open_source(source_config)
+    if model is not None and _may_have_work(config, table):
+        engine.start()
     if table is None:
         settings = config.source.model_dump() | {"path": shown(config.source.path)}
         table = create_table(config.output.path, settings, source.kept_fields(), config.output.overwrite)
     else:
         table.directory.sweep("")
         remove_merged_chunks(table)
-    job = Job(config, table, source, say, _new_run_id(), model_check=check, started=started)
+    job = Job(config, table, source, say, _new_run_id(), started=started)
     _bring_plan_up_to_date(job, model)
     if model is not None:
         job.table, model = bind(job.table, config, model, engine.device)
@@ -192,6 +190,12 @@ def _existing_table(config: CaptionConfig) -> CaptionsTable | None:
     return None
 
 
+def _may_have_work(config: CaptionConfig, table: CaptionsTable | None) -> bool:
+    """Whether workers may be needed: a table that is finished needs none."""
+    output = config.output
+    return table is None or output.extend or output.retry_failed or bool(output.only) or bool(table.open_plans())
+
+
 def _planned_source(config: CaptionConfig, table: CaptionsTable) -> SourceConfig:
     """The source as it was planned. What may differ: limits of decoding, and with --extend which pictures are taken."""
     planned = SourceConfig.model_validate(table.info["source"])
@@ -215,12 +219,14 @@ def _bring_plan_up_to_date(job: Job, model: ModelRef | None) -> None:
         return
     limits = (per_chunk, config.output.rows_per_file)
     teller = _ListingTeller(job.say)
+    started = time.perf_counter()
     plan = make_plan(job.table, job.source, config.source, *limits, on_progress=teller)
     if plan is None:
         job.say("nothing to add: every picture of the source is in the plan")
         return
     ignored = f", {plan.num_ignored:,} other files passed over" if plan.num_ignored else ""
-    job.say(f"planned {plan.num_rows:,} pictures in {plan.num_chunks:,} chunks{ignored}")
+    seconds = time.perf_counter() - started
+    job.say(f"planned {plan.num_rows:,} pictures in {plan.num_chunks:,} chunks{ignored} in {seconds:.1f} s")
 
 
 def _tell_what_changed(job: Job, planned: int) -> None:

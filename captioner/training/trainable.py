@@ -31,7 +31,7 @@ class TrainableGitCaptioner(GitCaptioner):
         self.model.config.vision_config._attn_implementation = "sdpa"
         self._fast = None
         if not missing_settings(self.settings):
-            self._fast = FastSearch.over(self.model, self.settings, self.prefix)
+            self._fast = FastSearch(self.model, self.settings, self.prefix)
 
 
 _FAMILIES: dict[str, type[TransformersCaptioner]] = {

@@ -131,7 +131,6 @@ def test_a_worker_that_cannot_load_the_model_stops_the_run_with_one_line(tmp_pat
     config = settings(archive, out, model)
     engine = RayEngine(config)
     job = open_job(config, engine, lambda line: None)
-    job.finish_model_check()
     (plan,) = job.table.open_plans()
     model.rename(tmp_path / "gone")
 
