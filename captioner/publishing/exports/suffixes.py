@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from captioner.imaging.formats import available_formats
-from captioner.sources.webdataset import PICTURE_SUFFIXES
+from captioner.sources.webdataset import IMAGE_SUFFIXES
 
 _SUFFIXES = {"JPEG": ".jpg", "TIFF": ".tif", "JPEG2000": ".jp2", "MPO": ".jpg", "HEIF": ".heic"}
 _SAME = {".jpeg": ".jpg", ".tiff": ".tif", ".j2k": ".jp2", ".heif": ".heic", ".pgm": ".ppm", ".pbm": ".ppm"}
@@ -16,7 +16,7 @@ _SAME = {".jpeg": ".jpg", ".tiff": ".tif", ".j2k": ".jp2", ".heif": ".heic", ".p
 
 def without_suffix(name: Path) -> Path:
     """Return the name without its image suffix; "scene.3" has none and stays."""
-    return name.with_suffix("") if name.suffix[1:].lower().encode() in PICTURE_SUFFIXES else name
+    return name.with_suffix("") if name.suffix[1:].lower().encode() in IMAGE_SUFFIXES else name
 
 
 def with_format_suffix(name: Path, data: bytes) -> Path:
