@@ -29,7 +29,7 @@ import torch
 from captioner.config import ModelConfig
 from captioner.models import load, resolve
 from captioner.models.git_fast import FastSearch
-from captioner.models.opening import open_model, quiet
+from captioner.models.pretrained import open_model, quiet
 
 
 def main() -> None:
@@ -68,13 +68,13 @@ def _options() -> argparse.Namespace:
 def _compare(options: argparse.Namespace, plain: Any, dtype: str, beams: int) -> tuple[dict[str, Any], bool]:
     captioner: Any = load(_ref(options, dtype, beams), batch_size=options.batch_size, num_threads=options.threads)
     captioner.settings.min_new_tokens = options.new_tokens
-    ours = FastSearch.over(captioner.model, captioner.settings, captioner.prefix)
+    ours = FastSearch(captioner.model, captioner.settings, captioner.prefix)
     spec = captioner.ref.spec
     shape = options.batch_size, spec.height, spec.width, 3
     with torch.inference_mode(), quiet():
         noise = torch.from_numpy(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
         pixels = captioner.normalise(noise.to(captioner.device))
-        state = ours.stepper.network.new_state(options.batch_size, 1, 1 + options.new_tokens)
+        state = ours.network.new_state(options.batch_size, 1, 1 + options.new_tokens)
         rows = captioner.start_rows(options.batch_size)
         length = {"min_new_tokens": options.new_tokens, "max_new_tokens": options.new_tokens}
         runs: dict[str, Callable[[], Any]] = {
@@ -82,7 +82,7 @@ def _compare(options: argparse.Namespace, plain: Any, dtype: str, beams: int) ->
             "generate": lambda: plain.generate(
                 pixel_values=pixels, input_ids=rows, num_beams=beams, do_sample=False, **length
             ),
-            "encode": lambda: ours.stepper.network.encode(pixels, state),
+            "encode": lambda: ours.network.encode(pixels, state),
         }
         seconds = _in_turn(runs, options.rounds, beams)
         same = torch.equal(runs["ours"](), runs["generate"]()[:, -options.new_tokens :])

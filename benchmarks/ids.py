@@ -20,8 +20,8 @@ import torch
 
 from captioner.config import ModelConfig
 from captioner.models import load, resolve
-from captioner.models.opening import open_model, quiet
-from captioner.scenes import make_scene
+from captioner.models.pretrained import open_model, quiet
+from captioner.starter.scenes import make_scene
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
     python -m benchmarks.inputs FOLDER [--size base|tiny] [--images 12288] [--few 1024] [--pairs 1152] [--photos DIR]
 
-FOLDER/model    base: the git-base shape (176.6 M parameters); tiny: `captioner.tiny_models`
+FOLDER/model    base: the git-base shape (176.6 M parameters); tiny: `captioner.testing.tiny_models`
 FOLDER/images   the JPEGs; FOLDER/few: the first of them
 FOLDER/pairs    images with captions (metadata.jsonl), for training
 
@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from captioner.scenes import make_scene
+from captioner.starter.scenes import make_scene
 
 WIDTH, HEIGHT = 640, 480
 GAIN = 2.0  # of the weight matrices: 10 of 12 scenes have captions of their own, where with 1 all have the same
@@ -123,7 +123,7 @@ def write_model(folder: Path, size: str) -> None:
     if (folder / "model.safetensors").exists():
         return
     if size == "tiny":
-        from captioner.tiny_models import make_tiny_model
+        from captioner.testing.tiny_models import make_tiny_model
 
         make_tiny_model("git", folder)
         return

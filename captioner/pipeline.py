@@ -15,8 +15,10 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 
-from captioner.ahead import one_ahead
 from captioner.config import CaptionConfig
+from captioner.console.progress import Progress
+from captioner.console.stopping import say, stoppable
+from captioner.console.summary import print_summary
 from captioner.data import Captioner, Chunk, Receipt
 from captioner.errors import (
     OK,
@@ -24,18 +26,15 @@ from captioner.errors import (
     VerificationError,
 )
 from captioner.files import shown
-from captioner.job import Engine, Job, open_job
 from captioner.models import load
-from captioner.progress import Progress
-from captioner.quality import ROWS_AT_THE_END, SpotCheck, check, report
-from captioner.record import Tally, make_record, recorded, write_record
-from captioner.scoring.gates import enforce
+from captioner.run.job import Engine, Job, open_job
+from captioner.run.prefetch import one_ahead
+from captioner.run.quality import ROWS_AT_THE_END, SpotCheck, check, enforce, report
+from captioner.run.record import Tally, make_record, recorded, write_record
 from captioner.steps import Work, caption, commit, decode, read
-from captioner.stopping import say, stoppable
 from captioner.store.lock import sole_writer
 from captioner.store.publish import publish
 from captioner.store.verify import count_rows
-from captioner.summary import print_summary
 
 
 def run(config: CaptionConfig, engine: Engine | None = None) -> int:
@@ -53,7 +52,6 @@ def run(config: CaptionConfig, engine: Engine | None = None) -> int:
                 chunks = job.missing_chunks(plan)
                 already = tally.skip(plan, chunks)
                 if chunks:
-                    job.finish_model_check()
                     work = replace(job.work, sample=spot_check.draw(job.table))
                     write_record(job, make_record(job, "running", tally))
                     with Progress(total=plan.num_rows, already=already) as progress:
@@ -72,6 +70,9 @@ class ThisProcess:
 
     def __init__(self, config: CaptionConfig) -> None:
         self._batch_size = config.model.batch_size
+
+    def start(self) -> None:
+        """Nothing is started before the first chunk."""
 
     def device(self) -> str:
         import torch

@@ -24,15 +24,15 @@ from captioner.data import (
     Receipt,
     Source,
 )
-from captioner.dedupe import CaptionMemory, find_copies
-from captioner.imaging.guarded import GuardedDecoder
+from captioner.imaging.sandbox.decoder import GuardedDecoder
 from captioner.models import ModelRef
+from captioner.run.dedupe import CaptionMemory, find_copies
 from captioner.scoring.flags import caption_flags
-from captioner.scoring.running import Sample, score_sampled
+from captioner.scoring.running_wer import Sample, score_sampled
 from captioner.sources.copies import KNOWN_SHA256
 from captioner.sources.reading import reads_at_once
-from captioner.store.commit import commit_chunk
 from captioner.store.plan import read_planned
+from captioner.store.publish import commit_chunk
 from captioner.store.table import CaptionsTable
 
 

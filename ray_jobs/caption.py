@@ -22,7 +22,7 @@ from captioner.errors import CaptionerError, ClusterError
 from captioner.models import is_small
 from captioner.steps import Work
 from captioner.store.table import TABLE_FILE
-from ray_jobs.cluster import Resources, Sizes, connect, share_out
+from ray_jobs.cluster import Connection, Sizes, share_out
 from ray_jobs.metrics import DriverMetrics
 from ray_jobs.shared import check_shared
 from ray_jobs.stages import CaptionStage, CommitStage, DecodeStage, receipts_of
@@ -45,18 +45,23 @@ class RayEngine:
 
     def __init__(self, config: CaptionConfig) -> None:
         self._config = config
-        self._resources: Resources | None = None
+        self._connection = Connection(config.cluster)
         self._sizes: Sizes | None = None
 
+    def start(self) -> None:
+        """Connect while the images are listed."""
+        self._connection.start()
+
     def device(self) -> str:
-        return "cuda" if share_out(self._connected(), self._config.cluster).gpus_per_worker else "cpu"
+        return "cuda" if share_out(self._connection.resources(), self._config.cluster).gpus_per_worker else "cpu"
 
     def slots(self) -> dict[str, float]:
-        sizes = self._sizes or share_out(self._connected(), self._config.cluster)
+        sizes = self._sizes or share_out(self._connection.resources(), self._config.cluster)
         return {"decode": sizes.decode_cpus, "device": sizes.num_workers, "write": sizes.committers}
 
     def caption_chunks(self, work: Work, chunks: list[Chunk]) -> Iterator[Receipt]:
-        sizes = self._sizes = share_out(self._connected(), self._config.cluster, is_small(work.model))
+        sizes = share_out(self._connection.resources(), self._config.cluster, is_small(work.model))
+        self._sizes = sizes
         check_shared(work.table.directory, TABLE_FILE)
         metrics = DriverMetrics(sum(chunk.num_rows for chunk in chunks))
         for first in range(0, len(chunks), CHUNKS_PER_EXECUTION):
@@ -64,11 +69,6 @@ class RayEngine:
             for receipt in _execute(work, window, sizes, self._config.model.batch_size):
                 metrics.add(receipt)
                 yield receipt
-
-    def _connected(self) -> Resources:
-        if self._resources is None:
-            self._resources = connect(self._config.cluster)
-        return self._resources
 
 
 def make_dataset(work: Work, chunks: list[Chunk], sizes: Sizes, batch_size: AutoInt) -> Dataset:
@@ -131,7 +131,7 @@ def _configure_ray_data(work: Work) -> None:
 
 def no_progress_timeout(decode_timeout: float) -> float:
     """Seconds without a block from any stage after which a run is taken for stalled: more than a chunk of which every
-    picture hangs takes (see `captioner.imaging.guarded`)."""
+    picture hangs takes (see `captioner.imaging.sandbox.decoder`)."""
     return max(900.0, 20 * decode_timeout)
 
 
@@ -150,12 +150,7 @@ def _cause_of(error: BaseException) -> CaptionerError:
     return ClusterError(f"a worker failed: {said}; committed rows stay, the same command goes on")
 
 
-def main(argv: list[str] | None = None) -> None:
-    """The same arguments as `captioner caption`; ends the process with its exit code."""
-    from ray_jobs.cli import main as command
+if __name__ == "__main__":  # the same arguments and exit code as `captioner caption`
+    from ray_jobs.cli import main
 
-    command(["caption", *(sys.argv[1:] if argv is None else argv)])
-
-
-if __name__ == "__main__":
-    main()
+    main(["caption", *sys.argv[1:]])

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from captioner.config import CaptionConfig, ModelConfig
+from captioner.console.text import printable
 from captioner.errors import ERROR, OK, CaptionerError
 from captioner.files import is_uri
-from captioner.text import printable
 from ray_jobs.cluster import connect, share_out
 from ray_jobs.node import facts
 

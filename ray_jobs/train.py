@@ -29,11 +29,11 @@ from captioner.training import job
 from captioner.training.job import Finishing, Outcome, TrainRun
 from captioner.training.record import RUN_FILE
 from ray_jobs.cluster import Resources, Sizes, connect, share_out
+from ray_jobs.map_tables import map_tables
 from ray_jobs.shared import check_shared
-from ray_jobs.tables import map_tables
 
 if TYPE_CHECKING:
-    from captioner.training.batches import Decode
+    from captioner.training.collate import Decode
     from captioner.training.evaluate import Feed
 
 MAX_FAILURES = 3
@@ -105,7 +105,7 @@ class RayTrainEngine:
         from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer
 
-        from captioner.training.work import Training
+        from captioner.training.worker import Training
 
         logging.getLogger("ray.train").setLevel(logging.ERROR)
         sizes, settings = self._sizes(), opened.config.training
@@ -271,12 +271,7 @@ def _cause_of(error: BaseException) -> BaseException:
     return ClusterError(f"a worker failed: {last}; checkpoints stay, the same command goes on")
 
 
-def main(argv: list[str] | None = None) -> None:
-    """The same arguments as `captioner train`; ends the process with its exit code."""
-    from ray_jobs.cli import main as command
+if __name__ == "__main__":  # the same arguments and exit code as `captioner train`
+    from ray_jobs.cli import main
 
-    command(["train", *(sys.argv[1:] if argv is None else argv)])
-
-
-if __name__ == "__main__":
-    main()
+    main(["train", *sys.argv[1:]])

@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from captioner import pipeline
-from captioner.alttext.make import make_alt_texts
 from captioner.config import AltTextConfig, CaptionConfig
+from captioner.publishing.alt_text.command import make_alt_texts
 from captioner.store.table import open_table
 from captioner.testing import make_folder
 

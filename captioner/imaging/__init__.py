@@ -2,14 +2,14 @@
 
     formats.py   bytes -> a Pillow file, told by content
     opening.py   bytes -> an upright RGB picture
-    reducing.py  reading it smaller where its format allows
+    reducing.py  reading it smaller where its format allows; tiff.py the pages and overviews of TIFFs
     colour.py    any Pillow mode -> RGB over white
     sizes.py     the size of a picture -> the size its model wants
     fitting.py   upright picture -> uint8 pixels of that size
     descriptions.py  what people already wrote about the picture in its file
-    faults.py    what went wrong -> an error code
+    error_codes.py  what went wrong -> an error code
     settings.py  Pillow's process-wide settings meanwhile
-    guarded.py   the same in a process of its own (child.py, worker.py, slots.py), which a picture may crash or stop
+    sandbox/     the same in a process of its own, which a picture may crash or stop
 
 Nothing here loads torch before the first picture is resized.
 """
@@ -27,7 +27,7 @@ import pyarrow as pa
 
 from captioner.data import CAPTIONS_SCHEMA, DecodedImage, ImageBatch, Pixels, PixelSpec, RawImage, object_array
 from captioner.imaging.descriptions import descriptions_of
-from captioner.imaging.faults import PictureError, one_line
+from captioner.imaging.error_codes import PictureError, one_line
 from captioner.imaging.fitting import fit, fit_square, needed_side
 from captioner.imaging.opening import Picture, open_picture
 from captioner.imaging.settings import decoding

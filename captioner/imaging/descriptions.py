@@ -11,10 +11,10 @@ from xml.etree import ElementTree
 from PIL import IptcImagePlugin
 from PIL.ImageFile import ImageFile
 
-from captioner.imaging.faults import PictureError
+from captioner.console.text import printable
+from captioner.imaging.error_codes import PictureError
 from captioner.imaging.formats import identify
 from captioner.imaging.settings import decoding
-from captioner.text import printable
 
 _MAX_LENGTH = 2_000
 _MAX_XMP = 1_000_000

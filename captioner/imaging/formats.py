@@ -8,7 +8,7 @@ import logging
 
 from PIL import Image, ImageFile
 
-from captioner.imaging.faults import PictureError, code_of, one_line
+from captioner.imaging.error_codes import PictureError, code_of, one_line
 
 # What Pillow decodes by itself, in the order it is tried: frequent ones first, those without a signature last.
 # Left out: EPS and WMF start outside programs; IPTC opens what it holds as any format, EPS too; BUFR, GRIB, HDF5 and

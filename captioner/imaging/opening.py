@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from PIL import Image, ImageFile, ImageOps
 
 from captioner.imaging.colour import to_rgb
-from captioner.imaging.faults import PictureError, code_of, one_line
+from captioner.imaging.error_codes import PictureError, code_of, one_line
 from captioner.imaging.formats import identify
 from captioner.imaging.reducing import Reduced, open_reduced
 from captioner.imaging.settings import decoding

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 from PIL import ImageFile
 
-from captioner.imaging.faults import PictureError
+from captioner.imaging.error_codes import PictureError
 from captioner.imaging.formats import identify
-from captioner.tiff import extract, find_overview
+from captioner.imaging.tiff import extract, find_overview
 
 _CODESTREAM, _CODING_STYLE = b"\xff\x4f\xff\x51", 0x52  # JPEG 2000: SOC and SIZ; COD
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -50,10 +51,10 @@ def load(
     """
     if ref.family == "fake":
         return FakeCaptioner(prompt=ref.prompt)
-    ref = on_this_machine(ref)
-    # Threads that wait for each other must not spin: where other work shares the CPUs, decoding for one, spinning
-    # made captioning up to a hundred times slower. Read when torch is imported, so the first model sets it.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    with ThreadPoolExecutor(1) as hashing:
+        here = hashing.submit(on_this_machine, ref)
+        family = _import_family(ref.family)
+        ref = here.result()
     import torch
 
     from captioner.models.batch_size import CPU_SIZE, SMALL_CPU_SIZE, settle_batch_size
@@ -63,7 +64,7 @@ def load(
         num_threads = 1
     if num_threads is not None:
         torch.set_num_threads(num_threads)
-    captioner = _family(ref.family)(ref, place, 1 if batch_size == "auto" else batch_size)
+    captioner = family(ref, place, 1 if batch_size == "auto" else batch_size)
     if batch_size == "auto":
         settle_batch_size(captioner, SMALL_CPU_SIZE if is_small(ref) else CPU_SIZE)
     return captioner
@@ -93,8 +94,11 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _family(family: str) -> type[TransformersCaptioner]:
+def _import_family(family: str) -> type[TransformersCaptioner]:
     """The class of a family. Its module is imported when called: each imports its own part of transformers."""
+    # Threads that wait for each other must not spin: where other work shares the CPUs, decoding for one, spinning
+    # made captioning up to a hundred times slower. Read when torch is imported, so the first model sets it.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     module, name = CLASSES[family]
     found: type[TransformersCaptioner] = getattr(import_module(f"captioner.models.{module}"), name)
     return found

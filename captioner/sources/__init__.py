@@ -13,14 +13,14 @@ from captioner.data import Source
 from captioner.errors import SourceError, UsageError
 from captioner.files import is_uri
 from captioner.sources.columns import choose_columns
-from captioner.sources.files import FETCH_FIRST, Root
+from captioner.sources.detect import look_at, matching
 from captioner.sources.folder import FolderSource
 from captioner.sources.huggingface import SAVED_NAMES, HuggingFaceSource
-from captioner.sources.listing import FilteredSource
-from captioner.sources.look import look_at, matching
 from captioner.sources.manifest import ManifestSource
 from captioner.sources.pages import PagedSource
 from captioner.sources.parquet import ParquetSource
+from captioner.sources.plan_rows import FilteredSource
+from captioner.sources.root import FETCH_FIRST, Root
 from captioner.sources.tables import TABLE_SUFFIXES, open_table
 from captioner.sources.webdataset import COMPRESSED_SUFFIXES, WebDatasetSource
 

@@ -11,8 +11,8 @@ from typing import Any
 import pyarrow as pa
 
 from captioner.data import RawImage
-from captioner.sources.files import Root
 from captioner.sources.reading import failed_read, raw_image, read_all, with_retry
+from captioner.sources.root import Root
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,8 @@ from pyarrow import types
 from captioner.config import SourceConfig
 from captioner.data import CAPTIONS_SCHEMA, PLAN_SCHEMA
 from captioner.errors import SourceError
-from captioner.sources.files import FETCH_FIRST
-from captioner.sources.listing import plan_table
+from captioner.sources.plan_rows import plan_table
+from captioner.sources.root import FETCH_FIRST
 
 REFERENCE_NAMES = ("captions", "caption", "text")
 PICTURE_NAMES = ("image", "jpg", "jpeg", "png", "webp", "img", "picture", "photo", "image_bytes", "bytes", "content")

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field, replace
 import pyarrow as pa
 
 from captioner.data import Listing, RawImage
-from captioner.sources.files import Root, file_of_unit, is_hidden, is_ignored, readable, unit_of_file
-from captioner.sources.listing import BATCH_ROWS, names_as_ids, plan_table
 from captioner.sources.metadata import METADATA_NAMES, Metadata, find_references, load_metadata
+from captioner.sources.plan_rows import BATCH_ROWS, names_as_ids, plan_table
 from captioner.sources.reading import read_rows
+from captioner.sources.root import Root, file_of_unit, is_hidden, is_ignored, readable, unit_of_file
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,8 @@ from captioner.data import Listing, RawImage
 from captioner.errors import SourceError
 from captioner.sources.cells import make_cell, read_cells
 from captioner.sources.columns import Columns, choose_columns, table_rows
-from captioner.sources.files import Root
-from captioner.sources.listing import BATCH_ROWS
+from captioner.sources.plan_rows import BATCH_ROWS
+from captioner.sources.root import Root
 
 UNIT_ROWS = 64 * BATCH_ROWS
 SAVED_NAMES = (b"dataset_info.json", b"state.json", b"dataset_dict.json")

@@ -12,9 +12,8 @@ from captioner.data import Listing, RawImage
 from captioner.errors import SourceError
 from captioner.sources.columns import table_rows
 from captioner.sources.copies import read_copies_once, with_known_sha256
-from captioner.sources.files import FETCH_FIRST, readable
-from captioner.sources.table_files import TableFiles
-from captioner.sources.tables import read_batches
+from captioner.sources.root import FETCH_FIRST, readable
+from captioner.sources.tables import TableFiles, read_batches
 
 
 @dataclass(frozen=True, slots=True)

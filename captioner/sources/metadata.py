@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from captioner.errors import SourceError
 from captioner.sources.columns import reference_column_of, references_of
-from captioner.sources.files import Root
+from captioner.sources.root import Root
 from captioner.sources.tables import open_table, read_batches
 
 METADATA_NAMES = (b"metadata.jsonl", b"metadata.csv", b"metadata.parquet")

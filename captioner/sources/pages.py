@@ -10,10 +10,10 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from captioner.data import PAGE, PLAN_SCHEMA, Listing, RawImage, Source
-from captioner.sources.files import Root
-from captioner.sources.listing import WrappedSource
+from captioner.imaging.tiff import SUFFIXES, extract, page_offsets
+from captioner.sources.plan_rows import WrappedSource
 from captioner.sources.reading import concurrency
-from captioner.tiff import SUFFIXES, extract, page_offsets
+from captioner.sources.root import Root
 
 
 class _FilesSource(Source, Protocol):

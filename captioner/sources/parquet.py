@@ -16,10 +16,9 @@ import pyarrow.parquet as pq
 from captioner.data import Listing, RawImage
 from captioner.sources.cells import Cell, make_cell, read_cells
 from captioner.sources.columns import table_rows
-from captioner.sources.files import readable
 from captioner.sources.reading import concurrency, with_retry
-from captioner.sources.table_files import TableFiles
-from captioner.sources.tables import open_parquet, read_batches
+from captioner.sources.root import readable
+from captioner.sources.tables import TableFiles, open_parquet, read_batches
 
 # Rows of a picture column in memory at once, while the wanted ones of its row group are looked for.
 READ_ROWS = 64

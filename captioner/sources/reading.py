@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from captioner.data import RawImage
 from captioner.errors import SourceError
-from captioner.sources.files import Root, readable
+from captioner.sources.root import Root, readable
 
 RETRY_SECONDS = (0.2, 0.8, 3.2)  # before the second, third and fourth try
 

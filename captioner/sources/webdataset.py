@@ -15,9 +15,9 @@ import pyarrow as pa
 from captioner.data import Listing, RawImage
 from captioner.errors import SourceError
 from captioner.sources.columns import REFERENCE_NAMES, as_captions
-from captioner.sources.files import Root, file_of_unit, is_hidden, readable, unit_of_file
-from captioner.sources.listing import BATCH_ROWS, plan_table
+from captioner.sources.plan_rows import BATCH_ROWS, plan_table
 from captioner.sources.reading import read_rows
+from captioner.sources.root import Root, file_of_unit, is_hidden, readable, unit_of_file
 
 PICTURE_SUFFIXES = frozenset(
     b"jpg jpeg jpe jfif png apng webp gif bmp dib tif tiff avif avifs heic heif jp2 j2k jpx "

@@ -15,7 +15,7 @@ from captioner.config import SourceConfig
 from captioner.data import Chunk, Listing, Source, names_of
 from captioner.errors import SourceError
 from captioner.store.ids import IdIndex, digests_of
-from captioner.store.listing import list_units
+from captioner.store.parallel_listing import list_units
 from captioner.store.table import CaptionsTable, Plan, plan_folder, plan_part_name
 
 MAX_EXAMPLES = 5

@@ -1,7 +1,10 @@
-"""Merge the committed chunks of a generation into captions/.
+"""Commit the rows of one chunk; merge the committed chunks of a generation into captions/.
 
-Every step is a file that is replaced whole, so a publish that was killed starts over and does only what is missing:
-parts that are there stay, chunks are deleted only after the generation's record is written.
+A chunk is one file, its name a function of plan and chunk, never of who writes it. A retry, a re-execution or a writer
+left over from a killed run puts the same file in the same place. The file is there = the chunk is done.
+
+Every step of publishing is a file that is replaced whole, so a publish that was killed starts over and does only what
+is missing: parts that are there stay, chunks are deleted only after the generation's record is written.
 """
 
 from __future__ import annotations
@@ -12,7 +15,8 @@ from hashlib import sha256
 import numpy as np
 import pyarrow as pa
 
-from captioner.errors import VerificationError
+from captioner.data import Chunk
+from captioner.errors import OutputError, VerificationError
 from captioner.store.table import (
     CaptionsTable,
     Plan,
@@ -87,3 +91,14 @@ def replace_rows(rows: pa.Table, places: np.ndarray, newer: pa.Table) -> pa.Tabl
     order = np.arange(rows.num_rows)
     order[places] = rows.num_rows + np.arange(len(places))
     return pa.concat_tables([rows, newer.cast(rows.schema)]).take(order).combine_chunks()
+
+
+def commit_chunk(table: CaptionsTable, chunk: Chunk, rows: pa.Table) -> None:
+    """Make the rows of a chunk part of the table, whole or not at all.
+
+    Raises OutputError where they are not the chunk's rows: in its order, one for each picture.
+    """
+    numbers = rows["chunk_row"].to_pylist()
+    if numbers != list(range(chunk.num_rows)):
+        raise OutputError(f"chunk {chunk.chunk_id}: {len(numbers)} rows were made for {chunk.num_rows} pictures")
+    table.directory.write_table(table.chunk_name(chunk.chunk_id), rows.cast(table.schema))

@@ -38,7 +38,7 @@ _OWN_FOLDERS = ("plan", "chunks", "captions", "history", "runs", "checks", "repo
 class Recaption:
     """What a generation of kind "recaption" was made with: the one allowed change of a table's fingerprint.
 
-    `only`: which rows were chosen, see `captioner.recaption`. `logprob_below`: what its quantile came to.
+    `only`: which rows were chosen, see `captioner.run.selector`. `logprob_below`: what its quantile came to.
     `model`: as in table.json.
     """
 

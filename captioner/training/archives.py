@@ -12,7 +12,7 @@ from captioner.data import PLAN_SCHEMA, Listing, RawImage, Source
 from captioner.errors import SourceError, UsageError
 from captioner.sources import open_source
 from captioner.store.ids import IdIndex, digests_of
-from captioner.store.listing import list_units
+from captioner.store.parallel_listing import list_units
 from captioner.store.table import open_table, plan_part_name, table_exists
 
 ROWS_PER_TABLE = 256

@@ -13,7 +13,7 @@ import pyarrow as pa
 import torch
 
 from captioner.models.base import TransformersCaptioner
-from captioner.training.batches import Collate, batches_of, pixels_of
+from captioner.training.collate import Collate, batches_of, pixels_of
 from captioner.training.loss import CaptionLoss
 
 # Captions are shuffled within a window for the baseline, so windows do not depend on the number of workers.

@@ -18,14 +18,13 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from captioner.config import ModelConfig, TrainConfig
+from captioner.console.stopping import say, stoppable
 from captioner.errors import OK, ModelError, TrainingError, UsageError
 from captioner.files import shown
 from captioner.models import ModelRef, check_in_subprocess, resolve
-from captioner.stopping import say, stoppable
 from captioner.store.directory import Directory
 from captioner.training.archives import Archives, list_pairs, open_archives
-from captioner.training.limits import TRAINABLE, max_caption_tokens
-from captioner.training.pairs import SPLITS, Examine, Pairs, make_pairs
+from captioner.training.pairs import SPLITS, TRAINABLE, Examine, Pairs, make_pairs, max_caption_tokens
 from captioner.training.record import RUN_FILE, open_record
 from captioner.training.schedule import Schedule, make_schedule
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 from captioner.training.job import Finishing, Outcome, TrainRun
 
 if TYPE_CHECKING:
-    from captioner.training.batches import Decode
+    from captioner.training.collate import Decode
     from captioner.training.evaluate import Feed
 
 _METRICS = "metrics.json"
@@ -35,7 +35,7 @@ class LocalEngine:
 
     def train(self, opened: TrainRun) -> Outcome:
         from captioner.training.loop import train_worker
-        from captioner.training.work import Training
+        from captioner.training.worker import Training
 
         tables = opened.pairs.tables
         work = Training(opened.config, opened.model, opened.archives, opened.schedule, tables["train"], tables["eval"])

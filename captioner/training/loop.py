@@ -15,17 +15,17 @@ import torch
 from transformers import GenerationConfig, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from captioner.ahead import one_ahead
 from captioner.models.base import TransformersCaptioner
-from captioner.models.opening import quiet
-from captioner.training.batches import Collate, Decode, Upload, batches_of
-from captioner.training.conductor import Conductor, sum_over_workers
+from captioner.models.pretrained import quiet
+from captioner.run.prefetch import one_ahead
+from captioner.training.callback import Conductor, sum_over_workers
+from captioner.training.collate import Collate, Decode, Upload, batches_of
 from captioner.training.evaluate import Evaluator, Feed
-from captioner.training.limits import max_caption_tokens
 from captioner.training.loss import CaptionLoss
-from captioner.training.network import ADAPTERS, open_trainable
 from captioner.training.order import GlobalOrder, Share
-from captioner.training.work import Training, Worker
+from captioner.training.pairs import max_caption_tokens
+from captioner.training.trainable import ADAPTERS, open_trainable
+from captioner.training.worker import Training, Worker
 
 
 def train_worker(work: Training, worker: Worker, checkpoint: Path | None = None) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TextIO
 
-from captioner.progress import HEARTBEAT_S, Progress, duration
+from captioner.console.progress import HEARTBEAT_S, Progress, duration
 
 Look = Callable[[], dict[str, Any] | None]
 

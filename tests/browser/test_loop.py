@@ -10,9 +10,9 @@ import pyarrow as pa
 import pytest
 
 from captioner import pipeline
-from captioner.alttext.journal import latest_reviews, read_reviews
 from captioner.config import CaptionConfig, TrainConfig
-from captioner.samples import render_scenes
+from captioner.publishing.alt_text.journal import latest_reviews, read_reviews
+from captioner.starter.render import render_scenes
 from captioner.store.directory import Directory
 from captioner.store.read import read_parts
 from captioner.store.table import open_table

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from captioner.alttext.journal import read_reviews
+from captioner.publishing.alt_text.journal import read_reviews
 from captioner.store.directory import Directory
 
 pytestmark = pytest.mark.browser

@@ -12,7 +12,7 @@ import pytest
 
 from captioner.config import CaptionConfig
 from captioner.errors import ClusterError
-from captioner.job import open_job
+from captioner.run.job import open_job
 from captioner.store.read import read_parts
 from captioner.store.table import CaptionsTable, open_table
 from captioner.store.verify import verify

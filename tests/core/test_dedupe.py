@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 
 from captioner import pipeline
 from captioner.config import CaptionConfig
-from captioner.dedupe import CaptionMemory, find_copies
-from captioner.faults import Killed, killed_at_write
+from captioner.run.dedupe import CaptionMemory, find_copies
 from captioner.sources.copies import with_known_sha256
-from captioner.sources.files import Root
+from captioner.sources.root import Root
 from captioner.store.read import read_parts
 from captioner.store.table import open_table
 from captioner.store.verify import verify
 from captioner.testing import FakeCaptioner, make_folder
+from captioner.testing.faults import Killed, killed_at_write
 
 pytestmark = pytest.mark.usefixtures("decoding_here")
 

@@ -12,14 +12,14 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from captioner import pipeline
-from captioner.alttext.journal import Journal
-from captioner.alttext.make import make_alt_texts
-from captioner.alttext.nouns import Review
 from captioner.config import AltTextConfig, CaptionConfig, ExportConfig
-from captioner.exports.chosen import Tally
-from captioner.exports.fill import PageError, decode, filled, find_gaps
-from captioner.exports.make import export_texts
-from captioner.exports.pages import unified_diff
+from captioner.publishing.alt_text.command import make_alt_texts
+from captioner.publishing.alt_text.journal import Journal
+from captioner.publishing.alt_text.schemas import Review
+from captioner.publishing.exports.command import export_texts
+from captioner.publishing.exports.fill import PageError, decode, filled, find_gaps
+from captioner.publishing.exports.html_pages import unified_diff
+from captioner.publishing.exports.select import Tally
 from captioner.store.table import CaptionsTable, open_table
 from captioner.testing import make_folder
 

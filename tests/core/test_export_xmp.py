@@ -13,16 +13,16 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from captioner import pipeline
-from captioner.alttext.journal import Journal
-from captioner.alttext.make import make_alt_texts
-from captioner.alttext.nouns import Review
 from captioner.config import AltTextConfig, CaptionConfig, ExportConfig
 from captioner.errors import UsageError
-from captioner.exports.chosen import Tally
-from captioner.exports.embedded import is_signed
-from captioner.exports.make import export_texts
-from captioner.exports.xmp import merged
-from captioner.exports.xmp_packet import ALT_TEXT, CAPTION_WRITER, EXTENDED, XmpError, parse
+from captioner.publishing.alt_text.command import make_alt_texts
+from captioner.publishing.alt_text.journal import Journal
+from captioner.publishing.alt_text.schemas import Review
+from captioner.publishing.exports.command import export_texts
+from captioner.publishing.exports.embedded import is_signed
+from captioner.publishing.exports.select import Tally
+from captioner.publishing.exports.xmp import merged
+from captioner.publishing.exports.xmp_packet import ALT_TEXT, CAPTION_WRITER, EXTENDED, XmpError, parse
 from captioner.store.table import CaptionsTable, open_table
 from captioner.testing import make_folder
 

@@ -21,18 +21,18 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from captioner import pipeline
-from captioner.alttext.journal import Journal
-from captioner.alttext.make import make_alt_texts
-from captioner.alttext.nouns import Decision, Review
 from captioner.config import AltTextConfig, CaptionConfig, ExportConfig, SourceConfig
 from captioner.errors import CaptionerError, OutputError
-from captioner.exports.chosen import CHOSEN_SCHEMA, PROVENANCE, Tally
-from captioner.exports.coco import coco_id
-from captioner.exports.destination import inside
-from captioner.exports.export import Export
-from captioner.exports.make import FORMS, export_texts
-from captioner.exports.pictures import Pictures
-from captioner.exports.spreadsheet import safe_cell
+from captioner.publishing.alt_text.command import make_alt_texts
+from captioner.publishing.alt_text.journal import Journal
+from captioner.publishing.alt_text.schemas import Decision, Review
+from captioner.publishing.exports.coco import coco_id
+from captioner.publishing.exports.command import FORMS, export_texts
+from captioner.publishing.exports.context import Export
+from captioner.publishing.exports.destination import inside
+from captioner.publishing.exports.originals import Pictures
+from captioner.publishing.exports.select import CHOSEN_SCHEMA, PROVENANCE, Tally
+from captioner.publishing.exports.spreadsheet import safe_cell
 from captioner.sources import open_source
 from captioner.store.table import CaptionsTable, open_table
 from captioner.testing import make_folder, make_tar
@@ -304,8 +304,8 @@ def test_killed_in_the_middle_it_leaves_no_dest_and_can_be_run_again(finished: P
     code = f"""
 import os, signal
 from captioner.config import ExportConfig
-from captioner.exports import imagefolder, lines
-from captioner.exports.make import run
+from captioner.publishing.exports import imagefolder, lines
+from captioner.publishing.exports.command import run
 
 def killing(write_line, count=[0]):
     def wrapper(file, value):

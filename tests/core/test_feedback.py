@@ -7,11 +7,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from captioner import pipeline
-from captioner.alttext.feedback import write_feedback
-from captioner.alttext.journal import Journal
-from captioner.alttext.nouns import Decision, Review
 from captioner.config import CaptionConfig, SourceConfig, TrainConfig
 from captioner.errors import OutputError
+from captioner.publishing.alt_text.feedback import write_feedback
+from captioner.publishing.alt_text.journal import Journal
+from captioner.publishing.alt_text.schemas import Decision, Review
 from captioner.sources import open_source
 from captioner.store.directory import Directory
 from captioner.store.table import open_table

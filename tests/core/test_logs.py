@@ -7,10 +7,10 @@ import json
 
 import pytest
 
+from captioner.console.logs import JsonLines
+from captioner.console.progress import Progress
 from captioner.data import Receipt
-from captioner.progress import Progress
 from captioner.training.progress import TrainProgress
-from ray_jobs.logs import JsonLines
 
 
 class Clock:

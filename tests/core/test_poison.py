@@ -9,13 +9,12 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from captioner import pipeline
-from captioner.batches import CaptionBatches
-from captioner.commands import try_pictures
+from captioner import CaptionBatches, pipeline
 from captioner.config import CaptionConfig, ModelConfig
+from captioner.console.commands import try_pictures
 from captioner.data import PixelSpec
-from captioner.imaging import decode, guarded
-from captioner.imaging.guarded import GuardedDecoder
+from captioner.imaging import decode
+from captioner.imaging.sandbox.decoder import GuardedDecoder
 from captioner.store.read import read_parts
 from captioner.store.table import open_table
 from captioner.store.verify import verify
@@ -80,8 +79,8 @@ def test_crashes_and_hangs_are_reasons_and_their_neighbours_are_fine(png: bytes)
 
 @pytest.mark.usefixtures("poison")
 def test_a_chunk_full_of_poison_loses_little_time_to_each(monkeypatch: pytest.MonkeyPatch, png: bytes) -> None:
-    monkeypatch.setattr(guarded, "HANGS_AT_FULL_TIME", 2)
-    monkeypatch.setattr(guarded, "SHORT_TIMEOUT_S", 0.05)
+    monkeypatch.setattr("captioner.imaging.sandbox.decoder.HANGS_AT_FULL_TIME", 2)
+    monkeypatch.setattr("captioner.imaging.sandbox.decoder.SHORT_TIMEOUT_S", 0.05)
     with GuardedDecoder(SPEC, NO_LIMIT, timeout=0.5) as decoder:
         first = [one.error_message for one in decoder([png + HANG_MARKER] * 12)]
         second = next(decoder([png + HANG_MARKER])).error_message
@@ -99,7 +98,7 @@ def test_the_markers_mean_nothing_unless_asked(decoder: GuardedDecoder, png: byt
 def child_and_worker() -> tuple[psutil.Process, psutil.Process]:
     """The decoder's processes; what other tests left dead is passed over."""
     alive = [p for p in psutil.Process().children() if p.status() != psutil.STATUS_ZOMBIE]
-    (child,) = [p for p in alive if "captioner.imaging.child" in p.cmdline()]
+    (child,) = [p for p in alive if "captioner.imaging.sandbox.child" in p.cmdline()]
     (worker,) = child.children()
     return child, worker
 

@@ -7,17 +7,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from captioner import pipeline
-from captioner.alttext.journal import Journal
-from captioner.alttext.nouns import Review
 from captioner.config import CaptionConfig
 from captioner.errors import FingerprintError, OutputError, TooManyFailedError, VerificationError
-from captioner.faults import Killed, killed_at_write
+from captioner.publishing.alt_text.journal import Journal
+from captioner.publishing.alt_text.schemas import Review
 from captioner.store.directory import Directory
 from captioner.store.publish import publish
 from captioner.store.read import read_parts
 from captioner.store.table import Plan, open_table
 from captioner.store.verify import count_rows, verify
 from captioner.testing import make_folder
+from captioner.testing.faults import Killed, killed_at_write
 
 BAD = {"bad/empty.jpg": b"", "bad/page.jpg": b"<html>no picture</html>"}
 

@@ -20,15 +20,15 @@ from urllib.parse import urlsplit
 import pytest
 from PIL import Image
 
-from captioner.alttext.journal import Journal, read_reviews
-from captioner.alttext.nouns import Review
 from captioner.config import AltTextConfig
 from captioner.errors import OutputError, UsageError
 from captioner.imaging.descriptions import descriptions_of
-from captioner.review.desk import Asked, Desk
-from captioner.review.pictures import Pictures
-from captioner.review.progress import acceptance, seconds_per_picture, wilson
-from captioner.review.server import ReviewServer
+from captioner.publishing.alt_text.journal import Journal, read_reviews
+from captioner.publishing.alt_text.schemas import Review
+from captioner.publishing.review.acceptance import acceptance, seconds_per_picture, wilson
+from captioner.publishing.review.previews import Pictures
+from captioner.publishing.review.server import ReviewServer
+from captioner.publishing.review.session import Asked, Desk
 from captioner.store.directory import Directory
 from captioner.store.table import open_table
 from captioner.testing import ABORT_MARKER

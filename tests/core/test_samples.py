@@ -7,9 +7,9 @@ import pytest
 
 from captioner.config import SourceConfig
 from captioner.errors import OutputError
-from captioner.samples import render_scenes
-from captioner.scenes import make_scene
 from captioner.sources import open_source
+from captioner.starter.render import render_scenes
+from captioner.starter.scenes import make_scene
 
 
 def read_back(path):

@@ -16,15 +16,15 @@ from PIL import Image
 from captioner import pipeline
 from captioner.config import CaptionConfig, SourceConfig
 from captioner.errors import OutputError, UsageError
-from captioner.imaging.faults import PictureError
+from captioner.imaging.error_codes import PictureError
 from captioner.imaging.opening import open_picture
-from captioner.scenes import make_scenes
+from captioner.imaging.tiff import extract, page_offsets
 from captioner.sources import open_source
+from captioner.starter.scenes import make_scenes
 from captioner.store.read import read_parts
 from captioner.store.table import open_table
 from captioner.store.verify import verify
 from captioner.testing import make_parquet
-from captioner.tiff import extract, page_offsets
 
 pytestmark = pytest.mark.usefixtures("decoding_here")
 SCENE = next(make_scenes(1, seed=4)).render(803)

@@ -14,8 +14,8 @@ from captioner.config import SourceConfig
 from captioner.data import PLAN_SCHEMA
 from captioner.errors import SourceError, UsageError
 from captioner.sources import open_source, reading
-from captioner.sources.files import Root, file_of_unit, is_ignored, readable, unit_of_file
-from captioner.sources.listing import BATCH_ROWS
+from captioner.sources.plan_rows import BATCH_ROWS
+from captioner.sources.root import Root, file_of_unit, is_ignored, readable, unit_of_file
 
 
 def fill(root, *names, data=b"picture"):

@@ -17,7 +17,7 @@ from captioner.scoring.wer import corpus_wer
 from captioner.store.read import read_parts
 from captioner.store.table import open_table
 from captioner.testing import make_folder, make_tiny_model
-from captioner.tiny_models import TINY_SIDE
+from captioner.testing.tiny_models import TINY_SIDE
 from captioner.training import job
 from captioner.training.local import LocalEngine, LocalWorker
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from captioner.batches import CaptionBatches
+from captioner import CaptionBatches
 from captioner.testing import make_folder
 
 

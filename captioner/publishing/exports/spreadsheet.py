@@ -1,0 +1,96 @@
+"""CSV with the columns a publishing system wants, and without formulas."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import pyarrow as pa
+
+from captioner.config import ExportConfig
+from captioner.errors import UsageError
+from captioner.publishing.exports.context import Export, write_origin
+from captioner.publishing.exports.destination import new_file
+from captioner.publishing.exports.select import CHOSEN_SCHEMA, PROVENANCE, as_json
+
+# `file_name`: the last part of the image id. `file_hash`: SHA-1 of the file, which has to be read for it.
+FIELDS = (*CHOSEN_SCHEMA.names, "file_name", "file_hash")
+_DEFAULT = ("image_id", "uri", "alt_text", "language", *PROVENANCE)
+# WordPress: what plugins that fill in alt texts read. Wagtail: images are known by `file_hash`, and `description` is
+# their alt text (wagtail.images.models).
+PRESETS = {
+    "wordpress": {"filename": "file_name", "alt_text": "alt_text"},
+    "wagtail": {"file_hash": "file_hash", "filename": "file_name", "description": "alt_text"},
+}
+WAGTAIL_LIMIT = 255
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
+
+
+def write(texts: Iterator[pa.Table], export: Export) -> None:
+    """Where the columns leave provenance out, it is written beside, to DEST.provenance.jsonl."""
+    columns = chosen_columns(export.settings)
+    origins = export.dest.with_name(f"{export.dest.name}.provenance.jsonl")
+    with ExitStack() as stack:
+        path = stack.enter_context(new_file(export.dest))
+        file = stack.enter_context(path.open("w", encoding="utf-8", newline=""))
+        origin_file = None
+        if not set(PROVENANCE) <= set(columns.values()):
+            origin_file = stack.enter_context(stack.enter_context(new_file(origins)).open("w", encoding="utf-8"))
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        for row in _rows(texts, export, columns.values()):
+            writer.writerow([safe_cell(row[field]) for field in columns.values()])
+            if origin_file:
+                write_origin(origin_file, row)
+
+
+def chosen_columns(settings: ExportConfig) -> dict[str, str]:
+    """Header -> field. Raises UsageError naming what is no field."""
+    if settings.preset and settings.columns:
+        raise UsageError("--preset and --columns exclude each other; give one of them")
+    if settings.preset:
+        return PRESETS[settings.preset]
+    columns = dict(_pair(one) for one in settings.columns)
+    if len(columns) < len(settings.columns):
+        raise UsageError(f"--columns {','.join(settings.columns)}: a name occurs twice")
+    return columns or {name: name for name in _DEFAULT}
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, _, field = text.partition("=")
+    if (field or name) not in FIELDS:
+        raise UsageError(f"--columns {text}: should be NAME=FIELD; fields are {', '.join(FIELDS)}")
+    return name, field or name
+
+
+def safe_cell(value: Any) -> Any:
+    """A cell that no spreadsheet takes for a formula: text that begins like one gets an apostrophe in front.
+
+    Source: OWASP, CSV Injection. Numbers stay numbers.
+    """
+    if isinstance(value, list):
+        value = " ".join(map(str, value))
+    if isinstance(value, str) and value.lstrip(" ").startswith(_FORMULA):
+        return f"'{value}"
+    return value
+
+
+def _rows(texts: Iterator[pa.Table], export: Export, fields: Iterable[str]) -> Iterator[dict[str, Any]]:
+    for table in texts:
+        hashed = _with_hash(table, export) if "file_hash" in fields else table.to_pylist()
+        for row in hashed:
+            if export.settings.preset == "wagtail" and len(row["alt_text"]) > WAGTAIL_LIMIT:
+                export.tally.leave_out(row, f"longer than the {WAGTAIL_LIMIT} characters that Wagtail takes")
+                continue
+            yield as_json(row) | {"file_name": row["image_id"].replace("\\", "/").rpartition("/")[2]}
+
+
+def _with_hash(table: pa.Table, export: Export) -> Iterator[dict[str, Any]]:
+    for row, raw in export.pictures.read(table):
+        if raw.data is None:
+            export.tally.leave_out(row, f"picture cannot be read: {raw.error_code}")
+        else:
+            yield row | {"file_hash": hashlib.sha1(raw.data, usedforsecurity=False).hexdigest()}
