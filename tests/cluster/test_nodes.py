@@ -17,7 +17,7 @@ from captioner.testing import GATE_MARKER, make_folder
 from ray_jobs.cluster import Resources, share_out
 from ray_jobs.metrics import STEPS
 
-PICTURES = 640
+PICTURES = 240
 # With a real model and many beams: a pool grows where captioning is what takes the time.
 SLOW_MODEL = ["--model", "starter", "--num-beams", "8"]
 DEADLINE_S = 600.0
