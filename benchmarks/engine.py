@@ -67,7 +67,8 @@ def _options() -> argparse.Namespace:
 
 def _compare(options: argparse.Namespace, plain: Any, dtype: str, beams: int) -> tuple[dict[str, Any], bool]:
     captioner: Any = load(_ref(options, dtype, beams), batch_size=options.batch_size, num_threads=options.threads)
-    captioner.settings.min_new_tokens = options.new_tokens
+    # Without an end token both make every token; a minimum length would be a logits processor, which needs the host.
+    captioner.settings.eos_token_id = plain.generation_config.eos_token_id = None
     ours = FastSearch(captioner.model, captioner.settings, captioner.prefix)
     spec = captioner.ref.spec
     shape = options.batch_size, spec.height, spec.width, 3
@@ -76,11 +77,14 @@ def _compare(options: argparse.Namespace, plain: Any, dtype: str, beams: int) ->
         pixels = captioner.normalise(noise.to(captioner.device))
         state = ours.network.new_state(options.batch_size, 1, 1 + options.new_tokens)
         rows = captioner.start_rows(options.batch_size)
-        length = {"min_new_tokens": options.new_tokens, "max_new_tokens": options.new_tokens}
         runs: dict[str, Callable[[], Any]] = {
             "ours": lambda: ours(pixels).tokens,
             "generate": lambda: plain.generate(
-                pixel_values=pixels, input_ids=rows, num_beams=beams, do_sample=False, **length
+                pixel_values=pixels,
+                input_ids=rows,
+                num_beams=beams,
+                do_sample=False,
+                max_new_tokens=options.new_tokens,
             ),
             "encode": lambda: ours.network.encode(pixels, state),
         }

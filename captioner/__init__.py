@@ -1,4 +1,4 @@
-"""Caption image archives: every picture ends in exactly one row. `captioner.pipeline` is the flow; read it first."""
+"""Caption image archives: every image ends in exactly one row. `captioner.pipeline` is the flow; read it first."""
 
 import os
 from typing import Any

@@ -99,7 +99,7 @@ def close_job(job: Job, tally: Tally) -> int:
     counts = count_rows(job.table)
     if counts.remaining:
         raise VerificationError(
-            f"{shown(job.config.output.path)}: {counts.remaining:,} of {counts.planned:,} pictures have no row; "
+            f"{shown(job.config.output.path)}: {counts.remaining:,} of {counts.planned:,} images have no row; "
             "run `captioner verify` on it"
         )
     record = make_record(job, "finished", tally, counts)
@@ -108,12 +108,12 @@ def close_job(job: Job, tally: Tally) -> int:
     write_record(job, record)
     record["report"] = report(job.table)
     if not tally.num_rows:
-        say(f"nothing to do: every planned picture has its row in {shown(job.config.output.path)}")
+        say(f"nothing to do: every planned image has its row in {shown(job.config.output.path)}")
     print_summary(record, sys.stderr)
     limit = job.config.output.max_failed
     if not counts.ok or counts.failed / counts.planned > limit:
         raise TooManyFailedError(
-            f"{counts.failed:,} of {counts.planned:,} pictures failed (--max-failed {limit:g}); the table is complete, "
+            f"{counts.failed:,} of {counts.planned:,} images failed (--max-failed {limit:g}); the table is complete, "
             "the reasons are in its error_code column, --retry-failed does them again"
         )
     enforce(found.scores, job.config.check)

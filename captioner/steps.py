@@ -48,14 +48,14 @@ class Work:
     decode_timeout: float
     sample: Sample = field(default_factory=dict)  # the rows to spot-check
     read_concurrency: int = 32
-    dedupe: bool = True  # byte-equal pictures are captioned once
+    dedupe: bool = True  # byte-equal images are captioned once
 
     def new_memory(self) -> CaptionMemory[Caption] | None:
-        """What a worker remembers of the captions it made; None where every picture is captioned."""
+        """What a worker remembers of the captions it made; None where every image is captioned."""
         return CaptionMemory() if self.dedupe else None
 
     def decoder(self) -> GuardedDecoder:
-        """A decoder of this run's pictures, in a child process that is not started yet."""
+        """A decoder of this run's images, in a child process that is not started yet."""
         return GuardedDecoder(self.model.spec, self.max_pixels, self.decode_timeout)
 
 
@@ -84,7 +84,7 @@ class ChunkRows:
 
 
 def read(work: Work, chunk: Chunk) -> ReadChunk:
-    """The chunk's pictures as files' bytes, or reasons. Raises SourceError where the archive as a whole has a fault."""
+    """The chunk's images as files' bytes, or reasons. Raises SourceError where the archive as a whole has a fault."""
     started = time.perf_counter()
     with reads_at_once(work.read_concurrency):
         planned = read_planned(work.table, chunk)
@@ -95,7 +95,7 @@ def read(work: Work, chunk: Chunk) -> ReadChunk:
 
 
 def decode(work: Work, read: ReadChunk, decoder: GuardedDecoder) -> ChunkRows:
-    """The pictures as rows, and as pixels as the model wants them. Bad pictures have an `error_code`."""
+    """The images as rows, and as pixels as the model wants them. Bad images have an `error_code`."""
     from captioner.imaging import decode_images
 
     started = time.perf_counter()
@@ -109,7 +109,7 @@ def decode(work: Work, read: ReadChunk, decoder: GuardedDecoder) -> ChunkRows:
 def caption(
     work: Work, captioner: Captioner, decoded: ChunkRows, memory: CaptionMemory[Caption] | None = None
 ) -> ChunkRows:
-    """The chunk's rows of the captions table. With a `memory`, byte-equal pictures are captioned once."""
+    """The chunk's rows of the captions table. With a `memory`, byte-equal images are captioned once."""
     started = time.perf_counter()
     assert decoded.pixels is not None
     codes, messages = decoded.rows["error_code"].to_pylist(), decoded.rows["error_message"].to_pylist()
@@ -172,8 +172,8 @@ class Caption:
 
 
 def caption_or_reasons(captioner: Captioner, pixels: Pixels) -> list[Caption | str]:
-    """A caption for each picture, or why the model could not. What fails together is tried again in halves, so that
-    one picture takes no neighbour with it."""
+    """A caption for each image, or why the model could not. What fails together is tried again in halves, so that
+    one image takes no neighbour with it."""
     if not len(pixels):
         return []
     try:

@@ -78,10 +78,11 @@ class Progress:
             return
         self._ended.set()
         self._thread.join()
-        self._write(self.last_line())
+        if line := self.last_line():
+            self._write(line)
 
     def last_line(self) -> str:
-        """What a log ends with."""
+        """What a log ends with; "" is no line."""
         return f"{self._count()} in {duration(self._clock() - self._started)}  failed {self._failed:,}"
 
     def update(self, receipt: Receipt, note: str = "") -> None:

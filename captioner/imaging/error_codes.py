@@ -1,4 +1,4 @@
-"""Why a picture cannot be used: Pillow's many exceptions as one, with a code of `captioner.data.ERROR_CODES`."""
+"""Why an image cannot be used: Pillow's many exceptions as one, with a code of `captioner.data.ERROR_CODES`."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _SAYS_UNSUPPORTED = re.compile(
 )
 
 
-class PictureError(Exception):
-    """A picture that cannot be used.
+class ImageError(Exception):
+    """An image that cannot be used.
 
     `code` is one of ERROR_CODES. `width`, `height`, `format`: what the header told; 0 and "" where it told nothing.
     """

@@ -1,6 +1,6 @@
 """The directories of a TIFF: its pages, and smaller copies of them. TIFF 6.0 and BigTIFF.
 
-A TIFF is a chain of directories, each with the size, the settings and the places of the pixels of one picture. Only
+A TIFF is a chain of directories, each with the size, the settings and the places of the pixels of one image. Only
 they are read here; Pillow decodes.
 """
 
@@ -64,7 +64,7 @@ class _Entry:
 
 @dataclass(frozen=True, slots=True)
 class TiffDirectory:
-    """One picture of a TIFF. `reduced`: a smaller copy of another, or a mask. `children`: offsets of its own
+    """One image of a TIFF. `reduced`: a smaller copy of another, or a mask. `children`: offsets of its own
     directories, smaller copies mostly. A directory that cannot be read has no size."""
 
     offset: int
@@ -110,7 +110,7 @@ def find_overview(data: bytes, needed_side: int) -> TiffDirectory | None:
 
 
 def extract(data: bytes, offset: int, like_first: bool = False) -> bytes:
-    """The picture of one directory as a TIFF of its own. `like_first`: the first page's orientation and colour profile
+    """The image of one directory as a TIFF of its own. `like_first`: the first page's orientation and colour profile
     are its own too. Raises ValueError where the directory cannot be read."""
 
     def read(start: int, size: int) -> bytes:

@@ -1,1 +1,1 @@
-"""From machine captions to texts that people publish: alt texts, their review, their exports."""
+"""Turn machine captions into published texts: alt texts, their review and their exports."""

@@ -2,7 +2,7 @@
 
     from captioner import CaptionBatches
 
-    ds = ray.data.read_binary_files("pictures/", include_paths=True)
+    ds = ray.data.read_binary_files("images/", include_paths=True)
     ds = ds.map_batches(CaptionBatches, fn_constructor_kwargs={"model": "starter"}, batch_size=64,
                         compute=ray.data.ActorPoolStrategy(size=1), num_gpus=1)
 
@@ -27,7 +27,7 @@ class CaptionBatches:
 
     `column`: where the bytes are. `max_pixels`, `decode_timeout`: as of `captioner caption`. `settings`: fields of
     `captioner.config.ModelConfig` other than `name` (`num_beams`, `max_new_tokens`, `dtype`, `prompt`, `batch_size`,
-    ...). Raises ModelError where the model cannot be used; a bad picture is a row with an `error_code`, also one that
+    ...). Raises ModelError where the model cannot be used; a bad image is a row with an `error_code`, also one that
     crashes its decoder.
     """
 

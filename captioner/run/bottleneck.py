@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 ADVICE = {
-    "read": "raise --read-concurrency, or bring the pictures nearer",
+    "read": "raise --read-concurrency, or bring the images nearer",
     "decode": "raise --decode-cpus",
     "device": "raise --num-workers where there are more GPUs or CPUs, or lower --num-beams",
     "write": "put OUT on faster storage",

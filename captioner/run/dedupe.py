@@ -1,4 +1,4 @@
-"""Pictures that are there more than once, byte for byte, are captioned once.
+"""Images that are there more than once, byte for byte, are captioned once.
 
 Within a chunk the first one is captioned and the others take its caption. Across chunks each worker remembers the
 captions it made lately. No chunk waits for another, so copies in chunks of different workers, or in two that one worker
@@ -19,7 +19,7 @@ REMEMBERED = 100_000  # captions each worker remembers: some 50 MB
 
 
 class CaptionMemory(Generic[CaptionT]):
-    """sha256 of a file -> id and caption of the picture that was captioned. Forgets what was longest unused. Several
+    """sha256 of a file -> id and caption of the image that was captioned. Forgets what was longest unused. Several
     threads may use one at once."""
 
     def __init__(self, limit: int = REMEMBERED) -> None:
@@ -46,7 +46,7 @@ class CaptionMemory(Generic[CaptionT]):
 @dataclass(frozen=True)
 class Copies(Generic[CaptionT]):
     """Places of a chunk: `new`, to be captioned; `of`, copies and the place in `new` they are copies of; `known`,
-    copies of what an earlier chunk had, with that picture's id and caption."""
+    copies of what an earlier chunk had, with that image's id and caption."""
 
     new: list[int]
     of: dict[int, int]
@@ -56,7 +56,7 @@ class Copies(Generic[CaptionT]):
 def find_copies(
     places: Iterable[int], sha256s: list[str | None], memory: CaptionMemory[CaptionT] | None
 ) -> Copies[CaptionT]:
-    """Share `places` out. Without a memory every picture is new, and so is one without a sha256."""
+    """Share `places` out. Without a memory every image is new, and so is one without a sha256."""
     found: Copies[CaptionT] = Copies([], {}, {})
     first: dict[str, int] = {}
     for place in places:

@@ -31,17 +31,17 @@ from captioner.store.replan import make_retry_plan
 from captioner.store.table import CaptionsTable, Plan, create_table, open_table, table_exists
 
 ROWS_PER_CHUNK = 512
-CHUNK_PIXEL_BYTES = 80_000_000  # 512 pictures of 224 x 224; larger inputs make smaller chunks
-# Where pictures keep their own sizes, few are as large as they may be, and the device wants whole batches.
+CHUNK_PIXEL_BYTES = 80_000_000  # 512 images of 224 x 224; larger inputs make smaller chunks
+# Where images keep their own sizes, few are as large as they may be, and the device wants whole batches.
 OWN_SIZES_CHUNK_BYTES = 400_000_000
-# A chunk is what a kill can cost. A large model without a GPU captions a few pictures a second: its chunks are small.
+# A chunk is what a kill can cost. A large model without a GPU captions a few images a second: its chunks are small.
 ROWS_PER_CHUNK_SLOW = 64
 LARGE_MODEL_BYTES = 50_000_000
 MODES = ("overwrite", "only", "retry_failed", "extend")  # of a start; some exclude each other
-# Above this many pictures a finished listing is not compared with the source at every start: it would take minutes.
+# Above this many images a finished listing is not compared with the source at every start: it would take minutes.
 COMPARE_UP_TO = 1_000_000
 STARTER_NOTE = (
-    "the starter model knows rendered scenes only: its captions of these pictures mean nothing; "
+    "the starter model knows rendered scenes only: its captions of these images mean nothing; "
     "give --model a model of your own or a hub id"
 )
 
@@ -87,9 +87,9 @@ class Job:
         if self.config.output.retry_failed and not self.config.output.plan_only:
             retry = make_retry_plan(self.table)
             if retry is None:
-                self.say("nothing to retry: no picture has failed")
+                self.say("nothing to retry: no image has failed")
             else:
-                self.say(f"retrying {retry.num_rows:,} failed pictures")
+                self.say(f"retrying {retry.num_rows:,} failed images")
                 yield retry
         if self.config.output.only:
             yield from self._weak(self.config.output.only)
@@ -105,7 +105,7 @@ class Job:
         if plan is None:
             self.say("nothing to recaption: --only matches no caption that another model made")
             return
-        self.say(f"recaptioning {plan.num_rows:,} pictures with {model.name}")
+        self.say(f"recaptioning {plan.num_rows:,} images with {model.name}")
         self.table = rebind(self.table)
         self.work = replace(self.work, table=self.table)
         yield plan
@@ -170,7 +170,7 @@ def _check_settings(config: CaptionConfig) -> None:
 
 
 def _with_absolute_source(config: CaptionConfig) -> CaptionConfig:
-    """A local SOURCE as an absolute path: a resume from another folder means the same pictures."""
+    """A local SOURCE as an absolute path: a resume from another folder means the same images."""
     path = config.source.path
     if is_uri(path) or not (os.path.exists(local_path(path)) or glob.has_magic(path)):
         return config  # a store, a hub id, or nothing: `open_source` tells
@@ -197,7 +197,7 @@ def _may_have_work(config: CaptionConfig, table: CaptionsTable | None) -> bool:
 
 
 def _planned_source(config: CaptionConfig, table: CaptionsTable) -> SourceConfig:
-    """The source as it was planned. What may differ: limits of decoding, and with --extend which pictures are taken."""
+    """The source as it was planned. What may differ: limits of decoding, and with --extend which images are taken."""
     planned = SourceConfig.model_validate(table.info["source"])
     free = {"max_pixels", "decode_timeout"} | ({"include", "exclude", "limit"} if config.output.extend else set())
     for name in SourceConfig.model_fields:
@@ -222,30 +222,30 @@ def _bring_plan_up_to_date(job: Job, model: ModelRef | None) -> None:
     started = time.perf_counter()
     plan = make_plan(job.table, job.source, config.source, *limits, on_progress=teller)
     if plan is None:
-        job.say("nothing to add: every picture of the source is in the plan")
+        job.say("nothing to add: every image of the source is in the plan")
         return
     ignored = f", {plan.num_ignored:,} other files passed over" if plan.num_ignored else ""
     seconds = time.perf_counter() - started
-    job.say(f"planned {plan.num_rows:,} pictures in {plan.num_chunks:,} chunks{ignored} in {seconds:.1f} s")
+    job.say(f"planned {plan.num_rows:,} images in {plan.num_chunks:,} chunks{ignored} in {seconds:.1f} s")
 
 
 def _tell_what_changed(job: Job, planned: int) -> None:
     if job.config.source.limit is not None:
         return
     if planned > COMPARE_UP_TO:
-        job.notes.append(f"the source was not compared with the plan of {planned:,} pictures; --extend lists it again")
+        job.notes.append(f"the source was not compared with the plan of {planned:,} images; --extend lists it again")
         return
     change = compare_with_source(job.table, job.source, job.config.source)
     if change.num_new or change.num_gone:
         job.notes.append(
-            f"the source has changed since it was planned: {change.num_new:,} new pictures (add them with --extend), "
+            f"the source has changed since it was planned: {change.num_new:,} new images (add them with --extend), "
             f"{change.num_gone:,} gone; going on with the plan"
         )
         job.say(job.notes[-1])
 
 
 def _holds_scenes(table: CaptionsTable) -> bool:
-    """Whether the first pictures are rendered scenes, by their references."""
+    """Whether the first images are rendered scenes, by their references."""
     first = next(table.plans()[0].chunks())
     known = read_planned(table, first)["reference_captions"].to_pylist()
     return all(captions and all(describes_scene(caption) for caption in captions) for captions in known)
@@ -275,4 +275,4 @@ class _ListingTeller:
         now = time.monotonic()
         if now - self._last >= self._every:
             self._last = now
-            self._say(f"listing: {rows:,} pictures so far")
+            self._say(f"listing: {rows:,} images so far")

@@ -67,7 +67,7 @@ class SpotCheck:
         self._running = RunningWer(settings.seed)
 
     def draw(self, table: CaptionsTable) -> Sample:
-        """The rows to score, for `Work.sample`. Raises UsageError where references fit no picture."""
+        """The rows to score, for `Work.sample`. Raises UsageError where references fit no image."""
         settings = self._settings
         references = read_references(settings.references) if settings.references else None
         size = MOST_RUNNING if settings.sample == "all" else min(settings.sample, MOST_RUNNING)
@@ -127,7 +127,7 @@ def failed_gates(scores: Scores, settings: CheckConfig) -> list[str]:
             better = "too little better" if scores.lift > 0 else "no better"
             failed.append(
                 f"lift {scores.lift:.3f} is below --min-lift {settings.min_lift:g}: WER {scores.wer:.3f} is {better} "
-                f"than {scores.shuffled_wer:.3f}, that of the same captions on other pictures"
+                f"than {scores.shuffled_wer:.3f}, that of the same captions on other images"
             )
     return failed
 

@@ -43,7 +43,7 @@ class Tally:
     working_since: float = 0.0
 
     def skip(self, plan: Plan, missing: list[Chunk]) -> int:
-        """Note what of a plan was committed before this start; returns how many pictures that is."""
+        """Note what of a plan was committed before this start; returns how many images that is."""
         already = plan.num_rows - sum(chunk.num_rows for chunk in missing)
         self.skipped += already
         return already

@@ -31,8 +31,8 @@ import pyarrow.compute as pc
 from captioner.data import STATUS_FAILED
 from captioner.errors import UsageError
 from captioner.publishing.alt_text.journal import latest_reviews, read_reviews
-from captioner.publishing.alt_text.schemas import LASTING, Review
-from captioner.publishing.alt_text.texts import holds
+from captioner.publishing.alt_text.schemas import SETTLED, Review
+from captioner.publishing.alt_text.texts import still_applies
 from captioner.scoring.flags import CAPTION_FLAGS, RUN_FLAGS
 from captioner.store.replan import Places, founded_by, plan_again
 from captioner.store.table import CaptionsTable, Plan, Recaption, captions_name
@@ -127,7 +127,7 @@ def choose(table: CaptionsTable, selector: Selector, fingerprint: str) -> Chosen
     for part, rows in _parts(table):
         weak = _is_weak(rows, selector, chosen.logprob_below, reviews)
         weak &= pc.not_equal(rows["fingerprint"], fingerprint).to_numpy()
-        settled = weak & _decided(rows, reviews, frozenset(LASTING))
+        settled = weak & _decided(rows, reviews, frozenset(SETTLED))
         chosen.settled += int(settled.sum())
         chosen.places[part] = np.flatnonzero(weak & ~settled)
     return chosen
@@ -160,7 +160,7 @@ def _decided(rows: pa.Table, reviews: dict[str, Review], decisions: frozenset[st
     for place, image_id in enumerate(rows["image_id"].to_pylist()):
         review = reviews.get(image_id)
         if review and review.decision in decisions:
-            found[place] = holds(review, created[place].as_py())
+            found[place] = still_applies(review, created[place].as_py())
     return found
 
 

@@ -17,8 +17,8 @@ from captioner.sources.webdataset import COMPRESSED_SUFFIXES
 
 
 def look_at(root: Root) -> list[bytes]:
-    """The tars of a directory without pictures, or else its Parquet files if it has any; sorted. Empty where it holds
-    pictures or nothing. Stops at the first picture, so a folder of pictures costs one directory at most.
+    """The tars of a directory without images, or else its Parquet files if it has any; sorted. Empty where it holds
+    images or nothing. Stops at the first image, so a folder of images costs one directory at most.
     """
     tars, tables = [], []
     for file in _visible_files(root):

@@ -70,7 +70,7 @@ class WrappedSource:
 
 @dataclass(frozen=True, slots=True)
 class FilteredSource(WrappedSource):
-    """A source without the pictures that `include` and `exclude` leave out: shell globs over whole image ids, in which
+    """A source without the images that `include` and `exclude` leave out: shell globs over whole image ids, in which
     `*` crosses slashes."""
 
     include: tuple[str, ...]

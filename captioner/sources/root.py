@@ -22,7 +22,7 @@ from captioner.files import is_uri, local_path, open_filesystem
 FETCH_FIRST = "captioner does not fetch http(s) URLs; fetch them with img2dataset first and caption its output"
 BUFFER_BYTES = 4 << 20  # of one request to a store
 
-# Known sidecars and documents, and what tar and Parquet archives are told by. Everything else may be a picture.
+# Known sidecars and documents, and what tar and Parquet archives are told by. Everything else may be an image.
 DOCUMENT_SUFFIXES = (
     b".txt",
     b".json",
@@ -43,7 +43,7 @@ def is_hidden(name: bytes) -> bool:
 
 
 def is_ignored(name: bytes) -> bool:
-    """Whether a file of that base name is no picture by its name alone."""
+    """Whether a file of that base name is no image by its name alone."""
     return name.lower().endswith(DOCUMENT_SUFFIXES) or is_hidden(name)
 
 

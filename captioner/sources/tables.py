@@ -1,4 +1,4 @@
-"""Tables that describe pictures: Parquet, CSV and JSON lines, read in batches of a few thousand rows."""
+"""Tables that describe images: Parquet, CSV and JSON lines, read in batches of a few thousand rows."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class ParquetTable:
 
 
 def open_parquet(root: Root, file: bytes, footer: pq.FileMetaData | None = None) -> pq.ParquetFile:
-    """Buffered: a column of pictures is read page by page, never a whole row group at once."""
+    """Buffered: a column of images is read page by page, never a whole row group at once."""
     return pq.ParquetFile(root.open(file), metadata=footer, buffer_size=1 << 20, pre_buffer=False)
 
 

@@ -1,4 +1,4 @@
-"""Writing the rendered scenes as an archive, in each of the forms that people keep pictures in."""
+"""Writing the rendered scenes as an archive, in each of the forms that people keep images in."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Rendered scenes with known captions: the sample archive of the demo and the tests.
 
-A scene is one to three coloured shapes on a background. The picture alone determines the first caption, word for
+A scene is one to three coloured shapes on a background. The image alone determines the first caption, word for
 word; a second caption says the same in other words. Scenes are drawn from `(seed, index)` and nothing else, so the
 same archive comes out on every machine.
 
@@ -26,8 +26,8 @@ COLOURS = {
     "pink": (247, 140, 195),
     "brown": (120, 72, 38),
 }
-# Half the width of a shape as a share of the picture's width. The two ranges are far apart: a size word must be
-# readable from the picture even when every shape in it has the same size.
+# Half the width of a shape as a share of the image's width. The two ranges are far apart: a size word must be
+# readable from the image even when every shape in it has the same size.
 SIZES = {"small": (0.080, 0.090), "large": (0.145, 0.160)}
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
 BACKGROUNDS = ("white", "grey", "black", "striped", "checkered")
@@ -43,7 +43,7 @@ _WORDS = {*COLOURS, *SIZES, *SHAPES, *BACKGROUNDS, *_OTHER_WORDS.split()}
 
 @dataclass(frozen=True, slots=True)
 class Thing:
-    """One shape. `x`, `y` (centre) and `radius` (half the width) are shares of the picture's width."""
+    """One shape. `x`, `y` (centre) and `radius` (half the width) are shares of the image's width."""
 
     size: str
     colour: str
@@ -67,11 +67,11 @@ class Scene:
 
     @property
     def captions(self) -> list[str]:
-        """Two references. The first is a function of the picture alone; the second words it another way."""
+        """Two references. The first is a function of the image alone; the second words it another way."""
         return [_first_wording(self), _second_wording(self)]
 
     def render(self, width: int = 192) -> Image.Image:
-        """The picture, RGB, `width` x `width` pixels."""
+        """The image, RGB, `width` x `width` pixels."""
         image = _paint_background(self.background, width)
         draw = ImageDraw.Draw(image)
         for thing in self.things:
@@ -85,7 +85,7 @@ class Poster(Scene):
 
     @property
     def captions(self) -> list[str]:
-        """One reference, a function of the picture alone."""
+        """One reference, a function of the image alone."""
         things = ", ".join(f"{thing.colour} {thing.shape} {thing.size}" for thing in self.things)
         if len(self.things) == 1:
             return [f"{self.background} with {things}"]

@@ -31,7 +31,7 @@ def publish(table: CaptionsTable, plan: Plan, on_part: Callable[[int], None] = l
     """Put the rows of a wholly committed generation into the published table. `on_part` is called after each part.
 
     Memory is that of a few chunks and one written file, whatever the size of the table. Raises VerificationError
-    where a part does not hold exactly the planned pictures.
+    where a part does not hold exactly the planned images.
     """
     published = table.published_parts()
     files = {}
@@ -66,7 +66,7 @@ def _committed_rows(table: CaptionsTable, plan: Plan, part: int) -> Iterator[pa.
             ids = planned.read_row_group(chunk.index, ["image_id"])["image_id"]
             if not rows["image_id"].equals(ids):
                 raise VerificationError(
-                    f"chunk {chunk.chunk_id}: its rows are not the planned pictures; see `captioner verify`"
+                    f"chunk {chunk.chunk_id}: its rows are not the planned images; see `captioner verify`"
                 )
             yield rows
 
@@ -96,9 +96,9 @@ def replace_rows(rows: pa.Table, places: np.ndarray, newer: pa.Table) -> pa.Tabl
 def commit_chunk(table: CaptionsTable, chunk: Chunk, rows: pa.Table) -> None:
     """Make the rows of a chunk part of the table, whole or not at all.
 
-    Raises OutputError where they are not the chunk's rows: in its order, one for each picture.
+    Raises OutputError where they are not the chunk's rows: in its order, one for each image.
     """
     numbers = rows["chunk_row"].to_pylist()
     if numbers != list(range(chunk.num_rows)):
-        raise OutputError(f"chunk {chunk.chunk_id}: {len(numbers)} rows were made for {chunk.num_rows} pictures")
+        raise OutputError(f"chunk {chunk.chunk_id}: {len(numbers)} rows were made for {chunk.num_rows} images")
     table.directory.write_table(table.chunk_name(chunk.chunk_id), rows.cast(table.schema))

@@ -1,4 +1,4 @@
-"""Generations of pictures that are captioned again: their new rows supersede older ones, which go to history/."""
+"""Generations of images that are captioned again: their new rows supersede older ones, which go to history/."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Places = dict[int, npt.NDArray[np.int64]]  # rows of the published table: part -
 
 
 def make_retry_plan(table: CaptionsTable) -> Plan | None:
-    """A generation of the pictures whose current row is failed, or `None` where there are none. Every plan of the table
+    """A generation of the images whose current row is failed, or `None` where there are none. Every plan of the table
     must be published."""
     failed = {}
     for part in founded_by(table):

@@ -38,9 +38,9 @@ __all__ = [
 
 
 class SmallGpu:
-    """Stands in for a captioner on a GPU with memory for `room` pictures; see `captioner.models.batch_size`.
+    """Stands in for a captioner on a GPU with memory for `room` images; see `captioner.models.batch_size`.
 
-    A batch takes `start` + pictures x `each` seconds of its own `clock`. `tried`: the sizes it was asked for.
+    A batch takes `start` + images x `each` seconds of its own `clock`. `tried`: the sizes it was asked for.
     """
 
     device_name = "small GPU, 1 GiB"
@@ -58,7 +58,7 @@ class SmallGpu:
 
         self.tried.append(size)
         if size > self._room:
-            raise torch.OutOfMemoryError(f"no memory for {size} pictures")
+            raise torch.OutOfMemoryError(f"no memory for {size} images")
         self._now += self._start + self._each * size
 
     def free_memory(self) -> None:

@@ -1,4 +1,4 @@
-"""Models of each family with random weights, small enough to caption hundreds of pictures in a second.
+"""Models of each family with random weights, small enough to caption hundreds of images in a second.
 
 For `captioner.testing`. torch and transformers are imported when a model is made.
 """
@@ -12,16 +12,16 @@ from typing import Any
 
 import captioner.starter
 
-TINY_SIDE = 32  # pixels, of the tiny models' pictures
+TINY_SIDE = 32  # pixels, of the tiny models' images
 _PAD, _START, _END = 0, 1, 2  # of the starter's tokenizer, which the tiny models share
 
 
 def make_tiny_model(family: str, path: Path, seed: int = 0) -> Path:
     """A model directory of `family` (see `captioner.models.FAMILIES`) with random weights.
 
-    Pictures of 32x32, or of families that take any size of about that; vocabulary and tokenizer of the starter. A
-    random model says the same of every picture; here the weight matrices are enlarged until the captions of different
-    pictures differ.
+    Images of 32x32, or of families that take any size of about that; vocabulary and tokenizer of the starter. A
+    random model says the same of every image; here the weight matrices are enlarged until the captions of different
+    images differ.
     """
     import torch
 
@@ -47,7 +47,7 @@ def make_tiny_model(family: str, path: Path, seed: int = 0) -> Path:
 
 
 # By how much the weight matrices are enlarged (transformers draws them with a standard deviation of 0.02); those of
-# BLIP's text layers less, or they drown the picture; the end token's row more, so that some captions end early.
+# BLIP's text layers less, or they drown the image; the end token's row more, so that some captions end early.
 _GAINS: dict[str, dict[str, float]] = {
     "git": {"gain": 20.0, "end_gain": 2.0},
     "blip": {"gain": 25.0, "end_gain": 2.0, "text_gain": 10.0},
@@ -201,7 +201,7 @@ def _make_florence2(path: Path) -> Any:
 
 
 def _make_tiled(kind: str, path: Path) -> Any:
-    """Idefics3 or SmolVLM: pictures of at most 32 x 32, cut into tiles of 16 x 16."""
+    """Idefics3 or SmolVLM: images of at most 32 x 32, cut into tiles of 16 x 16."""
     import transformers
     from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
     from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
@@ -252,7 +252,7 @@ _CHAT = (
 
 
 def _qwen(path: Path, kind: Any) -> dict[str, Any]:
-    """Settings of a Qwen-VL; saves its processor: pictures of 64 to 1024 pixels, in multiples of 8."""
+    """Settings of a Qwen-VL; saves its processor: images of 64 to 1024 pixels, in multiples of 8."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     from captioner.models.processors import without_video

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import torch
 from transformers import TrainerCallback
 
@@ -23,14 +24,21 @@ from captioner.training.worker import Training, Worker
 class Conductor(TrainerCallback):
     """Evaluates, keeps checkpoints, stops early, watches for a loss that is no number, and tells how far it is.
 
-    `step_loss`: this worker's part of the loss of the step that just ended, times the number of workers.
+    `step_loss`: this worker's part of the loss of the step that just ended, times the number of workers. `windows`: the
+    decoded eval set of the first evaluation, where there is one.
     """
 
     def __init__(
-        self, work: Training, worker: Worker, evaluator: Evaluator, step_loss: Callable[[], torch.Tensor]
+        self,
+        work: Training,
+        worker: Worker,
+        evaluator: Evaluator,
+        step_loss: Callable[[], torch.Tensor],
+        windows: Iterator[pa.Table] | None,
     ) -> None:
         self._work, self._worker, self._evaluate, self._step_loss = work, worker, evaluator, step_loss
         self.stopped = ""
+        self._first_windows = windows
         self._num_told = 0  # entries of the history that --report-to has
         self._started = time.perf_counter()
         self._first_step = 0
@@ -41,7 +49,8 @@ class Conductor(TrainerCallback):
         self._seed(state)
         self._first_step, self._num_told = state.global_step, len(state.log_history)
         if not evaluations(state.log_history):
-            self._run_evaluation(state)
+            self._run_evaluation(state, self._first_windows)
+        self._first_windows = None
         self._started = time.perf_counter()
         self._tell(state)
         if state.global_step >= self._work.schedule.max_steps:
@@ -82,8 +91,8 @@ class Conductor(TrainerCallback):
     def _metric(self) -> str:
         return f"eval_{self._work.config.training.metric_for_best_model}"
 
-    def _run_evaluation(self, state: Any) -> None:
-        found = self._evaluate(self._work.eval)
+    def _run_evaluation(self, state: Any, windows: Iterator[pa.Table] | None = None) -> None:
+        found = self._evaluate(self._work.eval, windows)
         state.log_history.append({"step": state.global_step, **{f"eval_{k}": v for k, v in found.items()}})
         self._seed(state)
 

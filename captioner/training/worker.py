@@ -44,6 +44,14 @@ class Worker(Protocol):
         """What decodes tables of pairs for this worker."""
         ...
 
+    def training(self) -> Training | None:
+        """What to train on, once the pairs are there; None where the run was given up before."""
+        ...
+
+    def doing(self, text: str) -> None:
+        """Show what the run waits for; called by rank 0 only. "" ends it."""
+        ...
+
     def prepare(self, trainer: Trainer) -> Trainer:
         """The trainer, made fit for where it runs."""
         ...

@@ -27,8 +27,8 @@ class DecoderHere:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def __call__(self, pictures: Iterable[bytes]):
-        return (self.decode(data, max_pixels=self.max_pixels) for data in pictures)
+    def __call__(self, images: Iterable[bytes]):
+        return (self.decode(data, max_pixels=self.max_pixels) for data in images)
 
 
 @pytest.fixture

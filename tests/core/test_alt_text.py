@@ -17,7 +17,7 @@ from captioner import pipeline
 from captioner.config import AltTextConfig, CaptionConfig
 from captioner.errors import OutputError, UsageError
 from captioner.publishing.alt_text.command import chosen_rules, make_alt_texts
-from captioner.publishing.alt_text.findings import Captioned, findings
+from captioner.publishing.alt_text.findings import CaptionedImage, findings
 from captioner.publishing.alt_text.rules import RULES, Limits, apply_rules
 from captioner.publishing.alt_text.schemas import ALT_TEXT_SCHEMA
 from captioner.publishing.alt_text.texts import read_texts
@@ -129,11 +129,11 @@ def test_every_rule_cites_its_source() -> None:
 def test_what_a_person_has_to_decide_is_flagged(caption: str, flags: list[str]) -> None:
     text, rules = apply_rules(caption, rules=[name for name in RULES if name != "repeats"])
 
-    assert findings(Captioned(caption, text, tuple(rules)), finder(["gypsy", "ass"])) == flags
+    assert findings(CaptionedImage(caption, text, tuple(rules)), finder(["gypsy", "ass"])) == flags
 
 
 def test_a_spacer_may_be_decorative() -> None:
-    assert findings(Captioned("a line", "A line.", (), 600, 2), finder([])) == ["maybe_decorative"]
+    assert findings(CaptionedImage("a line", "A line.", (), 600, 2), finder([])) == ["maybe_decorative"]
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""A picture that crashes its decoder, or never lets it return, is one failed row: in one process and on Ray alike."""
+"""An image that crashes its decoder, or never lets it return, is one failed row: in one process and on Ray alike."""
 
 import io
 from collections.abc import Iterator
@@ -47,9 +47,9 @@ def another_png(number: int) -> bytes:
 
 
 def test_a_guarded_decoder_says_what_decode_says(decoder: GuardedDecoder, png: bytes) -> None:
-    pictures = [png, b"no picture", png[:200], b"", *(another_png(number) for number in range(40))]
+    images = [png, b"no image", png[:200], b"", *(another_png(number) for number in range(40))]
 
-    for data, there in zip(pictures, decoder(pictures), strict=True):
+    for data, there in zip(images, decoder(images), strict=True):
         here = decode(data, SPEC, NO_LIMIT)
         assert (there.error_code, there.error_message) == (here.error_code, here.error_message)
         assert (there.width, there.height, there.format) == (here.width, here.height, here.format)
@@ -59,12 +59,12 @@ def test_a_guarded_decoder_says_what_decode_says(decoder: GuardedDecoder, png: b
 
 @pytest.mark.usefixtures("poison")
 def test_crashes_and_hangs_are_reasons_and_their_neighbours_are_fine(png: bytes) -> None:
-    pictures = [another_png(number) for number in range(60)]
+    images = [another_png(number) for number in range(60)]
     for place in (0, 7, 8, 9, 30, 59):
-        pictures[place] += ABORT_MARKER
-    pictures[20] += HANG_MARKER
+        images[place] += ABORT_MARKER
+    images[20] += HANG_MARKER
     with GuardedDecoder(SPEC, NO_LIMIT, timeout=2.0) as decoder:
-        found = list(decoder(pictures))
+        found = list(decoder(images))
 
     crashed, hanging = found[7], found[20]
     assert (crashed.error_code, crashed.pixels) == ("decoder_crashed", None)
@@ -177,12 +177,12 @@ def test_a_run_in_one_process_goes_on_past_poison(tmp_path: Path) -> None:
 def test_a_crash_is_no_crash_of_try_or_of_somebody_elses_pipeline(
     tmp_path: Path, png: bytes, capsys: pytest.CaptureFixture
 ) -> None:
-    pictures = {"fine.png": png, "poison.png": png + ABORT_MARKER}
-    for name, data in pictures.items():
+    images = {"fine.png": png, "poison.png": png + ABORT_MARKER}
+    for name, data in images.items():
         (tmp_path / name).write_bytes(data)
 
-    code = try_pictures([str(tmp_path / name) for name in pictures], ModelConfig(name="fake"))
-    batch = CaptionBatches("fake")({"bytes": list(pictures.values())})
+    code = try_pictures([str(tmp_path / name) for name in images], ModelConfig(name="fake"))
+    batch = CaptionBatches("fake")({"bytes": list(images.values())})
 
     said = capsys.readouterr()
     assert code == 0

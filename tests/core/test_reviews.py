@@ -301,21 +301,21 @@ def test_a_full_disk_saves_nothing_and_the_next_decision_is_whole(tmp_path: Path
 def test_decisions_of_others_are_seen_as_they_are_written(tmp_path: Path) -> None:
     out = Directory(str(tmp_path))
     with Decisions(out, "ana") as ana, Journal(out, "ben") as ben:
-        assert ana.news() == []
+        assert ana.read_new() == []
         told = review("a.png", "rejected", "ben")
         ben.append(told)
-        assert ana.news() == [told]
-        assert ana.news() == []
+        assert ana.read_new() == [told]
+        assert ana.read_new() == []
 
         path = next((tmp_path / "reviews").glob("ben*"))
         whole = path.read_bytes()
         path.write_bytes(whole + whole[:50])  # a line that is being written
-        assert ana.news() == []
+        assert ana.read_new() == []
 
         undo = review("a.png", "undo", "ben", undoes=told.review_id)
         path.write_bytes(whole)
         ben.append(undo)
-        assert ana.news() == [undo]
+        assert ana.read_new() == [undo]
         assert ana.latest() == {}
 
 

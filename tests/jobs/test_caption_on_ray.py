@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("ray_instance")
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = make_folder(tmp_path_factory.mktemp("archive"), 60)
-    (root / "broken.png").write_bytes(b"no picture")
+    (root / "broken.png").write_bytes(b"no image")
     return root
 
 

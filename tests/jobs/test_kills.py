@@ -1,4 +1,4 @@
-"""The whole job killed with SIGKILL, resumed, and proven: no picture lost, none doubled."""
+"""The whole job killed with SIGKILL, resumed, and proven: no image lost, none doubled."""
 
 import os
 import shutil
@@ -40,7 +40,7 @@ with sigkill_at_write(int(sys.argv[1])):
 def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its last good image waits at the gate of a job that asks for it (see `gate`)."""
     root = make_folder(tmp_path_factory.mktemp("archive") / "archive", PICTURES, width=32)
-    (root / "broken.png").write_bytes(b"no picture")
+    (root / "broken.png").write_bytes(b"no image")
     with (root / f"{PICTURES - 1:06d}.png").open("ab") as last:
         last.write(GATE_MARKER + bytes(root.parent / "gate"))
     return root
@@ -166,7 +166,7 @@ def test_the_driver_killed_during_publish(tmp_path: Path, archive: Path, undistu
 
 
 def test_the_driver_killed_while_it_publishes_a_retry(tmp_path: Path, archive: Path) -> None:
-    """The failed picture is mended meanwhile: its older row must end in history/, its new one in the table, once."""
+    """The failed image is mended meanwhile: its older row must end in history/, its new one in the table, once."""
     out, ours = tmp_path / "out", tmp_path / "archive"
     shutil.copytree(archive, ours)
     assert pipeline.run(settings(ours, out)) == 0

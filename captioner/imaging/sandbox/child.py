@@ -1,7 +1,7 @@
 """`python -m captioner.imaging.sandbox.child CONTROL SETTINGS`: the processes behind `decoder.py`.
 
-This one loads what decoding needs, opens no picture, and forks a worker whenever its caller asks for one: a worker that
-a picture ended is replaced within milliseconds.
+This one loads what decoding needs, opens no image, and forks a worker whenever its caller asks for one: a worker that
+an image ended is replaced within milliseconds.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from captioner.data import DecodedImage, PixelSpec
 from captioner.imaging import decode, squeeze
 from captioner.imaging.sandbox.slots import NUM_SLOTS, Slots
 
-# Asks for a picture whose bytes tell its decoder to die or to hang: see `captioner.imaging.sandbox.poison`.
+# Asks for an image whose bytes tell its decoder to die or to hang: see `captioner.imaging.sandbox.poison`.
 POISON_VARIABLE = "CAPTIONER_TEST_POISON"
 NUMBER = struct.Struct("<i")  # what is said over the control socket: 0 (ready), then each worker's pid and exit code
 
@@ -62,7 +62,7 @@ def _end_with(work: Callable[[], None]) -> None:
 
 def serve(connection: socket.socket, decode_one: Callable[[bytes], DecodedImage], slots: Slots, timeout: float) -> None:
     """Answer a line for each line, until the caller is gone."""
-    # What C code says of a picture may hold the picture's own text; it is not for the terminal.
+    # What C code says of an image may hold the image's own text; it is not for the terminal.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
     # The caller kills what takes too long; where the caller is dead, this signal does, even inside C code.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
@@ -97,7 +97,7 @@ def _decoder_of(settings: dict[str, Any]) -> Callable[[bytes], DecodedImage]:
     spec, max_pixels = settings["spec"], settings["max_pixels"]
     if isinstance(spec, int):
         return partial(squeeze, side=spec, max_pixels=max_pixels)
-    import torch  # noqa: F401  # pictures are resized with it: loaded before the first one's time runs
+    import torch  # noqa: F401  # images are resized with it: loaded before the first one's time runs
 
     spec |= {name: tuple(value) for name, value in spec.items() if isinstance(value, list)}
     return partial(decode, spec=PixelSpec(**spec), max_pixels=max_pixels)

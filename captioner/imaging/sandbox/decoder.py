@@ -1,6 +1,6 @@
-"""Decoding in a process of its own, so that a picture can end or stop its decoder and nothing else.
+"""Decoding in a process of its own, so that an image can end or stop its decoder and nothing else.
 
-    the caller  --length of a picture-->             a worker of child.py
+    the caller  --length of an image-->             a worker of child.py
                 <--size, format or reason, a line--
                 <==bytes and pixels in shared slots==>
 
@@ -22,16 +22,16 @@ from captioner.imaging.sandbox.processes import Child, Worker
 from captioner.imaging.sandbox.slots import NUM_SLOTS, Slots
 
 ATTEMPTS = 2  # a decoder may also die of something else: memory that a neighbour took, say
-# However many of its pictures hang, a chunk must not take as long as a run waits for progress: after so many, its
-# others have this long. Most pictures take some milliseconds.
+# However many of its images hang, a chunk must not take as long as a run waits for progress: after so many, its
+# others have this long. Most images take some milliseconds.
 HANGS_AT_FULL_TIME, SHORT_TIMEOUT_S = 8, 1.0
 
 
 class GuardedDecoder:
-    """Decodes pictures in a child process; a context manager, used by one thread.
+    """Decodes images in a child process; a context manager, used by one thread.
 
     `spec`: of the model, for `captioner.imaging.decode`; or the side of the squares that `squeeze` makes there.
-    `timeout`: seconds a picture may take. The child starts with the first picture, or with `start`; it ends with
+    `timeout`: seconds an image may take. The child starts with the first image, or with `start`; it ends with
     `close`, with this object and with this process.
     """
 
@@ -56,14 +56,14 @@ class GuardedDecoder:
     def __del__(self) -> None:
         self.close()
 
-    def __call__(self, pictures: Iterable[bytes]) -> Iterator[DecodedImage]:
-        """For each picture of a chunk, in order, what `captioner.imaging.decode` returns, or `decoder_crashed` after
+    def __call__(self, images: Iterable[bytes]) -> Iterator[DecodedImage]:
+        """For each image of a chunk, in order, what `captioner.imaging.decode` returns, or `decoder_crashed` after
         ATTEMPTS deaths, or `timeout`. Those that follow are decoded meanwhile. Raises RuntimeError where no decoder
-        can be started at all: that is no fault of a picture."""
+        can be started at all: that is no fault of an image."""
         waiting: deque[bytes] = deque()
         hangs = 0
         try:
-            for data in pictures:
+            for data in images:
                 waiting.append(data)
                 self._ask(waiting)
                 if len(waiting) == NUM_SLOTS:

@@ -1,4 +1,4 @@
-"""Pictures that crash or stop their decoder, for tests; `captioner.testing` exports the markers."""
+"""Images that crash or stop their decoder, for tests; `captioner.testing` exports the markers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from captioner.data import DecodedImage
 
-# A picture whose bytes hold one of these kills its decoder, keeps it for ever, or makes it wait at the gate named after
+# An image whose bytes hold one of these kills its decoder, keeps it for ever, or makes it wait at the gate named after
 # the marker (see `wait_at`; the number is that of the decoder's caller), where the environment variable
 # CAPTIONER_TEST_POISON is set. Everywhere else they are bytes like others.
 ABORT_MARKER, HANG_MARKER, GATE_MARKER = b"captioner-test: abort", b"captioner-test: hang", b"captioner-test: gate "

@@ -77,7 +77,7 @@ class Child:
 
 
 class Worker:
-    """A process that decodes pictures in the order they are asked for. `pid`: its number."""
+    """A process that decodes images in the order they are asked for. `pid`: its number."""
 
     def __init__(self, child: Child, connection: socket.socket, pid: int, slots: Slots) -> None:
         self._child, self._pid, self._slots = child, pid, slots
@@ -85,14 +85,14 @@ class Worker:
         self._asked = self._answered = 0
 
     def ask(self, data: bytes) -> None:
-        """Hand a picture over; at most NUM_SLOTS may be without an answer. A dead worker takes them too."""
+        """Hand an image over; at most NUM_SLOTS may be without an answer. A dead worker takes them too."""
         self._slots.put(self._asked % NUM_SLOTS, data)
         self._asked += 1
         with suppress(ConnectionError):
             self._connection.sendall(b"%d\n" % len(data))
 
     def answer(self, timeout: float) -> DecodedImage:
-        """The next picture. Raises TimeoutError, or ConnectionError where the worker is dead."""
+        """The next image. Raises TimeoutError, or ConnectionError where the worker is dead."""
         self._connection.settimeout(timeout)
         line = self._lines.readline()
         if not line.endswith(b"\n"):

@@ -1,4 +1,4 @@
-"""Memory that a decoder process shares with its caller: in each slot the bytes of one picture, and its pixels."""
+"""Memory that a decoder process shares with its caller: in each slot the bytes of one image, and its pixels."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from contextlib import ExitStack
 import numpy as np
 import numpy.typing as npt
 
-NUM_SLOTS = 8  # so many pictures are handed over ahead: a decoder need not wait for its caller
+NUM_SLOTS = 8  # so many images are handed over ahead: a decoder need not wait for its caller
 
 
 class Slots:
     """Files without a name, one for the bytes in each slot and a last one for all pixels.
 
-    Unlike a pipe they take a picture of any size at once: handing one over never waits for a decoder that hangs.
-    `max_bytes`: of the pixels of one picture. `descriptors`: of the files, where another process made them.
+    Unlike a pipe they take an image of any size at once: handing one over never waits for a decoder that hangs.
+    `max_bytes`: of the pixels of one image. `descriptors`: of the files, where another process made them.
     """
 
     def __init__(self, max_bytes: int, descriptors: Sequence[int] = ()) -> None:
@@ -38,7 +38,7 @@ class Slots:
         file = self._files[slot]
         file.seek(0)
         file.write(data)
-        file.truncate()  # what a larger picture took is given back
+        file.truncate()  # what a larger image took is given back
         file.flush()
 
     def get(self, slot: int, num_bytes: int) -> bytes:

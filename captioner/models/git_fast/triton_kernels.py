@@ -16,33 +16,37 @@ TEXT_BLOCK = 4
 LEAST_ROWS = 16  # of a matrix product on tensor cores
 
 
-def add_layer_norm(
-    hidden: torch.Tensor, delta: torch.Tensor, norm: torch.nn.LayerNorm, keep_sum: bool = False
-) -> torch.Tensor:
-    """Return the layer norm of `hidden + delta`, both [rows, width]; with `keep_sum`, `hidden` becomes the sum."""
+def shifted_layer_norm(hidden: torch.Tensor, shift: torch.Tensor, norm: torch.nn.LayerNorm) -> torch.Tensor:
+    """Return the layer norm of `hidden + shift`: [rows, width] and, the same for every row, float32 [width]."""
+    return _layer_norm(hidden, shift, norm, 0)
+
+
+def added_layer_norm(hidden: torch.Tensor, delta: torch.Tensor, norm: torch.nn.LayerNorm) -> torch.Tensor:
+    """Return the layer norm of `hidden + delta`, both [rows, width]."""
+    return _layer_norm(hidden, delta, norm, hidden.shape[1])
+
+
+def _layer_norm(hidden: torch.Tensor, delta: torch.Tensor, norm: torch.nn.LayerNorm, stride: int) -> torch.Tensor:
     normed = torch.empty_like(hidden)
     rows, width = hidden.shape
     block = triton.next_power_of_2(width)
-    _add_layer_norm[(rows,)](
-        hidden, delta, normed, norm.weight, norm.bias, norm.eps, width, keep_sum, block, num_warps=4
-    )
+    _add_and_norm[(rows,)](hidden, delta, normed, norm.weight, norm.bias, norm.eps, width, stride, block, num_warps=4)
     return normed
 
 
 @triton.jit
-def _add_layer_norm(hidden, delta, normed, weight, bias, eps, width, KEEP_SUM: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64) * width
+def _add_and_norm(hidden, delta, normed, weight, bias, eps, width, stride, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
-    total = tl.load(hidden + row + columns, mask=inside, other=0).to(tl.float32)
-    total += tl.load(delta + row + columns, mask=inside, other=0).to(tl.float32)
-    if KEEP_SUM:
-        tl.store(hidden + row + columns, total.to(hidden.dtype.element_ty), mask=inside)
+    total = tl.load(hidden + row * width + columns, mask=inside, other=0).to(tl.float32)
+    total += tl.load(delta + row * stride + columns, mask=inside, other=0).to(tl.float32)
     centred = tl.where(inside, total - tl.sum(total, 0) / width, 0)
     scale = tl.rsqrt(tl.sum(centred * centred, 0) / width + eps)
     factor = tl.load(weight + columns, mask=inside, other=0).to(tl.float32)
     offset = tl.load(bias + columns, mask=inside, other=0).to(tl.float32)
-    tl.store(normed + row + columns, (centred * scale * factor + offset).to(normed.dtype.element_ty), mask=inside)
+    result = (centred * scale * factor + offset).to(normed.dtype.element_ty)
+    tl.store(normed + row * width + columns, result, mask=inside)
 
 
 def quick_gelu_(values: torch.Tensor) -> torch.Tensor:
@@ -90,6 +94,7 @@ def attend(
         heads * width,
         width,
         max(LEAST_ROWS, triton.next_power_of_2(beams)),
+        beams > 1,
         IMAGE_BLOCK,
         TEXT_BLOCK,
         num_warps=4,
@@ -112,6 +117,7 @@ def _attend(
     DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     BEAMS: tl.constexpr,
+    MANY: tl.constexpr,
     IMAGE_BLOCK: tl.constexpr,
     TEXT_BLOCK: tl.constexpr,
 ):
@@ -150,8 +156,11 @@ def _attend(
     for first in range(0, now, TEXT_BLOCK):
         token = first + tl.arange(0, TEXT_BLOCK)
         is_token = (token < now)[None, :] & is_beam[:, None]
-        source = tl.load(sources + ((index * beams + beam) * length)[:, None] + token[None, :], mask=is_token, other=0)
-        cell = ((index * beams + source) * length + token[None, :]) * (2 * DIM) + head * WIDTH
+        cell = ((index * beams + beam) * length)[:, None] + token[None, :]
+        if MANY:
+            source = tl.load(sources + cell, mask=is_token, other=0)
+            cell = (index * beams + source) * length + token[None, :]
+        cell = cell * (2 * DIM) + head * WIDTH
         cells = cell[:, :, None] + column[None, None, :]
         keys = tl.load(text + cells, mask=is_token[:, :, None], other=0).to(tl.float32)
         values = tl.load(text + cells + DIM, mask=is_token[:, :, None], other=0).to(tl.float32)

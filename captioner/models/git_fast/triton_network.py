@@ -14,11 +14,14 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 from transformers.activations import QuickGELUActivation
 
 from captioner.models.git_fast.network import GitNetwork, State
-from captioner.models.git_fast.triton_kernels import add_layer_norm, attend, best_logprobs, quick_gelu_
+from captioner.models.git_fast.triton_kernels import (
+    added_layer_norm,
+    attend,
+    best_logprobs,
+    quick_gelu_,
+    shifted_layer_norm,
+)
 
-# Images encoded at once: what lies between two kernels stays in a GPU's L2 cache (50 MB on an H100), and products of 32
-# images' rows fill its multiprocessors without a rest.
-ENCODED_AT_ONCE = 32
 ALIGNMENT = 128  # columns of logits: matrix products with a ragged last dimension are several times as slow
 
 
@@ -49,6 +52,9 @@ class TritonGitNetwork(GitNetwork):
         self.vision = getattr(self.git.image_encoder, "vision_model", self.git.image_encoder)
         attentions = [layer.self_attn for layer in self.vision.encoder.layers]
         self._vision_qkv = [_Fused(own.q_proj, own.k_proj, own.v_proj) for own in attentions]
+        biases = [(layer.self_attn.out_proj.bias, layer.mlp.fc2.bias) for layer in self.vision.encoder.layers]
+        sums = torch.cat([torch.stack(pair) for pair in biases]).detach().float().cumsum(0)
+        self._vision_shifts = list(sums.view(len(biases), 2, -1))
         texts = [layer.attention.self for layer in self.layers]
         self._text_qkv = [_Fused(own.query, own.key, own.value) for own in texts]
         self._text_kv = [_Fused(own.key, own.value) for own in texts]
@@ -68,17 +74,11 @@ class TritonGitNetwork(GitNetwork):
 
     def encode(self, pixel_values: torch.Tensor, state: State) -> None:
         """Fill `state` with the image tokens' keys and values of normalised pixels [N, 3, H, W]."""
-        for first in range(0, len(pixel_values), ENCODED_AT_ONCE):
-            images = slice(first, first + ENCODED_AT_ONCE)
-            self._encode_part(pixel_values[images], state.caches["image"][:, images])
-
-    def _encode_part(self, pixel_values: torch.Tensor, caches: torch.Tensor) -> None:
         images = len(pixel_values)
-        hidden = self._encode_vision(pixel_values)
         projection, norm = self.git.visual_projection.visual_projection
-        hidden = norm(projection(hidden))
+        hidden = norm(projection(self._encode_vision(pixel_values)))
         for index, layer in enumerate(self.layers):
-            cache = caches[index]
+            cache = state.caches["image"][index]
             self._text_kv[index].write(hidden, cache.view(len(hidden), -1))
             if layer is self.layers[-1]:
                 return  # what image tokens become after it is never read
@@ -87,20 +87,25 @@ class TritonGitNetwork(GitNetwork):
             hidden = self._text_layer(layer, hidden, _attention(queries, *keys_values))
 
     def _encode_vision(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Return the last hidden states of the vision tower, [N x I, width], of normalised pixels [N, 3, H, W]."""
+        """Return the last hidden states of the vision tower, [N x I, width], of normalised pixels [N, 3, H, W].
+
+        Products add to `hidden` in place, without their biases: layer norms add the sum of all biases so far.
+        """
         vision, images = self.vision, len(pixel_values)
         layers = list(vision.encoder.layers)
         heads = layers[0].self_attn.num_heads
-        hidden = self._embed_patches(pixel_values).flatten(0, 1)
-        hidden = vision.pre_layrnorm(hidden)
+        hidden = vision.pre_layrnorm(self._embed_patches(pixel_values).flatten(0, 1))
         normed = layers[0].layer_norm1(hidden)
         following = [layer.layer_norm1 for layer in layers[1:]] + [vision.post_layernorm]
-        for layer, fused, next_norm in zip(layers, self._vision_qkv, following, strict=True):
+        for layer, fused, shifts, next_norm in zip(
+            layers, self._vision_qkv, self._vision_shifts, following, strict=True
+        ):
             queries, keys, values = fused(normed).view(images, -1, 3, heads, normed.shape[1] // heads).unbind(2)
-            mixed = _attention(queries, keys, values)
-            normed = add_layer_norm(hidden, layer.self_attn.out_proj(mixed), layer.layer_norm2, keep_sum=True)
-            delta = layer.mlp.fc2(_activated(layer.mlp.activation_fn, layer.mlp.fc1(normed)))
-            normed = add_layer_norm(hidden, delta, next_norm, keep_sum=True)
+            hidden.addmm_(_attention(queries, keys, values), layer.self_attn.out_proj.weight.t())
+            normed = shifted_layer_norm(hidden, shifts[0], layer.layer_norm2)
+            inner = _activated(layer.mlp.activation_fn, layer.mlp.fc1(normed))
+            hidden.addmm_(inner, layer.mlp.fc2.weight.t())
+            normed = shifted_layer_norm(hidden, shifts[1], next_norm)
         return normed
 
     def _embed_patches(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -119,9 +124,9 @@ class TritonGitNetwork(GitNetwork):
     def _text_layer(self, layer: Any, hidden: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
         """Return what a text layer makes of `hidden` [rows, width] after its attention."""
         output = layer.attention.output
-        hidden = add_layer_norm(hidden, output.dense(mixed), output.LayerNorm)
+        hidden = added_layer_norm(hidden, output.dense(mixed), output.LayerNorm)
         inner = _activated(layer.intermediate.intermediate_act_fn, layer.intermediate.dense(hidden))
-        return add_layer_norm(hidden, layer.output.dense(inner), layer.output.LayerNorm)
+        return added_layer_norm(hidden, layer.output.dense(inner), layer.output.LayerNorm)
 
     def step(self, state: State) -> torch.Tensor:
         """Return logits of the model's dtype, [N, B, vocabulary and padding]."""

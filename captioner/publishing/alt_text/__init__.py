@@ -1,7 +1,7 @@
-"""From machine captions to texts that people publish.
+"""Make alt texts from machine captions and join them with people's reviews.
 
-    captions table --rules--> OUT/alt_text --a person--> OUT/reviews --join--> texts --export--> XMP, HTML, CSV, ...
+    captions table -> rules -> OUT/alt_text -> review -> OUT/reviews -> join -> export to XMP, HTML, CSV, ...
 
-The captions table is never changed: alt texts lie beside it row for row, and what people decide lies in an
-append-only journal.
+The captions table is never changed: OUT/alt_text has one row for each of its rows, and reviews are in append-only
+journals.
 """

@@ -1,4 +1,4 @@
-"""Alt texts of a captions table: OUT/alt_text, beside it row for row."""
+"""`captioner alt-text`: write OUT/alt_text, with one row for each row of the captions table."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pyarrow as pa
 from captioner.config import AltTextConfig
 from captioner.console.text import printable
 from captioner.errors import OK, UsageError
-from captioner.publishing.alt_text.findings import FINDINGS, Captioned, findings
+from captioner.publishing.alt_text.findings import FINDINGS, CaptionedImage, findings
 from captioner.publishing.alt_text.rules import RULES, Limits, apply_rules
 from captioner.publishing.alt_text.schemas import ALT_TEXT_SCHEMA
 from captioner.publishing.alt_text.texts import SETTINGS_FILE, alt_text_name, require_finished
@@ -28,8 +28,8 @@ _COLUMNS = ["image_id", "caption", "width", "height", "run_id", "created_at"]
 
 
 @dataclass
-class Made:
-    """What was made: how many texts, how many each rule changed, how many have each flag."""
+class Counts:
+    """How many alt texts were made, how many each rule changed and how many have each flag."""
 
     num_texts: int = 0
     num_changed: int = 0
@@ -39,35 +39,34 @@ class Made:
 
 
 def run(out: str, settings: AltTextConfig) -> int:
-    """Make the alt texts of OUT and print what was done; returns the exit code. Raises CaptionerError."""
+    """Make the alt texts of OUT, print a summary and return the exit code. Raises CaptionerError."""
     table = open_table(out)
     with sole_writer(out):
-        made = make_alt_texts(table, settings)
-    _print(out, made)
+        counts = make_alt_texts(table, settings)
+    _print(out, counts)
     return OK
 
 
-def make_alt_texts(table: CaptionsTable, settings: AltTextConfig) -> Made:
-    """Write OUT/alt_text, one file for each part of the table, and its settings last: while they are not there, the alt
-    texts are not complete. Texts of an earlier call are replaced.
+def make_alt_texts(table: CaptionsTable, settings: AltTextConfig) -> Counts:
+    """Write OUT/alt_text, one file for each part of the table; replaces the texts of an earlier call.
 
-    Raises UsageError for unknown rules and limits that exclude each other, OutputError where the table is not
-    finished.
+    The settings are written last: without them the alt texts are incomplete. Raises UsageError for unknown rules and
+    contradictory limits, OutputError when the table is not finished.
     """
     rules, limits = chosen_rules(settings), _limits(settings)
     terms = read_terms(settings.terms) if settings.terms else ()
     require_finished(table)
-    made = Made()
-    maker = _Maker(rules, limits, finder(terms), made)
+    counts = Counts()
+    maker = _AltTextMaker(rules, limits, finder(terms), counts)
     table.directory.delete(SETTINGS_FILE)
     for part, rows in zip(sorted(table.published_parts()), read_parts(table, _COLUMNS), strict=True):
         table.directory.write_table(alt_text_name(part), maker.rows(rows))
-    table.directory.write_json(SETTINGS_FILE, _record(settings, rules, terms, made))
-    return made
+    table.directory.write_json(SETTINGS_FILE, _record(settings, rules, terms, counts))
+    return counts
 
 
 def chosen_rules(settings: AltTextConfig) -> tuple[str, ...]:
-    """The names of the rules to apply, in their order. Raises UsageError naming an unknown one and its like."""
+    """Return the names of the rules to apply, in order. Raises UsageError for an unknown name."""
     for flag, names in (("--rules", settings.rules), ("--no-rule", settings.no_rule)):
         for name in names:
             if name not in RULES:
@@ -85,31 +84,31 @@ def _limits(settings: AltTextConfig) -> Limits:
 
 
 @dataclass
-class _Maker:
-    """Makes the rows of a part; byte-equal pictures and dull models say the same again and again, so texts are kept."""
+class _AltTextMaker:
+    """Makes the rows of a part; caches the text of each caption, since many images have the same one."""
 
     names: tuple[str, ...]
     limits: Limits
     holds_term: Callable[[str], bool]
-    made: Made
+    counts: Counts
 
     def rows(self, rows: pa.Table) -> pa.Table:
-        """A part's rows of ALT_TEXT_SCHEMA."""
-        known: dict[str, tuple[str, list[str]]] = {}
+        """Return the rows of ALT_TEXT_SCHEMA for one part of the captions table."""
+        cached: dict[str, tuple[str, list[str]]] = {}
         texts, changed, flags = [], [], []
         for caption, width, height in zip(*(rows[name].to_pylist() for name in _COLUMNS[1:4]), strict=True):
             text: str | None = None
             rules: list[str] = []
-            found: list[str] = []
+            text_flags: list[str] = []
             if caption is not None:
-                if caption not in known:
-                    known[caption] = apply_rules(caption, self.limits, self.names)
-                text, rules = known[caption]
-                found = findings(Captioned(caption, text, tuple(rules), width, height), self.holds_term)
-            self._count(text, rules, found)
+                if caption not in cached:
+                    cached[caption] = apply_rules(caption, self.limits, self.names)
+                text, rules = cached[caption]
+                text_flags = findings(CaptionedImage(caption, text, tuple(rules), width, height), self.holds_term)
+            self._count(text, rules, text_flags)
             texts.append(text)
             changed.append(rules)
-            flags.append(found)
+            flags.append(text_flags)
         columns = {"alt_text": texts, "rules": changed, "flags": flags}
         arrays = [
             pa.array(columns[field.name], field.type) if field.name in columns else rows[field.name].combine_chunks()
@@ -118,14 +117,15 @@ class _Maker:
         return pa.table(arrays, schema=ALT_TEXT_SCHEMA)
 
     def _count(self, text: str | None, rules: list[str], flags: list[str]) -> None:
-        self.made.num_uncaptioned += text is None
-        self.made.num_texts += text is not None
-        self.made.num_changed += bool(rules)
-        self.made.rules.update(rules)
-        self.made.flags.update(flags)
+        self.counts.num_uncaptioned += text is None
+        self.counts.num_texts += text is not None
+        self.counts.num_changed += bool(rules)
+        self.counts.rules.update(rules)
+        self.counts.flags.update(flags)
 
 
-def _record(settings: AltTextConfig, rules: tuple[str, ...], terms: tuple[str, ...], made: Made) -> dict[str, Any]:
+def _record(settings: AltTextConfig, rules: tuple[str, ...], terms: tuple[str, ...], counts: Counts) -> dict[str, Any]:
+    """Return the contents of SETTINGS_FILE."""
     return {
         "language": settings.language,
         "max_chars": settings.max_chars,
@@ -133,19 +133,19 @@ def _record(settings: AltTextConfig, rules: tuple[str, ...], terms: tuple[str, .
         "rules": list(rules),
         "terms": list(terms),
         "made_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "num_texts": made.num_texts,
-        "num_changed": made.num_changed,
-        "changed_by_rule": {name: made.rules[name] for name in rules},
-        "flags": {name: made.flags[name] for name in FINDINGS},
+        "num_texts": counts.num_texts,
+        "num_changed": counts.num_changed,
+        "changed_by_rule": {name: counts.rules[name] for name in rules},
+        "flags": {name: counts.flags[name] for name in FINDINGS},
     }
 
 
-def _print(out: str, made: Made) -> None:
-    without = f"; {made.num_uncaptioned:,} pictures have no caption" if made.num_uncaptioned else ""
-    print(f"{printable(out)}: {made.num_texts:,} alt texts, {made.num_changed:,} changed by rules{without}")
-    for title, counts in (("changed by", made.rules), ("for a person to decide", made.flags)):
-        if counts:
+def _print(out: str, counts: Counts) -> None:
+    without = f"; {counts.num_uncaptioned:,} images have no caption" if counts.num_uncaptioned else ""
+    print(f"{printable(out)}: {counts.num_texts:,} alt texts, {counts.num_changed:,} changed by rules{without}")
+    for title, by_name in (("changed by", counts.rules), ("for a person to check", counts.flags)):
+        if by_name:
             print(f"{title}:")
-        for name, count in counts.most_common():
+        for name, count in by_name.most_common():
             print(f"  {name:<20}{count:>12,}  {FINDINGS.get(name, '')}".rstrip())
     print("review them before they are published: captioner review", file=sys.stderr)

@@ -1,7 +1,7 @@
-"""Approved and edited texts as training pairs: what people wrote teaches the next model.
+"""`captioner feedback`: write approved and edited texts as training pairs.
 
-PAIRS is a directory with one Parquet file that `captioner train` takes as it is, pictures included, so that it trains
-anywhere. Training keeps the sha256 of its pictures beside the model, and checks of that model leave them out.
+PAIRS is a directory with one Parquet file that `captioner train` reads; it includes the images, so that training does
+not need the source. Training saves the sha256 of its images with the model, and `captioner check` excludes them.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ from captioner.store.replan import founded_by
 from captioner.store.table import CaptionsTable, captions_name, open_table, plan_part_name
 
 PAIRS_FILE, RECORD_FILE = "pairs.parquet", "feedback.json"
-_PICTURES_AT_ONCE = 64
+_BATCH_SIZE = 64  # images in memory
 
 FEEDBACK_SCHEMA = pa.schema(
     [
         pa.field("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
         pa.field("image_id", pa.string(), nullable=False),
-        pa.field("captions", pa.list_(pa.string()), nullable=False),  # one: the person's text
+        pa.field("captions", pa.list_(pa.string()), nullable=False),  # one element: the person's text
         pa.field("sha256", pa.string(), nullable=False),
         pa.field("review_status", pa.string(), nullable=False),  # "approved" or "edited"
         pa.field("reviewer", pa.string(), nullable=False),
         pa.field("reviewed_at", pa.timestamp("us", tz="UTC"), nullable=False),
-        pa.field("machine_text", pa.string()),  # the model's own words
+        pa.field("machine_text", pa.string()),  # the model's caption
         pa.field("model_sha256", pa.string(), nullable=False),
     ]
 )
@@ -53,7 +53,7 @@ FEEDBACK_SCHEMA = pa.schema(
 
 @dataclass
 class Feedback:
-    """What became pairs, by decision, and what was left out, by reason."""
+    """Counts of the pairs by decision, and of the reviews left out by reason."""
 
     pairs: Counter[str] = field(default_factory=Counter)
     left_out: Counter[str] = field(default_factory=Counter)
@@ -61,32 +61,33 @@ class Feedback:
 
     @property
     def text(self) -> str:
-        made = ", ".join(f"{count:,} {name}" for name, count in self.pairs.most_common())
-        left = ", ".join(f"{count:,} {name}" for name, count in self.left_out.most_common())
-        lines = f"; {self.damaged:,} damaged lines of the journal were passed over" if self.damaged else ""
-        return f"{self.pairs.total():,} pairs ({made or 'none'}); left out: {left or 'none'}{lines}"
+        """The counts as one line."""
+        pairs = ", ".join(f"{count:,} {name}" for name, count in self.pairs.most_common())
+        left_out = ", ".join(f"{count:,} {name}" for name, count in self.left_out.most_common())
+        damaged = f"; ignored {self.damaged:,} damaged lines of the journal" if self.damaged else ""
+        return f"{self.pairs.total():,} pairs ({pairs or 'none'}); left out: {left_out or 'none'}{damaged}"
 
 
 def run(out: str, pairs: str) -> int:
-    """Write PAIRS and print what is in it; returns the exit code. Raises CaptionerError."""
-    made = write_feedback(open_table(out), pairs)
-    print(f"{printable(pairs)}: {made.text}")
-    print(f"teach a model: captioner train {printable(pairs)} TRAINED --model MODEL")
+    """Write PAIRS, print a summary and return the exit code. Raises CaptionerError."""
+    feedback = write_feedback(open_table(out), pairs)
+    print(f"{printable(pairs)}: {feedback.text}")
+    print(f"train a model: captioner train {printable(pairs)} TRAINED --model MODEL")
     return OK
 
 
 def write_feedback(table: CaptionsTable, location: str) -> Feedback:
-    """Write the directory of training pairs, whole or not at all.
+    """Write the directory of training pairs; it appears only when it is complete.
 
-    Left out, and counted: decisions that give no text to learn (rejected, decorative, expert), pictures that the table
-    no longer has, that cannot be read, or whose bytes are not those that were captioned.
-    Raises OutputError where PAIRS exists or is no local path, the table is not finished, or no text was approved.
+    Left out and counted: decisions without a text to learn (rejected, decorative, expert), and images that are no
+    longer in the table, cannot be read, or have changed since they were captioned. Raises OutputError when PAIRS
+    exists or is not a local path, the table is not finished, or no text was approved.
     """
     if is_uri(location):
         raise OutputError(f"{location}: pairs are written to a local disk; give a local PAIRS and copy it")
     target = Path(local_path(location))
     if target.exists():
-        raise OutputError(f"{location} is there already; give another PAIRS, or remove it")
+        raise OutputError(f"{location} exists already; give another PAIRS, or remove it")
     require_finished(table)
     reviews, damaged = read_reviews(table.directory)
     if not reviews:
@@ -121,7 +122,7 @@ def _record(table: CaptionsTable, feedback: Feedback) -> dict[str, Any]:
 
 
 def _texts(reviews: dict[str, Review], feedback: Feedback) -> dict[str, Review]:
-    """The decisions with a text to learn; the others are counted."""
+    """Return the decisions with a text to learn, by image id; count the others as left out."""
     kept = {}
     for image_id, review in reviews.items():
         if review.decision in ("approved", "edited") and (review.text or "").strip():
@@ -132,28 +133,29 @@ def _texts(reviews: dict[str, Review], feedback: Feedback) -> dict[str, Review]:
 
 
 def _write(table: CaptionsTable, texts: dict[str, Review], file: Path, feedback: Feedback) -> None:
-    found = 0
+    num_in_table = 0
     with pq.ParquetWriter(file, FEEDBACK_SCHEMA, compression="zstd") as writer:
         for planned, rows in _reviewed_rows(table, texts):
-            found += len(rows)
+            num_in_table += len(rows)
             pairs = list(_pairs(table, planned, rows, texts, feedback))
             writer.write_table(pa.Table.from_pylist(pairs, schema=FEEDBACK_SCHEMA))
-    if len(texts) > found:
-        feedback.left_out["not in the table"] += len(texts) - found
+    if len(texts) > num_in_table:
+        feedback.left_out["not in the table"] += len(texts) - num_in_table
 
 
 def _reviewed_rows(table: CaptionsTable, texts: dict[str, Review]) -> Iterator[tuple[pa.Table, list[dict[str, Any]]]]:
-    """Planned rows and their captions, a few pictures at a time, in the order of the table."""
+    """Yield the plan rows and the captions of reviewed images, a batch at a time, in table order."""
     columns = ["image_id", "sha256", "caption", "model_sha256"]
     for part, generation in founded_by(table).items():
         rows = table.directory.read_table(captions_name(part), columns)
-        places = np.array([n for n, image_id in enumerate(rows["image_id"].to_pylist()) if image_id in texts], int)
-        if not len(places):
+        ids = rows["image_id"].to_pylist()
+        reviewed = np.array([index for index, image_id in enumerate(ids) if image_id in texts], int)
+        if not len(reviewed):
             continue
         planned = table.directory.read_table(plan_part_name(generation, part))
-        for first in range(0, len(places), _PICTURES_AT_ONCE):
-            some = places[first : first + _PICTURES_AT_ONCE]
-            yield planned.take(some), rows.take(some).to_pylist()
+        for first in range(0, len(reviewed), _BATCH_SIZE):
+            batch = reviewed[first : first + _BATCH_SIZE]
+            yield planned.take(batch), rows.take(batch).to_pylist()
 
 
 def _pairs(

@@ -1,8 +1,7 @@
-"""What people decided, in OUT/reviews: one JSON line a decision, appended and flushed to the disk before the next
-picture is shown.
+"""Read and append review journals: OUT/reviews has one JSON Lines file for each reviewer, one line for each decision.
 
-A file for each reviewer, so that several work at once. Nothing is ever rewritten: an undo is a line of its own. A kill
-can cut off the last line only; that line was never acknowledged, and the next start puts it aside.
+A line is on the disk before the page shows the next image. Files are only appended to; an undo is a line of its own. A
+killed process can truncate only the last line, which was not yet acknowledged; readers ignore it.
 """
 
 from __future__ import annotations
@@ -27,8 +26,10 @@ FOLDER = "reviews"
 
 
 class Journal:
-    """Appends one reviewer's decisions to OUT. A context manager: it holds the file open. Raises OutputError where
-    OUT is no local directory or cannot be written."""
+    """Appends one reviewer's decisions to OUT; a context manager that keeps the file open.
+
+    Raises OutputError when OUT is not a local directory or cannot be written.
+    """
 
     def __init__(self, out: Directory, reviewer: str) -> None:
         if not out.is_local:
@@ -38,9 +39,9 @@ class Journal:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(path, "ab", buffering=0)  # noqa: SIM115
             sync_folder(path.parent)
-            self._torn = bool(path.stat().st_size) and not _ends_a_line(path)
+            self._truncated = bool(path.stat().st_size) and not _ends_with_newline(path)
         except OSError as error:
-            raise OutputError(f"{path} cannot be written: {error.strerror}; free it and start again") from error
+            raise OutputError(f"{path} cannot be written: {error.strerror}; fix it and start again") from error
 
     def __enter__(self) -> Journal:
         return self
@@ -49,57 +50,57 @@ class Journal:
         self._file.close()
 
     def append(self, review: Review) -> None:
-        """When this returns, the decision is on the disk. Raises OutputError."""
+        """Append a decision; it is on the disk when this returns. Raises OutputError."""
         text = json.dumps(asdict(review) | {"reviewed_at": review.reviewed_at.isoformat()}, ensure_ascii=False)
-        # What a kill cut off stays a damaged line of its own. One write: another process may append too.
-        line = (b"\n" if self._torn else b"") + text.encode("utf-8", "surrogatepass") + b"\n"
-        self._torn = True
-        before, written = os.fstat(self._file.fileno()).st_size, 0
+        # A truncated line stays a damaged line of its own. One write call: another process may append too.
+        line = (b"\n" if self._truncated else b"") + text.encode("utf-8", "surrogatepass") + b"\n"
+        self._truncated = True
+        old_size, written = os.fstat(self._file.fileno()).st_size, 0
         try:
             written = self._file.write(line)
             if written != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(self._file.fileno())
         except OSError as error:
-            self._take_back(before, written)
+            self._remove_partial_line(old_size, written)
             raise OutputError(f"{self._file.name}: the decision was not saved: {error.strerror}") from error
-        self._torn = False
+        self._truncated = False
 
-    def _take_back(self, before: int, written: int) -> None:
-        """What was not acknowledged should not count; unless another process has written behind it."""
+    def _remove_partial_line(self, old_size: int, written: int) -> None:
+        """Remove what was written of a failed line, unless another process has appended after it."""
         with suppress(OSError):
-            if os.fstat(self._file.fileno()).st_size == before + written:
-                os.ftruncate(self._file.fileno(), before)
+            if os.fstat(self._file.fileno()).st_size == old_size + written:
+                os.ftruncate(self._file.fileno(), old_size)
 
 
 def read_reviews(out: Directory) -> tuple[list[Review], int]:
-    """Every decision that holds, oldest first, undone ones left out; and the number of damaged lines passed over."""
-    found: list[Review] = []
+    """Return every decision that was not undone, oldest first, and the number of damaged lines."""
+    reviews: list[Review] = []
     damaged = 0
     for name in out.list_names(FOLDER):
         for review in parse_lines(out.read_bytes(f"{FOLDER}/{name}")):
             if review is None:
                 damaged += 1
             else:
-                found.append(review)
-    undone = {review.undoes for review in found if review.decision == "undo"}
-    kept = [r for r in found if r.decision != "undo" and r.review_id not in undone]
+                reviews.append(review)
+    undone = {review.undoes for review in reviews if review.decision == "undo"}
+    kept = [review for review in reviews if review.decision != "undo" and review.review_id not in undone]
     return sorted(kept, key=lambda review: (review.reviewed_at, review.review_id)), damaged
 
 
 def latest_reviews(reviews: list[Review]) -> dict[str, Review]:
-    """The decision that holds for each picture: the latest one that decided something."""
+    """Return the latest decision about each image, skips not counted, by image id."""
     return {image_id: review for review in reviews if review.decision != "skipped" for image_id in review.image_ids}
 
 
 def parse_lines(data: bytes) -> Iterator[Review | None]:
-    """The decisions of whole lines of a journal; `None` for a damaged one."""
+    """Yield the decision of every line of a journal; `None` for a damaged line."""
     for line in data.splitlines():
         if line.strip():
-            yield _review(line)
+            yield _parse_line(line)
 
 
-def _review(line: bytes) -> Review | None:
+def _parse_line(line: bytes) -> Review | None:
     try:
         value: dict[str, Any] = json.loads(line)
         review = Review(
@@ -112,12 +113,12 @@ def _review(line: bytes) -> Review | None:
 
 
 def journal_name(reviewer: str) -> str:
-    """A file name that two different reviewers never share."""
-    plain = re.sub(r"[^a-z0-9]+", "-", reviewer.lower()).strip("-")[:40] or "reviewer"
-    return f"{plain}-{hashlib.sha256(reviewer.encode()).hexdigest()[:8]}.jsonl"
+    """Return a file name that is different for every reviewer."""
+    slug = re.sub(r"[^a-z0-9]+", "-", reviewer.lower()).strip("-")[:40] or "reviewer"
+    return f"{slug}-{hashlib.sha256(reviewer.encode()).hexdigest()[:8]}.jsonl"
 
 
-def _ends_a_line(path: Path) -> bool:
+def _ends_with_newline(path: Path) -> bool:
     with path.open("rb") as file:
         file.seek(-1, os.SEEK_END)
         return file.read(1) == b"\n"

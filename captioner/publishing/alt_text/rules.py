@@ -1,7 +1,7 @@
-"""What is done to a machine caption so that it can stand as alt text: small rules, each with its source and a switch.
+"""The rules that turn a machine caption into alt text; each names its source and can be switched off.
 
-No rule adds a word. What stands in double quotes is visible text of the picture and left as it is, and so are names:
-letters change case at the very start only. Whatever needs a person's judgement is a finding and no rule.
+Rules never add words. Text in double quotes is visible in the image and stays unchanged, and so do names: only the
+first letter of a text changes case. What needs a person's judgement is a finding, not a rule.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ _MAX_PHRASE = 12  # words
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """In characters. `soft` is passed where a sentence would break, `hard` never."""
+    """Limits in characters. A text may exceed `soft` rather than break a sentence, but never `hard`."""
 
     soft: int = 125
     hard: int = 250
 
 
 def special_tokens(text: str, limits: Limits) -> str:
-    """Drop tokens of the vocabulary that are no words, and control characters.
+    """Remove special tokens of the vocabulary and control characters.
 
-    Source: GIT writes [unused0] for things it has no word for (github.com/microsoft/GenerativeImage2Text, issues 19
-    and 29).
+    Source: GIT generates [unused0] for words outside its vocabulary (github.com/microsoft/GenerativeImage2Text, issues
+    19 and 29).
     """
     text = printable(text)
     while (shorter := _SPECIAL.sub(" ", text)) != text:
@@ -60,7 +60,7 @@ def special_tokens(text: str, limits: Limits) -> str:
 
 
 def spaces(text: str, limits: Limits) -> str:
-    """One space between words, none before a comma or full stop.
+    """Leave one space between words and none before a comma or full stop.
 
     Source: tokenizers that decode word pieces leave "a dog , a cat ." (Hugging Face's `clean_up_tokenization_spaces`).
     """
@@ -68,9 +68,9 @@ def spaces(text: str, limits: Limits) -> str:
 
 
 def repeats(text: str, limits: Limits) -> str:
-    """A word, or a phrase of up to 12 words, that stands three times in a row or more is said once. Twice may be meant:
-    "Bora Bora", "a red square, a red square".
+    """Reduce a word or phrase of up to 12 words that is repeated three times or more to one occurrence.
 
+    Two occurrences stay, since they may be intended: "Bora Bora", "a red square, a red square".
     Source: loops of greedy search, "a bald bald bald" (Holtzman et al., The Curious Case of Neural Text Degeneration,
     2020).
     """
@@ -80,20 +80,20 @@ def repeats(text: str, limits: Limits) -> str:
 
 
 def picture_of(text: str, limits: Limits) -> str:
-    """Drop "a picture of" from the start: a screen reader has said "image" already. What tells something stays: "a
-    drawing of", "a black and white photo of".
+    """Remove "a picture of" from the start, since a screen reader announces "image" anyway.
 
+    What carries information stays: "a drawing of", "a black and white photo of".
     Source: W3C WAI, Images Tutorial, Tips and Tricks.
     """
-    while found := _PICTURE_OF.match(text):
-        if not text[found.end() :].strip(" .") or any(quote in found.group() for quote in '"“«「'):
+    while prefix := _PICTURE_OF.match(text):
+        if not text[prefix.end() :].strip(" .") or any(quote in prefix.group() for quote in '"“«「'):
             break
-        text = text[found.end() :]
+        text = text[prefix.end() :]
     return text
 
 
 def capital(text: str, limits: Limits) -> str:
-    """The first letter is a capital. "iPhone" is a name and stays, and so does what starts with visible text.
+    """Capitalise the first letter, except of names such as "iPhone" and of visible text in quotes.
 
     Source: alt text is read as a sentence (W3C WAI, Images Tutorial, Tips and Tricks: punctuation makes it easier to
     understand).
@@ -101,16 +101,16 @@ def capital(text: str, limits: Limits) -> str:
     first = re.match(r"[^\w\"“«「]*(\w[\w'’-]*)", text)
     if first is None or first.group(1) != first.group(1).lower():
         return text
-    place = first.start(1)
-    letter = text[place].title()
-    return text[:place] + letter + text[place + 1 :] if len(letter) == 1 else text
+    index = first.start(1)
+    letter = text[index].title()
+    return text[:index] + letter + text[index + 1 :] if len(letter) == 1 else text
 
 
 def shorten(text: str, limits: Limits) -> str:
-    """Above the soft limit, drop the last sentences: as many whole ones stay as fit, the first in any case.
+    """Remove the last sentences above the soft limit; the first sentence always stays.
 
-    Source: 125 characters is the advice for the IPTC Alt Text property, and long texts cannot be paused and gone back
-    in by many screen readers; W3C WAI asks for "the most concise description possible".
+    Source: 125 characters are recommended for the IPTC Alt Text property, and many screen readers cannot pause or
+    rewind a long text; W3C WAI asks for "the most concise description possible".
     """
     if len(text) <= limits.soft:
         return text
@@ -119,27 +119,27 @@ def shorten(text: str, limits: Limits) -> str:
 
 
 def hard_limit(text: str, limits: Limits) -> str:
-    """Cut what is longer than the hard limit, at the end of a clause, else of a word; in the middle of visible text or
-    of a word only where nothing else is left. A full stop still fits.
+    """Cut a text at the hard limit: at the end of a clause, or else of a word, leaving room for a full stop.
 
-    Source: systems that publish alt text refuse or cut it there: 250 characters for the IPTC property, 255 in Wagtail.
+    A word or visible text in quotes is split only when there is no other position.
+    Source: publishing systems refuse or truncate longer texts: 250 characters for the IPTC property, 255 in Wagtail.
     """
     if len(text) + len(_missing_stop(text)) <= limits.hard:
         return text
     room = max(1, limits.hard - 1)
-    cut = text[: _place_to_cut(text, room)].rstrip(_LOOSE_END)
-    while found := _DANGLING.search(cut):
-        cut = cut[: found.start()].rstrip(_LOOSE_END)
-    return cut or text[:room]
+    shortened = text[: _cut_position(text, room)].rstrip(_LOOSE_END)
+    while dangling := _DANGLING.search(shortened):
+        shortened = shortened[: dangling.start()].rstrip(_LOOSE_END)
+    return shortened or text[:room]
 
 
 def full_stop(text: str, limits: Limits) -> str:
-    """End with a full stop, that of the script; the end of a sentence that is there stays.
+    """End the text with the full stop of its script, unless it already ends a sentence.
 
     Source: a screen reader pauses at it (W3C WAI, Images Tutorial, Tips and Tricks).
     """
-    kept = text.rstrip(_LOOSE_END)
-    return kept + _missing_stop(kept)
+    stripped = text.rstrip(_LOOSE_END)
+    return stripped + _missing_stop(stripped)
 
 
 Rule = Callable[[str, Limits], str]
@@ -150,44 +150,46 @@ RULES: dict[str, Rule] = {
 
 
 def apply_rules(text: str, limits: Limits = Limits(), rules: Sequence[str] = tuple(RULES)) -> tuple[str, list[str]]:
-    """The alt text of a caption, and the names of the rules that changed something.
+    """Return the alt text of a caption, and the names of the rules that changed it.
 
-    Applied to its own answer it changes nothing. The answer is at most one character, the full stop, longer than the
-    caption; with `hard_limit` never longer than `limits.hard`; and empty only where the caption is blank: a rule that
-    would take the last word is passed over.
+    The function is idempotent. Its result is at most one character longer than the caption (the full stop), with
+    `hard_limit` never longer than `limits.hard`, and empty only when the caption is blank: a rule that would remove
+    the last word is not applied.
     """
     text, changed = text.strip(), set()
-    before = None
-    while text and text != before:  # what one rule leaves may be another's to change: until none changes anything
-        before = text
+    previous = None
+    while text and text != previous:  # one rule's change may enable another: repeat until nothing changes
+        previous = text
         for name in rules:
-            made = RULES[name](text, limits)
-            if made != text and _keeps_something(text, made, name):
-                text = made
+            result = RULES[name](text, limits)
+            if result != text and _keeps_words(text, result, name):
+                text = result
                 changed.add(name)
     return text, [name for name in RULES if name in changed]
 
 
 def has_words(text: str) -> bool:
-    return any(letter.isalnum() for letter in text)
+    """Return whether the text holds a letter or a digit."""
+    return any(character.isalnum() for character in text)
 
 
-def _keeps_something(text: str, made: str, name: str) -> bool:
-    return bool(made.strip()) and (name == "hard_limit" or has_words(made) or not has_words(text))
+def _keeps_words(text: str, result: str, name: str) -> bool:
+    return bool(result.strip()) and (name == "hard_limit" or has_words(result) or not has_words(text))
 
 
 def _outside_quotes(text: str, change: Callable[[str], str]) -> str:
-    made, place = [], 0
+    """Apply `change` to the parts of the text that are not in double quotes."""
+    parts, position = [], 0
     for quoted in QUOTED.finditer(text):
-        made += [change(text[place : quoted.start()]), quoted.group()]
-        place = quoted.end()
-    return "".join([*made, change(text[place:])])
+        parts += [change(text[position : quoted.start()]), quoted.group()]
+        position = quoted.end()
+    return "".join([*parts, change(text[position:])])
 
 
 def _first_loop(text: str) -> tuple[int, int] | None:
-    """From where to where the first loop has to go: all but its first round, and a last one that was cut off."""
-    found = list(_TOKEN.finditer(text))
-    words = [token.group().casefold() for token in found]
+    """Return the span to remove from the first loop: all rounds but the first, and a truncated last one."""
+    tokens = list(_TOKEN.finditer(text))
+    words = [token.group().casefold() for token in tokens]
     for size in range(1, _MAX_PHRASE + 1):
         for first in range(len(words) - 3 * size + 1):
             last = first + size
@@ -197,23 +199,24 @@ def _first_loop(text: str) -> tuple[int, int] | None:
             if last - first < 3 * size or any(QUOTED.match(word) for word in phrase) or not _has_letters(phrase):
                 continue
             if last < len(words):
-                last -= (last - first) % size  # a round that was cut off goes only with the end of the text
-            return found[first + size - 1].end(), found[last - 1].end()
+                last -= (last - first) % size  # only at the end of the text an incomplete round is a truncated one
+            return tokens[first + size - 1].end(), tokens[last - 1].end()
     return None
 
 
 def _has_letters(words: Sequence[str]) -> bool:
-    """Whether there are letters: "11 11 11" may be what a picture shows."""
-    return any(letter.isalpha() for word in words for letter in word)
+    """Return whether there are letters: "11 11 11" may be visible in an image."""
+    return any(character.isalpha() for word in words for character in word)
 
 
 def _sentence_ends(text: str) -> Iterator[int]:
-    """Places behind the end of a sentence, not counting that of the text."""
-    quoted = [found.span() for found in QUOTED.finditer(text)]
-    for found in _SENTENCE_END.finditer(text):
-        inside = any(start < found.start() and found.end() < end for start, end in quoted)
-        if not inside and not _ABBREVIATED.search(text[: found.end()]) and has_words(text[: found.end()]):
-            yield len(text[: found.end()].rstrip())
+    """Yield the positions after the end of each sentence but the last."""
+    quotes = [quoted.span() for quoted in QUOTED.finditer(text)]
+    for stop in _SENTENCE_END.finditer(text):
+        sentences = text[: stop.end()]
+        in_quotes = any(start < stop.start() and stop.end() < end for start, end in quotes)
+        if not in_quotes and not _ABBREVIATED.search(sentences) and has_words(sentences):
+            yield len(sentences.rstrip())
 
 
 def _missing_stop(text: str) -> str:
@@ -223,18 +226,19 @@ def _missing_stop(text: str) -> str:
     return _STOPS.get(unicodedata.name(letter, "").split(" ")[0], ".")
 
 
-def _place_to_cut(text: str, room: int) -> int:
-    quoted = [found.span() for found in QUOTED.finditer(text)]
+def _cut_position(text: str, room: int) -> int:
+    """Return the best position, at most `room`, at which to cut the text."""
+    quotes = [quoted.span() for quoted in QUOTED.finditer(text)]
 
-    def outside(place: int) -> bool:
-        return not any(start < place < end for start, end in quoted)
+    def unquoted(positions: list[int]) -> list[int]:
+        return [position for position in positions if not any(start < position < end for start, end in quotes)]
 
-    clauses = [found.start() for found in _CLAUSE_END.finditer(text, 0, room + 1) if outside(found.start())]
-    words = [found.start() for found in re.finditer(r"\s", text[: room + 1])]
-    for places in ([place for place in clauses if place >= room / 2], [p for p in words if outside(p)], words):
-        if places and text[: places[-1]].strip(_LOOSE_END):
-            return places[-1]
-    place = room
-    while place > 1 and (unicodedata.combining(text[place]) or "\u200d" in text[place - 1 : place + 1]):
-        place -= 1
-    return place
+    clauses = unquoted([clause.start() for clause in _CLAUSE_END.finditer(text, 0, room + 1)])
+    words = [space.start() for space in re.finditer(r"\s", text[: room + 1])]
+    for positions in ([position for position in clauses if position >= room / 2], unquoted(words), words):
+        if positions and text[: positions[-1]].strip(_LOOSE_END):
+            return positions[-1]
+    position = room
+    while position > 1 and (unicodedata.combining(text[position]) or "\u200d" in text[position - 1 : position + 1]):
+        position -= 1  # do not split a character from its combining marks
+    return position

@@ -1,4 +1,4 @@
-"""What the rules make of a caption, what a person decides about it, and the text that comes of both."""
+"""The schemas of alt texts, reviews and the published texts that join both."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from uuid import uuid4
 import pyarrow as pa
 
 # One row for each row of the captions part of the same number, in the same order. `run_id` and `created_at` are those
-# of the caption, so that a later caption is told from the one the alt text was made of.
+# of the caption, which shows when a newer caption has replaced it.
 ALT_TEXT_SCHEMA = pa.schema(
     [
         pa.field("image_id", pa.string(), nullable=False),
-        pa.field("alt_text", pa.string()),  # null: the picture has no caption
+        pa.field("alt_text", pa.string()),  # null: the image has no caption
         pa.field("rules", pa.list_(pa.string()), nullable=False),  # names of the rules that changed something
-        pa.field("flags", pa.list_(pa.string()), nullable=False),  # for a person to decide
+        pa.field("flags", pa.list_(pa.string()), nullable=False),  # names of the findings
         pa.field("run_id", pa.string(), nullable=False),
         pa.field("created_at", pa.timestamp("us", tz="UTC"), nullable=False),
     ]
@@ -24,8 +24,8 @@ ALT_TEXT_SCHEMA = pa.schema(
 
 Decision = Literal["approved", "edited", "rejected", "decorative", "expert", "skipped", "undo"]
 DECISIONS: tuple[str, ...] = get_args(Decision)
-# What a person settled about the picture itself holds for later captions too; other decisions were about one caption.
-LASTING = ("approved", "edited", "decorative")
+# Decisions about the image itself, which also apply to its later captions; the others are about one caption.
+SETTLED = ("approved", "edited", "decorative")
 
 UNREVIEWED = "unreviewed"
 REVIEW_STATUSES = (UNREVIEWED, "approved", "edited", "rejected", "decorative", "expert")
@@ -33,11 +33,11 @@ REVIEW_STATUSES = (UNREVIEWED, "approved", "edited", "rejected", "decorative", "
 
 @dataclass(frozen=True, slots=True)
 class Review:
-    """One decision of one person, about one picture or several with the same alt text.
+    """One person's decision about one image, or about several with the same alt text.
 
-    `text`: the alt text approved or written; "" for a decorative picture, None where the decision gives none.
-    `shown`: the alt text the person saw. `queue`: the order it came from ("flagged", "random", "all"). `undoes`: of an
-    "undo" the `review_id` it takes back.
+    `text`: the approved or edited alt text; "" for a decorative image, None when the decision gives none. `shown`: the
+    alt text that the person saw. `queue`: the review order ("flagged", "random" or "all"). `undoes`: the `review_id`
+    that an "undo" reverts.
     """
 
     decision: Decision
@@ -46,13 +46,13 @@ class Review:
     reviewer: str
     shown: str = ""
     queue: str = "all"
-    seconds: float | None = None  # from showing to deciding
+    seconds: float | None = None  # time between display and decision
     undoes: str | None = None
     reviewed_at: datetime = field(default_factory=lambda: datetime.now(UTC))
     review_id: str = field(default_factory=lambda: uuid4().hex)
 
 
-# What is published, one row for each captioned picture: the joined captions, alt texts and reviews.
+# The published texts, one row for each captioned image: captions, alt texts and reviews joined.
 TEXTS_SCHEMA = pa.schema(
     [
         pa.field("image_id", pa.string(), nullable=False),
@@ -60,8 +60,8 @@ TEXTS_SCHEMA = pa.schema(
         pa.field("sha256", pa.string()),
         pa.field("width", pa.int32()),
         pa.field("height", pa.int32()),
-        pa.field("alt_text", pa.string(), nullable=False),  # a person's, else the rules'; "": decorative or blank
-        pa.field("caption", pa.string(), nullable=False),  # the model's own words
+        pa.field("alt_text", pa.string(), nullable=False),  # edited or made by the rules; "": decorative or blank
+        pa.field("caption", pa.string(), nullable=False),  # the model's caption
         pa.field("logprob_mean", pa.float32()),
         pa.field("flags", pa.list_(pa.string()), nullable=False),  # of caption and alt text
         pa.field("review_status", pa.string(), nullable=False),  # one of REVIEW_STATUSES

@@ -1,4 +1,4 @@
-"""The texts of a table as they stand: captions, alt texts and reviews joined, one part at a time."""
+"""Join captions, alt texts and reviews into the current texts of a table, one part at a time."""
 
 from __future__ import annotations
 
@@ -11,40 +11,43 @@ import pyarrow.compute as pc
 
 from captioner.errors import OutputError
 from captioner.publishing.alt_text.journal import latest_reviews, read_reviews
-from captioner.publishing.alt_text.schemas import LASTING, TEXTS_SCHEMA, UNREVIEWED, Review
+from captioner.publishing.alt_text.schemas import SETTLED, TEXTS_SCHEMA, UNREVIEWED, Review
 from captioner.store.read import read_parts
 from captioner.store.table import CaptionsTable
 
-SETTINGS_FILE = "alt_text/settings.json"  # written last: the alt texts are complete
-_OWN = {"alt_text", "flags", "review_status", "reviewer", "reviewed_at", "language"}
-_FROM_CAPTIONS = [name for name in TEXTS_SCHEMA.names if name not in _OWN]
+SETTINGS_FILE = "alt_text/settings.json"  # written last: exists only when the alt texts are complete
+_JOINED = {"alt_text", "flags", "review_status", "reviewer", "reviewed_at", "language"}
+_FROM_CAPTIONS = [name for name in TEXTS_SCHEMA.names if name not in _JOINED]
 
 
 def alt_text_name(part: int) -> str:
+    """Return the file name of one part's alt texts."""
     return f"alt_text/part-{part:05d}.parquet"
 
 
 def require_finished(table: CaptionsTable) -> None:
-    """Raise OutputError where rows of the table are still to be made."""
+    """Raise OutputError when the table has rows that are not captioned yet."""
     if not table.plans() or table.open_plans():
         raise OutputError(f"{table.directory.location} is not finished; run the same `captioner caption` again")
 
 
 def read_texts(table: CaptionsTable) -> Iterator[pa.Table]:
-    """Tables of TEXTS_SCHEMA, one for each part of the captions table, in its order; pictures without a caption are
-    left out. Reviews are held in memory: they are as many as people made.
+    """Yield one table of TEXTS_SCHEMA for each part of the captions table, in order, without uncaptioned images.
 
-    Raises OutputError where the table is not finished, or has no alt texts or older ones.
+    All reviews are kept in memory. Raises OutputError when the table is not finished, or its alt texts are missing or
+    outdated.
     """
     reviews = latest_reviews(read_reviews(table.directory)[0])
     language = read_settings(table)["language"]
-    for _, rows, made in read_alt_texts(table, [*_FROM_CAPTIONS, "flags"]):
-        yield _joined(rows, made, reviews, language)
+    for _, rows, alt_texts in read_alt_texts(table, [*_FROM_CAPTIONS, "flags"]):
+        yield _join(rows, alt_texts, reviews, language)
 
 
 def read_settings(table: CaptionsTable) -> dict[str, Any]:
-    """With what `captioner alt-text` made the alt texts: "language", "max_chars", "hard_max", ... Raises OutputError
-    where the table is not finished or has none."""
+    """Return the settings of `captioner alt-text`: "language", "max_chars", "hard_max", ...
+
+    Raises OutputError when the table is not finished or has no alt texts.
+    """
     require_finished(table)
     if not table.directory.exists(SETTINGS_FILE):
         raise OutputError(f"{table.directory.location} has no alt texts; run `captioner alt-text` on it first")
@@ -52,39 +55,38 @@ def read_settings(table: CaptionsTable) -> dict[str, Any]:
 
 
 def read_alt_texts(table: CaptionsTable, columns: list[str]) -> Iterator[tuple[int, pa.Table, pa.Table]]:
-    """(part, these columns of its captions, its rows of ALT_TEXT_SCHEMA), row for row. Raises as `read_texts`."""
+    """Yield (part, these columns of its captions, its rows of ALT_TEXT_SCHEMA). Raises as `read_texts`."""
     read_settings(table)
     columns = list(dict.fromkeys([*columns, "image_id", "run_id", "created_at"]))
     for part, rows in zip(sorted(table.published_parts()), read_parts(table, columns), strict=True):
-        made = table.directory.read_table(alt_text_name(part))
-        if not all(made[name].equals(rows[name]) for name in ("image_id", "run_id", "created_at")):
+        alt_texts = table.directory.read_table(alt_text_name(part))
+        if not all(alt_texts[name].equals(rows[name]) for name in ("image_id", "run_id", "created_at")):
             raise OutputError(
                 f"{table.directory.location} has newer captions than alt texts; run `captioner alt-text` on it again"
             )
-        yield part, rows, made
+        yield part, rows, alt_texts
 
 
-def holds(review: Review, created_at: datetime) -> bool:
-    """Whether a decision holds for a caption made at `created_at`: not where it was about an earlier one."""
-    return review.decision in LASTING or created_at <= review.reviewed_at
+def still_applies(review: Review, created_at: datetime) -> bool:
+    """Return whether a decision applies to a caption created at `created_at`, and not only to an earlier caption."""
+    return review.decision in SETTLED or created_at <= review.reviewed_at
 
 
-def _joined(rows: pa.Table, made: pa.Table, reviews: dict[str, Review], language: str | None) -> pa.Table:
-    captioned = pc.is_valid(made["alt_text"])
-    rows, made = rows.filter(captioned), made.filter(captioned)
-    places = list(_decided(rows, reviews))
-    texts = made["alt_text"].to_pylist()
+def _join(rows: pa.Table, alt_texts: pa.Table, reviews: dict[str, Review], language: str | None) -> pa.Table:
+    captioned = pc.is_valid(alt_texts["alt_text"])
+    rows, alt_texts = rows.filter(captioned), alt_texts.filter(captioned)
+    texts = alt_texts["alt_text"].to_pylist()
     status: list[str] = [UNREVIEWED] * len(texts)
     reviewers: list[Any] = [None] * len(texts)
     times: list[Any] = [None] * len(texts)
-    for place, review in places:
-        texts[place] = texts[place] if review.text is None else review.text
-        status[place], reviewers[place], times[place] = review.decision, review.reviewer, review.reviewed_at
-    own: dict[str, Any] = {
+    for index, review in _applicable_reviews(rows, reviews):
+        texts[index] = texts[index] if review.text is None else review.text
+        status[index], reviewers[index], times[index] = review.decision, review.reviewer, review.reviewed_at
+    joined: dict[str, Any] = {
         "alt_text": texts,
         "flags": [
             sorted({*(of_caption or ()), *of_text})
-            for of_caption, of_text in zip(rows["flags"].to_pylist(), made["flags"].to_pylist(), strict=True)
+            for of_caption, of_text in zip(rows["flags"].to_pylist(), alt_texts["flags"].to_pylist(), strict=True)
         ],
         "review_status": status,
         "reviewer": reviewers,
@@ -92,18 +94,18 @@ def _joined(rows: pa.Table, made: pa.Table, reviews: dict[str, Review], language
         "language": [language] * len(texts),
     }
     arrays = [
-        pa.array(own[field.name], field.type) if field.name in _OWN else rows[field.name].combine_chunks()
+        pa.array(joined[field.name], field.type) if field.name in _JOINED else rows[field.name].combine_chunks()
         for field in TEXTS_SCHEMA
     ]
     return pa.table(arrays, schema=TEXTS_SCHEMA)
 
 
-def _decided(rows: pa.Table, reviews: dict[str, Review]) -> Iterator[tuple[int, Review]]:
-    """Rows with the decision that holds for them. What was decided about an earlier caption does not hold."""
+def _applicable_reviews(rows: pa.Table, reviews: dict[str, Review]) -> Iterator[tuple[int, Review]]:
+    """Yield the index of each reviewed row with its review, unless that was about an earlier caption."""
     if not reviews:
         return
     created = rows["created_at"]
-    for place, image_id in enumerate(rows["image_id"].to_pylist()):
+    for index, image_id in enumerate(rows["image_id"].to_pylist()):
         review = reviews.get(image_id)
-        if review and holds(review, created[place].as_py()):
-            yield place, review
+        if review and still_applies(review, created[index].as_py()):
+            yield index, review

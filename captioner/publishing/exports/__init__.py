@@ -1,7 +1,8 @@
-"""Reviewed texts in the forms that others read: one module for each form.
+"""Export reviewed texts to the formats that other programs read: one module for each format.
 
-    read_texts --choose--> Chosen rows --write--> DEST
+    read_texts -> select_texts -> tables of CHOSEN_SCHEMA -> write -> DEST
 
-Each form is a function of the same shape: it takes a stream of tables of CHOSEN_SCHEMA and an `Export`, and writes. A
-table is as long as a part of the captions table, so a million texts stream. DEST is there whole or not at all.
+Every format is a `write` function with the same signature: it takes an iterator of tables of CHOSEN_SCHEMA and an
+`Export`. Each table holds the texts of one part of the captions table, so memory does not grow with the number of
+texts. A new DEST appears only when it is complete.
 """

@@ -1,4 +1,7 @@
-"""COCO caption results: the list that `COCO.loadRes` of pycocotools reads, provenance in keys that it passes over."""
+"""Export COCO caption results: the list that `COCO.loadRes` of pycocotools reads.
+
+Provenance is in extra keys, which pycocotools ignores.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ _COCO_NAME = re.compile(r"(\d{12})\.\w+$")  # 000000391895.jpg, COCO_val2014_000
 
 
 def write(texts: Iterator[pa.Table], export: Export) -> None:
+    """Write one JSON list with an object for each text."""
     with new_file(export.dest) as path, path.open("w", encoding="utf-8") as file:
         separator = "[\n"
         for rows in texts:
@@ -28,6 +32,6 @@ def write(texts: Iterator[pa.Table], export: Export) -> None:
 
 
 def coco_id(image_id: str) -> int | str:
-    """The number in a file name of COCO's own kind, else the image id as it is."""
-    found = _COCO_NAME.search(image_id)
-    return int(found.group(1)) if found else image_id
+    """Return the number in a file name of COCO's pattern, or else the image id unchanged."""
+    match = _COCO_NAME.search(image_id)
+    return int(match.group(1)) if match else image_id

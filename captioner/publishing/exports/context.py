@@ -1,4 +1,4 @@
-"""What the function of a form is given besides the texts."""
+"""The context that every `write` function gets besides the texts, and the lines that several formats write."""
 
 from __future__ import annotations
 
@@ -11,20 +11,23 @@ from typing import Any, TextIO
 import pyarrow as pa
 
 from captioner.config import ExportConfig
-from captioner.publishing.exports.originals import Pictures
+from captioner.publishing.exports.originals import Originals
 from captioner.publishing.exports.select import Tally, provenance
 
 
 @dataclass(frozen=True)
 class Export:
-    """`dest` is a path that may be written. `refused`: the texts that are not chosen, for taking them back.
-    `record`: what to keep about the export in its folder."""
+    """Everything a `write` function needs besides the texts.
+
+    `dest` is a path that may be written. `unselected` returns the texts that are not exported, so that an update can
+    remove them from an earlier export. `record` describes the export and is kept in its folder.
+    """
 
     dest: Path
     settings: ExportConfig
     tally: Tally
-    pictures: Pictures
-    refused: Callable[[], Iterator[pa.Table]]
+    originals: Originals
+    unselected: Callable[[], Iterator[pa.Table]]
     record: dict[str, Any]
 
 
@@ -32,18 +35,18 @@ Write = Callable[[Iterator[pa.Table], Export], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
-    """`says_decorative`: an empty text means "decorative" there and not "no text"."""
+class Format:
+    """An export format. `supports_decorative`: an empty text means "decorative image" there, not "no text"."""
 
     write: Write
-    says_decorative: bool = False
+    supports_decorative: bool = False
 
 
 def write_line(file: TextIO, value: dict[str, Any]) -> None:
-    """One line of JSON."""
+    """Write one line of JSON."""
     file.write(json.dumps(value, ensure_ascii=False) + "\n")
 
 
-def write_origin(file: TextIO, row: dict[str, Any], **where: Any) -> None:
-    """A line that says where a text comes from, for forms that have no place for it."""
-    write_line(file, {"image_id": row["image_id"], **where, "alt_text": row["alt_text"], **provenance(row)})
+def write_origin(file: TextIO, row: dict[str, Any], **location: Any) -> None:
+    """Write a line with the provenance of a text, for formats that have no field for it."""
+    write_line(file, {"image_id": row["image_id"], **location, "alt_text": row["alt_text"], **provenance(row)})

@@ -1,4 +1,4 @@
-"""Hugging Face's ImageFolder: the pictures, metadata.jsonl with `file_name` and `text`, and a dataset card."""
+"""Export a Hugging Face ImageFolder: the images, metadata.jsonl with `file_name` and `text`, and a dataset card."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 import pyarrow as pa
 
 from captioner.publishing.exports.context import Export, write_line
-from captioner.publishing.exports.destination import inside, new_folder, write_new
+from captioner.publishing.exports.destination import new_folder, relative_path, write_new
 from captioner.publishing.exports.select import provenance
-from captioner.publishing.exports.suffixes import free_name, with_own_suffix
+from captioner.publishing.exports.suffixes import unused_path, with_format_suffix
 
 _CARD = """---
 task_categories:
@@ -21,39 +21,42 @@ task_categories:
   data_files: "**"
 ---
 
-# Pictures with alt texts
+# Images with alt texts
 
-{count:,} pictures with the alt texts that were chosen from a captions table by `captioner export`.
+{count:,} images with alt texts, exported from a captions table by `captioner export`.
 
 | review status | texts |
 |---|---|
 {statuses}
 
-`text` is the alt text, `machine_caption` what the model wrote at first, `text_by` who wrote the text ("machine" or
-"person"), `reviewer` and `reviewed_at` who let it pass and when. `model`, `model_revision`, `model_sha256` and `run_id`
-say what made it. Texts of status `unreviewed` were read by nobody.
+`text` is the alt text, `machine_caption` the model's original caption, `text_by` who wrote the text ("machine" or
+"person"), `reviewer` and `reviewed_at` who reviewed it and when. `model`, `model_revision`, `model_sha256` and `run_id`
+identify the model and the run. Texts of status `unreviewed` have not been reviewed by a person.
 """
 
 
 def write(texts: Iterator[pa.Table], export: Export) -> None:
-    """Pictures keep their bytes and, where possible, their names. One that cannot be read is left out and named."""
+    """Write the images with their own bytes and, where possible, their names.
+
+    Images that cannot be read are left out and reported.
+    """
     with new_folder(export.dest, export.record) as folder:
         languages: set[str] = set()
         with (folder / "metadata.jsonl").open("w", encoding="utf-8") as metadata:
             for table in texts:
-                for row, raw in export.pictures.read(table):
+                for row, raw in export.originals.read(table):
                     if raw.data is None:
-                        export.tally.leave_out(row, f"picture cannot be read: {raw.error_code}")
+                        export.tally.leave_out(row, f"image cannot be read: {raw.error_code}")
                         continue
-                    name = _put_picture(folder, row, raw.data)
+                    name = _write_image(folder, row, raw.data)
                     languages.update(filter(None, [row["language"]]))
                     write_line(metadata, _line(name, row))
         (folder / "README.md").write_text(_card(export, languages), encoding="utf-8")
 
 
-def _put_picture(folder: Path, row: dict[str, Any], data: bytes) -> str:
-    """Write one picture; returns its name. Two ids that make the same name get different ones."""
-    path = free_name(folder, with_own_suffix(inside(row["image_id"]), data))
+def _write_image(folder: Path, row: dict[str, Any], data: bytes) -> str:
+    """Write one image and return its name. Two ids that give the same name get different ones."""
+    path = unused_path(folder, with_format_suffix(relative_path(row["image_id"]), data))
     write_new(path, data)
     return path.relative_to(folder).as_posix()
 

@@ -1,4 +1,4 @@
-"""JSONL: every field of every text, one JSON object a line."""
+"""Export JSON Lines: one object with every field for each text."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from captioner.publishing.exports.select import as_json
 
 
 def write(texts: Iterator[pa.Table], export: Export) -> None:
+    """Write one JSON object a line for each text."""
     with new_file(export.dest) as path, path.open("w", encoding="utf-8") as file:
         for rows in texts:
             for row in rows.to_pylist():

@@ -1,4 +1,4 @@
-"""The pictures of texts, read from the archive that the table was planned from."""
+"""Read the original images of exported texts from the table's source."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from captioner.errors import SourceError
 from captioner.sources import open_source
 from captioner.store.table import CaptionsTable, plan_part_name
 
-_READ_AT_ONCE = 32  # pictures in memory
+_BATCH_SIZE = 32  # images in memory
 
 
 @dataclass
-class Pictures:
-    """Reads pictures back, in the order of the table. Memory holds a part's places and 32 pictures."""
+class Originals:
+    """Reads the original images in table order. Memory holds the plan rows of one part and 32 images."""
 
     table: CaptionsTable
 
@@ -30,28 +30,31 @@ class Pictures:
         return open_source(SourceConfig.model_validate(self.table.info["source"]))
 
     def read(self, texts: pa.Table) -> Iterator[tuple[dict[str, Any], RawImage]]:
-        """Each row of one part's texts with its picture. A picture that cannot be read has its reason; where none can
-        be, SourceError is raised."""
+        """Yield each row of one part's texts with its image.
+
+        An image that cannot be read comes with an error code. Raises SourceError when the source itself cannot be
+        opened or the plan does not hold the rows.
+        """
         if not texts.num_rows:
             return
         planned = self._planned(texts["image_id"])
         rows = texts.to_pylist()
-        for first in range(0, len(rows), _READ_AT_ONCE):
-            raws = self._source.read(planned.slice(first, _READ_AT_ONCE))
-            yield from zip(rows[first : first + _READ_AT_ONCE], raws, strict=True)
+        for first in range(0, len(rows), _BATCH_SIZE):
+            raws = self._source.read(planned.slice(first, _BATCH_SIZE))
+            yield from zip(rows[first : first + _BATCH_SIZE], raws, strict=True)
 
     def _planned(self, ids: pa.ChunkedArray) -> pa.Table:
-        """The plan's rows of these ids, which lie in one part, in their order. Parts come in order too."""
-        while self._waiting:
-            name = self._waiting[0]
-            here = self.table.directory.read_table(name, ["image_id"])["image_id"]
-            places = pc.index_in(ids, here)
-            if places.null_count == 0:
-                return self.table.directory.read_table(name).take(places)
-            self._waiting.pop(0)
+        """Return the plan rows of these ids, in their order. All ids are of one part, and parts come in table order."""
+        while self._remaining_parts:
+            name = self._remaining_parts[0]
+            part_ids = self.table.directory.read_table(name, ["image_id"])["image_id"]
+            indices = pc.index_in(ids, part_ids)
+            if indices.null_count == 0:
+                return self.table.directory.read_table(name).take(indices)
+            self._remaining_parts.pop(0)
         raise SourceError(f"{self.table.directory.location}: its plan does not hold {ids[0].as_py()!r}")
 
     @cached_property
-    def _waiting(self) -> list[str]:
+    def _remaining_parts(self) -> list[str]:
         plans = [plan for plan in self.table.plans() if plan.founds_parts]
         return [plan_part_name(plan.generation, part) for plan in plans for part in sorted(plan.parts)]

@@ -1,4 +1,4 @@
-"""Parquet: the chosen texts as one file of CHOSEN_SCHEMA."""
+"""Export Parquet: one file of CHOSEN_SCHEMA."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from captioner.publishing.exports.select import CHOSEN_SCHEMA
 
 
 def write(texts: Iterator[pa.Table], export: Export) -> None:
+    """Write all texts to one zstd-compressed Parquet file."""
     with new_file(export.dest) as path, pq.ParquetWriter(path, CHOSEN_SCHEMA, compression="zstd") as writer:
         for rows in texts:
             writer.write_table(rows)

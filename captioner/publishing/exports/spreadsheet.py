@@ -1,4 +1,4 @@
-"""CSV with the columns a publishing system wants, and without formulas."""
+"""Export CSV with the columns that a publishing system expects, safe from formula injection."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from captioner.publishing.exports.select import CHOSEN_SCHEMA, PROVENANCE, as_js
 # `file_name`: the last part of the image id. `file_hash`: SHA-1 of the file, which has to be read for it.
 FIELDS = (*CHOSEN_SCHEMA.names, "file_name", "file_hash")
 _DEFAULT = ("image_id", "uri", "alt_text", "language", *PROVENANCE)
-# WordPress: what plugins that fill in alt texts read. Wagtail: images are known by `file_hash`, and `description` is
-# their alt text (wagtail.images.models).
+# WordPress: the columns that alt text import plugins read. Wagtail: `file_hash` identifies an image and `description`
+# is its alt text (wagtail.images.models).
 PRESETS = {
     "wordpress": {"filename": "file_name", "alt_text": "alt_text"},
     "wagtail": {"file_hash": "file_hash", "filename": "file_name", "description": "alt_text"},
@@ -30,7 +30,7 @@ _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
 
 
 def write(texts: Iterator[pa.Table], export: Export) -> None:
-    """Where the columns leave provenance out, it is written beside, to DEST.provenance.jsonl."""
+    """Write the CSV; when its columns do not hold the provenance, write that to DEST.provenance.jsonl."""
     columns = chosen_columns(export.settings)
     origins = export.dest.with_name(f"{export.dest.name}.provenance.jsonl")
     with ExitStack() as stack:
@@ -48,18 +48,18 @@ def write(texts: Iterator[pa.Table], export: Export) -> None:
 
 
 def chosen_columns(settings: ExportConfig) -> dict[str, str]:
-    """Header -> field. Raises UsageError naming what is no field."""
+    """Return the fields by column header. Raises UsageError for an unknown field."""
     if settings.preset and settings.columns:
         raise UsageError("--preset and --columns exclude each other; give one of them")
     if settings.preset:
         return PRESETS[settings.preset]
-    columns = dict(_pair(one) for one in settings.columns)
+    columns = dict(_parse_column(column) for column in settings.columns)
     if len(columns) < len(settings.columns):
-        raise UsageError(f"--columns {','.join(settings.columns)}: a name occurs twice")
+        raise UsageError(f"--columns {','.join(settings.columns)}: a name is given twice; give each once")
     return columns or {name: name for name in _DEFAULT}
 
 
-def _pair(text: str) -> tuple[str, str]:
+def _parse_column(text: str) -> tuple[str, str]:
     name, _, field = text.partition("=")
     if (field or name) not in FIELDS:
         raise UsageError(f"--columns {text}: should be NAME=FIELD; fields are {', '.join(FIELDS)}")
@@ -67,9 +67,9 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def safe_cell(value: Any) -> Any:
-    """A cell that no spreadsheet takes for a formula: text that begins like one gets an apostrophe in front.
+    """Return a cell that no spreadsheet evaluates: text that begins like a formula gets an apostrophe in front.
 
-    Source: OWASP, CSV Injection. Numbers stay numbers.
+    Numbers stay numbers. Source: OWASP, CSV Injection.
     """
     if isinstance(value, list):
         value = " ".join(map(str, value))
@@ -80,17 +80,17 @@ def safe_cell(value: Any) -> Any:
 
 def _rows(texts: Iterator[pa.Table], export: Export, fields: Iterable[str]) -> Iterator[dict[str, Any]]:
     for table in texts:
-        hashed = _with_hash(table, export) if "file_hash" in fields else table.to_pylist()
-        for row in hashed:
+        rows = _with_file_hash(table, export) if "file_hash" in fields else table.to_pylist()
+        for row in rows:
             if export.settings.preset == "wagtail" and len(row["alt_text"]) > WAGTAIL_LIMIT:
                 export.tally.leave_out(row, f"longer than the {WAGTAIL_LIMIT} characters that Wagtail takes")
                 continue
             yield as_json(row) | {"file_name": row["image_id"].replace("\\", "/").rpartition("/")[2]}
 
 
-def _with_hash(table: pa.Table, export: Export) -> Iterator[dict[str, Any]]:
-    for row, raw in export.pictures.read(table):
+def _with_file_hash(table: pa.Table, export: Export) -> Iterator[dict[str, Any]]:
+    for row, raw in export.originals.read(table):
         if raw.data is None:
-            export.tally.leave_out(row, f"picture cannot be read: {raw.error_code}")
+            export.tally.leave_out(row, f"image cannot be read: {raw.error_code}")
         else:
             yield row | {"file_hash": hashlib.sha1(raw.data, usedforsecurity=False).hexdigest()}

@@ -1,4 +1,4 @@
-"""File names of pictures and of what lies beside them."""
+"""File names of images and of the files that belong to them."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ from pathlib import Path
 from PIL import Image
 
 from captioner.imaging.formats import available_formats
-from captioner.sources.webdataset import PICTURE_SUFFIXES
+from captioner.sources.webdataset import IMAGE_SUFFIXES
 
 _SUFFIXES = {"JPEG": ".jpg", "TIFF": ".tif", "JPEG2000": ".jp2", "MPO": ".jpg", "HEIF": ".heic"}
 _SAME = {".jpeg": ".jpg", ".tiff": ".tif", ".j2k": ".jp2", ".heif": ".heic", ".pgm": ".ppm", ".pbm": ".ppm"}
 
 
 def without_suffix(name: Path) -> Path:
-    """The name without the suffix of a picture; "scene.3" has none."""
-    return name.with_suffix("") if name.suffix[1:].lower().encode() in PICTURE_SUFFIXES else name
+    """Return the name without its image suffix; "scene.3" has none and stays."""
+    return name.with_suffix("") if name.suffix[1:].lower().encode() in IMAGE_SUFFIXES else name
 
 
-def with_own_suffix(name: Path, data: bytes) -> Path:
-    """The name with the suffix that the picture's format has; its own stays where it fits."""
-    suffix = suffix_of(data, name.suffix)
-    return name if suffix == name.suffix else beside(name, suffix)
+def with_format_suffix(name: Path, data: bytes) -> Path:
+    """Return the name with the suffix of the image's format; a suffix that already fits stays."""
+    suffix = format_suffix(data, name.suffix)
+    return name if suffix == name.suffix else with_suffix(name, suffix)
 
 
-def beside(name: Path, suffix: str) -> Path:
-    """The name of a file that goes with a picture: a/cat.jpg -> a/cat.txt."""
+def with_suffix(name: Path, suffix: str) -> Path:
+    """Return the name of a file that belongs to an image: a/cat.txt for a/cat.jpg."""
     stem = without_suffix(name)
     return stem.with_name(stem.name + suffix)
 
 
-def free_name(folder: Path, name: Path) -> Path:
-    """`name` in `folder`, with a number where two image ids make the same name."""
+def unused_path(folder: Path, name: Path) -> Path:
+    """Return the path of `name` in `folder`, with a number added when that path exists."""
     path, number = folder / name, 1
     while path.exists():
         number += 1
@@ -40,11 +40,11 @@ def free_name(folder: Path, name: Path) -> Path:
     return path
 
 
-def suffix_of(data: bytes, named: str) -> str:
-    """The suffix that the picture's format has, `named` where it fits or the format cannot be told."""
+def format_suffix(data: bytes, current: str) -> str:
+    """Return the suffix of the image's format; `current` when it fits or the format is unknown."""
     try:
         with Image.open(io.BytesIO(data), formats=available_formats()) as image:
-            found = _SUFFIXES.get(image.format or "", f".{(image.format or 'bin').lower()}")
-    except Exception:  # Pillow raises whatever it meets
-        return named or ".bin"
-    return named if _SAME.get(named.lower(), named.lower()) == found else found
+            suffix = _SUFFIXES.get(image.format or "", f".{(image.format or 'bin').lower()}")
+    except Exception:  # damaged files raise almost any exception in Pillow
+        return current or ".bin"
+    return current if _SAME.get(current.lower(), current.lower()) == suffix else suffix

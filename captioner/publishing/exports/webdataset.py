@@ -1,4 +1,4 @@
-"""WebDataset: tars in which 000000123.jpg, .txt and .json make one sample."""
+"""Export WebDataset: tar shards in which 000000123.jpg, .txt and .json form one sample."""
 
 from __future__ import annotations
 
@@ -12,25 +12,27 @@ from pathlib import Path
 import pyarrow as pa
 
 from captioner.publishing.exports.context import Export
-from captioner.publishing.exports.destination import inside, new_folder
+from captioner.publishing.exports.destination import new_folder, relative_path
 from captioner.publishing.exports.select import provenance
-from captioner.publishing.exports.suffixes import suffix_of
+from captioner.publishing.exports.suffixes import format_suffix
 
-SHARD_BYTES, SHARD_SAMPLES = 1_000_000_000, 10_000  # of the pictures in a tar: about 1 GB is the custom
+SHARD_BYTES, SHARD_SAMPLES = 1_000_000_000, 10_000  # WebDataset recommends shards of about 1 GB
 
 
 def write(texts: Iterator[pa.Table], export: Export) -> None:
-    """DEST/00000.tar and so on; keys are the number of the tar and of the sample in it, as img2dataset has them. The
-    text is .txt; .json holds the image id, the model's own words and the provenance."""
+    """Write DEST/00000.tar and so on; sample keys are shard and sample number, as in img2dataset.
+
+    The text is in .txt; .json holds the image id, the model's caption and the provenance.
+    """
     with new_folder(export.dest, export.record) as folder, Shards(folder) as shards:
         for table in texts:
-            for row, raw in export.pictures.read(table):
+            for row, raw in export.originals.read(table):
                 if raw.data is None:
-                    export.tally.leave_out(row, f"picture cannot be read: {raw.error_code}")
+                    export.tally.leave_out(row, f"image cannot be read: {raw.error_code}")
                     continue
                 facts = {"image_id": row["image_id"], "machine_caption": row["caption"], "language": row["language"]}
                 sample = {
-                    suffix_of(raw.data, inside(row["image_id"]).suffix): raw.data,
+                    format_suffix(raw.data, relative_path(row["image_id"]).suffix): raw.data,
                     ".txt": row["alt_text"].encode(),
                     ".json": json.dumps(facts | provenance(row), ensure_ascii=False).encode(),
                 }
@@ -38,7 +40,7 @@ def write(texts: Iterator[pa.Table], export: Export) -> None:
 
 
 class Shards:
-    """Writes samples into tars, a new one where one is full."""
+    """Writes samples into tar shards and starts a new shard when one is full."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._stack = folder, ExitStack()
@@ -52,7 +54,7 @@ class Shards:
         self._stack.close()
 
     def add(self, sample: dict[str, bytes]) -> None:
-        """`sample`: data by suffix."""
+        """Add one sample, a mapping of suffix to data."""
         if self._tar is None or self._samples >= SHARD_SAMPLES or self._bytes >= SHARD_BYTES:
             self._stack.close()
             self._shard, self._samples, self._bytes = self._shard + 1, 0, 0
@@ -62,6 +64,6 @@ class Shards:
             member = tarfile.TarInfo(f"{self._shard:05d}{self._samples:04d}{suffix.lower()}")
             member.size = len(data)
             self._tar.addfile(member, io.BytesIO(data))
-            self._tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them all
+            self._tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps every member in memory
             self._bytes += len(data)
         self._samples += 1

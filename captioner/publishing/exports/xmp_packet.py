@@ -1,7 +1,7 @@
-"""XMP as bytes: what a packet says, and putting our fields into it without touching anything else.
+"""Parse XMP packets, and add or remove our properties without changing any other byte.
 
-A packet is never written anew: our own block is put in before the end of rdf:RDF, and what an earlier export of ours
-left is taken out, by byte positions. A document type declaration is refused, and with it every entity bomb.
+Packets are not serialised again: our own block is inserted before the end of rdf:RDF, and the properties of an earlier
+export are cut out by byte positions. A document type declaration is refused, which excludes entity expansion attacks.
 """
 
 from __future__ import annotations
@@ -34,13 +34,16 @@ _NEW = (
 
 
 class XmpError(ValueError):
-    """A packet that cannot be read, or not be added to."""
+    """Raised for a packet that cannot be parsed, or to which our text cannot be added."""
 
 
 @dataclass
 class Property:
-    """One property of a picture. `name`: namespace and local name with a space between. `values`: text by language; ""
-    where it has none. `start`, `end`: bytes of its element, or of its attribute."""
+    """One property of an image.
+
+    `name`: namespace and local name, separated by a space. `values`: text by language, "" for a text without one.
+    `start`, `end`: byte range of its element or attribute.
+    """
 
     name: str
     start: int
@@ -50,7 +53,7 @@ class Property:
 
 @dataclass
 class Description:
-    """One rdf:Description, from byte `start` to `end`, with its properties."""
+    """One rdf:Description, from byte `start` to byte `end`, with its properties."""
 
     start: int
     end: int = 0
@@ -59,7 +62,7 @@ class Description:
 
 @dataclass
 class Packet:
-    """What an XMP packet says. `rdf_end`: where the end tag of rdf:RDF begins."""
+    """A parsed XMP packet. `rdf_end`: the byte position of the end tag of rdf:RDF."""
 
     data: bytes
     descriptions: list[Description] = field(default_factory=list)
@@ -67,25 +70,29 @@ class Packet:
     rdf_end: int = 0
 
     def find(self, name: str) -> Property | None:
-        return next((p for one in self.descriptions for p in one.properties if p.name == name), None)
+        """Return the first property of that name."""
+        properties = (property_ for description in self.descriptions for property_ in description.properties)
+        return next((property_ for property_ in properties if property_.name == name), None)
 
     def value(self, name: str) -> str | None:
-        """The text of a property, x-default of one with languages."""
-        found = self.find(name)
-        return None if found is None else found.values.get("x-default", next(iter(found.values.values()), ""))
+        """Return the text of a property: its x-default text when it has several languages."""
+        property_ = self.find(name)
+        if property_ is None:
+            return None
+        return property_.values.get("x-default", next(iter(property_.values.values()), ""))
 
     def texts(self, name: str) -> set[str]:
-        """What a property says, in whatever language."""
-        found = self.find(name)
-        return set() if found is None else {text for text in found.values.values() if text}
+        """Return the texts of a property in all languages."""
+        property_ = self.find(name)
+        return set() if property_ is None else {text for text in property_.values.values() if text}
 
-    def own(self, name: str) -> str | None:
-        """A field of our own namespace."""
+    def own_field(self, name: str) -> str | None:
+        """Return the value of a property in our own namespace."""
         return self.value(f"{OWN} {name}")
 
 
 def parse(data: bytes) -> Packet:
-    """Raises XmpError saying what is wrong."""
+    """Parse an XMP packet. Raises XmpError with the reason when that is not possible."""
     if len(data) > _MAX_BYTES:
         raise XmpError(f"larger than {_MAX_BYTES:,} bytes")
     reader = _Reader(data)
@@ -94,30 +101,35 @@ def parse(data: bytes) -> Packet:
     except expat.ExpatError as error:
         raise XmpError(f"not well-formed XML: {error}") from None
     if not reader.packet.rdf_end:
-        raise XmpError("no XMP: it has no rdf:RDF to add to")
+        raise XmpError("not XMP: it has no rdf:RDF element")
     return reader.packet
 
 
 EMPTY = Packet(_NEW, rdf_end=_NEW.index(b"</rdf:RDF>"))
 
 
-def without(packet: Packet, names: Iterable[str]) -> Packet:
-    """The packet without these properties; a description that held nothing else goes as well."""
-    gone = set(names)
+def remove_properties(packet: Packet, names: Iterable[str]) -> Packet:
+    """Return the packet without these properties, and without descriptions that held nothing else."""
+    names = set(names)
     cuts = []
-    for one in packet.descriptions:
-        mine = [found for found in one.properties if found.name in gone]
-        whole = bool(mine) and len(mine) == len(one.properties)
-        cuts += [(one.start, one.end)] if whole else [(found.start, found.end) for found in mine]
+    for description in packet.descriptions:
+        removed = [property_ for property_ in description.properties if property_.name in names]
+        if removed and len(removed) == len(description.properties):
+            cuts.append((description.start, description.end))
+        else:
+            cuts += [(property_.start, property_.end) for property_ in removed]
     data = packet.data
     for start, end in sorted(cuts, reverse=True):
         data = data[: _line_start(data, start)] + data[end:]
     return parse(data)
 
 
-def with_block(packet: Packet, texts: Mapping[str, Mapping[str, str]], fields: Mapping[str, str]) -> bytes:
-    """The packet with one more rdf:Description. `texts`: rdf:Alt properties, text by language. `fields`: simple ones.
-    Names are qualified: "photoshop:CaptionWriter"."""
+def add_description(packet: Packet, texts: Mapping[str, Mapping[str, str]], fields: Mapping[str, str]) -> bytes:
+    """Return the packet with one more rdf:Description.
+
+    `texts`: rdf:Alt properties, text by language. `fields`: simple properties. Names are qualified, such as
+    "photoshop:CaptionWriter".
+    """
     lines = [f"<rdf:Description rdf:about={quoteattr(packet.about)}", f'   xmlns:rdf="{RDF}"']
     lines += [f'   xmlns:{prefix}="{uri}"' for prefix, uri in _PREFIXES.items()]
     lines[-1] += ">"
@@ -126,23 +138,23 @@ def with_block(packet: Packet, texts: Mapping[str, Mapping[str, str]], fields: M
         lines += [f"   <{name}>", "    <rdf:Alt>", *items, "    </rdf:Alt>", f"   </{name}>"]
     lines += [f"   <{name}>{_text(value)}</{name}>" for name, value in fields.items()]
     block = "\n  ".join(["", *lines, "</rdf:Description>"]).encode() + b"\n "
-    place = packet.rdf_end
-    return packet.data[:place].rstrip(b" \t\r\n") + block + packet.data[place:]
+    position = packet.rdf_end
+    return packet.data[:position].rstrip(b" \t\r\n") + block + packet.data[position:]
 
 
 def _text(value: str) -> str:
     return escape(_NOT_IN_XML.sub("", value))
 
 
-def _line_start(data: bytes, place: int) -> int:
-    """Back over the indentation and the line break before `place`."""
-    while place and data[place - 1 : place] in (b" ", b"\t"):
-        place -= 1
-    return place - 1 if place and data[place - 1 : place] == b"\n" else place
+def _line_start(data: bytes, position: int) -> int:
+    """Return the position before the indentation and the line break that precede `position`."""
+    while position and data[position - 1 : position] in (b" ", b"\t"):
+        position -= 1
+    return position - 1 if position and data[position - 1 : position] == b"\n" else position
 
 
 class _Reader:
-    """Collects descriptions and their properties with byte positions."""
+    """Collects the descriptions of a packet and their properties with byte positions."""
 
     def __init__(self, data: bytes) -> None:
         self.packet = Packet(data)
@@ -153,7 +165,7 @@ class _Reader:
         self._prefixes: dict[str, str] = {}
         self.parser = parser = expat.ParserCreate(namespace_separator=" ")
         parser.buffer_text = True
-        parser.StartDoctypeDeclHandler = _refuse("it has a document type declaration, which XMP has not")
+        parser.StartDoctypeDeclHandler = _refuse("it has a document type declaration, which XMP does not allow")
         parser.XmlDeclHandler = _check_encoding
         parser.StartNamespaceDeclHandler = self._declare
         parser.StartElementHandler = self._start
@@ -165,8 +177,8 @@ class _Reader:
             self._prefixes[prefix] = uri
 
     @property
-    def _in_description(self) -> int:
-        """How deep inside a description of the packet's top level; 0 where outside."""
+    def _depth_in_description(self) -> int:
+        """The depth inside a top-level description; 0 outside of one."""
         description = f"{RDF} Description"
         if len(self._path) >= 2 and f"{RDF} RDF" in self._path:
             top = self._path.index(f"{RDF} RDF") + 1
@@ -175,57 +187,60 @@ class _Reader:
         return 0
 
     def _start(self, name: str, attributes: dict[str, str]) -> None:
-        place = self.parser.CurrentByteIndex
-        depth_before = self._in_description
+        position = self.parser.CurrentByteIndex
+        depth_before = self._depth_in_description
         self._path.append(name)
-        self._starts.append(place)
-        if self._in_description == 1 and not depth_before:
+        self._starts.append(position)
+        if self._depth_in_description == 1 and not depth_before:
             self.packet.about = self.packet.about or attributes.get(f"{RDF} about", attributes.get("about", ""))
-            self.packet.descriptions.append(Description(place))
-            self.packet.descriptions[-1].properties += self._attributes(place, attributes)
-        elif self._in_description == 2:
-            self.packet.descriptions[-1].properties.append(Property(name, place))
+            self.packet.descriptions.append(Description(position))
+            self.packet.descriptions[-1].properties += self._attributes(position, attributes)
+        elif self._depth_in_description == 2:
+            self.packet.descriptions[-1].properties.append(Property(name, position))
             self._language = attributes.get(_LANG, "")
-        elif self._in_description > 2:
+        elif self._depth_in_description > 2:
             self._language = attributes.get(_LANG, self._language)
 
-    def _attributes(self, place: int, attributes: dict[str, str]) -> list[Property]:
-        tag = _START_TAG.match(self._data, place)
-        found = []
+    def _attributes(self, position: int, attributes: dict[str, str]) -> list[Property]:
+        tag = _START_TAG.match(self._data, position)
+        properties = []
         for name, value in attributes.items():
             uri, _, local = name.rpartition(" ")
             if uri in ("", RDF):
                 continue
             prefixes = "|".join(re.escape(prefix) for prefix, bound in self._prefixes.items() if bound == uri)
             pattern = rf"\s(?:{prefixes}):{re.escape(local)}\s*=\s*(?:\"[^\"]*\"|'[^']*')".encode()
-            where = re.compile(pattern).search(tag.group()) if tag else None
-            if where:
-                found.append(Property(name, place + where.start(), place + where.end(), {"": value}))
-        return found
+            match = re.compile(pattern).search(tag.group()) if tag else None
+            if match:
+                properties.append(Property(name, position + match.start(), position + match.end(), {"": value}))
+        return properties
 
     def _end(self, name: str) -> None:
         end = self._end_of_element()
-        if self._in_description == 1:
+        if self._depth_in_description == 1:
             self.packet.descriptions[-1].end = end
-        elif self._in_description == 2:
+        elif self._depth_in_description == 2:
             self.packet.descriptions[-1].properties[-1].end = end
-        elif self._in_description > 2:
+        elif self._depth_in_description > 2:
             self._language = ""
         if name == f"{RDF} RDF" and end > self.parser.CurrentByteIndex:
             self.packet.rdf_end = self.parser.CurrentByteIndex
         self._path.pop()
 
     def _end_of_element(self) -> int:
-        """Behind the element that ends here. Of <a/> expat tells that place, of <a></a> where the end tag begins."""
-        place = self.parser.CurrentByteIndex
+        """Return the position after the element that ends here.
+
+        Expat's current position is that one for <a/>, but the start of the end tag for <a></a>.
+        """
+        position = self.parser.CurrentByteIndex
         start = self._starts.pop()
         tag = _START_TAG.match(self._data, start)
         if tag and tag.group().endswith(b"/>"):
             return tag.end()
-        return self._data.index(b">", place) + 1
+        return self._data.index(b">", position) + 1
 
     def _text(self, text: str) -> None:
-        if self._in_description == 2 or (self._in_description > 2 and self._path[-1] == f"{RDF} li"):
+        if self._depth_in_description == 2 or (self._depth_in_description > 2 and self._path[-1] == f"{RDF} li"):
             values = self.packet.descriptions[-1].properties[-1].values
             if text.strip() or self._language in values:
                 values[self._language] = values.get(self._language, "") + text

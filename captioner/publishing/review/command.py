@@ -1,4 +1,4 @@
-"""`captioner review`: open the table, serve the page until Ctrl-C."""
+"""`captioner review`: open the table and serve the review page until Ctrl-C."""
 
 from __future__ import annotations
 
@@ -10,58 +10,55 @@ import webbrowser
 from captioner.console.stopping import say, stoppable
 from captioner.console.text import printable
 from captioner.errors import OK, UsageError
-from captioner.publishing.review.previews import Pictures
+from captioner.publishing.review.previews import Previews
 from captioner.publishing.review.queue import QueueKind
 from captioner.publishing.review.server import HOST, ReviewServer
-from captioner.publishing.review.session import Desk
+from captioner.publishing.review.session import ReviewSession
 from captioner.store.table import open_table
 
-_LONGEST_NAME = 100
+_MAX_NAME_LENGTH = 100
 
 
 def run(out: str, port: int, reviewer: str | None, queue: QueueKind, open_page: bool) -> int:
-    """Serve the review page of OUT until it is stopped. Prints its address on standard output.
+    """Serve the review page of OUT until Ctrl-C, and print its address on standard output.
 
-    Raises OutputError where OUT has no finished table, no alt texts, or cannot be written; UsageError where the port is
-    in use.
+    Raises OutputError when OUT has no finished table, has no alt texts, or cannot be written; UsageError when the port
+    is in use.
     """
     name = _reviewer(reviewer)
     table = open_table(out)
-    with stoppable("every decision is saved"), Desk(table, name, queue) as desk:
-        if desk.decisions.num_damaged:
-            say(f"{out}: damaged lines in its journals passed over: {desk.decisions.num_damaged}; the rest counts")
-        pictures = Pictures(table)
+    with stoppable("every decision is saved"), ReviewSession(table, name, queue) as session:
+        if session.decisions.num_damaged:
+            say(f"{out}: ignored {session.decisions.num_damaged} damaged lines in its review journals")
+        previews = Previews(table)
         try:
-            with _server(desk, pictures, port) as server:
-                print(f"reviewing {len(desk):,} alt texts as {name}: {server.url}", flush=True)
+            with _server(session, previews, port) as server:
+                print(f"reviewing {len(session):,} alt texts as {name}: {server.url}", flush=True)
                 print("captioner: every decision is saved at once; Ctrl-C ends the review", file=sys.stderr)
                 if open_page:
                     webbrowser.open(server.url)
                 server.serve_forever()
         finally:
-            pictures.close()
+            previews.close()
     return OK
 
 
-def _server(desk: Desk, pictures: Pictures, port: int) -> ReviewServer:
+def _server(session: ReviewSession, previews: Previews, port: int) -> ReviewServer:
     try:
-        return ReviewServer(desk, pictures, port)
+        return ReviewServer(session, previews, port)
     except (OSError, OverflowError) as error:
-        words = getattr(error, "strerror", None) or error
-        raise UsageError(
-            f"--port {port}: {HOST} cannot be listened on there: {words}; give another port, or 0"
-        ) from error
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"--port {port}: cannot listen on {HOST}: {reason}; give another port, or 0") from error
 
 
-def _reviewer(given: str | None) -> str:
-    """The name under which decisions are kept: the login name unless given. Raises UsageError."""
-    name = given
+def _reviewer(name: str | None) -> str:
+    """Return the name saved with each decision, by default the login name. Raises UsageError."""
     if name is None:
         with contextlib.suppress(Exception):  # no such user in a container
             name = getpass.getuser()
     name = printable(name or "").strip()
-    if not name or len(name) > _LONGEST_NAME:
+    if not name or len(name) > _MAX_NAME_LENGTH:
         raise UsageError(
-            f"--reviewer: a name of 1 to {_LONGEST_NAME} characters is wanted; it is kept with each decision"
+            f"--reviewer: give a name of 1 to {_MAX_NAME_LENGTH} characters; it is saved with each decision"
         )
     return name

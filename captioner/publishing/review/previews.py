@@ -1,4 +1,4 @@
-"""Pictures of the archive as small JPEGs, read where the plan says they are and kept in memory only."""
+"""Small JPEGs of the original images, read through the table's plan and kept in memory only."""
 
 from __future__ import annotations
 
@@ -22,42 +22,45 @@ from captioner.store.table import CaptionsTable
 
 Size = Literal["large", "small"]
 SIDES: dict[Size, int] = {"large": 1440, "small": 240}  # pixels, of the longer side
-_KEPT = 64
-_QUALITY = 88
+_CACHE_SIZE = 64  # previews of each size
+_JPEG_QUALITY = 88
 
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """An upright JPEG without the file's metadata, or in words why there is none. `descriptions`: of the file, see
-    `captioner.imaging.descriptions`."""
+    """An upright JPEG without the file's metadata, or the reason why there is none.
+
+    `descriptions`: texts in the file's metadata, see `captioner.imaging.descriptions`.
+    """
 
     jpeg: bytes | None
     error: str = ""
     descriptions: dict[str, str] = field(default_factory=dict)
 
 
-class Pictures:
-    """Gives previews; safe for several threads. What opens other people's files is a process of its own."""
+class Previews:
+    """Makes and caches previews; thread-safe. Images are decoded in a process of their own."""
 
     def __init__(self, table: CaptionsTable) -> None:
         config = SourceConfig.model_validate(table.info["source"])
         reader = _Reader(table, config)
-        self._makers = {
-            size: _Maker(reader, GuardedDecoder(side, config.max_pixels, config.decode_timeout), side)
+        self._caches = {
+            size: _PreviewCache(reader, GuardedDecoder(side, config.max_pixels, config.decode_timeout), side)
             for size, side in SIDES.items()
         }
 
     def preview(self, row: Row, size: Size) -> Preview:
-        """The picture, or why there is none: it has gone, its archive has, or it cannot be decoded."""
-        return self._makers[size].preview(row)
+        """Return the preview of an image; its error says when the image or its source is gone or cannot be decoded."""
+        return self._caches[size].preview(row)
 
     def close(self) -> None:
-        for maker in self._makers.values():
-            maker.close()
+        """Stop the decoding processes."""
+        for cache in self._caches.values():
+            cache.close()
 
 
 class _Reader:
-    """Reads one picture's bytes; the archive is opened with the first."""
+    """Reads the bytes of single images; opens the source with the first one."""
 
     def __init__(self, table: CaptionsTable, config: SourceConfig) -> None:
         self._table, self._config = table, config
@@ -73,27 +76,27 @@ class _Reader:
             (raw,) = self._source.read(planned)
             return raw
         except (CaptionerError, OSError) as error:
-            return RawImage(row.image_id, row.uri, None, "not_found", f"the archive cannot be read: {error}")
+            return RawImage(row.image_id, row.uri, None, "not_found", f"the source cannot be read: {error}")
 
 
-class _Maker:
-    """Makes previews of one size, one at a time, and keeps the last ones."""
+class _PreviewCache:
+    """Makes previews of one size, one at a time, and keeps the latest ones."""
 
     def __init__(self, reader: _Reader, decoder: GuardedDecoder, side: int) -> None:
         self._reader, self._decoder, self._side = reader, decoder, side
-        self._kept: OrderedDict[str, Preview] = OrderedDict()
+        self._previews: OrderedDict[str, Preview] = OrderedDict()
         self._lock = threading.Lock()
 
     def preview(self, row: Row) -> Preview:
         with self._lock:
-            if row.image_id not in self._kept:
+            if row.image_id not in self._previews:
                 preview = self._make(row)
-                if preview.jpeg is None:  # it may come back
+                if preview.jpeg is None:  # not cached: the next attempt may succeed
                     return preview
-                self._kept[row.image_id] = preview
-                while len(self._kept) > _KEPT:
-                    self._kept.popitem(last=False)
-            return self._kept[row.image_id]
+                self._previews[row.image_id] = preview
+                while len(self._previews) > _CACHE_SIZE:
+                    self._previews.popitem(last=False)
+            return self._previews[row.image_id]
 
     def close(self) -> None:
         with self._lock:
@@ -110,12 +113,12 @@ class _Maker:
 
 
 def _jpeg(decoded: DecodedImage, side: int) -> bytes:
-    """The square in the picture's own aspect again."""
+    """Return the square pixels as a JPEG in the image's own aspect ratio."""
     scale = min(1.0, side / max(decoded.width, decoded.height))
     size = max(1, round(decoded.width * scale)), max(1, round(decoded.height * scale))
     stream = io.BytesIO()
     assert decoded.pixels is not None
-    Image.fromarray(decoded.pixels).resize(size).save(stream, "JPEG", quality=_QUALITY)
+    Image.fromarray(decoded.pixels).resize(size).save(stream, "JPEG", quality=_JPEG_QUALITY)
     return stream.getvalue()
 
 

@@ -1,4 +1,4 @@
-"""What is known of one picture: its rows in the captions table and in the alt texts, read when it is shown."""
+"""Read the data of one image from the captions table and the alt texts when it is shown."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from captioner.store.directory import Directory
 from captioner.store.table import CaptionsTable, captions_name
 
 _COLUMNS = ["image_id", "uri", "width", "height", "num_bytes", "caption", "logprob_mean", "flags"]
-_PLACE_COLUMNS = ["chunk_id", "chunk_row"]
+_PLAN_COLUMNS = ["chunk_id", "chunk_row"]
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One picture as the reviewer sees it. `chunk_id`, `chunk_row`: where the plan says how to read it."""
+    """One image as the reviewer sees it. `chunk_id`, `chunk_row`: its row in the plan, which says how to read it."""
 
     image_id: str
     uri: str
@@ -33,24 +33,24 @@ class Row:
 
 
 def read_row(table: CaptionsTable, part: int, row: int) -> Row:
-    """Reads the two row groups it lies in, not the part. Raises OutputError where it is no longer there."""
-    captioned = _one_row(table.directory, captions_name(part), row, _COLUMNS + _PLACE_COLUMNS)
-    made = _one_row(table.directory, alt_text_name(part), row, ["image_id", "alt_text", "flags"])
-    text = made["alt_text"]
-    if made["image_id"] != captioned["image_id"] or text is None:
+    """Read one row, loading only its row groups. Raises OutputError when it no longer exists."""
+    caption_row = _read_row_of(table.directory, captions_name(part), row, _COLUMNS + _PLAN_COLUMNS)
+    alt_text_row = _read_row_of(table.directory, alt_text_name(part), row, ["image_id", "alt_text", "flags"])
+    text = alt_text_row["alt_text"]
+    if alt_text_row["image_id"] != caption_row["image_id"] or text is None:
         raise _changed(table.directory)
-    flags = standing_flags(captioned["flags"], made["flags"], text)
-    return Row(**captioned | {"caption": captioned["caption"] or "", "flags": tuple(flags), "alt_text": text})
+    flags = standing_flags(caption_row["flags"], alt_text_row["flags"], text)
+    return Row(**caption_row | {"caption": caption_row["caption"] or "", "flags": tuple(flags), "alt_text": text})
 
 
-def _one_row(directory: Directory, name: str, row: int, columns: list[str]) -> dict[str, Any]:
+def _read_row_of(directory: Directory, name: str, row: int, columns: list[str]) -> dict[str, Any]:
     try:
         with directory.open_parquet(name) as file:
             for group in range(file.metadata.num_row_groups):
                 size = file.metadata.row_group(group).num_rows
                 if row < size:
-                    found: dict[str, Any] = file.read_row_group(group, columns).slice(row, 1).to_pylist()[0]
-                    return found
+                    values: dict[str, Any] = file.read_row_group(group, columns).slice(row, 1).to_pylist()[0]
+                    return values
                 row -= size
     except FileNotFoundError:
         pass
@@ -58,4 +58,4 @@ def _one_row(directory: Directory, name: str, row: int, columns: list[str]) -> d
 
 
 def _changed(directory: Directory) -> OutputError:
-    return OutputError(f"{directory.location} was changed meanwhile; stop, and start `captioner review` again")
+    return OutputError(f"{directory.location} was changed during the review; start `captioner review` again")

@@ -1,4 +1,4 @@
-"""One reviewer's desk: what lies on it, and what a decision does."""
+"""The state of one review session: what is shown, and what a decision changes."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from typing import Any, cast
 
 from captioner.console.text import printable
 from captioner.errors import UsageError
+from captioner.publishing.alt_text.journal import latest_reviews
 from captioner.publishing.alt_text.schemas import Decision, Review
 from captioner.publishing.alt_text.texts import read_settings
-from captioner.publishing.review.acceptance import acceptance, seconds_per_picture
+from captioner.publishing.review.acceptance import acceptance, seconds_per_image
 from captioner.publishing.review.decisions import Decisions
 from captioner.publishing.review.queue import Queue, QueueKind
 from captioner.publishing.review.rows import Row, read_row
-from captioner.publishing.review.standing_flags import in_words
+from captioner.publishing.review.standing_flags import describe_flag
 from captioner.store.table import CaptionsTable
 
-SAID = {
+DECISION_LABELS = {
     "approved": "Accepted",
     "edited": "Saved",
     "rejected": "Rejected",
@@ -27,245 +28,262 @@ SAID = {
     "expert": "Left for an expert",
     "skipped": "Skipped",
 }
-_ROWS_KEPT = 256
-_LONGEST_S = 86_400.0
+_ROW_CACHE_SIZE = 256
+_MAX_SECONDS = 86_400.0
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """A decision as the page sends it. `places`: the picture, then those decided with it; `shown`: the alt text that
-    the page showed; `text`: of an edit."""
+class DecisionRequest:
+    """A decision as the page sends it.
+
+    `indices`: the image on the card, then those decided with it. `shown`: the alt text that the page showed. `text`:
+    the edited text.
+    """
 
     decision: str
-    places: tuple[int, ...]
+    indices: tuple[int, ...]
     shown: str
     text: str | None = None
     seconds: float | None = None
 
     @classmethod
-    def from_json(cls, value: Any, num_places: int) -> Asked:
-        """Raises UsageError for what no page of ours sends."""
+    def from_json(cls, value: Any, num_images: int) -> DecisionRequest:
+        """Parse a request. Raises UsageError for anything that our page does not send."""
         if not isinstance(value, dict):
             raise UsageError("a decision is a JSON object")
-        decision, places, shown = value.get("decision"), value.get("places"), value.get("shown")
+        decision, indices, shown = value.get("decision"), value.get("indices"), value.get("shown")
         text, seconds = value.get("text"), value.get("seconds")
-        if decision not in SAID or not isinstance(shown, str) or not isinstance(text, str | None):
-            raise UsageError(f"decision: one of {', '.join(SAID)}, with the text that was shown")
-        if not isinstance(places, list) or not places or not all(type(place) is int for place in places):
-            raise UsageError("places: a list of numbers")
-        if not all(0 <= place < num_places for place in places):
-            raise UsageError("places: no such picture")
-        known = isinstance(seconds, int | float) and 0 <= seconds <= _LONGEST_S
-        return cls(decision, tuple(dict.fromkeys(places)), shown, text, float(cast(float, seconds)) if known else None)
+        if decision not in DECISION_LABELS or not isinstance(shown, str) or not isinstance(text, str | None):
+            raise UsageError(f"decision: give one of {', '.join(DECISION_LABELS)}, with the text that was shown")
+        if not isinstance(indices, list) or not indices or not all(type(index) is int for index in indices):
+            raise UsageError("indices: give a list of numbers")
+        if not all(0 <= index < num_images for index in indices):
+            raise UsageError("indices: no such image")
+        timed = isinstance(seconds, int | float) and 0 <= seconds <= _MAX_SECONDS
+        duration = float(cast(float, seconds)) if timed else None
+        return cls(decision, tuple(dict.fromkeys(indices)), shown, text, duration)
 
 
-class Desk:
-    """Safe for several threads. A context manager. Raises OutputError where the table is not finished or has no alt
-    texts, or OUT cannot be written."""
+class ReviewSession:
+    """One reviewer's session on a table; thread-safe, and a context manager.
+
+    Raises OutputError when the table is not finished, has no alt texts, or OUT cannot be written.
+    """
 
     def __init__(self, table: CaptionsTable, reviewer: str, kind: QueueKind) -> None:
         self._table, self._reviewer, self._kind = table, reviewer, kind
         self._settings = read_settings(table)
         self.decisions = Decisions(table.directory, reviewer)
         self._queue = Queue(table, kind, self.decisions.latest())
-        self._shown_again: set[str] = set()  # review ids of skips that count no more
-        self._skipped = self._skips()
+        self._shown_again: set[str] = set()  # review ids of skips that no longer count
+        self._skipped = self._skipped_in(self.decisions.own)
         self._rows: dict[int, Row] = {}
         self._lock = threading.RLock()
 
     def __len__(self) -> int:
         return len(self._queue)
 
-    def __enter__(self) -> Desk:
+    def __enter__(self) -> ReviewSession:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.decisions.__exit__()
 
-    def row(self, place: int) -> Row:
-        """Raises OutputError where the table was changed meanwhile."""
+    def row(self, index: int) -> Row:
+        """Return the data of one image. Raises OutputError when the table was changed during the review."""
         with self._lock:
-            if place not in self._rows:
-                if len(self._rows) >= _ROWS_KEPT:
+            if index not in self._rows:
+                if len(self._rows) >= _ROW_CACHE_SIZE:
                     self._rows.clear()
-                self._rows[place] = read_row(self._table, *self._queue.where(place))
-            return self._rows[place]
+                self._rows[index] = read_row(self._table, *self._queue.location(index))
+            return self._rows[index]
 
     def next(self) -> dict[str, Any]:
-        """What the page shows: the next picture, how far the review is, and what happened."""
+        """Return what the page shows: the next image, the progress and a message."""
         with self._lock:
-            self._take_in_news()
+            self._apply_new_decisions()
             return self._state("")
 
-    def decide(self, asked: Asked) -> tuple[bool, dict[str, Any]]:
-        """Keep a decision: when this returns True, it is on the disk. False: somebody else has decided meanwhile, or
-        the text is no longer the one that was shown; nothing was kept. Raises UsageError for an edit that cannot stand,
-        OutputError where it was not saved."""
+    def decide(self, request: DecisionRequest) -> tuple[bool, dict[str, Any]]:
+        """Save a decision; returns whether it was saved, and the next state of the page.
+
+        True: the decision is on the disk. False: somebody else has decided in the meantime, or the text is no longer
+        the one that was shown; nothing was saved. Raises UsageError for an invalid edit, OutputError when the decision
+        cannot be written.
+        """
         with self._lock:
-            self._take_in_news()
-            free = [place for place in asked.places if self._is_open(place)]
-            if asked.places[0] not in free:
-                return False, self._state(self._conflict(asked.places[0]))
-            rows = [row for row in map(self.row, free) if row.alt_text == asked.shown]
-            if not rows or rows[0].image_id != self.row(free[0]).image_id:
-                return False, self._state("The text of this picture has changed; look at it again")
-            review = self._review(asked, rows)
+            self._apply_new_decisions()
+            still_open = [index for index in request.indices if self._is_open(index)]
+            if request.indices[0] not in still_open:
+                return False, self._state(self._conflict(request.indices[0]))
+            rows = [row for row in map(self.row, still_open) if row.alt_text == request.shown]
+            if not rows or rows[0].image_id != self.row(still_open[0]).image_id:
+                return False, self._state("The text of this image has changed; check it again")
+            review = self._review(request, rows)
             self.decisions.add(review)
-            self._take_in_news()
-            return True, self._state(_said(review, len(asked.places) - len(rows)))
+            self._apply_new_decisions()
+            return True, self._state(_describe(review, len(request.indices) - len(rows)))
 
     def undo(self) -> dict[str, Any]:
-        """Take back this reviewer's last decision that holds, of this start or an earlier one, and show its picture."""
+        """Undo this reviewer's last decision, of this session or an earlier one, and show its image again."""
         with self._lock:
-            self._take_in_news()
+            self._apply_new_decisions()
             if not self.decisions.own:
                 return self._state("There is nothing to undo")
             last = self.decisions.own[-1]
             self.decisions.add(
                 Review("undo", last.image_ids, None, self._reviewer, queue=self._kind, undoes=last.review_id)
             )
-            self._take_in_news()
-            place = next(iter(self._places([last])), None)
-            return self._state(f"Undone: {_said(last)}", place if place is not None and self._is_open(place) else None)
+            self._apply_new_decisions()
+            index = next(iter(self._indices(last.image_ids)), None)
+            return self._state(
+                f"Undone: {_describe(last)}", index if index is not None and self._is_open(index) else None
+            )
 
     def show_skipped(self) -> dict[str, Any]:
         """Show again what this reviewer skipped."""
         with self._lock:
-            self._take_in_news()
+            self._apply_new_decisions()
             self._shown_again |= {review.review_id for review in self.decisions.own if review.decision == "skipped"}
-            self._skipped = self._skips()
-            return self._state("The skipped pictures are shown again")
+            self._skipped = self._skipped_in(self.decisions.own)
+            return self._state("The skipped images are shown again")
 
-    def _take_in_news(self) -> None:
-        news = self.decisions.news()
-        if any(review.decision == "undo" for review in news):
+    def _apply_new_decisions(self) -> None:
+        """Update the queue with the decisions that this and other reviewers wrote since the last call."""
+        new = self.decisions.read_new()
+        changed: dict[str, Review | None]
+        if any(review.decision == "undo" for review in new):  # an earlier decision about the same image holds again
             latest = self.decisions.latest()
-            self._skipped = self._skips()
-        for review in news:
-            if review.decision == "skipped":
-                self._skipped |= self._places([review]) if review.reviewer == self._reviewer else set()
-                continue
-            for image_id, place in zip(review.image_ids, map(self._queue.place_of, review.image_ids), strict=True):
-                if place is not None:
-                    self._queue.decide(place, latest.get(image_id) if review.decision == "undo" else review)
+            changed = {image_id: latest.get(image_id) for review in new for image_id in review.image_ids}
+            self._skipped = self._skipped_in(self.decisions.own)
+        else:
+            changed = {**latest_reviews(new)}
+            self._skipped |= self._skipped_in(new)
+        for image_id, review in changed.items():
+            index = self._queue.index_of(image_id)
+            if index is not None:
+                self._queue.set_decision(index, review)
 
-    def _is_open(self, place: int) -> bool:
-        held = self._queue.decision(place)
-        return held is None or (held.decision == "expert" and held.reviewer != self._reviewer)
+    def _is_open(self, index: int) -> bool:
+        review = self._queue.decision(index)
+        return review is None or (review.decision == "expert" and review.reviewer != self._reviewer)
 
-    def _skips(self) -> set[int]:
-        own = self.decisions.own
-        return self._places(r for r in own if r.decision == "skipped" and r.review_id not in self._shown_again)
+    def _skipped_in(self, reviews: Iterable[Review]) -> set[int]:
+        """Return the images that this reviewer skipped in `reviews` and that are not to be shown again."""
+        return self._indices(
+            image_id
+            for review in reviews
+            if review.decision == "skipped" and review.reviewer == self._reviewer
+            if review.review_id not in self._shown_again
+            for image_id in review.image_ids
+        )
 
-    def _places(self, reviews: Iterable[Review]) -> set[int]:
-        found = (self._queue.place_of(image_id) for review in reviews for image_id in review.image_ids)
-        return {place for place in found if place is not None}
+    def _indices(self, image_ids: Iterable[str]) -> set[int]:
+        return {index for index in map(self._queue.index_of, image_ids) if index is not None}
 
-    def _conflict(self, place: int) -> str:
-        held = self._queue.decision(place)
-        assert held is not None
-        who = "You have" if held.reviewer == self._reviewer else f"{printable(held.reviewer)} has"
-        return f"{who} decided this picture meanwhile ({SAID[held.decision].lower()}); nothing was changed"
+    def _conflict(self, index: int) -> str:
+        review = self._queue.decision(index)
+        assert review is not None
+        who = "You have" if review.reviewer == self._reviewer else f"{printable(review.reviewer)} has"
+        label = DECISION_LABELS[review.decision].lower()
+        return f"{who} already decided about this image ({label}); nothing was changed"
 
-    def _review(self, asked: Asked, rows: list[Row]) -> Review:
-        decision, text = asked.decision, None
+    def _review(self, request: DecisionRequest, rows: list[Row]) -> Review:
+        decision, text = request.decision, None
         if decision == "edited":
-            text = self._edited(asked.text or "")
-            decision = "approved" if text == asked.shown else "edited"
-        elif decision == "approved" and not asked.shown.strip():
+            text = self._edited(request.text or "")
+            decision = "approved" if text == request.shown else "edited"
+        elif decision == "approved" and not request.shown.strip():
             raise UsageError("There is no text to accept: edit it, or choose Decorative")
         elif decision in ("approved", "decorative"):
-            text = asked.shown if decision == "approved" else ""
+            text = request.shown if decision == "approved" else ""
         return Review(
             cast(Decision, decision),
             tuple(row.image_id for row in rows),
             text,
             self._reviewer,
-            shown=asked.shown,
+            shown=request.shown,
             queue=self._kind,
-            seconds=asked.seconds,
+            seconds=request.seconds,
         )
 
     def _edited(self, text: str) -> str:
-        """The text as one line. Raises UsageError."""
+        """Return the edited text as one line. Raises UsageError when it is empty or too long."""
         line = " ".join(printable(text).split())
         hard = self._settings["hard_max"]
         if not line:
-            raise UsageError("The text is empty. A picture that needs none is decorative: cancel and choose Decorative")
+            raise UsageError("The text is empty. For an image that needs no text, cancel and choose Decorative")
         if len(line) > hard:
             raise UsageError(
                 f"The text has {len(line)} characters; the limit is {hard} (captioner alt-text --hard-max)"
             )
         return line
 
-    def _state(self, message: str, place: int | None = None) -> dict[str, Any]:
-        taken = self._taken()
-        waiting = [at for at in self._queue.for_expert if self._is_open(at)]
-        left_out = self._skipped | taken
-        if place is None:
-            place = self._queue.next(waiting, left_out)
-        if place is None and taken:  # others have what is left before them; they may have gone
-            place, left_out = self._queue.next(waiting, self._skipped), self._skipped
+    def _state(self, message: str, index: int | None = None) -> dict[str, Any]:
+        """Return what the page shows; `index`: the image to show instead of the next one."""
+        claimed = self._indices(self.decisions.claimed_by_others())
+        waiting = [expert_index for expert_index in self._queue.for_expert if self._is_open(expert_index)]
+        excluded = self._skipped | claimed
+        if index is None:
+            index = self._queue.next(waiting, excluded)
+        if index is None and claimed:  # others look at all that is left, but they may have stopped
+            index, excluded = self._queue.next(waiting, self._skipped), self._skipped
         group: list[int] = []
         num_same = 0
-        if place is not None and self._kind != "random":  # a sample is drawn one by one
-            group, num_same = self._queue.same_text(place, left_out)
-        shown = [] if place is None else [place, *group]
-        self.decisions.show(self.row(at).image_id for at in shown)
+        if index is not None and self._kind != "random":  # a random sample is decided one image at a time
+            group, num_same = self._queue.same_text(index, excluded)
+        on_page = [] if index is None else [index, *group]
+        self.decisions.claim(self.row(shown).image_id for shown in on_page)
         return {
-            "card": None if place is None else self._card(place, group, num_same),
-            "after": self._queue.next(waiting, left_out.union(shown)),
+            "card": None if index is None else self._card(index, group, num_same),
+            "after": self._queue.next(waiting, excluded.union(on_page)),
             "message": message,
             "progress": self._progress(len(waiting)),
         }
 
-    def _taken(self) -> set[int]:
-        places = (self._queue.place_of(image_id) for image_id in self.decisions.shown_to_others())
-        return {place for place in places if place is not None}
-
-    def _card(self, place: int, group: list[int], num_same: int) -> dict[str, Any]:
-        row, held = self.row(place), self._queue.decision(place)
+    def _card(self, index: int, group: list[int], num_same: int) -> dict[str, Any]:
+        row, review = self.row(index), self._queue.decision(index)
         return {
-            "place": place,
+            "index": index,
             "image_id": printable(row.image_id),
             "uri": printable(row.uri),
             "alt_text": row.alt_text,
             "caption": printable(row.caption),
-            "flags": [in_words(flag) for flag in row.flags],
-            "certainty": None if row.logprob_mean is None else _share(row.logprob_mean),
+            "flags": [describe_flag(flag) for flag in row.flags],
+            "certainty": None if row.logprob_mean is None else _mean_probability(row.logprob_mean),
             "width": row.width,
             "height": row.height,
             "num_bytes": row.num_bytes,
-            "group": [{"place": at, "image_id": printable(self.row(at).image_id)} for at in group],
+            "group": [{"index": other, "image_id": printable(self.row(other).image_id)} for other in group],
             "num_same": num_same,
-            "note": f"{printable(held.reviewer)} asks for an expert" if held else "",
+            "note": f"{printable(review.reviewer)} asks for an expert" if review else "",
             "language": self._settings["language"],
             "soft_limit": self._settings["max_chars"],
             "hard_limit": self._settings["hard_max"],
         }
 
     def _progress(self, num_waiting: int) -> dict[str, Any]:
-        left, flagged = self._queue.num_open()
-        seconds = seconds_per_picture(self.decisions.own)
-        found = acceptance(self._queue.random_sample())
+        num_left, num_flagged_left = self._queue.num_open()
+        seconds = seconds_per_image(self.decisions.own)
+        rate = acceptance(self._queue.random_sample())
         return {
             "total": len(self),
-            "left": left,
-            "flagged_left": flagged,
+            "left": num_left,
+            "flagged_left": num_flagged_left,
             "skipped": len(self._skipped),
             "for_expert": num_waiting,
             "can_undo": bool(self.decisions.own),
-            "hours_left": None if seconds is None else left * seconds / 3600,
-            "acceptance": None if found is None else asdict(found),
+            "hours_left": None if seconds is None else num_left * seconds / 3600,
+            "acceptance": None if rate is None else asdict(rate),
         }
 
 
-def _share(logprob_mean: float) -> float | None:
-    """The mean probability of a token, 0 to 1."""
+def _mean_probability(logprob_mean: float) -> float | None:
+    """Return the geometric mean of the token probabilities, 0 to 1."""
     return math.exp(min(0.0, logprob_mean)) if math.isfinite(logprob_mean) else None
 
 
-def _said(review: Review, num_left: int = 0) -> str:
-    many = f" for {len(review.image_ids)} pictures" if len(review.image_ids) > 1 else ""
-    left = f"; {num_left} were decided by somebody else meanwhile" if num_left else ""
-    return f"{SAID[review.decision]}{many}{left}"
+def _describe(review: Review, num_conflicts: int = 0) -> str:
+    group = f" for {len(review.image_ids)} images" if len(review.image_ids) > 1 else ""
+    conflicts = f"; {num_conflicts} were already decided by somebody else" if num_conflicts else ""
+    return f"{DECISION_LABELS[review.decision]}{group}{conflicts}"
