@@ -29,6 +29,13 @@ def run(setup: Setup, monkeypatch, code: str, limit: int = 60) -> dict:
     return gpu.run_step("step", setup, time.monotonic() + 60)
 
 
+def has_ended(process: psutil.Process) -> bool:
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
 def test_the_figures_of_a_step_are_its_last_json_object(setup, monkeypatch) -> None:
     result = run(setup, monkeypatch, """print('{"a": 1}'); print('{"a": 2}'); print("{no")""")
 
@@ -60,7 +67,8 @@ def test_a_step_that_hangs_ends_with_every_process_it_started(setup, monkeypatch
     result = run(setup, monkeypatch, code)
 
     assert result["status"].startswith("cut off")
-    assert not children[0].is_running() or children[0].status() == psutil.STATUS_ZOMBIE
+    while not has_ended(children[0]):  # SIGKILL is sent; the kernel takes its time
+        time.sleep(0.01)
 
 
 def test_without_time_left_a_step_is_named_and_not_started(setup, monkeypatch) -> None:
