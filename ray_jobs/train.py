@@ -87,9 +87,9 @@ class RayTrainEngine:
         metric = f"eval_{start.config.training.metric_for_best_model}"
         kept = result.best_checkpoints or []
         if not kept:
-            return Outcome(opened, None, {}, ended["step"], ended["history"], ended["stopped"])
+            return Outcome(opened, None, {}, **ended)
         checkpoint, metrics = min(kept, key=lambda pair: (_number(pair[1][metric]), pair[1]["step"]))
-        return Outcome(opened, checkpoint, metrics, ended["step"], ended["history"], ended["stopped"])
+        return Outcome(opened, checkpoint, metrics, **ended)
 
     def finish(self, checkpoint: Any, finishing: Finishing) -> dict[str, Any]:
         import ray

@@ -7,7 +7,8 @@
     loss.py       cross-entropy over caption tokens, for each family of models; GIT's layers in git_layers.py
     evaluate.py   WER of generated captions and loss on the eval set, summed over workers
     loop.py       what each worker does: transformers' Trainer with our loss and order
-    callback.py   around its steps: evaluation, checkpoints, early stopping; tensorboard.py writes what was measured
+    callback.py   around its steps: evaluation, early stopping; tensorboard.py writes what was measured
+    checkpoints.py  written beside the training
     worker.py     what every worker knows of a run and must be able to do
     trainable.py  opening a model so that its weights can learn; lora.py its adapters
     job.py        a run from the first check to the finished model
@@ -15,5 +16,5 @@
     finish.py     the best checkpoint -> OUT/model, its card, history.json and report.html
     progress.py   how far it has come
 
-`ray_jobs/train.py` runs the workers on Ray Train and the decoding on Ray Data.
+`ray_jobs/train.py` runs the workers on Ray Train and the decoding as Ray tasks.
 """

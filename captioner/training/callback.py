@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 import pyarrow as pa
 import torch
 from transformers import TrainerCallback
 
 from captioner.store.directory import Directory
+from captioner.training.checkpoints import Checkpoints, Snapshot
 from captioner.training.evaluate import Evaluator
 from captioner.training.schedule import best_of, evaluations, is_stale
 from captioner.training.tensorboard import write_events
 from captioner.training.worker import Training, Worker
 
 
+class Stepping(Protocol):
+    """What the callback needs of the trainer. `step_loss`: this worker's part of the loss of the step that just ended,
+    times the number of workers; `snapshot`: of the step that is to be saved, where this worker saves."""
+
+    step_loss: torch.Tensor
+    snapshot: Snapshot | None
+
+
 class Conductor(TrainerCallback):
     """Evaluates, keeps checkpoints, stops early, watches for a loss that is no number, and tells how far it is.
 
-    `step_loss`: this worker's part of the loss of the step that just ended, times the number of workers. `windows`: the
-    decoded eval set of the first evaluation, where there is one.
+    `windows`: the decoded eval set of the first evaluation, where there is one.
     """
 
     def __init__(
@@ -33,10 +39,12 @@ class Conductor(TrainerCallback):
         work: Training,
         worker: Worker,
         evaluator: Evaluator,
-        step_loss: Callable[[], torch.Tensor],
+        trainer: Stepping,
+        checkpoints: Checkpoints,
         windows: Iterator[pa.Table] | None,
     ) -> None:
-        self._work, self._worker, self._evaluate, self._step_loss = work, worker, evaluator, step_loss
+        self._work, self._worker, self._evaluate = work, worker, evaluator
+        self._trainer, self._checkpoints = trainer, checkpoints
         self.stopped = ""
         self._first_windows = windows
         self._num_told = 0  # entries of the history that --report-to has
@@ -58,7 +66,7 @@ class Conductor(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         schedule, step = self._work.schedule, state.global_step
-        self._losses.add(step, sum_over_workers(self._step_loss().detach().clone(), args.device))
+        self._losses.add(step, sum_over_workers(self._trainer.step_loss.detach().clone(), args.device))
         is_kept = control.should_log or schedule.is_evaluated(step) or schedule.is_saved(step)
         for of_step, total in self._losses.read(all_of_them=is_kept):
             self._loss = total / self._worker.world_size
@@ -78,11 +86,10 @@ class Conductor(TrainerCallback):
         control.should_save = schedule.is_saved(step) or control.should_training_stop
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         latest = evaluations(state.log_history)[-1]
         metrics = {"step": state.global_step, "eval_wer": latest["eval_wer"], "eval_loss": latest["eval_loss"]}
-        self._worker.report(metrics, folder if self._worker.rank == 0 else None)
-        shutil.rmtree(folder, ignore_errors=True)
+        snapshot, self._trainer.snapshot = self._trainer.snapshot, None
+        self._checkpoints.keep(snapshot, metrics)
         if self._worker.rank == 0 and self._work.config.training.report_to == "tensorboard":
             write_events(Directory(self._work.config.output.path), state.log_history[self._num_told :])
             self._num_told = len(state.log_history)

@@ -16,10 +16,11 @@ from captioner.models import resolve
 from captioner.models.weights import SETTINGS_FILES
 from captioner.scoring.eligible_rows import TRAINING_IMAGES
 from captioner.training.card import model_card
+from captioner.training.checkpoints import save_network
 from captioner.training.collate import Decode
 from captioner.training.evaluate import Evaluator
 from captioner.training.job import MODEL_FILE, Finishing
-from captioner.training.loop import make_collate, save_network
+from captioner.training.loop import make_collate
 from captioner.training.loss import CaptionLoss
 from captioner.training.report import write_report
 from captioner.training.schedule import best_of, evaluations
@@ -79,7 +80,7 @@ def _save(network: Any, job: Finishing, directory: Path) -> None:
         from captioner.training.lora import merge_adapters
 
         merge_adapters(network)
-    save_network(network, False, directory)
+    save_network(network, directory)
     for name in SETTINGS_FILES:
         source = Path(job.model.path) / name
         if source.is_file() and name not in _OWN_FILES:

@@ -87,14 +87,15 @@ class TrainRun:
 @dataclass
 class Outcome:
     """How the workers ended. `checkpoint`: of the best model, opened by the engine; `stopped`: why before the last
-    step, or ""."""
+    step, or ""; `checkpoint_seconds`: how long training waited for checkpoints."""
 
     run: TrainRun
     checkpoint: Any
     metrics: dict[str, Any]
     step: int
     history: list[dict[str, Any]]
-    stopped: str = ""
+    stopped: str
+    checkpoint_seconds: float
 
 
 class TrainEngine(Protocol):
@@ -165,8 +166,8 @@ def _run(config: TrainConfig, engine: TrainEngine) -> int:
         )
         finished = engine.finish(outcome.checkpoint, finishing)
         progress.doing("")
-    seconds = round(time.perf_counter() - started, 1)
-    out.write_json(RUN_FILE, record | {"state": "finished", "seconds": seconds, **finished})
+    seconds = {"seconds": round(time.perf_counter() - started, 1), "checkpoint_seconds": outcome.checkpoint_seconds}
+    out.write_json(RUN_FILE, record | {"state": "finished", **seconds, **finished})
     _push(config, out)
     _tell_result(config, finished)
     return OK

@@ -50,7 +50,7 @@ class LocalEngine:
         kept = [(folder, json.loads((folder / _METRICS).read_text())) for folder in worker.kept()]
         metric = f"eval_{start.config.training.metric_for_best_model}"
         best, metrics = min(kept, key=lambda pair: (pair[1][metric], pair[1]["step"]), default=(None, {}))
-        return Outcome(opened, best, metrics, ended["step"], ended["history"], ended["stopped"])
+        return Outcome(opened, best, metrics, **ended)
 
     def finish(self, checkpoint: Any, finishing: Finishing) -> dict[str, Any]:
         from captioner.training.finish import finish

@@ -15,7 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 import torch
-from transformers import GenerationConfig, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from captioner.config import TrainConfig
@@ -25,22 +25,23 @@ from captioner.models.pretrained import quiet
 from captioner.models.ref import ModelRef
 from captioner.run.prefetch import one_ahead
 from captioner.training.callback import Conductor, sum_over_workers
+from captioner.training.checkpoints import Checkpoints, Snapshot
 from captioner.training.collate import Collate, Decode, Upload, batches_of
 from captioner.training.evaluate import Evaluator, Feed, windows_of
 from captioner.training.loss import CaptionLoss
 from captioner.training.order import GlobalOrder, Share
 from captioner.training.pairs import max_caption_tokens
-from captioner.training.trainable import ADAPTERS, open_trainable
+from captioner.training.trainable import open_trainable
 from captioner.training.worker import Training, Worker
 
-GIVEN_UP: dict[str, Any] = {"step": 0, "history": [], "stopped": "its preparation failed"}
+GIVEN_UP: dict[str, Any] = {"step": 0, "history": [], "stopped": "its preparation failed", "checkpoint_seconds": 0.0}
 
 
 def train_worker(
     config: TrainConfig, model: ModelRef, worker: Worker, checkpoint: Path | None = None
 ) -> dict[str, Any]:
-    """Train up to the last step, from `checkpoint` where there is one. Returns `step`, `history` and `stopped`: why the
-    run ended before its last step, or ""."""
+    """Train up to the last step, from `checkpoint` where there is one. Returns `step`, `history`, `stopped`: why
+    the run ended before its last step, or "", and `checkpoint_seconds`: how long training waited for checkpoints."""
     settings = config.training
     eval_batch = settings.per_device_eval_batch_size or settings.per_device_train_batch_size
     _tell(worker, "loading weights")
@@ -76,11 +77,10 @@ def train_worker(
         lambda sums: sum_over_workers(sums, captioner.device),
         partial(_tell, worker),
     )
-    with tempfile.TemporaryDirectory(prefix="captioner-train-") as folder, quiet():
-        trainer = CaptionTrainer(
-            work, worker, loss, collate, args=training_arguments(work, folder, captioner.device.type == "cpu")
-        )
-        conductor = Conductor(work, worker, evaluator, lambda: trainer.step_loss, windows)
+    with tempfile.TemporaryDirectory(prefix="captioner-train-") as folder, quiet(), Checkpoints(worker) as checkpoints:
+        arguments = training_arguments(work, folder, captioner.device.type == "cpu")
+        trainer = CaptionTrainer(work, worker, loss, collate, checkpoints, args=arguments)
+        conductor = Conductor(work, worker, evaluator, trainer, checkpoints, windows)
         trainer.add_callback(conductor)
         trainer = worker.prepare(trainer)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -88,6 +88,7 @@ def train_worker(
         "step": trainer.state.global_step,
         "history": trainer.state.log_history,
         "stopped": conductor.stopped,
+        "checkpoint_seconds": round(checkpoints.held_seconds, 2),
     }
 
 
@@ -146,15 +147,28 @@ def training_arguments(work: Training, folder: str, use_cpu: bool) -> TrainingAr
 
 
 class CaptionTrainer(Trainer):
-    """Trainer with our loss, our order and checkpoints that are model directories."""
+    """Trainer with our loss and our order. Checkpoints are model directories beside Trainer's files; random numbers
+    are in none: they follow from seed, step and rank, and a worker may come back under another rank.
 
-    def __init__(self, work: Training, worker: Worker, loss: CaptionLoss, collate: Collate, **kwargs: Any) -> None:
+    `snapshot`: of the step that is to be saved, where this worker saves.
+    """
+
+    def __init__(
+        self,
+        work: Training,
+        worker: Worker,
+        loss: CaptionLoss,
+        collate: Collate,
+        checkpoints: Checkpoints,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(model=loss, train_dataset=_Nothing(), **kwargs)
         # The loss below is divided by the tokens of all workers and of all accumulated batches already.
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
-        self._work, self._worker, self._collate = work, worker, collate
+        self._work, self._worker, self._collate, self._checkpoints = work, worker, collate, checkpoints
+        self.snapshot: Snapshot | None = None
         self.step_loss = torch.zeros((), device=self.args.device)
 
     def get_train_dataloader(self) -> Any:
@@ -189,16 +203,16 @@ class CaptionTrainer(Trainer):
         self.step_loss += loss.detach()
         return loss
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """A checkpoint holds the network as a model directory, not the module around it."""
-        assert output_dir is not None
-        save_network(self.model.network, self._work.config.model.lora_rank is not None, Path(output_dir))
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Trainer would write files here, and every step would wait for them."""
+        self.store_flos()
+        with self._checkpoints.holding():
+            if self.args.should_save:
+                with_adapters = self._work.config.model.lora_rank is not None
+                self.snapshot = Snapshot(self, self.model.network, with_adapters)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """The network was opened with the checkpoint's weights."""
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        """Random numbers follow from seed, step and rank instead: a worker may come back under another rank."""
 
 
 class _Nothing(torch.utils.data.IterableDataset):
@@ -222,21 +236,3 @@ class _Batches:
         upload = Upload(self._trainer.args.device)
         with one_ahead(map(upload, batches)) as ahead:
             yield from map(upload.used, ahead)
-
-
-def save_network(network: Any, with_adapters: bool, folder: Path) -> None:
-    """The network as a model directory (without tokenizer and processor); with LoRA its adapters alone."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if with_adapters:
-        from captioner.training.lora import save_adapters
-
-        save_adapters(network, folder / ADAPTERS)
-        return
-    before = network.generation_config
-    settings = before.to_dict() | {"return_dict_in_generate": False}
-    network.generation_config = GenerationConfig.from_dict(settings)
-    try:
-        with quiet():
-            network.save_pretrained(folder)
-    finally:
-        network.generation_config = before

@@ -39,13 +39,19 @@ def add_adapters(network: Any, vision: Any, config: TrainModelConfig, saved: Pat
         peft.set_peft_model_state_dict(network, load_file(saved / _WEIGHTS))
 
 
-def save_adapters(network: Any, folder: Path) -> None:
-    """The adapters' weights alone."""
+def adapter_weights(network: Any) -> dict[str, Any]:
+    """Return the adapters' weights alone, by name."""
     import peft
+
+    weights: dict[str, Any] = peft.get_peft_model_state_dict(network)
+    return weights
+
+
+def save_adapters(weights: dict[str, Any], folder: Path) -> None:
+    """Write what `adapter_weights` returned."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    weights = peft.get_peft_model_state_dict(network)
     save_file({name: value.contiguous() for name, value in weights.items()}, folder / _WEIGHTS)
 
 

@@ -11,7 +11,7 @@ from captioner.models import resolve
 from captioner.store.directory import Directory
 from captioner.testing import make_tiny_model
 from captioner.testing.tiny_models import TINY_SIDE
-from captioner.training.loop import make_collate, save_network
+from captioner.training.loop import make_collate
 from captioner.training.loss import CaptionLoss
 from captioner.training.push import push_to_hub
 from captioner.training.trainable import ADAPTERS, open_trainable
@@ -26,7 +26,7 @@ def opened(path: Path, checkpoint: Path | None = None):
 @pytest.mark.parametrize("family", ["git", "blip", "vision-encoder-decoder"])
 def test_adapters_learn_are_restored_and_merge_into_a_plain_model(tmp_path: Path, family: str) -> None:
     pytest.importorskip("peft", reason="the extra `lora` is not installed")
-    from captioner.training.lora import merge_adapters
+    from captioner.training.lora import adapter_weights, merge_adapters, save_adapters
 
     captioner = opened(make_tiny_model(family, tmp_path / "model"))
     loss, texts = CaptionLoss(captioner), make_collate(captioner).texts(["a ring", "a red cross"])
@@ -43,7 +43,7 @@ def test_adapters_learn_are_restored_and_merge_into_a_plain_model(tmp_path: Path
     assert after < before
     assert all("lora" in name for name, weight in captioner.model.named_parameters() if weight.requires_grad)
 
-    save_network(captioner.model, True, tmp_path / "checkpoint")
+    save_adapters(adapter_weights(captioner.model), tmp_path / "checkpoint" / ADAPTERS)
     restored = opened(tmp_path / "model", tmp_path / "checkpoint")
     assert CaptionLoss(restored).eval()(pixels, **texts).item() == pytest.approx(after, rel=1e-5)
 

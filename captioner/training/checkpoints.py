@@ -1,0 +1,135 @@
+"""Checkpoints, written beside the training: a step waits for copies of weights and optimizer state only."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import tempfile
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from transformers import GenerationConfig
+from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+
+from captioner.models.pretrained import quiet
+from captioner.training.lora import adapter_weights, save_adapters
+from captioner.training.trainable import ADAPTERS
+from captioner.training.worker import Worker
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from transformers import Trainer
+
+
+class Checkpoints:
+    """Writes and reports the checkpoints of a worker in a thread, one at a time. A context manager: its end waits for
+    the last one."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[None] | None = None
+        self.held_seconds = 0.0  # how long training waited for copies and for earlier checkpoints
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._thread.shutdown()
+        if kind is None:
+            self._wait()
+
+    def keep(self, snapshot: Snapshot | None, metrics: dict[str, Any]) -> None:
+        """Start to write a snapshot (`None`: another worker has it). Raises what the checkpoint before raised."""
+        self._wait()
+        self._writing = self._thread.submit(self._write, snapshot, metrics)
+
+    @contextmanager
+    def holding(self) -> Iterator[None]:
+        """Count the time that training waits meanwhile."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.held_seconds += time.perf_counter() - started
+
+    def _wait(self) -> None:
+        if self._writing is not None:
+            with self.holding():
+                self._writing.result()
+
+    def _write(self, snapshot: Snapshot | None, metrics: dict[str, Any]) -> None:
+        if snapshot is None:
+            self._worker.report(metrics, None)
+            return
+        with tempfile.TemporaryDirectory(prefix="captioner-checkpoint-") as folder:
+            snapshot.write(Path(folder))
+            self._worker.report(metrics, Path(folder))
+
+
+class Snapshot:
+    """What a checkpoint holds of a trainer, as it was when this was made: later steps do not change it."""
+
+    def __init__(self, trainer: Trainer, network: Any, with_adapters: bool) -> None:
+        weights = adapter_weights(network) if with_adapters else network.state_dict()
+        states = {OPTIMIZER_NAME: trainer.optimizer.state_dict(), SCHEDULER_NAME: trainer.lr_scheduler.state_dict()}
+        if trainer.accelerator.scaler is not None:
+            states[SCALER_NAME] = trainer.accelerator.scaler.state_dict()
+        self._network, self._with_adapters = network, with_adapters
+        self._weights, self._states = copies_on_host((weights, states))
+        self._trainer_state = json.dumps(dataclasses.asdict(trainer.state), indent=2, sort_keys=True)
+        self._arrived = None
+        if trainer.args.device.type == "cuda":
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def write(self, folder: Path) -> None:
+        """Write the files that Trainer would: the network as a model directory, or its adapters; optimizer, learning
+        rate and progress."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        if self._with_adapters:
+            save_adapters(self._weights, folder / ADAPTERS)
+        else:
+            save_network(self._network, folder, self._weights)
+        for name, state in self._states.items():
+            torch.save(state, folder / name)
+        (folder / TRAINER_STATE_NAME).write_text(self._trainer_state, encoding="utf-8")
+
+
+def copies_on_host(value: Any, copied: dict[Any, torch.Tensor] | None = None) -> Any:
+    """Return nested dicts and lists with copies of their tensors on the CPU; two that share their memory share a copy.
+
+    From a GPU the copies are under way when this returns, in the order of the current stream.
+    """
+    copied = {} if copied is None else copied
+    if isinstance(value, dict):
+        return type(value)((name, copies_on_host(item, copied)) for name, item in value.items())
+    if isinstance(value, list | tuple):
+        return type(value)(copies_on_host(item, copied) for item in value)
+    if not isinstance(value, torch.Tensor):
+        return copy.copy(value)
+    key = value.device, value.data_ptr(), value.shape, value.stride()
+    if key not in copied:
+        host = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+        copied[key] = host.copy_(value, non_blocking=True)
+    return copied[key]
+
+
+def save_network(network: Any, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
+    """Write the network as a model directory (without tokenizer and processor), with its own weights unless others are
+    given. Changes nothing of the network: other threads may use it."""
+    saved = copy.copy(network)
+    settings = network.generation_config.to_dict() | {"return_dict_in_generate": False}
+    saved.generation_config = GenerationConfig.from_dict(settings)
+    with quiet():
+        saved.save_pretrained(folder, state_dict=weights)
