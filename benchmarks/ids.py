@@ -36,8 +36,7 @@ def main() -> None:
     figures: dict[str, list[float]] = {}
     faults: list[str] = []
     for label, model in (("model", options.model), ("starter", "starter")):
-        for beams in sizes:
-            measured = compare(model, beams, options.count, options.max_new_tokens)
+        for beams, measured in compare(model, sizes, options.count, options.max_new_tokens).items():
             print(f"{label}, {beams} beams:", measured, flush=True)
             faults += [f"{label}, {beams} beams: {fault}" for fault in faults_of(measured)]
             for name, share in measured.items():
@@ -46,12 +45,17 @@ def main() -> None:
     sys.exit("; ".join(faults) or 0)
 
 
-def compare(name: str, beams: int, count: int, limit: int) -> dict[str, float]:
-    """Shares of the captions."""
-    ours32, plain32 = both_ids(name, "float32", beams, count, limit)
-    ours16, plain16 = both_ids(name, "bfloat16", beams, count, limit)
+def compare(name: str, sizes: list[int], count: int, limit: int) -> dict[int, dict[str, float]]:
+    """Shares of the captions, for each number of beams."""
+    single, half = (both_ids(name, dtype, sizes, count, limit) for dtype in ("float32", "bfloat16"))
+    return {beams: shares(*single[beams], *half[beams]) for beams in sizes}
+
+
+def shares(
+    ours32: torch.Tensor, plain32: torch.Tensor, ours16: torch.Tensor, plain16: torch.Tensor
+) -> dict[str, float]:
     return {
-        "distinct": len({tuple(row.tolist()) for row in plain32}) / count,
+        "distinct": len({tuple(row.tolist()) for row in plain32}) / len(plain32),
         "float32 equal to generate": equal_rows(ours32, plain32),
         "bfloat16 equal to generate": equal_rows(ours16, plain16),
         "bfloat16 equal to float32": equal_rows(ours16, plain32),
@@ -69,21 +73,26 @@ def faults_of(measured: dict[str, float]) -> list[str]:
 
 
 @torch.inference_mode()
-def both_ids(name: str, dtype: str, beams: int, count: int, limit: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """New token ids int64 [count, limit]: ours and `generate`'s."""
-    config = ModelConfig(name=name, num_beams=beams, max_new_tokens=limit, dtype=dtype)
-    captioner: Any = load(resolve(config), batch_size=count)
-    if captioner.engine != "fast":
-        raise SystemExit(f"{name} is captioned by `generate` itself: nothing to compare")
-    pixels = captioner.prepare(scenes(count, captioner.ref.spec).to(captioner.device))
-    plain = open_model(captioner.ref.path, captioner.dtype, captioner.device, "eager")
-    with quiet():
-        output = plain.generate(
-            pixel_values=pixels, input_ids=captioner.start_rows(count), generation_config=captioner.settings
-        )
-        ours, _ = captioner.search(pixels)
-    reference, end = output.sequences[:, len(captioner.prefix) :].cpu(), captioner.settings.eos_token_id
-    return up_to_end(ours.cpu(), limit, end), up_to_end(reference, limit, end)
+def both_ids(
+    name: str, dtype: str, sizes: list[int], count: int, limit: int
+) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+    """New token ids int64 [count, limit] for each number of beams: ours and `generate`'s."""
+    ids, plain = {}, None
+    for beams in sizes:
+        config = ModelConfig(name=name, num_beams=beams, max_new_tokens=limit, dtype=dtype)
+        captioner: Any = load(resolve(config), batch_size=count)
+        if captioner.engine != "fast":
+            raise SystemExit(f"{name} is captioned by `generate` itself: nothing to compare")
+        plain = plain or open_model(captioner.ref.path, captioner.dtype, captioner.device, "eager")
+        pixels = captioner.prepare(scenes(count, captioner.ref.spec).to(captioner.device))
+        with quiet():
+            output = plain.generate(
+                pixel_values=pixels, input_ids=captioner.start_rows(count), generation_config=captioner.settings
+            )
+            ours, _ = captioner.search(pixels)
+        reference, end = output.sequences[:, len(captioner.prefix) :].cpu(), captioner.settings.eos_token_id
+        ids[beams] = up_to_end(ours.cpu(), limit, end), up_to_end(reference, limit, end)
+    return ids
 
 
 def scenes(count: int, spec: Any) -> torch.Tensor:

@@ -23,7 +23,7 @@ from captioner.store.verify import verify
 from captioner.testing import GATE_MARKER, make_folder
 from ray_jobs.follow import Follower
 
-DEADLINE_S = 120.0
+DEADLINE_S = 600.0
 PICTURES = 320
 
 

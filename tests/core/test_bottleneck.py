@@ -64,7 +64,7 @@ def test_nothing_measured_says_nothing() -> None:
 
 
 def test_so_many_reads_are_under_way_as_were_asked_for() -> None:
-    together = threading.Barrier(5, timeout=30)
+    together = threading.Barrier(5, timeout=120)
 
     def read() -> RawImage:
         together.wait()  # passes only if five reads are in it at once

@@ -170,7 +170,7 @@ spec.loader.exec_module(tests)
 config = tests.settings(Path({str(data)!r}), Path({str(out)!r}), Path({str(tiny)!r}), workers=1)
 job.run(config, RayTrainEngine(config, tests.signalling_loop(Path({str(killed)!r}), {str(out)!r}, os.getpid())))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=1200)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not (out / "model").exists()
 
