@@ -43,9 +43,12 @@ def missing_settings(settings: GenerationConfig) -> list[str]:
 class FastSearch:
     """Captions of images by one GIT model and one set of search settings, those of `generate`."""
 
-    def __init__(self, model: object, settings: GenerationConfig, prefix: list[int]) -> None:
-        """`model`: a GitForCausalLM in evaluation mode. `prefix`: the ids every caption starts from."""
-        self.network = open_network(model)
+    def __init__(
+        self, model: object, settings: GenerationConfig, prefix: list[int], network: GitNetwork | None = None
+    ) -> None:
+        """`model`: a GitForCausalLM in evaluation mode. `prefix`: the ids every caption starts from. `network`: over
+        the model, where not the fastest for its device is wanted."""
+        self.network = network or open_network(model)
         self.task = _task(settings, prefix, self.network.device)
         self.stepper = Stepper(self.network, self.task)
         self._count = UnfinishedCount(self.network.device)
