@@ -39,8 +39,8 @@ def test_searches_over_the_kernels_find_the_same_captions(num_beams, tiny) -> No
     captioner = load(resolve(ModelConfig(name=str(tiny), num_beams=num_beams, max_new_tokens=5)), device="cpu")
     plain = GitForCausalLM.from_pretrained(tiny).eval()  # the captioner's own layers are packed for the CPU
     pixels = captioner.normalise(torch.from_numpy(images))
-    expected_search = FastSearch(plain, captioner.settings, captioner.prefix, GitNetwork(plain))
-    search = FastSearch(plain, captioner.settings, captioner.prefix, TritonGitNetwork(plain))
+    expected_search = FastSearch(GitNetwork(plain), captioner.settings, captioner.prefix)
+    search = FastSearch(TritonGitNetwork(plain), captioner.settings, captioner.prefix)
     with torch.inference_mode():
         expected = expected_search(pixels)
         first, second = search(pixels), search(pixels)
