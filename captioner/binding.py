@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from captioner.config import CaptionConfig
+from captioner.devices import auto_dtype
 from captioner.errors import FingerprintError
 from captioner.models import ModelRef
 from captioner.store.table import CaptionsTable
@@ -26,10 +27,10 @@ def bind(
     """
     table = rebind(table)
     recorded = table.info["model"]
-    dtype = config.model.dtype
+    dtype: str = config.model.dtype
     if dtype == "auto":
         known = recorded and (not config.output.only or recorded["sha256"] == model.sha256)
-        dtype = recorded["dtype"] if known else ("bfloat16" if device() == "cuda" else "float32")
+        dtype = recorded["dtype"] if known else auto_dtype(device())
     model = replace(model, dtype=dtype)
     if recorded is None:
         return _bound(table, model.fingerprint, facts_of(model)), model

@@ -18,6 +18,7 @@ from dataclasses import replace
 from captioner.ahead import one_ahead
 from captioner.config import CaptionConfig
 from captioner.data import Captioner, Chunk, Receipt
+from captioner.devices import pick_device
 from captioner.errors import (
     OK,
     TooManyFailedError,
@@ -71,12 +72,10 @@ class ThisProcess:
     """The engine of `--local`, without Ray: one chunk is captioned while the next is decoded and the one after read."""
 
     def __init__(self, config: CaptionConfig) -> None:
-        self._batch_size = config.model.batch_size
+        self._model = config.model
 
     def device(self) -> str:
-        import torch
-
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return pick_device(self._model.device).type
 
     def slots(self) -> dict[str, float]:
         return {"decode": 1, "device": 1, "write": 1}
@@ -88,7 +87,7 @@ class ThisProcess:
             one_ahead(read(work, chunk) for chunk in chunks) as raws,
             one_ahead(decode(work, raw, decoder) for raw in raws) as decoded,
         ):
-            captioner: Captioner = load(work.model, batch_size=self._batch_size)
+            captioner: Captioner = load(work.model, work.device, self._model.batch_size)
             for rows in decoded:
                 yield commit(work, caption(work, captioner, rows, memory))
 

@@ -22,6 +22,7 @@ import pyarrow as pa
 from pyarrow.fs import LocalFileSystem
 
 from captioner.config import ClusterConfig, TrainConfig
+from captioner.devices import pick_device
 from captioner.errors import CaptionerError, ClusterError
 from captioner.models import ModelRef, weights_bytes
 from captioner.models.loading import SMALL_MODEL_BYTES
@@ -29,14 +30,19 @@ from captioner.training import job
 from captioner.training.job import Finishing, Outcome, TrainRun
 from captioner.training.record import RUN_FILE
 from ray_jobs.cluster import Resources, Sizes, connect, share_out
+from ray_jobs.devices import check_gpu_nodes, device_kind, worker_device
 from ray_jobs.shared import check_shared
 from ray_jobs.tables import map_tables
 
 if TYPE_CHECKING:
+    import torch
+
     from captioner.training.batches import Decode
     from captioner.training.evaluate import Feed
 
 MAX_FAILURES = 3
+# How workers exchange gradients on each kind of device; None: Ray's choice, which is NCCL wherever it reserves a GPU.
+BACKENDS = {"cpu": "gloo", "mps": "gloo", "cuda": None, "xpu": "xccl"}
 
 
 def run(config: TrainConfig) -> int:
@@ -49,14 +55,16 @@ class RayTrainEngine:
 
     def __init__(self, config: TrainConfig, loop: Callable[[dict[str, Any]], dict[str, Any]] | None = None) -> None:
         self._loop = loop or train_loop
-        self._cluster = ClusterConfig(**config.cluster.model_dump())
+        self._cluster, self._device = ClusterConfig(**config.cluster.model_dump()), config.model.device
         self._resources: Resources | None = None
 
     def num_workers(self) -> int:
         return self._sizes().num_workers
 
-    def has_gpus(self) -> bool:
-        return self._sizes().gpus_per_worker > 0
+    def device(self) -> str:
+        sizes = self._sizes()
+        assert self._resources is not None
+        return device_kind(self._resources, sizes, self._device)
 
     def map_tables(self, function: Callable[[pa.Table], pa.Table], tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
         import ray.exceptions
@@ -96,14 +104,14 @@ class RayTrainEngine:
         sizes = self._sizes()
         task = ray.remote(num_cpus=1, num_gpus=sizes.gpus_per_worker or None, max_retries=1)(_finish)
         try:
-            return ray.get(task.remote(checkpoint, finishing, self._threads(finishing.model)))
+            return ray.get(task.remote(checkpoint, finishing, self._device, self._threads(finishing.model)))
         except ray.exceptions.RayError as error:
             raise _cause_of(error) from error
 
     def _trainer(self, opened: TrainRun, board: Any) -> Any:
         import ray
         from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchTrainer
+        from ray.train.torch import TorchConfig, TorchTrainer
 
         from captioner.training.work import Training
 
@@ -115,6 +123,7 @@ class RayTrainEngine:
         return TorchTrainer(
             self._loop,
             train_loop_config={"work": ray.put(work), "board": board, "threads": self._threads(opened.model)},
+            torch_config=TorchConfig(backend=BACKENDS[self.device()]),
             scaling_config=ScalingConfig(
                 num_workers=sizes.num_workers, use_gpu=bool(sizes.gpus_per_worker), resources_per_worker=resources
             ),
@@ -138,7 +147,8 @@ class RayTrainEngine:
             # Threads that wait for each other must not spin: decoding shares the CPUs with training.
             os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
             self._resources = connect(self._cluster)
-        return share_out(self._resources, self._cluster)
+            check_gpu_nodes(self._device, share_out(self._resources, self._cluster, device=self._device))
+        return share_out(self._resources, self._cluster, device=self._device)
 
     def _threads(self, model: ModelRef) -> int:
         sizes = self._sizes()
@@ -165,7 +175,8 @@ def train_loop(config: dict[str, Any], kind: type[RayWorker] | None = None) -> d
     from captioner.training.loop import train_worker
 
     torch.set_num_threads(config["threads"])
-    work, worker = ray.get(config["work"]), (kind or RayWorker)(config["board"])
+    work = ray.get(config["work"])
+    worker = (kind or RayWorker)(config["board"], work.config.model.device)
     restored = ray.train.get_checkpoint()
     if restored is None:
         return train_worker(work, worker)
@@ -187,12 +198,11 @@ def _as_directory(checkpoint: Any) -> Iterator[Path]:
 class RayWorker:
     """A Ray Train worker, as `captioner.training.loop` sees it."""
 
-    def __init__(self, board: Any) -> None:
+    def __init__(self, board: Any, device: str) -> None:
         import ray.train
-        import ray.train.torch
 
         context = ray.train.get_context()
-        self.device = ray.train.torch.get_device()
+        self.device = _worker_device(device)
         self.rank, self.world_size, self._board = context.get_world_rank(), context.get_world_size(), board
 
     def feed(self, decode: Decode) -> Feed:
@@ -211,6 +221,17 @@ class RayWorker:
 
     def tell(self, progress: dict[str, Any]) -> None:
         self._board.tell.remote(progress)
+
+
+def _worker_device(name: str) -> torch.device:
+    """Ray Train shows each worker all GPUs of its node; which of them is the worker's own, Ray's `get_device` knows."""
+    import ray.train.torch
+
+    device = pick_device(worker_device(name))
+    if device.type == "cuda":
+        device = ray.train.torch.get_device()
+    os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)  # Ray names a CUDA device wherever it reserved a GPU
+    return device
 
 
 @contextmanager
@@ -243,14 +264,14 @@ def _board() -> Any:
     return ray.remote(num_cpus=0)(Board).remote()
 
 
-def _finish(checkpoint: Any, finishing: Finishing, num_threads: int) -> dict[str, Any]:
+def _finish(checkpoint: Any, finishing: Finishing, device: str, num_threads: int) -> dict[str, Any]:
     import torch
 
     from captioner.training.finish import finish
 
     torch.set_num_threads(num_threads)
     with _as_directory(checkpoint) as folder:
-        return finish(folder, finishing)
+        return finish(folder, finishing, pick_device(worker_device(device)))
 
 
 def _number(value: float | None) -> float:

@@ -18,7 +18,7 @@ HEAVY = ("ray", "torch", "transformers", "datasets", "evaluate")
 LAYERS = """
     errors
     text tiff
-    config data scenes stopping dedupe bottleneck ahead
+    config data devices scenes stopping dedupe bottleneck ahead
     files starter samples
     sources imaging models store
     scoring faults

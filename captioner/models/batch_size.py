@@ -33,7 +33,7 @@ class Batched(Protocol):
 
     @property
     def device_name(self) -> str:
-        """ "cpu", or a GPU's name and memory."""
+        """ "cpu", "mps", or a GPU's name and memory."""
         ...
 
     def try_batch(self, size: int) -> None:
@@ -47,8 +47,8 @@ class Batched(Protocol):
 
 def settle_batch_size(captioner: Batched, on_cpu: int, clock: Callable[[], float] = time.perf_counter) -> None:
     """Set `batch_size` to what is remembered for its model and device, or to what is found now; to `on_cpu` on a CPU,
-    which gains little from large batches."""
-    if captioner.device_name == "cpu":
+    which gains little from large batches, and on mps, where running out of memory is no torch.OutOfMemoryError."""
+    if captioner.device_name in ("cpu", "mps"):
         captioner.batch_size = on_cpu
         return
     key, file = f"{captioner.device_name}; {captioner.ref.fingerprint}", cache_dir() / "batch_sizes.json"

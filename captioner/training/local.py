@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from captioner.devices import pick_device
 from captioner.training.job import Finishing, Outcome, TrainRun
 
 if TYPE_CHECKING:
@@ -20,15 +21,16 @@ _METRICS = "metrics.json"
 
 
 class LocalEngine:
-    """The engine of one process. OUT must be a local directory; every checkpoint is kept."""
+    """The engine of one process. OUT must be a local directory; every checkpoint is kept. `device`: a --device."""
+
+    def __init__(self, device: str = "auto") -> None:
+        self._device = device
 
     def num_workers(self) -> int:
         return 1
 
-    def has_gpus(self) -> bool:
-        import torch
-
-        return torch.cuda.is_available()
+    def device(self) -> str:
+        return pick_device(self._device).type
 
     def map_tables(self, function: Callable[[pa.Table], pa.Table], tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
         return map(function, tables)
@@ -39,7 +41,7 @@ class LocalEngine:
 
         tables = opened.pairs.tables
         work = Training(opened.config, opened.model, opened.archives, opened.schedule, tables["train"], tables["eval"])
-        worker = LocalWorker(Path(opened.out.path("checkpoints")) / opened.name)
+        worker = LocalWorker(Path(opened.out.path("checkpoints")) / opened.name, self._device)
         ended = train_worker(work, worker, worker.latest())
         kept = [(folder, json.loads((folder / _METRICS).read_text())) for folder in worker.kept()]
         metric = f"eval_{opened.config.training.metric_for_best_model}"
@@ -49,7 +51,7 @@ class LocalEngine:
     def finish(self, checkpoint: Any, finishing: Finishing) -> dict[str, Any]:
         from captioner.training.finish import finish
 
-        return finish(checkpoint, finishing)
+        return finish(checkpoint, finishing, pick_device(self._device))
 
 
 class LocalWorker:
@@ -57,10 +59,8 @@ class LocalWorker:
 
     rank, world_size = 0, 1
 
-    def __init__(self, folder: Path) -> None:
-        import torch
-
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    def __init__(self, folder: Path, device: str = "auto") -> None:
+        self.device = pick_device(device)
         self.folder = folder
         self.told: list[dict[str, Any]] = []
 

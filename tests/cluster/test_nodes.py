@@ -24,7 +24,18 @@ def grown(head, tmp_path_factory: pytest.TempPathFactory) -> dict:
     root = tmp_path_factory.mktemp("grown")
     archive = make_folder(root / "archive", PICTURES, width=32)
     head.add_node(num_cpus=2)
-    job = head.submit("--", "caption", str(archive), str(root / "out"), "--model", "starter", "--num-workers", "1:3")
+    words = [
+        "caption",
+        str(archive),
+        str(root / "out"),
+        "--model",
+        "starter",
+        "--num-workers",
+        "1:3",
+        "--device",
+        "cpu",
+    ]
+    job = head.submit("--", *words)
     head.add_node(num_cpus=2)
     seen = {"metrics": {}, "workers": set(), "out": root / "out"}
     while job.poll() is None:
@@ -70,7 +81,7 @@ def test_a_running_job_is_counted_on_the_metrics_endpoint(grown: dict) -> None:
 
 
 def test_the_doctor_asks_every_node(head, tmp_path: Path) -> None:
-    job = head.submit("--", "doctor", "--model", "starter", "--out", str(tmp_path / "out"))
+    job = head.submit("--", "doctor", "--model", "starter", "--device", "cpu", "--out", str(tmp_path / "out"))
     log, _ = job.communicate()
 
     assert job.returncode == 0, log
