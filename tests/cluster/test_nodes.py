@@ -24,18 +24,8 @@ def grown(head, tmp_path_factory: pytest.TempPathFactory) -> dict:
     root = tmp_path_factory.mktemp("grown")
     archive = make_folder(root / "archive", PICTURES, width=32)
     head.add_node(num_cpus=2)
-    words = [
-        "caption",
-        str(archive),
-        str(root / "out"),
-        "--model",
-        "starter",
-        "--num-workers",
-        "1:3",
-        "--device",
-        "cpu",
-    ]
-    job = head.submit("--", *words)
+    words = ["caption", str(archive), str(root / "out"), "--model", "starter", "--device", "cpu"]
+    job = head.submit("--", *words, "--num-workers", "1:3")
     head.add_node(num_cpus=2)
     seen = {"metrics": {}, "workers": set(), "out": root / "out"}
     while job.poll() is None:
