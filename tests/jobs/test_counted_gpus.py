@@ -111,17 +111,20 @@ def test_workers_hold_the_gpus_that_were_asked_for_and_a_chunk_stays_whole(
 
 
 def failing_stage() -> type[CaptionStage]:
-    """A caption stage of which two calls at once meet an error in the same moment."""
+    """A caption stage of which the first two calls meet an error in the same moment. A later one waits for no other: an
+    actor whose call never ends keeps its CPU and its GPU after the run."""
 
     class FailingStage(CaptionStage):
         def __init__(self, *arguments: Any, **named: Any) -> None:
+            import itertools
             import threading
 
             super().__init__(*arguments, **named)
-            self.both = threading.Barrier(2)
+            self.both, self.calls = threading.Barrier(2), itertools.count()
 
         def _caption(self, decoded: ChunkRows) -> ChunkRows:
-            self.both.wait()
+            if next(self.calls) < 2:
+                self.both.wait()
             raise ModelError("model: gone")
 
     return FailingStage
