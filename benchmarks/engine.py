@@ -1,10 +1,13 @@
 """The search alone: pixels in, token ids out, ours and transformers' `generate` in turn.
 
     python -m benchmarks.engine --model DIR [--batch-size 8] [--rounds 3] [--threads 4] [--dtype float32]
+        [--whole]
 
 Both make exactly --new-tokens tokens for random pixels, from the same weights. Prints a line a round and, last, one
 JSON line of ratios of the fastest rounds: times of `generate` and of encoding (once a picture: vision tower, and keys
 and values of the image tokens) over ours. On a GPU also the rate of large matrix products, to hold the figures against.
+--whole adds what stands around the search: `captioner.caption` of two batches of uint8 images as a share of the
+search's rate, and the seconds that `--batch-size auto` takes where nothing is remembered.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -25,7 +29,7 @@ import torch
 from captioner.config import ModelConfig
 from captioner.models import load, resolve
 from captioner.models.git_fast import FastSearch
-from captioner.models.opening import open_model, quiet
+from captioner.models.pretrained import open_model, quiet
 
 
 def main() -> None:
@@ -44,6 +48,8 @@ def main() -> None:
     result["ids_equal"] = all(equal)
     if device.type == "cuda":
         result["matmul_teraflops"] = _matmul_rate(device, getattr(torch, dtype))
+    if options.whole:
+        result |= _caption_rate(options, dtype, result["greedy_images_per_second"]) | _automatic_size(options, dtype)
     print(json.dumps(result))
 
 
@@ -55,32 +61,38 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--whole", action="store_true", help="`captioner.caption` and --batch-size auto as well")
     return parser.parse_args()
 
 
 def _compare(options: argparse.Namespace, plain: Any, dtype: str, beams: int) -> tuple[dict[str, Any], bool]:
-    config = ModelConfig(name=options.model, num_beams=beams, max_new_tokens=options.new_tokens, dtype=dtype)
-    captioner: Any = load(resolve(config), batch_size=options.batch_size, num_threads=options.threads)
-    captioner.settings.min_new_tokens = options.new_tokens
-    ours = FastSearch.over(captioner.model, captioner.settings, captioner.prefix)
+    captioner: Any = load(_ref(options, dtype, beams), batch_size=options.batch_size, num_threads=options.threads)
+    # Without an end token both make every token; a minimum length would be a logits processor, which needs the host.
+    captioner.settings.eos_token_id = plain.generation_config.eos_token_id = None
+    ours = FastSearch(captioner.model, captioner.settings, captioner.prefix)
     spec = captioner.ref.spec
     shape = options.batch_size, spec.height, spec.width, 3
     with torch.inference_mode(), quiet():
         noise = torch.from_numpy(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
         pixels = captioner.normalise(noise.to(captioner.device))
-        state = ours.stepper.network.new_state(options.batch_size, 1, 1 + options.new_tokens)
+        state = ours.network.new_state(options.batch_size, 1, 1 + options.new_tokens)
         rows = captioner.start_rows(options.batch_size)
-        length = {"min_new_tokens": options.new_tokens, "max_new_tokens": options.new_tokens}
         runs: dict[str, Callable[[], Any]] = {
             "ours": lambda: ours(pixels).tokens,
             "generate": lambda: plain.generate(
-                pixel_values=pixels, input_ids=rows, num_beams=beams, do_sample=False, **length
+                pixel_values=pixels,
+                input_ids=rows,
+                num_beams=beams,
+                do_sample=False,
+                max_new_tokens=options.new_tokens,
             ),
-            "encode": lambda: ours.stepper.network.encode(pixels, state),
+            "encode": lambda: ours.network.encode(pixels, state),
         }
         seconds = _in_turn(runs, options.rounds, beams)
         same = torch.equal(runs["ours"](), runs["generate"]()[:, -options.new_tokens :])
-    return _figures("greedy" if beams == 1 else f"beam{beams}", seconds, options.batch_size), same
+    figures = _figures("greedy" if beams == 1 else f"beam{beams}", seconds, options.batch_size)
+    figures["encode_teraflops"] = round(options.batch_size * _encode_flop(plain.config) / seconds["encode"] / 1e12, 2)
+    return figures, same
 
 
 def _in_turn(runs: dict[str, Callable[[], Any]], rounds: int, beams: int) -> dict[str, float]:
@@ -102,7 +114,56 @@ def _figures(name: str, seconds: dict[str, float], batch_size: int) -> dict[str,
         f"{name}_vs_generate": round(seconds["generate"] / seconds["ours"], 3),
         f"{name}_vs_encode": round(seconds["encode"] / seconds["ours"], 3),
         f"{name}_images_per_second": round(batch_size / seconds["ours"], 2),
+        f"{name}_ms": round(seconds["ours"] * 1e3, 2),
+        "encode_ms": round(seconds["encode"] * 1e3, 2),
     }
+
+
+def _encode_flop(config: Any) -> float:
+    """Of the matrix products that encoding one image needs: the vision tower, and the text layers over its tokens, of
+    the last of which only keys and values are used."""
+    vision = config.vision_config
+    patches = (vision.image_size // vision.patch_size) ** 2
+
+    def layer(width: int, inner: int) -> float:
+        tokens = patches + 1
+        return 2 * tokens * (4 * width**2 + 2 * width * inner) + 4 * tokens**2 * width
+
+    embedding = 2 * patches * 3 * vision.patch_size**2 * vision.hidden_size
+    tower = vision.num_hidden_layers * layer(vision.hidden_size, vision.intermediate_size)
+    text = (config.num_hidden_layers - 1) * layer(config.hidden_size, config.intermediate_size)
+    return embedding + tower + text + 2 * (patches + 1) * 2 * config.hidden_size**2
+
+
+def _caption_rate(options: argparse.Namespace, dtype: str, search_rate: float) -> dict[str, float]:
+    """Two batches of uint8 images to captions, greedy: what a worker's call costs."""
+    captioner: Any = load(_ref(options, dtype, 1), batch_size=options.batch_size, num_threads=options.threads)
+    spec, count = captioner.ref.spec, 2 * options.batch_size
+    pixels = np.random.default_rng(1).integers(0, 256, (count, spec.height, spec.width, 3), dtype=np.uint8)
+    seconds = []
+    for _ in range(options.rounds + 2):
+        started = time.perf_counter()
+        captioner.caption(pixels)
+        seconds.append(time.perf_counter() - started)
+    rate = count / min(seconds[1:])
+    return {"caption_images_per_second": round(rate, 2), "caption_of_engine": round(rate / search_rate, 3)}
+
+
+def _automatic_size(options: argparse.Namespace, dtype: str) -> dict[str, float]:
+    """Seconds that finding a batch size adds to a start, and the size."""
+    seconds = {}
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["XDG_CACHE_HOME"] = folder  # where sizes are remembered
+        for size in (options.batch_size, "auto"):
+            started = time.perf_counter()
+            captioner: Any = load(_ref(options, dtype, 1), batch_size=size, num_threads=options.threads)
+            seconds[size] = time.perf_counter() - started
+    extra = seconds["auto"] - seconds[options.batch_size]
+    return {"batch_size_auto": captioner.batch_size, "batch_size_auto_seconds": round(extra, 1)}
+
+
+def _ref(options: argparse.Namespace, dtype: str, beams: int) -> Any:
+    return resolve(ModelConfig(name=options.model, num_beams=beams, max_new_tokens=options.new_tokens, dtype=dtype))
 
 
 def _matmul_rate(device: torch.device, dtype: torch.dtype, side: int = 8192, times: int = 20) -> float:

@@ -53,8 +53,8 @@ def _read(location: str, names: list[str], concurrency: int) -> float:
     """Pictures a second."""
     import pyarrow as pa
 
-    from captioner.sources.files import Root
     from captioner.sources.reading import read_rows, reads_at_once
+    from captioner.sources.root import Root
 
     count = len(names)
     rows = pa.table({"image_id": names, "file": [name.encode() for name in names]})

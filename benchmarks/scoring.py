@@ -32,7 +32,7 @@ ROWS_PER_PART, ROWS_PER_CHUNK = 50_000, 500
 
 def make_table(out: str, count: int) -> None:
     """A published table of `count` captioned rows; nearly all captions differ."""
-    from captioner.scenes import COLOURS, SHAPES
+    from captioner.starter.scenes import COLOURS, SHAPES
     from captioner.store.table import captions_name, create_table, plan_folder, published_name
 
     table = create_table(out, {"path": "/nowhere"}, [])
@@ -87,8 +87,8 @@ def measure(out: str, sample: str) -> dict[str, float]:
     """Check one table in this process."""
     import psutil
 
-    from captioner import quality
     from captioner.config import CheckConfig
+    from captioner.run import quality
     from captioner.store.table import open_table
 
     stop, peak, process = threading.Event(), [0], psutil.Process()

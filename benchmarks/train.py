@@ -45,16 +45,16 @@ PRECISIONS = ("float32", "bf16", "fp16")
 
 def ours(args: argparse.Namespace) -> dict:
     """What a worker does for a step, decoding included."""
-    from captioner.ahead import one_ahead
     from captioner.config import ModelConfig, TrainDataConfig, TrainModelConfig
     from captioner.models import resolve
+    from captioner.run.prefetch import one_ahead
     from captioner.training.archives import list_pairs, open_archives
-    from captioner.training.batches import Decode, Upload
+    from captioner.training.collate import Decode, Upload
     from captioner.training.loop import make_collate
     from captioner.training.loss import CaptionLoss
-    from captioner.training.network import open_trainable
     from captioner.training.order import GlobalOrder, Share
     from captioner.training.pairs import Examine, make_pairs
+    from captioner.training.trainable import open_trainable
 
     ref, config = resolve(ModelConfig(name=args.model)), TrainDataConfig(path=args.data, max_failed=1.0)
     archives = open_archives(config)

@@ -37,7 +37,7 @@ class Settings(BaseModel):
 
 
 class SourceConfig(Settings):
-    """Which pictures."""
+    """Which images."""
 
     path: str = Field(
         "",
@@ -48,15 +48,15 @@ class SourceConfig(Settings):
     exclude: list[str] = Field([], description="No image id that matches one of these globs.")
     split: str = Field("train", description="Split of a Hugging Face dataset.")
     image_column: str | None = Field(None, description="Column with bytes, struct{bytes,path}, path or uri.")
-    id_column: str | None = Field(None, description="Column with a unique id for each picture.")
+    id_column: str | None = Field(None, description="Column with a unique id for each image.")
     reference_column: str | None = Field(None, description="Column with known captions (text or list of text).")
     keep_columns: CommaList = Field([], description="Source columns to carry into the table, comma-separated.")
-    limit: int | None = Field(None, ge=1, description="Plan only the first N pictures.")
-    pages: Literal["first", "all"] = Field("first", description="Of a TIFF: its first page, or each page a picture.")
+    limit: int | None = Field(None, ge=1, description="Plan only the first N images.")
+    pages: Literal["first", "all"] = Field("first", description="Of a TIFF: its first page, or each page an image.")
     max_pixels: int = Field(
         300_000_000, ge=1, description="Pictures that are larger even when read reduced fail as too_many_pixels."
     )
-    decode_timeout: float = Field(60.0, gt=0, description="Seconds; a picture that takes longer fails as timeout.")
+    decode_timeout: float = Field(60.0, gt=0, description="Seconds; an image that takes longer fails as timeout.")
 
 
 def _device_field() -> Any:
@@ -94,7 +94,7 @@ class ClusterConfig(Settings):
     gpus_per_worker: float | None = Field(
         None, ge=0, description="GPUs of each worker; default 1 where there are GPUs, 0 with --device cpu."
     )
-    decode_cpus: AutoInt = Field("auto", description="CPUs that read and decode pictures.")
+    decode_cpus: AutoInt = Field("auto", description="CPUs that read and decode images.")
     read_concurrency: int = Field(32, ge=1, description="Reads that each of them has under way at once.")
 
 
@@ -108,15 +108,15 @@ class OutputConfig(Settings):
     )
     plan_only: bool = Field(False, description="List the source into OUT/plan and stop. Needs no model.")
     overwrite: bool = Field(False, description="Discard what OUT holds and start again.")
-    retry_failed: bool = Field(False, description="Caption the failed pictures again; new rows supersede old ones.")
-    extend: bool = Field(False, description="Add the pictures that are new in the source.")
+    retry_failed: bool = Field(False, description="Caption the failed images again; new rows supersede old ones.")
+    extend: bool = Field(False, description="Add the images that are new in the source.")
     only: str | None = Field(
         None,
         description="Caption weak rows again, with another model too: flags, flag:NAME, logprob<10%, rejected, expert "
         "or failed, joined by 'or'.",
     )
-    max_failed: float = Field(1.0, ge=0, le=1, description="Exit 2 when a larger share of the pictures failed.")
-    no_dedupe: bool = Field(False, description="Caption every picture, byte-equal ones too.")
+    max_failed: float = Field(1.0, ge=0, le=1, description="Exit 2 when a larger share of the images failed.")
+    no_dedupe: bool = Field(False, description="Caption every image, byte-equal ones too.")
     rows_per_file: int = Field(50_000, ge=1, description="About how many rows each published file holds.")
 
 
@@ -196,14 +196,14 @@ class ExportConfig(Settings):
     )
     update: bool = Field(False, description="Refresh an earlier export at DEST.")
     dry_run: bool = Field(False, description="Say what would be exported and write nothing; html shows the diff.")
-    beside_originals: bool = Field(False, description="xmp, txt: write beside the pictures themselves.")
+    beside_originals: bool = Field(False, description="xmp, txt: write beside the images themselves.")
     existing: Literal["skip", "overwrite", "append"] = Field(
         "skip", description="txt: what to do where a .txt file is there."
     )
     columns: CommaList = Field([], description="csv: NAME=FIELD for each column, comma-separated.")
     preset: Literal["wordpress", "wagtail"] | None = Field(None, description="csv: the columns of a publishing system.")
     html_dir: str | None = Field(None, description="html: folder of the pages to fill; they are not changed.")
-    embed: bool = Field(False, description="xmp: into copies of the pictures, by ExifTool, instead of sidecars.")
+    embed: bool = Field(False, description="xmp: into copies of the images, by ExifTool, instead of sidecars.")
     allow_c2pa: bool = Field(False, description="--embed: also where it breaks a C2PA signature.")
 
 
@@ -214,7 +214,7 @@ class ExportTextsConfig(Settings):
 
 
 class TrainDataConfig(Settings):
-    """Pairs of pictures and captions, and how they are shared out."""
+    """Pairs of images and captions, and how they are shared out."""
 
     path: str = Field(
         "",
@@ -223,19 +223,19 @@ class TrainDataConfig(Settings):
     )
     split: str = Field("train", description="Split of a Hugging Face dataset.")
     image_column: str | None = Field(None, description="Column with bytes, struct{bytes,path}, path or uri.")
-    id_column: str | None = Field(None, description="Column with a unique id for each picture.")
+    id_column: str | None = Field(None, description="Column with a unique id for each image.")
     reference_column: str | None = Field(None, description="Column with the captions (text or list of text).")
-    limit: int | None = Field(None, ge=1, description="Take only the first N pictures.")
-    max_pixels: int = Field(300_000_000, ge=1, description="Larger pictures are left out.")
-    max_failed: float = Field(0.1, ge=0, le=1, description="Stop when a larger share of the pictures is unusable.")
+    limit: int | None = Field(None, ge=1, description="Take only the first N images.")
+    max_pixels: int = Field(300_000_000, ge=1, description="Larger images are left out.")
+    max_failed: float = Field(0.1, ge=0, le=1, description="Stop when a larger share of the images is unusable.")
     caption_choice: Literal["random", "first", "all"] = Field(
         "random", description="Of several captions: one drawn each epoch, the first, or each one as a pair."
     )
-    eval_fraction: float = Field(0.1, ge=0, lt=1, description="Share of the pictures kept for evaluation.")
+    eval_fraction: float = Field(0.1, ge=0, lt=1, description="Share of the images kept for evaluation.")
     eval_data: str | None = Field(None, description="Evaluate on these pairs instead.")
     test_fraction: float = Field(0.0, ge=0, lt=1, description="Share kept for one test after selection.")
     test_data: str | None = Field(None, description="Test on these pairs instead.")
-    max_eval_samples: int | None = Field(None, ge=1, description="Evaluate on at most N pictures.")
+    max_eval_samples: int | None = Field(None, ge=1, description="Evaluate on at most N images.")
 
 
 class TrainModelConfig(Settings):
@@ -264,7 +264,7 @@ class TrainClusterConfig(Settings):
 class TrainingConfig(Settings):
     """How to train; names and meanings are those of transformers' TrainingArguments."""
 
-    num_train_epochs: float = Field(3.0, gt=0, description="Passes over the training pictures.")
+    num_train_epochs: float = Field(3.0, gt=0, description="Passes over the training images.")
     max_steps: int | None = Field(None, ge=1, description="Optimiser steps, instead of epochs.")
     learning_rate: float = Field(5e-5, gt=0, description="Highest learning rate.")
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial"] = Field(

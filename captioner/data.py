@@ -3,7 +3,7 @@
     Chunk --read--> RawImage --decode--> ImageBatch --caption--> rows of CAPTIONS_SCHEMA --commit--> Receipt
 
 Between stages travel Arrow tables and uint8 pixels of the model's own input size, or of the largest that its image
-processor would make use of: never full pictures, never floats.
+processor would make use of: never full images, never floats.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import pyarrow as pa
 
 STATUS_OK, STATUS_FAILED = "ok", "failed"
 
-# The closed list of reasons why a picture has no caption.
+# The closed list of reasons why an image has no caption.
 ERROR_CODES = (
     "not_found",
     "permission",
@@ -33,7 +33,7 @@ ERROR_CODES = (
     "generate_error",
 )
 
-# What the frozen plan keeps of each picture: enough to read it again without listing the source.
+# What the frozen plan keeps of each image: enough to read it again without listing the source.
 PLAN_SCHEMA = pa.schema(
     [
         pa.field("image_id", pa.string(), nullable=False),
@@ -107,9 +107,9 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """A batch of a source's listing: planned pictures, and what was passed over.
+    """A batch of a source's listing: planned images, and what was passed over.
 
-    `rows`: PLAN_SCHEMA plus the source's kept columns. `ignored`: names of the files that are no pictures by their
+    `rows`: PLAN_SCHEMA plus the source's kept columns. `ignored`: names of the files that are no images by their
     name (documents, hidden files).
     """
 
@@ -119,7 +119,7 @@ class Listing:
 
 @dataclass(frozen=True, slots=True)
 class RawImage:
-    """One planned picture as its source gives it: the file's bytes, or the reason why there are none."""
+    """One planned image as its source gives it: the file's bytes, or the reason why there are none."""
 
     image_id: str
     uri: str
@@ -128,16 +128,16 @@ class RawImage:
     error_message: str = ""
 
 
-# Pictures as a model takes them: uint8 [N, height, width, 3]; or, of a model that takes them in their own sizes, an
+# Images as a model takes them: uint8 [N, height, width, 3]; or, of a model that takes them in their own sizes, an
 # object array [N] of uint8 [height, width, 3].
 Pixels = npt.NDArray[np.uint8] | npt.NDArray[np.object_]
 
 
-def object_array(pictures: Sequence[npt.NDArray[np.uint8]]) -> npt.NDArray[np.object_]:
-    """Pictures of any sizes as one array [N], which numpy would stack where their sizes are equal."""
-    array = np.empty(len(pictures), object)
-    for place, picture in enumerate(pictures):
-        array[place] = picture
+def object_array(images: Sequence[npt.NDArray[np.uint8]]) -> npt.NDArray[np.object_]:
+    """Images of any sizes as one array [N], which numpy would stack where their sizes are equal."""
+    array = np.empty(len(images), object)
+    for place, image in enumerate(images):
+        array[place] = image
     return array
 
 
@@ -150,12 +150,12 @@ class PixelSpec:
         "shortest_edge"  the shorter side to `shortest_edge`
         "inside"         as large as fits into `resized`; padded at the right and below with the colour `fill`
         "none"           not at all
-    Models whose own image processor does more take pictures in their own sizes, and only those too large to be worth
+    Models whose own image processor does more take images in their own sizes, and only those too large to be worth
     carrying are made smaller first, the sides rounded to multiples of `multiple`:
         "own_edge"       so that the longer side is `limit` pixels
         "own_area"       so that there are at most `limit` pixels
 
-    `height`, `width`: of the "own_..." kinds the largest a picture is likely to be. `mean`, `std`: for values scaled to
+    `height`, `width`: of the "own_..." kinds the largest an image is likely to be. `mean`, `std`: for values scaled to
     0..1, applied on the device. `preprocess`: "processor" gives the pixels of the model's own image processor, to the
     bit; "fast" takes shorter ways to nearly the same ones.
     """
@@ -175,20 +175,20 @@ class PixelSpec:
 
     @property
     def own_sizes(self) -> bool:
-        """Whether pictures travel in sizes of their own, for the model's own image processor."""
+        """Whether images travel in sizes of their own, for the model's own image processor."""
         return self.resize in ("own_edge", "own_area")
 
     @property
     def max_bytes(self) -> int:
-        """Of the pixels of one picture."""
+        """Of the pixels of one image."""
         return 3 * self.height * self.width
 
 
 @dataclass(frozen=True, slots=True)
 class DecodedImage:
-    """One picture ready for the model, or the reason why not (`error_code`; "" = fine).
+    """One image ready for the model, or the reason why not (`error_code`; "" = fine).
 
-    `pixels`: uint8 [height, width, 3] as the PixelSpec says, `None` on failure. `width`, `height`: of the picture
+    `pixels`: uint8 [height, width, 3] as the PixelSpec says, `None` on failure. `width`, `height`: of the image
     as a person sees it (EXIF orientation applied), 0 where unknown. `descriptions`: what people wrote about it in the
     file, where that was asked for.
     """
@@ -204,10 +204,10 @@ class DecodedImage:
 
 @dataclass(frozen=True, slots=True)
 class ImageBatch:
-    """Decoded pictures of one chunk, in chunk order.
+    """Decoded images of one chunk, in chunk order.
 
     `rows`: Arrow table [N] with the columns of CAPTIONS_SCHEMA known before captioning (and the kept columns).
-    `pixels`: of N pictures; zeros, or of own sizes a single black pixel, where `error_code` is set.
+    `pixels`: of N images; zeros, or of own sizes a single black pixel, where `error_code` is set.
     """
 
     rows: pa.Table
@@ -216,7 +216,7 @@ class ImageBatch:
 
 @dataclass(frozen=True, slots=True)
 class Captions:
-    """What a model says about N pictures, in order.
+    """What a model says about N images, in order.
 
     `num_tokens`: generated tokens, the end token included. `logprob_mean`: mean natural-log probability of
     those tokens; NaN where there are none. `finished`: the end token was reached within the limit.
@@ -232,12 +232,12 @@ class Captioner(Protocol):
     """Anything that turns pixels into captions: a model of `captioner.models`, or the fake of `captioner.testing`."""
 
     def caption(self, pixels: Pixels) -> Captions:
-        """Caption N >= 1 pictures."""
+        """Caption N >= 1 images."""
         ...
 
 
 class Source(Protocol):
-    """An archive of pictures. Cheap to make and picklable: every worker opens its own.
+    """An archive of images. Cheap to make and picklable: every worker opens its own.
 
     Listing is cut into independent `units` so that it runs in parallel and resumes; their order, and the
     order of the rows in each, is the same at every listing of an unchanged archive.
@@ -257,12 +257,12 @@ class Source(Protocol):
         ...
 
     def list_unit(self, unit: str) -> Iterator[Listing]:
-        """The pictures of one piece, in batches of a few thousand. Never opens a picture; with --pages all it reads
+        """The images of one piece, in batches of a few thousand. Never opens an image; with --pages all it reads
         the directories of TIFFs, to count their pages."""
         ...
 
     def read(self, rows: pa.Table) -> list[RawImage]:
-        """One RawImage for each planned row (a slice of the plan), in order. A picture that cannot be read is a
+        """One RawImage for each planned row (a slice of the plan), in order. An image that cannot be read is a
         RawImage with an error code.
 
         Raises SourceError where the archive as a whole has a fault (root gone, credentials expired): such
@@ -283,7 +283,7 @@ class Receipt:
     decode_seconds: float = 0.0
     generate_seconds: float = 0.0
     commit_seconds: float = 0.0
-    num_duplicates: int = 0  # rows that took the caption of a byte-equal picture
+    num_duplicates: int = 0  # rows that took the caption of a byte-equal image
     engine: str = ""  # "fast" or "generic", of a model
     device: str = ""  # "cpu", "mps", or a GPU's name and memory
     scored: Sequence[Sequence[int]] = ()  # (edits, words) of each row that was spot-checked

@@ -26,9 +26,7 @@ def pick_device(name: str = "auto", has_gpu: bool | None = None, node: str = "")
     the accelerator that torch can use; with a reserved GPU it is never the CPU. `node`: what errors call this machine.
     Raises ModelError where the device, or the GPU that was reserved, cannot be used.
     """
-    # Threads that wait for each other must not spin: where other work shares the CPUs, decoding for one, spinning
-    # made captioning up to a hundred times slower. Read when torch is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    set_wait_policy()
     import torch
 
     if name == "auto":
@@ -46,6 +44,12 @@ def pick_device(name: str = "auto", has_gpu: bool | None = None, node: str = "")
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise _unusable(name, f"torch {torch.__version__}: {reason}", node) from None
     return device
+
+
+def set_wait_policy() -> None:
+    """Let torch's threads sleep while they wait for each other; to be called before torch is imported, which reads it.
+    Where other work shares the CPUs, decoding for one, spinning made captioning up to a hundred times slower."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def check_build(name: str, node: str = "") -> None:

@@ -9,13 +9,13 @@
     |   +-- VerificationError      rows lost or doubled: the promise of the table does not hold
     +-- ClusterError               Ray: not reachable, or without the resources asked for
     +-- TrainingError              training cannot go on: a loss that is no number
-    +-- TooManyFailedError         exit 2: the table is whole, but too many pictures failed
+    +-- TooManyFailedError         exit 2: the table is whole, but too many images failed
     +-- CheckFailedError           exit 2: the table is whole, but its captions are worse than --max-wer or --min-lift
     |   +-- StoppedEarlyError      exit 2: the run was stopped (--stop-early): its captions cannot pass --max-wer
     +-- InterruptedRunError        exit 130: Ctrl-C; committed work stays
         +-- TerminatedRunError     exit 143: SIGTERM; committed work stays
 
-A bad picture is a row and never an exception: see `captioner.data.ERROR_CODES`. Every error here is one line that
+A bad image is a row and never an exception: see `captioner.data.ERROR_CODES`. Every error here is one line that
 says what, which value, and the way out; it is made from that line alone, so it survives pickling between processes.
 """
 
@@ -28,10 +28,10 @@ INTERRUPTED = 130
 TERMINATED = 143
 
 EXIT_CODES = {
-    OK: "every planned picture has its row",
+    OK: "every planned image has its row",
     ERROR: "the run could not start or go on; the message says why; the same command resumes",
     TOO_MANY_FAILED: (
-        "more pictures failed than --max-failed allows, not one is ok, or captions fail --max-wer or --min-lift"
+        "more images failed than --max-failed allows, not one is ok, or captions fail --max-wer or --min-lift"
     ),
     INTERRUPTED: "stopped by Ctrl-C; the same command resumes",
     TERMINATED: "stopped by SIGTERM; the same command resumes",
@@ -49,7 +49,7 @@ class UsageError(CaptionerError):
 
 
 class SourceError(CaptionerError):
-    """The archive as a whole cannot be listed or read. Never a single picture."""
+    """The archive as a whole cannot be listed or read. Never a single image."""
 
 
 class ModelError(CaptionerError):
@@ -65,7 +65,7 @@ class FingerprintError(OutputError):
 
 
 class VerificationError(OutputError):
-    """The table does not hold exactly one current row for each planned picture."""
+    """The table does not hold exactly one current row for each planned image."""
 
 
 class ClusterError(CaptionerError):
@@ -77,7 +77,7 @@ class TrainingError(CaptionerError):
 
 
 class TooManyFailedError(CaptionerError):
-    """The table is complete, but its share of failed pictures is above the limit."""
+    """The table is complete, but its share of failed images is above the limit."""
 
     exit_code = TOO_MANY_FAILED
 

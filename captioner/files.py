@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from functools import lru_cache
+from pathlib import Path
 from urllib.parse import quote, unquote
 
 import pyarrow as pa
@@ -60,3 +61,8 @@ def _open_with_fsspec(uri: str) -> tuple[FileSystem, str]:
     except (ImportError, ValueError) as error:
         raise UsageError(f"{uri}: no filesystem opens it: {' '.join(str(error).split())}") from None
     return PyFileSystem(FSSpecHandler(filesystem)), path
+
+
+def cache_dir() -> Path:
+    """$XDG_CACHE_HOME/captioner, else ~/.cache/captioner. Not created here."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "captioner"

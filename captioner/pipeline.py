@@ -15,8 +15,10 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 
-from captioner.ahead import one_ahead
 from captioner.config import CaptionConfig
+from captioner.console.progress import Progress
+from captioner.console.stopping import say, stoppable
+from captioner.console.summary import print_summary
 from captioner.data import Captioner, Chunk, Receipt
 from captioner.devices import pick_device
 from captioner.errors import (
@@ -25,18 +27,15 @@ from captioner.errors import (
     VerificationError,
 )
 from captioner.files import shown
-from captioner.job import Engine, Job, open_job
 from captioner.models import load
-from captioner.progress import Progress
-from captioner.quality import ROWS_AT_THE_END, SpotCheck, check, report
-from captioner.record import Tally, make_record, recorded, write_record
-from captioner.scoring.gates import enforce
+from captioner.run.job import Engine, Job, open_job
+from captioner.run.prefetch import one_ahead
+from captioner.run.quality import ROWS_AT_THE_END, SpotCheck, check, enforce, report
+from captioner.run.record import Tally, make_record, recorded, write_record
 from captioner.steps import Work, caption, commit, decode, read
-from captioner.stopping import say, stoppable
 from captioner.store.lock import sole_writer
 from captioner.store.publish import publish
 from captioner.store.verify import count_rows
-from captioner.summary import print_summary
 
 
 def run(config: CaptionConfig, engine: Engine | None = None) -> int:
@@ -54,7 +53,6 @@ def run(config: CaptionConfig, engine: Engine | None = None) -> int:
                 chunks = job.missing_chunks(plan)
                 already = tally.skip(plan, chunks)
                 if chunks:
-                    job.finish_model_check()
                     work = replace(job.work, sample=spot_check.draw(job.table))
                     write_record(job, make_record(job, "running", tally))
                     with Progress(total=plan.num_rows, already=already) as progress:
@@ -73,6 +71,9 @@ class ThisProcess:
 
     def __init__(self, config: CaptionConfig) -> None:
         self._model = config.model
+
+    def start(self) -> None:
+        """Nothing is started before the first chunk."""
 
     def device(self) -> str:
         return pick_device(self._model.device).type
@@ -97,7 +98,7 @@ def close_job(job: Job, tally: Tally) -> int:
     counts = count_rows(job.table)
     if counts.remaining:
         raise VerificationError(
-            f"{shown(job.config.output.path)}: {counts.remaining:,} of {counts.planned:,} pictures have no row; "
+            f"{shown(job.config.output.path)}: {counts.remaining:,} of {counts.planned:,} images have no row; "
             "run `captioner verify` on it"
         )
     record = make_record(job, "finished", tally, counts)
@@ -106,12 +107,12 @@ def close_job(job: Job, tally: Tally) -> int:
     write_record(job, record)
     record["report"] = report(job.table)
     if not tally.num_rows:
-        say(f"nothing to do: every planned picture has its row in {shown(job.config.output.path)}")
+        say(f"nothing to do: every planned image has its row in {shown(job.config.output.path)}")
     print_summary(record, sys.stderr)
     limit = job.config.output.max_failed
     if not counts.ok or counts.failed / counts.planned > limit:
         raise TooManyFailedError(
-            f"{counts.failed:,} of {counts.planned:,} pictures failed (--max-failed {limit:g}); the table is complete, "
+            f"{counts.failed:,} of {counts.planned:,} images failed (--max-failed {limit:g}); the table is complete, "
             "the reasons are in its error_code column, --retry-failed does them again"
         )
     enforce(found.scores, job.config.check)

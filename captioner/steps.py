@@ -24,15 +24,15 @@ from captioner.data import (
     Receipt,
     Source,
 )
-from captioner.dedupe import CaptionMemory, find_copies
-from captioner.imaging.guarded import GuardedDecoder
+from captioner.imaging.sandbox.decoder import GuardedDecoder
 from captioner.models import ModelRef
+from captioner.run.dedupe import CaptionMemory, find_copies
 from captioner.scoring.flags import caption_flags
-from captioner.scoring.running import Sample, score_sampled
+from captioner.scoring.running_wer import Sample, score_sampled
 from captioner.sources.copies import KNOWN_SHA256
 from captioner.sources.reading import reads_at_once
-from captioner.store.commit import commit_chunk
 from captioner.store.plan import read_planned
+from captioner.store.publish import commit_chunk
 from captioner.store.table import CaptionsTable
 
 
@@ -48,15 +48,15 @@ class Work:
     decode_timeout: float
     sample: Sample = field(default_factory=dict)  # the rows to spot-check
     read_concurrency: int = 32
-    dedupe: bool = True  # byte-equal pictures are captioned once
+    dedupe: bool = True  # byte-equal images are captioned once
     device: str = "auto"  # what captions (see `captioner.devices`)
 
     def new_memory(self) -> CaptionMemory[Caption] | None:
-        """What a worker remembers of the captions it made; None where every picture is captioned."""
+        """What a worker remembers of the captions it made; None where every image is captioned."""
         return CaptionMemory() if self.dedupe else None
 
     def decoder(self) -> GuardedDecoder:
-        """A decoder of this run's pictures, in a child process that is not started yet."""
+        """A decoder of this run's images, in a child process that is not started yet."""
         return GuardedDecoder(self.model.spec, self.max_pixels, self.decode_timeout)
 
 
@@ -74,7 +74,7 @@ class ReadChunk:
 class ChunkRows:
     """A chunk on its way through the steps: its rows so far, the pixels until it is captioned, and seconds spent.
 
-    `engine`, `device`: what captioned it (see `captioner.models.base`); "" before.
+    `engine`: what captioned it (see `captioner.models.base`); "" before.
     """
 
     chunk: Chunk
@@ -82,11 +82,10 @@ class ChunkRows:
     pixels: Pixels | None
     seconds: dict[str, float]
     engine: str = ""
-    device: str = ""
 
 
 def read(work: Work, chunk: Chunk) -> ReadChunk:
-    """The chunk's pictures as files' bytes, or reasons. Raises SourceError where the archive as a whole has a fault."""
+    """The chunk's images as files' bytes, or reasons. Raises SourceError where the archive as a whole has a fault."""
     started = time.perf_counter()
     with reads_at_once(work.read_concurrency):
         planned = read_planned(work.table, chunk)
@@ -97,7 +96,7 @@ def read(work: Work, chunk: Chunk) -> ReadChunk:
 
 
 def decode(work: Work, read: ReadChunk, decoder: GuardedDecoder) -> ChunkRows:
-    """The pictures as rows, and as pixels as the model wants them. Bad pictures have an `error_code`."""
+    """The images as rows, and as pixels as the model wants them. Bad images have an `error_code`."""
     from captioner.imaging import decode_images
 
     started = time.perf_counter()
@@ -111,7 +110,7 @@ def decode(work: Work, read: ReadChunk, decoder: GuardedDecoder) -> ChunkRows:
 def caption(
     work: Work, captioner: Captioner, decoded: ChunkRows, memory: CaptionMemory[Caption] | None = None
 ) -> ChunkRows:
-    """The chunk's rows of the captions table. With a `memory`, byte-equal pictures are captioned once."""
+    """The chunk's rows of the captions table. With a `memory`, byte-equal images are captioned once."""
     started = time.perf_counter()
     assert decoded.pixels is not None
     codes, messages = decoded.rows["error_code"].to_pylist(), decoded.rows["error_message"].to_pylist()
@@ -135,8 +134,7 @@ def caption(
     originals |= {place: image_id for place, (image_id, _) in copies.known.items() if image_id != ids[place]}
     rows = _finished_rows(work, decoded, codes, messages, written, originals)
     seconds = decoded.seconds | {"generate": time.perf_counter() - started}
-    engine, device = getattr(captioner, "engine", "generic"), getattr(captioner, "device_name", "cpu")
-    return ChunkRows(decoded.chunk, rows, None, seconds, engine, device)
+    return ChunkRows(decoded.chunk, rows, None, seconds, getattr(captioner, "engine", "generic"))
 
 
 def commit(work: Work, captioned: ChunkRows) -> Receipt:
@@ -157,7 +155,6 @@ def commit(work: Work, captioned: ChunkRows) -> Receipt:
         commit_seconds=time.perf_counter() - started,
         num_duplicates=captioned.chunk.num_rows - captioned.rows["duplicate_of"].null_count,
         engine=captioned.engine,
-        device=captioned.device,
         scored=score_sampled(work.sample, _column_of(captioned, "image_id"), _column_of(captioned, "caption")),
     )
 
@@ -176,8 +173,8 @@ class Caption:
 
 
 def caption_or_reasons(captioner: Captioner, pixels: Pixels) -> list[Caption | str]:
-    """A caption for each picture, or why the model could not. What fails together is tried again in halves, so that
-    one picture takes no neighbour with it."""
+    """A caption for each image, or why the model could not. What fails together is tried again in halves, so that
+    one image takes no neighbour with it."""
     if not len(pixels):
         return []
     try:

@@ -23,7 +23,7 @@ from typing import Any
 import pyarrow.parquet as pq
 from PIL import Image, ImageDraw, ImageFont
 
-from captioner.scenes import make_scenes
+from captioner.starter.scenes import make_scenes
 
 DOCS = Path(__file__).absolute().parent
 COLUMNS, ROWS, SIDE, TEXT = 4, 2, 240, 74

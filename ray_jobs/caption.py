@@ -20,7 +20,7 @@ from captioner.data import Chunk, Receipt
 from captioner.models import is_small
 from captioner.steps import Work
 from captioner.store.table import TABLE_FILE
-from ray_jobs.cluster import Resources, Sizes, connect, share_out
+from ray_jobs.cluster import Connection, Sizes, share_out
 from ray_jobs.devices import cause_of, check_gpu_nodes, device_kind
 from ray_jobs.metrics import DriverMetrics
 from ray_jobs.shared import check_shared
@@ -44,11 +44,15 @@ class RayEngine:
 
     def __init__(self, config: CaptionConfig) -> None:
         self._config = config
-        self._resources: Resources | None = None
+        self._connection = Connection(config.cluster)
         self._sizes: Sizes | None = None
 
+    def start(self) -> None:
+        """Connect while the images are listed."""
+        self._connection.start()
+
     def device(self) -> str:
-        return device_kind(self._connected(), self._share_out(), self._config.model.device)
+        return device_kind(self._connection.resources(), self._share_out(), self._config.model.device)
 
     def slots(self) -> dict[str, float]:
         sizes = self._sizes or self._share_out()
@@ -66,12 +70,8 @@ class RayEngine:
                 yield receipt
 
     def _share_out(self, one_thread: bool = False) -> Sizes:
-        return share_out(self._connected(), self._config.cluster, one_thread, device=self._config.model.device)
-
-    def _connected(self) -> Resources:
-        if self._resources is None:
-            self._resources = connect(self._config.cluster)
-        return self._resources
+        resources, config = self._connection.resources(), self._config
+        return share_out(resources, config.cluster, one_thread, device=config.model.device)
 
 
 def make_dataset(work: Work, chunks: list[Chunk], sizes: Sizes, batch_size: AutoInt) -> Dataset:
@@ -134,16 +134,11 @@ def _configure_ray_data(work: Work) -> None:
 
 def no_progress_timeout(decode_timeout: float) -> float:
     """Seconds without a block from any stage after which a run is taken for stalled: more than a chunk of which every
-    picture hangs takes (see `captioner.imaging.guarded`)."""
+    picture hangs takes (see `captioner.imaging.sandbox.decoder`)."""
     return max(900.0, 20 * decode_timeout)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """The same arguments as `captioner caption`; ends the process with its exit code."""
-    from ray_jobs.cli import main as command
+if __name__ == "__main__":  # the same arguments and exit code as `captioner caption`
+    from ray_jobs.cli import main
 
-    command(["caption", *(sys.argv[1:] if argv is None else argv)])
-
-
-if __name__ == "__main__":
-    main()
+    main(["caption", *sys.argv[1:]])

@@ -9,17 +9,12 @@ from captioner.config import CheckTableConfig
 
 def run(out: str, config: CheckTableConfig, against: str | None = None) -> int:
     """Check OUT and write its report; returns the exit code. Raises CaptionerError."""
-    from captioner import commands
+    from captioner.console import commands
 
     return commands.check(out, config.check, against)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """The same arguments as `captioner check`; ends the process with its exit code."""
-    from ray_jobs.cli import main as command
+if __name__ == "__main__":  # the same arguments and exit code as `captioner check`
+    from ray_jobs.cli import main
 
-    command(["check", *(sys.argv[1:] if argv is None else argv)])
-
-
-if __name__ == "__main__":
-    main()
+    main(["check", *sys.argv[1:]])

@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 
 from captioner.config import CaptionConfig, CheckTableConfig, ExportTextsConfig, MakeAltTextConfig, TrainConfig
+from captioner.console.text import printable
 from captioner.errors import ERROR, EXIT_CODES, INTERRUPTED, OK, CaptionerError
-from captioner.text import printable
 from ray_jobs.options import takes
 
 EXIT_CODE_TABLE = "\n".join(["\b", "Exit codes:", *(f"  {code:<4} {meaning}" for code, meaning in EXIT_CODES.items())])
@@ -124,8 +124,9 @@ def submit(
     """
     from ray_jobs import submit as submitting
 
+    commands: Any = typer.main.get_command(app)
     wanted = submitting.make_submission(
-        command, submission_id, working_dir, env, entrypoint_num_cpus, entrypoint_num_gpus
+        commands.commands, command, submission_id, working_dir, env, entrypoint_num_cpus, entrypoint_num_gpus
     )
     return submitting.submit(wanted, address, follow, pending_timeout)
 
@@ -137,7 +138,7 @@ def try_pictures(
     pictures: Annotated[list[str], typer.Argument(metavar="PICTURE...", help="Picture files.")],
 ) -> int:
     """Caption a few pictures on the terminal, without Ray."""
-    from captioner import commands
+    from captioner.console import commands
 
     return commands.try_pictures(pictures, config.model)
 
@@ -148,7 +149,7 @@ def verify(out: Out) -> int:
 
     Every planned picture has exactly one current row, and the files match their commits.
     """
-    from captioner import commands
+    from captioner.console import commands
 
     return commands.verify(out)
 
@@ -156,7 +157,7 @@ def verify(out: Out) -> int:
 @app.command()
 def status(out: Out) -> int:
     """Show what OUT holds: ok, failed by reason, remaining."""
-    from captioner import commands
+    from captioner.console import commands
 
     return commands.status(out)
 
@@ -188,7 +189,7 @@ def report(
 
     One file that needs no network; report.json beside it holds its figures.
     """
-    from captioner import commands
+    from captioner.console import commands
 
     return commands.report(out, open)
 
@@ -201,7 +202,7 @@ def alt_text(config: MakeAltTextConfig, out: Out) -> int:
     Rules shorten and tidy, one by one switchable; what a person has to decide is flagged. The captions stay as they
     are.
     """
-    from captioner.alttext.make import run
+    from captioner.publishing.alt_text.command import run
 
     return run(out, config.alt_text)
 
@@ -225,7 +226,7 @@ def review(
 
     Every decision is saved at once in OUT/reviews; the same command goes on where it ended.
     """
-    from captioner.review import command
+    from captioner.publishing.review import command
 
     return command.run(out, port, reviewer, queue, open)
 
@@ -238,7 +239,7 @@ def export(config: ExportTextsConfig, out: Out) -> int:
     Only what a person has approved, unless told otherwise. Every text says what model made it and who reviewed it;
     what is left out is counted.
     """
-    from captioner.exports.make import run
+    from captioner.publishing.exports.command import run
 
     return run(out, config.export)
 
@@ -252,7 +253,7 @@ def feedback(
 
     Other decisions are left out and counted. Checks of a model trained on the pairs leave their pictures out.
     """
-    from captioner.alttext.feedback import run
+    from captioner.publishing.alt_text.feedback import run
 
     return run(out, pairs)
 
@@ -276,7 +277,7 @@ def render_scenes(
     ] = "folder",
 ) -> int:
     """Render a sample archive with known captions."""
-    from captioner.samples import render_scenes
+    from captioner.starter.render import render_scenes
 
     render_scenes(directory, count, seed, format)
     typer.echo(f"rendered {count:,} scenes into {printable(directory)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import math
 import os
@@ -10,7 +11,9 @@ import secrets
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -18,9 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from captioner.config import ClusterConfig
+from captioner.console.stopping import say
 from captioner.errors import ClusterError
 
 MIN_CPU_SHARE = 0.05
+EXIT_TIMEOUT_S = 10.0  # for a Ray that is just being started when the program ends
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,17 +60,7 @@ def connect(config: ClusterConfig) -> Resources:
 
     Raises ClusterError naming the address.
     """
-    address = config.address or os.environ.get("RAY_ADDRESS") or "local"
-    if address.startswith("ray://"):
-        raise ClusterError(f"{address}: Ray Client is not supported; submit a job to the cluster or give HOST:PORT")
-    if address == "local" and "ray" not in sys.modules:
-        # Read when ray is imported. The log level hides a warning about actor arguments at every start.
-        if os.environ.setdefault("RAY_AUTH_MODE", "token") == "token":
-            _keep_token_private()
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ and "ray" not in sys.modules:
-        # Under `uv run` Ray would upload the current folder and run workers in the copy; a job has a folder of its own.
-        os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    address = _import_ray(config)
     import ray
 
     if not ray.is_initialized():
@@ -85,6 +80,59 @@ def accelerator_of(resources: Iterable[str]) -> str:
     if kinds and all(kind.startswith("Intel-GPU") for kind in kinds):
         return "xpu"
     return "mps" if kinds and all(re.match(r"M\d+(-|$)", kind) for kind in kinds) else "cuda"
+
+
+class Connection:
+    """`connect` in a thread of its own, so that other work goes on meanwhile."""
+
+    def __init__(self, config: ClusterConfig) -> None:
+        self._config = config
+        self._resources: Future[Resources] | None = None
+
+    def start(self) -> None:
+        """Begin to connect, unless that was done."""
+        if self._resources is None:
+            self._resources = Future()
+            threading.Thread(target=self._connect, args=(self._resources,), name="connect", daemon=True).start()
+
+    def resources(self) -> Resources:
+        """What the cluster has; waits for it. Raises ClusterError as `connect` does."""
+        self.start()
+        assert self._resources is not None
+        return self._resources.result()
+
+    def _connect(self, resources: Future[Resources]) -> None:
+        started = time.perf_counter()
+        try:
+            _import_ray(self._config)
+            # Before Ray's own work at the exit, which would meet a Ray that is half started.
+            atexit.register(lambda: wait([resources], timeout=EXIT_TIMEOUT_S))
+            connected = connect(self._config)
+            gpus = f" and {connected.num_gpus:g} GPUs" if connected.num_gpus else ""
+            say(f"Ray has {connected.num_cpus:g} CPUs{gpus}; connected in {time.perf_counter() - started:.1f} s")
+            resources.set_result(connected)
+        except BaseException as error:
+            resources.set_exception(error)
+        # A local Ray's processes are killed when the thread that started them ends (PR_SET_PDEATHSIG).
+        threading.Event().wait()
+
+
+def _import_ray(config: ClusterConfig) -> str:
+    """Import ray, with the environment that it reads then; returns the address to connect to."""
+    address = config.address or os.environ.get("RAY_ADDRESS") or "local"
+    if address.startswith("ray://"):
+        raise ClusterError(f"{address}: Ray Client is not supported; submit a job to the cluster or give HOST:PORT")
+    if address == "local" and "ray" not in sys.modules:
+        # Read when ray is imported. The log level hides a warning about actor arguments at every start.
+        if os.environ.setdefault("RAY_AUTH_MODE", "token") == "token":
+            _keep_token_private()
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ and "ray" not in sys.modules:
+        # Under `uv run` Ray would upload the current folder and run workers in the copy; a job has a folder of its own.
+        os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    import ray  # noqa: F401
+
+    return address
 
 
 def _keep_token_private() -> None:
@@ -120,14 +168,19 @@ def _init(address: str) -> None:
 
 @contextmanager
 def _quiet_stderr() -> Iterator[None]:
-    """Ray's C++ core writes to descriptor 2 when it starts; its errors come as exceptions as well."""
-    before = os.dup(2)
+    """Ray's C++ core writes to descriptor 2 when it starts; its errors come as exceptions as well. What Python prints
+    meanwhile, from other threads too, is shown."""
+    before, python, original = os.dup(2), sys.stderr, sys.__stderr__
     nowhere = os.open(os.devnull, os.O_WRONLY)
+    if original is not None and python is original:
+        # Not closed here: somebody may have taken hold of it.
+        sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, encoding=original.encoding, errors=original.errors)
     try:
         os.dup2(nowhere, 2)
         yield
     finally:
         os.dup2(before, 2)
+        sys.stderr = python
         os.close(nowhere)
         os.close(before)
 
@@ -149,8 +202,8 @@ def available_cpus() -> int:
 def share_out(resources: Resources, config: ClusterConfig, one_thread: bool = False, *, device: str = "auto") -> Sizes:
     """Workers and decoders for a cluster. Raises ClusterError where a request cannot be met.
 
-    `one_thread`: the model captions on one thread where there is no GPU, about as fast as one CPU prepares pictures.
     `device`: a --device; workers on the CPU reserve no GPU unless told otherwise.
+    `one_thread`: the model captions on one thread where there is no GPU, about as fast as one CPU prepares pictures.
     """
     if config.gpus_per_worker is None:
         gpus = 1.0 if resources.num_gpus and device != "cpu" else 0.0

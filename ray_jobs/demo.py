@@ -12,8 +12,9 @@ PICTURES, SEED = 2_000, 3
 
 
 def train(directory: Path) -> int:
-    """Render posters (see `captioner.scenes`) into DIR/pictures, train on them with two workers, tell what changed."""
-    from captioner.samples import render_scenes
+    """Render posters (see `captioner.starter.scenes`) into DIR/pictures, train on them with two workers, tell what
+    changed."""
+    from captioner.starter.render import render_scenes
     from ray_jobs import train
 
     pictures, out = directory / "pictures", directory / "run"

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
 
 from captioner import errors
 from captioner.devices import check_build, pick_device
 from captioner.errors import CaptionerError, ClusterError
 from ray_jobs.cluster import Resources, Sizes
+
+if TYPE_CHECKING:
+    import torch
 
 
 def device_kind(resources: Resources, sizes: Sizes, name: str) -> str:
@@ -27,6 +31,15 @@ def worker_device(name: str) -> str:
     if not ray.get_gpu_ids():
         return "cpu"
     return str(pick_device(name, has_gpu=True, node=ray.util.get_node_ip_address()))
+
+
+def training_device(name: str) -> torch.device:
+    """Return `worker_device` for a worker of Ray Train, which shows each worker all GPUs of its node; which of them is
+    the worker's own, Ray's `get_device` knows."""
+    import ray.train.torch
+
+    device = pick_device(worker_device(name))
+    return ray.train.torch.get_device() if device.type == "cuda" else device
 
 
 def check_gpu_nodes(name: str, sizes: Sizes) -> None:

@@ -14,12 +14,12 @@ import numpy as np
 import pyarrow as pa
 
 from captioner.config import CaptionConfig, SourceConfig
+from captioner.console.stopping import say
 from captioner.data import Source
 from captioner.errors import OK, SourceError, UsageError
 from captioner.models import is_small, resolve, settle_dtype
 from captioner.sources import open_source
-from captioner.stopping import say
-from captioner.store.listing import list_units
+from captioner.store.parallel_listing import list_units
 from captioner.store.plan import matching
 from ray_jobs.cluster import Sizes, connect, share_out
 from ray_jobs.devices import check_gpu_nodes, device_kind

@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from captioner.console.stopping import say
 from captioner.errors import ERROR, INTERRUPTED, OK, TERMINATED, ClusterError
-from captioner.stopping import say
-from ray_jobs.submit import ENDED, reaching
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
+ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 POLL_S = 1.0
 LOST_S = 300.0  # without any answer for this long, the cluster is taken to be gone
 
@@ -37,9 +39,13 @@ class Follower:
         self._written = 0
         self._last_answer = time.monotonic()
 
-    def run(self) -> int:
-        """The exit code of the job's command. Raises ClusterError where it never starts or the cluster is lost."""
+    def run(self, announcement: str) -> int:
+        """The exit code of the job's command. Raises ClusterError where it never starts or the cluster is lost.
+
+        `announcement` is printed first: whoever has read it may press Ctrl-C, and is asked.
+        """
         try:
+            say(announcement)
             self._wait_for_start()
             while str((info := self._info()).status) not in ENDED:
                 self._copy_log()
@@ -121,3 +127,20 @@ class Follower:
             time.sleep(POLL_S / 4)
         say(f"{self._job_id} is stopped; the same command goes on")
         return INTERRUPTED
+
+
+@contextmanager
+def reaching(address: str) -> Iterator[None]:
+    """What the client raises, as one line. Authentication is named as such."""
+    import requests
+    from ray.exceptions import RayError
+
+    try:
+        yield
+    except (RuntimeError, OSError, RayError, requests.RequestException) as error:
+        text = " ".join(str(error).split())
+        if any(word in text for word in ("401", "403", "Unauthenticated", "authentication")):
+            raise ClusterError(
+                f"{address} refuses: it needs its token; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
+            ) from error
+        raise ClusterError(f"{address}: {text[-400:]}") from error

@@ -16,8 +16,8 @@ import typer
 import yaml
 
 from captioner.config import PoolSize, Setting, Settings, load_config, parse_yaml, settings_of
+from captioner.console.logs import log_as_json
 from captioner.errors import OK, UsageError
-from ray_jobs.logs import log_as_json
 
 KindT = TypeVar("KindT", bound=Settings)
 ConfigFile = Annotated[str | None, typer.Option(metavar="FILE.yaml", help="Settings of this run; flags win over it.")]

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from captioner.config import AutoInt, CaptionConfig
 from captioner.data import Pixels, Source
 from captioner.errors import ClusterError
-from captioner.imaging.guarded import GuardedDecoder
+from captioner.imaging.sandbox.decoder import GuardedDecoder
 from captioner.models import ModelRef, load
 from captioner.sources.reading import reads_at_once
 from ray_jobs.cluster import Sizes

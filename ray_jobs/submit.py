@@ -10,23 +10,23 @@ import hashlib
 import logging
 import os
 import shlex
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from captioner.config import Settings, command_line, settings_of
+from captioner.console.stopping import say
 from captioner.errors import OK, ClusterError, UsageError
 from captioner.files import is_uri, local_path
-from captioner.stopping import say
+from ray_jobs.follow import ENDED, Follower, reaching
+from ray_jobs.options import settings_of_call
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
 JOBS = ("caption", "train", "check", "doctor", "estimate")  # commands that may run as a job, where they are there
 PATHS = ("--model", "--out", "--against", "--references", "--terms", "--eval-data", "--test-data")
-ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +53,7 @@ class Submission:
 
 
 def make_submission(
+    commands: Mapping[str, Any],
     words: list[str],
     submission_id: str | None = None,
     working_dir: str | None = None,
@@ -60,29 +61,26 @@ def make_submission(
     num_cpus: float = 0.0,
     num_gpus: float = 0.0,
 ) -> Submission:
-    """Check a command line as the command itself would, here, before anything is uploaded. Raises UsageError."""
+    """Check a command line as the command itself would, here, before anything is uploaded. Raises UsageError.
+
+    `commands`: of the command line by name, as typer made them.
+    """
     if working_dir is not None and not Path(working_dir).is_dir():
         raise UsageError(f"--working-dir {working_dir}: no such directory")
-    arguments = resolve_arguments(words, working_dir)
+    arguments = resolve_arguments(commands, words, working_dir)
     name = submission_id or f"captioner-{arguments[0]}-{_digest(arguments)}"
     return Submission(arguments, name, working_dir, _environment(env or []), num_cpus, num_gpus)
 
 
-def resolve_arguments(words: list[str], working_dir: str | None = None) -> list[str]:
+def resolve_arguments(commands: Mapping[str, Any], words: list[str], working_dir: str | None = None) -> list[str]:
     """The command with its settings resolved: a --config file is read here, and local paths become absolute, because a
     job runs in another directory. A path that is in `working_dir` goes with it and stays relative."""
-    import typer
-
-    from ray_jobs.cli import app
-    from ray_jobs.options import settings_of_call
-
-    commands: Any = typer.main.get_command(app)
-    jobs = [name for name in JOBS if name in commands.commands]
+    jobs = [name for name in JOBS if name in commands]
     if not words or words[0] not in jobs:
         raise UsageError(
             f"{' '.join(words[:1]) or 'nothing'}: cannot run as a job; commands that can: {', '.join(jobs)}"
         )
-    command = commands.commands[words[0]]
+    command = commands[words[0]]
     call = settings_of_call(command.callback, command.make_context(words[0], words[1:]).params)
     if call is None:
         return words
@@ -126,14 +124,13 @@ def _absolute(location: str, working_dir: str | None, is_output: bool) -> str:
 
 def submit(submission: Submission, address: str | None, follow: bool, pending_timeout: float) -> int:
     """Start or attach, then follow; returns the exit code of the job's own command. Raises ClusterError."""
-    from ray_jobs.follow import Follower
-
     client = connect_client(address)
     job_id, is_new = start_or_attach(client, submission)
-    say(f"{'submitted' if is_new else 'already submitted'}: {job_id}")
+    announcement = f"{'submitted' if is_new else 'already submitted'}: {job_id}"
     if not follow:
+        say(announcement)
         return OK
-    return Follower(client, job_id, submission.waits_for, pending_timeout).run()
+    return Follower(client, job_id, submission.waits_for, pending_timeout).run(announcement)
 
 
 def start_or_attach(client: JobSubmissionClient, submission: Submission) -> tuple[str, bool]:
@@ -201,23 +198,6 @@ def connect_client(address: str | None) -> JobSubmissionClient:
         raise UsageError(f"--address {address}: must be the dashboard's, http://HEAD:8265")
     with reaching(address):
         return JobSubmissionClient(address)
-
-
-@contextmanager
-def reaching(address: str) -> Iterator[None]:
-    """What the client raises, as one line. Authentication is named as such."""
-    import requests
-    from ray.exceptions import RayError
-
-    try:
-        yield
-    except (RuntimeError, OSError, RayError, requests.RequestException) as error:
-        text = " ".join(str(error).split())
-        if any(word in text for word in ("401", "403", "Unauthenticated", "authentication")):
-            raise ClusterError(
-                f"{address} refuses: it needs its token; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
-            ) from error
-        raise ClusterError(f"{address}: {text[-400:]}") from error
 
 
 def _environment(pairs: list[str]) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """Fine-tune on Ray Train: `python -m ray_jobs.train DATA OUT --model M ...`.
 
-    pairs -> examine (Ray Data, CPU tasks) -> Ray Train workers, each fed by Ray Data -> best checkpoint -> OUT/model
+    pairs -> examine (CPU tasks) -> Ray Train workers, each fed by CPU tasks -> best checkpoint -> OUT/model
 
 The flow around it is that of `captioner.training.job`.
 """
@@ -27,22 +27,20 @@ from captioner.errors import CaptionerError, ClusterError
 from captioner.models import ModelRef, weights_bytes
 from captioner.models.loading import SMALL_MODEL_BYTES
 from captioner.training import job
-from captioner.training.job import Finishing, Outcome, TrainRun
+from captioner.training.job import Finishing, Outcome, Start, TrainRun
+from captioner.training.progress import TrainProgress
 from captioner.training.record import RUN_FILE
 from ray_jobs.cluster import Resources, Sizes, connect, share_out
-from ray_jobs.devices import check_gpu_nodes, device_kind, worker_device
+from ray_jobs.devices import check_gpu_nodes, device_kind, training_device, worker_device
+from ray_jobs.map_tables import map_tables
 from ray_jobs.shared import check_shared
-from ray_jobs.tables import map_tables
 
 if TYPE_CHECKING:
-    import torch
-
-    from captioner.training.batches import Decode
+    from captioner.training.collate import Decode
     from captioner.training.evaluate import Feed
+    from captioner.training.worker import Training
 
 MAX_FAILURES = 3
-# How workers exchange gradients on each kind of device; None: Ray's choice, which is NCCL wherever it reserves a GPU.
-BACKENDS = {"cpu": "gloo", "mps": "gloo", "cuda": None, "xpu": "xccl"}
 
 
 def run(config: TrainConfig) -> int:
@@ -75,28 +73,27 @@ class RayTrainEngine:
         except ray.exceptions.RayError as error:
             raise _cause_of(error) from error
 
-    def train(self, opened: TrainRun) -> Outcome:
+    def train(self, start: Start, prepare: Callable[[], TrainRun], progress: TrainProgress) -> Outcome:
         import ray.train
 
-        from captioner.training.progress import TrainProgress
-
-        check_shared(opened.out, RUN_FILE)
+        check_shared(start.out, RUN_FILE)
         board = _board()
-        look = lambda: ray.get(board.latest.remote())  # noqa: E731
-        schedule = opened.schedule
-        trainer = self._trainer(opened, board)
+        _warm_up(self._sizes().num_workers)
+        progress.watch(lambda: ray.get(board.latest.remote()))
+        trainer = self._trainer(start, board)
+        preparing = _Preparing(prepare, board, progress)
         try:
-            with TrainProgress(schedule.max_steps, look, schedule.global_batch_size), _own_sigint():
+            with _own_sigint(), preparing:
                 result = trainer.fit()
         except ray.train.TrainingFailedError as error:
-            raise _cause_of(error) from error
-        ended = result.return_value
-        metric = f"eval_{opened.config.training.metric_for_best_model}"
+            raise preparing.error or _cause_of(error) from error
+        opened, ended = preparing.result(), result.return_value
+        metric = f"eval_{start.config.training.metric_for_best_model}"
         kept = result.best_checkpoints or []
         if not kept:
-            return Outcome(None, {}, ended["step"], ended["history"], ended["stopped"])
+            return Outcome(opened, None, {}, ended["step"], ended["history"], ended["stopped"])
         checkpoint, metrics = min(kept, key=lambda pair: (_number(pair[1][metric]), pair[1]["step"]))
-        return Outcome(checkpoint, metrics, ended["step"], ended["history"], ended["stopped"])
+        return Outcome(opened, checkpoint, metrics, ended["step"], ended["history"], ended["stopped"])
 
     def finish(self, checkpoint: Any, finishing: Finishing) -> dict[str, Any]:
         import ray
@@ -108,29 +105,32 @@ class RayTrainEngine:
         except ray.exceptions.RayError as error:
             raise _cause_of(error) from error
 
-    def _trainer(self, opened: TrainRun, board: Any) -> Any:
-        import ray
+    def _trainer(self, start: Start, board: Any) -> Any:
         from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchConfig, TorchTrainer
+        from ray.train.torch import TorchTrainer
 
-        from captioner.training.work import Training
+        from ray_jobs.process_group import ProcessGroup
 
         logging.getLogger("ray.train").setLevel(logging.ERROR)
-        sizes, settings = self._sizes(), opened.config.training
-        tables = opened.pairs.tables
-        work = Training(opened.config, opened.model, opened.archives, opened.schedule, tables["train"], tables["eval"])
+        sizes, settings = self._sizes(), start.config.training
         resources = {"CPU": sizes.cpus_per_worker} | ({"GPU": sizes.gpus_per_worker} if sizes.gpus_per_worker else {})
+        config = {
+            "config": start.config,
+            "model": start.model,
+            "board": board,
+            "threads": self._threads(start.model),
+        }
         return TorchTrainer(
             self._loop,
-            train_loop_config={"work": ray.put(work), "board": board, "threads": self._threads(opened.model)},
-            torch_config=TorchConfig(backend=BACKENDS[self.device()]),
+            train_loop_config=config,
+            torch_config=ProcessGroup(self._device, self.device(), sizes.num_workers, sizes.gpus_per_worker),
             scaling_config=ScalingConfig(
                 num_workers=sizes.num_workers, use_gpu=bool(sizes.gpus_per_worker), resources_per_worker=resources
             ),
             run_config=RunConfig(
-                name=opened.name,
-                storage_path=opened.out.path("checkpoints"),
-                storage_filesystem=opened.out.filesystem,
+                name=start.name,
+                storage_path=start.out.path("checkpoints"),
+                storage_filesystem=start.out.filesystem,
                 checkpoint_config=CheckpointConfig(
                     num_to_keep=settings.save_total_limit,
                     checkpoint_score_attribute=f"eval_{settings.metric_for_best_model}",
@@ -168,20 +168,19 @@ def num_threads(sizes: Sizes, resources: Resources, model_bytes: int) -> int:
 
 def train_loop(config: dict[str, Any], kind: type[RayWorker] | None = None) -> dict[str, Any]:
     """What a Ray Train worker runs, as a worker of that kind."""
-    import ray
     import ray.train
     import torch
 
     from captioner.training.loop import train_worker
 
     torch.set_num_threads(config["threads"])
-    work = ray.get(config["work"])
-    worker = (kind or RayWorker)(config["board"], work.config.model.device)
+    settings, model = config["config"], config["model"]
+    worker = (kind or RayWorker)(config["board"], settings.model.device)
     restored = ray.train.get_checkpoint()
     if restored is None:
-        return train_worker(work, worker)
+        return train_worker(settings, model, worker)
     with _as_directory(restored) as folder:
-        return train_worker(work, worker, folder)
+        return train_worker(settings, model, worker, folder)
 
 
 @contextmanager
@@ -202,11 +201,21 @@ class RayWorker:
         import ray.train
 
         context = ray.train.get_context()
-        self.device = _worker_device(device)
+        self.device = training_device(device)
         self.rank, self.world_size, self._board = context.get_world_rank(), context.get_world_size(), board
 
     def feed(self, decode: Decode) -> Feed:
         return lambda tables: map_tables(decode, tables)
+
+    def training(self) -> Training | None:
+        import ray
+
+        reference = ray.get(self._board.training.remote())
+        work: Training | None = None if reference is None else ray.get(reference[0])
+        return work
+
+    def doing(self, text: str) -> None:
+        self._board.doing.remote(text)
 
     def prepare(self, trainer: Any) -> Any:
         from ray.train.huggingface.transformers import prepare_trainer
@@ -223,17 +232,6 @@ class RayWorker:
         self._board.tell.remote(progress)
 
 
-def _worker_device(name: str) -> torch.device:
-    """Ray Train shows each worker all GPUs of its node; which of them is the worker's own, Ray's `get_device` knows."""
-    import ray.train.torch
-
-    device = pick_device(worker_device(name))
-    if device.type == "cuda":
-        device = ray.train.torch.get_device()
-    os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)  # Ray names a CUDA device wherever it reserved a GPU
-    return device
-
-
 @contextmanager
 def _own_sigint() -> Iterator[None]:
     """Ray Train replaces the handler of Ctrl-C by one that stops the workers and ends the process with code 0."""
@@ -248,20 +246,90 @@ def _own_sigint() -> Iterator[None]:
 
 
 def _board() -> Any:
-    """An actor that holds what rank 0 told last."""
+    """An actor through which the driver and the workers hand things to each other."""
+    import asyncio
+
     import ray
 
     class Board:
         def __init__(self) -> None:
-            self._latest: dict[str, Any] | None = None
+            self._latest: dict[str, Any] = {"step": 0, "samples_per_second": None, "doing": "starting workers"}
+            self._is_prepared = asyncio.Event()
+            self._training: list[Any] | None = None
 
-        def tell(self, progress: dict[str, Any]) -> None:
-            self._latest = progress
+        async def give(self, training: list[Any] | None) -> None:
+            """Let the workers train what a reference in a list stands for; `None`: let them end."""
+            self._training = training
+            self._is_prepared.set()
 
-        def latest(self) -> dict[str, Any] | None:
+        async def training(self) -> list[Any] | None:
+            await self._is_prepared.wait()
+            return self._training
+
+        async def tell(self, progress: dict[str, Any]) -> None:
+            self._latest |= progress
+
+        async def doing(self, text: str) -> None:
+            self._latest["doing"] = text
+
+        async def latest(self) -> dict[str, Any]:
             return self._latest
 
     return ray.remote(num_cpus=0)(Board).remote()
+
+
+def _warm_up(num_workers: int) -> None:
+    """Import in other processes what the workers will, while the process that controls the run starts: Ray keeps
+    processes that are idle, and makes the workers of them. Where it does not, nothing is lost but the work."""
+    import ray
+
+    def warm_up() -> None:
+        import captioner.training.loop  # noqa: F401
+
+    for _ in range(num_workers):
+        ray.remote(num_cpus=0, max_retries=0)(warm_up).remote()
+
+
+class _Preparing:
+    """Calls `prepare` in a thread while the workers start, and hands them what it returns. A context manager: at its
+    end workers that still wait are let go."""
+
+    def __init__(self, prepare: Callable[[], TrainRun], board: Any, progress: TrainProgress) -> None:
+        self._prepare, self._board, self._progress = prepare, board, progress
+        self._opened: TrainRun | None = None
+        self.error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="preparing", daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None or self.error is not None:
+            self._thread.join()
+
+    def result(self) -> TrainRun:
+        """The run that was prepared; raises what preparing raised."""
+        if self.error is not None:
+            raise self.error
+        assert self._opened is not None
+        return self._opened
+
+    def _run(self) -> None:
+        import ray
+
+        from captioner.training.worker import Training
+
+        try:
+            opened = self._prepare()
+            start, tables = opened.start, opened.pairs.tables
+            work = Training(start.config, start.model, start.archives, opened.schedule, tables["train"], tables["eval"])
+            ray.get(self._board.give.remote([ray.put(work)]))
+            self._progress.doing("")
+            opened.write_report()
+            self._opened = opened
+        except BaseException as error:  # raised by the thread that trains
+            self.error = error
+            self._board.give.remote(None)
 
 
 def _finish(checkpoint: Any, finishing: Finishing, device: str, num_threads: int) -> dict[str, Any]:
@@ -292,12 +360,7 @@ def _cause_of(error: BaseException) -> BaseException:
     return ClusterError(f"a worker failed: {last}; checkpoints stay, the same command goes on")
 
 
-def main(argv: list[str] | None = None) -> None:
-    """The same arguments as `captioner train`; ends the process with its exit code."""
-    from ray_jobs.cli import main as command
+if __name__ == "__main__":  # the same arguments and exit code as `captioner train`
+    from ray_jobs.cli import main
 
-    command(["train", *(sys.argv[1:] if argv is None else argv)])
-
-
-if __name__ == "__main__":
-    main()
+    main(["train", *sys.argv[1:]])

@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from captioner import pipeline
-from captioner.alttext.make import make_alt_texts
 from captioner.config import AltTextConfig, CaptionConfig
+from captioner.publishing.alt_text.command import make_alt_texts
 from captioner.store.table import open_table
 from captioner.testing import make_folder
 
@@ -19,7 +19,7 @@ MakeReviewable = Callable[..., Path]
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `archive`, 30 pictures, and `out`, their finished table."""
+    """A folder with `archive`, 30 images, and `out`, their finished table."""
     root = tmp_path_factory.mktemp("finished")
     config = {
         "source": {"path": str(make_folder(root / "archive", 30))},
@@ -34,7 +34,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_reviewable(finished: Path, tmp_path: Path) -> MakeReviewable:
     """Makes `tmp_path/out`, a finished table with alt texts, of `tmp_path/archive`.
 
-    `captions`, `logprobs`, `flags`: of its first pictures, by their number; the others keep "picture CRC".
+    `captions`, `logprobs`, `flags`: of its first images, by their number; the others keep "image CRC".
     """
 
     def make(

@@ -86,12 +86,13 @@ def test_the_schema_refuses_a_key_that_kuberay_does_not_know() -> None:
 @pytest.mark.parametrize("manifest", MANIFESTS, ids=lambda path: path.name)
 def test_the_command_of_a_manifest_is_one_that_the_command_line_takes(manifest: Path) -> None:
     words = entrypoint(manifest)
-    if words[0] not in typer.main.get_command(app).commands:
+    commands = typer.main.get_command(app).commands
+    if words[0] not in commands:
         pytest.skip(f"no command {words[0]} in this version")
 
-    assert resolve_arguments(words)[0] == manifest.stem
+    assert resolve_arguments(commands, words)[0] == manifest.stem
     with pytest.raises((UsageError, typer.TyperException)):
-        resolve_arguments([*words, "--no-such-flag"])
+        resolve_arguments(commands, [*words, "--no-such-flag"])
 
 
 def test_the_image_is_built_from_files_that_are_there() -> None:

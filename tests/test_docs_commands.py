@@ -39,7 +39,7 @@ def test_the_command_line_takes_what_the_documents_show(
     _, name, *words = shlex.split(line)
     commands = typer.main.get_command(app).commands
     if name == "submit":
-        assert resolve_arguments(words[words.index("--") + 1 :])
+        assert resolve_arguments(commands, words[words.index("--") + 1 :])
     command = commands[name]
     while hasattr(command, "commands"):
         command = command.commands[words.pop(0)]

@@ -1,17 +1,17 @@
 """File bytes -> the model's pixels, or the reason why not. Never an exception.
 
     formats.py   bytes -> a Pillow file, told by content
-    opening.py   bytes -> an upright RGB picture
-    reducing.py  reading it smaller where its format allows
+    opening.py   bytes -> an upright RGB image
+    reducing.py  reading it smaller where its format allows; tiff.py the pages and overviews of TIFFs
     colour.py    any Pillow mode -> RGB over white
-    sizes.py     the size of a picture -> the size its model wants
-    fitting.py   upright picture -> uint8 pixels of that size
-    descriptions.py  what people already wrote about the picture in its file
-    faults.py    what went wrong -> an error code
+    sizes.py     the size of an image -> the size its model wants
+    fitting.py   upright image -> uint8 pixels of that size
+    descriptions.py  what people already wrote about the image in its file
+    error_codes.py  what went wrong -> an error code
     settings.py  Pillow's process-wide settings meanwhile
-    guarded.py   the same in a process of its own (child.py, worker.py, slots.py), which a picture may crash or stop
+    sandbox/     the same in a process of its own, which an image may crash or stop
 
-Nothing here loads torch before the first picture is resized.
+Nothing here loads torch before the first image is resized.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ import pyarrow as pa
 
 from captioner.data import CAPTIONS_SCHEMA, DecodedImage, ImageBatch, Pixels, PixelSpec, RawImage, object_array
 from captioner.imaging.descriptions import descriptions_of
-from captioner.imaging.faults import PictureError, one_line
+from captioner.imaging.error_codes import ImageError, one_line
 from captioner.imaging.fitting import fit, fit_square, needed_side
-from captioner.imaging.opening import Picture, open_picture
+from captioner.imaging.opening import UprightImage, open_image
 from captioner.imaging.settings import decoding
 
-__all__ = ["IMAGE_SCHEMA", "Picture", "PictureError", "decode", "decode_images", "open_picture", "squeeze"]
+__all__ = ["IMAGE_SCHEMA", "ImageError", "UprightImage", "decode", "decode_images", "open_image", "squeeze"]
 
 _KNOWN_COLUMNS = ("image_id", "uri", "sha256", "width", "height", "format", "num_bytes")
 
-# The columns of ImageBatch.rows: types as in CAPTIONS_SCHEMA; the error columns are "" where a picture is fine.
+# The columns of ImageBatch.rows: types as in CAPTIONS_SCHEMA; the error columns are "" where an image is fine.
 IMAGE_SCHEMA = pa.schema(
     [CAPTIONS_SCHEMA.field(name) for name in _KNOWN_COLUMNS]
     + [CAPTIONS_SCHEMA.field(name).with_nullable(False) for name in ("error_code", "error_message")]
@@ -49,24 +49,24 @@ def decode(data: bytes, spec: PixelSpec, max_pixels: int) -> DecodedImage:
 
 
 def squeeze(data: bytes, side: int, max_pixels: int) -> DecodedImage:
-    """One file's whole picture as pixels uint8 [side, side, 3], whatever its aspect, with the descriptions in the file,
+    """One file's whole image as pixels uint8 [side, side, 3], whatever its aspect, with the descriptions in the file,
     or an error code. Never raises, and does without torch: for a page, not for a model."""
     decoded = _decoded(data, max_pixels, side, partial(fit_square, side=side))
     return decoded if decoded.error_code else replace(decoded, descriptions=descriptions_of(data, max_pixels))
 
 
 def _decoded(
-    data: bytes, max_pixels: int, needed: int, fitted: Callable[[Picture], npt.NDArray[np.uint8]]
+    data: bytes, max_pixels: int, needed: int, fitted: Callable[[UprightImage], npt.NDArray[np.uint8]]
 ) -> DecodedImage:
     try:
         with decoding(max_pixels):
-            picture = open_picture(data, max_pixels, needed)
-            pixels = fitted(picture)
-    except PictureError as error:
+            upright = open_image(data, max_pixels, needed)
+            pixels = fitted(upright)
+    except ImageError as error:
         return DecodedImage(None, error.width, error.height, error.format, error.code, error.message)
-    except Exception as error:  # MemoryError too: one picture must not end the others
+    except Exception as error:  # MemoryError too: one image must not end the others
         return DecodedImage(None, error_code="decode_error", error_message=one_line(error))
-    return DecodedImage(pixels, picture.width, picture.height, picture.format)
+    return DecodedImage(pixels, upright.width, upright.height, upright.format)
 
 
 def decode_images(
@@ -75,10 +75,10 @@ def decode_images(
     max_pixels: int,
     decode_each: Callable[[Iterable[bytes]], Iterator[DecodedImage]] | None = None,
 ) -> ImageBatch:
-    """Pictures of one chunk, one row each, in order. `rows` has IMAGE_SCHEMA. `decode_each`: `decode` in this process
+    """Images of one chunk, one row each, in order. `rows` has IMAGE_SCHEMA. `decode_each`: `decode` in this process
     unless given.
 
-    Holds one full-size picture at a time: each is shrunk as far as the model allows before the next is opened. Rows
+    Holds one full-size image at a time: each is shrunk as far as the model allows before the next is opened. Rows
     that share one bytes object are decoded once.
     """
     pixels = _no_pixels(len(raws), spec)

@@ -50,7 +50,7 @@ def _lab_to_srgb() -> ImageCms.ImageCmsTransform:
 
 
 def _grey(image: Image.Image) -> npt.NDArray[np.uint8]:
-    """A picture of one wide channel as uint8 [H, W]."""
+    """An image of one wide channel as uint8 [H, W]."""
     values = np.asarray(image)
     highest = _full_scale(image)
     grey = _scale_by_range(values) if highest is None else _scale_full(values, highest)

@@ -1,4 +1,4 @@
-"""What people already wrote about a picture inside its file: XMP, IPTC-IIM and EXIF descriptions.
+"""What people already wrote about an image inside its file: XMP, IPTC-IIM and EXIF descriptions.
 
 Read for a person to see; never a reason to fail, and nothing here is ever written.
 """
@@ -11,10 +11,10 @@ from xml.etree import ElementTree
 from PIL import IptcImagePlugin
 from PIL.ImageFile import ImageFile
 
-from captioner.imaging.faults import PictureError
+from captioner.console.text import printable
+from captioner.imaging.error_codes import ImageError
 from captioner.imaging.formats import identify
 from captioner.imaging.settings import decoding
-from captioner.text import printable
 
 _MAX_LENGTH = 2_000
 _MAX_XMP = 1_000_000
@@ -45,7 +45,7 @@ def descriptions_of(data: bytes, max_pixels: int) -> dict[str, str]:
             for read in (_from_xmp, _from_iptc, _from_exif, _from_png_text):
                 with contextlib.suppress(Exception):
                     found |= read(file)
-    except PictureError:
+    except ImageError:
         return {}
     lines = {place: printable(text).strip()[:_MAX_LENGTH] for place, text in found.items()}
     return {place: line for place, line in lines.items() if line}

@@ -1,8 +1,8 @@
-"""Upright picture -> uint8 pixels of the model's size, as transformers' image processors resize and crop.
+"""Upright image -> uint8 pixels of the model's size, as transformers' image processors resize and crop.
 
 Normalising is left to the device. torch resizes a photo of 640 x 480 three times as fast as Pillow and differs from it
 by at most 2/255; Pillow takes what is large, extremely long or not aligned with its pixels. With
-`PixelSpec.preprocess` "processor" Pillow resizes the whole picture, which is what those processors do.
+`PixelSpec.preprocess` "processor" Pillow resizes the whole image, which is what those processors do.
 """
 
 from __future__ import annotations
@@ -13,39 +13,39 @@ import pyarrow as pa
 from PIL import Image
 
 from captioner.data import PixelSpec
-from captioner.imaging.opening import Picture
+from captioner.imaging.opening import UprightImage
 from captioner.imaging.sizes import resized
 
-# A picture is first made smaller in a cheap way (JPEG: while it is decoded; Pillow: averages of whole blocks) as long
-# as this many pixels are left for each one wanted. Mean difference from resizing the whole picture, for 113 photos
+# An image is first made smaller in a cheap way (JPEG: while it is decoded; Pillow: averages of whole blocks) as long
+# as this many pixels are left for each one wanted. Mean difference from resizing the whole image, for 113 photos
 # scaled down 2, 4 or 8 times while decoded: 1.5 to 2.2 of 255 at 1, 0.6 to 0.9 at 2, 0.3 to 0.5 at 3.
 _MARGIN = 3
 _LARGE_PIXELS = 4_000_000  # from about here Pillow, which averages first, is faster than torch, which does not
 _EXTREME_ASPECT = 8
 
 _TORCH_FILTERS = ("bicubic", "bilinear")
-_STEPPED_FILTERS = ("nearest", "box")  # a rounding error makes them take another pixel: they see the whole picture
+_STEPPED_FILTERS = ("nearest", "box")  # a rounding error makes them take another pixel: they see the whole image
 
 Box = tuple[int, int, int, int]  # top, left, bottom, right
 
 
 def needed_side(spec: PixelSpec) -> int:
-    """The shorter side, in pixels, below which a picture should not be made smaller while it is decoded; 0: never."""
+    """The shorter side, in pixels, below which an image should not be made smaller while it is decoded; 0: never."""
     if spec.preprocess == "processor" or spec.resize == "none" or spec.resample in _STEPPED_FILTERS:
         return 0
     return _MARGIN * max(spec.shortest_edge, spec.height, spec.width, *spec.resized)
 
 
-def fit(picture: Picture, spec: PixelSpec) -> npt.NDArray[np.uint8]:
-    """uint8 [spec.height, spec.width, 3], or of own sizes [height, width, 3]. A crop that reaches beyond the picture is
+def fit(upright: UprightImage, spec: PixelSpec) -> npt.NDArray[np.uint8]:
+    """uint8 [spec.height, spec.width, 3], or of own sizes [height, width, 3]. A crop that reaches beyond the image is
     black there."""
-    height, width = resized((picture.height, picture.width), spec)
+    height, width = resized((upright.height, upright.width), spec)
     if spec.own_sizes:
-        return _resize(picture, (height, width), (0, 0, height, width), spec)
+        return _resize(upright, (height, width), (0, 0, height, width), spec)
     padded_at_end = spec.resize == "inside"
     top, left = (0, 0) if padded_at_end else ((height - spec.height) // 2, (width - spec.width) // 2)
     window = max(top, 0), max(left, 0), min(top + spec.height, height), min(left + spec.width, width)
-    pixels = _resize(picture, (height, width), window, spec)
+    pixels = _resize(upright, (height, width), window, spec)
     if pixels.shape == (spec.height, spec.width, 3):
         return pixels
     padded = np.full((spec.height, spec.width, 3), spec.fill, np.uint8)
@@ -53,28 +53,30 @@ def fit(picture: Picture, spec: PixelSpec) -> npt.NDArray[np.uint8]:
     return padded
 
 
-def fit_square(picture: Picture, side: int) -> npt.NDArray[np.uint8]:
-    """uint8 [side, side, 3]: all of the picture, whatever its aspect; by Pillow."""
-    return _resize_with_pillow(picture, (side, side), (0, 0, side, side), PixelSpec(side, side))
+def fit_square(upright: UprightImage, side: int) -> npt.NDArray[np.uint8]:
+    """uint8 [side, side, 3]: all of the image, whatever its aspect; by Pillow."""
+    return _resize_with_pillow(upright, (side, side), (0, 0, side, side), PixelSpec(side, side))
 
 
-def _resize(picture: Picture, size: tuple[int, int], window: Box, spec: PixelSpec) -> npt.NDArray[np.uint8]:
-    if picture.image.size == (size[1], size[0]) == (picture.width, picture.height):
-        return np.array(picture.image)[window[0] : window[2], window[1] : window[3]]
-    fast = spec.preprocess == "fast" and spec.resample in _TORCH_FILTERS and _suits_torch(picture)
-    return (_resize_with_torch if fast else _resize_with_pillow)(picture, size, window, spec)
+def _resize(upright: UprightImage, size: tuple[int, int], window: Box, spec: PixelSpec) -> npt.NDArray[np.uint8]:
+    if upright.rgb.size == (size[1], size[0]) == (upright.width, upright.height):
+        return np.array(upright.rgb)[window[0] : window[2], window[1] : window[3]]
+    fast = spec.preprocess == "fast" and spec.resample in _TORCH_FILTERS and _suits_torch(upright)
+    return (_resize_with_torch if fast else _resize_with_pillow)(upright, size, window, spec)
 
 
-def _suits_torch(picture: Picture) -> bool:
-    short, long = sorted(picture.image.size)
-    whole = picture.box == (0, 0, *picture.image.size)
+def _suits_torch(upright: UprightImage) -> bool:
+    short, long = sorted(upright.rgb.size)
+    whole = upright.box == (0, 0, *upright.rgb.size)
     return whole and short * long <= _LARGE_PIXELS and long <= _EXTREME_ASPECT * short
 
 
-def _resize_with_torch(picture: Picture, size: tuple[int, int], window: Box, spec: PixelSpec) -> npt.NDArray[np.uint8]:
+def _resize_with_torch(
+    upright: UprightImage, size: tuple[int, int], window: Box, spec: PixelSpec
+) -> npt.NDArray[np.uint8]:
     import torch
 
-    pixels = torch.from_numpy(_as_array(picture.image)).permute(2, 0, 1)[None]  # channels last: torch's fast path
+    pixels = torch.from_numpy(_as_array(upright.rgb)).permute(2, 0, 1)[None]  # channels last: torch's fast path
     pixels = torch.nn.functional.interpolate(pixels, size=size, mode=spec.resample, antialias=True)
     top, left, bottom, right = window
     return _three_channels(pixels[0].permute(1, 2, 0).numpy()[top:bottom, left:right])
@@ -97,15 +99,17 @@ def _as_array(image: Image.Image) -> npt.NDArray[np.uint8]:
     return values.values.to_numpy().reshape(image.height, image.width, 4)
 
 
-def _resize_with_pillow(picture: Picture, size: tuple[int, int], window: Box, spec: PixelSpec) -> npt.NDArray[np.uint8]:
+def _resize_with_pillow(
+    upright: UprightImage, size: tuple[int, int], window: Box, spec: PixelSpec
+) -> npt.NDArray[np.uint8]:
     """Only the window is computed, so that a strip of 10000 x 1 pixels costs no more than its centre."""
     top, left, bottom, right = window
-    x0, y0, x1, y1 = picture.box
+    x0, y0, x1, y1 = upright.box
     across, down = (x1 - x0) / size[1], (y1 - y0) / size[0]
     source = x0 + left * across, y0 + top * down, min(x0 + right * across, x1), min(y0 + bottom * down, y1)
     resample = Image.Resampling[spec.resample.upper()]
     if spec.preprocess == "fast" and spec.resample not in _STEPPED_FILTERS:
-        return np.array(picture.image.resize((right - left, bottom - top), resample, source, _MARGIN))
+        return np.array(upright.rgb.resize((right - left, bottom - top), resample, source, _MARGIN))
     if size[0] * size[1] > _LARGE_PIXELS:  # such a strip that resized whole it would fill the memory
-        return np.array(picture.image.resize((right - left, bottom - top), resample, source))
-    return np.array(picture.image.resize((size[1], size[0]), resample))[top:bottom, left:right]
+        return np.array(upright.rgb.resize((right - left, bottom - top), resample, source))
+    return np.array(upright.rgb.resize((size[1], size[0]), resample))[top:bottom, left:right]

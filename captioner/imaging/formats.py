@@ -8,7 +8,7 @@ import logging
 
 from PIL import Image, ImageFile
 
-from captioner.imaging.faults import PictureError, code_of, one_line
+from captioner.imaging.error_codes import ImageError, code_of, one_line
 
 # What Pillow decodes by itself, in the order it is tried: frequent ones first, those without a signature last.
 # Left out: EPS and WMF start outside programs; IPTC opens what it holds as any format, EPS too; BUFR, GRIB, HDF5 and
@@ -20,7 +20,7 @@ FORMATS = (
     *("TGA", "IM", "IMT", "PCD", "SPIDER"),
 )
 
-# Files that a person would call a picture and that are not decoded here: name, offset of the signature, signature.
+# Files that a person would call an image and that are not decoded here: name, offset of the signature, signature.
 _UNSUPPORTED = (
     ("EPS", 0, b"%!PS"),
     ("EPS", 0, b"\xc5\xd0\xd3\xc6"),
@@ -43,7 +43,7 @@ _PDF_HEAD, _SVG_HEAD = 1024, 4096
 
 
 def identify(data: bytes) -> ImageFile.ImageFile:
-    """Open by content; only headers are read. Raises PictureError.
+    """Open by content; only headers are read. Raises ImageError.
 
     This is the loop of `Image.open`, but it remembers what the format whose signature matched had to say: a file cut
     off in its header is truncated, not unknown.
@@ -58,7 +58,7 @@ def identify(data: bytes) -> ImageFile.ImageFile:
             if verdict:
                 return factory(io.BytesIO(data), "")
         except Image.DecompressionBombError as error:
-            raise PictureError("too_many_pixels", one_line(error), format=name.lower()) from error
+            raise ImageError("too_many_pixels", one_line(error), format=name.lower()) from error
         except Exception as error:
             if accepts is not None and failure is None:
                 failure = name, error
@@ -81,16 +81,16 @@ def available_formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def _unidentified(data: bytes, failure: tuple[str, Exception] | None) -> PictureError:
+def _unidentified(data: bytes, failure: tuple[str, Exception] | None) -> ImageError:
     name = _unsupported_name(data)
     if name == "HEIF":
-        return PictureError("unsupported_format", "HEIF needs the extra: pip install 'captioner[heif]'", format="heif")
+        return ImageError("unsupported_format", "HEIF needs the extra: pip install 'captioner[heif]'", format="heif")
     if name:
-        return PictureError("unsupported_format", f"{name} files are not decoded", format=name.lower())
+        return ImageError("unsupported_format", f"{name} files are not decoded", format=name.lower())
     if failure:
         name, error = failure
-        return PictureError(code_of(error, data), one_line(error), format=name.lower())
-    return PictureError("not_an_image", f"no known picture format; the file begins with {data[:12]!r}")
+        return ImageError(code_of(error, data), one_line(error), format=name.lower())
+    return ImageError("not_an_image", f"no known image format; the file begins with {data[:12]!r}")
 
 
 def _unsupported_name(data: bytes) -> str:

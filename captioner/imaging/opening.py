@@ -1,4 +1,4 @@
-"""File bytes -> an upright RGB picture, or a PictureError."""
+"""File bytes -> an upright RGB image, or an ImageError."""
 
 from __future__ import annotations
 
@@ -8,52 +8,52 @@ from dataclasses import dataclass
 from PIL import Image, ImageFile, ImageOps
 
 from captioner.imaging.colour import to_rgb
-from captioner.imaging.faults import PictureError, code_of, one_line
+from captioner.imaging.error_codes import ImageError, code_of, one_line
 from captioner.imaging.formats import identify
 from captioner.imaging.reducing import Reduced, open_reduced
 from captioner.imaging.settings import decoding
 
 _EXIF_ORIENTATION = 0x0112
 _UPRIGHT, _TURNED = 1, (5, 6, 7, 8)  # turned: width and height change places
-_RIGHT_TO_LEFT, _BOTTOM_TO_TOP = (2, 3, 6, 7), (3, 4, 7, 8)  # where a stored picture's right and bottom edges end up
+_RIGHT_TO_LEFT, _BOTTOM_TO_TOP = (2, 3, 6, 7), (3, 4, 7, 8)  # where a stored image's right and bottom edges end up
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
-    """An upright RGB picture.
+class UprightImage:
+    """An upright RGB image.
 
-    `width`, `height`: of the picture in the file. `image` is smaller where a smaller one would do; the picture then
-    fills its `box`, which need not end on a whole pixel. Else `box` is all of `image`.
+    `width`, `height`: of the image in the file. `rgb` is smaller where a smaller one would do; the image then
+    fills its `box`, which need not end on a whole pixel. Else `box` is all of `rgb`.
     """
 
-    image: Image.Image
+    rgb: Image.Image
     box: Box
     width: int
     height: int
     format: str
 
 
-def open_picture(data: bytes, max_pixels: int, needed_side: int = 0) -> Picture:
+def open_image(data: bytes, max_pixels: int, needed_side: int = 0) -> UprightImage:
     """The first frame or page of a file, as a person sees it: EXIF orientation applied, transparency over white.
 
-    `max_pixels` is compared with the header before the picture is allocated. With `needed_side` some formats come out
+    `max_pixels` is compared with the header before the image is allocated. With `needed_side` some formats come out
     smaller, each side still >= needed_side, which saves most of their decoding, and `max_pixels` is then compared with
-    what that takes (see `captioner.imaging.reducing`). Raises PictureError for every fault of the file.
+    what that takes (see `captioner.imaging.reducing`). Raises ImageError for every fault of the file.
     """
     if not data:
-        raise PictureError("empty_file", "the file has no bytes")
+        raise ImageError("empty_file", "the file has no bytes")
     with decoding(max_pixels):
         try:
             return _open(data, max_pixels, needed_side)
-        except PictureError as error:
+        except ImageError as error:
             if "MAX_TEXT_" not in error.message:
                 raise
         return _open(_without_png_text(data), max_pixels, needed_side)
 
 
-def _open(data: bytes, max_pixels: int, needed_side: int) -> Picture:
+def _open(data: bytes, max_pixels: int, needed_side: int) -> UprightImage:
     file = identify(data)
     format = (file.format or "").lower()
     width, height = file.size
@@ -72,17 +72,17 @@ def _open(data: bytes, max_pixels: int, needed_side: int) -> Picture:
         image = to_rgb(file)
         extent = reduced.extent if reduced else None
         box = _upright_box(extent, orientation, image) if extent else (0, 0, *image.size)
-        return Picture(image, box, width, height, format)
-    except PictureError as error:
-        raise PictureError(error.code, error.message, width, height, format) from None
+        return UprightImage(image, box, width, height, format)
+    except ImageError as error:
+        raise ImageError(error.code, error.message, width, height, format) from None
     except Exception as error:
-        raise PictureError(code_of(error, data), one_line(error), width, height, format) from error
+        raise ImageError(code_of(error, data), one_line(error), width, height, format) from error
 
 
 def _check_pixels(width: int, height: int, max_pixels: int) -> None:
     if width * height > max_pixels:
         message = f"{width} x {height} pixels are more than the limit of {max_pixels} (max_pixels)"
-        raise PictureError("too_many_pixels", message)
+        raise ImageError("too_many_pixels", message)
 
 
 def _load_reduced(file: ImageFile.ImageFile, data: bytes, max_pixels: int, needed_side: int) -> Reduced | None:
@@ -117,7 +117,7 @@ def _make_upright(file: ImageFile.ImageFile) -> int:
 
 
 def _upright_box(extent: tuple[float, float], orientation: int, image: Image.Image) -> Box:
-    """Where in `image` the picture lies: it may leave a fraction of the last stored column and row unfilled."""
+    """Where in `image` the image lies: it may leave a fraction of the last stored column and row unfilled."""
     width, height = reversed(extent) if orientation in _TURNED else extent
     left, right = (image.width - width, image.width) if orientation in _RIGHT_TO_LEFT else (0, width)
     top, bottom = (image.height - height, image.height) if orientation in _BOTTOM_TO_TOP else (0, height)
@@ -125,7 +125,7 @@ def _upright_box(extent: tuple[float, float], orientation: int, image: Image.Ima
 
 
 def _without_png_text(data: bytes) -> bytes:
-    """A PNG without its texts and colour profile: they may be too long for Pillow while the picture is fine."""
+    """A PNG without its texts and colour profile: they may be too long for Pillow while the image is fine."""
     kept, position = [data[:8]], 8
     while position + 8 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, position)

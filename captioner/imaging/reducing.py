@@ -1,10 +1,10 @@
-"""Opening a picture at a smaller size than it has, where its format lets a part of the file give all of the picture.
+"""Opening an image at a smaller size than it has, where its format lets a part of the file give all of the image.
 
     JPEG        2, 4 or 8 times smaller, from the first coefficients of each block
     JPEG 2000   2, 4, 8 ... times smaller: its lower resolution levels
     TIFF        the copies that pyramids and cloud-optimised files hold
 
-Memory and most of the time are then those of the small picture, so `max_pixels` is held against that. But a
+Memory and most of the time are then those of the small image, so `max_pixels` is held against that. But a
 progressive JPEG keeps all its coefficients until its end, whatever the size it is read at.
 """
 
@@ -15,16 +15,16 @@ from dataclasses import dataclass
 
 from PIL import ImageFile
 
-from captioner.imaging.faults import PictureError
+from captioner.imaging.error_codes import ImageError
 from captioner.imaging.formats import identify
-from captioner.tiff import extract, find_overview
+from captioner.imaging.tiff import extract, find_overview
 
 _CODESTREAM, _CODING_STYLE = b"\xff\x4f\xff\x51", 0x52  # JPEG 2000: SOC and SIZ; COD
 
 
 @dataclass(frozen=True, slots=True)
 class Reduced:
-    """A file that will load smaller. `extent`: width and height that the picture then has, not rounded to whole pixels;
+    """A file that will load smaller. `extent`: width and height that the image then has, not rounded to whole pixels;
     `None`: all of the image. `in_memory`: how many pixels are held while it loads."""
 
     file: ImageFile.ImageFile
@@ -66,7 +66,7 @@ def _open_jpeg2000(data: bytes, needed_side: int) -> Reduced | None:
 
 
 def _resolution_levels(data: bytes) -> int:
-    """How often a JPEG 2000 picture can be halved: of its main header (ISO 15444-1, A.6.1)."""
+    """How often a JPEG 2000 image can be halved: of its main header (ISO 15444-1, A.6.1)."""
     place = data.find(_CODESTREAM, 0, 1 << 20) + 2
     while place >= 2 and place + 10 <= len(data) and data[place] == 0xFF:
         if data[place + 1] == _CODING_STYLE:
@@ -81,6 +81,6 @@ def _open_tiff(data: bytes, needed_side: int) -> Reduced | None:
         return None
     try:
         file = identify(extract(data, overview.offset, like_first=True))
-    except (PictureError, ValueError):
+    except (ImageError, ValueError):
         return None  # the page itself may be fine
     return Reduced(file, None, math.prod(file.size))

@@ -46,7 +46,7 @@ _shared = _Shared()
 
 @contextlib.contextmanager
 def decoding(max_pixels: int) -> Iterator[None]:
-    """Inside, Pillow refuses pictures above `max_pixels`, those inside other files too, and nothing warns.
+    """Inside, Pillow refuses images above `max_pixels`, those inside other files too, and nothing warns.
 
     Pillow's own limit is 179 million pixels, less than a large scan has. It refuses above twice the number it is given.
     """

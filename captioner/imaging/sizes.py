@@ -1,4 +1,4 @@
-"""How large transformers' image processors make a picture, in their own rounding: sides in pixels, (height, width)."""
+"""How large transformers' image processors make an image, in their own rounding: sides in pixels, (height, width)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _QWEN_ASPECT = 200
 
 
 def resized(size: Size, spec: PixelSpec) -> Size:
-    """Size of a picture after resizing and before any crop or padding."""
+    """Size of an image after resizing and before any crop or padding."""
     match spec.resize:
         case "exact":
             return spec.resized if any(spec.resized) else (spec.height, spec.width)

@@ -18,12 +18,12 @@ from transformers import GenerationConfig, LogitsProcessorList
 
 from captioner.data import Captions, Pixels, object_array
 from captioner.errors import ModelError
-from captioner.models import own_batches
-from captioner.models.opening import decode_all, open_model, open_tokenizer, quiet
-from captioner.models.own_batches import OwnBatch
+from captioner.models import native_batches
+from captioner.models.logprobs import ScoreRecorder, mean_logprobs, token_counts
+from captioner.models.native_batches import OwnBatch
+from captioner.models.pretrained import decode_all, open_model, open_tokenizer, quiet
 from captioner.models.processors import open_image_processor
 from captioner.models.ref import ModelRef
-from captioner.models.scores import ScoreRecorder, mean_logprobs, token_counts
 from captioner.models.uploads import Uploads
 
 _USUAL_SIDE = 1024
@@ -149,7 +149,7 @@ class TransformersCaptioner:
     def _batches(self, pixels: Pixels) -> AbstractContextManager[Iterator[Any]]:
         if self.processor is None:
             return self.uploads.batches(pixels, self.batch_size)
-        return own_batches.batches(pixels, self.batch_size, self.process)
+        return native_batches.batches(pixels, self.batch_size, self.process)
 
     def _as_fits(self, values: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """`search_batch`, in as many pieces as the device's memory asks for."""

@@ -16,7 +16,7 @@ from typing import Protocol
 
 import torch
 
-from captioner.models.cache import cache_dir
+from captioner.files import cache_dir
 from captioner.models.ref import ModelRef
 
 SIZES = (16, 32, 64, 128, 256, 512)

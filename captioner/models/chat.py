@@ -16,8 +16,8 @@ from transformers import Idefics3Processor, ProcessorMixin, Qwen2_5_VLProcessor,
 from captioner.data import Pixels
 from captioner.errors import ModelError
 from captioner.models.base import TransformersCaptioner
-from captioner.models.opening import UNREADABLE
-from captioner.models.own_batches import OwnBatch
+from captioner.models.native_batches import OwnBatch
+from captioner.models.pretrained import UNREADABLE
 from captioner.models.processors import open_processor
 from captioner.models.ref import ModelRef
 

@@ -9,9 +9,8 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-import captioner
 from captioner.errors import ModelError
-from captioner.models.cache import cache_dir
+from captioner.files import cache_dir
 from captioner.models.ref import ModelRef
 
 
@@ -29,7 +28,7 @@ def check_directory(path: str) -> None:
     """`check` for a directory, always done."""
     import torch
 
-    from captioner.models.opening import open_model
+    from captioner.models.pretrained import open_model
 
     open_model(path, torch.float32, "meta")
 
@@ -71,7 +70,7 @@ def check_in_subprocess(ref: ModelRef) -> PendingCheck:
     """Start `check` in another process; nothing is started for the fake or for files that passed before."""
     if not ref.path or _passed(ref):
         return PendingCheck(ref, None)
-    root = str(Path(captioner.__file__).parent.parent)
+    root = str(Path(__file__).parents[2])
     search_path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": search_path}
     command = [sys.executable, "-m", "captioner.models", ref.path]

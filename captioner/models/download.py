@@ -12,8 +12,7 @@ from pathlib import Path
 from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType, FSSpecHandler, PyFileSystem
 
 from captioner.errors import ModelError, UsageError
-from captioner.files import open_filesystem
-from captioner.models.cache import cache_dir
+from captioner.files import cache_dir, open_filesystem
 from captioner.models.weights import weight_files
 
 # Nothing that could run: no pickles, no Python.

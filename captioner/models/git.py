@@ -22,7 +22,7 @@ class GitCaptioner(TransformersCaptioner):
         pack_linears(self.model)
         self._fast: FastSearch | None = None
         if not missing_settings(self.settings):
-            self._fast = FastSearch.over(self.model, self.settings, self.prefix)
+            self._fast = FastSearch(self.model, self.settings, self.prefix)
             self.engine = "fast"
 
     def start_ids(self) -> list[int]:
@@ -32,8 +32,8 @@ class GitCaptioner(TransformersCaptioner):
     def search(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self._fast is None:
             return super().search(pixel_values)
-        found = self._fast(pixel_values)
-        return found.tokens.cpu(), found.logprobs.cpu()
+        result = self._fast(pixel_values)
+        return result.tokens.cpu(), result.logprobs.cpu()
 
     def free_memory(self) -> None:
         if self._fast is not None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from captioner.data import Captioner
-from captioner.devices import auto_dtype, pick_device
+from captioner.devices import auto_dtype, pick_device, set_wait_policy
 from captioner.models.fake import FakeCaptioner
 from captioner.models.ref import ModelRef
 from captioner.models.resolving import on_this_machine
@@ -48,17 +49,20 @@ def load(
     """
     if ref.family == "fake":
         return FakeCaptioner(prompt=ref.prompt)
-    ref = on_this_machine(ref)
-    torch_device = pick_device(device)
+    with ThreadPoolExecutor(1) as hashing:
+        here = hashing.submit(on_this_machine, ref)
+        family = _import_family(ref.family)
+        ref = here.result()
     import torch
 
     from captioner.models.batch_size import CPU_SIZE, SMALL_CPU_SIZE, settle_batch_size
 
+    torch_device = pick_device(device)
     if torch_device.type == "cpu" and is_small(ref):
         num_threads = 1
     if num_threads is not None:
         torch.set_num_threads(num_threads)
-    captioner = _family(ref.family)(ref, torch_device, 1 if batch_size == "auto" else batch_size)
+    captioner = family(ref, torch_device, 1 if batch_size == "auto" else batch_size)
     if batch_size == "auto":
         settle_batch_size(captioner, SMALL_CPU_SIZE if is_small(ref) else CPU_SIZE)
     return captioner
@@ -79,8 +83,9 @@ def weights_bytes(ref: ModelRef) -> int:
     return sum(file.stat().st_size for file in Path(ref.path).glob("*.safetensors")) if ref.path else 0
 
 
-def _family(family: str) -> type[TransformersCaptioner]:
+def _import_family(family: str) -> type[TransformersCaptioner]:
     """The class of a family. Its module is imported when called: each imports its own part of transformers."""
+    set_wait_policy()
     module, name = CLASSES[family]
     found: type[TransformersCaptioner] = getattr(import_module(f"captioner.models.{module}"), name)
     return found

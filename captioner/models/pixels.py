@@ -16,7 +16,7 @@ from typing import Any
 from captioner.data import PixelSpec
 from captioner.errors import ModelError
 from captioner.models.families import BY_NAME
-from captioner.models.own_pixels import FILTERS, any_spec, own_spec
+from captioner.models.native_processor import FILTERS, any_spec, own_spec
 from captioner.models.weights import read_json
 
 _CLIP_MEAN, _CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]

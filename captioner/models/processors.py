@@ -12,7 +12,7 @@ from typing import Any
 from transformers import AutoImageProcessor, ProcessorMixin
 
 from captioner.errors import ModelError
-from captioner.models.opening import UNREADABLE, open_tokenizer, quiet
+from captioner.models.pretrained import UNREADABLE, open_tokenizer, quiet
 
 _OPTIONS = {"trust_remote_code": False, "local_files_only": True}
 

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from captioner.ahead import one_ahead
 from captioner.data import Pixels
+from captioner.run.prefetch import one_ahead
 
 # One thread copies some 8 GB a second; the first batch of a call is copied while the device waits.
 COPY_THREADS = 4

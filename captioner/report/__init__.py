@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from captioner.report.facts import collect
 from captioner.report.page import render
-from captioner.report.pictures import thumbnails
+from captioner.report.page_images import thumbnails
 from captioner.store.table import CaptionsTable
 
 PAGE, FIGURES = "report/index.html", "report/report.json"

@@ -10,10 +10,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from captioner.bottleneck import bottleneck_line
 from captioner.config import CaptionConfig, command_line
 from captioner.report.verdict import verdict_of
-from captioner.scoring.check import CHECK_FILE
+from captioner.run.bottleneck import bottleneck_line
+from captioner.scoring.check_table import CHECK_FILE
 from captioner.scoring.flags import ALL_FLAGS
 from captioner.store.table import CaptionsTable
 from captioner.store.verify import count_rows

@@ -11,10 +11,10 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
+from captioner.console.text import printable
 from captioner.report import charts
-from captioner.report.diff import word_diff
-from captioner.report.pictures import MAX_BYTES
-from captioner.text import printable
+from captioner.report.page_images import MAX_BYTES
+from captioner.scoring.normalise import normalise
 
 
 def render(facts: dict[str, Any], pictures: Mapping[str, str]) -> str:
@@ -164,3 +164,24 @@ def _capital(text: str) -> str:
 
 def _words(flag: str) -> str:
     return flag.replace("_", " ")
+
+
+Piece = tuple[str, str]  # "same", "missing" (in the reference only) or "added" (in the caption only); words
+
+
+def word_diff(reference: str, caption: str) -> list[Piece]:
+    """The reference turned into the caption, in pieces of words; both normalised as for WER."""
+    import jiwer
+
+    known, said = normalise(reference).split(), normalise(caption).split()
+    if not known or not said:
+        return [piece for piece in (("missing", " ".join(known)), ("added", " ".join(said))) if piece[1]]
+    pieces: list[Piece] = []
+    for chunk in jiwer.process_words(" ".join(known), " ".join(said)).alignments[0]:
+        left = " ".join(known[chunk.ref_start_idx : chunk.ref_end_idx])
+        right = " ".join(said[chunk.hyp_start_idx : chunk.hyp_end_idx])
+        if chunk.type == "equal":
+            pieces.append(("same", left))
+        else:
+            pieces += [piece for piece in (("missing", left), ("added", right)) if piece[1]]
+    return pieces

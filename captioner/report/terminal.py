@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from captioner.text import printable, shorten
+from captioner.console.text import printable, shorten
 
 SHOWN, WIDTH = 3, 160  # rows of each kind; characters of a caption
 

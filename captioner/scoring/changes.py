@@ -9,10 +9,9 @@ from typing import Any
 import pyarrow as pa
 
 from captioner.data import STATUS_OK
-from captioner.scoring.choose import Question
 from captioner.scoring.compare import COMPARED_ROWS, SHOWN_CHANGES, Pair, differences, shown
-from captioner.scoring.draw import Draw, rank
-from captioner.scoring.trained import trained_pictures
+from captioner.scoring.eligible_rows import Question, trained_pictures
+from captioner.scoring.sample import Draw, rank
 from captioner.store.table import CaptionsTable, Plan, captions_name, history_name, plan_part_name
 
 _COLUMNS = ["image_id", "status", "caption", "sha256", "reference_captions", "fingerprint", "chunk_id", "chunk_row"]

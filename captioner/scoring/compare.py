@@ -12,13 +12,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from captioner.data import STATUS_OK
-from captioner.scoring.bleu import Tokens, bleu_counts, bleu_of
 from captioner.scoring.bootstrap import difference_interval, interval, mean_interval
-from captioner.scoring.choose import Question
-from captioner.scoring.cider import cider_d
-from captioner.scoring.draw import Draw, rank
+from captioner.scoring.coco_metrics import Tokens, bleu_counts, bleu_of, cider_d, rouge_l
+from captioner.scoring.eligible_rows import Question
 from captioner.scoring.normalise import caption_tokens
-from captioner.scoring.rouge import rouge_l
+from captioner.scoring.sample import Draw, rank
 from captioner.scoring.wer import match_captions
 from captioner.store.read import read_parts
 from captioner.store.table import CaptionsTable

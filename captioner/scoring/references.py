@@ -16,7 +16,7 @@ from typing import Any
 from captioner.errors import SourceError, UsageError
 from captioner.files import open_filesystem
 from captioner.sources.columns import as_captions
-from captioner.sources.files import Root
+from captioner.sources.root import Root
 from captioner.sources.tables import TABLE_SUFFIXES, Table, open_table, read_batches
 
 KEY_NAMES = ("image_id", "file_name", "filename", "file", "path", "image_path", "uri", "image", "id", "key")

@@ -7,15 +7,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from captioner.scoring.baselines import human_wer, shuffled_wer
-from captioner.scoring.bleu import bleu
 from captioner.scoring.bootstrap import Interval, mean_interval, wer_interval
-from captioner.scoring.cider import cider_d
-from captioner.scoring.draw import Draw
+from captioner.scoring.coco_metrics import bleu, cider_d, rouge_l
 from captioner.scoring.normalise import NORMALISATION, caption_tokens
-from captioner.scoring.rouge import rouge_l
+from captioner.scoring.sample import Draw
 from captioner.scoring.vocabulary import compare_vocabulary
-from captioner.scoring.wer import Edits, Match, character_edits
+from captioner.scoring.wer import Edits, Match, character_edits, human_wer, shuffled_wer
 
 # CIDEr-D needs all its pictures at hand, the shuffled baseline compares each caption 20 times over: of a larger set of
 # scored rows they take the first of the seed's order.

@@ -1,4 +1,4 @@
-"""Archives of pictures: what kind one is, and opening it."""
+"""Archives of images: what kind one is, and opening it."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from captioner.data import Source
 from captioner.errors import SourceError, UsageError
 from captioner.files import is_uri
 from captioner.sources.columns import choose_columns
-from captioner.sources.files import FETCH_FIRST, Root
+from captioner.sources.detect import look_at, matching
 from captioner.sources.folder import FolderSource
 from captioner.sources.huggingface import SAVED_NAMES, HuggingFaceSource
-from captioner.sources.listing import FilteredSource
-from captioner.sources.look import look_at, matching
 from captioner.sources.manifest import ManifestSource
 from captioner.sources.pages import PagedSource
 from captioner.sources.parquet import ParquetSource
+from captioner.sources.plan_rows import FilteredSource
+from captioner.sources.root import FETCH_FIRST, Root
 from captioner.sources.tables import TABLE_SUFFIXES, open_table
 from captioner.sources.webdataset import COMPRESSED_SUFFIXES, WebDatasetSource
 
@@ -32,14 +32,14 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 def open_source(config: SourceConfig) -> Source:
     """The archive at `config.path`, of the kind that its name and its files tell.
 
-    A table file is a manifest, or a table of pictures; a tar, a glob of tars or a folder of them is a WebDataset; so
+    A table file is a manifest, or a table of images; a tar, a glob of tars or a folder of them is a WebDataset; so
     for Parquet; a saved dataset is known by its JSON files; a name that is no path is a hub id; else it is a folder.
     Raises SourceError where there is nothing, UsageError where a flag has no meaning for that kind.
     """
     source = _open(config)
     if config.pages == "all":
         if not isinstance(source, FolderSource | WebDatasetSource | ManifestSource):
-            raise UsageError(f"--pages all: {config.path} holds pictures in a table; unpack them into files first")
+            raise UsageError(f"--pages all: {config.path} holds images in a table; unpack them into files first")
         source = PagedSource(source)
     if config.include or config.exclude:
         return FilteredSource(source, tuple(config.include), tuple(config.exclude))
@@ -74,7 +74,7 @@ def _open_directory(config: SourceConfig, root: Root) -> Source:
     files = look_at(root)
     if files:
         return _open_files(config, root, files)
-    _refuse_column_flags(config, "a folder of pictures")
+    _refuse_column_flags(config, "a folder of images")
     return FolderSource(config.path, root, config.reference_column)
 
 

@@ -1,4 +1,4 @@
-"""Pictures in the cells of a table: bytes, a path, or nothing."""
+"""Images in the cells of a table: bytes, a path, or nothing."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 import pyarrow as pa
 
 from captioner.data import RawImage
-from captioner.sources.files import Root
 from captioner.sources.reading import failed_read, raw_image, read_all, with_retry
+from captioner.sources.root import Root
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ Cell = bytes | FileCell | None | OSError
 
 
 def make_cell(value: Any, folder: bytes = b"") -> Cell:
-    """From the value of a picture column: bytes, text (a path), or struct{bytes, path}. `folder`: of the table."""
+    """From the value of an image column: bytes, text (a path), or struct{bytes, path}. `folder`: of the table."""
     if isinstance(value, dict):
         data = value.get("bytes")
         value = data if data is not None else value.get("path")
@@ -37,7 +37,7 @@ def make_cell(value: Any, folder: bytes = b"") -> Cell:
 
 
 def read_cells(rows: pa.Table, cells: Sequence[Cell], uris: Sequence[str], root: Root) -> list[RawImage]:
-    """The picture in each cell, in order; those that are in files are read."""
+    """The image in each cell, in order; those that are in files are read."""
     ids = rows.column("image_id").to_pylist()
     tasks = [partial(_read_cell, root, *given) for given in zip(ids, uris, cells, strict=True)]
     return read_all(tasks, root, in_archives=all(isinstance(cell, FileNotFoundError) for cell in cells))
@@ -52,5 +52,5 @@ def _read_cell(root: Root, image_id: str, uri: str, cell: Cell) -> RawImage:
     if isinstance(cell, OSError):
         return failed_read(image_id, uri, cell)
     if cell is None:
-        return RawImage(image_id, uri, None, "not_found", "the table holds no picture here")
+        return RawImage(image_id, uri, None, "not_found", "the table holds no image here")
     return raw_image(image_id, uri, cell)

@@ -1,4 +1,4 @@
-"""Which columns of a table hold the picture, its id and its known captions; and the plan's rows made from them."""
+"""Which columns of a table hold the image, its id and its known captions; and the plan's rows made from them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from pyarrow import types
 from captioner.config import SourceConfig
 from captioner.data import CAPTIONS_SCHEMA, PLAN_SCHEMA
 from captioner.errors import SourceError
-from captioner.sources.files import FETCH_FIRST
-from captioner.sources.listing import plan_table
+from captioner.sources.plan_rows import plan_table
+from captioner.sources.root import FETCH_FIRST
 
 REFERENCE_NAMES = ("captions", "caption", "text")
-PICTURE_NAMES = ("image", "jpg", "jpeg", "png", "webp", "img", "picture", "photo", "image_bytes", "bytes", "content")
+IMAGE_NAMES = ("image", "jpg", "jpeg", "png", "webp", "img", "picture", "photo", "image_bytes", "bytes", "content")
 PATH_NAMES = ("path", "uri", "file_name", "filename", "file", "image_path", "file_path", "filepath", "image_uri")
 ACCEPTED = "accepted are binary, struct{bytes, path}, and strings that are paths or URIs"
 
@@ -28,22 +28,22 @@ CellKind = Literal["bytes", "struct", "path"]
 class Columns:
     """The columns of a table that matter here."""
 
-    picture: str
+    image: str
     kind: CellKind
     id: str | None
     reference: str | None
     kept: tuple[pa.Field, ...]
-    sha256: str | None = None  # of the pictures' files, where the table knows it
+    sha256: str | None = None  # of the images' files, where the table knows it
 
     @property
     def described(self) -> list[str]:
-        """Everything but the picture: what a listing reads."""
+        """Everything but the image: what a listing reads."""
         names = [self.id, self.reference, *(field.name for field in self.kept)]
         return list(dict.fromkeys(name for name in names if name))
 
     def check(self, schema: pa.Schema, where: str) -> None:
         """Raises SourceError where another table of the archive lacks one of these columns."""
-        for name in (self.picture, *self.described):
+        for name in (self.image, *self.described):
             _field(schema, name, "column", where)
 
 
@@ -52,12 +52,12 @@ def choose_columns(schema: pa.Schema, config: SourceConfig, where: str) -> Colum
 
     Without `--id-column` a column `image_id` is the id. Raises SourceError naming column, type and what is accepted.
     """
-    picture = config.image_column or _find_picture(schema, where)
-    kind = cell_kind(_field(schema, picture, "--image-column", where).type)
+    image = config.image_column or _find_image(schema, where)
+    kind = cell_kind(_field(schema, image, "--image-column", where).type)
     if kind is None:
-        raise SourceError(f"{where}: column {picture!r} is {schema.field(picture).type}; {ACCEPTED}")
+        raise SourceError(f"{where}: column {image!r} is {schema.field(image).type}; {ACCEPTED}")
     return Columns(
-        picture=picture,
+        image=image,
         kind=kind,
         id=_id_column(schema, config.id_column, where),
         reference=reference_column_of(schema, config.reference_column, where),
@@ -67,7 +67,7 @@ def choose_columns(schema: pa.Schema, config: SourceConfig, where: str) -> Colum
 
 
 def cell_kind(type_: pa.DataType) -> CellKind | None:
-    """What a picture column of that type holds; None where it cannot hold pictures."""
+    """What an image column of that type holds; None where it cannot hold images."""
     if _is_binary(type_):
         return "bytes"
     if _is_string(type_):
@@ -124,23 +124,23 @@ def ids_of(batch: pa.Table, columns: Columns, label: str, rows: Iterable[Any]) -
     return pc.coalesce(batch.column(columns.id).cast(pa.string()).combine_chunks(), made_up)
 
 
-def _find_picture(schema: pa.Schema, where: str) -> str:
+def _find_image(schema: pa.Schema, where: str) -> str:
     """By type: bytes before paths. By name: known ones before others; a path column only by its name."""
     kinds = {field.name: cell_kind(field.type) for field in schema}
     holders = [name for name, kind in kinds.items() if kind in ("bytes", "struct")]
-    named = _first_known(holders, PICTURE_NAMES) or (holders[0] if len(holders) == 1 else None)
+    named = _first_known(holders, IMAGE_NAMES) or (holders[0] if len(holders) == 1 else None)
     if named:
         return named
     if holders:
-        raise SourceError(f"{where}: pictures may be in {_listed(holders)}; choose with --image-column")
+        raise SourceError(f"{where}: images may be in {_listed(holders)}; choose with --image-column")
     paths = [name for name, kind in kinds.items() if kind == "path"]
-    path = _first_known(paths, PATH_NAMES + PICTURE_NAMES)
+    path = _first_known(paths, PATH_NAMES + IMAGE_NAMES)
     if path:
         return path
     if any(name.lower() in ("url", "image_url") for name in paths):
         raise SourceError(f"{where}: {FETCH_FIRST}")
     held = ", ".join(f"{field.name} ({field.type})" for field in schema)
-    raise SourceError(f"{where}: no column of pictures among {held}; {ACCEPTED}: choose with --image-column")
+    raise SourceError(f"{where}: no column of images among {held}; {ACCEPTED}: choose with --image-column")
 
 
 def _first_known(names: Sequence[str], known: Sequence[str]) -> str | None:

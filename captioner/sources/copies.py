@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 
 from captioner.data import RawImage
-from captioner.sources.files import Root
 from captioner.sources.reading import check_archive, reads_of, run_reads
+from captioner.sources.root import Root
 
 KNOWN_SHA256 = pa.field("known_sha256", pa.string())  # of planned rows, beside PLAN_SCHEMA; null: not known
 _HEX = re.compile("[0-9a-f]{64}")

@@ -1,4 +1,4 @@
-"""A folder of pictures, with all its sub-folders; Hugging Face's ImageFolder is one with captions beside it."""
+"""A folder of images, with all its sub-folders; Hugging Face's ImageFolder is one with captions beside it."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from dataclasses import dataclass, field, replace
 import pyarrow as pa
 
 from captioner.data import Listing, RawImage
-from captioner.sources.files import Root, file_of_unit, is_hidden, is_ignored, readable, unit_of_file
-from captioner.sources.listing import BATCH_ROWS, names_as_ids, plan_table
 from captioner.sources.metadata import METADATA_NAMES, Metadata, find_references, load_metadata
+from captioner.sources.plan_rows import BATCH_ROWS, names_as_ids, plan_table
 from captioner.sources.reading import read_rows
+from captioner.sources.root import Root, file_of_unit, is_hidden, is_ignored, readable, unit_of_file
 
 
 @dataclass(frozen=True, slots=True)
 class FolderSource:
-    """Every file is a picture by its name, except those that `files.is_ignored` tells.
+    """Every file is an image by its name, except those that `files.is_ignored` tells.
 
     Units: "" is the root's own files; then each first-level sub-folder with everything below it.
     """
@@ -47,22 +47,22 @@ class FolderSource:
 
 @dataclass(slots=True)
 class _Found:
-    """Up to BATCH_ROWS paths: pictures with their known captions, and what was passed over."""
+    """Up to BATCH_ROWS paths: images with their known captions, and what was passed over."""
 
-    pictures: list[bytes] = field(default_factory=list)
+    images: list[bytes] = field(default_factory=list)
     references: list[list[str] | None] = field(default_factory=list)
     ignored: list[bytes] = field(default_factory=list)
 
     def __len__(self) -> int:
-        return len(self.pictures) + len(self.ignored)
+        return len(self.images) + len(self.ignored)
 
     def add(self, other: _Found) -> None:
-        self.pictures += other.pictures
+        self.images += other.images
         self.references += other.references
         self.ignored += other.ignored
 
     def listing(self) -> Listing:
-        rows = plan_table(names_as_ids(self.pictures), self.pictures, references=self.references)
+        rows = plan_table(names_as_ids(self.images), self.images, references=self.references)
         return Listing(rows, [readable(name) for name in self.ignored])
 
 
@@ -101,8 +101,8 @@ class _Folder:
         found = _Found()
         for name in names:
             passed_over = self.hidden or is_ignored(name)
-            (found.ignored if passed_over else found.pictures).append(prefix + name)
-        found.references = find_references(self.metadata, found.pictures)
+            (found.ignored if passed_over else found.images).append(prefix + name)
+        found.references = find_references(self.metadata, found.images)
         return found
 
 

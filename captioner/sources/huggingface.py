@@ -15,8 +15,8 @@ from captioner.data import Listing, RawImage
 from captioner.errors import SourceError
 from captioner.sources.cells import make_cell, read_cells
 from captioner.sources.columns import Columns, choose_columns, table_rows
-from captioner.sources.files import Root
-from captioner.sources.listing import BATCH_ROWS
+from captioner.sources.plan_rows import BATCH_ROWS
+from captioner.sources.root import Root
 
 UNIT_ROWS = 64 * BATCH_ROWS
 SAVED_NAMES = (b"dataset_info.json", b"state.json", b"dataset_dict.json")
@@ -55,16 +55,16 @@ class HuggingFaceSource:
 
     def read(self, rows: pa.Table) -> list[RawImage]:
         numbers = rows.column("row").to_pylist()
-        pictures = _arrow(load_split(self.location, self.split).select_columns([self.columns.picture]))
-        held = [number for number in dict.fromkeys(numbers) if number < len(pictures)]
-        values = dict(zip(held, pictures[held].column(0).to_pylist(), strict=True)) if held else {}
+        images = _arrow(load_split(self.location, self.split).select_columns([self.columns.image]))
+        held = [number for number in dict.fromkeys(numbers) if number < len(images)]
+        values = dict(zip(held, images[held].column(0).to_pylist(), strict=True)) if held else {}
         cells = [make_cell(values.get(number)) for number in numbers]
         uris = [f"{self.location}/{self.split}#{number}" for number in numbers]
         return read_cells(rows, cells, uris, Root(self.location if os.path.isdir(self.location) else "/"))
 
 
 def _arrow(dataset: Any) -> Any:
-    """Slices of it are Arrow tables; pictures in them are not decoded."""
+    """Slices of it are Arrow tables; images in them are not decoded."""
     return dataset.with_format("arrow")
 
 

@@ -1,4 +1,4 @@
-"""A manifest: a CSV, JSON lines or Parquet table with a path or URI for each picture."""
+"""A manifest: a CSV, JSON lines or Parquet table with a path or URI for each image."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from captioner.data import Listing, RawImage
 from captioner.errors import SourceError
 from captioner.sources.columns import table_rows
 from captioner.sources.copies import read_copies_once, with_known_sha256
-from captioner.sources.files import FETCH_FIRST, readable
-from captioner.sources.table_files import TableFiles
-from captioner.sources.tables import read_batches
+from captioner.sources.root import FETCH_FIRST, readable
+from captioner.sources.tables import TableFiles, read_batches
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +24,10 @@ class ManifestSource(TableFiles):
         file, table = self.open_unit(unit)
         first_row = 0
         sha256 = self.columns.sha256 if self.columns.sha256 in table.schema.names else None
-        wanted = list(dict.fromkeys([*self.columns.described, self.columns.picture, *filter(None, [sha256])]))
+        wanted = list(dict.fromkeys([*self.columns.described, self.columns.image, *filter(None, [sha256])]))
         for batch in read_batches(self.root, file, table, wanted):
             rows = table_rows(batch, self.columns, file, readable(file), first_row)
-            paths = [self._full_path(file, path) for path in batch.column(self.columns.picture).to_pylist()]
+            paths = [self._full_path(file, path) for path in batch.column(self.columns.image).to_pylist()]
             rows = rows.set_column(1, rows.schema.field("file"), [pa.array(paths, pa.binary())])
             rows = rows.set_column(4, rows.schema.field("row"), [pa.nulls(len(rows), pa.int64())])
             if self.columns.sha256:

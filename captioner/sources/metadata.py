@@ -1,4 +1,4 @@
-"""Captions beside a folder of pictures: the `metadata.jsonl|csv|parquet` of Hugging Face's ImageFolder."""
+"""Captions beside a folder of images: the `metadata.jsonl|csv|parquet` of Hugging Face's ImageFolder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from captioner.errors import SourceError
 from captioner.sources.columns import reference_column_of, references_of
-from captioner.sources.files import Root
+from captioner.sources.root import Root
 from captioner.sources.tables import open_table, read_batches
 
 METADATA_NAMES = (b"metadata.jsonl", b"metadata.csv", b"metadata.parquet")
@@ -19,7 +19,7 @@ METADATA_NAMES = (b"metadata.jsonl", b"metadata.csv", b"metadata.parquet")
 
 @dataclass(frozen=True, slots=True)
 class Metadata:
-    """Known captions of a directory's pictures, in sub-directories too. The text stays in Arrow: it is most of it."""
+    """Known captions of a directory's images, in sub-directories too. The text stays in Arrow: it is most of it."""
 
     prefix: bytes  # of paths in this directory
     row_of: dict[bytes, int]  # path below the directory -> row of `captions`

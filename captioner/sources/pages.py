@@ -10,10 +10,10 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from captioner.data import PAGE, PLAN_SCHEMA, Listing, RawImage, Source
-from captioner.sources.files import Root
-from captioner.sources.listing import WrappedSource
+from captioner.imaging.tiff import SUFFIXES, extract, page_offsets
+from captioner.sources.plan_rows import WrappedSource
 from captioner.sources.reading import concurrency
-from captioner.tiff import SUFFIXES, extract, page_offsets
+from captioner.sources.root import Root
 
 
 class _FilesSource(Source, Protocol):
@@ -23,7 +23,7 @@ class _FilesSource(Source, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class PagedSource(WrappedSource):
-    """A source of files in which each page of a TIFF that has several is a picture of its own: `scan.tif#page=1`, ...
+    """A source of files in which each page of a TIFF that has several is an image of its own: `scan.tif#page=1`, ...
 
     Listing opens the files whose names end in .tif or .tiff and follows their chains of directories; no pixel is
     read. Known captions of a file go to its first page. A page is read as a TIFF of its own: that is what `sha256` and
@@ -75,7 +75,7 @@ class PagedSource(WrappedSource):
 
     def _pages_of(self, row: dict[str, Any]) -> list[int | None]:
         """Offsets of the pages of a TIFF with several; one `None` for any other file. A file that cannot be opened is
-        one picture: reading it will say why."""
+        one image: reading it will say why."""
         if not _is_tiff(row["image_id"]) and not _is_tiff(row["file"]):
             return [None]
         start = row["offset"] or 0

@@ -1,4 +1,4 @@
-"""Parquet files whose rows hold pictures: bytes, or struct{bytes, path} as Hugging Face writes them."""
+"""Parquet files whose rows hold images: bytes, or struct{bytes, path} as Hugging Face writes them."""
 
 from __future__ import annotations
 
@@ -16,21 +16,20 @@ import pyarrow.parquet as pq
 from captioner.data import Listing, RawImage
 from captioner.sources.cells import Cell, make_cell, read_cells
 from captioner.sources.columns import table_rows
-from captioner.sources.files import readable
 from captioner.sources.reading import concurrency, with_retry
-from captioner.sources.table_files import TableFiles
-from captioner.sources.tables import open_parquet, read_batches
+from captioner.sources.root import readable
+from captioner.sources.tables import TableFiles, open_parquet, read_batches
 
-# Rows of a picture column in memory at once, while the wanted ones of its row group are looked for.
+# Rows of an image column in memory at once, while the wanted ones of its row group are looked for.
 READ_ROWS = 64
 
 
 @dataclass(frozen=True, slots=True)
 class ParquetSource(TableFiles):
-    """The pictures are in the tables themselves."""
+    """The images are in the tables themselves."""
 
     def list_unit(self, unit: str) -> Iterator[Listing]:
-        """Reads the columns of ids, captions and kept values; never that of the pictures."""
+        """Reads the columns of ids, captions and kept values; never that of the images."""
         file, table = self.open_unit(unit)
         first_row = 0
         for batch in read_batches(self.root, file, table, self.columns.described):
@@ -38,7 +37,7 @@ class ParquetSource(TableFiles):
             first_row += batch.num_rows
 
     def read(self, rows: pa.Table) -> list[RawImage]:
-        """Only the row groups that hold these rows, and only the picture column."""
+        """Only the row groups that hold these rows, and only the image column."""
         places = list(zip(rows.column("file").to_pylist(), rows.column("row").to_pylist(), strict=True))
         numbers: dict[bytes, list[int]] = defaultdict(list)
         for file, number in places:
@@ -74,10 +73,10 @@ class ParquetSource(TableFiles):
             return dict.fromkeys(group.wanted, _as_os_error(error))
 
     def _scan_group(self, group: _Group) -> Iterator[tuple[int, Cell]]:
-        """Batch by batch, up to the last wanted row: a row group of large pictures may be more than memory holds."""
+        """Batch by batch, up to the last wanted row: a row group of large images may be more than memory holds."""
         start, last, folder = group.start, max(group.wanted), os.path.dirname(group.file)
         with open_parquet(self.root, group.file, group.footer) as table:
-            for batch in table.iter_batches(READ_ROWS, row_groups=[group.index], columns=[self.columns.picture]):
+            for batch in table.iter_batches(READ_ROWS, row_groups=[group.index], columns=[self.columns.image]):
                 for number in range(start, start + len(batch)):
                     if number in group.wanted:
                         yield number, make_cell(batch.column(0)[number - start].as_py(), folder)

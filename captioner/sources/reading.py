@@ -1,4 +1,4 @@
-"""Reading planned pictures: many at once, with retries, and telling a bad picture from a bad archive."""
+"""Reading planned images: many at once, with retries, and telling a bad image from a bad archive."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from captioner.data import RawImage
 from captioner.errors import SourceError
-from captioner.sources.files import Root, readable
+from captioner.sources.root import Root, readable
 
 RETRY_SECONDS = (0.2, 0.8, 3.2)  # before the second, third and fourth try
 
@@ -72,7 +72,7 @@ def with_retry(action: Callable[[], T]) -> T:
 def read_all(tasks: Sequence[Callable[[], RawImage]], root: Root, *, in_archives: bool = False) -> list[RawImage]:
     """Run reads side by side; their answers in order. Raises SourceError where the fault is the archive's.
 
-    `in_archives`: the pictures are inside files, so that none of them can be missing by itself.
+    `in_archives`: the images are inside files, so that none of them can be missing by itself.
     """
     images = run_reads(tasks)
     check_archive(images, root, in_archives)
@@ -86,7 +86,7 @@ def run_reads(tasks: Sequence[Callable[[], RawImage]]) -> list[RawImage]:
 
 
 def read_rows(rows: pa.Table, root: Root) -> list[RawImage]:
-    """The pictures of PLAN_SCHEMA rows that are files, or parts of files (members of tars)."""
+    """The images of PLAN_SCHEMA rows that are files, or parts of files (members of tars)."""
     return read_all(reads_of(rows, root), root, in_archives=rows.column("offset").null_count == 0)
 
 
@@ -107,23 +107,23 @@ def _read_file(root: Root, image_id: str, file: bytes, offset: int | None, size:
     except OSError as error:
         return failed_read(image_id, uri, error)
     if size is not None and len(data) < size:
-        return RawImage(image_id, uri, None, "truncated", f"the tar ends {size - len(data)} bytes before the picture")
+        return RawImage(image_id, uri, None, "truncated", f"the tar ends {size - len(data)} bytes before the image")
     return raw_image(image_id, uri, data)
 
 
 def raw_image(image_id: str, uri: str, data: bytes) -> RawImage:
-    """The picture, unless there is not one byte of it."""
+    """The image, unless there is not one byte of it."""
     return RawImage(image_id, uri, data) if data else RawImage(image_id, uri, None, "empty_file", "0 bytes")
 
 
 def failed_read(image_id: str, uri: str, error: OSError) -> RawImage:
-    """The row of a picture that cannot be read, with its reason."""
+    """The row of an image that cannot be read, with its reason."""
     message = " ".join((error.strerror or str(error) or type(error).__name__).split())
     return RawImage(image_id, uri, None, _reason(error), message)
 
 
 def check_archive(images: Sequence[RawImage], root: Root, in_archives: bool) -> None:
-    """Raise SourceError where all failed together, and for a reason that no picture has by itself."""
+    """Raise SourceError where all failed together, and for a reason that no image has by itself."""
     codes = {image.error_code for image in images}
     if codes == {"not_found"} and (in_archives or not root.has_anything()):
         raise SourceError(f"{root.uri(b'')}: the source is gone; bring it back and run the same command")

@@ -1,4 +1,4 @@
-"""Tables that describe pictures: Parquet, CSV and JSON lines, read in batches of a few thousand rows."""
+"""Tables that describe images: Parquet, CSV and JSON lines, read in batches of a few thousand rows."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from captioner.errors import SourceError
-from captioner.sources.files import Root
-from captioner.sources.listing import BATCH_ROWS
+from captioner.sources.columns import Columns
+from captioner.sources.plan_rows import BATCH_ROWS
+from captioner.sources.root import Root, file_of_unit, unit_of_file
 
 TABLE_SUFFIXES = (b".parquet", b".csv", b".jsonl", b".ndjson")
 
@@ -65,7 +66,7 @@ class ParquetTable:
 
 
 def open_parquet(root: Root, file: bytes, footer: pq.FileMetaData | None = None) -> pq.ParquetFile:
-    """Buffered: a column of pictures is read page by page, never a whole row group at once."""
+    """Buffered: a column of images is read page by page, never a whole row group at once."""
     return pq.ParquetFile(root.open(file), metadata=footer, buffer_size=1 << 20, pre_buffer=False)
 
 
@@ -145,3 +146,26 @@ def _column(values: list[Any], type_: pa.DataType | None = None) -> pa.Array:
 
 def _known(type_: pa.DataType) -> pa.DataType:
     return pa.string() if pa.types.is_null(type_) else type_
+
+
+@dataclass(frozen=True, slots=True)
+class TableFiles:
+    """`files`: the tables, as paths under the root, in order."""
+
+    name: str
+    root: Root
+    files: tuple[bytes, ...]
+    columns: Columns
+
+    def units(self) -> Sequence[str]:
+        return [unit_of_file(file) for file in self.files]
+
+    def kept_fields(self) -> list[pa.Field]:
+        return list(self.columns.kept)
+
+    def open_unit(self, unit: str) -> tuple[bytes, Table]:
+        """Raises SourceError where it is no such table, or lacks a column."""
+        file = file_of_unit(unit)
+        table = open_table(self.root, file)
+        self.columns.check(table.schema, self.root.uri(file))
+        return file, table

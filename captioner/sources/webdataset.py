@@ -15,11 +15,11 @@ import pyarrow as pa
 from captioner.data import Listing, RawImage
 from captioner.errors import SourceError
 from captioner.sources.columns import REFERENCE_NAMES, as_captions
-from captioner.sources.files import Root, file_of_unit, is_hidden, readable, unit_of_file
-from captioner.sources.listing import BATCH_ROWS, plan_table
+from captioner.sources.plan_rows import BATCH_ROWS, plan_table
 from captioner.sources.reading import read_rows
+from captioner.sources.root import Root, file_of_unit, is_hidden, readable, unit_of_file
 
-PICTURE_SUFFIXES = frozenset(
+IMAGE_SUFFIXES = frozenset(
     b"jpg jpeg jpe jfif png apng webp gif bmp dib tif tiff avif avifs heic heif jp2 j2k jpx "
     b"ppm pgm pbm pnm tga ico psd mpo".split()
 )
@@ -83,7 +83,7 @@ class _Member:
         return os.path.splitext(self.name)[1][1:].lower()
 
     @property
-    def may_be_picture(self) -> bool:
+    def may_be_image(self) -> bool:
         hidden = any(is_hidden(part) for part in self.name.split(b"/") if part not in (b".", b".."))
         return self.is_file and self.suffix not in OTHER_SUFFIXES and not hidden
 
@@ -93,30 +93,30 @@ class _Batch:
     """The rows that a batch of samples makes."""
 
     tar: bytes
-    pictures: list[_Member] = field(default_factory=list)
+    images: list[_Member] = field(default_factory=list)
     references: list[list[str] | None] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
-        return len(self.pictures) + len(self.ignored)
+        return len(self.images) + len(self.ignored)
 
     def add_sample(self, members: Sequence[_Member], reference_column: str | None) -> None:
-        """Every picture of the sample is a row. Where a suffix is known to be a picture's, unknown ones are none."""
-        candidates = [member for member in members if member.may_be_picture]
-        pictures = [member for member in candidates if member.suffix in PICTURE_SUFFIXES] or candidates
-        captions = _captions(members, reference_column) if pictures else None
-        self.pictures += pictures
-        self.references += [captions] * len(pictures)
+        """Every image of the sample is a row. Where a suffix is known to be an image's, unknown ones are none."""
+        candidates = [member for member in members if member.may_be_image]
+        images = [member for member in candidates if member.suffix in IMAGE_SUFFIXES] or candidates
+        captions = _captions(members, reference_column) if images else None
+        self.images += images
+        self.references += [captions] * len(images)
         used = {id(member) for member in members if captions and member.text is not None}
-        used.update(map(id, pictures))
+        used.update(map(id, images))
         self.ignored += [self._label(member.name) for member in members if id(member) not in used]
 
     def listing(self) -> Listing:
         rows = plan_table(
-            [self._label(member.name) for member in self.pictures],
-            [self.tar] * len(self.pictures),
-            offset=[member.offset for member in self.pictures],
-            size=[member.size for member in self.pictures],
+            [self._label(member.name) for member in self.images],
+            [self.tar] * len(self.images),
+            offset=[member.offset for member in self.images],
+            size=[member.size for member in self.images],
             references=self.references,
         )
         return Listing(rows, self.ignored)
@@ -184,6 +184,6 @@ def _member(header: tarfile.TarInfo, archive: tarfile.TarFile) -> _Member:
 def _refuse_compressed(root: Root, tar: bytes, start: bytes) -> None:
     if tar.lower().endswith(COMPRESSED_SUFFIXES) or start.startswith(_COMPRESSED_STARTS):
         raise SourceError(
-            f"{root.uri(tar)}: a compressed tar cannot be read picture by picture; decompress it first (pictures "
+            f"{root.uri(tar)}: a compressed tar cannot be read image by image; decompress it first (images "
             "hardly grow: they are compressed already)"
         )

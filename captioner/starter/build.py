@@ -1,8 +1,8 @@
 """Train the starter model: `python -m captioner.starter.build OUT [--steps N] [--threads N]`.
 
 A GIT of 1.4 million parameters and a byte-level BPE, both learned from nothing on rendered scenes (see
-`captioner.scenes`). Every batch holds scenes that were never drawn before, so there is nothing to overfit: no dropout
-and no weight decay. The loss counts caption tokens only, and logits are computed for those alone. The same
+`captioner.starter.scenes`). Every batch holds scenes that were never drawn before, so there is nothing to overfit: no
+dropout and no weight decay. The loss counts caption tokens only, and logits are computed for those alone. The same
 seed, steps and thread count give the same weights on the same machine.
 
 Writes a model directory that plain `AutoModelForImageTextToText.from_pretrained` and `AutoProcessor` load,
@@ -25,8 +25,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import GenerationConfig, GitConfig, GitForCausalLM, GitProcessor, PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from captioner.scenes import BACKGROUNDS, COLOURS, SHAPES, SIZES, Scene, make_scene, make_scenes
 from captioner.scoring.wer import corpus_wer
+from captioner.starter.scenes import BACKGROUNDS, COLOURS, SHAPES, SIZES, Scene, make_scene, make_scenes
 
 TRAIN_SEED, HELD_OUT_SEED = 1, 2
 PIXELS = 64

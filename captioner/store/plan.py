@@ -15,7 +15,7 @@ from captioner.config import SourceConfig
 from captioner.data import Chunk, Listing, Source, names_of
 from captioner.errors import SourceError
 from captioner.store.ids import IdIndex, digests_of
-from captioner.store.listing import list_units
+from captioner.store.parallel_listing import list_units
 from captioner.store.table import CaptionsTable, Plan, plan_folder, plan_part_name
 
 MAX_EXAMPLES = 5
@@ -175,7 +175,7 @@ class _PlanWriter:
             self._table.directory.delete_folder(plan_folder(self._generation))
             raise SourceError(
                 f"{source.name}: {len(duplicates)} image ids occur more than once, among them "
-                f"{', '.join(repr(name) for name in names)}; every picture needs its own id (see --id-column)"
+                f"{', '.join(repr(name) for name in names)}; every image needs its own id (see --id-column)"
             )
         return Plan(self._generation, kind, self._rows_per_chunk, self._parts, self._num_ignored, list(self._examples))
 
@@ -265,7 +265,7 @@ def _index_ids(table: CaptionsTable, generation: int, parts: list[int], ids: IdI
 def _nothing_found(source: Source, plan: Plan) -> str:
     if plan.num_ignored:
         return (
-            f"{source.name}: no pictures found; {plan.num_ignored} files were passed over as documents or hidden, "
+            f"{source.name}: no images found; {plan.num_ignored} files were passed over as documents or hidden, "
             f"e.g. {plan.ignored_examples[0]!r}"
         )
-    return f"{source.name}: no pictures found; check the path and --include/--exclude"
+    return f"{source.name}: no images found; check the path and --include/--exclude"

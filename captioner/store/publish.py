@@ -1,7 +1,10 @@
-"""Merge the committed chunks of a generation into captions/.
+"""Commit the rows of one chunk; merge the committed chunks of a generation into captions/.
 
-Every step is a file that is replaced whole, so a publish that was killed starts over and does only what is missing:
-parts that are there stay, chunks are deleted only after the generation's record is written.
+A chunk is one file, its name a function of plan and chunk, never of who writes it. A retry, a re-execution or a writer
+left over from a killed run puts the same file in the same place. The file is there = the chunk is done.
+
+Every step of publishing is a file that is replaced whole, so a publish that was killed starts over and does only what
+is missing: parts that are there stay, chunks are deleted only after the generation's record is written.
 """
 
 from __future__ import annotations
@@ -12,7 +15,8 @@ from hashlib import sha256
 import numpy as np
 import pyarrow as pa
 
-from captioner.errors import VerificationError
+from captioner.data import Chunk
+from captioner.errors import OutputError, VerificationError
 from captioner.store.table import (
     CaptionsTable,
     Plan,
@@ -27,7 +31,7 @@ def publish(table: CaptionsTable, plan: Plan, on_part: Callable[[int], None] = l
     """Put the rows of a wholly committed generation into the published table. `on_part` is called after each part.
 
     Memory is that of a few chunks and one written file, whatever the size of the table. Raises VerificationError
-    where a part does not hold exactly the planned pictures.
+    where a part does not hold exactly the planned images.
     """
     published = table.published_parts()
     files = {}
@@ -62,7 +66,7 @@ def _committed_rows(table: CaptionsTable, plan: Plan, part: int) -> Iterator[pa.
             ids = planned.read_row_group(chunk.index, ["image_id"])["image_id"]
             if not rows["image_id"].equals(ids):
                 raise VerificationError(
-                    f"chunk {chunk.chunk_id}: its rows are not the planned pictures; see `captioner verify`"
+                    f"chunk {chunk.chunk_id}: its rows are not the planned images; see `captioner verify`"
                 )
             yield rows
 
@@ -87,3 +91,14 @@ def replace_rows(rows: pa.Table, places: np.ndarray, newer: pa.Table) -> pa.Tabl
     order = np.arange(rows.num_rows)
     order[places] = rows.num_rows + np.arange(len(places))
     return pa.concat_tables([rows, newer.cast(rows.schema)]).take(order).combine_chunks()
+
+
+def commit_chunk(table: CaptionsTable, chunk: Chunk, rows: pa.Table) -> None:
+    """Make the rows of a chunk part of the table, whole or not at all.
+
+    Raises OutputError where they are not the chunk's rows: in its order, one for each image.
+    """
+    numbers = rows["chunk_row"].to_pylist()
+    if numbers != list(range(chunk.num_rows)):
+        raise OutputError(f"chunk {chunk.chunk_id}: {len(numbers)} rows were made for {chunk.num_rows} images")
+    table.directory.write_table(table.chunk_name(chunk.chunk_id), rows.cast(table.schema))

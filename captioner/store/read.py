@@ -1,4 +1,4 @@
-"""Read a captions table, finished or not: exactly the current committed row of each picture."""
+"""Read a captions table, finished or not: exactly the current committed row of each image."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def read_parts(table: CaptionsTable, columns: Sequence[str] | None = None, every
     """The committed rows, one part of the table (about --rows-per-file rows) after the other, in plan order.
     `every`: of a large table only the first of every so many parts.
 
-    Of an open run that is what has been committed so far; pictures still to be done have no row. Rows of a
+    Of an open run that is what has been committed so far; images still to be done have no row. Rows of a
     `--retry-failed` that is still open supersede older ones as soon as they are committed.
     """
     plans = table.plans()

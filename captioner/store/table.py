@@ -7,10 +7,10 @@
       plan/gNNN/plan.json           written last: the listing is complete
       plan/gNNN/published.json      written last: the generation is in captions/
       chunks/TABLE_ID/CHUNK_ID.parquet   the committed rows of a generation that is not published yet
-      captions/part-PPPPP.parquet   the published table: rows in plan order, exactly the current row of each picture
+      captions/part-PPPPP.parquet   the published table: rows in plan order, exactly the current row of each image
       history/gNNN/part-PPPPP.parquet    rows that generation NNN superseded
 
-A plan part, its chunks and its published file cover the same pictures in the same order, so what is finished and
+A plan part, its chunks and its published file cover the same images in the same order, so what is finished and
 what is lost can be told by comparing two files.
 """
 
@@ -38,7 +38,7 @@ _OWN_FOLDERS = ("plan", "chunks", "captions", "history", "runs", "checks", "repo
 class Recaption:
     """What a generation of kind "recaption" was made with: the one allowed change of a table's fingerprint.
 
-    `only`: which rows were chosen, see `captioner.recaption`. `logprob_below`: what its quantile came to.
+    `only`: which rows were chosen, see `captioner.run.selector`. `logprob_below`: what its quantile came to.
     `model`: as in table.json.
     """
 
@@ -52,7 +52,7 @@ class Recaption:
 class Plan:
     """A generation's frozen list. `parts`: rows of each part, by part number.
 
-    `kind`: "archive" (the first listing), "extend" (pictures added later), "retry" (failed pictures again) or
+    `kind`: "archive" (the first listing), "extend" (images added later), "retry" (failed images again) or
     "recaption" (weak captions again, with another model). The rows of the last two carry `part_row`, their place in
     the published part.
     """

@@ -1,4 +1,4 @@
-"""Prove that a table keeps its promise: exactly one current row for each planned picture."""
+"""Prove that a table keeps its promise: exactly one current row for each planned image."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MAX_PROBLEMS = 20
 
 @dataclass
 class TableCounts:
-    """The current rows of a table by status. `remaining`: planned pictures without a committed row."""
+    """The current rows of a table by status. `remaining`: planned images without a committed row."""
 
     planned: int = 0
     ok: int = 0
@@ -103,7 +103,7 @@ def _verify_parts(table: CaptionsTable, plan: Plan, result: Verification) -> Non
         name = captions_name(part)
         if part not in published:
             result.lost += plan.parts[part]
-            result.note(f"{name} is missing: {plan.parts[part]} pictures have no row")
+            result.note(f"{name} is missing: {plan.parts[part]} images have no row")
             continue
         rows = table.directory.read_table(name, ["image_id", "status", "error_code"])
         _compare(name, Counter(_plan_ids(table, plan, part)), Counter(rows["image_id"].to_pylist()), result)
@@ -132,7 +132,7 @@ def _has_known_status(rows: pa.Table) -> pa.ChunkedArray:
 
 
 def _verify_chunks(table: CaptionsTable, plan: Plan, result: Verification) -> None:
-    """Committed chunks of an open generation hold the planned pictures, in order."""
+    """Committed chunks of an open generation hold the planned images, in order."""
     if table.is_published(plan.generation):
         return
     committed = table.committed_chunks(plan.generation)
@@ -151,7 +151,7 @@ def _compare(name: str, planned: Counter[str], found: Counter[str], result: Veri
     result.lost += missing.total()
     result.doubled += extra.total()
     if missing:
-        result.note(f"{name}: {missing.total()} planned pictures have no row, e.g. {next(iter(missing))!r}")
+        result.note(f"{name}: {missing.total()} planned images have no row, e.g. {next(iter(missing))!r}")
     if extra:
         result.note(f"{name}: {extra.total()} rows too many, e.g. {next(iter(extra))!r}")
 

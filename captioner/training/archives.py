@@ -12,10 +12,10 @@ from captioner.data import PLAN_SCHEMA, Listing, RawImage, Source
 from captioner.errors import SourceError, UsageError
 from captioner.sources import open_source
 from captioner.store.ids import IdIndex, digests_of
-from captioner.store.listing import list_units
+from captioner.store.parallel_listing import list_units
 from captioner.store.table import open_table, plan_part_name, table_exists
 
-ROWS_PER_TABLE = 256
+ROWS_PER_TABLE = 64
 
 # What the run keeps of each pair: enough to read the picture again, its captions, and which DATA it is of.
 PAIRS_SCHEMA = pa.schema(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from captioner.text import printable
+from captioner.console.text import printable
 
 if TYPE_CHECKING:
     from captioner.training.job import Finishing

@@ -13,7 +13,7 @@ import pyarrow as pa
 import torch
 
 from captioner.models.base import TransformersCaptioner
-from captioner.training.batches import Collate, batches_of, pixels_of
+from captioner.training.collate import Collate, batches_of, pixels_of
 from captioner.training.loss import CaptionLoss
 
 # Captions are shuffled within a window for the baseline, so windows do not depend on the number of workers.
@@ -29,7 +29,7 @@ Feed = Callable[[Iterator[pa.Table]], Iterator[pa.Table]]
 @dataclass(frozen=True)
 class Evaluator:
     """Evaluates `captioner`, whose network `loss` wraps, on a table of pairs. `add_up` sums a float64 tensor over the
-    workers."""
+    workers; `doing` shows how far an evaluation is."""
 
     captioner: TransformersCaptioner
     loss: CaptionLoss
@@ -39,17 +39,23 @@ class Evaluator:
     rank: int = 0
     world_size: int = 1
     add_up: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums
+    doing: Callable[[str], None] = lambda text: None
 
-    def __call__(self, pairs: pa.Table) -> dict[str, Any]:
-        """`wer`, `shuffled_wer`, `loss` (nats a token), `num_pictures`, and `captions`: reference and caption of the
-        first pictures (on rank 0). WER is over generated captions, loss over the first reference of each picture."""
+    def __call__(self, pairs: pa.Table, windows: Iterator[pa.Table] | None = None) -> dict[str, Any]:
+        """Return `wer`, `shuffled_wer`, `loss` (nats a token), `num_pictures`, and `captions`: reference and caption of
+        the first pictures (on rank 0). WER is over generated captions, loss over the first reference of each picture.
+
+        `windows`: `feed` of `windows_of` these pairs, where decoding was started before.
+        """
         was_training = self.loss.training
+        self.doing(f"evaluating {len(pairs):,} images")
         self.loss.eval()
         try:
-            sums, shown = self._sums(pairs)
+            sums, shown = self._sums(windows or self.feed(windows_of(pairs, self.rank, self.world_size)), len(pairs))
         finally:
             self.loss.train(was_training)
             self.captioner.free_memory()
+            self.doing("")
         whole = self.add_up(torch.tensor([sums[name] for name in _SUMS], dtype=torch.float64)).tolist()
         total = dict(zip(_SUMS, whole, strict=True))
         return {
@@ -61,13 +67,13 @@ class Evaluator:
         }
 
     @torch.no_grad()
-    def _sums(self, pairs: pa.Table) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    def _sums(self, windows: Iterator[pa.Table], total: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
         from captioner.scoring.caption_wer import CaptionWer
 
         metric = CaptionWer(keep_in_memory=True, experiment_id=f"rank-{self.rank}")
         sums: dict[str, float] = dict.fromkeys(_SUMS, 0.0)
         shown: list[dict[str, Any]] = []
-        for rows in self.feed(self._windows(pairs)):
+        for rows in windows:
             captions = self.captioner.caption(pixels_of(rows, self.collate.spec)).texts
             references = rows["reference_captions"].to_pylist()
             found = metric.compute(predictions=captions, references=references)
@@ -75,16 +81,11 @@ class Evaluator:
                 sums[name] += found[name]
             self._add_loss(sums, rows)
             sums["pictures"] += len(rows)
+            self.doing(f"evaluated {int(sums['pictures']) * self.world_size:,} of {total:,} images")
             if self.rank == 0 and len(shown) < SHOWN:
                 columns = zip(rows["image_id"].to_pylist(), references, captions, strict=True)
                 shown += [{"image_id": i, "references": r, "caption": c} for i, r, c in columns][: SHOWN - len(shown)]
         return sums, shown
-
-    def _windows(self, pairs: pa.Table) -> Iterator[pa.Table]:
-        for first in range(self.rank * WINDOW, len(pairs), self.world_size * WINDOW):
-            rows = pairs.slice(first, WINDOW)
-            captions = [some[0] for some in rows["reference_captions"].to_pylist()]
-            yield rows.append_column("caption", pa.array(captions, pa.string()))
 
     def _add_loss(self, sums: dict[str, float], rows: pa.Table) -> None:
         device = self.captioner.device
@@ -92,6 +93,14 @@ class Evaluator:
             moved = {name: values.to(device) for name, values in batch.items()}
             sums["loss"] += self.loss(**moved).item()
             sums["tokens"] += len(batch["labels"])
+
+
+def windows_of(pairs: pa.Table, rank: int, world_size: int) -> Iterator[pa.Table]:
+    """A worker's part of an eval set, WINDOW rows at a time, each with its first reference as `caption`."""
+    for first in range(rank * WINDOW, len(pairs), world_size * WINDOW):
+        rows = pairs.slice(first, WINDOW)
+        captions = [references[0] for references in rows["reference_captions"].to_pylist()]
+        yield rows.append_column("caption", pa.array(captions, pa.string()))
 
 
 def _ratio(above: float, below: float) -> float | None:

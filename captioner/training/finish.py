@@ -14,16 +14,16 @@ import torch
 from captioner.config import ModelConfig
 from captioner.models import resolve
 from captioner.models.weights import SETTINGS_FILES
-from captioner.scoring.trained import TRAINING_IMAGES
-from captioner.training.batches import Decode
+from captioner.scoring.eligible_rows import TRAINING_IMAGES
 from captioner.training.card import model_card
+from captioner.training.collate import Decode
 from captioner.training.evaluate import Evaluator
 from captioner.training.job import MODEL_FILE, Finishing
 from captioner.training.loop import make_collate, save_network
 from captioner.training.loss import CaptionLoss
-from captioner.training.network import open_trainable
 from captioner.training.report import write_report
 from captioner.training.schedule import best_of, evaluations
+from captioner.training.trainable import open_trainable
 
 # Written by the trained network itself.
 _OWN_FILES = ("config.json", "generation_config.json")

@@ -12,36 +12,29 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import pyarrow as pa
 
 from captioner.config import ModelConfig, TrainConfig
+from captioner.console.stopping import say, stoppable
 from captioner.errors import OK, ModelError, TrainingError, UsageError
 from captioner.files import shown
 from captioner.models import ModelRef, check_in_subprocess, resolve
-from captioner.stopping import say, stoppable
+from captioner.models.checking import PendingCheck
+from captioner.run.prefetch import in_background
 from captioner.store.directory import Directory
 from captioner.training.archives import Archives, list_pairs, open_archives
-from captioner.training.limits import TRAINABLE, max_caption_tokens
-from captioner.training.pairs import SPLITS, Examine, Pairs, make_pairs
+from captioner.training.pairs import SPLITS, TRAINABLE, Examine, Pairs, make_pairs, max_caption_tokens
+from captioner.training.progress import TrainProgress
 from captioner.training.record import RUN_FILE, open_record
 from captioner.training.schedule import Schedule, make_schedule
 
 PAIRS_FILE, MODEL_FILE = "pairs/pairs.json", "model/training_run.json"
-
-
-@dataclass
-class Outcome:
-    """How the workers ended. `checkpoint`: of the best model, opened by the engine; `stopped`: why before the last
-    step, or ""."""
-
-    checkpoint: Any
-    metrics: dict[str, Any]
-    step: int
-    history: list[dict[str, Any]]
-    stopped: str = ""
+# So many pairs are examined while the workers start. More take longer than that start, and want its CPUs.
+EXAMINED_BESIDE = 10_000
 
 
 @dataclass(frozen=True)
@@ -59,6 +52,51 @@ class Finishing:
     out: Directory
 
 
+@dataclass(frozen=True)
+class Start:
+    """What is known of a run before its pairs are."""
+
+    config: TrainConfig
+    out: Directory
+    model: ModelRef
+    archives: Archives
+    record: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Of the run's checkpoints: another configuration never finds them."""
+        return str(self.record["fingerprint"])[:16]
+
+
+@dataclass(frozen=True)
+class TrainRun:
+    """An open run: its pairs are frozen, its steps counted."""
+
+    start: Start
+    pairs: Pairs
+    schedule: Schedule
+
+    def write_report(self) -> None:
+        """OUT/report.html before training: what the model will be shown."""
+        from captioner.training.report import write_report
+
+        start, pairs = self.start, self.pairs
+        write_report(start.out, start.record, start.archives, pairs.tables, pairs.counts(), [], {})
+
+
+@dataclass
+class Outcome:
+    """How the workers ended. `checkpoint`: of the best model, opened by the engine; `stopped`: why before the last
+    step, or ""."""
+
+    run: TrainRun
+    checkpoint: Any
+    metrics: dict[str, Any]
+    step: int
+    history: list[dict[str, Any]]
+    stopped: str = ""
+
+
 class TrainEngine(Protocol):
     """Where training runs: Ray, or this process in tests."""
 
@@ -74,30 +112,14 @@ class TrainEngine(Protocol):
         """`function` on each table, in order."""
         ...
 
-    def train(self, run: TrainRun) -> Outcome: ...
+    def train(self, start: Start, prepare: Callable[[], TrainRun], progress: TrainProgress) -> Outcome:
+        """Start the workers, and train what `prepare` returns. It is called once, perhaps in another thread while the
+        workers start; what it raises is raised."""
+        ...
 
     def finish(self, checkpoint: Any, finishing: Finishing) -> dict[str, Any]:
         """Call `captioner.training.finish.finish` where a model can be loaded; returns its record."""
         ...
-
-
-@dataclass
-class TrainRun:
-    """An open run."""
-
-    config: TrainConfig
-    out: Directory
-    model: ModelRef
-    archives: Archives
-    pairs: Pairs
-    schedule: Schedule
-    record: dict[str, Any]
-    started: float = field(default_factory=time.perf_counter)
-
-    @property
-    def name(self) -> str:
-        """Of the run's checkpoints: another configuration never finds them."""
-        return str(self.record["fingerprint"])[:16]
 
 
 def run(config: TrainConfig, engine: TrainEngine) -> int:
@@ -110,38 +132,66 @@ def _run(config: TrainConfig, engine: TrainEngine) -> int:
     started = time.perf_counter()
     _check_settings(config)
     out, model, archives = Directory(config.output.path), _resolve(config), open_archives(config.data)
-    check = check_in_subprocess(model)
-    if config.training.fp16 and engine.device() == "cpu":
-        raise UsageError("--fp16: there is no GPU to compute in float16 on; --bf16 works on CPUs as well")
-    record = open_record(config, out, model, engine.num_workers())
-    if out.exists(MODEL_FILE):
-        say(f"nothing to train: {shown(config.output.path)}/model is there")
-        _push(config, out)
-        return OK
-    pairs = _frozen_pairs(config, out, archives, model, engine)
-    _tell_pairs(pairs)
-    check.result()
-    schedule = make_schedule(config.training, _epoch_size(config, pairs), record["num_workers"])
-    opened = TrainRun(config, out, model, archives, pairs, schedule, record, started)
-    out.write_json(RUN_FILE, record | {"state": "running"})
-    _show_pairs(opened)
-    outcome = engine.train(opened)
-    if outcome.stopped:
-        say(f"stopped at step {outcome.step}: {outcome.stopped}")
-    if outcome.stopped.startswith("the loss of"):
-        raise TrainingError(
-            f"{outcome.stopped}; the last good checkpoint stays in {shown(config.output.path)}/checkpoints; "
-            "train with a lower --learning-rate into another OUT"
+    with TrainProgress() as progress:
+        listed = in_background(partial(_list_new_pairs, config, out, archives))
+        check = check_in_subprocess(model)
+        progress.doing("starting Ray")
+        if config.training.fp16 and engine.device() == "cpu":
+            raise UsageError("--fp16: there is no GPU to compute in float16 on; --bf16 works on CPUs as well")
+        record = open_record(config, out, model, engine.num_workers())
+        if out.exists(MODEL_FILE):
+            check.cancel()
+            say(f"nothing to train: {shown(config.output.path)}/model is there")
+            _push(config, out)
+            return OK
+        start = Start(config, out, model, archives, record)
+        progress.doing("reading pairs")
+        tables = listed.result()
+        prepare = partial(_prepare, start, tables, engine, check, progress)
+        if sum(map(len, tables or [])) > EXAMINED_BESIDE:
+            prepare = partial(_same, prepare())
+        outcome = engine.train(start, prepare, progress)
+        if outcome.stopped:
+            say(f"stopped at step {outcome.step}: {outcome.stopped}")
+        if outcome.stopped.startswith("the loss of"):
+            raise TrainingError(
+                f"{outcome.stopped}; the last good checkpoint stays in {shown(config.output.path)}/checkpoints; "
+                "train with a lower --learning-rate into another OUT"
+            )
+        progress.doing("making OUT/model")
+        opened = outcome.run
+        finishing = Finishing(
+            config, model, archives, opened.schedule, opened.pairs.tables, record, outcome.metrics, outcome.history, out
         )
-    finishing = Finishing(
-        config, model, archives, schedule, pairs.tables, record, outcome.metrics, outcome.history, out
-    )
-    finished = engine.finish(outcome.checkpoint, finishing)
+        finished = engine.finish(outcome.checkpoint, finishing)
+        progress.doing("")
     seconds = round(time.perf_counter() - started, 1)
     out.write_json(RUN_FILE, record | {"state": "finished", "seconds": seconds, **finished})
     _push(config, out)
     _tell_result(config, finished)
     return OK
+
+
+def _list_new_pairs(config: TrainConfig, out: Directory, archives: Archives) -> list[pa.Table] | None:
+    """What DATA lists, or None where an earlier start has frozen the pairs."""
+    return None if out.exists(PAIRS_FILE) else list(list_pairs(archives, config.data.limit))
+
+
+def _prepare(
+    start: Start, listed: list[pa.Table] | None, engine: TrainEngine, check: PendingCheck, progress: TrainProgress
+) -> TrainRun:
+    config, record = start.config, start.record
+    pairs = _frozen_pairs(start.out) if listed is None else _examine(start, listed, engine, progress)
+    _tell_pairs(pairs)
+    check.result()
+    schedule = make_schedule(config.training, _epoch_size(config, pairs), record["num_workers"])
+    start.out.write_json(RUN_FILE, record | {"state": "running"})
+    progress.expect(schedule.max_steps, schedule.global_batch_size)
+    return TrainRun(start, pairs, schedule)
+
+
+def _same(opened: TrainRun) -> TrainRun:
+    return opened
 
 
 def _check_settings(config: TrainConfig) -> None:
@@ -179,17 +229,28 @@ def _resolve(config: TrainConfig) -> ModelRef:
     return model
 
 
-def _frozen_pairs(
-    config: TrainConfig, out: Directory, archives: Archives, model: ModelRef, engine: TrainEngine
-) -> Pairs:
-    """The pairs as an earlier start froze them, or made now."""
-    if out.exists(PAIRS_FILE):
-        facts = out.read_json(PAIRS_FILE)
-        tables = {name: out.read_table(f"pairs/{name}.parquet") for name in facts["splits"]}
-        return Pairs(tables, facts["skipped"], facts["examples"], facts["truncated_captions"], facts["listed"])
-    examine = Examine(archives, model.spec, model.path, max_caption_tokens(model))
-    examined = engine.map_tables(examine, list_pairs(archives, config.data.limit))
-    pairs = make_pairs(config.data, examined, config.training.seed)
+def _frozen_pairs(out: Directory) -> Pairs:
+    """The pairs as an earlier start froze them."""
+    facts = out.read_json(PAIRS_FILE)
+    tables = {name: out.read_table(f"pairs/{name}.parquet") for name in facts["splits"]}
+    return Pairs(tables, facts["skipped"], facts["examples"], facts["truncated_captions"], facts["listed"])
+
+
+def _examine(start: Start, listed: list[pa.Table], engine: TrainEngine, progress: TrainProgress) -> Pairs:
+    """The usable pairs among those listed, split and frozen."""
+    config, out, model = start.config, start.out, start.model
+    total, num_examined = sum(map(len, listed)), 0
+
+    def counted(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+        nonlocal num_examined
+        for table in tables:
+            num_examined += len(table)
+            progress.doing(f"examined {num_examined:,} of {total:,} pairs")
+            yield table
+
+    progress.doing(f"examining {total:,} pairs")
+    examine = Examine(start.archives, model.spec, model.path, max_caption_tokens(model))
+    pairs = make_pairs(config.data, counted(engine.map_tables(examine, listed)), config.training.seed)
     for name, table in pairs.tables.items():
         out.write_table(f"pairs/{name}.parquet", table)
     facts = {**pairs.counts(), "splits": [n for n in SPLITS if n in pairs.tables], "fingerprint": pairs.fingerprint}
@@ -211,13 +272,6 @@ def _tell_pairs(pairs: Pairs) -> None:
     say(f"{pairs.num_listed:,} pictures: {shares}" + (f"; left out: {skipped}" if skipped else ""))
     if pairs.num_truncated:
         say(f"{pairs.num_truncated:,} captions are longer than the model allows and are cut")
-
-
-def _show_pairs(opened: TrainRun) -> None:
-    """OUT/report.html before training: what the model will be shown."""
-    from captioner.training.report import write_report
-
-    write_report(opened.out, opened.record, opened.archives, opened.pairs.tables, opened.pairs.counts(), [], {})
 
 
 def _push(config: TrainConfig, out: Directory) -> None:

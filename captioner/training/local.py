@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from captioner.devices import pick_device
-from captioner.training.job import Finishing, Outcome, TrainRun
+from captioner.training.job import Finishing, Outcome, Start, TrainRun
+from captioner.training.progress import TrainProgress
 
 if TYPE_CHECKING:
-    from captioner.training.batches import Decode
+    from captioner.training.collate import Decode
     from captioner.training.evaluate import Feed
+    from captioner.training.worker import Training
 
 _METRICS = "metrics.json"
 
@@ -35,18 +37,22 @@ class LocalEngine:
     def map_tables(self, function: Callable[[pa.Table], pa.Table], tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
         return map(function, tables)
 
-    def train(self, opened: TrainRun) -> Outcome:
+    def train(self, start: Start, prepare: Callable[[], TrainRun], progress: TrainProgress) -> Outcome:
         from captioner.training.loop import train_worker
-        from captioner.training.work import Training
+        from captioner.training.worker import Training
 
+        opened = prepare()
+        opened.write_report()
         tables = opened.pairs.tables
-        work = Training(opened.config, opened.model, opened.archives, opened.schedule, tables["train"], tables["eval"])
-        worker = LocalWorker(Path(opened.out.path("checkpoints")) / opened.name, self._device)
-        ended = train_worker(work, worker, worker.latest())
+        work = Training(start.config, start.model, start.archives, opened.schedule, tables["train"], tables["eval"])
+        worker = LocalWorker(Path(start.out.path("checkpoints")) / start.name, work, self._device)
+        progress.doing("")
+        progress.watch(lambda: worker.told[-1] if worker.told else None)
+        ended = train_worker(start.config, start.model, worker, worker.latest())
         kept = [(folder, json.loads((folder / _METRICS).read_text())) for folder in worker.kept()]
-        metric = f"eval_{opened.config.training.metric_for_best_model}"
+        metric = f"eval_{start.config.training.metric_for_best_model}"
         best, metrics = min(kept, key=lambda pair: (pair[1][metric], pair[1]["step"]), default=(None, {}))
-        return Outcome(best, metrics, ended["step"], ended["history"], ended["stopped"])
+        return Outcome(opened, best, metrics, ended["step"], ended["history"], ended["stopped"])
 
     def finish(self, checkpoint: Any, finishing: Finishing) -> dict[str, Any]:
         from captioner.training.finish import finish
@@ -59,7 +65,8 @@ class LocalWorker:
 
     rank, world_size = 0, 1
 
-    def __init__(self, folder: Path, device: str = "auto") -> None:
+    def __init__(self, folder: Path, work: Training, device: str = "auto") -> None:
+        self._work = work
         self.device = pick_device(device)
         self.folder = folder
         self.told: list[dict[str, Any]] = []
@@ -73,6 +80,12 @@ class LocalWorker:
 
     def feed(self, decode: Decode) -> Feed:
         return lambda tables: map(decode, tables)
+
+    def training(self) -> Training | None:
+        return self._work
+
+    def doing(self, text: str) -> None:
+        pass
 
     def prepare(self, trainer: Any) -> Any:
         return trainer

@@ -7,37 +7,60 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from itertools import islice
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import torch
 from transformers import GenerationConfig, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from captioner.ahead import one_ahead
+from captioner.config import TrainConfig
+from captioner.errors import ModelError
 from captioner.models.base import TransformersCaptioner
-from captioner.models.opening import quiet
-from captioner.training.batches import Collate, Decode, Upload, batches_of
-from captioner.training.conductor import Conductor, sum_over_workers
-from captioner.training.evaluate import Evaluator, Feed
-from captioner.training.limits import max_caption_tokens
+from captioner.models.pretrained import quiet
+from captioner.models.ref import ModelRef
+from captioner.run.prefetch import one_ahead
+from captioner.training.callback import Conductor, sum_over_workers
+from captioner.training.collate import Collate, Decode, Upload, batches_of
+from captioner.training.evaluate import Evaluator, Feed, windows_of
 from captioner.training.loss import CaptionLoss
-from captioner.training.network import ADAPTERS, open_trainable
 from captioner.training.order import GlobalOrder, Share
-from captioner.training.work import Training, Worker
+from captioner.training.pairs import max_caption_tokens
+from captioner.training.trainable import ADAPTERS, open_trainable
+from captioner.training.worker import Training, Worker
+
+GIVEN_UP: dict[str, Any] = {"step": 0, "history": [], "stopped": "its preparation failed"}
 
 
-def train_worker(work: Training, worker: Worker, checkpoint: Path | None = None) -> dict[str, Any]:
+def train_worker(
+    config: TrainConfig, model: ModelRef, worker: Worker, checkpoint: Path | None = None
+) -> dict[str, Any]:
     """Train up to the last step, from `checkpoint` where there is one. Returns `step`, `history` and `stopped`: why the
     run ended before its last step, or ""."""
-    settings = work.config.training
+    settings = config.training
     eval_batch = settings.per_device_eval_batch_size or settings.per_device_train_batch_size
-    captioner = open_trainable(work.model, work.config.model, worker.device, eval_batch, checkpoint)
-    if settings.gradient_checkpointing:
-        captioner.model.activation_checkpointing_enable({"use_reentrant": False})
-    loss = CaptionLoss(captioner)
-    loss.train()
+    _tell(worker, "loading weights")
+    with ThreadPoolExecutor(1, "decoding") as thread:
+        started = thread.submit(_start_decoding, worker, is_new=checkpoint is None)
+        try:
+            captioner = open_trainable(model, config.model, worker.device, eval_batch, checkpoint)
+        except ModelError:
+            if started.result()[0] is None:  # why the run was given up is known; Ray need not start this worker again
+                return GIVEN_UP
+            raise
+        if settings.gradient_checkpointing:
+            captioner.model.activation_checkpointing_enable({"use_reentrant": False})
+        loss = CaptionLoss(captioner)
+        loss.train()
+        _tell(worker, "waiting for pairs" if not started.done() else "preparing the first step")
+        work, windows = started.result()
+    if work is None:
+        return GIVEN_UP
+    _tell(worker, "preparing the first step")
     collate = make_collate(captioner)
     decode = Decode(work.archives, work.model.spec)
     evaluator = Evaluator(
@@ -49,12 +72,13 @@ def train_worker(work: Training, worker: Worker, checkpoint: Path | None = None)
         worker.rank,
         worker.world_size,
         lambda sums: sum_over_workers(sums, captioner.device),
+        partial(_tell, worker),
     )
     with tempfile.TemporaryDirectory(prefix="captioner-train-") as folder, quiet():
         trainer = CaptionTrainer(
             work, worker, loss, collate, args=training_arguments(work, folder, captioner.device.type == "cpu")
         )
-        conductor = Conductor(work, worker, evaluator, lambda: trainer.step_loss)
+        conductor = Conductor(work, worker, evaluator, lambda: trainer.step_loss, windows)
         trainer.add_callback(conductor)
         trainer = worker.prepare(trainer)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -63,6 +87,22 @@ def train_worker(work: Training, worker: Worker, checkpoint: Path | None = None)
         "history": trainer.state.log_history,
         "stopped": conductor.stopped,
     }
+
+
+def _start_decoding(worker: Worker, is_new: bool) -> tuple[Training | None, Iterator[pa.Table] | None]:
+    """Wait for what to train on, and for the first window of a new run's eval set: processes that decode start while
+    this one loads weights."""
+    work = worker.training()
+    if work is None or not is_new:
+        return work, None
+    windows = worker.feed(Decode(work.archives, work.model.spec))(windows_of(work.eval, worker.rank, worker.world_size))
+    first = list(islice(windows, 1))
+    return work, chain(first, windows)
+
+
+def _tell(worker: Worker, text: str) -> None:
+    if worker.rank == 0:
+        worker.doing(text)
 
 
 def make_collate(captioner: TransformersCaptioner) -> Collate:

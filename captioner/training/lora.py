@@ -18,20 +18,18 @@ def check_installed() -> None:
         raise UsageError("--lora-rank: peft is not installed; pip install 'captioner[lora]'")
 
 
-def add_adapters(network: Any, family: str, config: TrainModelConfig, saved: Path | None) -> None:
-    """Put adapters beside every linear layer of the network (not of its vision encoder with --freeze-vision), in place;
+def add_adapters(network: Any, vision: Any, config: TrainModelConfig, saved: Path | None) -> None:
+    """Put adapters beside every linear layer of the network (not of `vision` with --freeze-vision), in place;
     with the weights in `saved` where there are some. Everything else stops learning."""
     import peft
     import torch
     from safetensors.torch import load_file
 
-    from captioner.training.network import vision_part
-
-    vision = {id(module) for module in vision_part(network, family).modules()} if config.freeze_vision else set()
+    frozen = {id(module) for module in vision.modules()} if config.freeze_vision else set()
     linear = [
         name
         for name, module in network.named_modules()
-        if isinstance(module, torch.nn.Linear) and id(module) not in vision and module is not _head(network)
+        if isinstance(module, torch.nn.Linear) and id(module) not in frozen and module is not _head(network)
     ]
     assert config.lora_rank is not None
     rank = config.lora_rank

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 CaptionChoice = Literal["random", "first", "all"]
-PICTURES_PER_TABLE = 128
+PICTURES_PER_TABLE = 32
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from captioner.config import TrainDataConfig
 from captioner.data import PixelSpec
 from captioner.errors import SourceError, UsageError
 from captioner.files import shown
+from captioner.models.ref import ModelRef
 from captioner.training.archives import PAIRS_SCHEMA, Archives
 
 SPLITS = ("train", "eval", "test")
@@ -96,7 +97,7 @@ class Examine:
 
 @lru_cache(maxsize=1)
 def _tokenizer(path: str) -> Any:
-    from captioner.models.opening import open_tokenizer
+    from captioner.models.pretrained import open_tokenizer
 
     return open_tokenizer(path)
 
@@ -204,3 +205,11 @@ def _refuse_empty(pairs: Pairs, config: TrainDataConfig) -> None:
 
 def _hash_with(seed: int) -> Callable[[str], bytes]:
     return lambda text: blake2b(f"{seed}:{text}".encode(), digest_size=16).digest()
+
+
+TRAINABLE = ("git", "blip", "vision-encoder-decoder")  # families whose loss is in loss.py
+
+
+def max_caption_tokens(ref: ModelRef) -> int | None:
+    """The longest caption the model has text positions for: start and end token take one each."""
+    return None if ref.max_positions is None else ref.max_positions - 2

@@ -12,7 +12,7 @@ from captioner.config import TrainConfig
 from captioner.errors import FingerprintError, OutputError
 from captioner.files import shown
 from captioner.models import ModelRef
-from captioner.record import versions
+from captioner.run.record import versions
 from captioner.store.directory import Directory
 
 RUN_FILE = "train.json"

@@ -88,11 +88,11 @@ def _eval_sheet(archives: Archives, rows: pa.Table, result: dict[str, Any]) -> l
 
 def _thumbnail(raw: RawImage, max_pixels: int) -> str | None:
     """A data: URI, or None where the picture cannot be read now."""
-    from captioner.imaging import PictureError, open_picture
+    from captioner.imaging import ImageError, open_image
 
     try:
-        image = open_picture(raw.data or b"", max_pixels).image
-    except PictureError:
+        image = open_image(raw.data or b"", max_pixels).rgb
+    except ImageError:
         return None
     image.thumbnail((_THUMBNAIL, _THUMBNAIL))
     stream = io.BytesIO()

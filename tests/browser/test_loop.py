@@ -10,9 +10,9 @@ import pyarrow as pa
 import pytest
 
 from captioner import pipeline
-from captioner.alttext.journal import latest_reviews, read_reviews
 from captioner.config import CaptionConfig, TrainConfig
-from captioner.samples import render_scenes
+from captioner.publishing.alt_text.journal import latest_reviews, read_reviews
+from captioner.starter.render import render_scenes
 from captioner.store.directory import Directory
 from captioner.store.read import read_parts
 from captioner.store.table import open_table
@@ -23,9 +23,9 @@ from ray_jobs.cli import main
 
 pytestmark = pytest.mark.browser
 PICTURES = 32
-# What the reviewer does, picture by picture; "edited" writes what is known of the picture.
+# What the reviewer does, image by image; "edited" writes what is known of the image.
 DECISIONS = ["edited"] * 13 + ["approved", "rejected", "decorative", "expert", "rejected", "edited", "approved"]
-FORMS = ("xmp", "html", "csv", "jsonl", "txt", "coco", "imagefolder", "webdataset", "parquet")
+FORMATS = ("xmp", "html", "csv", "jsonl", "txt", "coco", "imagefolder", "webdataset", "parquet")
 KEYS = {"approved": "a", "rejected": "r", "decorative": "d", "expert": "x"}
 
 
@@ -64,14 +64,14 @@ def decided(out: Path) -> dict[str, str]:
 
 
 def decide(page, decisions: list[str], known: dict[str, str]) -> dict[str, str]:
-    """Decide with the keyboard alone; returns the decisions by picture, as the page took them."""
+    """Decide with the keyboard alone; returns the decisions by image, as the page took them."""
     made = {}
     for decision in decisions:
         page.wait_for_selector("#card[data-state=ready]")
         card = page.locator("#card")
-        image_id, place = card.get_attribute("data-image-id"), card.get_attribute("data-place")
+        image_id, place = card.get_attribute("data-image-id"), card.get_attribute("data-index")
         if page.locator("#only").is_visible():
-            page.keyboard.press("o")  # others have the same text; this decision is about one picture
+            page.keyboard.press("o")  # others have the same text; this decision is about one image
         if decision == "edited":
             page.keyboard.press("e")
             page.keyboard.press("Control+A")
@@ -79,7 +79,7 @@ def decide(page, decisions: list[str], known: dict[str, str]) -> dict[str, str]:
             page.keyboard.press("Control+Enter")
         else:
             page.keyboard.press(KEYS[decision])
-        page.wait_for_selector(f"#card:not([data-place='{place}'])", state="attached")
+        page.wait_for_selector(f"#card:not([data-index='{place}'])", state="attached")
         made[image_id] = decision
     page.wait_for_selector("#card[data-state=ready]")
     return made
@@ -132,7 +132,7 @@ def export_everything(out: Path, root: Path) -> None:
     pages.mkdir()
     image_id = next(name for name, decision in decided(out).items() if decision == "edited")
     (pages / "index.html").write_text(f'<!doctype html><title>Posters</title><img src="{image_id}">')
-    for form in FORMS:
+    for form in FORMATS:
         more = ["--html-dir", pages] if form == "html" else []
         captioner("export", out, root / "exports" / form, "--to", form, *more)
         assert (root / "exports" / form).exists()

@@ -10,8 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from captioner import pipeline, quality
+from captioner import pipeline
 from captioner.config import CaptionConfig, CheckConfig
+from captioner.run import quality
 from captioner.store.table import open_table
 from captioner.testing import make_folder
 

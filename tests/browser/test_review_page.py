@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from captioner.alttext.journal import read_reviews
+from captioner.publishing.alt_text.journal import read_reviews
 from captioner.store.directory import Directory
 
 pytestmark = pytest.mark.browser
 
 HOSTILE = '<img src=x onerror="document.title = 1"><script>document.title = 2</script>'
-READY = "#card[data-state=ready][data-picture]:not([data-picture=loading])"
+READY = "#card[data-state=ready][data-image]:not([data-image=loading])"
 
 
 def violations(page) -> list[str]:
@@ -28,7 +28,7 @@ def decisions(out: Path) -> list[tuple[str, tuple[str, ...], str | None]]:
 
 
 def press_and_wait(page, key: str) -> None:
-    """Press a key that decides, and wait for the next picture or the end."""
+    """Press a key that decides, and wait for the next image or the end."""
     shown = int(page.get_attribute("#card", "data-shown"))
     page.keyboard.press(key)
     page.wait_for_selector(f"#card[data-shown='{shown + 1}']", state="attached")
@@ -36,7 +36,7 @@ def press_and_wait(page, key: str) -> None:
 
 @pytest.fixture
 def out(make_reviewable, tmp_path: Path) -> Path:
-    """A group of four, a long text, a hostile one, flags, a picture that has gone."""
+    """A group of four, a long text, a hostile one, flags, an image that has gone."""
     captions = ["a dog"] * 4 + ["a very long text about a dog " * 7, f"dogs {HOSTILE}", "a sign that says “stop”"]
     made = make_reviewable(captions, logprobs=[-9.0, -8.0, -7.0, -6.0], flags=[["truncated"]])
     (tmp_path / "archive" / "000006.png").unlink()
@@ -68,7 +68,7 @@ def test_axe_finds_nothing_wherever_the_page_is(out: Path, review, open_page, ph
         page.wait_for_selector("#card[data-image-id='000004.png']")
         press_and_wait(page, "s")
         press_and_wait(page, "s")
-        page.wait_for_selector("#card[data-image-id='000006.png'][data-picture=missing]")
+        page.wait_for_selector("#card[data-image-id='000006.png'][data-image=missing]")
         assert violations(page) == []
         while page.get_attribute("#card", "data-state") != "done":
             press_and_wait(page, "d")
@@ -119,7 +119,7 @@ def test_an_undo_brings_the_group_back(out: Path, review, open_page) -> None:
         page.wait_for_selector(READY)
         assert page.get_by_role("button", name="Undo").is_disabled()
         press_and_wait(page, "a")
-        assert page.get_by_role("status").inner_text() == "Accepted for 4 pictures."
+        assert page.get_by_role("status").inner_text() == "Accepted for 4 images."
         press_and_wait(page, "u")
         assert page.get_attribute("#card", "data-image-id") == "000000.png"
         assert page.locator("#neighbours button[aria-pressed=true]").count() == 3
@@ -204,11 +204,11 @@ def test_targets_are_large_enough_for_a_finger(out: Path, review, open_page) -> 
 def test_a_server_that_has_gone_is_told_and_nothing_moves_on(out: Path, review, open_page) -> None:
     with review(out, "--queue", "all") as (process, url):
         page = open_page(url)
-        page.wait_for_selector("#card[data-picture=shown]")
+        page.wait_for_selector("#card[data-image=shown]")
         page.wait_for_load_state("networkidle")
         process.kill()
         process.wait()
         page.keyboard.press("a")
-        page.get_by_role("alert").get_by_text("captioner review does not answer").wait_for()
+        page.get_by_role("alert").get_by_text("captioner review does not respond").wait_for()
         assert page.get_attribute("#card", "data-image-id") == "000000.png"
         page.context.close()

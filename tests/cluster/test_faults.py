@@ -12,7 +12,7 @@ import pytest
 
 from captioner.config import CaptionConfig
 from captioner.errors import ClusterError
-from captioner.job import open_job
+from captioner.run.job import open_job
 from captioner.store.read import read_parts
 from captioner.store.table import CaptionsTable, open_table
 from captioner.store.verify import verify
@@ -25,7 +25,7 @@ SHARES = {"num_workers": 2, "decode_cpus": 1}
 
 @pytest.fixture
 def archive(tmp_path: Path) -> Path:
-    """Pictures of which one waits at the gate while it is decoded."""
+    """Images of which one waits at the gate while it is decoded."""
     root = make_folder(tmp_path / "archive", 60, width=32)
     (tmp_path / "gate").mkdir()
     first = (root / "000000.png").read_bytes()
@@ -81,7 +81,7 @@ def node_of(cluster, process: psutil.Process):
 
 
 def assert_whole(archive: Path, out: Path, poison: dict[str, str] | None = None) -> None:
-    """Every picture has its row; those of `poison`, and no others, failed."""
+    """Every image has its row; those of `poison`, and no others, failed."""
     rows = pa.concat_tables(read_parts(open_table(str(out)))).to_pylist()
     failed = {row["image_id"]: row["error_code"] for row in rows if row["status"] == "failed"}
     found = verify(open_table(str(out)))
@@ -134,7 +134,7 @@ def test_a_decoder_actor_that_is_told_to_end(tmp_path: Path, archive: Path) -> N
 @pytest.mark.parametrize("moment", ["before", "after"])
 def test_a_worker_killed_before_and_after_its_rename(tmp_path: Path, archive: Path, moment: str) -> None:
     config = settings(archive, tmp_path / "out")
-    (tmp_path / "gate/open").touch()  # of the picture
+    (tmp_path / "gate/open").touch()  # of the image
     (tmp_path / "commit").mkdir()
     engine = RayEngine(config)
     job = open_job(config, engine, lambda line: None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import io
 import os
 import pty
 import re
@@ -20,6 +21,7 @@ import pytest
 from captioner.store.table import open_table
 from captioner.store.verify import verify
 from captioner.testing import GATE_MARKER, make_folder
+from ray_jobs.follow import Follower
 
 DEADLINE_S = 120.0
 PICTURES = 320
@@ -195,14 +197,41 @@ class Terminal:
             assert time.monotonic() < deadline, self._seen
             ready, _, _ = select.select([self._keyboard], [], [], 1.0)
             if ready:
-                self._seen += os.read(self._keyboard, 65536).decode()
+                self._seen += self._read()
         return self._seen
+
+    def _read(self) -> str:
+        try:
+            return os.read(self._keyboard, 65536).decode()
+        except OSError:  # nobody has the other end open any more
+            raise AssertionError(f"ended with {self.process.wait()}: {self._seen}") from None
 
     def press(self, keys: str) -> None:
         os.write(self._keyboard, keys.encode())
 
 
 CTRL_C = "\x03"
+
+
+class PressedWhileItPrints(io.StringIO):
+    """A standard error whose reader presses Ctrl-C before the write of the first line returns."""
+
+    def write(self, text: str) -> int:
+        pressed_before = bool(self.getvalue())
+        length = super().write(text)
+        if not pressed_before:
+            raise KeyboardInterrupt
+        return length
+
+
+def test_ctrl_c_as_soon_as_the_job_is_announced_is_answered_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = PressedWhileItPrints()
+    monkeypatch.setattr("sys.stderr", screen)
+    monkeypatch.setattr("sys.stdin", io.StringIO())  # no terminal: nobody can be asked
+    follower = Follower(client=None, job_id="captioner-1", waits_for="nothing", pending_timeout=0)
+
+    assert follower.run("submitted: captioner-1") == 130
+    assert "detached: captioner-1 goes on" in screen.getvalue()
 
 
 def test_ctrl_c_asks_whether_to_stop_or_to_detach(head, archive: Path, tmp_path: Path) -> None:

@@ -6,10 +6,10 @@ from typing import Self
 
 import pytest
 
-import captioner.report.pictures as report_pictures
 from captioner import steps
 from captioner.data import PixelSpec
 from captioner.imaging import decode, squeeze
+from captioner.report import page_images
 from captioner.store import lease
 
 
@@ -27,13 +27,13 @@ class DecoderHere:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def __call__(self, pictures: Iterable[bytes]):
-        return (self.decode(data, max_pixels=self.max_pixels) for data in pictures)
+    def __call__(self, images: Iterable[bytes]):
+        return (self.decode(data, max_pixels=self.max_pixels) for data in images)
 
 
 @pytest.fixture
 def decoding_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (steps, report_pictures):
+    for module in (steps, page_images):
         monkeypatch.setattr(module, "GuardedDecoder", DecoderHere)
 
 

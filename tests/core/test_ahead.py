@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from captioner.ahead import one_ahead
+from captioner.run.prefetch import one_ahead
 
 
 @settings(deadline=None)

@@ -14,13 +14,13 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from captioner import pipeline
-from captioner.alttext.findings import Captioned, findings
-from captioner.alttext.make import chosen_rules, make_alt_texts
-from captioner.alttext.nouns import ALT_TEXT_SCHEMA
-from captioner.alttext.rules import RULES, Limits, apply_rules
-from captioner.alttext.texts import read_texts
 from captioner.config import AltTextConfig, CaptionConfig
 from captioner.errors import OutputError, UsageError
+from captioner.publishing.alt_text.command import chosen_rules, make_alt_texts
+from captioner.publishing.alt_text.findings import CaptionedImage, findings
+from captioner.publishing.alt_text.rules import RULES, Limits, apply_rules
+from captioner.publishing.alt_text.schemas import ALT_TEXT_SCHEMA
+from captioner.publishing.alt_text.texts import read_texts
 from captioner.scoring.terms import finder
 from captioner.store.table import CaptionsTable, open_table
 from captioner.testing import make_folder
@@ -129,11 +129,11 @@ def test_every_rule_cites_its_source() -> None:
 def test_what_a_person_has_to_decide_is_flagged(caption: str, flags: list[str]) -> None:
     text, rules = apply_rules(caption, rules=[name for name in RULES if name != "repeats"])
 
-    assert findings(Captioned(caption, text, tuple(rules)), finder(["gypsy", "ass"])) == flags
+    assert findings(CaptionedImage(caption, text, tuple(rules)), finder(["gypsy", "ass"])) == flags
 
 
 def test_a_spacer_may_be_decorative() -> None:
-    assert findings(Captioned("a line", "A line.", (), 600, 2), finder([])) == ["maybe_decorative"]
+    assert findings(CaptionedImage("a line", "A line.", (), 600, 2), finder([])) == ["maybe_decorative"]
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +186,7 @@ def test_made_again_after_a_kill_in_the_middle_it_is_complete(table: CaptionsTab
     out = table.directory.location
     make_alt_texts(table, AltTextConfig(max_chars=10))
     code = f"""
-from captioner.alttext.make import run
+from captioner.publishing.alt_text.command import run
 from captioner.config import AltTextConfig
 from captioner.testing import sigkill_at_write
 with sigkill_at_write(3):  # the settings go, the first part comes

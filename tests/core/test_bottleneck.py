@@ -10,14 +10,14 @@ import pyarrow as pa
 import pytest
 import torch
 
-from captioner.bottleneck import bottleneck_line, busy_shares
 from captioner.config import ModelConfig
+from captioner.console.summary import print_summary
 from captioner.data import RawImage
 from captioner.models import load, resolve
-from captioner.scenes import make_scenes
-from captioner.sources.files import Root
+from captioner.run.bottleneck import bottleneck_line, busy_shares
 from captioner.sources.reading import concurrency, read_all, reads_at_once
-from captioner.summary import print_summary
+from captioner.sources.root import Root
+from captioner.starter.scenes import make_scenes
 from captioner.testing import make_tiny_model
 
 SLOTS = {"decode": 2, "device": 1, "write": 1}

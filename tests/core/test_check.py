@@ -12,17 +12,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from captioner import pipeline, quality
+from captioner import pipeline
 from captioner.config import CaptionConfig, CheckConfig
+from captioner.console.progress import Progress
 from captioner.data import Receipt
 from captioner.errors import CheckFailedError, SourceError, StoppedEarlyError, UsageError
-from captioner.progress import Progress
-from captioner.scoring.draw import Draw, rank
+from captioner.run import quality
+from captioner.scoring.eligible_rows import TRAINING_IMAGES
 from captioner.scoring.flags import caption_flags
 from captioner.scoring.language import language_of
 from captioner.scoring.references import read_references
-from captioner.scoring.running import RunningWer, draw_sample
-from captioner.scoring.trained import TRAINING_IMAGES
+from captioner.scoring.running_wer import RunningWer, draw_sample
+from captioner.scoring.sample import Draw, rank
 from captioner.store.read import read_parts
 from captioner.store.table import CaptionsTable, open_table
 from captioner.store.verify import count_rows, verify

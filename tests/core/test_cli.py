@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import captioner.commands
+import captioner.console.commands
 import captioner.pipeline
-import captioner.samples
+import captioner.starter.render
 from captioner.config import CaptionConfig, Setting, command_line, load_config, settings_of
 from captioner.errors import EXIT_CODES, CaptionerError, InterruptedRunError, SourceError, TerminatedRunError
 from captioner.errors import TooManyFailedError as TooMany
@@ -248,7 +248,7 @@ def test_the_exit_code_of_a_command_is_that_of_the_process(monkeypatch: pytest.M
 
 def test_render_scenes_calls_the_renderer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     calls: list[tuple[object, ...]] = []
-    monkeypatch.setattr(captioner.samples, "render_scenes", lambda *given: calls.append(given))
+    monkeypatch.setattr(captioner.starter.render, "render_scenes", lambda *given: calls.append(given))
 
     assert exit_code("render-scenes", "dir", "--count", "12", "--seed", "3", "--format", "parquet") == 0
     assert calls == [(Path("dir"), 12, 3, "parquet")]
@@ -262,7 +262,7 @@ def test_try_takes_pictures_and_the_flags_of_the_model(monkeypatch: pytest.Monke
         calls.append((paths, model.num_beams))
         return 0
 
-    monkeypatch.setattr(captioner.commands, "try_pictures", try_pictures)
+    monkeypatch.setattr(captioner.console.commands, "try_pictures", try_pictures)
 
     assert exit_code("try", "a.jpg", "b.jpg", "--model", "starter", "--num-beams", "3") == 0
     assert calls == [(["a.jpg", "b.jpg"], 3)]
@@ -276,7 +276,7 @@ def test_verify_and_status_take_the_table(command: str, monkeypatch: pytest.Monk
         seen.append(out)
         return 0
 
-    monkeypatch.setattr(captioner.commands, command, run)
+    monkeypatch.setattr(captioner.console.commands, command, run)
 
     assert exit_code(command, "s3://bucket/out") == 0
     assert seen == ["s3://bucket/out"]

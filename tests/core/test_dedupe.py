@@ -1,4 +1,4 @@
-"""Byte-equal pictures are captioned once, and each still has its row."""
+"""Byte-equal images are captioned once, and each still has its row."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 
 from captioner import pipeline
 from captioner.config import CaptionConfig
-from captioner.dedupe import CaptionMemory, find_copies
-from captioner.faults import Killed, killed_at_write
+from captioner.run.dedupe import CaptionMemory, find_copies
 from captioner.sources.copies import with_known_sha256
-from captioner.sources.files import Root
+from captioner.sources.root import Root
 from captioner.store.read import read_parts
 from captioner.store.table import open_table
 from captioner.store.verify import verify
 from captioner.testing import FakeCaptioner, make_folder
+from captioner.testing.faults import Killed, killed_at_write
 
 pytestmark = pytest.mark.usefixtures("decoding_here")
 
@@ -31,18 +31,18 @@ DISTINCT, COPIES = 12, 3
 
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve pictures, each three times, in an order that puts copies into one chunk and into others."""
+    """Twelve images, each three times, in an order that puts copies into one chunk and into others."""
     root = make_folder(tmp_path_factory.mktemp("archive"), DISTINCT)
     (root / "metadata.jsonl").unlink()
-    for picture in sorted(root.glob("*.png")):
-        (root / f"{picture.stem}-again.png").write_bytes(picture.read_bytes())
-        (root / f"late-{picture.stem}.png").write_bytes(picture.read_bytes())
-    (root / "broken.png").write_bytes(b"no picture")
+    for image in sorted(root.glob("*.png")):
+        (root / f"{image.stem}-again.png").write_bytes(image.read_bytes())
+        (root / f"late-{image.stem}.png").write_bytes(image.read_bytes())
+    (root / "broken.png").write_bytes(b"no image")
     return root
 
 
 class Counting(FakeCaptioner):
-    """Counts the pictures it is asked for; refuses those of `refused`, by their place in the order of asking."""
+    """Counts the images it is asked for; refuses those of `refused`, by their place in the order of asking."""
 
     def __init__(self, refused: tuple[int, ...] = ()) -> None:
         super().__init__()
@@ -186,8 +186,8 @@ def manifest(tmp_path, archive) -> Path:
 
 
 def write_manifest(folder: Path, files: list[Path], sha256s: list[str]) -> Path:
-    pq.write_table(pa.table({"path": [str(file) for file in files], "sha256": sha256s}), folder / "pictures.parquet")
-    return folder / "pictures.parquet"
+    pq.write_table(pa.table({"path": [str(file) for file in files], "sha256": sha256s}), folder / "images.parquet")
+    return folder / "images.parquet"
 
 
 @pytest.fixture

@@ -12,14 +12,14 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from captioner import pipeline
-from captioner.alttext.journal import Journal
-from captioner.alttext.make import make_alt_texts
-from captioner.alttext.nouns import Review
 from captioner.config import AltTextConfig, CaptionConfig, ExportConfig
-from captioner.exports.chosen import Tally
-from captioner.exports.fill import PageError, decode, filled, find_gaps
-from captioner.exports.make import export_texts
-from captioner.exports.pages import unified_diff
+from captioner.publishing.alt_text.command import make_alt_texts
+from captioner.publishing.alt_text.journal import Journal
+from captioner.publishing.alt_text.schemas import Review
+from captioner.publishing.exports.command import export_texts
+from captioner.publishing.exports.fill import PageError, decode, fill, find_gaps
+from captioner.publishing.exports.html_pages import unified_diff
+from captioner.publishing.exports.select import Tally
 from captioner.store.table import CaptionsTable, open_table
 from captioner.testing import make_folder
 
@@ -76,13 +76,13 @@ def test_only_missing_alts_are_filled(page: str, encoding: str) -> None:
     text, found_encoding = decode(data)
     gaps = find_gaps(text, markdown=False)
 
-    made, done = filled(text, gaps, lambda src: TEXT if src == "a.png" else None, found_encoding)
+    made, done = fill(text, gaps, lambda src: TEXT if src == "a.png" else None, found_encoding)
 
     after = made.encode(found_encoding)
     assert Events(made).seen == Events(text).seen
     for gap, _ in done:  # taking out what was put in gives the page back, byte for byte
-        end = made.index('"', made.index('alt="', gap.place) + 5) + 1
-        made = made[: gap.place] + made[end:]
+        end = made.index('"', made.index('alt="', gap.position) + 5) + 1
+        made = made[: gap.position] + made[end:]
     assert made.encode(found_encoding) == data
     left = find_gaps(decode(after)[0], markdown=False)
     assert [gap.src for gap in left] == [gap.src for gap in gaps if gap.src != "a.png"]
@@ -107,7 +107,7 @@ def test_only_missing_alts_are_filled(page: str, encoding: str) -> None:
 def test_markdown(page: str, wanted: str | None) -> None:
     escaped = 'A "boat" \\<\\&\\> it\'s \\[here\\] \\*now\\* à'
 
-    made, done = filled(page, find_gaps(page, markdown=True), lambda src: TEXT if src == "a.png" else None, "utf-8")
+    made, done = fill(page, find_gaps(page, markdown=True), lambda src: TEXT if src == "a.png" else None, "utf-8")
 
     if page.startswith("<img"):
         assert made == f"<img alt=\"{html.escape(TEXT)}\" src='a.png'>"
@@ -116,10 +116,10 @@ def test_markdown(page: str, wanted: str | None) -> None:
         assert bool(done) == (wanted is not None)
 
 
-def test_a_decorative_picture_gets_an_empty_alt() -> None:
+def test_a_decorative_image_gets_an_empty_alt() -> None:
     page = '<img src="a.png">'
 
-    assert filled(page, find_gaps(page, False), lambda src: "", "utf-8")[0] == '<img alt="" src="a.png">'
+    assert fill(page, find_gaps(page, False), lambda src: "", "utf-8")[0] == '<img alt="" src="a.png">'
 
 
 @pytest.mark.parametrize("page", ["<p><img src='a.png'", "text <!-- no end <img src=a.png>"])
@@ -135,7 +135,7 @@ def test_a_page_that_is_no_text_is_no_page() -> None:
 
 @pytest.fixture
 def table(tmp_path: Path, decoding_here: None) -> CaptionsTable:
-    """Twelve pictures, all approved but the last; a site shows some of them."""
+    """Twelve images, all approved but the last; a site shows some of them."""
     archive = make_folder(tmp_path / "archive", 12)
     settings = {
         "source": {"path": str(archive)},

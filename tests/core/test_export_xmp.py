@@ -13,16 +13,16 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from captioner import pipeline
-from captioner.alttext.journal import Journal
-from captioner.alttext.make import make_alt_texts
-from captioner.alttext.nouns import Review
 from captioner.config import AltTextConfig, CaptionConfig, ExportConfig
 from captioner.errors import UsageError
-from captioner.exports.chosen import Tally
-from captioner.exports.embedded import is_signed
-from captioner.exports.make import export_texts
-from captioner.exports.xmp import merged
-from captioner.exports.xmp_packet import ALT_TEXT, CAPTION_WRITER, EXTENDED, XmpError, parse
+from captioner.publishing.alt_text.command import make_alt_texts
+from captioner.publishing.alt_text.journal import Journal
+from captioner.publishing.alt_text.schemas import Review
+from captioner.publishing.exports.command import export_texts
+from captioner.publishing.exports.embedded import is_signed
+from captioner.publishing.exports.select import Tally
+from captioner.publishing.exports.xmp import merge_text
+from captioner.publishing.exports.xmp_packet import ALT_TEXT, CAPTION_WRITER, EXTENDED, XmpError, parse
 from captioner.store.table import CaptionsTable, open_table
 from captioner.testing import make_folder
 
@@ -65,8 +65,8 @@ xml_texts = st.text(st.characters(blacklist_categories=("Cs", "Cc")), min_size=1
 def test_what_goes_in_comes_out_and_all_else_stays(existing: bytes | None, first: str, second: str) -> None:
     before = everything_in(existing) if existing else {}
 
-    once = merged(existing, row(alt_text=first), "(auto)", update=False)
-    twice = merged(once, row(alt_text=second), "(auto)", update=True)
+    once = merge_text(existing, row(alt_text=first), "(auto)", update=False)
+    twice = merge_text(once, row(alt_text=second), "(auto)", update=True)
 
     for packet, text in ((once, first), (twice, second)):
         ET.fromstring(packet)
@@ -74,21 +74,21 @@ def test_what_goes_in_comes_out_and_all_else_stays(existing: bytes | None, first
         assert {name: found[name] for name in before} == before
         assert found[ALT_TEXT] == {"x-default": text, "en": text}
     assert b"<!-- kept -->" in twice or existing is None
-    assert merged(twice, row(alt_text=second), "(auto)", update=True) == twice
+    assert merge_text(twice, row(alt_text=second), "(auto)", update=True) == twice
 
 
 def test_a_text_by_somebody_else_stays() -> None:
     with pytest.raises(XmpError, match="somebody else"):
-        merged(THEIRS, row(), "(auto)", update=True)
+        merge_text(THEIRS, row(), "(auto)", update=True)
 
-    ours = merged(LIGHTROOM, row(), "(auto)", update=False)
+    ours = merge_text(LIGHTROOM, row(), "(auto)", update=False)
     with pytest.raises(XmpError, match="somebody else"):
-        merged(ours.replace(b">A boat.</rdf:li>", b">A better text.</rdf:li>"), row(), "(auto)", update=True)
+        merge_text(ours.replace(b">A boat.</rdf:li>", b">A better text.</rdf:li>"), row(), "(auto)", update=True)
     norwegian = '<rdf:li xml:lang="nb">En båt</rdf:li></rdf:Alt>'.encode()
     translated = ours.replace(b"</rdf:Alt>", norwegian)
     assert translated != ours
     with pytest.raises(XmpError, match="somebody else"):
-        merged(translated, row(), "(auto)", update=True)
+        merge_text(translated, row(), "(auto)", update=True)
 
 
 def test_the_writer_of_an_existing_description_stays() -> None:
@@ -96,22 +96,22 @@ def test_the_writer_of_an_existing_description_stays() -> None:
         b"<crs:Empty/>", b'<p:CaptionWriter xmlns:p="http://ns.adobe.com/photoshop/1.0/">Bea</p:CaptionWriter>'
     )
 
-    packet = parse(merged(named, row(), "(auto)", update=False))
+    packet = parse(merge_text(named, row(), "(auto)", update=False))
 
     assert packet.value(CAPTION_WRITER) == "Bea"
-    assert packet.own("Writer") == "Machine: m (approved by Ada)"
+    assert packet.own_field("Writer") == "Machine: m (approved by Ada)"
 
 
-def test_it_never_says_that_the_picture_is_machine_made() -> None:
-    assert b"DigitalSourceType" not in merged(None, row(), "(auto)", update=False)
+def test_it_never_says_that_the_image_is_machine_made() -> None:
+    assert b"DigitalSourceType" not in merge_text(None, row(), "(auto)", update=False)
 
 
 def test_an_extended_description_only_where_everything_is_called_automatic() -> None:
     long = "a boat in a harbour. " + "there are many more boats behind it. " * 5
     unreviewed = row(caption=long, review_status="unreviewed", alt_text="A boat in a harbour. (auto)")
 
-    assert parse(merged(None, row(caption=long), "(auto)", update=False)).value(EXTENDED) is None
-    extended = parse(merged(None, unreviewed, "(auto)", update=False)).value(EXTENDED)
+    assert parse(merge_text(None, row(caption=long), "(auto)", update=False)).value(EXTENDED) is None
+    extended = parse(merge_text(None, unreviewed, "(auto)", update=False)).value(EXTENDED)
     assert extended is not None
     assert extended.endswith("behind it. (auto)")
 
@@ -128,7 +128,7 @@ def test_an_extended_description_only_where_everything_is_called_automatic() -> 
 )
 def test_what_is_no_sidecar_is_left_alone(data: bytes, message: str) -> None:
     with pytest.raises(XmpError, match=message):
-        merged(data, row(), "(auto)", update=True)
+        merge_text(data, row(), "(auto)", update=True)
 
 
 @pytest.fixture
@@ -170,7 +170,7 @@ def test_sidecars_beside_the_originals(table: CaptionsTable, tmp_path: Path) -> 
     assert not (archive / "000001.xmp").exists()
     assert (archive / "000002.xmp").read_bytes() == THEIRS
     assert (archive / "000003.xmp").read_bytes() == BOMB
-    assert [name for name, _ in tally.named] == ["000002.png", "000003.png"]
+    assert [name for name, _ in tally.problems] == ["000002.png", "000003.png"]
 
 
 def test_update_takes_back_what_was_rejected_since(table: CaptionsTable, tmp_path: Path) -> None:
@@ -187,7 +187,7 @@ def test_update_takes_back_what_was_rejected_since(table: CaptionsTable, tmp_pat
     assert tally.withdrawn == 2
     assert not (dest / "000000.xmp").exists()
     assert everything_in((dest / "000001.xmp").read_bytes()) == {"urn:x# Rating": {"": "4"}}
-    assert parse((dest / "000004.xmp").read_bytes()).own("Status") == "approved"
+    assert parse((dest / "000004.xmp").read_bytes()).own_field("Status") == "approved"
 
 
 needs_exiftool = pytest.mark.skipif(shutil.which("exiftool") is None, reason="ExifTool is not installed")
@@ -209,7 +209,7 @@ def test_embedding_goes_into_copies_and_changes_no_pixel(table: CaptionsTable, t
     assert {path.name: path.read_bytes() for path in (tmp_path / "archive").iterdir()} == before
     copies = tmp_path / "copies"
     assert sorted(path.name for path in copies.glob("*.png")) == ["000000.png", "000002.png", "000003.png"]
-    assert tally.named == [("000001.png", "it has a C2PA signature, which embedding breaks (--allow-c2pa)")]
+    assert tally.problems == [("000001.png", "it has a C2PA signature, which embedding breaks (--allow-c2pa)")]
     tags = ["-s3", "-XMP-iptcCore:AltTextAccessibility-en", "-XMP-photoshop:CaptionWriter", "-XMP-xmp:Rating"]
     shown = subprocess.run(["exiftool", *tags, str(copies / "000000.png")], capture_output=True, text=True).stdout
     assert shown.splitlines()[1:] == ["Machine: fake (approved by Ada)", "4"]

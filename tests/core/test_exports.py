@@ -21,18 +21,18 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from captioner import pipeline
-from captioner.alttext.journal import Journal
-from captioner.alttext.make import make_alt_texts
-from captioner.alttext.nouns import Decision, Review
 from captioner.config import AltTextConfig, CaptionConfig, ExportConfig, SourceConfig
 from captioner.errors import CaptionerError, OutputError
-from captioner.exports.chosen import CHOSEN_SCHEMA, PROVENANCE, Tally
-from captioner.exports.coco import coco_id
-from captioner.exports.destination import inside
-from captioner.exports.export import Export
-from captioner.exports.make import FORMS, export_texts
-from captioner.exports.pictures import Pictures
-from captioner.exports.spreadsheet import safe_cell
+from captioner.publishing.alt_text.command import make_alt_texts
+from captioner.publishing.alt_text.journal import Journal
+from captioner.publishing.alt_text.schemas import Decision, Review
+from captioner.publishing.exports.coco import coco_id
+from captioner.publishing.exports.command import FORMATS, export_texts
+from captioner.publishing.exports.context import Export
+from captioner.publishing.exports.destination import relative_path
+from captioner.publishing.exports.originals import Originals
+from captioner.publishing.exports.select import CHOSEN_SCHEMA, PROVENANCE, Tally
+from captioner.publishing.exports.spreadsheet import safe_cell
 from captioner.sources import open_source
 from captioner.store.table import CaptionsTable, open_table
 from captioner.testing import make_folder, make_tar
@@ -64,7 +64,7 @@ def decide(table: CaptionsTable, decision: Decision, image_ids: list[str], text:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with archive/ and out/: 40 pictures, decisions of every kind about the first ones."""
+    """A folder with archive/ and out/: 40 images, decisions of every kind about the first ones."""
     home = tmp_path_factory.mktemp("exports")
     table = captioned(make_folder(home / "archive", 40), home / "out")
     for number, status in STATUSES.items():
@@ -173,7 +173,7 @@ def test_presets_of_publishing_systems(finished: Path, home: Path, tmp_path: Pat
         rows = {row["filename"]: row for row in csv.DictReader(file)}
     picture = (finished / "archive/000002.png").read_bytes()
     assert rows["000002.png"]["file_hash"] == hashlib.sha1(picture).hexdigest()
-    assert [name for name, _ in tally.named] == ["000001.png"]
+    assert [name for name, _ in tally.problems] == ["000001.png"]
     assert sorted(rows) == ["000000.png", "000002.png", "000003.png"]
 
 
@@ -186,7 +186,7 @@ def test_coco_results_are_a_list_of_captions(finished: Path, tmp_path: Path) -> 
     assert coco_id("val2014/COCO_val2014_000000391895.jpg") == 391895
 
 
-def test_text_files_named_like_the_pictures(finished: Path, tmp_path: Path) -> None:
+def test_text_files_named_like_the_images(finished: Path, tmp_path: Path) -> None:
     export(finished, "txt", tmp_path / "texts")
 
     assert (tmp_path / "texts/000002.txt").read_text() == WRITTEN + "\n"
@@ -249,12 +249,12 @@ def test_webdataset_is_read_by_our_own_source(finished: Path, tmp_path: Path) ->
     assert [raw.data for raw in raws] == [(finished / f"archive/{n:06d}.png").read_bytes() for n in range(3)]
 
 
-def test_a_picture_that_has_gone_is_counted_and_named(home: Path, tmp_path: Path) -> None:
+def test_an_image_that_has_gone_is_counted_and_named(home: Path, tmp_path: Path) -> None:
     (home / "archive/000001.png").unlink()
 
     tally = export(home, "imagefolder", tmp_path / "data")
 
-    assert tally.named == [("000001.png", "picture cannot be read: not_found")]
+    assert tally.problems == [("000001.png", "image cannot be read: not_found")]
     assert [row["image_id"] for row in lines_of(tmp_path / "data/metadata.jsonl")] == ["000000.png", "000002.png"]
     assert sorted(file.name for file in (tmp_path / "data").glob("*.png")) == ["000000.png", "000002.png"]
 
@@ -268,7 +268,7 @@ def test_an_archive_that_has_gone_leaves_nothing_behind(home: Path, tmp_path: Pa
     assert list((tmp_path / "made").iterdir()) == []
 
 
-def test_pictures_of_a_tar_keep_their_names_apart(tmp_path: Path, decoding_here: None) -> None:
+def test_images_of_a_tar_keep_their_names_apart(tmp_path: Path, decoding_here: None) -> None:
     make_tar(tmp_path / "a.tar", 3)
     table = captioned(tmp_path / "a.tar", tmp_path / "out")
 
@@ -277,7 +277,7 @@ def test_pictures_of_a_tar_keep_their_names_apart(tmp_path: Path, decoding_here:
     assert len(list((tmp_path / "data").rglob("*.png"))) == 3
 
 
-@pytest.mark.parametrize("to", sorted(set(FORMS) - {"html", "xmp", "txt"}))
+@pytest.mark.parametrize("to", sorted(set(FORMATS) - {"html", "xmp", "txt"}))
 def test_dest_that_is_there_is_an_error_and_update_refreshes_it(finished: Path, tmp_path: Path, to: str) -> None:
     dest = tmp_path / "dest"
     export(finished, to, dest)
@@ -293,7 +293,7 @@ def test_update_replaces_no_folder_of_somebody_else(finished: Path, tmp_path: Pa
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("years of work")
 
-    with pytest.raises(OutputError, match="no earlier export"):
+    with pytest.raises(OutputError, match="not an earlier export"):
         export(finished, "webdataset", tmp_path / "mine", update=True)
 
     assert (tmp_path / "mine/thesis.txt").exists()
@@ -304,8 +304,8 @@ def test_killed_in_the_middle_it_leaves_no_dest_and_can_be_run_again(finished: P
     code = f"""
 import os, signal
 from captioner.config import ExportConfig
-from captioner.exports import imagefolder, lines
-from captioner.exports.make import run
+from captioner.publishing.exports import imagefolder, lines
+from captioner.publishing.exports.command import run
 
 def killing(write_line, count=[0]):
     def wrapper(file, value):
@@ -342,7 +342,7 @@ def test_what_a_killed_refresh_took_away_comes_back(home: Path, tmp_path: Path) 
 def test_nothing_to_export_is_said(tmp_path: Path, decoding_here: None) -> None:
     table = captioned(make_folder(tmp_path / "archive", 3), tmp_path / "out")
 
-    with pytest.raises(OutputError, match="3 nobody has reviewed"):
+    with pytest.raises(OutputError, match="3 not reviewed"):
         export_texts(table, ExportConfig(to="csv", path=str(tmp_path / "texts.csv")))
 
     assert not (tmp_path / "texts.csv").exists()
@@ -351,13 +351,13 @@ def test_nothing_to_export_is_said(tmp_path: Path, decoding_here: None) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["dest"], "no form given"),
+        (["dest"], "no format given"),
         (["--to", "csv"], "no DEST given"),
         (["s3://bucket/x", "--to", "csv"], "to a local disk"),
         (["dest", "--to", "csv", "--approved-only", "--include-unreviewed"], "exclude each other"),
         (["dest", "--to", "csv", "--columns", "a=b"], "--columns a=b"),
         (["dest", "--to", "csv", "--columns", "uri", "--preset", "wagtail"], "exclude each other"),
-        (["dest", "--to", "coco", "--embed"], "--embed: means nothing with --to coco"),
+        (["dest", "--to", "coco", "--embed"], "--embed: does not apply to --to coco"),
         (["dest", "--to", "xmp", "--beside-originals"], "exclude each other"),
         (["dest", "--to", "html"], "--html-dir"),
         (["dest", "--to", "csv", "--automatic-mark", ""], "--automatic-mark"),
@@ -389,7 +389,7 @@ def test_a_dry_run_counts_and_writes_nothing(
 
 @given(st.text())
 def test_a_name_stays_inside(image_id: str) -> None:
-    path = inside(image_id)
+    path = relative_path(image_id)
 
     assert not path.is_absolute()
     assert ".." not in path.parts
@@ -419,8 +419,8 @@ def test_texts_stream(finished: Path, tmp_path: Path, to: str) -> None:
             del made
 
     settings = ExportConfig(to=to, path=str(tmp_path / "dest"))
-    FORMS[to].write(
-        stream(), Export(tmp_path / "dest", settings, Tally(), Pictures(table), lambda: iter(()), {"to": to})
+    FORMATS[to].write(
+        stream(), Export(tmp_path / "dest", settings, Tally(), Originals(table), lambda: iter(()), {"to": to})
     )
 
     assert (tmp_path / "dest").exists()

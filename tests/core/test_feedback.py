@@ -1,4 +1,4 @@
-"""What people approved and wrote becomes training pairs; pictures taught are left out of later checks."""
+"""What people approved and wrote becomes training pairs; images taught are left out of later checks."""
 
 import json
 from pathlib import Path
@@ -7,11 +7,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from captioner import pipeline
-from captioner.alttext.feedback import write_feedback
-from captioner.alttext.journal import Journal
-from captioner.alttext.nouns import Decision, Review
 from captioner.config import CaptionConfig, SourceConfig, TrainConfig
 from captioner.errors import OutputError
+from captioner.publishing.alt_text.feedback import write_feedback
+from captioner.publishing.alt_text.journal import Journal
+from captioner.publishing.alt_text.schemas import Decision, Review
 from captioner.sources import open_source
 from captioner.store.directory import Directory
 from captioner.store.table import open_table
@@ -47,7 +47,7 @@ def captioned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     review(root / "out", "edited", "000008.png", "000009.png", text="A ring that Ada saw.")
     for number, decision in enumerate(("rejected", "decorative", "expert", "skipped"), 10):
         review(root / "out", decision, f"{number:06d}.png", text="" if decision == "decorative" else None)
-    review(root / "out", "edited", "gone.png", text="A picture that the table never had.")
+    review(root / "out", "edited", "gone.png", text="An image that the table never had.")
     return root
 
 
@@ -70,7 +70,7 @@ def test_approved_and_edited_texts_are_pairs_and_the_rest_is_counted(tmp_path: P
     assert sorted(file.name for file in tmp_path.iterdir()) == ["pairs"]
 
 
-def test_train_takes_the_pairs_and_checks_leave_their_pictures_out(tmp_path: Path, captioned: Path) -> None:
+def test_train_takes_the_pairs_and_checks_leave_their_images_out(tmp_path: Path, captioned: Path) -> None:
     write_feedback(open_table(str(captioned / "out")), str(tmp_path / "pairs"))
     tree = {
         "data": {"path": str(tmp_path / "pairs"), "eval_fraction": 0.2},
@@ -100,7 +100,7 @@ def test_train_takes_the_pairs_and_checks_leave_their_pictures_out(tmp_path: Pat
     assert len(set(seen["sha256"].to_pylist())) == 16  # what it was taught before is not forgotten
 
 
-def test_pictures_that_have_changed_or_gone_are_left_out(tmp_path: Path) -> None:
+def test_images_that_have_changed_or_gone_are_left_out(tmp_path: Path) -> None:
     archive = make_folder(tmp_path / "archive", 4)
     caption(archive, tmp_path / "out")
     review(tmp_path / "out", "approved", *(f"00000{number}.png" for number in range(4)), text="A scene.")
@@ -113,7 +113,7 @@ def test_pictures_that_have_changed_or_gone_are_left_out(tmp_path: Path) -> None
     assert dict(made.left_out) == {"not_found": 1, "changed since it was captioned": 1}
 
 
-def test_pictures_inside_a_table_are_taken_along(tmp_path: Path) -> None:
+def test_images_inside_a_table_are_taken_along(tmp_path: Path) -> None:
     caption(make_parquet(tmp_path / "archive.parquet", 3), tmp_path / "out")
     review(tmp_path / "out", "edited", "archive.parquet#1", text="A scene.")
 
@@ -129,7 +129,7 @@ def test_pictures_inside_a_table_are_taken_along(tmp_path: Path) -> None:
 def test_what_cannot_be_is_said_and_nothing_is_left_behind(tmp_path: Path, captioned: Path) -> None:
     table = open_table(str(captioned / "out"))
     (tmp_path / "there").mkdir()
-    with pytest.raises(OutputError, match="there is there already; give another PAIRS"):
+    with pytest.raises(OutputError, match="there exists already; give another PAIRS"):
         write_feedback(table, str(tmp_path / "there"))
     with pytest.raises(OutputError, match="local disk"):
         write_feedback(table, "s3://bucket/pairs")

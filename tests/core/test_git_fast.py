@@ -16,7 +16,7 @@ from captioner.config import ModelConfig
 from captioner.models import load, resolve
 from captioner.models.git_fast import missing_settings
 from captioner.models.packed import PackedLinear, pack_linears
-from captioner.scenes import make_scenes
+from captioner.starter.scenes import make_scenes
 from captioner.testing import make_tiny_model
 
 LIMIT = 20

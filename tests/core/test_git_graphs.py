@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,20 +12,19 @@ import torch
 from captioner.config import ModelConfig
 from captioner.models import load, resolve
 from captioner.models.git_fast import graphs
-from captioner.models.git_fast.network import GitNetwork, State
-from captioner.scenes import make_scenes
+from captioner.starter.scenes import make_scenes
 from captioner.testing import make_tiny_model
 
 
 class Replayed:
-    """Steps through one state, and writes to one place."""
+    """Calls the step that was captured."""
 
-    def __init__(self, network: GitNetwork, state: State, logits: torch.Tensor) -> None:
-        self.network, self.state, self.logits, self.replays = network, state, logits, 0
+    def __init__(self, step: Callable[[], None]) -> None:
+        self.step, self.replays = step, 0
 
     def replay(self) -> None:
         self.replays += 1
-        self.logits.copy_(self.network.step(self.state))
+        self.step()
 
 
 @pytest.fixture(scope="module")
@@ -39,16 +39,16 @@ def pixels() -> np.ndarray:
 
 @pytest.fixture
 def captured(monkeypatch) -> list[Replayed]:
-    """Every capture of a step, as a real one steps through the state on its way."""
-    made: list[Replayed] = []
+    """Every capture of a step, which calls it once, as a real one does."""
+    graphs_made: list[Replayed] = []
 
-    def capture(network: GitNetwork, state: State) -> tuple[Replayed, torch.Tensor]:
-        logits = network.step(state)
-        made.append(Replayed(network, state, logits))
-        return made[-1], logits
+    def capture(device: torch.device, step: Callable[[], None]) -> Replayed:
+        step()
+        graphs_made.append(Replayed(step))
+        return graphs_made[-1]
 
-    monkeypatch.setattr(graphs, "capture_step", capture)
-    return made
+    monkeypatch.setattr(graphs, "capture", capture)
+    return graphs_made
 
 
 def opened(directory: Path, num_beams: int, with_graphs: bool):
@@ -77,16 +77,16 @@ def test_only_full_batches_and_their_halves_are_kept(tiny, pixels, captured) -> 
     for count in (59, 45, 39, 30):  # the last batches are of 11, 13, 7 and 14 pictures
         captioner.caption(pixels[:count])
 
-    sizes = {pictures for pictures, _, _ in captioner._fast.stepper._kept}
+    sizes = set(captioner._fast.stepper._kept)
     assert 16 in sizes
     assert sizes <= {16, 8, 4, 2, 1}
 
 
 def test_where_steps_cannot_be_captured_the_search_goes_on_without(tiny, pixels, monkeypatch) -> None:
-    def refuse(network: GitNetwork, state: State) -> None:
+    def refuse(device: torch.device, step: Callable[[], None]) -> None:
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(graphs, "capture_step", refuse)
+    monkeypatch.setattr(graphs, "capture", refuse)
     expected = opened(tiny, 3, with_graphs=False).caption(pixels)
     captioner = opened(tiny, 3, with_graphs=True)
 
@@ -95,14 +95,14 @@ def test_where_steps_cannot_be_captured_the_search_goes_on_without(tiny, pixels,
 
 
 def test_no_memory_for_a_capture_halves_the_batch(tiny, pixels, captured, monkeypatch) -> None:
-    capture = graphs.capture_step
+    capture = graphs.Stepper._capture
 
-    def capture_small(network: GitNetwork, state: State) -> tuple[Replayed, torch.Tensor]:
-        if len(state.tokens) > 8:
+    def capture_small(stepper: graphs.Stepper, kept: graphs._Kept) -> None:
+        if len(kept.search.state.tokens) > 8:
             raise torch.OutOfMemoryError("out of memory")
-        return capture(network, state)
+        capture(stepper, kept)
 
-    monkeypatch.setattr(graphs, "capture_step", capture_small)
+    monkeypatch.setattr(graphs.Stepper, "_capture", capture_small)
     expected = opened(tiny, 1, with_graphs=False).caption(pixels)
     captioner = opened(tiny, 1, with_graphs=True)
 

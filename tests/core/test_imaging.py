@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import ExifTags, Image, PngImagePlugin, features
 
 from captioner.data import CAPTIONS_SCHEMA, ERROR_CODES, PixelSpec, RawImage
-from captioner.imaging import PictureError, decode, decode_images, open_picture
+from captioner.imaging import ImageError, decode, decode_images, open_image
 
 SPEC = PixelSpec(height=32, width=48)
 NO_LIMIT = 300_000_000
@@ -94,9 +94,9 @@ def test_orientation_in_xmp_counts():
     xmp = PngImagePlugin.PngInfo()
     xmp.add_itxt("XML:com.adobe.xmp", '<rdf:Description tiff:Orientation="3"/>')
 
-    picture = open_picture(encode(stored(quadrants(), 3), "PNG", pnginfo=xmp), NO_LIMIT)
+    image = open_image(encode(stored(quadrants(), 3), "PNG", pnginfo=xmp), NO_LIMIT)
 
-    assert_close(picture.image, quadrants(), mean=0)
+    assert_close(image.rgb, quadrants(), mean=0)
 
 
 @pytest.mark.parametrize(
@@ -314,7 +314,7 @@ def test_a_png_with_an_oversized_text_or_profile_decodes_without_it(kind):
     assert_close(decoded.pixels, quadrants(), mean=0)
 
 
-# --- not pictures, or not ours ----------------------------------------------------------------------------------
+# --- not images, or not ours ----------------------------------------------------------------------------------
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
 UNSUPPORTED = {
@@ -382,9 +382,9 @@ def test_formats_are_told_by_content_not_by_name():
     assert row["format"] == "png"
 
 
-def test_open_picture_raises_what_decode_reports():
-    with pytest.raises(PictureError) as raised:
-        open_picture(b"text", NO_LIMIT)
+def test_open_image_raises_what_decode_reports():
+    with pytest.raises(ImageError) as raised:
+        open_image(b"text", NO_LIMIT)
 
     assert raised.value.code == "not_an_image"
 

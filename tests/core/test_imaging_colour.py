@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from captioner.data import PixelSpec
-from captioner.imaging import decode, open_picture
+from captioner.imaging import decode, open_image
 from captioner.imaging.colour import to_rgb
 
 NO_LIMIT = 1_000_000
@@ -24,11 +24,11 @@ def encode(image: Image.Image, format: str, **options) -> bytes:
 
 
 def opened(image: Image.Image, format: str, **options) -> np.ndarray:
-    return np.asarray(open_picture(encode(image, format, **options), NO_LIMIT).image).astype(int)
+    return np.asarray(open_image(encode(image, format, **options), NO_LIMIT).rgb).astype(int)
 
 
 def ramp() -> Image.Image:
-    """A smooth picture that uses all three channels."""
+    """A smooth image that uses all three channels."""
     y, x = np.mgrid[0:64, 0:96]
     return Image.fromarray(np.stack([x * 255 // 95, y * 255 // 63, 255 - x * 255 // 95], axis=-1).astype(np.uint8))
 
@@ -175,7 +175,7 @@ SIXTEEN_BIT_FILES = {
 
 @pytest.mark.parametrize("name", SIXTEEN_BIT_FILES)
 def test_16_bits_are_scaled_not_clipped(name):
-    image = open_picture(SIXTEEN_BIT_FILES[name], NO_LIMIT).image
+    image = open_image(SIXTEEN_BIT_FILES[name], NO_LIMIT).rgb
 
     assert np.asarray(image)[0, :, 0].tolist() == SIXTEEN_AS_EIGHT
 
@@ -190,19 +190,19 @@ def test_16_bit_modes_of_every_byte_order(mode):
 
 
 def test_12_bits_fill_their_own_range():
-    image = open_picture(tiff(12, bytes([0x00, 0x08, 0x00, 0xFF, 0xF0, 0x00]), 4), NO_LIMIT).image
+    image = open_image(tiff(12, bytes([0x00, 0x08, 0x00, 0xFF, 0xF0, 0x00]), 4), NO_LIMIT).rgb
 
     assert np.asarray(image)[0, :, 0].tolist() == [0, 128, 255, 0]
 
 
 def test_a_tiff_whose_zero_is_white_is_not_a_negative():
-    image = open_picture(tiff(16, SIXTEEN.astype("<u2").tobytes(), 5, photometric=0), NO_LIMIT).image
+    image = open_image(tiff(16, SIXTEEN.astype("<u2").tobytes(), 5, photometric=0), NO_LIMIT).rgb
 
     assert np.asarray(image)[0, :, 0].tolist() == [255 - value for value in SIXTEEN_AS_EIGHT]
 
 
 def test_a_pgm_with_an_odd_maximum_uses_it():
-    image = open_picture(b"P5 3 1 1023\n" + struct.pack(">3H", 0, 512, 1023), NO_LIMIT).image
+    image = open_image(b"P5 3 1 1023\n" + struct.pack(">3H", 0, 512, 1023), NO_LIMIT).rgb
 
     assert np.asarray(image)[0, :, 0].tolist() == [0, 128, 255]
 

@@ -1,4 +1,4 @@
-"""Resizing and cropping: what transformers' image processors give, without the whole picture in memory."""
+"""Resizing and cropping: what transformers' image processors give, without the whole image in memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageFilter
 
 from captioner.data import PixelSpec
-from captioner.imaging import decode, open_picture
+from captioner.imaging import decode, open_image
 
 NO_LIMIT = 300_000_000
 
@@ -77,23 +77,23 @@ def test_a_jpeg_scaled_down_while_decoded_looks_the_same(size, orientation):
     tags[0x0112] = orientation
     data = encode(scenery(*size), "JPEG", quality=92, exif=tags)
     spec = PixelSpec(16, 16, "shortest_edge", 16)
-    whole = open_picture(data, NO_LIMIT)
+    whole = open_image(data, NO_LIMIT)
 
     decoded = decode(data, spec, NO_LIMIT)
 
-    expected = decode(encode(whole.image, "PNG", compress_level=1), spec, NO_LIMIT)
-    assert (decoded.width, decoded.height) == (expected.width, expected.height) == whole.image.size
+    expected = decode(encode(whole.rgb, "PNG", compress_level=1), spec, NO_LIMIT)
+    assert (decoded.width, decoded.height) == (expected.width, expected.height) == whole.rgb.size
     assert np.abs(decoded.pixels.astype(float) - expected.pixels).mean() <= 0.5
 
 
 def test_only_a_needed_side_makes_a_jpeg_smaller_and_never_below_it():
     data = encode(scenery(1603, 1201), "JPEG")
 
-    whole, smaller = open_picture(data, NO_LIMIT), open_picture(data, NO_LIMIT, needed_side=300)
+    whole, smaller = open_image(data, NO_LIMIT), open_image(data, NO_LIMIT, needed_side=300)
 
-    assert whole.image.size == (1603, 1201)
+    assert whole.rgb.size == (1603, 1201)
     assert whole.box == (0, 0, 1603, 1201)
-    assert smaller.image.size == (401, 301)
+    assert smaller.rgb.size == (401, 301)
     assert smaller.box == (0, 0, 400.75, 300.25)
     assert (smaller.width, smaller.height) == (1603, 1201)
 

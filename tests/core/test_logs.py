@@ -7,10 +7,10 @@ import json
 
 import pytest
 
+from captioner.console.logs import JsonLines
+from captioner.console.progress import Progress
 from captioner.data import Receipt
-from captioner.progress import Progress
 from captioner.training.progress import TrainProgress
-from ray_jobs.logs import JsonLines
 
 
 class Clock:
@@ -68,8 +68,9 @@ def test_errors_are_told_from_the_rest() -> None:
 def test_the_heartbeat_of_training_carries_its_figures_too() -> None:
     log = io.StringIO()
     told = {"step": 30, "total": 100, "loss": 1.25, "wer": None, "samples_per_second": 8.0}
-    with TrainProgress(100, lambda: told, samples_per_step=4, stream=JsonLines(log)):
-        pass
+    with TrainProgress(stream=JsonLines(log)) as progress:
+        progress.expect(100, samples_per_step=4)
+        progress.watch(lambda: told)
 
     (entry,) = map(json.loads, log.getvalue().splitlines())
     assert entry["message"].startswith("step 30/100  loss 1.2500")

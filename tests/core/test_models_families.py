@@ -23,7 +23,7 @@ from captioner.errors import ModelError
 from captioner.imaging import decode_images
 from captioner.models import load, resolve
 from captioner.models.families import BY_NAME, QUESTION
-from captioner.scenes import make_scenes
+from captioner.starter.scenes import make_scenes
 from captioner.steps import caption_or_reasons
 from captioner.testing import make_tiny_model
 

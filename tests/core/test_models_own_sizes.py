@@ -20,11 +20,11 @@ from captioner import pipeline
 from captioner.config import CaptionConfig, ModelConfig
 from captioner.data import Chunk, RawImage
 from captioner.imaging import decode_images
-from captioner.imaging.guarded import GuardedDecoder
+from captioner.imaging.sandbox.decoder import GuardedDecoder
 from captioner.imaging.sizes import resized
 from captioner.models import load, resolve
-from captioner.models.own_pixels import own_spec
-from captioner.scenes import make_scenes
+from captioner.models.native_processor import own_spec
+from captioner.starter.scenes import make_scenes
 from captioner.steps import ChunkRows, Work
 from captioner.testing import make_tiny_model
 from ray_jobs.stages import from_block, to_block

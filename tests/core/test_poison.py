@@ -1,4 +1,4 @@
-"""A picture that crashes its decoder, or never lets it return, is one failed row: in one process and on Ray alike."""
+"""An image that crashes its decoder, or never lets it return, is one failed row: in one process and on Ray alike."""
 
 import io
 from collections.abc import Iterator
@@ -9,13 +9,12 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from captioner import pipeline
-from captioner.batches import CaptionBatches
-from captioner.commands import try_pictures
+from captioner import CaptionBatches, pipeline
 from captioner.config import CaptionConfig, ModelConfig
+from captioner.console.commands import try_pictures
 from captioner.data import PixelSpec
-from captioner.imaging import decode, guarded
-from captioner.imaging.guarded import GuardedDecoder
+from captioner.imaging import decode
+from captioner.imaging.sandbox.decoder import GuardedDecoder
 from captioner.store.read import read_parts
 from captioner.store.table import open_table
 from captioner.store.verify import verify
@@ -48,9 +47,9 @@ def another_png(number: int) -> bytes:
 
 
 def test_a_guarded_decoder_says_what_decode_says(decoder: GuardedDecoder, png: bytes) -> None:
-    pictures = [png, b"no picture", png[:200], b"", *(another_png(number) for number in range(40))]
+    images = [png, b"no image", png[:200], b"", *(another_png(number) for number in range(40))]
 
-    for data, there in zip(pictures, decoder(pictures), strict=True):
+    for data, there in zip(images, decoder(images), strict=True):
         here = decode(data, SPEC, NO_LIMIT)
         assert (there.error_code, there.error_message) == (here.error_code, here.error_message)
         assert (there.width, there.height, there.format) == (here.width, here.height, here.format)
@@ -60,12 +59,12 @@ def test_a_guarded_decoder_says_what_decode_says(decoder: GuardedDecoder, png: b
 
 @pytest.mark.usefixtures("poison")
 def test_crashes_and_hangs_are_reasons_and_their_neighbours_are_fine(png: bytes) -> None:
-    pictures = [another_png(number) for number in range(60)]
+    images = [another_png(number) for number in range(60)]
     for place in (0, 7, 8, 9, 30, 59):
-        pictures[place] += ABORT_MARKER
-    pictures[20] += HANG_MARKER
+        images[place] += ABORT_MARKER
+    images[20] += HANG_MARKER
     with GuardedDecoder(SPEC, NO_LIMIT, timeout=2.0) as decoder:
-        found = list(decoder(pictures))
+        found = list(decoder(images))
 
     crashed, hanging = found[7], found[20]
     assert (crashed.error_code, crashed.pixels) == ("decoder_crashed", None)
@@ -80,8 +79,8 @@ def test_crashes_and_hangs_are_reasons_and_their_neighbours_are_fine(png: bytes)
 
 @pytest.mark.usefixtures("poison")
 def test_a_chunk_full_of_poison_loses_little_time_to_each(monkeypatch: pytest.MonkeyPatch, png: bytes) -> None:
-    monkeypatch.setattr(guarded, "HANGS_AT_FULL_TIME", 2)
-    monkeypatch.setattr(guarded, "SHORT_TIMEOUT_S", 0.05)
+    monkeypatch.setattr("captioner.imaging.sandbox.decoder.HANGS_AT_FULL_TIME", 2)
+    monkeypatch.setattr("captioner.imaging.sandbox.decoder.SHORT_TIMEOUT_S", 0.05)
     with GuardedDecoder(SPEC, NO_LIMIT, timeout=0.5) as decoder:
         first = [one.error_message for one in decoder([png + HANG_MARKER] * 12)]
         second = next(decoder([png + HANG_MARKER])).error_message
@@ -99,7 +98,7 @@ def test_the_markers_mean_nothing_unless_asked(decoder: GuardedDecoder, png: byt
 def child_and_worker() -> tuple[psutil.Process, psutil.Process]:
     """The decoder's processes; what other tests left dead is passed over."""
     alive = [p for p in psutil.Process().children() if p.status() != psutil.STATUS_ZOMBIE]
-    (child,) = [p for p in alive if "captioner.imaging.child" in p.cmdline()]
+    (child,) = [p for p in alive if "captioner.imaging.sandbox.child" in p.cmdline()]
     (worker,) = child.children()
     return child, worker
 
@@ -178,12 +177,12 @@ def test_a_run_in_one_process_goes_on_past_poison(tmp_path: Path) -> None:
 def test_a_crash_is_no_crash_of_try_or_of_somebody_elses_pipeline(
     tmp_path: Path, png: bytes, capsys: pytest.CaptureFixture
 ) -> None:
-    pictures = {"fine.png": png, "poison.png": png + ABORT_MARKER}
-    for name, data in pictures.items():
+    images = {"fine.png": png, "poison.png": png + ABORT_MARKER}
+    for name, data in images.items():
         (tmp_path / name).write_bytes(data)
 
-    code = try_pictures([str(tmp_path / name) for name in pictures], ModelConfig(name="fake"))
-    batch = CaptionBatches("fake")({"bytes": list(pictures.values())})
+    code = try_pictures([str(tmp_path / name) for name in images], ModelConfig(name="fake"))
+    batch = CaptionBatches("fake")({"bytes": list(images.values())})
 
     said = capsys.readouterr()
     assert code == 0

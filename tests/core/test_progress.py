@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from captioner.config import CaptionConfig
+from captioner.console.progress import Progress, duration
+from captioner.console.summary import print_summary
+from captioner.console.text import printable
 from captioner.data import Receipt
-from captioner.progress import Progress, duration
-from captioner.summary import print_summary
-from captioner.text import printable
 
 
 class Clock:

@@ -11,18 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from captioner import pipeline
-from captioner.alttext.journal import Journal
-from captioner.alttext.nouns import Review
 from captioner.config import CaptionConfig
 from captioner.errors import FingerprintError, OutputError, UsageError
-from captioner.faults import Killed, killed_at_write
-from captioner.recaption import Selector, parse_selector
+from captioner.publishing.alt_text.journal import Journal
+from captioner.publishing.alt_text.schemas import Review
+from captioner.run.selector import Selector, parse_selector
 from captioner.scoring.flags import CAPTION_FLAGS
 from captioner.store.directory import Directory
 from captioner.store.read import read_parts
 from captioner.store.table import open_table
 from captioner.store.verify import verify
 from captioner.testing import make_folder
+from captioner.testing.faults import Killed, killed_at_write
 from ray_jobs.cli import main
 
 pytestmark = pytest.mark.usefixtures("decoding_here")

@@ -14,12 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from captioner import pipeline, quality
+from captioner import pipeline
 from captioner.config import CaptionConfig, CheckConfig
 from captioner.report import charts, facts
-from captioner.report.diff import word_diff
-from captioner.report.page import render
+from captioner.report.page import render, word_diff
 from captioner.report.verdict import verdict_of
+from captioner.run import quality
 from captioner.store.table import CaptionsTable, open_table
 from captioner.testing import make_folder
 from ray_jobs.cli import main

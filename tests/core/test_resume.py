@@ -7,19 +7,19 @@ import pyarrow.parquet as pq
 import pytest
 
 from captioner import pipeline
-from captioner.alttext.journal import Journal
-from captioner.alttext.nouns import Review
 from captioner.config import CaptionConfig
 from captioner.errors import FingerprintError, OutputError, TooManyFailedError, VerificationError
-from captioner.faults import Killed, killed_at_write
+from captioner.publishing.alt_text.journal import Journal
+from captioner.publishing.alt_text.schemas import Review
 from captioner.store.directory import Directory
 from captioner.store.publish import publish
 from captioner.store.read import read_parts
 from captioner.store.table import Plan, open_table
 from captioner.store.verify import count_rows, verify
 from captioner.testing import make_folder
+from captioner.testing.faults import Killed, killed_at_write
 
-BAD = {"bad/empty.jpg": b"", "bad/page.jpg": b"<html>no picture</html>"}
+BAD = {"bad/empty.jpg": b"", "bad/page.jpg": b"<html>no image</html>"}
 
 pytestmark = pytest.mark.usefixtures("decoding_here")
 
@@ -239,7 +239,7 @@ def test_another_model_or_source_is_refused(tmp_path: Path, archive: Path) -> No
 
 
 def test_max_failed_keeps_the_table_and_fails_the_run(tmp_path: Path, archive: Path) -> None:
-    with pytest.raises(TooManyFailedError, match="2 of 42 pictures failed"):
+    with pytest.raises(TooManyFailedError, match="2 of 42 images failed"):
         pipeline.run(settings(archive, tmp_path / "out", max_failed=0.01))
 
     assert verify(open_table(str(tmp_path / "out"))).proven

@@ -20,15 +20,15 @@ from urllib.parse import urlsplit
 import pytest
 from PIL import Image
 
-from captioner.alttext.journal import Journal, read_reviews
-from captioner.alttext.nouns import Review
 from captioner.config import AltTextConfig
 from captioner.errors import OutputError, UsageError
 from captioner.imaging.descriptions import descriptions_of
-from captioner.review.desk import Asked, Desk
-from captioner.review.pictures import Pictures
-from captioner.review.progress import acceptance, seconds_per_picture, wilson
-from captioner.review.server import ReviewServer
+from captioner.publishing.alt_text.journal import Journal, read_reviews
+from captioner.publishing.alt_text.schemas import Review
+from captioner.publishing.review.acceptance import acceptance, seconds_per_image, wilson
+from captioner.publishing.review.previews import Previews
+from captioner.publishing.review.server import ReviewServer
+from captioner.publishing.review.session import DecisionRequest, ReviewSession
 from captioner.store.directory import Directory
 from captioner.store.table import open_table
 from captioner.testing import ABORT_MARKER
@@ -45,23 +45,25 @@ XMP = """<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.o
 
 
 @contextmanager
-def desk(out: Path, reviewer: str = "ana", queue: Any = "all") -> Iterator[Desk]:
-    with Desk(open_table(str(out)), reviewer, queue) as opened:
+def open_session(out: Path, reviewer: str = "ana", queue: Any = "all") -> Iterator[ReviewSession]:
+    with ReviewSession(open_table(str(out)), reviewer, queue) as opened:
         yield opened
 
 
-def decide(at: Desk, decision: str, text: str | None = None, alone: bool = False) -> tuple[bool, dict[str, Any]]:
-    """Decide what lies on the desk, as the page does."""
-    card = at.next()["card"]
-    others = [] if alone else [one["place"] for one in card["group"]]
-    return at.decide(Asked(decision, (card["place"], *others), card["alt_text"], text, seconds=4.0))
+def decide(
+    session: ReviewSession, decision: str, text: str | None = None, alone: bool = False
+) -> tuple[bool, dict[str, Any]]:
+    """Decide about the image on the page, as the page does."""
+    card = session.next()["card"]
+    others = [] if alone else [one["index"] for one in card["group"]]
+    return session.decide(DecisionRequest(decision, (card["index"], *others), card["alt_text"], text, seconds=4.0))
 
 
-def shown_in_order(at: Desk) -> list[str]:
+def shown_in_order(session: ReviewSession) -> list[str]:
     ids = []
-    while card := at.next()["card"]:
+    while card := session.next()["card"]:
         ids.append(card["image_id"])
-        decide(at, "approved", alone=True)
+        decide(session, "approved", alone=True)
     return ids
 
 
@@ -69,53 +71,53 @@ def decisions(out: Path) -> list[tuple[str, tuple[str, ...], str | None]]:
     return [(review.decision, review.image_ids, review.text) for review in read_reviews(Directory(str(out)))[0]]
 
 
-def test_flagged_pictures_come_first_then_the_least_certain(make_reviewable) -> None:
+def test_flagged_images_come_first_then_the_least_certain(make_reviewable) -> None:
     out = make_reviewable(
         logprobs=[-0.1, -3.0, float("nan"), -0.2, -2.0],
         flags=[[], [], [], ["truncated"], ["truncated", "no_logprob"]],
     )
-    with desk(out, queue="flagged") as at:
-        assert at.next()["progress"]["flagged_left"] == 2
+    with open_session(out, queue="flagged") as session:
+        assert session.next()["progress"]["flagged_left"] == 2
         assert (
-            at.next()["card"]["flags"]
+            session.next()["card"]["flags"]
             == ["cut off at the token limit, before an end", "the model gave no finite probability"][::-1]
         )
-        assert shown_in_order(at)[:4] == ["000004.png", "000003.png", "000002.png", "000001.png"]
+        assert shown_in_order(session)[:4] == ["000004.png", "000003.png", "000002.png", "000001.png"]
 
 
-def test_flags_that_a_rule_has_mended_are_not_shown(make_reviewable) -> None:
+def test_flags_that_a_rule_has_fixed_are_not_shown(make_reviewable) -> None:
     out = make_reviewable(["a picture of a dog", "x" * 130], flags=[["image_of"], ["over_125"]])
-    with desk(out, queue="flagged") as at:
-        first = at.next()["card"]
+    with open_session(out, queue="flagged") as session:
+        first = session.next()["card"]
         assert (first["image_id"], first["flags"]) == (
             "000001.png",
             ["longer than 125 characters, the advice for alt text"],
         )
-        assert at.next()["progress"]["flagged_left"] == 1
+        assert session.next()["progress"]["flagged_left"] == 1
 
 
 def test_the_random_queue_is_the_same_for_everybody_and_no_other_order(make_reviewable, tmp_path: Path) -> None:
     out = make_reviewable(["the same"] * 30)
     shutil.copytree(out, tmp_path / "copy")
-    with desk(out, queue="random") as one, desk(tmp_path / "copy", "ben", queue="random") as other:
+    with open_session(out, queue="random") as one, open_session(tmp_path / "copy", "ben", queue="random") as other:
         assert one.next()["card"]["group"] == []  # a sample is drawn one by one
         order = shown_in_order(one)
         assert order == shown_in_order(other)
     assert sorted(order) == [f"{number:06d}.png" for number in range(30)] != order
 
 
-def test_every_picture_is_shown_once_and_a_restart_goes_on(make_reviewable) -> None:
+def test_every_image_is_shown_once_and_a_restart_goes_on(make_reviewable) -> None:
     out = make_reviewable()
-    with desk(out, queue="flagged") as at:
+    with open_session(out, queue="flagged") as session:
         for decision in ("approved", "rejected", "decorative", "expert"):
-            assert decide(at, decision)[0]
-        decide(at, "edited", "A dog of my own.")
-        third = at.next()["card"]["image_id"]
-    with desk(out, queue="flagged") as at:
-        assert at.next()["card"]["image_id"] == third
-        assert at.next()["progress"]["left"] == 25
-        rest = shown_in_order(at)
-        assert at.next()["card"] is None
+            assert decide(session, decision)[0]
+        decide(session, "edited", "A dog of my own.")
+        third = session.next()["card"]["image_id"]
+    with open_session(out, queue="flagged") as session:
+        assert session.next()["card"]["image_id"] == third
+        assert session.next()["progress"]["left"] == 25
+        rest = shown_in_order(session)
+        assert session.next()["card"] is None
     done = [ids[0] for _, ids, _ in decisions(out)]
     assert sorted(done) == [f"{number:06d}.png" for number in range(30)]
     assert len(rest) == 25
@@ -127,59 +129,59 @@ def test_every_picture_is_shown_once_and_a_restart_goes_on(make_reviewable) -> N
     ]
 
 
-def test_pictures_with_one_text_are_one_decision_at_most_twelve_at_a_time(make_reviewable) -> None:
+def test_images_with_one_text_are_one_decision_at_most_twelve_at_a_time(make_reviewable) -> None:
     out = make_reviewable(["a dog"] * 20)
-    with desk(out) as at:
-        card = at.next()["card"]
+    with open_session(out) as session:
+        card = session.next()["card"]
         assert (len(card["group"]), card["num_same"]) == (11, 19)
-        _, state = decide(at, "approved")
-        assert state["message"] == "Accepted for 12 pictures"
+        _, state = decide(session, "approved")
+        assert state["message"] == "Accepted for 12 images"
         assert (len(state["card"]["group"]), state["card"]["num_same"]) == (7, 7)
-        _, state = decide(at, "rejected", alone=True)
+        _, state = decide(session, "rejected", alone=True)
         assert (state["card"]["image_id"], len(state["card"]["group"])) == ("000013.png", 6)
     assert [(decision, len(ids)) for decision, ids, _ in decisions(out)] == [("approved", 12), ("rejected", 1)]
 
 
-def test_an_undo_shows_the_picture_again_also_after_a_restart(make_reviewable) -> None:
+def test_an_undo_shows_the_image_again_also_after_a_restart(make_reviewable) -> None:
     out = make_reviewable(["a dog", "a dog", "a cat"])
-    with desk(out) as at:
-        assert at.undo()["message"] == "There is nothing to undo"
-        decide(at, "approved")
-        decide(at, "rejected")
-    with desk(out) as at, desk(out, "ben") as other:
+    with open_session(out) as session:
+        assert session.undo()["message"] == "There is nothing to undo"
+        decide(session, "approved")
+        decide(session, "rejected")
+    with open_session(out) as session, open_session(out, "ben") as other:
         assert other.undo()["message"] == "There is nothing to undo"
-        state = at.undo()
+        state = session.undo()
         assert (state["message"], state["card"]["image_id"]) == ("Undone: Rejected", "000002.png")
-        state = at.undo()
-        assert (state["message"], state["card"]["image_id"]) == ("Undone: Accepted for 2 pictures", "000000.png")
+        state = session.undo()
+        assert (state["message"], state["card"]["image_id"]) == ("Undone: Accepted for 2 images", "000000.png")
         assert [one["image_id"] for one in state["card"]["group"]] == ["000001.png"]
         assert state["progress"]["left"] == 30
         assert not state["progress"]["can_undo"]
     assert decisions(out) == []
 
 
-def test_skipped_pictures_come_back_when_asked_for(make_reviewable) -> None:
+def test_skipped_images_come_back_when_asked_for(make_reviewable) -> None:
     out = make_reviewable()
-    with desk(out) as at:
-        decide(at, "skipped")
-        decide(at, "skipped")
-        assert at.undo()["card"]["image_id"] == "000001.png"
-        shown_in_order(at)
-        assert at.next()["progress"]["skipped"] == 1
-    with desk(out) as at:
-        assert at.next()["card"] is None
-        assert at.show_skipped()["card"]["image_id"] == "000000.png"
-        decide(at, "approved")
-        assert at.next()["progress"]["left"] == 0
+    with open_session(out) as session:
+        decide(session, "skipped")
+        decide(session, "skipped")
+        assert session.undo()["card"]["image_id"] == "000001.png"
+        shown_in_order(session)
+        assert session.next()["progress"]["skipped"] == 1
+    with open_session(out) as session:
+        assert session.next()["card"] is None
+        assert session.show_skipped()["card"]["image_id"] == "000000.png"
+        decide(session, "approved")
+        assert session.next()["progress"]["left"] == 0
 
 
 def test_what_needs_an_expert_is_shown_to_others_last(make_reviewable) -> None:
     out = make_reviewable()
-    with desk(out) as at:
-        decide(at, "expert")
-        assert "000000.png" not in shown_in_order(at)
-        assert at.next()["card"] is None
-    with desk(out, "ben") as other:
+    with open_session(out) as session:
+        decide(session, "expert")
+        assert "000000.png" not in shown_in_order(session)
+        assert session.next()["card"] is None
+    with open_session(out, "ben") as other:
         card = other.next()["card"]
         assert (card["image_id"], card["note"]) == ("000000.png", "ana asks for an expert")
         assert decide(other, "edited", "A rare dog.")[0]
@@ -187,28 +189,28 @@ def test_what_needs_an_expert_is_shown_to_others_last(make_reviewable) -> None:
     assert decisions(out)[-1] == ("edited", ("000000.png",), "A rare dog.")
 
 
-def test_two_reviewers_get_different_pictures_and_a_late_decision_is_refused(make_reviewable) -> None:
+def test_two_reviewers_get_different_images_and_a_late_decision_is_refused(make_reviewable) -> None:
     out = make_reviewable(["a dog", "a dog", "a cat"])
-    with desk(out) as ana, desk(out, "ben") as ben:
+    with open_session(out) as ana, open_session(out, "ben") as ben:
         on_anas = ana.next()["card"]
         assert ben.next()["card"]["image_id"] == "000002.png"
-        late = Asked("rejected", (on_anas["place"], *(one["place"] for one in on_anas["group"])), "A dog.")
-        half = Asked("rejected", (1, 0), "A dog.")
-        ben.decide(Asked("approved", (0,), "A dog."))
+        late = DecisionRequest("rejected", (on_anas["index"], *(one["index"] for one in on_anas["group"])), "A dog.")
+        half = DecisionRequest("rejected", (1, 0), "A dog.")
+        ben.decide(DecisionRequest("approved", (0,), "A dog."))
 
         kept, state = ana.decide(late)
         assert not kept
-        assert state["message"] == "ben has decided this picture meanwhile (accepted); nothing was changed"
+        assert state["message"] == "ben has already decided about this image (accepted); nothing was changed"
         kept, state = ana.decide(half)
         assert kept
-        assert state["message"] == "Rejected; 1 were decided by somebody else meanwhile"
+        assert state["message"] == "Rejected; 1 were already decided by somebody else"
         assert ben.next()["progress"]["left"] == 28
     assert decisions(out) == [("approved", ("000000.png",), "A dog."), ("rejected", ("000001.png",), None)]
 
 
 def test_a_text_that_changed_meanwhile_is_shown_again(make_reviewable) -> None:
-    with desk(make_reviewable(["a dog"])) as at:
-        kept, state = at.decide(Asked("approved", (0,), "Another text."))
+    with open_session(make_reviewable(["a dog"])) as session:
+        kept, state = session.decide(DecisionRequest("approved", (0,), "Another text."))
         assert not kept
         assert "has changed" in state["message"]
         assert state["card"]["alt_text"] == "A dog."
@@ -219,9 +221,9 @@ def test_edits_are_one_line_and_keep_to_the_hard_limit(make_reviewable) -> None:
     with serving(out) as (ask, _):
 
         def edit(text: str) -> tuple[int, Any]:
-            place = ask("GET", "state")[1]["card"]["place"]
+            place = ask("GET", "state")[1]["card"]["index"]
             shown = ["A dog.", "A cat."][place]
-            return ask("POST", "decide", {"decision": "edited", "places": [place], "shown": shown, "text": text})
+            return ask("POST", "decide", {"decision": "edited", "indices": [place], "shown": shown, "text": text})
 
         status, answer = edit("x" * 31)
         assert (status, answer["error"]) == (
@@ -240,23 +242,23 @@ def test_edits_are_one_line_and_keep_to_the_hard_limit(make_reviewable) -> None:
 
 
 def test_an_empty_text_cannot_be_accepted(make_reviewable) -> None:
-    with desk(make_reviewable([""])) as at, pytest.raises(UsageError, match="no text to accept"):
-        decide(at, "approved")
+    with open_session(make_reviewable([""])) as session, pytest.raises(UsageError, match="no text to accept"):
+        decide(session, "approved")
 
 
 def test_the_acceptance_rate_is_of_a_random_sample_whatever_was_decided_before(make_reviewable) -> None:
     out = make_reviewable(["a dog"] * 30)
-    with desk(out, queue="random") as at:
-        order = [at.next()["card"]["image_id"]]
-        assert at.next()["progress"]["acceptance"] is None
-    with desk(out, "ben", queue="all") as at:
-        assert at.next()["progress"]["acceptance"] is None
-        decide(at, "rejected")  # twelve of them, whose turn in the random order may come
+    with open_session(out, queue="random") as session:
+        order = [session.next()["card"]["image_id"]]
+        assert session.next()["progress"]["acceptance"] is None
+    with open_session(out, "ben", queue="all") as session:
+        assert session.next()["progress"]["acceptance"] is None
+        decide(session, "rejected")  # twelve of them, whose turn in the random order may come
         rejected = {image_id for _, ids, _ in decisions(out) for image_id in ids}
-        assert at.next()["progress"]["acceptance"] is None
-    with desk(out, queue="random") as at:
-        order = shown_in_order(at)
-        found = at.next()["progress"]["acceptance"]
+        assert session.next()["progress"]["acceptance"] is None
+    with open_session(out, queue="random") as session:
+        order = shown_in_order(session)
+        found = session.next()["progress"]["acceptance"]
     assert len(order) == 18
     assert not rejected & set(order)
     assert (found["accepted"], found["decided"]) in [(18, decided) for decided in range(18, 31)]
@@ -281,9 +283,9 @@ def test_the_hours_left_are_measured() -> None:
         Review("approved", ("d",), "", "ana"),
         Review("approved", ("e",), "", "ana", seconds=80_000.0),  # was away
     ]
-    assert seconds_per_picture(own[:3]) == 3.0
-    assert seconds_per_picture(own) == (6 + 3 + 300) / 4
-    assert seconds_per_picture(own[2:3]) is None
+    assert seconds_per_image(own[:3]) == 3.0
+    assert seconds_per_image(own) == (6 + 3 + 300) / 4
+    assert seconds_per_image(own[2:3]) is None
     assert acceptance([]) is None
 
 
@@ -293,10 +295,10 @@ Ask = Callable[..., tuple[int, Any]]
 @contextmanager
 def serving(out: Path, reviewer: str = "ana", queue: Any = "all") -> Iterator[tuple[Ask, ReviewServer]]:
     with ExitStack() as stack:
-        at = stack.enter_context(desk(out, reviewer, queue))
-        pictures = Pictures(open_table(str(out)))
-        stack.callback(pictures.close)
-        server = stack.enter_context(ReviewServer(at, pictures, port=0))
+        session = stack.enter_context(open_session(out, reviewer, queue))
+        previews = Previews(open_table(str(out)))
+        stack.callback(previews.close)
+        server = stack.enter_context(ReviewServer(session, previews, port=0))
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         stack.callback(thread.join)
@@ -349,7 +351,7 @@ def test_names_that_point_here_are_refused(make_reviewable) -> None:
 
 def test_only_a_page_of_ours_can_decide(make_reviewable) -> None:
     out = make_reviewable()
-    good = {"decision": "approved", "places": [0], "shown": ""}
+    good = {"decision": "approved", "indices": [0], "shown": ""}
     with serving(out) as (ask, server):
         own = f"http://127.0.0.1:{server.server_address[1]}"
         assert ask("POST", "decide", good, JSON | {"Origin": "http://evil.example"})[0] == 403
@@ -368,20 +370,20 @@ def test_only_a_page_of_ours_can_decide(make_reviewable) -> None:
     [
         [],
         {},
-        {"decision": "liked", "places": [0], "shown": ""},
-        {"decision": "undo", "places": [0], "shown": ""},
-        {"decision": "approved", "places": [], "shown": ""},
-        {"decision": "approved", "places": [30], "shown": ""},
-        {"decision": "approved", "places": [-1], "shown": ""},
-        {"decision": "approved", "places": [True], "shown": ""},
-        {"decision": "approved", "places": ["0"], "shown": ""},
-        {"decision": "approved", "places": [0], "shown": None},
-        {"decision": "edited", "places": [0], "shown": "", "text": 3},
+        {"decision": "liked", "indices": [0], "shown": ""},
+        {"decision": "undo", "indices": [0], "shown": ""},
+        {"decision": "approved", "indices": [], "shown": ""},
+        {"decision": "approved", "indices": [30], "shown": ""},
+        {"decision": "approved", "indices": [-1], "shown": ""},
+        {"decision": "approved", "indices": [True], "shown": ""},
+        {"decision": "approved", "indices": ["0"], "shown": ""},
+        {"decision": "approved", "indices": [0], "shown": None},
+        {"decision": "edited", "indices": [0], "shown": "", "text": 3},
     ],
 )
 def test_what_no_page_sends_is_refused(make_reviewable, body: Any) -> None:
-    with desk(make_reviewable()) as at, pytest.raises(UsageError, match=r"decision|places"):
-        Asked.from_json(body, len(at))
+    with open_session(make_reviewable()) as session, pytest.raises(UsageError, match=r"decision|indices"):
+        DecisionRequest.from_json(body, len(session))
 
 
 def test_the_page_runs_nothing_but_its_own_script(make_reviewable) -> None:
@@ -403,7 +405,7 @@ def test_the_page_runs_nothing_but_its_own_script(make_reviewable) -> None:
         assert ask("GET", "state")[1]["card"]["alt_text"].startswith("X <script>alert(1)</script>")
 
 
-def test_pictures_are_upright_and_small_and_say_what_is_written_in_them(make_reviewable, tmp_path: Path) -> None:
+def test_images_are_upright_and_small_and_say_what_is_written_in_them(make_reviewable, tmp_path: Path) -> None:
     out = make_reviewable()
     exif = Image.Exif()
     exif[0x0112], exif[0x010E] = 6, "EXIF\x07words"
@@ -412,10 +414,10 @@ def test_pictures_are_upright_and_small_and_say_what_is_written_in_them(make_rev
     before = file.read_bytes()
     with serving(out) as (ask, _):
         _, about = ask("GET", "about/0")
-        _, (headers, large) = ask("GET", "picture/0/large")
-        _, (_, small) = ask("GET", "picture/0/small")
+        _, (headers, large) = ask("GET", "image/0/large")
+        _, (_, small) = ask("GET", "image/0/small")
 
-        assert {one["place"]: one["text"] for one in about["descriptions"]} == {
+        assert {one["name"]: one["text"] for one in about["descriptions"]} == {
             "XMP alt text": "Alt, says XMP",
             "XMP description": "A dog, says XMP",
             "EXIF description": "EXIFwords",
@@ -425,10 +427,10 @@ def test_pictures_are_upright_and_small_and_say_what_is_written_in_them(make_rev
         assert Image.open(io.BytesIO(small)).size == (80, 240)
         assert not Image.open(io.BytesIO(large)).getexif()
         for path in (
-            "picture/0/huge",
-            "picture/30/large",
-            "picture/-1/large",
-            "picture/%C2%B2/large",
+            "image/0/huge",
+            "image/30/large",
+            "image/-1/large",
+            "image/%C2%B2/large",
             "about/x",
             "about/9/9",
         ):
@@ -456,17 +458,17 @@ def test_descriptions_are_read_from_iptc_and_png_and_damage_is_none() -> None:
     assert descriptions_of(jpeg(xmp=entities), 100) == {}
     assert descriptions_of(jpeg(xmp=XMP.encode()[:-40]), 100) == {}
     assert descriptions_of(jpeg(exif=b"Exif\x00\x00MM\x00*\xff\xff\xff\xff"), 100) == {}
-    assert descriptions_of(b"no picture", 100) == {}
+    assert descriptions_of(b"no image", 100) == {}
 
 
-def test_a_picture_that_has_gone_can_still_be_decided(make_reviewable, tmp_path: Path) -> None:
+def test_an_image_that_has_gone_can_still_be_decided(make_reviewable, tmp_path: Path) -> None:
     out = make_reviewable()
     (tmp_path / "archive" / "000000.png").unlink()
     with serving(out) as (ask, _):
         assert ask("GET", "about/0")[1]["error"] == "No such file or directory"
-        assert ask("GET", "picture/0/large")[0] == 404
+        assert ask("GET", "image/0/large")[0] == 404
         shown = ask("GET", "state")[1]["card"]["alt_text"]
-        assert ask("POST", "decide", {"decision": "rejected", "places": [0], "shown": shown})[0] == 200
+        assert ask("POST", "decide", {"decision": "rejected", "indices": [0], "shown": shown})[0] == 200
         assert ask("GET", "about/1")[1]["error"] == ""
     shutil.rmtree(tmp_path / "archive")
     with serving(out) as (ask, _):
@@ -474,7 +476,7 @@ def test_a_picture_that_has_gone_can_still_be_decided(make_reviewable, tmp_path:
         assert ask("GET", "state")[1]["card"]["image_id"] == "000001.png"
 
 
-def test_a_picture_that_crashes_its_decoder_is_a_message(
+def test_an_image_that_crashes_its_decoder_is_a_message(
     make_reviewable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CAPTIONER_TEST_POISON", "1")
@@ -492,13 +494,13 @@ def test_a_decision_that_cannot_be_written_is_told_and_not_counted(
     out = make_reviewable()
     with serving(out) as (ask, _):
         shown = ask("GET", "state")[1]["card"]["alt_text"]
-        wanted = {"decision": "approved", "places": [0], "shown": shown}
+        wanted = {"decision": "approved", "indices": [0], "shown": shown}
         with monkeypatch.context() as patch:
             patch.setattr(os, "fsync", failing)
             status, answer = ask("POST", "decide", wanted)
         assert status == 500
         assert "the decision was not saved: No space left" in answer["error"]
-        assert ask("GET", "state")[1]["card"]["place"] == 0
+        assert ask("GET", "state")[1]["card"]["index"] == 0
         assert decisions(out) == []
         assert ask("POST", "decide", wanted)[0] == 200
     assert len(decisions(out)) == 1
@@ -535,7 +537,7 @@ def test_every_accepted_decision_survives_sigkill(make_reviewable) -> None:
         for _ in range(7):
             card = state["card"]
             status, state = ask(
-                "POST", "decide", {"decision": "approved", "places": [card["place"]], "shown": card["alt_text"]}
+                "POST", "decide", {"decision": "approved", "indices": [card["index"]], "shown": card["alt_text"]}
             )
             assert status == 200
         process.send_signal(signal.SIGKILL)
@@ -567,7 +569,7 @@ def test_what_cannot_be_reviewed_is_one_line(
     out = make_reviewable()
     assert "holds no captions table" in refusal(capsys, str(tmp_path / "nothing"))
     assert "has no alt texts; run `captioner alt-text`" in refusal(capsys, str(finished / "out"))
-    assert "--reviewer: a name" in refusal(capsys, str(out), "--reviewer", " ")
+    assert "--reviewer: give a name" in refusal(capsys, str(out), "--reviewer", " ")
     (out / "plan" / "g000" / "published.json").unlink()
     assert "is not finished; run the same `captioner caption` again" in refusal(capsys, str(out))
 
@@ -577,7 +579,7 @@ def test_a_port_in_use_is_one_line(make_reviewable, capsys: pytest.CaptureFixtur
     with serving(out) as (_, server):
         port = str(server.server_address[1])
         line = refusal(capsys, str(out), "--port", port, "--reviewer", "ben")
-    assert f"--port {port}: 127.0.0.1 cannot be listened on there: Address already in use; give another port" in line
+    assert f"--port {port}: cannot listen on 127.0.0.1: Address already in use; give another port" in line
 
 
 def test_a_journal_that_was_cut_off_is_told_and_the_rest_counts(
@@ -593,13 +595,13 @@ def test_a_journal_that_was_cut_off_is_told_and_the_rest_counts(
         process.send_signal(signal.SIGINT)
         _, said = process.communicate()
     assert process.returncode == 130
-    assert "damaged lines in its journals passed over: 1; the rest counts" in said
+    assert "ignored 1 damaged lines in its review journals" in said
     assert said.splitlines()[-1] == "captioner: error: stopped; every decision is saved, the same command goes on"
 
 
 def test_a_table_made_anew_meanwhile_is_told(make_reviewable) -> None:
     out = make_reviewable()
-    with desk(out) as at:
+    with open_session(out) as session:
         shutil.rmtree(out / "alt_text")
-        with pytest.raises(OutputError, match="was changed meanwhile; stop, and start `captioner review` again"):
-            at.next()
+        with pytest.raises(OutputError, match="was changed during the review; start `captioner review` again"):
+            session.next()

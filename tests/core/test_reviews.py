@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from captioner.alttext.journal import Journal, latest_reviews, read_reviews
-from captioner.alttext.nouns import TEXTS_SCHEMA, Decision, Review
-from captioner.alttext.texts import read_texts
 from captioner.errors import OutputError
-from captioner.review.decisions import Decisions
+from captioner.publishing.alt_text.journal import Journal, latest_reviews, read_reviews
+from captioner.publishing.alt_text.schemas import TEXTS_SCHEMA, Decision, Review
+from captioner.publishing.alt_text.texts import read_texts
+from captioner.publishing.review.decisions import Decisions
 from captioner.store.directory import Directory
 from captioner.store.table import open_table
 
@@ -24,8 +24,8 @@ LONG_AGO, LATER = datetime(2001, 1, 1, tzinfo=UTC), datetime(2101, 1, 1, tzinfo=
 
 APPEND_FOR_EVER = """
 import sys
-from captioner.alttext.journal import Journal
-from captioner.alttext.nouns import Review
+from captioner.publishing.alt_text.journal import Journal
+from captioner.publishing.alt_text.schemas import Review
 from captioner.store.directory import Directory
 
 with Journal(Directory(sys.argv[1]), "ana") as journal:
@@ -35,8 +35,8 @@ with Journal(Directory(sys.argv[1]), "ana") as journal:
 """
 FILL_THE_DISK = """
 import resource, signal, sys
-from captioner.alttext.journal import Journal, read_reviews
-from captioner.alttext.nouns import Review
+from captioner.publishing.alt_text.journal import Journal, read_reviews
+from captioner.publishing.alt_text.schemas import Review
 from captioner.errors import OutputError
 from captioner.store.directory import Directory
 
@@ -301,21 +301,21 @@ def test_a_full_disk_saves_nothing_and_the_next_decision_is_whole(tmp_path: Path
 def test_decisions_of_others_are_seen_as_they_are_written(tmp_path: Path) -> None:
     out = Directory(str(tmp_path))
     with Decisions(out, "ana") as ana, Journal(out, "ben") as ben:
-        assert ana.news() == []
+        assert ana.read_new() == []
         told = review("a.png", "rejected", "ben")
         ben.append(told)
-        assert ana.news() == [told]
-        assert ana.news() == []
+        assert ana.read_new() == [told]
+        assert ana.read_new() == []
 
         path = next((tmp_path / "reviews").glob("ben*"))
         whole = path.read_bytes()
         path.write_bytes(whole + whole[:50])  # a line that is being written
-        assert ana.news() == []
+        assert ana.read_new() == []
 
         undo = review("a.png", "undo", "ben", undoes=told.review_id)
         path.write_bytes(whole)
         ben.append(undo)
-        assert ana.news() == [undo]
+        assert ana.read_new() == [undo]
         assert ana.latest() == {}
 
 

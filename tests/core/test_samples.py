@@ -7,9 +7,9 @@ import pytest
 
 from captioner.config import SourceConfig
 from captioner.errors import OutputError
-from captioner.samples import render_scenes
-from captioner.scenes import make_scene
 from captioner.sources import open_source
+from captioner.starter.render import render_scenes
+from captioner.starter.scenes import make_scene
 
 
 def read_back(path):
@@ -22,9 +22,9 @@ def read_back(path):
 def test_each_form_holds_the_scenes_and_their_captions(tmp_path, format):
     render_scenes(tmp_path / "a", 12, seed=5, format=format, width=16)
     render_scenes(tmp_path / "b", 12, seed=5, format=format, width=16)
-    rows, pictures = read_back(tmp_path / "a")
+    rows, images = read_back(tmp_path / "a")
     assert rows["reference_captions"].to_pylist() == [make_scene(5, index).captions for index in range(12)]
-    assert all(data.startswith(b"\x89PNG") for data in pictures)
+    assert all(data.startswith(b"\x89PNG") for data in images)
     files = [path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file()]
     assert all((tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes() for file in files)
 

@@ -16,15 +16,15 @@ from PIL import Image
 from captioner import pipeline
 from captioner.config import CaptionConfig, SourceConfig
 from captioner.errors import OutputError, UsageError
-from captioner.imaging.faults import PictureError
-from captioner.imaging.opening import open_picture
-from captioner.scenes import make_scenes
+from captioner.imaging.error_codes import ImageError
+from captioner.imaging.opening import open_image
+from captioner.imaging.tiff import extract, page_offsets
 from captioner.sources import open_source
+from captioner.starter.scenes import make_scenes
 from captioner.store.read import read_parts
 from captioner.store.table import open_table
 from captioner.store.verify import verify
 from captioner.testing import make_parquet
-from captioner.tiff import extract, page_offsets
 
 pytestmark = pytest.mark.usefixtures("decoding_here")
 SCENE = next(make_scenes(1, seed=4)).render(803)
@@ -34,15 +34,15 @@ def pages(count: int) -> list[Image.Image]:
     return [scene.render(64 + number) for number, scene in enumerate(make_scenes(count, seed=1))]
 
 
-def tiff(pictures: list[Image.Image], **options) -> bytes:
+def tiff(images: list[Image.Image], **options) -> bytes:
     stream = io.BytesIO()
-    pictures[0].save(stream, "TIFF", save_all=True, append_images=pictures[1:], **options)
+    images[0].save(stream, "TIFF", save_all=True, append_images=images[1:], **options)
     return stream.getvalue()
 
 
-def reduced_copy(picture: Image.Image, times: int) -> Image.Image:
+def reduced_copy(image: Image.Image, times: int) -> Image.Image:
     """A smaller copy as pyramids hold it: NewSubfileType 1."""
-    copy = picture.resize((picture.width // times, picture.height // times))
+    copy = image.resize((image.width // times, image.height // times))
     copy.encoderinfo = {"tiffinfo": {254: 1}}
     return copy
 
@@ -68,7 +68,7 @@ def rows_of(out: Path) -> list[dict]:
 
 @pytest.fixture
 def archive(tmp_path: Path) -> Path:
-    """A letter of three pages, a single page, a picture, a damaged TIFF, and a pyramid."""
+    """A letter of three pages, a single page, an image, a damaged TIFF, and a pyramid."""
     root = tmp_path / "archive"
     root.mkdir()
     (root / "letter.TIF").write_bytes(tiff(pages(3), compression="tiff_lzw"))
@@ -79,9 +79,9 @@ def archive(tmp_path: Path) -> Path:
     return root
 
 
-def _encoded(picture: Image.Image, format: str, **options) -> bytes:
+def _encoded(image: Image.Image, format: str, **options) -> bytes:
     stream = io.BytesIO()
-    picture.save(stream, format, **options)
+    image.save(stream, format, **options)
     return stream.getvalue()
 
 
@@ -196,40 +196,40 @@ _LARGE = {
 
 @pytest.mark.parametrize("name", _LARGE)
 def test_a_scan_above_the_limit_is_read_reduced(name: str) -> None:
-    picture = open_picture(_LARGE[name], max_pixels=803 * 803 // 3, needed_side=100)
+    image = open_image(_LARGE[name], max_pixels=803 * 803 // 3, needed_side=100)
 
-    assert (picture.width, picture.height) == (803, 803)
-    assert 100 <= min(picture.image.size) <= 201
-    small = picture.image.convert("RGB").resize((64, 64), Image.Resampling.BOX, picture.box)
+    assert (image.width, image.height) == (803, 803)
+    assert 100 <= min(image.rgb.size) <= 201
+    small = image.rgb.convert("RGB").resize((64, 64), Image.Resampling.BOX, image.box)
     gap = np.abs(np.asarray(small, int) - np.asarray(SCENE.convert("RGB").resize((64, 64), Image.Resampling.BOX), int))
     assert gap.mean() < 3
 
 
 @pytest.mark.parametrize("name", _LARGE)
 def test_read_whole_it_is_above_the_limit(name: str) -> None:
-    with pytest.raises(PictureError) as caught:
-        open_picture(_LARGE[name], max_pixels=803 * 803 - 1)
+    with pytest.raises(ImageError) as caught:
+        open_image(_LARGE[name], max_pixels=803 * 803 - 1)
 
     assert (caught.value.code, caught.value.width, caught.value.height) == ("too_many_pixels", 803, 803)
 
 
 @pytest.mark.parametrize("data", [_encoded(SCENE, "JPEG", progressive=True), _encoded(SCENE, "PNG"), tiff([SCENE])])
 def test_what_takes_its_whole_memory_anyway_stays_above_the_limit(data: bytes) -> None:
-    with pytest.raises(PictureError, match="803 x 803"):
-        open_picture(data, max_pixels=803 * 803 // 3, needed_side=100)
+    with pytest.raises(ImageError, match="803 x 803"):
+        open_image(data, max_pixels=803 * 803 // 3, needed_side=100)
 
 
 @pytest.mark.parametrize("orientation", [3, 6, 8])
 def test_a_pyramid_is_turned_as_its_page_is(orientation: int) -> None:
-    picture = SCENE.resize((800, 400))
-    data = tiff([picture, reduced_copy(picture, 2)], tiffinfo={274: orientation})
+    image = SCENE.resize((800, 400))
+    data = tiff([image, reduced_copy(image, 2)], tiffinfo={274: orientation})
 
-    whole, small = open_picture(data, 10**9), open_picture(data, 10**9, needed_side=100)
+    whole, small = open_image(data, 10**9), open_image(data, 10**9, needed_side=100)
 
     assert (small.width, small.height) == (whole.width, whole.height)
-    assert small.image.size == (whole.width // 2, whole.height // 2)
-    gap = np.asarray(small.image.convert("RGB").resize((50, 50)), int) - np.asarray(
-        whole.image.convert("RGB").resize((50, 50)), int
+    assert small.rgb.size == (whole.width // 2, whole.height // 2)
+    gap = np.asarray(small.rgb.convert("RGB").resize((50, 50)), int) - np.asarray(
+        whole.rgb.convert("RGB").resize((50, 50)), int
     )
     assert np.abs(gap).mean() < 3
 
@@ -241,5 +241,5 @@ def test_a_jpeg_2000_whose_lower_resolutions_are_damaged_is_read_whole_or_fails(
 
     more = data[:place] + bytes([levels + 1]) + data[place + 1 :]  # a level that is not there
 
-    with pytest.raises(PictureError):
-        open_picture(more, 10**9, needed_side=2)
+    with pytest.raises(ImageError):
+        open_image(more, 10**9, needed_side=2)

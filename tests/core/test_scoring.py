@@ -10,14 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from captioner.scoring.baselines import human_wer, shuffled_wer
-from captioner.scoring.bleu import bleu
 from captioner.scoring.bootstrap import difference_interval, mean_interval, wer_interval
-from captioner.scoring.cider import cider_d
+from captioner.scoring.coco_metrics import bleu, cider_d, longest_common, rouge_l
 from captioner.scoring.normalise import caption_tokens, normalise
-from captioner.scoring.rouge import longest_common, rouge_l
 from captioner.scoring.scores import ScoreSums
-from captioner.scoring.wer import Edits, corpus_wer, match_captions, word_edits
+from captioner.scoring.wer import Edits, corpus_wer, human_wer, match_captions, shuffled_wer, word_edits
 
 WORDS = st.lists(st.sampled_from(["a", "dog", "cat", "runs", "on", "grass", "red"]), max_size=8).map(" ".join)
 

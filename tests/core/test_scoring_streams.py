@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from captioner.scoring.frequent import Distinct, Frequent
-from captioner.scoring.timeline import Timeline
+from captioner.scoring.table_stats import Timeline
 from captioner.scoring.vocabulary import compare_vocabulary
 
 TEXTS = st.lists(st.text("abc", min_size=1, max_size=2), max_size=200)

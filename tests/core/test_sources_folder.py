@@ -14,11 +14,11 @@ from captioner.config import SourceConfig
 from captioner.data import PLAN_SCHEMA
 from captioner.errors import SourceError, UsageError
 from captioner.sources import open_source, reading
-from captioner.sources.files import Root, file_of_unit, is_ignored, readable, unit_of_file
-from captioner.sources.listing import BATCH_ROWS
+from captioner.sources.plan_rows import BATCH_ROWS
+from captioner.sources.root import Root, file_of_unit, is_ignored, readable, unit_of_file
 
 
-def fill(root, *names, data=b"picture"):
+def fill(root, *names, data=b"image"):
     for name in names:
         path = os.path.join(os.fsencode(root), os.fsencode(name))
         os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -42,11 +42,11 @@ def opened(path, **settings):
 
 
 def test_every_file_is_a_row_but_documents_and_hidden_files(tmp_path):
-    pictures = ["a.jpg", "no_suffix", "odd.xyz", "sub/b.PNG", "sub/deep/c.webp"]
+    images = ["a.jpg", "no_suffix", "odd.xyz", "sub/b.PNG", "sub/deep/c.webp"]
     others = ["notes.TXT", "x.json", "x.xmp", "x.pdf", "x.html", "x.md", ".hidden.jpg", "._a.jpg", "sub/Thumbs.db"]
-    fill(tmp_path, *pictures, *others, "@eaDir/a.jpg", "sub/.cache/b.jpg")
+    fill(tmp_path, *images, *others, "@eaDir/a.jpg", "sub/.cache/b.jpg")
     rows, ignored = listed(opened(tmp_path))
-    assert rows["image_id"].to_pylist() == pictures
+    assert rows["image_id"].to_pylist() == images
     assert sorted(ignored) == sorted([*others, "@eaDir/a.jpg", "sub/.cache/b.jpg"])
     assert rows.schema.equals(PLAN_SCHEMA)
 
@@ -69,7 +69,7 @@ def test_names_that_are_not_utf8_are_escaped_and_still_read(tmp_path):
     rows, _ = listed(source)
     assert rows["image_id"].to_pylist() == ["caf%E9.jpg", "e\u0301.jpg", "\u00e9.jpg"]
     images = source.read(rows)
-    assert [image.data for image in images] == [b"picture"] * 3
+    assert [image.data for image in images] == [b"image"] * 3
     assert images[0].uri == f"{tmp_path}/caf%E9.jpg"
 
 
@@ -194,7 +194,7 @@ def test_what_may_pass_is_tried_again(tmp_path, monkeypatch):
     source = opened(tmp_path)
     rows, _ = listed(source)
     waited = failing(monkeypatch, [OSError(5, "Input/output error"), TimeoutError("timed out")])
-    assert source.read(rows)[0].data == b"picture"
+    assert source.read(rows)[0].data == b"image"
     assert waited == [0.2, 0.8]
 
 
@@ -233,13 +233,13 @@ def test_a_folder_in_a_store_reads_like_a_local_one(tmp_path):
     names = ["100%.jpg", "a b?.jpg", "sub/é#1.jpg", "sub/notes.txt"]
     for name in names:
         fill(tmp_path, name)
-        store.pipe(f"/folder-test/{name}", b"picture")
+        store.pipe(f"/folder-test/{name}", b"image")
     local, remote = opened(tmp_path), opened("memory://folder-test")
     rows, ignored = listed(remote)
     assert rows.equals(listed(local)[0])
     assert ignored == ["sub/notes.txt"]
     images = remote.read(rows)
-    assert [image.data for image in images] == [b"picture"] * 3
+    assert [image.data for image in images] == [b"image"] * 3
     assert images[2].uri == "memory://folder-test/sub/é#1.jpg"
 
 
@@ -247,7 +247,7 @@ def test_what_is_not_there_or_not_ours_to_fetch_is_one_line(tmp_path, monkeypatc
     with pytest.raises(SourceError, match="/nowhere/at/all: no such file"):
         opened("/nowhere/at/all")
     with pytest.raises(SourceError, match="img2dataset"):
-        opened("https://example.org/pictures/")
+        opened("https://example.org/images/")
     with pytest.raises(SourceError, match="no file matches"):
         opened(tmp_path / "*.tar")
     with pytest.raises(UsageError, match="no source"):
@@ -255,8 +255,8 @@ def test_what_is_not_there_or_not_ours_to_fetch_is_one_line(tmp_path, monkeypatc
 
 
 def test_credentials_and_options_stay_out_of_the_table():
-    root = Root.at("s3://key:secret@bucket/pictures/?region=eu-west-1")
-    assert root.uri(b"a.jpg") == "s3://bucket/pictures/a.jpg"
+    root = Root.at("s3://key:secret@bucket/images/?region=eu-west-1")
+    assert root.uri(b"a.jpg") == "s3://bucket/images/a.jpg"
 
 
 def test_readable_names_and_units():

@@ -11,12 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from captioner.config import SourceConfig
+from captioner.console.text import printable
 from captioner.data import ERROR_CODES
 from captioner.errors import SourceError
 from captioner.sources import open_source
 from captioner.store.plan import make_plan
 from captioner.store.table import create_table
-from captioner.text import printable
 
 CASES = 300
 NAMES = [

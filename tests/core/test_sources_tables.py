@@ -75,7 +75,7 @@ def test_ids_references_and_kept_columns(tmp_path):
 
 
 def test_a_listing_never_reads_the_pictures(tmp_path):
-    """The bytes of the picture column are wiped on disk: only listing still works."""
+    """The bytes of the image column are wiped on disk: only listing still works."""
     file = parquet(tmp_path / "t.parquet", image=[b"x" * 1000, b"y" * 1000], image_id=["a", "b"])
     chunk = pq.read_metadata(file).row_group(0).column(0)
     start = chunk.dictionary_page_offset or chunk.data_page_offset
@@ -136,7 +136,7 @@ def test_wrong_columns_are_named(tmp_path, asked, message):
 
 
 def test_tables_that_hold_no_pictures(tmp_path):
-    with pytest.raises(SourceError, match=r"no column of pictures among n \(int64\)"):
+    with pytest.raises(SourceError, match=r"no column of images among n \(int64\)"):
         opened(parquet(tmp_path / "n.parquet", n=[1]))
     with pytest.raises(SourceError, match="img2dataset"):
         opened(parquet(tmp_path / "u.parquet", URL=["http://x/y.jpg"]))
@@ -210,8 +210,8 @@ def test_a_manifest_of_web_addresses_is_refused(tmp_path):
 @pytest.fixture
 def saved(tmp_path):
     datasets = pytest.importorskip("datasets")
-    pictures = [Image.new("RGB", (4, 4), (n, 0, 0)) for n in range(10)]
-    columns = {"image": pictures, "text": [f"number {n}" for n in range(10)], "label": list(range(10))}
+    images = [Image.new("RGB", (4, 4), (n, 0, 0)) for n in range(10)]
+    columns = {"image": images, "text": [f"number {n}" for n in range(10)], "label": list(range(10))}
     features = datasets.Features(
         {"image": datasets.Image(), "text": datasets.Value("string"), "label": datasets.Value("int32")}
     )
@@ -233,8 +233,8 @@ def test_a_saved_dataset(tmp_path, saved):
 
 def test_splits_of_a_saved_dataset(tmp_path, saved):
     datasets = pytest.importorskip("datasets")
-    pictures = saved.select_columns(["image"])  # nothing but pictures: no column to list
-    datasets.DatasetDict(train=pictures, test=pictures.select(range(3))).save_to_disk(str(tmp_path / "d"))
+    images = saved.select_columns(["image"])  # nothing but images: no column to list
+    datasets.DatasetDict(train=images, test=images.select(range(3))).save_to_disk(str(tmp_path / "d"))
     rows = listed(opened(tmp_path / "d", split="test"))
     assert rows["image_id"].to_pylist() == ["test#0", "test#1", "test#2"]
     with pytest.raises(SourceError, match="no split 'dev'; choose one of train, test with --split"):

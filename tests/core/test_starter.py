@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 import captioner.starter
 from captioner import pipeline
 from captioner.config import CaptionConfig
-from captioner.scenes import BACKGROUNDS, COLOURS, SHAPES, SIZES, describes_scene, make_scenes
 from captioner.scoring.wer import corpus_wer
+from captioner.starter.scenes import BACKGROUNDS, COLOURS, SHAPES, SIZES, describes_scene, make_scenes
 from captioner.store.read import read_parts
 from captioner.store.table import open_table
 from captioner.testing import make_folder

@@ -1,4 +1,4 @@
-"""A model that fails on a picture, or is unsure of everything: one row, and no neighbour goes with it."""
+"""A model that fails on an image, or is unsure of everything: one row, and no neighbour goes with it."""
 
 import math
 
@@ -13,7 +13,7 @@ PIXELS = np.arange(16 * 4 * 4 * 3, dtype=np.uint32).astype(np.uint8).reshape(16,
 
 
 class Failing(FakeCaptioner):
-    """Raises where a batch is larger than `largest`, or holds one of the pictures that it cannot bear."""
+    """Raises where a batch is larger than `largest`, or holds one of the images that it cannot bear."""
 
     def __init__(self, unbearable: list[int], largest: int = 1_000, error: Exception | None = None) -> None:
         super().__init__()
@@ -23,7 +23,7 @@ class Failing(FakeCaptioner):
 
     def caption(self, pixels: np.ndarray) -> Captions:
         self.batches.append(len(pixels))
-        if len(pixels) > self.largest or any(picture.tobytes() in self.unbearable for picture in pixels):
+        if len(pixels) > self.largest or any(image.tobytes() in self.unbearable for image in pixels):
             raise self.error
         return super().caption(pixels)
 

@@ -169,7 +169,7 @@ def full_after(good: int, number: int):
 
 KILLED_AT_WRITE = """
 import sys
-from captioner.faults import sigkill_at_write
+from captioner.testing.faults import sigkill_at_write
 from ray_jobs.cli import main
 with sigkill_at_write(int(sys.argv[1])):
     main(sys.argv[2:])

@@ -18,7 +18,7 @@ def make_archive(root: Path, names: list[str]) -> Path:
     for name in names:
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()  # listing never opens a picture, so an empty file will do
+        path.touch()  # listing never opens an image, so an empty file will do
     return root
 
 
@@ -100,7 +100,7 @@ def test_a_listing_that_was_cut_off_goes_on_to_the_same_plan(tmp_path: Path, arc
 def test_an_empty_source_says_what_was_passed_over(tmp_path: Path) -> None:
     archive = make_archive(tmp_path / "archive", ["notes.txt", ".hidden.jpg"])
 
-    with pytest.raises(SourceError, match=r"no pictures found; 2 files were passed over.*(notes|hidden)"):
+    with pytest.raises(SourceError, match=r"no images found; 2 files were passed over.*(notes|hidden)"):
         plan_folder_of(make_table(tmp_path / "out"), archive)
 
 

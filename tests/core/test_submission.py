@@ -5,11 +5,19 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
 from captioner.errors import UsageError
-from ray_jobs.submit import _current_id, make_submission, package_directories, runtime_env
+from ray_jobs import submit
+from ray_jobs.cli import app
+from ray_jobs.submit import Submission, _current_id, package_directories, runtime_env
+
+
+def make_submission(words: list[str], **options: Any) -> Submission:
+    return submit.make_submission(typer.main.get_command(app).commands, words, **options)
 
 
 @dataclass

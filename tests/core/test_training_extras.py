@@ -10,11 +10,11 @@ from captioner.errors import OutputError
 from captioner.models import resolve
 from captioner.store.directory import Directory
 from captioner.testing import make_tiny_model
-from captioner.tiny_models import TINY_SIDE
+from captioner.testing.tiny_models import TINY_SIDE
 from captioner.training.loop import make_collate, save_network
 from captioner.training.loss import CaptionLoss
-from captioner.training.network import ADAPTERS, open_trainable
 from captioner.training.push import push_to_hub
+from captioner.training.trainable import ADAPTERS, open_trainable
 
 
 def opened(path: Path, checkpoint: Path | None = None):

@@ -15,11 +15,11 @@ from captioner.errors import ModelError
 from captioner.models import resolve
 from captioner.models.base import TransformersCaptioner
 from captioner.testing import make_tiny_model
-from captioner.tiny_models import TINY_SIDE
-from captioner.training.batches import Collate
+from captioner.testing.tiny_models import TINY_SIDE
+from captioner.training.collate import Collate
 from captioner.training.loop import make_collate
 from captioner.training.loss import CaptionLoss
-from captioner.training.network import open_trainable
+from captioner.training.trainable import open_trainable
 
 FAMILIES = ["git", "blip", "vision-encoder-decoder"]
 CAPTIONS = ["a small red circle on a white background", "a ring", "a large blue square above a small green cross"]

@@ -13,13 +13,13 @@ from captioner.config import ModelConfig, TrainConfig, TrainModelConfig
 from captioner.errors import InterruptedRunError, TerminatedRunError, UsageError
 from captioner.models import load, resolve
 from captioner.testing import make_folder, make_tiny_model
-from captioner.tiny_models import TINY_SIDE
+from captioner.testing.tiny_models import TINY_SIDE
 from captioner.training import job
 from captioner.training.evaluate import WINDOW, Evaluator
 from captioner.training.local import LocalEngine, LocalWorker
 from captioner.training.loop import make_collate
 from captioner.training.loss import CaptionLoss
-from captioner.training.network import open_trainable
+from captioner.training.trainable import open_trainable
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

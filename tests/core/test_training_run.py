@@ -17,7 +17,7 @@ from captioner.scoring.wer import corpus_wer
 from captioner.store.read import read_parts
 from captioner.store.table import open_table
 from captioner.testing import make_folder, make_tiny_model
-from captioner.tiny_models import TINY_SIDE
+from captioner.testing.tiny_models import TINY_SIDE
 from captioner.training import job
 from captioner.training.local import LocalEngine, LocalWorker
 
@@ -237,6 +237,26 @@ def test_a_loss_that_is_no_number_stops_and_leaves_the_last_good_checkpoint(
         "step-00000002",
     ]
     assert not (out / "model").exists()
+
+
+def test_a_loss_that_is_no_number_is_seen_between_evaluations_too(
+    tmp_path: Path, data: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Losses are read a step late, so that a GPU never waits; the step that is named is the one whose loss it was."""
+    from captioner.training.loss import CaptionLoss
+
+    forward, calls = CaptionLoss.forward, []
+
+    def broken(self, *batch, **named):
+        calls.extend([1] if self.training else [])
+        return forward(self, *batch, **named) * (float("nan") if len(calls) == 3 and self.training else 1.0)
+
+    monkeypatch.setattr(CaptionLoss, "forward", broken)
+    with pytest.raises(TrainingError, match="the loss of step 3 is nan"):
+        job.run(settings(data, tmp_path / "out", tiny, max_steps=20, eval_steps=10, logging_steps=10), LocalEngine())
+
+    assert len(calls) == 4
+    assert not (tmp_path / "out" / "checkpoints").exists()
 
 
 def test_early_stopping_keeps_the_best(tmp_path: Path, data: Path) -> None:

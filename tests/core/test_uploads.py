@@ -17,7 +17,7 @@ from captioner.data import Captions
 from captioner.models import load, resolve
 from captioner.models.base import TransformersCaptioner
 from captioner.models.uploads import Uploads
-from captioner.scenes import make_scenes
+from captioner.starter.scenes import make_scenes
 from captioner.testing import make_tiny_model
 
 WAIT_S = 30  # for what must come

@@ -11,10 +11,9 @@ import pytest
 from captioner import pipeline
 from captioner.config import CaptionConfig
 from captioner.errors import OutputError
-from captioner.job import open_job
-from captioner.store.commit import commit_chunk
+from captioner.run.job import open_job
 from captioner.store.lock import sole_writer
-from captioner.store.publish import publish
+from captioner.store.publish import commit_chunk, publish
 from captioner.store.read import read_parts
 from captioner.store.table import CaptionsTable, open_table
 from captioner.store.verify import verify

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from captioner.batches import CaptionBatches
+from captioner import CaptionBatches
 from captioner.errors import ModelError
 from captioner.testing import make_folder
 
@@ -15,7 +15,7 @@ def test_the_stage_captions_bytes_in_any_dataset(tmp_path: Path) -> None:
 
     archive = make_folder(tmp_path / "archive", 6)
     (archive / "metadata.jsonl").unlink()
-    (archive / "zz.png").write_bytes(b"no picture")
+    (archive / "zz.png").write_bytes(b"no image")
     files = ray.data.read_binary_files(str(archive), include_paths=True)
 
     rows = files.map_batches(

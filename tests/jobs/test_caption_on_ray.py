@@ -9,8 +9,8 @@ import pytest
 from captioner import pipeline
 from captioner.config import CaptionConfig, ClusterConfig
 from captioner.errors import ClusterError, ModelError, SourceError
-from captioner.imaging import guarded
-from captioner.job import ROWS_PER_CHUNK, open_job
+from captioner.imaging.sandbox import decoder
+from captioner.run.job import ROWS_PER_CHUNK, open_job
 from captioner.store.read import read_parts
 from captioner.store.table import open_table
 from captioner.store.verify import verify
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("ray_instance")
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = make_folder(tmp_path_factory.mktemp("archive"), 60)
-    (root / "broken.png").write_bytes(b"no picture")
+    (root / "broken.png").write_bytes(b"no image")
     return root
 
 
@@ -131,7 +131,6 @@ def test_a_worker_that_cannot_load_the_model_stops_the_run_with_one_line(tmp_pat
     config = settings(archive, out, model)
     engine = RayEngine(config)
     job = open_job(config, engine, lambda line: None)
-    job.finish_model_check()
     (plan,) = job.table.open_plans()
     model.rename(tmp_path / "gone")
 
@@ -147,7 +146,7 @@ def test_a_worker_that_cannot_load_the_model_stops_the_run_with_one_line(tmp_pat
 
 def test_a_chunk_of_pictures_that_hang_is_no_stall() -> None:
     for timeout in (1.0, 60.0, 600.0):
-        most = guarded.HANGS_AT_FULL_TIME * timeout + ROWS_PER_CHUNK * min(timeout, guarded.SHORT_TIMEOUT_S)
+        most = decoder.HANGS_AT_FULL_TIME * timeout + ROWS_PER_CHUNK * min(timeout, decoder.SHORT_TIMEOUT_S)
         assert no_progress_timeout(timeout) > most
 
 

@@ -11,7 +11,7 @@ import pytest
 from captioner import pipeline
 from captioner.config import CaptionConfig, ClusterConfig
 from captioner.errors import ModelError
-from captioner.job import open_job
+from captioner.run.job import open_job
 from captioner.steps import ChunkRows
 from captioner.store.read import read_parts
 from captioner.store.table import open_table

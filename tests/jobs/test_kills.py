@@ -1,4 +1,4 @@
-"""The whole job killed with SIGKILL, resumed, and proven: no picture lost, none doubled."""
+"""The whole job killed with SIGKILL, resumed, and proven: no image lost, none doubled."""
 
 import os
 import shutil
@@ -28,7 +28,7 @@ PICTURES = 640
 DEADLINE_S = 120.0
 KILLED_AT_WRITE = """
 import sys
-from captioner.faults import sigkill_at_write
+from captioner.testing.faults import sigkill_at_write
 from ray_jobs.cli import main
 with sigkill_at_write(int(sys.argv[1])):
     main(sys.argv[2:])
@@ -38,7 +38,7 @@ with sigkill_at_write(int(sys.argv[1])):
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = make_folder(tmp_path_factory.mktemp("archive"), PICTURES, width=32)
-    (root / "broken.png").write_bytes(b"no picture")
+    (root / "broken.png").write_bytes(b"no image")
     return root
 
 
@@ -140,7 +140,7 @@ def test_the_driver_killed_during_publish(tmp_path: Path, archive: Path, undistu
 
 
 def test_the_driver_killed_while_it_publishes_a_retry(tmp_path: Path, archive: Path) -> None:
-    """The failed picture is mended meanwhile: its older row must end in history/, its new one in the table, once."""
+    """The failed image is mended meanwhile: its older row must end in history/, its new one in the table, once."""
     out, ours = tmp_path / "out", tmp_path / "archive"
     shutil.copytree(archive, ours)
     assert pipeline.run(settings(ours, out)) == 0

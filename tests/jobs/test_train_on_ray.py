@@ -18,7 +18,7 @@ from captioner.testing import make_folder, make_tiny_model
 from captioner.training import job
 from captioner.training.local import LocalEngine
 from ray_jobs.cluster import Resources, share_out
-from ray_jobs.tables import map_tables
+from ray_jobs.map_tables import map_tables
 from ray_jobs.train import RayTrainEngine, num_threads
 
 STEPS = 6

@@ -1,150 +1,158 @@
 """Beam search with the scores, the bookkeeping and the ties of transformers' `generate` (5.23, `_beam_search`).
 
-Each picture has B running beams, and its B best finished captions so far. At each step the K best continuations over
+Each image has B running beams, and its B best finished captions so far. At each step the K best continuations over
 all running beams are found, K enough that B of them go on even if the others end. Of the B best, those that end join
 the finished captions, scored by log-probability / length ** length_penalty.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 
-from captioner.models.git_fast.found import Found, Task, half_of, read_prefix
-from captioner.models.git_fast.graphs import Stepper
-from captioner.models.git_fast.network import State
+from captioner.models.git_fast.network import GitNetwork, best_of_all
+from captioner.models.git_fast.task import SearchResult, Task
 
 NEVER = -1.0e9  # a score that loses to any real one
 
 
 @dataclass
 class Beams:
-    """Captions of N pictures, M for each: texts int64 [N, M, T], logprobs float32 [N, M, T], scores float32 [N, M]."""
+    """Captions of N images, M for each: texts int64 [N, M, T], logprobs float32 [N, M, limit], scores [N, M]."""
 
     texts: torch.Tensor
     logprobs: torch.Tensor
     scores: torch.Tensor
 
-    def pick(self, chosen: torch.Tensor) -> Beams:
-        """Of each picture the captions `chosen`, int64 [N, any]."""
-        rows = torch.arange(len(chosen), device=chosen.device)[:, None]
-        return Beams(self.texts[rows, chosen], self.logprobs[rows, chosen], self.scores[rows, chosen])
+    @classmethod
+    def empty(cls, images: int, task: Task, device: torch.device) -> Beams:
+        """Return room for `task.beams` captions of each image."""
+        texts = torch.zeros((images, task.beams, task.length), dtype=torch.long, device=device)
+        logprobs = torch.zeros((images, task.beams, task.limit), device=device)
+        return cls(texts, logprobs, torch.zeros((images, task.beams), device=device))
 
-    def of(self, pictures: torch.Tensor) -> Beams:
-        return Beams(*(getattr(self, field.name)[pictures] for field in fields(self)))
+    def pick(self, indices: torch.Tensor) -> Beams:
+        """Return of each image the captions `indices`, int64 [N, any]."""
+        return Beams(_pick(self.texts, indices), _pick(self.logprobs, indices), self.scores.gather(1, indices))
 
-
-@dataclass
-class Search:
-    """A beam search under way. `finished` holds B captions for each picture, `full` bool [N, B] which of them are real.
-    `open`: bool [N], whether running beams may still beat the finished captions."""
-
-    running: Beams
-    finished: Beams
-    full: torch.Tensor
-    open: torch.Tensor
-
-    def of(self, pictures: torch.Tensor) -> Search:
-        return Search(self.running.of(pictures), self.finished.of(pictures), self.full[pictures], self.open[pictures])
-
-    def unfinished(self, task: Task) -> torch.Tensor:
-        """bool [N]: the pictures whose finished captions may still change."""
-        return self.open & ~self.full.all(1) if task.early_stopping is True else self.open
+    def copy_(self, other: Beams) -> None:
+        """Take the values of captions of the same shapes."""
+        self.texts.copy_(other.texts)
+        self.logprobs.copy_(other.logprobs)
+        self.scores.copy_(other.scores)
 
 
-def beam_search(stepper: Stepper, task: Task, first: State) -> Found:
-    """The best captions of the pictures encoded in `first`, a state of one beam."""
-    count, start, device = len(first.tokens), len(task.prefix), first.tokens.device
-    search = _begin(task, count, device)
-    texts, logprobs = search.finished.texts[:, 0].clone(), search.finished.logprobs[:, 0].clone()
-    rows = torch.arange(count, device=device)
-    logits = read_prefix(stepper, task, first).expand(-1, task.beams, -1)
-    state = first.expand(stepper.state(count, task.beams, start + task.limit))
-    for place in range(task.limit):
-        parents = _advance(search, task, logits, place)
-        texts[rows], logprobs[rows] = search.finished.texts[:, 0], search.finished.logprobs[:, 0]
-        unfinished = search.unfinished(task)
-        if place + 1 == task.limit or not unfinished.any():
-            break
-        state.reorder(parents + torch.arange(len(parents), device=device)[:, None] * task.beams)
-        state.tokens.copy_(search.running.texts[:, :, start + place])
-        state.position.fill_(start + place)
-        half = half_of(stepper, state, unfinished)
-        if half is not None:
-            state, kept = half
-            rows, search = rows[kept], search.of(kept)
-        logits = stepper.step(state)
-    return Found(texts[:, start:], logprobs)
+class BeamSearch:
+    """The search for the captions of one batch; every tensor of it is changed in place, so that a step can be a graph.
+
+    `running`, `finished`: B captions for each image. `full`: bool [N, B], which finished captions are real.
+    `open`: bool [N], whether running beams may still beat the finished captions.
+    """
+
+    def __init__(self, network: GitNetwork, task: Task, images: int) -> None:
+        self.network, self.task = network, task
+        self.state = network.new_state(images, task.beams, task.length)
+        device = network.device
+        self.running, self.finished = (Beams.empty(images, task, device) for _ in range(2))
+        self.full = torch.zeros((images, task.beams), dtype=torch.bool, device=device)
+        self.open = torch.zeros(images, dtype=torch.bool, device=device)
+        lengths = range(1, task.limit + 1)
+        self._penalties = torch.tensor([length**task.length_penalty for length in lengths], device=device)
+        self._is_last = torch.tensor([length == task.limit for length in lengths], device=device)
+
+    def begin(self) -> None:
+        """Empty the texts but for the prefix. One beam of each image can go on; the others would double it."""
+        for beams in (self.running, self.finished):
+            beams.texts.fill_(self.task.padding)
+            for index, token in enumerate(self.task.prefix):
+                beams.texts[:, :, index] = token
+            beams.logprobs.zero_()
+            beams.scores.fill_(NEVER)
+        self.running.scores[:, 0] = 0
+        self.full.fill_(False)
+        self.open.fill_(True)
+
+    @property
+    def unfinished(self) -> torch.Tensor:
+        """Return bool [N]: the images whose finished captions may still change."""
+        return self.open & ~self.full.all(1) if self.task.early_stopping is True else self.open
+
+    def step(self, index: int) -> None:
+        """Add the token number `index` to each beam."""
+        task, state = self.task, self.state
+        logits = self.network.step(state)
+        number = state.position - (len(task.prefix) - 1)  # `index`, known on the device
+        candidates, parents = self._continuations(logits, index, number)
+        tokens = candidates.texts.index_select(2, state.position + 1).squeeze(2)
+        ends = (tokens[:, :, None] == task.ends).any(2) | self._is_last[number]
+        penalty = self._penalties[number]
+        self._keep_finished(candidates, ends, penalty)
+        candidates.scores = candidates.scores + ends * NEVER
+        chosen = candidates.scores.topk(task.beams)[1]
+        self.running.copy_(candidates.pick(chosen))
+        self._close(penalty)
+        self.network.reorder(state, parents.gather(1, chosen))
+        state.tokens.copy_(tokens.gather(1, chosen))
+        state.position += 1
+
+    def _continuations(self, logits: torch.Tensor, index: int, number: torch.Tensor) -> tuple[Beams, torch.Tensor]:
+        """Return the K best continuations of the running beams, best first, and the beams [N, K] they continue."""
+        task, running = self.task, self.running
+        count = max(2, 1 + len(task.ends)) * task.beams
+        if task.processors:
+            texts = running.texts[:, :, : len(task.prefix) + index].flatten(0, 1)
+            logprobs = self.network.logprobs(logits)
+            logprobs = task.processors(texts, logprobs.flatten(0, 1)).view(logprobs.shape)
+            scores, parents, tokens, new = best_of_all(logprobs, running.scores, count)
+        else:
+            scores, parents, tokens, new = self.network.best_continuations(logits, running.scores, count)
+        candidates = running.pick(parents)
+        candidates.texts.index_copy_(2, self.state.position + 1, tokens[:, :, None])
+        candidates.logprobs.index_copy_(2, number, new[:, :, None])
+        candidates.scores = scores
+        return candidates, parents
+
+    def _keep_finished(self, candidates: Beams, ends: torch.Tensor, penalty: torch.Tensor) -> None:
+        """Of the finished captions and the B best candidates that end, keep the B best."""
+        task, before = self.task, self.finished
+        ended = ends.clone()
+        ended[:, task.beams :] = False  # the others are there only so that enough beams go on
+        scores = candidates.scores / penalty
+        if task.early_stopping is True:
+            scores = scores + self.full.all(1, keepdim=True) * NEVER
+        scores = scores + ~self.open[:, None] * NEVER + ~ended * NEVER
+        merged = Beams(
+            torch.cat([before.texts, candidates.texts], 1),
+            torch.cat([before.logprobs, candidates.logprobs], 1),
+            torch.cat([before.scores, scores], 1),
+        )
+        chosen = merged.scores.topk(task.beams)[1]
+        self.full.copy_(torch.cat([self.full, ended], 1).gather(1, chosen))
+        self.finished.copy_(merged.pick(chosen))
+
+    def _close(self, penalty: torch.Tensor) -> None:
+        """Close images whose running beams cannot beat their worst finished caption, as transformers estimates it."""
+        task = self.task
+        if task.early_stopping == "never" and task.length_penalty > 0:
+            penalty = self._penalties[-1]
+        best = self.running.scores[:, :1] / penalty
+        worst = self.finished.scores.min(1, keepdim=True)[0].where(self.full, NEVER)
+        self.open &= (best > worst).any(1)
+
+    def result(self) -> SearchResult:
+        """Return the best captions so far."""
+        return SearchResult(self.finished.texts[:, 0, len(self.task.prefix) :], self.finished.logprobs[:, 0])
+
+    def copy_to(self, images: torch.Tensor, out: BeamSearch) -> None:
+        """Copy the part of some images, int64 [M], into `out`, a search for M images."""
+        self.state.copy_to(images, out.state)
+        for ours, theirs in ((self.running, out.running), (self.finished, out.finished)):
+            theirs.copy_(Beams(ours.texts[images], ours.logprobs[images], ours.scores[images]))
+        out.full.copy_(self.full[images])
+        out.open.copy_(self.open[images])
 
 
-def _begin(task: Task, count: int, device: torch.device) -> Search:
-    """One beam can go on; the others would double it."""
-    start = len(task.prefix)
-    texts = torch.full((count, task.beams, start + task.limit), task.padding, dtype=torch.long, device=device)
-    texts[:, :, :start] = task.prefix
-    logprobs = torch.zeros(count, task.beams, task.limit, device=device)
-    never = torch.full((count, task.beams), NEVER, device=device)
-    scores = never.clone()
-    scores[:, 0] = 0
-    full = torch.zeros(count, task.beams, dtype=torch.bool, device=device)
-    finished = Beams(texts.clone(), logprobs.clone(), never)
-    return Search(Beams(texts, logprobs, scores), finished, full, full.new_ones(count))
-
-
-def _advance(search: Search, task: Task, logits: torch.Tensor, place: int) -> torch.Tensor:
-    """One more token for each beam, `logits` [N, B, vocabulary]; returns the beams they go on from, int64 [N, B]."""
-    candidates, parents = _continuations(search.running, task, logits, place)
-    ends = torch.isin(candidates.texts[:, :, len(task.prefix) + place], task.ends)
-    if place + 1 == task.limit:
-        ends = torch.ones_like(ends)
-    _keep_finished(search, task, candidates, ends, place + 1)
-    candidates.scores = candidates.scores + ends * NEVER
-    chosen = candidates.scores.topk(task.beams)[1]
-    search.running = candidates.pick(chosen)
-    _close(search, task, place + 1)
-    return parents.gather(1, chosen)
-
-
-def _continuations(running: Beams, task: Task, logits: torch.Tensor, place: int) -> tuple[Beams, torch.Tensor]:
-    """The K best continuations [N, K] of the running beams, best first, and the beams they continue."""
-    beams, vocabulary = logits.shape[1:]
-    length = len(task.prefix) + place
-    logprobs = logits.flatten(0, 1).log_softmax(-1)
-    logprobs = task.processors(running.texts[:, :, :length].flatten(0, 1), logprobs).view(logits.shape)
-    totals = (logprobs + running.scores[:, :, None]).flatten(1)
-    scores, places = totals.topk(max(2, 1 + len(task.ends)) * beams)
-    parents, tokens = places // vocabulary, places % vocabulary
-    candidates = running.pick(parents)
-    candidates.texts[:, :, length] = tokens
-    candidates.logprobs[:, :, place] = logprobs.flatten(1).gather(1, places)
-    candidates.scores = scores
-    return candidates, parents
-
-
-def _keep_finished(search: Search, task: Task, candidates: Beams, ends: torch.Tensor, length: int) -> None:
-    """Of the finished captions and the B best candidates that end, keep the B best. `length`: in new tokens."""
-    ended = ends.clone()
-    ended[:, task.beams :] = False  # the others are there only so that enough beams go on
-    scores = candidates.scores / length**task.length_penalty
-    if task.early_stopping is True:
-        scores = scores + search.full.all(1, keepdim=True) * NEVER
-    scores = scores + ~search.open[:, None] * NEVER + ~ended * NEVER
-    before = search.finished
-    merged = Beams(
-        torch.cat([before.texts, candidates.texts], 1),
-        torch.cat([before.logprobs, candidates.logprobs], 1),
-        torch.cat([before.scores, scores], 1),
-    )
-    chosen = merged.scores.topk(task.beams)[1]
-    search.finished = merged.pick(chosen)
-    search.full = torch.cat([search.full, ended], 1).gather(1, chosen)
-
-
-def _close(search: Search, task: Task, length: int) -> None:
-    """Close the pictures whose running beams cannot beat their worst finished caption, as transformers estimates it."""
-    if task.early_stopping == "never" and task.length_penalty > 0:
-        length = task.limit
-    best = search.running.scores[:, :1] / length**task.length_penalty
-    worst = search.finished.scores.min(1, keepdim=True)[0].where(search.full, NEVER)
-    search.open = search.open & (best > worst).any(1)
+def _pick(values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """[N, M, X] -> [N, any, X], of each image those of `indices`."""
+    return values.gather(1, indices[:, :, None].expand(-1, -1, values.shape[2]))

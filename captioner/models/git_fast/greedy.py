@@ -4,34 +4,52 @@ from __future__ import annotations
 
 import torch
 
-from captioner.models.git_fast.found import Found, Task, half_of, read_prefix
-from captioner.models.git_fast.graphs import Stepper
-from captioner.models.git_fast.network import State
+from captioner.models.git_fast.network import GitNetwork
+from captioner.models.git_fast.task import SearchResult, Task
 
 
-def greedy_search(stepper: Stepper, task: Task, state: State) -> Found:
-    """The captions of the pictures encoded in `state`."""
-    count, start, device = len(state.tokens), len(task.prefix), state.tokens.device
-    texts = torch.full((count, start + task.limit), task.padding, dtype=torch.long, device=device)
-    texts[:, :start] = task.prefix
-    logprobs = torch.zeros(count, task.limit, device=device)
-    rows = torch.arange(count, device=device)  # which picture each row of the state is
-    unfinished = torch.ones(count, dtype=torch.bool, device=device)
-    logits = read_prefix(stepper, task, state)
-    for place in range(task.limit):
-        scores = task.processors(texts[rows, : start + place], logits[:, 0])
-        best, tokens = scores.max(-1)
-        logprobs[rows, place] = best - scores.logsumexp(-1)
-        tokens = tokens.where(unfinished, task.padding)
-        texts[rows, start + place] = tokens
-        unfinished &= ~torch.isin(tokens, task.ends)
-        if place + 1 == task.limit or not unfinished.any():
-            break
+class GreedySearch:
+    """The search for the captions of one batch; every tensor of it is changed in place, so that a step can be a graph.
+
+    `texts`: int64 [N, T]. `logprobs`: float32 [N, limit]. `unfinished`: bool [N], captions without an end token.
+    """
+
+    def __init__(self, network: GitNetwork, task: Task, images: int) -> None:
+        self.network, self.task = network, task
+        self.state = network.new_state(images, 1, task.length)
+        device = network.device
+        self.texts = torch.zeros((images, task.length), dtype=torch.long, device=device)
+        self.logprobs = torch.zeros((images, task.limit), device=device)
+        self.unfinished = torch.zeros(images, dtype=torch.bool, device=device)
+
+    def begin(self) -> None:
+        """Empty the texts but for the prefix."""
+        self.texts.fill_(self.task.padding)
+        for index, token in enumerate(self.task.prefix):
+            self.texts[:, index] = token
+        self.logprobs.zero_()
+        self.unfinished.fill_(True)
+
+    def step(self, index: int) -> None:
+        """Add the token number `index` to each caption that is unfinished."""
+        task, state = self.task, self.state
+        logits = self.network.step(state)[:, 0]
+        if task.processors:
+            logits = task.processors(self.texts[:, : len(task.prefix) + index], logits)
+        tokens, logprobs = self.network.best_tokens(logits)
+        self.logprobs.index_copy_(1, state.position - (len(task.prefix) - 1), logprobs[:, None])
+        tokens = tokens.where(self.unfinished, task.padding)
+        state.position += 1
         state.tokens.copy_(tokens[:, None])
-        state.position.fill_(start + place)
-        half = half_of(stepper, state, unfinished)
-        if half is not None:
-            state, kept = half
-            rows, unfinished = rows[kept], unfinished[kept]
-        logits = stepper.step(state)
-    return Found(texts[:, start:], logprobs)
+        self.texts.index_copy_(1, state.position, tokens[:, None])
+        self.unfinished &= ~(tokens[:, None] == task.ends).any(1)
+
+    def result(self) -> SearchResult:
+        """Return the captions so far."""
+        return SearchResult(self.texts[:, len(self.task.prefix) :], self.logprobs)
+
+    def copy_to(self, images: torch.Tensor, out: GreedySearch) -> None:
+        """Copy the part of some images, int64 [M], into `out`, a search for M images."""
+        self.state.copy_to(images, out.state)
+        for name in ("texts", "logprobs", "unfinished"):
+            getattr(out, name).copy_(getattr(self, name)[images])

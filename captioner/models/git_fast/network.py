@@ -1,61 +1,47 @@
 """A GitForCausalLM's own layers, called so that nothing is computed twice.
 
-GIT's image tokens attend to each other only, so they pass the text layers once for each picture, and what later
-tokens need of them is their keys and values. The beams of a picture share those in one product.
+GIT's image tokens attend to each other only, so they pass the text layers once for each image, and what later
+tokens need of them is their keys and values. The beams of an image share those in one product.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-# Tokens of pictures that a CPU encodes at once: with more, what lies between two layers leaves its caches.
+# Image tokens that a CPU encodes at once: with more, the activations between two layers no longer fit its caches.
 CPU_TOKENS = 512
 
 
 @dataclass
 class State:
-    """What a search remembers of N pictures with B beams each: L layers, H heads of d values, room for T tokens.
+    """Keys and values of N images with B beams each, and the newest token of each beam.
 
-    `image_keys`, `image_values`: [L, N, H, I, d], I image tokens. `text_keys`, `text_values`: [L, N, B, H, T, d].
-    `tokens`: the newest token of each beam, int64 [N, B]. `position`: its place in the text, int64 [1].
+    `caches`: named tensors [L, N, ...], their layout known to the network that made them. `tokens`: int64 [N, B].
+    `position`: position of the newest tokens in the text, int64 [1]. `sources`: int32 [N, B, T], the beam that holds
+    the keys and values of a beam's token at each position; only networks that do not copy caches use it.
     """
 
-    image_keys: torch.Tensor
-    image_values: torch.Tensor
-    text_keys: torch.Tensor
-    text_values: torch.Tensor
+    caches: dict[str, torch.Tensor]
     tokens: torch.Tensor
     position: torch.Tensor
+    sources: torch.Tensor
 
-    def take(self, pictures: torch.Tensor, out: State) -> State:
-        """Copy some pictures' part, in the order of `pictures`, into `out`."""
-        for name in ("image_keys", "image_values", "text_keys", "text_values"):
-            torch.index_select(getattr(self, name), 1, pictures, out=getattr(out, name))
-        out.tokens.copy_(self.tokens[pictures])
+    def copy_to(self, images: torch.Tensor, out: State) -> None:
+        """Copy the part of some images, int64 [M], into `out`, a state of M images."""
+        for name, cache in self.caches.items():
+            torch.index_select(cache, 1, images, out=out.caches[name])
+        out.tokens.copy_(self.tokens[images])
         out.position.copy_(self.position)
-        return out
-
-    def expand(self, out: State) -> State:
-        """Copy a state of one beam into `out`: each of its beams begins as that one."""
-        for field in fields(self):
-            getattr(out, field.name).copy_(getattr(self, field.name))  # sizes of 1 are repeated
-        return out
-
-    def reorder(self, rows: torch.Tensor) -> None:
-        """Let each beam go on from the text of another one: `rows` int64 [N, B], numbers among the N x B beams."""
-        filled = int(self.position) + 1
-        for cache in (self.text_keys, self.text_values):
-            beams = cache.flatten(1, 2)[:, :, :, :filled]
-            beams.copy_(beams[:, rows.flatten()])
+        out.sources.copy_(self.sources[images])
 
 
 class GitNetwork:
-    """The two calls a search needs, `encode` and `step`, over the layers of a GitForCausalLM in evaluation mode."""
+    """The calls a search needs, over the layers of a GitForCausalLM in evaluation mode, on any device."""
 
     def __init__(self, model: Any) -> None:
         self.git, self.head = model.git, model.output
@@ -68,36 +54,41 @@ class GitNetwork:
         # transformers offers GIT eager attention only, but its vision tower calls whichever is set here.
         vision._attn_implementation = "sdpa"
 
-    def new_state(self, pictures: int, beams: int, length: int) -> State:
-        """Room for `length` text tokens. Zeros, because a masked value still is multiplied: by zero, and NaN stays."""
-        layers, options = len(self.layers), {"dtype": self.dtype, "device": self.device}
-        image = (layers, pictures, self.heads, self.image_tokens, self.width)
-        text = (layers, pictures, beams, self.heads, length, self.width)
-        return State(
-            torch.zeros(image, **options),
-            torch.zeros(image, **options),
-            torch.zeros(text, **options),
-            torch.zeros(text, **options),
-            torch.zeros((pictures, beams), dtype=torch.long, device=self.device),
-            torch.zeros(1, dtype=torch.long, device=self.device),
-        )
+    def new_state(self, images: int, beams: int, length: int) -> State:
+        """Return an empty state with room for `length` text tokens.
+
+        Zeros, because a masked value still is multiplied: by zero, and NaN would stay.
+        """
+        caches = self.new_caches(images, beams, length)
+        tokens = torch.zeros((images, beams), dtype=torch.long, device=self.device)
+        position = torch.zeros(1, dtype=torch.long, device=self.device)
+        sources = torch.zeros((images, beams, length), dtype=torch.int32, device=self.device)
+        return State(caches, tokens, position, sources)
+
+    def new_caches(self, images: int, beams: int, length: int) -> dict[str, torch.Tensor]:
+        """Return `image_keys`, `image_values` [L, N, H, I, d] and `text_keys`, `text_values` [L, N, B, H, T, d]."""
+        image = (len(self.layers), images, self.heads, self.image_tokens, self.width)
+        text = (len(self.layers), images, beams, self.heads, length, self.width)
+        shapes = {"image_keys": image, "image_values": image, "text_keys": text, "text_values": text}
+        return {name: torch.zeros(shape, dtype=self.dtype, device=self.device) for name, shape in shapes.items()}
 
     def encode(self, pixel_values: torch.Tensor, state: State) -> None:
-        """Fill `state` with the image tokens' keys and values of pixels [N, 3, H, W]."""
+        """Fill `state` with the image tokens' keys and values of normalised pixels [N, 3, H, W]."""
         at_once = len(pixel_values) if self.device.type != "cpu" else max(1, CPU_TOKENS // self.image_tokens)
+        keys, values = state.caches["image_keys"], state.caches["image_values"]
         for first in range(0, len(pixel_values), at_once):
-            some = slice(first, first + at_once)
-            self._encode(pixel_values[some], state.image_keys[:, some], state.image_values[:, some])
+            images = slice(first, first + at_once)
+            self._encode(pixel_values[images], keys[:, images], values[:, images])
 
     def _encode(self, pixel_values: torch.Tensor, all_keys: torch.Tensor, all_values: torch.Tensor) -> None:
         hidden = self.git.visual_projection(self.git.image_encoder(pixel_values).last_hidden_state)
         for layer, keys, values in zip(self.layers, all_keys, all_values, strict=True):
-            own = layer.attention.self
-            keys.copy_(self._by_head(own.key(hidden)))
-            values.copy_(self._by_head(own.value(hidden)))
+            attention = layer.attention.self
+            keys.copy_(self._by_head(attention.key(hidden)))
+            values.copy_(self._by_head(attention.value(hidden)))
             if layer is self.layers[-1]:
-                return  # nobody reads what image tokens become after it
-            mixed = scaled_dot_product_attention(self._by_head(own.query(hidden)), keys, values)
+                return  # what image tokens become after it is never read
+            mixed = scaled_dot_product_attention(self._by_head(attention.query(hidden)), keys, values)
             hidden = layer.feed_forward_chunk(layer.attention.output(mixed.transpose(1, 2).flatten(2), hidden))
 
     def _by_head(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -105,29 +96,73 @@ class GitNetwork:
         return hidden.unflatten(2, (self.heads, self.width)).transpose(1, 2)
 
     def step(self, state: State) -> torch.Tensor:
-        """Logits float32 [N, B, vocabulary] of what follows the newest tokens, which are added to the state."""
-        embeddings = self.git.embeddings
-        hidden = embeddings.word_embeddings(state.tokens.flatten()) + embeddings.position_embeddings(state.position)
-        hidden = embeddings.LayerNorm(hidden)
-        length = state.text_keys.shape[4]
-        ahead = torch.arange(length, device=self.device) > state.position
+        """Return float32 logits [N, B, vocabulary] of what follows the newest tokens, and add those to the caches."""
+        hidden = self.embed(state)
+        length = state.caches["text_keys"].shape[4]
+        later = torch.arange(length, device=self.device) > state.position
         for index, layer in enumerate(self.layers):
-            mixed = self._attend(layer.attention.self, hidden, state, index, ahead)
+            mixed = self._attend(layer.attention.self, hidden, state, index, later)
             hidden = layer.feed_forward_chunk(layer.attention.output(mixed, hidden))
         return self.head(hidden).float().view(*state.tokens.shape, -1)
 
-    def _attend(self, own: Any, hidden: torch.Tensor, state: State, index: int, ahead: torch.Tensor) -> torch.Tensor:
+    def embed(self, state: State) -> torch.Tensor:
+        """Return the embeddings of the newest tokens, [N x B, width of the model]."""
+        embeddings = self.git.embeddings
+        words = embeddings.word_embeddings(state.tokens.flatten())
+        return embeddings.LayerNorm(words + embeddings.position_embeddings(state.position))
+
+    def _attend(
+        self, attention: Any, hidden: torch.Tensor, state: State, index: int, later: torch.Tensor
+    ) -> torch.Tensor:
         """Attention of the newest tokens [N x B, width of the model] to image and text, of the same shape."""
-        (pictures, beams), tokens = state.tokens.shape, state.image_keys.shape[3]
-        shape = pictures, beams, self.heads, 1, self.width
-        queries = own.query(hidden).view(shape)
-        text_keys, text_values = state.text_keys[index], state.text_values[index]
-        text_keys.index_copy_(3, state.position, own.key(hidden).view(shape))
-        text_values.index_copy_(3, state.position, own.value(hidden).view(shape))
-        over_image = queries.squeeze(3).transpose(1, 2) @ state.image_keys[index].transpose(2, 3)
-        over_text = (queries @ text_keys.transpose(3, 4)).masked_fill(ahead, -torch.inf)
+        images, beams = state.tokens.shape
+        shape = images, beams, self.heads, 1, self.width
+        queries = attention.query(hidden).view(shape)
+        image_keys, image_values, text_keys, text_values = (cache[index] for cache in state.caches.values())
+        text_keys.index_copy_(3, state.position, attention.key(hidden).view(shape))
+        text_values.index_copy_(3, state.position, attention.value(hidden).view(shape))
+        over_image = queries.squeeze(3).transpose(1, 2) @ image_keys.transpose(2, 3)
+        over_text = (queries @ text_keys.transpose(3, 4)).masked_fill(later, -torch.inf)
         scores = torch.cat([over_image, over_text.squeeze(3).transpose(1, 2)], dim=-1)
-        shares = (scores / math.sqrt(self.width)).softmax(-1)
-        of_image = (shares[..., :tokens] @ state.image_values[index]).transpose(1, 2)
-        of_text = shares[..., tokens:].transpose(1, 2).unsqueeze(3) @ text_values
-        return (of_image + of_text.squeeze(3)).reshape(pictures * beams, -1)
+        weights = (scores / math.sqrt(self.width)).softmax(-1)
+        of_image = (weights[..., : self.image_tokens] @ image_values).transpose(1, 2)
+        of_text = weights[..., self.image_tokens :].transpose(1, 2).unsqueeze(3) @ text_values
+        return (of_image + of_text.squeeze(3)).reshape(images * beams, -1)
+
+    def reorder(self, state: State, parents: torch.Tensor) -> None:
+        """Let each beam continue the text of another beam of its image: `parents` int64 [N, B]."""
+        images, beams = parents.shape
+        # On a CPU only what is filled is copied; elsewhere looking at the position would make the host wait.
+        filled = int(state.position) + 1 if self.device.type == "cpu" else state.caches["text_keys"].shape[4]
+        rows = (parents + torch.arange(images, device=self.device)[:, None] * beams).flatten()
+        for name in ("text_keys", "text_values"):
+            texts = state.caches[name].flatten(1, 2)[:, :, :, :filled]
+            texts.copy_(texts[:, rows])
+
+    def logprobs(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return float32 log-probabilities [N, B, vocabulary] of what `step` returned."""
+        return logits.log_softmax(-1)
+
+    def best_tokens(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the likeliest token of each row of logits [N, vocabulary], int64 [N], and its log-probability."""
+        best, tokens = logits.max(-1)
+        return tokens, best - logits.logsumexp(-1)
+
+    def best_continuations(
+        self, logits: torch.Tensor, scores: torch.Tensor, count: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the `count` continuations of each image with the highest total log-probability, best first.
+
+        `logits` [N, B, vocabulary]; `scores` [N, B], the beams' totals so far. Returns totals, beams, tokens and the
+        tokens' own log-probabilities, each [N, count].
+        """
+        return best_of_all(self.logprobs(logits), scores, count)
+
+
+def best_of_all(
+    logprobs: torch.Tensor, scores: torch.Tensor, count: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`GitNetwork.best_continuations` of log-probabilities [N, B, vocabulary]."""
+    vocabulary = logprobs.shape[2]
+    totals, indices = (logprobs + scores[:, :, None]).flatten(1).topk(count)
+    return totals, indices // vocabulary, indices % vocabulary, logprobs.flatten(1).gather(1, indices)

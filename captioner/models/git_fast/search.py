@@ -1,8 +1,8 @@
-"""What a search is given and gives, and the settings it can do."""
+"""The whole search for a batch, and the settings it can follow."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 from transformers import (
@@ -13,11 +13,9 @@ from transformers import (
     NoRepeatNGramLogitsProcessor,
 )
 
-from captioner.models.git_fast.beam import beam_search
-from captioner.models.git_fast.found import Found, Task
-from captioner.models.git_fast.graphs import Stepper
-from captioner.models.git_fast.greedy import greedy_search
+from captioner.models.git_fast.graphs import Stepper, UnfinishedCount
 from captioner.models.git_fast.network import GitNetwork
+from captioner.models.git_fast.task import Search, SearchResult, Task
 
 # Settings of a GenerationConfig that these searches follow. Any other that is set needs `generate`.
 KNOWN_SETTINGS = frozenset(
@@ -42,33 +40,73 @@ def missing_settings(settings: GenerationConfig) -> list[str]:
     return names + (["do_sample"] if settings.do_sample else [])
 
 
-@dataclass(frozen=True)
 class FastSearch:
-    """Captions of pictures by one GIT model and one set of search settings, those of `generate`."""
+    """Captions of images by one GIT model and one set of search settings, those of `generate`."""
 
-    stepper: Stepper
-    task: Task
-
-    @classmethod
-    def over(cls, model: object, settings: GenerationConfig, prefix: list[int]) -> FastSearch:
+    def __init__(self, model: object, settings: GenerationConfig, prefix: list[int]) -> None:
         """`model`: a GitForCausalLM in evaluation mode. `prefix`: the ids every caption starts from."""
-        network = GitNetwork(model)
-        return cls(Stepper(network), _task(settings, prefix, network.device))
+        self.network = open_network(model)
+        self.task = _task(settings, prefix, self.network.device)
+        self.stepper = Stepper(self.network, self.task)
+        self._count = UnfinishedCount(self.network.device)
 
-    def __call__(self, pixel_values: torch.Tensor) -> Found:
-        """Captions of normalised pixels [N, 3, H, W]."""
-        state = self.stepper.state(len(pixel_values), 1, len(self.task.prefix) + self.task.limit)
-        state.position.zero_()
-        self.stepper.network.encode(pixel_values, state)
-        search = greedy_search if self.task.beams == 1 else beam_search
-        return search(self.stepper, self.task, state)
+    def __call__(self, pixel_values: torch.Tensor) -> SearchResult:
+        """Return the captions of normalised pixels [N, 3, H, W]."""
+        search = self.stepper.search(len(pixel_values))
+        self.network.encode(pixel_values, search.state)
+        self._read_prefix(search)
+        texts, logprobs = (values.clone() for values in search.result())
+        rows = torch.arange(len(pixel_values), device=texts.device)  # which image each row of the search is
+        self._count.begin()
+        for index in range(self.task.limit):
+            self.stepper.step(search, index)
+            count = self._count.after_step(search.unfinished)
+            if count == 0:
+                break
+            if index + 1 < self.task.limit and count is not None and len(rows) > 1 and count <= len(rows) // 2:
+                texts[rows], logprobs[rows] = search.result()
+                search, kept = self._half_of(search)
+                rows = rows[kept]
+        texts[rows], logprobs[rows] = search.result()
+        return SearchResult(texts, logprobs)
+
+    def _read_prefix(self, search: Search) -> None:
+        """Begin, and step through the prefix up to its last token, which the first step reads."""
+        search.begin()
+        state = search.state
+        for position, token in enumerate(self.task.prefix):
+            state.tokens.fill_(token)
+            state.position.fill_(position)
+            if position + 1 < len(self.task.prefix):
+                self.network.step(state)
+
+    def _half_of(self, search: Search) -> tuple[Search, torch.Tensor]:
+        """Return a search for half of the images, all unfinished ones among them, and which those are, int64 [N // 2].
+
+        Halves, not exactly the unfinished ones: few sizes, so that graphs are used again, and few copies.
+        """
+        half = len(search.state.tokens) // 2
+        kept = torch.argsort(~search.unfinished, stable=True)[:half]
+        smaller = self.stepper.search(half)
+        search.copy_to(kept, smaller)
+        return smaller, kept
+
+
+def open_network(model: object) -> GitNetwork:
+    """Return the fastest network for the device that `model` is on."""
+    device: torch.device = model.device  # type: ignore[attr-defined]
+    if device.type == "cuda" and find_spec("triton") is not None:
+        from captioner.models.git_fast.triton_network import TritonGitNetwork
+
+        return TritonGitNetwork(model)
+    return GitNetwork(model)
 
 
 def _task(settings: GenerationConfig, prefix: list[int], device: torch.device) -> Task:
     end = settings.eos_token_id
     ends = [] if end is None else [end] if isinstance(end, int) else list(end)
     return Task(
-        prefix=torch.tensor(prefix, device=device),
+        prefix=tuple(prefix),
         limit=settings.max_new_tokens,
         ends=torch.tensor(ends, dtype=torch.long, device=device),
         padding=settings.pad_token_id or 0,

@@ -1,0 +1,349 @@
+"""Everything that a GPU machine is to prove and measure, in one command: see `benchmarks/gpu.sh`.
+
+    python -m benchmarks.gpu [--form long|short|rehearsal] [--out DIR] [--work DIR] [--photos DIR] [--peers DIR]
+        [--model DIR] [--seconds N] [--only STEP,...]
+
+long takes ten minutes, short four; rehearsal runs every step on a CPU with a tiny model, before minutes of a GPU are
+spent on a fault in a step. Each step is a process of its own with its own time limit, and never stops the next one.
+OUT/gpu.md (the table, shown at the end), OUT/gpu.json and OUT/STEP.log are written after every step. Inputs and tables
+stay in WORK, so that a second run on a machine starts where inputs are there. The exit code is 1 where a step failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+MIN_SECONDS = 15  # a step that has fewer left of the whole time is not started
+
+
+@dataclass(frozen=True)
+class Form:
+    """How large the steps are."""
+
+    seconds: int
+    size: str
+    images: int
+    batch_size: int
+    few: int  # images of the slow peer, and of the batch that is too large
+    pairs: int
+    train_batch: int
+    train_steps: int
+    steps: tuple[str, ...]
+
+
+LONG = (
+    *("inputs", "ids", "engine", "job", "kill", "train_job", "train_step", "hf_loader", "two_workers", "oversized"),
+    "ray_naive",
+)
+FORMS = {
+    "long": Form(570, "base", 12_288, 256, 1_024, 1_152, 32, 20, LONG),
+    "short": Form(230, "base", 6_144, 256, 1_024, 384, 32, 10, ("inputs", "ids", "engine", "job", "kill")),
+    "rehearsal": Form(3_600, "tiny", 96, 8, 48, 48, 4, 3, LONG),
+}
+# What is aimed at on an H100 with the git-base shape.
+TARGETS = {
+    ("engine", "greedy_vs_generate"): ">= 6",
+    ("engine", "greedy_ms"): "<= 42",
+    ("engine", "beam3_vs_generate"): ">= 8",
+    ("engine", "beam3_ms"): "<= 65",
+    ("engine", "encode_teraflops"): ">= 470",
+    ("engine", "caption_of_engine"): ">= 0.95",
+    ("job", "of_engine"): ">= 0.9",
+    ("job", "first_image_seconds"): "<= 18",
+    ("hf_loader", "ours_over_it"): ">= 6",
+    ("train_job", "first_step_seconds"): "<= 25",
+}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Where things are."""
+
+    options: argparse.Namespace
+    form: Form
+
+    @property
+    def model(self) -> str:
+        return str(self.options.model or self.options.work / "model")
+
+    def path(self, name: str) -> str:
+        return str(self.options.work / name)
+
+    def module(self, name: str, *arguments: object) -> list[str]:
+        return [sys.executable, "-m", f"benchmarks.{name}", *map(str, arguments)]
+
+    def job(self, kind: str, images: str, out: str, *arguments: object) -> list[str]:
+        paths = ("--model", self.model, "--images", self.path(images), "--out", self.path(out))
+        return self.module("jobs", kind, *paths, *arguments)
+
+    def peer(self, script: str, *arguments: object) -> list[str]:
+        if self.options.peers is None or not (self.options.peers / script).exists():
+            raise SkippedError(f"no {script} in --peers")
+        command = [sys.executable, str(self.options.peers / script), "--model", self.model]
+        return [*command, "--batch-size", str(self.form.batch_size), *map(str, arguments)]
+
+
+class SkippedError(Exception):
+    """A step that this machine or this run cannot take; the message says why."""
+
+
+@dataclass(frozen=True)
+class Step:
+    limit: int  # seconds
+    command: Callable[[Setup], list[str]]
+
+
+def inputs(setup: Setup) -> list[str]:
+    form, options = setup.form, setup.options
+    photos = ["--photos", options.photos] if options.photos else []
+    counts = ("--images", form.images, "--few", form.few, "--pairs", form.pairs)
+    return setup.module("inputs", options.work, "--size", form.size, *counts, *photos)
+
+
+def ids(setup: Setup) -> list[str]:
+    return setup.module("ids", "--model", setup.model, "--count", 64 if setup.form.size == "base" else 24)
+
+
+def engine(setup: Setup) -> list[str]:
+    return setup.module("engine", "--model", setup.model, "--batch-size", setup.form.batch_size, "--whole")
+
+
+def job(setup: Setup) -> list[str]:
+    return setup.job("caption", "images", "job", *TOKENS)
+
+
+def kill(setup: Setup) -> list[str]:
+    return setup.job("kill", "images", "killed", "--against", setup.path("job"), *TOKENS)
+
+
+def two_workers(setup: Setup) -> list[str]:
+    share = ("--gpus-per-worker", 0.5) if has_gpu() else ("--decode-cpus", 1)
+    return setup.job("caption", "images", "two", "--against", setup.path("job"), "--num-workers", 2, *share, *TOKENS)
+
+
+def oversized(setup: Setup) -> list[str]:
+    need_gpu()
+    return setup.job("oversized", "few", "oversized", *TOKENS)
+
+
+def train_job(setup: Setup) -> list[str]:
+    sizes = ("--max-steps", setup.form.train_steps, "--per-device-train-batch-size", setup.form.train_batch)
+    return setup.job("train", "pairs", "trained", "--bf16", *sizes, "--max-eval-samples", 16, *TOKENS)
+
+
+def train_step(setup: Setup) -> list[str]:
+    sizes = ("--batch-size", setup.form.train_batch, "--steps", 6 if setup.form.size == "base" else 2)
+    return setup.module("train", "--model", setup.model, "--data", setup.path("pairs"), *sizes)
+
+
+def hf_loader(setup: Setup) -> list[str]:
+    need_gpu()
+    workers = max(1, available_cpus() - 1)
+    return setup.peer("hf_loader.py", "--images", setup.path("images"), "--workers", workers)
+
+
+def ray_naive(setup: Setup) -> list[str]:
+    shutil.rmtree(setup.path("ray_naive"), ignore_errors=True)  # it would add to what is there
+    return setup.peer("ray_naive.py", "--images", setup.path("few"), "--out", setup.path("ray_naive"))
+
+
+TOKENS = ("--max-new-tokens", 20)
+STEPS = {
+    "inputs": Step(75, inputs),
+    "ids": Step(75, ids),
+    "engine": Step(60, engine),
+    "job": Step(75, job),
+    "kill": Step(100, kill),
+    "train_job": Step(75, train_job),
+    "train_step": Step(90, train_step),
+    "hf_loader": Step(60, hf_loader),
+    "two_workers": Step(60, two_workers),
+    "oversized": Step(75, oversized),
+    "ray_naive": Step(60, ray_naive),
+}
+
+
+def main() -> None:
+    options = _options()
+    form = FORMS[options.form]
+    setup, deadline = Setup(options, form), time.monotonic() + (options.seconds or form.seconds)
+    os.environ |= {"RAY_ADDRESS": "local", "HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+    os.environ["XDG_CACHE_HOME"] = str(options.work / "cache")
+    options.out.mkdir(parents=True, exist_ok=True)
+    options.work.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(options.work / "cache", ignore_errors=True)  # the first job finds its batch size, as anybody's does
+    machine, results = describe_machine(), dict[str, dict[str, Any]]()
+    for name in form.steps:
+        if options.only and name not in options.only.split(","):
+            continue
+        results[name] = run_step(name, setup, deadline)
+        print(summary(name, results[name]), flush=True)
+        write_results(options, machine, results)
+    print((options.out / "gpu.md").read_text())
+    sys.exit(any(result["status"] not in ("ok", "skipped") for result in results.values()))
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--form", choices=list(FORMS), default="long")
+    parser.add_argument("--out", type=Path, default=Path("gpu-results"))
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "captioner-gpu")
+    parser.add_argument("--photos", type=Path, help="JPEGs to caption; default: rendered scenes")
+    parser.add_argument("--peers", type=Path, help="directory with hf_loader.py and ray_naive.py")
+    parser.add_argument("--model", type=Path, help="a GIT model directory; default: the git-base shape, random weights")
+    parser.add_argument("--seconds", type=int, help="of the whole, if not those of the form")
+    parser.add_argument("--only", help="steps, comma-separated")
+    options = parser.parse_args()
+    for name in ("out", "work", "photos", "peers", "model"):
+        path = getattr(options, name)
+        setattr(options, name, path and path.resolve())
+    return options
+
+
+def run_step(name: str, setup: Setup, deadline: float) -> dict[str, Any]:
+    """Status, seconds and figures of a step; its output is in OUT/NAME.log."""
+    left = deadline - time.monotonic()
+    limit = STEPS[name].limit if setup.form.size == "base" else setup.form.seconds
+    if left < MIN_SECONDS:
+        return {"status": "skipped", "message": "no time left"}
+    try:
+        command = STEPS[name].command(setup)
+    except SkippedError as reason:
+        return {"status": "skipped", "message": str(reason)}
+    log, started = setup.options.out / f"{name}.log", time.monotonic()
+    with log.open("wb") as stream:
+        process = subprocess.Popen(command, stdout=stream, stderr=stream, start_new_session=True)
+        status = wait(process, min(limit, left))
+    result: dict[str, Any] = {"status": status, "seconds": round(time.monotonic() - started, 1)}
+    lines = log.read_text(errors="replace").splitlines()
+    result["figures"] = last_object(lines)
+    if status != "ok":
+        result["message"] = next((line.strip() for line in reversed(lines) if line.strip()), "no output")[-300:]
+    return result
+
+
+def wait(process: subprocess.Popen[bytes], limit: float) -> str:
+    try:
+        code = process.wait(limit)
+        return "ok" if code == 0 else f"failed ({code})"
+    except subprocess.TimeoutExpired:
+        kill_tree(process)
+        return f"cut off after {limit:.0f} s"
+
+
+def kill_tree(process: subprocess.Popen[bytes]) -> None:
+    """The whole process group, and what has left it: Ray's processes and jobs have groups of their own."""
+    import psutil
+
+    below = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, signal.SIGKILL)
+    for child in below:
+        try:
+            child.kill()
+        except psutil.NoSuchProcess:
+            continue
+    process.wait()
+
+
+def last_object(lines: list[str]) -> dict[str, Any]:
+    """The last line that is a JSON object; {} where there is none."""
+    for line in reversed(lines):
+        if line.startswith("{"):
+            try:
+                return dict(json.loads(line))
+            except ValueError:
+                continue
+    return {}
+
+
+def available_cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def nvidia_smi() -> list[str]:
+    """Name, driver and memory of each card; [] where there is none."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    command = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
+
+
+def has_gpu() -> bool:
+    return bool(nvidia_smi())
+
+
+def need_gpu() -> None:
+    if not has_gpu():
+        raise SkippedError("needs a GPU")
+
+
+def describe_machine() -> dict[str, str]:
+    machine = {"date": datetime.now(UTC).date().isoformat(), "card, driver, memory": "; ".join(nvidia_smi()) or "none"}
+    machine |= {"CPUs": str(available_cpus()), "python": platform.python_version()}
+    for package in ("captioner", "torch", "transformers", "ray", "pyarrow", "pillow"):
+        try:
+            machine[package] = version(package)
+        except PackageNotFoundError:
+            machine[package] = "not installed"
+    return machine
+
+
+def write_results(options: argparse.Namespace, machine: dict[str, str], results: dict[str, dict[str, Any]]) -> None:
+    figures = {name: result.get("figures", {}) for name, result in results.items()}
+    ratios = compare_steps(figures)
+    figures = {name: measured | ratios.get(name, {}) for name, measured in figures.items()}
+    record = {"form": options.form, "machine": machine, "steps": results, "ratios": ratios}
+    (options.out / "gpu.json").write_text(json.dumps(record, indent=1) + "\n")
+    (options.out / "gpu.md").write_text(table(options.form, machine, results, figures))
+
+
+def compare_steps(figures: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Ratios of figures of different steps, where both were measured."""
+    rate = {name: measured.get("images_per_second") for name, measured in figures.items()}
+    rate["engine"] = figures.get("engine", {}).get("greedy_images_per_second")
+    pairs = (("job", "of_engine", "job", "engine"), ("two_workers", "of_engine", "two_workers", "engine"))
+    pairs += tuple((peer, "ours_over_it", "job", peer) for peer in ("hf_loader", "ray_naive"))
+    ratios: dict[str, dict[str, float]] = {}
+    for step, label, upper, lower in pairs:
+        above, below = rate.get(upper), rate.get(lower)
+        if above and below:
+            ratios[step] = {label: round(above / below, 3)}
+    return ratios
+
+
+def table(
+    form: str, machine: dict[str, str], results: dict[str, dict[str, Any]], figures: dict[str, dict[str, Any]]
+) -> str:
+    """The results as Markdown."""
+    lines = [f"# benchmarks/gpu.sh, {form}", "", *(f"- {name}: {value}" for name, value in machine.items()), ""]
+    lines += [f"{summary(name, result)}" for name, result in results.items()]
+    lines += ["", "| step | figure | value | target |", "|---|---|---|---|"]
+    for step, measured in figures.items():
+        for name, value in measured.items():
+            shown = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+            lines.append(f"| {step} | {name} | {shown} | {TARGETS.get((step, name), '')} |")
+    return "\n".join(lines) + "\n"
+
+
+def summary(name: str, result: dict[str, Any]) -> str:
+    seconds = f"{result['seconds']:.1f} s" if "seconds" in result else "-"
+    return f"- {name:<12}{result['status']:<22}{seconds:>8}  {result.get('message', '')}".rstrip()
+
+
+if __name__ == "__main__":
+    main()

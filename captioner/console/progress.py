@@ -1,0 +1,165 @@
+"""How far a run has come: one live display on a terminal, one plain line every 10 s in a log."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any, Protocol, Self, TextIO, runtime_checkable
+
+from rich.console import Console, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from captioner.data import Receipt
+
+RATE_WINDOW_S = 60.0
+HEARTBEAT_S = 10.0
+# Silence between two commits that is worth a word: above it the display says how long it has lasted.
+SILENCE_S = 30.0
+
+
+@runtime_checkable
+class TakesFields(Protocol):
+    """A stream that keeps figures beside a line: a log of JSON objects."""
+
+    def write_fields(self, line: str, fields: Mapping[str, Any]) -> None: ...
+
+
+class Progress:
+    """Shows a run's progress from its receipts; a context manager, used by one thread.
+
+    `total`: planned pictures. `already`: those committed before this start. `stream`: standard error unless given; a
+    terminal gets one live display, anything else a line every `interval` seconds (from a thread of its own, so a
+    stall is seen) and a last one; a stream that takes fields gets `fields()` beside each line. `clock`: seconds,
+    monotonic.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        already: int = 0,
+        *,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        interval: float = HEARTBEAT_S,
+    ) -> None:
+        self._total, self._already = total, already
+        self._done, self._failed = already, 0
+        self._note = ""
+        self._edits = self._words = self._scored = 0
+        self._stream, self._clock, self._interval = stream or sys.stderr, clock, interval
+        self._started = self._last = clock()
+        self._commits: deque[tuple[float, int]] = deque()  # (when, pictures done then), of the last minute
+        self._lock = threading.Lock()
+        self._live: Live | None = None
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="progress", daemon=True)
+
+    def __enter__(self) -> Self:
+        console = Console(file=self._stream)
+        if self._stream.isatty() and not console.is_dumb_terminal:
+            self._live = Live(console=console, get_renderable=self._render, refresh_per_second=4)
+            self._live.start()
+        else:
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+            return
+        self._ended.set()
+        self._thread.join()
+        if line := self.last_line():
+            self._write(line)
+
+    def last_line(self) -> str:
+        """What a log ends with; "" is no line."""
+        return f"{self._count()} in {duration(self._clock() - self._started)}  failed {self._failed:,}"
+
+    def update(self, receipt: Receipt, note: str = "") -> None:
+        """Count a committed chunk. `note`: what else to say of the run so far."""
+        with self._lock:
+            self._note = f"  {note}" if note else ""
+            self._last = self._clock()
+            self._done += receipt.num_rows
+            self._failed += receipt.num_rows - receipt.num_ok
+            self._scored += len(receipt.scored)
+            self._edits += sum(edits for edits, _ in receipt.scored)
+            self._words += sum(words for _, words in receipt.scored)
+            self._commits.append((self._last, self._done))
+
+    def line(self) -> str:
+        """The state as one line of plain text."""
+        with self._lock:
+            now = self._clock()
+            if not self._commits:
+                return f"{self._count()}  starting, {duration(now - self._started)} so far"
+            rate = self._rate(now)
+            left = duration((self._total - self._done) / rate) if rate else "--:--"
+            silence = f"  last commit {duration(now - self._last)} ago" if now - self._last >= SILENCE_S else ""
+            return f"{self._count()}  {_rounded(rate)} img/s  failed {self._failed:,}{self._note}  ETA {left}{silence}"
+
+    def fields(self) -> dict[str, Any]:
+        """The state as figures, for a log that keeps fields; `None` where one is not known yet."""
+        with self._lock:
+            now = self._clock()
+            rate = self._rate(now) if self._commits else 0.0
+            return {
+                "done": self._done,
+                "total": self._total,
+                "failed": self._failed,
+                "images_per_second": round(rate, 3) if rate else None,
+                "eta_seconds": round((self._total - self._done) / rate) if rate else None,
+                "elapsed_seconds": round(now - self._started, 1),
+                "running_wer": round(self._edits / self._words, 4) if self._words else None,
+                "running_wer_rows": self._scored,
+            }
+
+    def _count(self) -> str:
+        share = 100 * self._done // self._total if self._total else 100
+        return f"captioned {self._done:,}/{self._total:,} ({share}%)"
+
+    def _rate(self, now: float) -> float:
+        """Pictures a second over the last minute. Start-up counts only until there are two commits to compare."""
+        while len(self._commits) > 2 and now - self._commits[0][0] > RATE_WINDOW_S:
+            self._commits.popleft()
+        since, done_then = self._commits[0] if len(self._commits) > 1 else (self._started, self._already)
+        return (self._done - done_then) / (now - since) if now > since else 0.0
+
+    def _beat(self) -> None:
+        while not self._ended.wait(self._interval):
+            self._write(self.line())
+
+    def _write(self, line: str) -> None:
+        if isinstance(self._stream, TakesFields):
+            self._stream.write_fields(line, self.fields())
+        else:
+            self._stream.write(line + "\n")
+        self._stream.flush()
+
+    def _render(self) -> RenderableType:
+        bar = ProgressBar(total=max(self._total, 1), completed=self._done if self._total else 1, width=20)
+        elapsed = duration(self._clock() - self._started)
+        grid = Table.grid(padding=(0, 1))
+        grid.add_row(bar, Text(f"{self.line()}  elapsed {elapsed}", no_wrap=True, overflow="ellipsis"))
+        return grid
+
+
+def duration(seconds: float) -> str:
+    """Seconds as mm:ss, or h:mm:ss from an hour on."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes:02}:{rest:02}"
+
+
+def _rounded(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.1f}"

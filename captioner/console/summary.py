@@ -1,0 +1,84 @@
+"""What a run did, as a short table for a person: `OUT/run.json` in words."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from captioner.config import CaptionConfig, command_line
+from captioner.console.progress import duration
+from captioner.console.text import printable
+from captioner.run.bottleneck import bottleneck_line
+
+
+def print_summary(record: dict[str, Any], stream: TextIO | None = None) -> None:
+    """Print a finished run's record (see `captioner.run.record.make_record`); to standard error unless told otherwise.
+
+    Keys that a record lacks are left out. What comes from data is shown without control characters.
+    """
+    console = Console(file=stream or sys.stderr, highlight=False)
+    table = Table.grid(padding=(0, 2))
+    table.add_column()
+    table.add_column(justify="right")
+    for name, value in _rows(record):
+        table.add_row(Text(printable(name)), Text(printable(value)))
+    console.print()
+    console.print(table)
+    for line in _lines(record):
+        console.print(Text(printable(line)), soft_wrap=True)
+
+
+def _rows(record: dict[str, Any]) -> list[tuple[str, str]]:
+    counts: dict[str, Any] = record.get("counts", {})
+    rows: list[tuple[str, str]] = [
+        (name, f"{counts[name]:,}") for name in ("planned", "ok", "failed") if name in counts
+    ]
+    reasons = sorted(counts.get("failed_by_reason", {}).items(), key=lambda item: -item[1])
+    rows += [(f"  {reason}", f"{number:,}") for reason, number in reasons]
+    words = {
+        "duplicates": "took a duplicate's caption",
+        "skipped": "committed before this start",
+        "ignored": "files passed over",
+    }
+    rows += [(words[name], f"{counts[name]:,}") for name in words if counts.get(name)]
+    if record.get("images_per_second"):
+        rows.append(("images a second", f"{record['images_per_second']:,.1f}"))
+    seconds = record.get("seconds", {})
+    names = {"run": "time", "startup": "  of it start-up"}
+    rows += [(names[name], duration(seconds[name])) for name in names if name in seconds]
+    return rows
+
+
+def _lines(record: dict[str, Any]) -> list[str]:
+    """What is said below the table, a sentence each."""
+    lines = []
+    busy = bottleneck_line(record.get("busy", {}), record.get("seconds", {}))
+    if busy is not None:
+        lines.append(busy)
+    check = record.get("check")
+    if check and check["wer"] is not None:
+        baseline = check.get("shuffled_wer")
+        beside = "" if baseline is None else f" ({baseline:.3f} with the captions shuffled)"
+        lines.append(f"WER {check['wer']:.3f} against the references of {check['num_rows']:,} pictures{beside}")
+    if record.get("counts", {}).get("failed"):
+        lines.append(f"retry the failed: {_retry_command(record)}")
+    if record.get("report"):
+        lines.append(f"the report: {record['report']}")
+    if record.get("output"):
+        lines.append(f"the table: {record['output'].rstrip('/')}/captions")
+    return lines + [f"note: {note}" for note in record.get("notes", [])]
+
+
+def _retry_command(record: dict[str, Any]) -> str:
+    """The run's own command with --retry-failed: the settings of the record, less what must not be done twice."""
+    if "settings" not in record:
+        return "the same command with --retry-failed"
+    config = CaptionConfig.model_validate(record["settings"])
+    again = {"retry_failed": True, "overwrite": False, "extend": False, "only": None}
+    config = config.model_copy(update={"output": config.output.model_copy(update=again)})
+    return shlex.join(["captioner", "caption", *command_line(config)])

@@ -1,0 +1,107 @@
+"""`python -m captioner.imaging.sandbox.child CONTROL SETTINGS`: the processes behind `decoder.py`.
+
+This one loads what decoding needs, opens no image, and forks a worker whenever its caller asks for one: a worker that
+an image ended is replaced within milliseconds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import struct
+import sys
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import fields
+from functools import partial
+from typing import Any
+
+from captioner.data import DecodedImage, PixelSpec
+from captioner.imaging import decode, squeeze
+from captioner.imaging.sandbox.slots import NUM_SLOTS, Slots
+
+# Asks for an image whose bytes tell its decoder to die or to hang: see `captioner.imaging.sandbox.poison`.
+POISON_VARIABLE = "CAPTIONER_TEST_POISON"
+NUMBER = struct.Struct("<i")  # what is said over the control socket: 0 (ready), then each worker's pid and exit code
+
+_TOLD = [field.name for field in fields(DecodedImage) if field.name != "pixels"]
+
+
+def fork_workers(control: socket.socket, work: Callable[[socket.socket], None]) -> None:
+    """A worker for each socket that comes over `control`, one at a time, until the caller is gone."""
+    control.sendall(NUMBER.pack(0))
+    while True:
+        _, descriptors, _, _ = socket.recv_fds(control, 1, 1)
+        if not descriptors:
+            return
+        connection = socket.socket(fileno=descriptors[0])
+        pid = os.fork()
+        if pid == 0:
+            control.close()
+            _end_with(partial(work, connection))
+        connection.close()
+        control.sendall(NUMBER.pack(pid))
+        _, status = os.waitpid(pid, 0)
+        control.sendall(NUMBER.pack(os.waitstatus_to_exitcode(status)))
+
+
+def _end_with(work: Callable[[], None]) -> None:
+    """Do it and end the process, past whatever the process it was forked from would do at its end."""
+    try:
+        work()
+    except ConnectionError:  # the caller is gone
+        pass
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
+def serve(connection: socket.socket, decode_one: Callable[[bytes], DecodedImage], slots: Slots, timeout: float) -> None:
+    """Answer a line for each line, until the caller is gone."""
+    # What C code says of an image may hold the image's own text; it is not for the terminal.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+    # The caller kills what takes too long; where the caller is dead, this signal does, even inside C code.
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    for number, line in enumerate(connection.makefile("rb")):
+        slot = number % NUM_SLOTS
+        signal.setitimer(signal.ITIMER_REAL, timeout + 5)
+        decoded = decode_one(slots.get(slot, int(line)))
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        if decoded.pixels is not None:
+            slots.put_pixels(slot, decoded.pixels)
+        told = {name: getattr(decoded, name) for name in _TOLD}
+        told["shape"] = None if decoded.pixels is None else decoded.pixels.shape
+        connection.sendall(json.dumps(told).encode() + b"\n")
+
+
+def main(argv: list[str]) -> None:
+    caller = os.getppid()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the caller ends this process
+    settings: dict[str, Any] = json.loads(argv[1])
+    decode_one = _decoder_of(settings)
+    if POISON_VARIABLE in os.environ:
+        from captioner.imaging.sandbox.poison import poisoned
+
+        decode_one = poisoned(decode_one, caller)
+    slots = Slots(settings["max_bytes"], settings["slots"])
+    work = partial(serve, decode_one=decode_one, slots=slots, timeout=settings["timeout"])
+    with suppress(ConnectionError):  # the caller was killed
+        fork_workers(socket.socket(fileno=int(argv[0])), work)
+
+
+def _decoder_of(settings: dict[str, Any]) -> Callable[[bytes], DecodedImage]:
+    spec, max_pixels = settings["spec"], settings["max_pixels"]
+    if isinstance(spec, int):
+        return partial(squeeze, side=spec, max_pixels=max_pixels)
+    import torch  # noqa: F401  # images are resized with it: loaded before the first one's time runs
+
+    spec |= {name: tuple(value) for name, value in spec.items() if isinstance(value, list)}
+    return partial(decode, spec=PixelSpec(**spec), max_pixels=max_pixels)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,136 @@
+"""Decoding in a process of its own, so that an image can end or stop its decoder and nothing else.
+
+    the caller  --length of an image-->             a worker of child.py
+                <--size, format or reason, a line--
+                <==bytes and pixels in shared slots==>
+
+Decoders are C code that reads other people's files. One that crashes takes its process along, one that never returns
+keeps it; both are rows here (`decoder_crashed`, `timeout`). The worker holds no credentials of ours that it does not
+inherit, and its answers are JSON and plain bytes: nothing it says is ever unpickled.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from types import TracebackType
+from typing import Self
+
+from captioner.data import DecodedImage, PixelSpec
+from captioner.imaging.sandbox.processes import Child, Worker
+from captioner.imaging.sandbox.slots import NUM_SLOTS, Slots
+
+ATTEMPTS = 2  # a decoder may also die of something else: memory that a neighbour took, say
+# However many of its images hang, a chunk must not take as long as a run waits for progress: after so many, its
+# others have this long. Most images take some milliseconds.
+HANGS_AT_FULL_TIME, SHORT_TIMEOUT_S = 8, 1.0
+
+
+class GuardedDecoder:
+    """Decodes images in a child process; a context manager, used by one thread.
+
+    `spec`: of the model, for `captioner.imaging.decode`; or the side of the squares that `squeeze` makes there.
+    `timeout`: seconds an image may take. The child starts with the first image, or with `start`; it ends with
+    `close`, with this object and with this process.
+    """
+
+    def __init__(self, spec: PixelSpec | int, max_pixels: int, timeout: float) -> None:
+        self._max_bytes = 3 * spec * spec if isinstance(spec, int) else spec.max_bytes
+        told = spec if isinstance(spec, int) else asdict(spec)
+        self._settings = {"spec": told, "max_bytes": self._max_bytes, "max_pixels": max_pixels, "timeout": timeout}
+        self._timeout = timeout
+        self._slots: Slots | None = None
+        self._child: Child | None = None
+        self._worker: Worker | None = None
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def __call__(self, images: Iterable[bytes]) -> Iterator[DecodedImage]:
+        """For each image of a chunk, in order, what `captioner.imaging.decode` returns, or `decoder_crashed` after
+        ATTEMPTS deaths, or `timeout`. Those that follow are decoded meanwhile. Raises RuntimeError where no decoder
+        can be started at all: that is no fault of an image."""
+        waiting: deque[bytes] = deque()
+        hangs = 0
+        try:
+            for data in images:
+                waiting.append(data)
+                self._ask(waiting)
+                if len(waiting) == NUM_SLOTS:
+                    yield (decoded := self._answer(waiting, hangs))
+                    hangs += decoded.error_code == "timeout"
+            while waiting:
+                yield (decoded := self._answer(waiting, hangs))
+                hangs += decoded.error_code == "timeout"
+        finally:
+            if waiting:  # nobody wants these answers any more
+                self._end_worker()
+
+    def start(self) -> None:
+        """Start the child unless there is one; does not wait until it is ready."""
+        if self._slots is None:
+            self._slots = Slots(self._max_bytes)
+        if self._child is None:
+            self._child = Child(self._settings, self._slots)
+
+    def close(self) -> None:
+        """End the child and its worker."""
+        self._end_worker()
+        if self._child is not None:
+            self._child.close()
+        if self._slots is not None:
+            self._slots.close()
+        self._child = self._slots = None
+
+    def _ask(self, waiting: deque[bytes]) -> None:
+        """Hand the last of `waiting` over; all of them where the worker is new."""
+        if self._worker is not None:
+            self._worker.ask(waiting[-1])
+            return
+        if self._child is not None and not self._child.is_alive():
+            self._child.close()
+            self._child = None
+        self.start()
+        assert self._child is not None
+        self._worker = self._child.fork()
+        for data in waiting:
+            self._worker.ask(data)
+
+    def _answer(self, waiting: deque[bytes], hangs: int) -> DecodedImage:
+        """What became of the first of `waiting`, which leaves it."""
+        timeout = self._timeout if hangs < HANGS_AT_FULL_TIME else min(self._timeout, SHORT_TIMEOUT_S)
+        for _ in range(ATTEMPTS):
+            if self._worker is None:
+                self._ask(waiting)
+            assert self._worker is not None
+            try:
+                decoded = self._worker.answer(timeout)
+                break
+            except TimeoutError:
+                decoded = _failed("timeout", f"not decoded within {timeout:g} s (decode_timeout)")
+                self._end_worker()
+                break
+            except ConnectionError:
+                death = self._end_worker()
+                decoded = _failed("decoder_crashed", f"the decoder process died {ATTEMPTS} times, {death}")
+        waiting.popleft()
+        return decoded
+
+    def _end_worker(self) -> str:
+        """Returns what it died of."""
+        worker, self._worker = self._worker, None
+        return worker.end() if worker is not None else ""
+
+
+def _failed(code: str, message: str) -> DecodedImage:
+    return DecodedImage(None, error_code=code, error_message=message)

@@ -1,0 +1,67 @@
+"""Memory that a decoder process shares with its caller: in each slot the bytes of one image, and its pixels."""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+import numpy as np
+import numpy.typing as npt
+
+NUM_SLOTS = 8  # so many images are handed over ahead: a decoder need not wait for its caller
+
+
+class Slots:
+    """Files without a name, one for the bytes in each slot and a last one for all pixels.
+
+    Unlike a pipe they take an image of any size at once: handing one over never waits for a decoder that hangs.
+    `max_bytes`: of the pixels of one image. `descriptors`: of the files, where another process made them.
+    """
+
+    def __init__(self, max_bytes: int, descriptors: Sequence[int] = ()) -> None:
+        self._files = [os.fdopen(number, "r+b") for number in descriptors or _new_files(NUM_SLOTS + 1)]
+        size = NUM_SLOTS * max_bytes
+        if not descriptors:
+            self._files[-1].truncate(size)
+        self._mapped = mmap.mmap(self._files[-1].fileno(), size)
+        self._pixels: npt.NDArray[np.uint8] = np.frombuffer(self._mapped, np.uint8).reshape(-1, max_bytes)
+
+    @property
+    def descriptors(self) -> list[int]:
+        return [file.fileno() for file in self._files]
+
+    def put(self, slot: int, data: bytes) -> None:
+        file = self._files[slot]
+        file.seek(0)
+        file.write(data)
+        file.truncate()  # what a larger image took is given back
+        file.flush()
+
+    def get(self, slot: int, num_bytes: int) -> bytes:
+        return os.pread(self._files[slot].fileno(), num_bytes, 0)
+
+    def put_pixels(self, slot: int, pixels: npt.NDArray[np.uint8]) -> None:
+        self._pixels[slot, : pixels.size] = pixels.reshape(-1)
+
+    def get_pixels(self, slot: int, shape: Sequence[int]) -> npt.NDArray[np.uint8]:
+        """A copy: the slot is used again."""
+        return self._pixels[slot, : math.prod(shape)].reshape(shape).copy()
+
+    def close(self) -> None:
+        del self._pixels
+        self._mapped.close()
+        for file in self._files:
+            file.close()
+
+
+def _new_files(count: int) -> list[int]:
+    """In memory where the system has such files."""
+    if hasattr(os, "memfd_create"):
+        return [os.memfd_create("captioner") for _ in range(count)]
+    with ExitStack() as stack:
+        files = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(count)]
+        return [os.dup(file.fileno()) for file in files]

@@ -1,0 +1,1 @@
+"""Turn machine captions into published texts: alt texts, their review and their exports."""

@@ -1,0 +1,151 @@
+"""`captioner alt-text`: write OUT/alt_text, with one row for each row of the captions table."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import pyarrow as pa
+
+from captioner.config import AltTextConfig
+from captioner.console.text import printable
+from captioner.errors import OK, UsageError
+from captioner.publishing.alt_text.findings import FINDINGS, CaptionedImage, findings
+from captioner.publishing.alt_text.rules import RULES, Limits, apply_rules
+from captioner.publishing.alt_text.schemas import ALT_TEXT_SCHEMA
+from captioner.publishing.alt_text.texts import SETTINGS_FILE, alt_text_name, require_finished
+from captioner.scoring.terms import finder, read_terms
+from captioner.store.lock import sole_writer
+from captioner.store.read import read_parts
+from captioner.store.table import CaptionsTable, open_table
+
+_COLUMNS = ["image_id", "caption", "width", "height", "run_id", "created_at"]
+
+
+@dataclass
+class Counts:
+    """How many alt texts were made, how many each rule changed and how many have each flag."""
+
+    num_texts: int = 0
+    num_changed: int = 0
+    num_uncaptioned: int = 0
+    rules: Counter[str] = field(default_factory=Counter)
+    flags: Counter[str] = field(default_factory=Counter)
+
+
+def run(out: str, settings: AltTextConfig) -> int:
+    """Make the alt texts of OUT, print a summary and return the exit code. Raises CaptionerError."""
+    table = open_table(out)
+    with sole_writer(out):
+        counts = make_alt_texts(table, settings)
+    _print(out, counts)
+    return OK
+
+
+def make_alt_texts(table: CaptionsTable, settings: AltTextConfig) -> Counts:
+    """Write OUT/alt_text, one file for each part of the table; replaces the texts of an earlier call.
+
+    The settings are written last: without them the alt texts are incomplete. Raises UsageError for unknown rules and
+    contradictory limits, OutputError when the table is not finished.
+    """
+    rules, limits = chosen_rules(settings), _limits(settings)
+    terms = read_terms(settings.terms) if settings.terms else ()
+    require_finished(table)
+    counts = Counts()
+    maker = _AltTextMaker(rules, limits, finder(terms), counts)
+    table.directory.delete(SETTINGS_FILE)
+    for part, rows in zip(sorted(table.published_parts()), read_parts(table, _COLUMNS), strict=True):
+        table.directory.write_table(alt_text_name(part), maker.rows(rows))
+    table.directory.write_json(SETTINGS_FILE, _record(settings, rules, terms, counts))
+    return counts
+
+
+def chosen_rules(settings: AltTextConfig) -> tuple[str, ...]:
+    """Return the names of the rules to apply, in order. Raises UsageError for an unknown name."""
+    for flag, names in (("--rules", settings.rules), ("--no-rule", settings.no_rule)):
+        for name in names:
+            if name not in RULES:
+                near = difflib.get_close_matches(name, RULES, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"rules are {', '.join(RULES)}"
+                raise UsageError(f"{flag} {name}: no such rule; {hint}")
+    wanted = settings.rules or list(RULES)
+    return tuple(name for name in RULES if name in wanted and name not in settings.no_rule)
+
+
+def _limits(settings: AltTextConfig) -> Limits:
+    if settings.hard_max < settings.max_chars:
+        raise UsageError(f"--hard-max {settings.hard_max}: must not be less than --max-chars {settings.max_chars}")
+    return Limits(settings.max_chars, settings.hard_max)
+
+
+@dataclass
+class _AltTextMaker:
+    """Makes the rows of a part; caches the text of each caption, since many images have the same one."""
+
+    names: tuple[str, ...]
+    limits: Limits
+    holds_term: Callable[[str], bool]
+    counts: Counts
+
+    def rows(self, rows: pa.Table) -> pa.Table:
+        """Return the rows of ALT_TEXT_SCHEMA for one part of the captions table."""
+        cached: dict[str, tuple[str, list[str]]] = {}
+        texts, changed, flags = [], [], []
+        for caption, width, height in zip(*(rows[name].to_pylist() for name in _COLUMNS[1:4]), strict=True):
+            text: str | None = None
+            rules: list[str] = []
+            text_flags: list[str] = []
+            if caption is not None:
+                if caption not in cached:
+                    cached[caption] = apply_rules(caption, self.limits, self.names)
+                text, rules = cached[caption]
+                text_flags = findings(CaptionedImage(caption, text, tuple(rules), width, height), self.holds_term)
+            self._count(text, rules, text_flags)
+            texts.append(text)
+            changed.append(rules)
+            flags.append(text_flags)
+        columns = {"alt_text": texts, "rules": changed, "flags": flags}
+        arrays = [
+            pa.array(columns[field.name], field.type) if field.name in columns else rows[field.name].combine_chunks()
+            for field in ALT_TEXT_SCHEMA
+        ]
+        return pa.table(arrays, schema=ALT_TEXT_SCHEMA)
+
+    def _count(self, text: str | None, rules: list[str], flags: list[str]) -> None:
+        self.counts.num_uncaptioned += text is None
+        self.counts.num_texts += text is not None
+        self.counts.num_changed += bool(rules)
+        self.counts.rules.update(rules)
+        self.counts.flags.update(flags)
+
+
+def _record(settings: AltTextConfig, rules: tuple[str, ...], terms: tuple[str, ...], counts: Counts) -> dict[str, Any]:
+    """Return the contents of SETTINGS_FILE."""
+    return {
+        "language": settings.language,
+        "max_chars": settings.max_chars,
+        "hard_max": settings.hard_max,
+        "rules": list(rules),
+        "terms": list(terms),
+        "made_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "num_texts": counts.num_texts,
+        "num_changed": counts.num_changed,
+        "changed_by_rule": {name: counts.rules[name] for name in rules},
+        "flags": {name: counts.flags[name] for name in FINDINGS},
+    }
+
+
+def _print(out: str, counts: Counts) -> None:
+    without = f"; {counts.num_uncaptioned:,} images have no caption" if counts.num_uncaptioned else ""
+    print(f"{printable(out)}: {counts.num_texts:,} alt texts, {counts.num_changed:,} changed by rules{without}")
+    for title, by_name in (("changed by", counts.rules), ("for a person to check", counts.flags)):
+        if by_name:
+            print(f"{title}:")
+        for name, count in by_name.most_common():
+            print(f"  {name:<20}{count:>12,}  {FINDINGS.get(name, '')}".rstrip())
+    print("review them before they are published: captioner review", file=sys.stderr)

@@ -1,0 +1,111 @@
+"""Join captions, alt texts and reviews into the current texts of a table, one part at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import datetime
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from captioner.errors import OutputError
+from captioner.publishing.alt_text.journal import latest_reviews, read_reviews
+from captioner.publishing.alt_text.schemas import SETTLED, TEXTS_SCHEMA, UNREVIEWED, Review
+from captioner.store.read import read_parts
+from captioner.store.table import CaptionsTable
+
+SETTINGS_FILE = "alt_text/settings.json"  # written last: exists only when the alt texts are complete
+_JOINED = {"alt_text", "flags", "review_status", "reviewer", "reviewed_at", "language"}
+_FROM_CAPTIONS = [name for name in TEXTS_SCHEMA.names if name not in _JOINED]
+
+
+def alt_text_name(part: int) -> str:
+    """Return the file name of one part's alt texts."""
+    return f"alt_text/part-{part:05d}.parquet"
+
+
+def require_finished(table: CaptionsTable) -> None:
+    """Raise OutputError when the table has rows that are not captioned yet."""
+    if not table.plans() or table.open_plans():
+        raise OutputError(f"{table.directory.location} is not finished; run the same `captioner caption` again")
+
+
+def read_texts(table: CaptionsTable) -> Iterator[pa.Table]:
+    """Yield one table of TEXTS_SCHEMA for each part of the captions table, in order, without uncaptioned images.
+
+    All reviews are kept in memory. Raises OutputError when the table is not finished, or its alt texts are missing or
+    outdated.
+    """
+    reviews = latest_reviews(read_reviews(table.directory)[0])
+    language = read_settings(table)["language"]
+    for _, rows, alt_texts in read_alt_texts(table, [*_FROM_CAPTIONS, "flags"]):
+        yield _join(rows, alt_texts, reviews, language)
+
+
+def read_settings(table: CaptionsTable) -> dict[str, Any]:
+    """Return the settings of `captioner alt-text`: "language", "max_chars", "hard_max", ...
+
+    Raises OutputError when the table is not finished or has no alt texts.
+    """
+    require_finished(table)
+    if not table.directory.exists(SETTINGS_FILE):
+        raise OutputError(f"{table.directory.location} has no alt texts; run `captioner alt-text` on it first")
+    return table.directory.read_json(SETTINGS_FILE)
+
+
+def read_alt_texts(table: CaptionsTable, columns: list[str]) -> Iterator[tuple[int, pa.Table, pa.Table]]:
+    """Yield (part, these columns of its captions, its rows of ALT_TEXT_SCHEMA). Raises as `read_texts`."""
+    read_settings(table)
+    columns = list(dict.fromkeys([*columns, "image_id", "run_id", "created_at"]))
+    for part, rows in zip(sorted(table.published_parts()), read_parts(table, columns), strict=True):
+        alt_texts = table.directory.read_table(alt_text_name(part))
+        if not all(alt_texts[name].equals(rows[name]) for name in ("image_id", "run_id", "created_at")):
+            raise OutputError(
+                f"{table.directory.location} has newer captions than alt texts; run `captioner alt-text` on it again"
+            )
+        yield part, rows, alt_texts
+
+
+def still_applies(review: Review, created_at: datetime) -> bool:
+    """Return whether a decision applies to a caption created at `created_at`, and not only to an earlier caption."""
+    return review.decision in SETTLED or created_at <= review.reviewed_at
+
+
+def _join(rows: pa.Table, alt_texts: pa.Table, reviews: dict[str, Review], language: str | None) -> pa.Table:
+    captioned = pc.is_valid(alt_texts["alt_text"])
+    rows, alt_texts = rows.filter(captioned), alt_texts.filter(captioned)
+    texts = alt_texts["alt_text"].to_pylist()
+    status: list[str] = [UNREVIEWED] * len(texts)
+    reviewers: list[Any] = [None] * len(texts)
+    times: list[Any] = [None] * len(texts)
+    for index, review in _applicable_reviews(rows, reviews):
+        texts[index] = texts[index] if review.text is None else review.text
+        status[index], reviewers[index], times[index] = review.decision, review.reviewer, review.reviewed_at
+    joined: dict[str, Any] = {
+        "alt_text": texts,
+        "flags": [
+            sorted({*(of_caption or ()), *of_text})
+            for of_caption, of_text in zip(rows["flags"].to_pylist(), alt_texts["flags"].to_pylist(), strict=True)
+        ],
+        "review_status": status,
+        "reviewer": reviewers,
+        "reviewed_at": times,
+        "language": [language] * len(texts),
+    }
+    arrays = [
+        pa.array(joined[field.name], field.type) if field.name in _JOINED else rows[field.name].combine_chunks()
+        for field in TEXTS_SCHEMA
+    ]
+    return pa.table(arrays, schema=TEXTS_SCHEMA)
+
+
+def _applicable_reviews(rows: pa.Table, reviews: dict[str, Review]) -> Iterator[tuple[int, Review]]:
+    """Yield the index of each reviewed row with its review, unless that was about an earlier caption."""
+    if not reviews:
+        return
+    created = rows["created_at"]
+    for index, image_id in enumerate(rows["image_id"].to_pylist()):
+        review = reviews.get(image_id)
+        if review and still_applies(review, created[index].as_py()):
+            yield index, review

@@ -1,0 +1,75 @@
+"""Export a Hugging Face ImageFolder: the images, metadata.jsonl with `file_name` and `text`, and a dataset card."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from captioner.publishing.exports.context import Export, write_line
+from captioner.publishing.exports.destination import new_folder, relative_path, write_new
+from captioner.publishing.exports.select import provenance
+from captioner.publishing.exports.suffixes import unused_path, with_format_suffix
+
+_CARD = """---
+task_categories:
+- image-to-text
+{language}configs:
+- config_name: default
+  data_files: "**"
+---
+
+# Images with alt texts
+
+{count:,} images with alt texts, exported from a captions table by `captioner export`.
+
+| review status | texts |
+|---|---|
+{statuses}
+
+`text` is the alt text, `machine_caption` the model's original caption, `text_by` who wrote the text ("machine" or
+"person"), `reviewer` and `reviewed_at` who reviewed it and when. `model`, `model_revision`, `model_sha256` and `run_id`
+identify the model and the run. Texts of status `unreviewed` have not been reviewed by a person.
+"""
+
+
+def write(texts: Iterator[pa.Table], export: Export) -> None:
+    """Write the images with their own bytes and, where possible, their names.
+
+    Images that cannot be read are left out and reported.
+    """
+    with new_folder(export.dest, export.record) as folder:
+        languages: set[str] = set()
+        with (folder / "metadata.jsonl").open("w", encoding="utf-8") as metadata:
+            for table in texts:
+                for row, raw in export.originals.read(table):
+                    if raw.data is None:
+                        export.tally.leave_out(row, f"image cannot be read: {raw.error_code}")
+                        continue
+                    name = _write_image(folder, row, raw.data)
+                    languages.update(filter(None, [row["language"]]))
+                    write_line(metadata, _line(name, row))
+        (folder / "README.md").write_text(_card(export, languages), encoding="utf-8")
+
+
+def _write_image(folder: Path, row: dict[str, Any], data: bytes) -> str:
+    """Write one image and return its name. Two ids that give the same name get different ones."""
+    path = unused_path(folder, with_format_suffix(relative_path(row["image_id"]), data))
+    write_new(path, data)
+    return path.relative_to(folder).as_posix()
+
+
+def _line(name: str, row: dict[str, Any]) -> dict[str, Any]:
+    own = {"file_name": name, "text": row["alt_text"], "image_id": row["image_id"]}
+    return own | {"machine_caption": row["caption"], "language": row["language"], **provenance(row)}
+
+
+def _card(export: Export, languages: set[str]) -> str:
+    counts = {status: count for status, count in export.tally.written.items() if count}
+    return _CARD.format(
+        language="".join(["language:\n", *(f"- {name}\n" for name in sorted(languages))]) if languages else "",
+        count=sum(counts.values()),
+        statuses="\n".join(f"| {status} | {count:,} |" for status, count in sorted(counts.items())),
+    )

@@ -1,0 +1,123 @@
+"""Select the texts to publish, add their provenance and count what is left out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from captioner.publishing.alt_text.schemas import TEXTS_SCHEMA, UNREVIEWED
+
+# A text and its provenance. `text_by`: who wrote it, "machine" or "person". `review_status` and `reviewer`: who
+# reviewed it and how.
+CHOSEN_SCHEMA = TEXTS_SCHEMA.append(pa.field("text_by", pa.string(), nullable=False))
+PROVENANCE = (
+    "text_by",
+    "review_status",
+    "reviewer",
+    "reviewed_at",
+    "model",
+    "model_revision",
+    "model_sha256",
+    "training_run_id",
+    "run_id",
+    "created_at",
+)
+MAX_PROBLEMS = 1_000
+_PUBLISHED = ("approved", "edited", "decorative")
+_REASONS = {
+    UNREVIEWED: "not reviewed (--include-unreviewed exports them, marked as automatic)",
+    "rejected": "rejected",
+    "expert": "waiting for an expert",
+    "decorative": "decorative, which this format cannot express",
+    "blank": "without words",
+}
+
+
+@dataclass
+class Tally:
+    """Counts of exported texts by review status and of the others by reason, and the first problems."""
+
+    written: Counter[str] = field(default_factory=Counter)
+    left_out: Counter[str] = field(default_factory=Counter)
+    problems: list[tuple[str, str]] = field(default_factory=list)  # (image_id, reason) of the first MAX_PROBLEMS
+    withdrawn: int = 0  # texts of an earlier export that were removed
+
+    def leave_out(self, row: dict[str, Any], reason: str) -> None:
+        """Count a selected text that could not be written as left out, and keep the reason."""
+        self.written[row["review_status"]] -= 1
+        self.left_out[reason] += 1
+        if len(self.problems) < MAX_PROBLEMS:
+            self.problems.append((row["image_id"], reason))
+
+
+def select_texts(
+    texts: Iterator[pa.Table], tally: Tally, *, include_unreviewed: bool, mark: str, supports_decorative: bool
+) -> Iterator[pa.Table]:
+    """Yield tables of CHOSEN_SCHEMA with the texts to publish; `mark` is appended to texts nobody has reviewed."""
+    for rows in texts:
+        reasons = [_reason(*row, include_unreviewed, supports_decorative) for row in _columns(rows)]
+        tally.left_out.update(_REASONS[reason] for reason in reasons if reason)
+        kept = rows.filter(pa.array([not reason for reason in reasons], pa.bool_()))
+        tally.written.update(kept["review_status"].to_pylist())
+        yield _with_author(_marked(kept, mark))
+
+
+def unselected_texts(
+    texts: Iterator[pa.Table], *, include_unreviewed: bool, supports_decorative: bool
+) -> Iterator[pa.Table]:
+    """Yield the other texts, which an update has to remove from an earlier export."""
+    for rows in texts:
+        unselected = [bool(_reason(*row, include_unreviewed, supports_decorative)) for row in _columns(rows)]
+        yield _with_author(rows.filter(pa.array(unselected, pa.bool_())))
+
+
+def _columns(rows: pa.Table) -> Iterator[tuple[str, str, list[str]]]:
+    return zip(*(rows[name].to_pylist() for name in ("review_status", "alt_text", "flags")), strict=True)
+
+
+def _reason(status: str, text: str, flags: list[str], include_unreviewed: bool, supports_decorative: bool) -> str:
+    """Return why a text is left out; "" when it is exported."""
+    if status == "decorative":
+        return "" if supports_decorative else status
+    if status not in _PUBLISHED and not (include_unreviewed and status == UNREVIEWED):
+        return status
+    blank = not text.strip() or (status == UNREVIEWED and "no_words" in flags)
+    return "blank" if blank else ""
+
+
+def _marked(rows: pa.Table, mark: str) -> pa.Table:
+    column = rows.schema.get_field_index("alt_text")
+    unreviewed = pc.equal(rows["review_status"], UNREVIEWED)
+    texts = pc.if_else(unreviewed, pc.binary_join_element_wise(rows["alt_text"], mark, " "), rows["alt_text"])
+    return rows.set_column(column, TEXTS_SCHEMA.field("alt_text"), texts)
+
+
+def _with_author(rows: pa.Table) -> pa.Table:
+    by_person = pc.is_in(rows["review_status"], pa.array(["edited", "decorative"]))
+    author = pc.if_else(by_person, "person", "machine")
+    return rows.append_column(CHOSEN_SCHEMA.field("text_by"), author).cast(CHOSEN_SCHEMA)
+
+
+def as_json(row: dict[str, Any]) -> dict[str, Any]:
+    """Return the row with times as ISO 8601 strings."""
+    return {name: value.isoformat() if hasattr(value, "isoformat") else value for name, value in row.items()}
+
+
+def provenance(row: dict[str, Any]) -> dict[str, Any]:
+    """Return the provenance of a text as JSON values."""
+    return as_json({name: row[name] for name in PROVENANCE})
+
+
+def caption_writer(row: dict[str, Any]) -> str:
+    """Return who wrote and reviewed a text in one line, for fields such as photoshop:CaptionWriter."""
+    model = row["model"] + (f"@{row['model_revision']}" if row["model_revision"] else "")
+    if row["review_status"] == UNREVIEWED:
+        return f"Machine: {model} (unreviewed)"
+    if row["text_by"] == "person":
+        return f"{row['reviewer']} ({row['review_status']}; first text by machine: {model})"
+    return f"Machine: {model} ({row['review_status']} by {row['reviewer']})"

@@ -1,0 +1,158 @@
+"""The images to review and their order, in about 50 bytes of memory for each image."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from datetime import UTC, datetime
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from captioner.publishing.alt_text.schemas import Review
+from captioner.publishing.alt_text.texts import read_alt_texts, still_applies
+from captioner.publishing.review.standing_flags import flagged_rows
+from captioner.scoring.sample import rank
+from captioner.store.table import CaptionsTable
+
+QueueKind = Literal["flagged", "random", "all"]
+MAX_GROUP = 12  # images decided together: as many as a person can look at
+
+_SCAN_SIZE = 65_536  # images
+_COLUMNS = ["image_id", "logprob_mean", "flags", "created_at"]
+_FIELDS = np.dtype(
+    [
+        ("part", "<i4"),  # part of the table
+        ("row", "<i4"),  # row in the part
+        ("id", "<u8"),  # hash of the image id: identifies the image and gives the random order
+        ("text", "<u8"),  # hash of the alt text
+        ("created", "<i8"),  # creation time of the caption, microseconds
+        ("flagged", "?"),
+        ("logprob", "<f4"),  # -inf when the model gave none
+    ]
+)
+
+
+class Queue:
+    """All captioned images of a table; `index` is an image's position among them, in table order.
+
+    `kind`: "flagged" puts flagged images first, then those with the lowest log-probability; "random" is the same random
+    order for every reviewer and every start; "all" is the table's order. `reviews`: the decisions so far, by image id.
+    Raises OutputError as `read_alt_texts` does.
+    """
+
+    def __init__(self, table: CaptionsTable, kind: QueueKind, reviews: dict[str, Review]) -> None:
+        self.kind = kind
+        self.seed = int(table.table_id, 16)
+        self._decided: dict[int, Review] = {}
+        self.for_expert: set[int] = set()
+        parts: list[npt.NDArray[np.void]] = []
+        for part, rows, alt_texts in read_alt_texts(table, _COLUMNS):
+            keys, ids = _keys(part, rows, alt_texts, self.seed)
+            first = sum(map(len, parts))
+            parts.append(keys)
+            for row, image_id in enumerate(ids) if reviews else ():
+                review = reviews.get(image_id)
+                if review and still_applies(review, _timestamp(keys["created"][row])):
+                    self._decided[first + row] = review
+        self._keys = np.concatenate(parts) if parts else np.empty(0, _FIELDS)
+        self._open = np.ones(len(self._keys), bool)
+        self._open[list(self._decided)] = False
+        self.for_expert.update(index for index, review in self._decided.items() if review.decision == "expert")
+        self._by_id = np.argsort(self._keys["id"], kind="stable")
+        self._order = self._ordered()
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def location(self, index: int) -> tuple[int, int]:
+        """Return the part of the table that holds an image, and its row in that part."""
+        return int(self._keys["part"][index]), int(self._keys["row"][index])
+
+    def index_of(self, image_id: str) -> int | None:
+        """Return the index of an image; `None` when it has no caption in this table."""
+        key = np.uint64(rank(image_id, self.seed))
+        rank_index = int(np.searchsorted(self._keys["id"], key, sorter=self._by_id))
+        index = int(self._by_id[rank_index]) if rank_index < len(self) else -1
+        return index if index >= 0 and self._keys["id"][index] == key else None
+
+    def set_decision(self, index: int, review: Review | None) -> None:
+        """Set the decision about an image; `None` opens it again. A decision about an earlier caption is ignored."""
+        if review is not None and still_applies(review, _timestamp(self._keys["created"][index])):
+            self._decided[index] = review
+        else:
+            self._decided.pop(index, None)
+        self._open[index] = index not in self._decided
+        if index in self._decided and self._decided[index].decision == "expert":
+            self.for_expert.add(index)
+        else:
+            self.for_expert.discard(index)
+
+    def decision(self, index: int) -> Review | None:
+        """Return the decision about an image, if any."""
+        return self._decided.get(index)
+
+    def next(self, waiting: Collection[int], excluded: Collection[int]) -> int | None:
+        """Return the next open image that is not excluded, then those in `waiting`; `None` at the end."""
+        for start in range(0, len(self), _SCAN_SIZE):
+            indices = self._order[start : start + _SCAN_SIZE]
+            for index in indices[self._open[indices]].tolist():
+                if index not in excluded:
+                    return int(index)
+        remaining = [index for index in waiting if index not in excluded]
+        return min(remaining, key=lambda index: int(self._keys["id"][index]), default=None)
+
+    def same_text(self, index: int, excluded: Collection[int]) -> tuple[list[int], int]:
+        """Return the other open images with the same alt text, at most MAX_GROUP - 1, and how many there are."""
+        matches = self._open & (self._keys["text"] == self._keys["text"][index])
+        matches[[index, *excluded]] = False
+        indices = np.flatnonzero(matches)
+        return indices[: MAX_GROUP - 1].tolist(), len(indices)
+
+    def num_open(self) -> tuple[int, int]:
+        """Return the number of open images, and of the flagged ones among them."""
+        return int(self._open.sum()), int((self._open & self._keys["flagged"]).sum())
+
+    def random_sample(self) -> list[Review]:
+        """Return the decisions about all images up to the last one that was decided in the random queue.
+
+        They are a simple random sample of the table, whatever queue each was decided in: images that were reviewed
+        earlier in another queue belong to the sample when the random order has passed them.
+        """
+        reached = [self._keys["id"][index] for index, review in self._decided.items() if review.queue == "random"]
+        if not reached:
+            return []
+        return [review for index, review in self._decided.items() if self._keys["id"][index] <= max(reached)]
+
+    def _ordered(self) -> npt.NDArray[np.int64]:
+        if self.kind == "all":
+            return np.arange(len(self))
+        if self.kind == "random":
+            return self._by_id
+        return np.lexsort((self._keys["id"], self._keys["logprob"], ~self._keys["flagged"]))
+
+
+def _keys(part: int, rows: pa.Table, alt_texts: pa.Table, seed: int) -> tuple[npt.NDArray[np.void], list[str]]:
+    """Return the keys of a part's captioned images (dtype _FIELDS), and their ids."""
+    kept = np.flatnonzero(pc.is_valid(alt_texts["alt_text"]).to_numpy())
+    rows, alt_texts = rows.take(kept), alt_texts.take(kept)
+    ids = rows["image_id"].to_pylist()
+    keys = np.zeros(len(kept), _FIELDS)
+    keys["part"], keys["row"] = part, kept
+    keys["id"] = _ranks(ids, seed)
+    keys["text"] = _ranks(alt_texts["alt_text"].to_pylist(), seed)
+    keys["created"] = rows["created_at"].cast(pa.int64()).to_numpy()
+    keys["flagged"] = flagged_rows(rows["flags"], alt_texts)
+    logprob = pc.fill_null(rows["logprob_mean"], float("nan")).to_numpy()
+    keys["logprob"] = np.where(np.isnan(logprob), -np.inf, logprob)
+    return keys, ids
+
+
+def _ranks(texts: Iterable[str], seed: int) -> npt.NDArray[np.uint64]:
+    return np.fromiter((rank(text, seed) for text in texts), np.uint64)
+
+
+def _timestamp(microseconds: int) -> datetime:
+    return datetime.fromtimestamp(int(microseconds) / 1e6, UTC)

@@ -1,0 +1,64 @@
+"""Small upright pictures for the page, read from the source by their planned rows."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from PIL import Image
+
+from captioner.config import SourceConfig
+from captioner.data import Chunk
+from captioner.errors import CaptionerError
+from captioner.imaging.sandbox.decoder import GuardedDecoder
+from captioner.sources import open_source
+from captioner.store.plan import read_planned
+from captioner.store.table import CaptionsTable
+
+SIDE = 224  # pixels, of the longer side
+MAX_BYTES = 3_500_000  # of all pictures of a page, as base64: the page stays below 5 MB
+MAX_PIXELS = 100_000_000
+
+
+def thumbnails(table: CaptionsTable, shown: Iterable[Mapping[str, Any]]) -> tuple[dict[str, str], str]:
+    """Data URIs by image id, and in words why there are none ("" where all is well).
+
+    `shown`: rows with `image_id`, `chunk_id`, `chunk_row`. A picture that cannot be read or decoded is left out.
+    """
+    places: dict[str, dict[int, str]] = defaultdict(dict)
+    for row in shown:
+        places[row["chunk_id"]][row["chunk_row"]] = row["image_id"]
+    found: dict[str, str] = {}
+    try:
+        config = SourceConfig.model_validate(table.info["source"])
+        source = open_source(config)
+        with GuardedDecoder(SIDE, MAX_PIXELS, config.decode_timeout) as decoder:
+            for chunk_id, rows in places.items():
+                planned = read_planned(table, _chunk(chunk_id)).take(pa.array(sorted(rows)))
+                readable = {raw.image_id: raw.data for raw in source.read(planned) if raw.data is not None}
+                for image_id, decoded in zip(readable, decoder(readable.values()), strict=True):
+                    if decoded.pixels is not None:
+                        found[image_id] = _data_uri(decoded.pixels, decoded.width, decoded.height)
+    except (CaptionerError, OSError) as error:
+        return found, f"pictures could not be read from the source: {error}"
+    return found, ""
+
+
+def _chunk(chunk_id: str) -> Chunk:
+    generation, part, index = (int(text) for text in chunk_id.removeprefix("g").split("-"))
+    return Chunk(generation, part, index, num_rows=0)
+
+
+def _data_uri(square: npt.NDArray[np.uint8], width: int, height: int) -> str:
+    """The picture in its own aspect again, as JPEG."""
+    scale = min(1.0, SIDE / max(width, height))
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    buffer = io.BytesIO()
+    Image.fromarray(square).resize(size).save(buffer, "JPEG", quality=72)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,36 @@
+"""What a run waited for: how busy decoding, the device and writing were, and which flag to turn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+ADVICE = {
+    "read": "raise --read-concurrency, or bring the images nearer",
+    "decode": "raise --decode-cpus",
+    "device": "raise --num-workers where there are more GPUs or CPUs, or lower --num-beams",
+    "write": "put OUT on faster storage",
+}
+
+
+def busy_shares(seconds: Mapping[str, float], slots: Mapping[str, float], wall: float) -> dict[str, float]:
+    """Shares of the time that the slots of each kind were at work, 0..1.
+
+    `seconds`: spent in read, decode, generate and commit, added up over all workers. `slots`: how many of "decode",
+    "device" and "write" there were at once. `wall`: seconds from start-up to the last commit.
+    """
+    spent = {
+        "decode": seconds["read"] + seconds["decode"],  # one after the other on a cluster; in one process they overlap
+        "device": seconds["generate"],
+        "write": seconds["commit"],
+    }
+    return {name: min(1.0, spent[name] / (wall * slots[name])) for name in spent} if wall > 0 else {}
+
+
+def bottleneck_line(shares: Mapping[str, float], seconds: Mapping[str, float]) -> str | None:
+    """One line for a person; None where nothing was measured."""
+    if not shares:
+        return None
+    slowest = max(shares, key=lambda name: shares[name])
+    flag = "read" if slowest == "decode" and seconds["read"] > seconds["decode"] else slowest
+    busy = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+    return f"busy: {busy}; bottleneck: {slowest}; to go faster: {ADVICE[flag]}"

@@ -1,0 +1,139 @@
+"""Check a table, tell people, and decide whether its captions are good enough (--max-wer and --min-lift): what
+`captioner check`, `captioner report` and the end of a run share."""
+
+from __future__ import annotations
+
+from hashlib import sha256
+from typing import Any
+
+from captioner.config import CheckConfig, SpotCheckConfig
+from captioner.data import Receipt
+from captioner.errors import CheckFailedError, StoppedEarlyError, UsageError
+from captioner.report import make_report
+from captioner.scoring.changes import find_changes
+from captioner.scoring.check_table import CHECK_FILE, Check, check_table
+from captioner.scoring.compare import compare_tables
+from captioner.scoring.eligible_rows import Question, nothing_matches
+from captioner.scoring.references import read_references
+from captioner.scoring.running_wer import RunningWer, Sample, draw_sample
+from captioner.scoring.scores import Scores
+from captioner.scoring.terms import read_terms
+from captioner.store.table import CaptionsTable, open_table
+
+# At the end of a run so many rows are checked: a minute or two, whatever the size of the table.
+ROWS_AT_THE_END = 2_000_000
+MOST_RUNNING = 5_000  # rows scored while captioning: they travel to every worker
+
+
+def question_of(settings: CheckConfig, max_rows: int | None = None) -> Question:
+    """The settings with their files read. Raises SourceError or UsageError naming the file."""
+    references = read_references(settings.references) if settings.references else None
+    terms = read_terms(settings.terms) if settings.terms else ()
+    return Question(references, settings.sample, settings.seed, terms, max_rows)
+
+
+def check(
+    table: CaptionsTable, settings: CheckConfig, against: str | None = None, max_rows: int | None = None
+) -> Check:
+    """Check a table and keep what was found in OUT/checks. `max_rows`: see `Question`."""
+    other = open_table(against) if against else None
+    question = question_of(settings, max_rows)
+    found = check_table(table, question)
+    if other is not None:
+        found.comparison = compare_tables(table, other, question)
+    found.changes = find_changes(table, question)
+    figures = found.to_json() | {
+        "gates": {"max_wer": settings.max_wer, "min_lift": settings.min_lift},
+        "failed_gates": failed_gates(found.scores, settings),
+        "made_of": _state_of(table),
+    }
+    table.directory.write_json(CHECK_FILE, figures)
+    return found
+
+
+def report(table: CaptionsTable) -> str:
+    """Write OUT/report from what was last checked; checks first where that was of other rows. Returns the page's
+    location."""
+    if not table.directory.exists(CHECK_FILE) or table.directory.read_json(CHECK_FILE)["made_of"] != _state_of(table):
+        check(table, CheckConfig())
+    return make_report(table)
+
+
+class SpotCheck:
+    """The check while captioning: workers score the drawn rows as they write them, the driver adds up."""
+
+    def __init__(self, settings: SpotCheckConfig) -> None:
+        self._settings = settings
+        self._running = RunningWer(settings.seed)
+
+    def draw(self, table: CaptionsTable) -> Sample:
+        """The rows to score, for `Work.sample`. Raises UsageError where references fit no image."""
+        settings = self._settings
+        references = read_references(settings.references) if settings.references else None
+        size = MOST_RUNNING if settings.sample == "all" else min(settings.sample, MOST_RUNNING)
+        sample = draw_sample(table, size, settings.seed, references)
+        if references and size and not sample:
+            raise UsageError(nothing_matches(references, table))
+        return sample
+
+    def add(self, receipt: Receipt) -> str:
+        """Count a committed chunk; returns the state in words, "" where nothing was scored.
+
+        Raises StoppedEarlyError where --stop-early is given and the captions so far cannot pass --max-wer.
+        """
+        running, settings = self._running, self._settings
+        running.add((edits, words) for edits, words in receipt.scored)
+        if settings.stop_early and settings.max_wer is not None and running.is_hopeless(settings.max_wer):
+            low, high = running.interval() or (0.0, 0.0)
+            raise StoppedEarlyError(
+                f"stopped early: WER {running.wer:.3f} of {running.num_rows} captions (95 % interval {low:.3f} to "
+                f"{high:.3f}) cannot come down to --max-wer {settings.max_wer:g}; committed rows stay"
+            )
+        return "" if running.wer is None else f"WER {running.wer:.3f} of {running.num_rows}"
+
+
+def _state_of(table: CaptionsTable) -> dict[str, Any]:
+    """Which rows a check was made of: changes with every row that is committed or superseded."""
+    plans = table.plans()
+    return {
+        "table_id": table.table_id,
+        "generations": [plan.generation for plan in plans],
+        "committed": _digest(sorted(chunk for plan in plans for chunk in table.committed_chunks(plan.generation))),
+        "published": sorted(table.published_parts()),
+    }
+
+
+def _digest(names: list[str]) -> str:
+    return sha256("\n".join(names).encode()).hexdigest()
+
+
+def failed_gates(scores: Scores, settings: CheckConfig) -> list[str]:
+    """What is not good enough, in words; empty where nothing was asked for or all is well.
+
+    A gate on a figure for which there is no data fails: nothing shows that the captions are good enough.
+    """
+    failed = []
+    if settings.max_wer is not None:
+        if scores.wer is None:
+            failed.append(f"--max-wer {settings.max_wer:g} cannot be judged: no caption has a reference to score it by")
+        elif scores.wer > settings.max_wer:
+            failed.append(
+                f"WER {scores.wer:.3f} of {scores.num_rows:,} captions is above --max-wer {settings.max_wer:g}"
+            )
+    if settings.min_lift is not None:
+        if scores.lift is None:
+            failed.append(f"--min-lift {settings.min_lift:g} cannot be judged: fewer than two captions could be scored")
+        elif scores.lift < settings.min_lift:
+            better = "too little better" if scores.lift > 0 else "no better"
+            failed.append(
+                f"lift {scores.lift:.3f} is below --min-lift {settings.min_lift:g}: WER {scores.wer:.3f} is {better} "
+                f"than {scores.shuffled_wer:.3f}, that of the same captions on other images"
+            )
+    return failed
+
+
+def enforce(scores: Scores, settings: CheckConfig) -> None:
+    """Raises CheckFailedError that names what is not good enough."""
+    failed = failed_gates(scores, settings)
+    if failed:
+        raise CheckFailedError("the captions are not good enough: " + "; ".join(failed))

@@ -1,0 +1,96 @@
+"""Making the batches of a listing."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from captioner.data import PLAN_SCHEMA, Listing, RawImage, Source, names_of
+from captioner.sources.root import readable
+
+BATCH_ROWS = 4096
+
+
+def plan_table(
+    image_id: Sequence[str] | pa.Array,
+    file: Sequence[bytes] | pa.Array,
+    *,
+    offset: Sequence[int] | None = None,
+    size: Sequence[int] | None = None,
+    row: Sequence[int] | pa.Array | None = None,
+    references: Sequence[list[str] | None] | pa.Array | None = None,
+    page_at: Sequence[int | None] | None = None,
+    kept: pa.Table | None = None,
+) -> pa.Table:
+    """Rows of PLAN_SCHEMA, then the kept columns. What is not given is null."""
+    given = (image_id, file, offset, size, row, references, page_at)
+    columns = [
+        pa.nulls(len(image_id), field.type) if values is None else _as_array(values, field.type)
+        for field, values in zip(PLAN_SCHEMA, given, strict=True)
+    ]
+    table = pa.Table.from_arrays(columns, schema=PLAN_SCHEMA)
+    if kept is not None:
+        for field, values in zip(kept.schema, kept.columns, strict=True):
+            table = table.append_column(field, values)
+    return table
+
+
+def names_as_ids(names: Sequence[bytes]) -> pa.Array:
+    """Readable names, quickly where all of them are UTF-8."""
+    try:
+        return pa.array(names, pa.binary()).cast(pa.string())
+    except pa.ArrowInvalid:
+        return pa.array([readable(name) for name in names], pa.string())
+
+
+def _as_array(values: Sequence[object] | pa.Array, kind: pa.DataType) -> pa.Array | pa.ChunkedArray:
+    return values.cast(kind) if isinstance(values, pa.Array | pa.ChunkedArray) else pa.array(values, kind)
+
+
+@dataclass(frozen=True, slots=True)
+class WrappedSource:
+    """A source that lists or reads in its own way what another one holds."""
+
+    source: Source
+
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+    def units(self) -> Sequence[str]:
+        return self.source.units()
+
+    def kept_fields(self) -> list[pa.Field]:
+        return self.source.kept_fields()
+
+
+@dataclass(frozen=True, slots=True)
+class FilteredSource(WrappedSource):
+    """A source without the images that `include` and `exclude` leave out: shell globs over whole image ids, in which
+    `*` crosses slashes."""
+
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+
+    def list_unit(self, unit: str) -> Iterator[Listing]:
+        for listing in self.source.list_unit(unit):
+            ids = listing.rows.column("image_id").to_pylist()
+            yield Listing(listing.rows.filter(pa.array(self._chosen(ids), pa.bool_())), listing.ignored)
+
+    def read(self, rows: pa.Table) -> list[RawImage]:
+        return self.source.read(rows)
+
+    def _chosen(self, ids: list[str]) -> list[bool]:
+        wanted, unwanted = _any_glob(self.include or ("*",)), _any_glob(self.exclude)
+        return [
+            any(map(wanted.match, names_of(name))) and not (self.exclude and any(map(unwanted.match, names_of(name))))
+            for name in ids
+        ]
+
+
+def _any_glob(globs: Sequence[str]) -> re.Pattern[str]:
+    return re.compile("|".join(fnmatch.translate(glob) for glob in globs))

@@ -1,0 +1,90 @@
+"""The torch process group of a training run's workers.
+
+Ray's own `TorchConfig` does the same, but imports torch wherever its name is read: in the process that controls the
+run, whose start everything waits for, torch alone takes seconds. And its choice of NCCL is wrong for workers that share
+a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from ray.train.backend import Backend, BackendConfig
+
+from ray_jobs.devices import training_device
+
+TIMEOUT_S = 1800
+
+
+@dataclass
+class ProcessGroup(BackendConfig):
+    """Tells Ray Train to join the workers in a process group."""
+
+    device: str  # a --device
+    kind: str  # of device that it is on the workers
+    num_workers: int
+    gpus_per_worker: float
+
+    @property
+    def backend(self) -> str:
+        """The backend of torch.distributed: "nccl" where each worker has a CUDA GPU of its own, else "gloo".
+
+        NCCL refuses two ranks on one GPU. A worker alone never communicates.
+        """
+        if self.kind == "xpu":
+            return "xccl"
+        shares_gpu = self.shares_gpu and self.num_workers > 1
+        return "nccl" if self.kind == "cuda" and self.gpus_per_worker and not shares_gpu else "gloo"
+
+    @property
+    def shares_gpu(self) -> bool:
+        return 0 < self.gpus_per_worker < 1
+
+    @property
+    def backend_cls(self) -> type[Backend]:
+        return _ProcessGroupBackend
+
+
+class _ProcessGroupBackend(Backend):
+    share_cuda_visible_devices = True  # NCCL on one node reaches other GPUs directly only where it sees them
+
+    def on_start(self, worker_group: Any, backend_config: ProcessGroup) -> None:
+        address, port = worker_group.execute_single(0, _free_address)
+        worker_group.execute(_join, backend_config, address, port)
+
+
+def _free_address() -> tuple[str, int]:
+    import socket
+
+    import ray
+
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        return ray.util.get_node_ip_address(), listener.getsockname()[1]
+
+
+def _join(group: ProcessGroup, address: str, port: int) -> None:
+    import ray.train
+    import torch
+
+    context, device = ray.train.get_context(), training_device(group.device)
+    rank, size = context.get_world_rank(), context.get_world_size()
+    os.environ.update(  # read by accelerate, on which transformers' Trainer stands
+        MASTER_ADDR=address,
+        MASTER_PORT=str(port),
+        RANK=str(rank),
+        WORLD_SIZE=str(size),
+        LOCAL_RANK=str(context.get_local_rank()),
+        LOCAL_WORLD_SIZE=str(context.get_local_world_size()),
+        NODE_RANK=str(context.get_node_rank()),
+        ACCELERATE_TORCH_DEVICE=str(device),
+    )
+    if group.shares_gpu:  # else accelerate would look for a GPU with the number of each worker
+        os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] = "true"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    timeout = timedelta(seconds=TIMEOUT_S)
+    torch.distributed.init_process_group(group.backend, rank=rank, world_size=size, timeout=timeout)

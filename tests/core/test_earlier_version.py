@@ -1,0 +1,154 @@
+"""Tables, review journals and training runs that an earlier version wrote open, go on and are exported."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from captioner import pipeline
+from captioner.config import CaptionConfig, ExportConfig, ModelConfig, TrainConfig
+from captioner.models import resolve
+from captioner.publishing.alt_text.journal import latest_reviews, read_reviews
+from captioner.publishing.exports.command import export_texts
+from captioner.store.directory import Directory
+from captioner.store.read import read_parts
+from captioner.store.table import CaptionsTable, open_table
+from captioner.store.verify import verify
+from captioner.training import job
+from captioner.training.local import LocalEngine
+
+WRITTEN = Path(__file__).parents[1] / "data/earlier_version"
+WRITTEN_AT = "/tmp/captioner"
+LATER = ["000012.png", "000013.png"]
+
+pytestmark = pytest.mark.usefixtures("decoding_here", "one_thread")
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """A copy of what the earlier version wrote, as if it had been written here."""
+    home = tmp_path / "home"
+    shutil.copytree(WRITTEN, home)
+    for file in (*home.glob("*/*.json"), *home.glob("*/runs/*.json")):
+        file.write_text(file.read_text().replace(WRITTEN_AT, str(home)))
+    return home
+
+
+def caption(home: Path, out: str, **output: object) -> CaptionsTable:
+    """Go on with the table, and return it."""
+    settings = {
+        "source": {"path": str(home / "archive")},
+        "model": {"name": "fake"},
+        "output": {"path": str(home / out), "rows_per_file": 4, **output},
+    }
+    assert pipeline.run(CaptionConfig.model_validate(settings)) == 0
+    return open_table(str(home / out))
+
+
+def rows_of(table: CaptionsTable) -> list[dict]:
+    return pa.concat_tables(read_parts(table)).to_pylist()
+
+
+def training(home: Path, out: str) -> TrainConfig:
+    settings = {
+        "data": {"path": str(home / "archive"), "eval_fraction": 0.2, "max_failed": 0.5},
+        "model": {"name": "starter", "max_new_tokens": 8},
+        "training": {"per_device_train_batch_size": 4, "max_steps": 2, "logging_steps": 1},
+        "output": {"path": str(home / out)},
+    }
+    # The run belongs to the starter that this version ships, whether or not it is the one of that version.
+    record = json.loads((home / out / "train.json").read_text())
+    record["bound"]["model"]["sha256"] = resolve(ModelConfig(name="starter"), "float32").sha256
+    (home / out / "train.json").write_text(json.dumps(record))
+    return TrainConfig.model_validate(settings)
+
+
+def test_a_finished_table_is_proven(home: Path) -> None:
+    result = verify(open_table(str(home / "finished")))
+
+    assert result.proven
+    assert (result.counts.ok, result.counts.failed_by_reason) == (12, {"not_an_image": 1})
+
+
+def test_a_stopped_run_goes_on_where_it_stopped(home: Path) -> None:
+    before = rows_of(open_table(str(home / "stopped")))
+    finished = rows_of(open_table(str(home / "finished")))
+
+    table = caption(home, "stopped")
+
+    assert verify(table).proven
+    rows = rows_of(table)
+    assert len(before) == 8
+    assert rows[:8] == before
+    assert [(row["image_id"], row["caption"], row["error_code"]) for row in rows] == [
+        (row["image_id"], row["caption"], row["error_code"]) for row in finished
+    ]
+
+
+def test_new_images_are_added(home: Path) -> None:
+    before = rows_of(open_table(str(home / "finished")))
+
+    table = caption(home, "finished", extend=True)
+
+    assert verify(table).proven
+    assert rows_of(table)[:13] == before
+    assert [row["image_id"] for row in rows_of(table)[13:]] == LATER
+
+
+def test_failed_images_are_captioned_again(home: Path) -> None:
+    shutil.copy(home / "archive/000000.png", home / "archive/broken.png")
+
+    table = caption(home, "finished", retry_failed=True)
+
+    assert verify(table).proven
+    captions = {row["image_id"]: row["caption"] for row in rows_of(table)}
+    assert captions["broken.png"] == captions["000000.png"] is not None
+
+
+def test_the_review_journals_are_read(home: Path) -> None:
+    reviews, damaged = read_reviews(Directory(str(home / "finished")))
+
+    assert damaged == 0
+    assert {image_id: (review.decision, review.reviewer) for image_id, review in latest_reviews(reviews).items()} == {
+        "000000.png": ("approved", "Ana"),
+        "000001.png": ("approved", "Åsa"),
+        "000002.png": ("rejected", "Ana"),
+        "000003.png": ("decorative", "Ana"),
+        "000005.png": ("expert", "Åsa"),
+    }
+
+
+def test_reviewed_texts_are_exported(home: Path) -> None:
+    export_texts(open_table(str(home / "finished")), ExportConfig(to="csv", path=str(home / "texts.csv")))
+
+    with (home / "texts.csv").open(encoding="utf-8-sig", newline="") as file:
+        texts = {row["image_id"]: row["alt_text"] for row in csv.DictReader(file)}
+    assert texts == {
+        "000000.png": "A red circle.",
+        "000001.png": "A text that Åsa approved later.",
+        "000003.png": "",
+    }
+
+
+def test_a_stopped_training_run_goes_on_with_its_pairs(home: Path) -> None:
+    pairs = {file.name: file.read_bytes() for file in (home / "training_stopped/pairs").iterdir()}
+    run_id = json.loads((home / "training_stopped/train.json").read_text())["training_run_id"]
+
+    assert job.run(training(home, "training_stopped"), LocalEngine()) == 0
+
+    record = json.loads((home / "training_stopped/train.json").read_text())
+    assert (record["state"], record["training_run_id"]) == ("finished", run_id)
+    assert {file.name: file.read_bytes() for file in (home / "training_stopped/pairs").iterdir()} == pairs
+    assert (home / "training_stopped/model/model.safetensors").exists()
+
+
+def test_a_finished_training_run_has_nothing_to_do(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class NoTraining(LocalEngine):
+        def train(self, opened: job.TrainRun) -> job.Outcome:
+            raise AssertionError("the run is finished")
+
+    assert job.run(training(home, "training_finished"), NoTraining()) == 0
+    assert "nothing to train" in capsys.readouterr().err
