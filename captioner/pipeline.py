@@ -20,7 +20,6 @@ from captioner.console.progress import Progress
 from captioner.console.stopping import say, stoppable
 from captioner.console.summary import print_summary
 from captioner.data import Captioner, Chunk, Receipt
-from captioner.devices import pick_device
 from captioner.errors import (
     OK,
     TooManyFailedError,
@@ -28,6 +27,7 @@ from captioner.errors import (
 )
 from captioner.files import shown
 from captioner.models import load
+from captioner.models.devices import pick_device
 from captioner.run.job import Engine, Job, open_job
 from captioner.run.prefetch import one_ahead
 from captioner.run.quality import ROWS_AT_THE_END, SpotCheck, check, enforce, report

@@ -49,7 +49,7 @@ class Work:
     sample: Sample = field(default_factory=dict)  # the rows to spot-check
     read_concurrency: int = 32
     dedupe: bool = True  # byte-equal images are captioned once
-    device: str = "auto"  # what captions (see `captioner.devices`)
+    device: str = "auto"  # what captions (see `captioner.models.devices`)
 
     def new_memory(self) -> CaptionMemory[Caption] | None:
         """What a worker remembers of the captions it made; None where every image is captioned."""

@@ -15,11 +15,11 @@ from typing import Any
 
 from captioner.config import CaptionConfig, ModelConfig
 from captioner.console.text import printable
-from captioner.devices import pick_device
 from captioner.errors import ERROR, OK, CaptionerError
 from captioner.files import is_uri
+from captioner.models.devices import pick_device
 from ray_jobs.cluster import Resources, Sizes, connect, share_out
-from ray_jobs.devices import worker_device
+from ray_jobs.gpus import worker_device
 from ray_jobs.node import facts
 
 MIN_OPEN_FILES = 8_192

@@ -22,7 +22,7 @@ from captioner.sources import open_source
 from captioner.store.parallel_listing import list_units
 from captioner.store.plan import matching
 from ray_jobs.cluster import Sizes, connect, share_out
-from ray_jobs.devices import check_gpu_nodes, device_kind
+from ray_jobs.gpus import check_gpu_nodes, device_kind
 from ray_jobs.sampling import Piece, measure
 
 RESAMPLES = 1_000

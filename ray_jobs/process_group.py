@@ -14,7 +14,7 @@ from typing import Any
 
 from ray.train.backend import Backend, BackendConfig
 
-from ray_jobs.devices import training_device
+from ray_jobs.gpus import training_device
 
 TIMEOUT_S = 1800
 

@@ -23,7 +23,7 @@ from captioner.imaging.sandbox.decoder import GuardedDecoder
 from captioner.models import ModelRef, load
 from captioner.sources.reading import reads_at_once
 from ray_jobs.cluster import Sizes
-from ray_jobs.devices import cause_of, worker_device
+from ray_jobs.gpus import cause_of, worker_device
 
 BATCH = {"cpu": 16, "gpu": 128}  # pictures of a piece: those of a forward pass
 MIN_PIECES, PIECES_PER_WORKER = 16, 4  # a smaller sample is captioned again and again

@@ -17,7 +17,7 @@ import pyarrow as pa
 from captioner.config import AutoInt
 from captioner.data import Chunk, Pixels, Receipt, object_array
 from captioner.steps import ChunkRows, Work, caption, commit, decode, read
-from ray_jobs.devices import worker_device
+from ray_jobs.gpus import worker_device
 from ray_jobs.metrics import DeviceMetrics, RunMetrics
 
 _CHUNK, _IMAGES = "chunk", "images"

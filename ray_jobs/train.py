@@ -22,16 +22,16 @@ import pyarrow as pa
 from pyarrow.fs import LocalFileSystem
 
 from captioner.config import ClusterConfig, TrainConfig
-from captioner.devices import pick_device
 from captioner.errors import CaptionerError, ClusterError
 from captioner.models import ModelRef, weights_bytes
+from captioner.models.devices import pick_device
 from captioner.models.loading import SMALL_MODEL_BYTES
 from captioner.training import job
 from captioner.training.job import Finishing, Outcome, Start, TrainRun
 from captioner.training.progress import TrainProgress
 from captioner.training.record import RUN_FILE
 from ray_jobs.cluster import Resources, Sizes, connect, share_out
-from ray_jobs.devices import check_gpu_nodes, device_kind, training_device, worker_device
+from ray_jobs.gpus import check_gpu_nodes, device_kind, training_device, worker_device
 from ray_jobs.map_tables import map_tables
 from ray_jobs.shared import check_shared
 

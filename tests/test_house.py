@@ -18,7 +18,7 @@ HEAVY = ("ray", "torch", "transformers", "datasets", "evaluate")
 # A part may import the parts on the lines above its own, and itself; never a part on its own line or below.
 LAYERS = """
     errors data console.text run.dedupe run.bottleneck run.prefetch
-    config devices files imaging starter
+    config files imaging starter
     sources models store console
     scoring
     steps report publishing.alt_text starter.build

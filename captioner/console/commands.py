@@ -12,10 +12,10 @@ from pathlib import Path
 from captioner.config import CheckConfig, ModelConfig, SourceConfig
 from captioner.console.text import printable
 from captioner.data import RawImage
-from captioner.devices import pick_device
 from captioner.errors import ERROR, OK, TOO_MANY_FAILED
 from captioner.imaging.sandbox.decoder import GuardedDecoder
 from captioner.models import load, resolve, settle_dtype
+from captioner.models.devices import pick_device
 from captioner.report import FIGURES
 from captioner.report.terminal import print_check
 from captioner.run import quality

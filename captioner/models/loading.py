@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from captioner.data import Captioner
-from captioner.devices import auto_dtype, pick_device, set_wait_policy
+from captioner.models.devices import auto_dtype, pick_device, set_wait_policy
 from captioner.models.fake import FakeCaptioner
 from captioner.models.ref import ModelRef
 from captioner.models.resolving import on_this_machine
@@ -40,7 +40,7 @@ def load(
     batch_size: int | Literal["auto"] = "auto",
     num_threads: int | None = None,
 ) -> Captioner:
-    """The captioner of `ref`, its weights on `device` (see `captioner.devices.pick_device`).
+    """The captioner of `ref`, its weights on `device` (see `captioner.models.devices.pick_device`).
 
     `batch_size`: pictures for each forward pass; "auto" tries out on a GPU what is fastest. `num_threads`: CPU threads
     of torch, where the environment's OMP_NUM_THREADS is not what is wanted; a small model gets one. A model that is not

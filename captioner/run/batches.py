@@ -17,9 +17,9 @@ import numpy as np
 
 from captioner.config import ModelConfig, SourceConfig
 from captioner.data import RawImage
-from captioner.devices import pick_device
 from captioner.imaging.sandbox.decoder import GuardedDecoder
 from captioner.models import load, resolve, settle_dtype
+from captioner.models.devices import pick_device
 from captioner.steps import caption_or_reasons
 
 

@@ -8,9 +8,9 @@ from dataclasses import replace
 from typing import Any
 
 from captioner.config import CaptionConfig
-from captioner.devices import auto_dtype
 from captioner.errors import FingerprintError
 from captioner.models import ModelRef
+from captioner.models.devices import auto_dtype
 from captioner.store.table import CaptionsTable
 
 FACTS = ("name", "revision", "sha256", "dtype", "num_beams", "max_new_tokens", "prompt", "preprocess")

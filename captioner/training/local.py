@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from captioner.devices import pick_device
+from captioner.models.devices import pick_device
 from captioner.training.job import Finishing, Outcome, Start, TrainRun
 from captioner.training.progress import TrainProgress
 

@@ -8,11 +8,10 @@ import platform
 import pytest
 import torch
 
-from captioner import devices
 from captioner.config import ModelConfig
-from captioner.devices import auto_dtype, check_build, cpu_only_build, pick_device
 from captioner.errors import ModelError
-from captioner.models import resolve, settle_dtype
+from captioner.models import devices, resolve, settle_dtype
+from captioner.models.devices import auto_dtype, check_build, cpu_only_build, pick_device
 from captioner.training.record import _FREE
 
 

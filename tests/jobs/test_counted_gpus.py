@@ -20,7 +20,7 @@ from captioner.testing import make_folder
 from ray_jobs import caption, demo
 from ray_jobs.cli import main
 from ray_jobs.cluster import Resources, Sizes, accelerator_of, share_out
-from ray_jobs.devices import device_kind, worker_device
+from ray_jobs.gpus import device_kind, worker_device
 from ray_jobs.stages import CaptionStage
 
 pytestmark = pytest.mark.usefixtures("ray_instance")

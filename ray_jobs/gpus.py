@@ -6,8 +6,8 @@ import re
 from typing import TYPE_CHECKING
 
 from captioner import errors
-from captioner.devices import check_build, pick_device
 from captioner.errors import CaptionerError, ClusterError
+from captioner.models.devices import check_build, pick_device
 from ray_jobs.cluster import Resources, Sizes
 
 if TYPE_CHECKING:
