@@ -89,7 +89,7 @@ class ThisProcess:
             one_ahead(read(work, chunk) for chunk in chunks) as raws,
             one_ahead(decode(work, raw, decoder) for raw in raws) as decoded,
         ):
-            captioner: Captioner = load(work.model, batch_size=self._batch_size)
+            captioner: Captioner = load(work.model, batch_size=self._batch_size, say=say)
             for rows in decoded:
                 yield commit(work, caption(work, captioner, rows, memory))
 

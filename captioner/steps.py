@@ -98,6 +98,7 @@ def decode(work: Work, read: ReadChunk, decoder: GuardedDecoder) -> ChunkRows:
     """The images as rows, and as pixels as the model wants them. Bad images have an `error_code`."""
     from captioner.imaging import decode_images
 
+    decoder.wait()  # for its start, which is no part of decoding
     started = time.perf_counter()
     batch: ImageBatch = decode_images(read.raws, work.model.spec, work.max_pixels, decoder)
     rows = batch.rows.append_column(CAPTIONS_SCHEMA.field("reference_captions"), read.planned["reference_captions"])

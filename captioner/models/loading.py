@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
@@ -41,32 +42,35 @@ def load(
     device: str = "auto",
     batch_size: int | Literal["auto"] = "auto",
     num_threads: int | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> Captioner:
     """The captioner of `ref`, its weights on `device` ("auto": the first CUDA GPU, else the CPU).
 
     `batch_size`: pictures for each forward pass; "auto" tries out on a GPU what is fastest. `num_threads`: CPU threads
-    of torch, where the environment's OMP_NUM_THREADS is not what is wanted; a small model gets one. A model that is not
+    of torch, where the environment's OMP_NUM_THREADS is not what is wanted; a small model gets one. `say`: told a line
+    about what takes long. A model that is not
     on this machine is fetched again; one whose weights are no longer those of `ref` is refused. Raises ModelError where
     the model or the device cannot be used.
     """
     if ref.family == "fake":
         return FakeCaptioner(prompt=ref.prompt)
-    with ThreadPoolExecutor(1) as hashing:
-        here = hashing.submit(on_this_machine, ref)
+    with ThreadPoolExecutor(2) as threads:
+        here = threads.submit(on_this_machine, ref)  # which hashes the weights
+        place = _device(device)
+        import torch
+
+        threads.submit(lambda: torch.empty(1, device=place))  # a GPU takes a second to start
         family = _import_family(ref.family)
         ref = here.result()
-    import torch
-
     from captioner.models.batch_size import CPU_SIZE, SMALL_CPU_SIZE, settle_batch_size
 
-    place = _device(device)
     if place.type == "cpu" and is_small(ref):
         num_threads = 1
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     captioner = family(ref, place, 1 if batch_size == "auto" else batch_size)
     if batch_size == "auto":
-        settle_batch_size(captioner, SMALL_CPU_SIZE if is_small(ref) else CPU_SIZE)
+        settle_batch_size(captioner, SMALL_CPU_SIZE if is_small(ref) else CPU_SIZE, say=say)
     return captioner
 
 
@@ -81,6 +85,9 @@ def weights_bytes(ref: ModelRef) -> int:
 
 
 def _device(name: str) -> torch.device:
+    # Threads that wait for each other must not spin: where other work shares the CPUs, decoding for one, spinning
+    # made captioning up to a hundred times slower. Read when torch is imported, so the first model sets it.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
 
     if name == "auto":
@@ -96,9 +103,6 @@ def _device(name: str) -> torch.device:
 
 def _import_family(family: str) -> type[TransformersCaptioner]:
     """The class of a family. Its module is imported when called: each imports its own part of transformers."""
-    # Threads that wait for each other must not spin: where other work shares the CPUs, decoding for one, spinning
-    # made captioning up to a hundred times slower. Read when torch is imported, so the first model sets it.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     module, name = CLASSES[family]
     found: type[TransformersCaptioner] = getattr(import_module(f"captioner.models.{module}"), name)
     return found

@@ -13,7 +13,7 @@ from captioner.report import make_report
 from captioner.scoring.changes import find_changes
 from captioner.scoring.check_table import CHECK_FILE, Check, check_table
 from captioner.scoring.compare import compare_tables
-from captioner.scoring.eligible_rows import Question, nothing_matches
+from captioner.scoring.eligible_rows import CheckSpec, no_match_message
 from captioner.scoring.references import read_references
 from captioner.scoring.running_wer import RunningWer, Sample, draw_sample
 from captioner.scoring.scores import Scores
@@ -25,23 +25,23 @@ ROWS_AT_THE_END = 2_000_000
 MOST_RUNNING = 5_000  # rows scored while captioning: they travel to every worker
 
 
-def question_of(settings: CheckConfig, max_rows: int | None = None) -> Question:
+def check_spec(settings: CheckConfig, max_rows: int | None = None) -> CheckSpec:
     """The settings with their files read. Raises SourceError or UsageError naming the file."""
     references = read_references(settings.references) if settings.references else None
     terms = read_terms(settings.terms) if settings.terms else ()
-    return Question(references, settings.sample, settings.seed, terms, max_rows)
+    return CheckSpec(references, settings.sample, settings.seed, terms, max_rows)
 
 
 def check(
     table: CaptionsTable, settings: CheckConfig, against: str | None = None, max_rows: int | None = None
 ) -> Check:
-    """Check a table and keep what was found in OUT/checks. `max_rows`: see `Question`."""
+    """Check a table and keep what was found in OUT/checks. `max_rows`: see `CheckSpec`."""
     other = open_table(against) if against else None
-    question = question_of(settings, max_rows)
-    found = check_table(table, question)
+    spec = check_spec(settings, max_rows)
+    found = check_table(table, spec)
     if other is not None:
-        found.comparison = compare_tables(table, other, question)
-    found.changes = find_changes(table, question)
+        found.comparison = compare_tables(table, other, spec)
+    found.changes = find_changes(table, spec)
     figures = found.to_json() | {
         "gates": {"max_wer": settings.max_wer, "min_lift": settings.min_lift},
         "failed_gates": failed_gates(found.scores, settings),
@@ -73,7 +73,7 @@ class SpotCheck:
         size = MOST_RUNNING if settings.sample == "all" else min(settings.sample, MOST_RUNNING)
         sample = draw_sample(table, size, settings.seed, references)
         if references and size and not sample:
-            raise UsageError(nothing_matches(references, table))
+            raise UsageError(no_match_message(references, table))
         return sample
 
     def add(self, receipt: Receipt) -> str:
