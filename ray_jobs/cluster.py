@@ -60,7 +60,7 @@ def connect(config: ClusterConfig) -> Resources:
 
     Raises ClusterError naming the address.
     """
-    address = _import_ray(config)
+    address = import_ray(config)
     import ray
 
     if not ray.is_initialized():
@@ -104,7 +104,7 @@ class Connection:
     def _connect(self, resources: Future[Resources]) -> None:
         started = time.perf_counter()
         try:
-            _import_ray(self._config)
+            import_ray(self._config)
             # Before Ray's own work at the exit, which would meet a Ray that is half started.
             atexit.register(lambda: wait([resources], timeout=EXIT_TIMEOUT_S))
             connected = connect(self._config)
@@ -117,7 +117,7 @@ class Connection:
         threading.Event().wait()
 
 
-def _import_ray(config: ClusterConfig) -> str:
+def import_ray(config: ClusterConfig) -> str:
     """Import ray, with the environment that it reads then; returns the address to connect to."""
     address = config.address or os.environ.get("RAY_ADDRESS") or "local"
     if address.startswith("ray://"):

@@ -50,13 +50,18 @@ def check_gpu_nodes(name: str, sizes: Sizes) -> None:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU")]
+    nodes = {
+        node["NodeID"]: node["NodeManagerAddress"]
+        for node in ray.nodes()
+        if node["Alive"] and node["Resources"].get("GPU")
+    }
+    own = ray.get_runtime_context().get_node_id()
+    if own in nodes:  # this process is of that node: no other one has to start
+        check_build(name, nodes.pop(own))
     check = ray.remote(num_cpus=0)(check_build)
     calls = [
-        check.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
-            name, node["NodeManagerAddress"]
-        )
-        for node in nodes
+        check.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(name, address)
+        for node, address in nodes.items()
     ]
     for call in calls:
         try:

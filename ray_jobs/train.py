@@ -15,6 +15,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,13 +25,14 @@ from pyarrow.fs import LocalFileSystem
 from captioner.config import ClusterConfig, TrainConfig
 from captioner.errors import CaptionerError, ClusterError
 from captioner.models import ModelRef, weights_bytes
-from captioner.models.devices import pick_device
+from captioner.models.devices import pick_device, set_wait_policy
 from captioner.models.loading import SMALL_MODEL_BYTES
+from captioner.run.prefetch import in_background
 from captioner.training import job
 from captioner.training.job import Finishing, Outcome, Start, TrainRun
 from captioner.training.progress import TrainProgress
 from captioner.training.record import RUN_FILE
-from ray_jobs.cluster import Resources, Sizes, connect, share_out
+from ray_jobs.cluster import Connection, Resources, Sizes, import_ray, share_out
 from ray_jobs.gpus import check_gpu_nodes, device_kind, training_device, worker_device
 from ray_jobs.map_tables import map_tables
 from ray_jobs.shared import check_shared
@@ -54,15 +56,25 @@ class RayTrainEngine:
     def __init__(self, config: TrainConfig, loop: Callable[[dict[str, Any]], dict[str, Any]] | None = None) -> None:
         self._loop = loop or train_loop
         self._cluster, self._device = ClusterConfig(**config.cluster.model_dump()), config.model.device
-        self._resources: Resources | None = None
+        self._connection = Connection(self._cluster)
+        self._is_started = False
+
+    def start(self) -> None:
+        """Connect, and import what drives Ray Train, while pairs are listed."""
+        # How soon a checkpoint counts as kept: the default of 2 s loses one that a crash follows quickly.
+        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+        set_wait_policy()
+        if self._is_started:
+            return
+        self._is_started = True
+        self._connection.start()
+        in_background(partial(_import_trainer, self._cluster))
 
     def num_workers(self) -> int:
         return self._sizes().num_workers
 
     def device(self) -> str:
-        sizes = self._sizes()
-        assert self._resources is not None
-        return device_kind(self._resources, sizes, self._device)
+        return device_kind(self._connection.resources(), self._sizes(), self._device)
 
     def map_tables(self, function: Callable[[pa.Table], pa.Table], tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
         import ray.exceptions
@@ -76,9 +88,9 @@ class RayTrainEngine:
     def train(self, start: Start, prepare: Callable[[], TrainRun], progress: TrainProgress) -> Outcome:
         import ray.train
 
+        check_gpu_nodes(self._device, self._sizes())
         check_shared(start.out, RUN_FILE)
         board = _board()
-        _warm_up(self._sizes().num_workers)
         progress.watch(lambda: ray.get(board.latest.remote()))
         trainer = self._trainer(start, board)
         preparing = _Preparing(prepare, board, progress)
@@ -141,19 +153,17 @@ class RayTrainEngine:
         )
 
     def _sizes(self) -> Sizes:
-        if self._resources is None:
-            # How soon a checkpoint counts as kept: the default of 2 s loses one that a crash follows quickly.
-            os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-            # Threads that wait for each other must not spin: decoding shares the CPUs with training.
-            os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-            self._resources = connect(self._cluster)
-            check_gpu_nodes(self._device, share_out(self._resources, self._cluster, device=self._device))
-        return share_out(self._resources, self._cluster, device=self._device)
+        self.start()
+        return share_out(self._connection.resources(), self._cluster, device=self._device)
 
     def _threads(self, model: ModelRef) -> int:
-        sizes = self._sizes()
-        assert self._resources is not None
-        return num_threads(sizes, self._resources, weights_bytes(model))
+        return num_threads(self._sizes(), self._connection.resources(), weights_bytes(model))
+
+
+def _import_trainer(cluster: ClusterConfig) -> None:
+    """Import Ray Train, and torch with it: seconds, in which Ray starts."""
+    import_ray(cluster)
+    import ray.train.torch  # noqa: F401
 
 
 def num_threads(sizes: Sizes, resources: Resources, model_bytes: int) -> int:
@@ -276,18 +286,6 @@ def _board() -> Any:
             return self._latest
 
     return ray.remote(num_cpus=0)(Board).remote()
-
-
-def _warm_up(num_workers: int) -> None:
-    """Import in other processes what the workers will, while the process that controls the run starts: Ray keeps
-    processes that are idle, and makes the workers of them. Where it does not, nothing is lost but the work."""
-    import ray
-
-    def warm_up() -> None:
-        import captioner.training.loop  # noqa: F401
-
-    for _ in range(num_workers):
-        ray.remote(num_cpus=0, max_retries=0)(warm_up).remote()
 
 
 class _Preparing:

@@ -53,7 +53,7 @@ class Progress:
         self._done, self._failed = already, 0
         self._note = ""
         self._edits = self._words = self._scored = 0
-        self._stream, self._clock, self._interval = stream or sys.stderr, clock, interval
+        self._given, self._clock, self._interval = stream, clock, interval
         self._started = self._last = clock()
         self._commits: deque[tuple[float, int]] = deque()  # (when, pictures done then), of the last minute
         self._lock = threading.Lock()
@@ -62,7 +62,7 @@ class Progress:
         self._thread = threading.Thread(target=self._beat, name="progress", daemon=True)
 
     def __enter__(self) -> Self:
-        console = Console(file=self._stream)
+        console = Console(file=self._given, stderr=True)
         if self._stream.isatty() and not console.is_dumb_terminal:
             self._live = Live(console=console, get_renderable=self._render, refresh_per_second=4)
             self._live.start()
@@ -80,6 +80,11 @@ class Progress:
         self._thread.join()
         if line := self.last_line():
             self._write(line)
+
+    @property
+    def _stream(self) -> TextIO:
+        """What was given, or standard error as it is now: while Ray starts it is another object."""
+        return self._given or sys.stderr
 
     def last_line(self) -> str:
         """What a log ends with; "" is no line."""

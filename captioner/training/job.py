@@ -101,6 +101,10 @@ class Outcome:
 class TrainEngine(Protocol):
     """Where training runs: Ray, or this process in tests."""
 
+    def start(self) -> None:
+        """Begin to get ready, in threads; called first. It cannot fail: what follows waits, and raises."""
+        ...
+
     def num_workers(self) -> int:
         """How many workers will train; raises ClusterError where a request cannot be met."""
         ...
@@ -132,6 +136,7 @@ def run(config: TrainConfig, engine: TrainEngine) -> int:
 def _run(config: TrainConfig, engine: TrainEngine) -> int:
     started = time.perf_counter()
     _check_settings(config)
+    engine.start()
     out, model, archives = Directory(config.output.path), _resolve(config), open_archives(config.data)
     with TrainProgress() as progress:
         listed = in_background(partial(_list_new_pairs, config, out, archives))

@@ -28,6 +28,9 @@ class LocalEngine:
     def __init__(self, device: str = "auto") -> None:
         self._device = device
 
+    def start(self) -> None:
+        pass
+
     def num_workers(self) -> int:
         return 1
 
