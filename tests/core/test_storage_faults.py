@@ -209,7 +209,7 @@ def test_a_table_on_s3_is_written_killed_resumed_and_verified(tmp_path: Path, ar
         assert contents(out) == contents(tmp_path / "local")
 
 
-@pytest.mark.parametrize("write", [13, 17])
+@pytest.mark.parametrize("write", [15, 17])
 def test_a_process_killed_with_a_table_on_s3_leaves_what_resumes(
     tmp_path: Path, archive: Path, bucket: str, write: int
 ) -> None:
