@@ -57,6 +57,21 @@ def test_a_guarded_decoder_says_what_decode_says(decoder: GuardedDecoder, png: b
         assert here.pixels is None or (there.pixels == here.pixels).all()
 
 
+@pytest.mark.parametrize("spec", [SPEC, 16])
+def test_workers_are_forked_from_a_process_with_one_thread(
+    monkeypatch: pytest.MonkeyPatch, png: bytes, spec: PixelSpec | int
+) -> None:
+    """Else a lock that another thread held is locked for ever in the worker; Python 3.12 warns of it."""
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.setenv(name, "4")
+
+    with GuardedDecoder(spec, NO_LIMIT, timeout=30.0) as decoder:
+        assert [one.error_code for one in decoder([png])] == [""]
+        (child,) = psutil.Process().children()
+        assert child.children()
+        assert [thread.id for thread in child.threads()] == [child.pid]
+
+
 @pytest.mark.usefixtures("poison")
 def test_crashes_and_hangs_are_reasons_and_their_neighbours_are_fine(png: bytes) -> None:
     images = [another_png(number) for number in range(60)]
