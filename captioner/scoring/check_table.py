@@ -103,7 +103,7 @@ def _pieces(rows: pa.Table) -> Iterator[pa.Table]:
 
 
 def _every(table: CaptionsTable, question: Question) -> int:
-    planned = sum(plan.num_rows for plan in table.plans() if plan.founds_parts)
+    planned = sum(plan.num_rows for plan in table.plans() if plan.adds_parts)
     return 1 if question.max_rows is None else max(1, -(-planned // question.max_rows))
 
 

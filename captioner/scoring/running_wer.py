@@ -22,7 +22,7 @@ def draw_sample(table: CaptionsTable, size: int, seed: int, references: Referenc
     """
     drawn: Draw[tuple[str, list[str]]] = Draw(size)
     for plan in table.plans():
-        for part in sorted(plan.parts) if plan.founds_parts and size else ():
+        for part in sorted(plan.parts) if plan.adds_parts and size else ():
             rows = table.directory.read_table(plan_part_name(plan.generation, part), ["image_id", "reference_captions"])
             ids, own = rows["image_id"].to_pylist(), rows["reference_captions"].to_pylist()
             for image_id, known in zip(ids, own, strict=True):

@@ -131,7 +131,7 @@ def _stop_half_way(head, proxy: Proxy, first, job_id: str, archive: Path, out: P
     logs = [first.communicate()[0], second.communicate()[0]]
     assert (first.returncode, second.returncode) == (143, 143), logs
     assert not verify(open_table(str(out))).proven
-    assert logs[0].count(f"planned {PICTURES} pictures") == 1  # followed over two connections, each line once
+    assert logs[0].count(f"planned {PICTURES} images") == 1  # followed over two connections, each line once
 
 
 def test_the_exit_code_is_that_of_the_command(head, tmp_path: Path) -> None:
