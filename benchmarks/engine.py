@@ -28,7 +28,7 @@ import torch
 
 from captioner.config import ModelConfig
 from captioner.models import load, resolve
-from captioner.models.git_fast import FastSearch
+from captioner.models.git_fast import FastSearch, open_network
 from captioner.models.pretrained import open_model, quiet
 
 
@@ -69,7 +69,7 @@ def _compare(options: argparse.Namespace, plain: Any, dtype: str, beams: int) ->
     captioner: Any = load(_ref(options, dtype, beams), batch_size=options.batch_size, num_threads=options.threads)
     # Without an end token both make every token; a minimum length would be a logits processor, which needs the host.
     captioner.settings.eos_token_id = plain.generation_config.eos_token_id = None
-    ours = FastSearch(captioner.model, captioner.settings, captioner.prefix)
+    ours = FastSearch(open_network(captioner.model), captioner.settings, captioner.prefix)
     spec = captioner.ref.spec
     shape = options.batch_size, spec.height, spec.width, 3
     with torch.inference_mode(), quiet():

@@ -49,6 +49,7 @@ class Work:
     sample: Sample = field(default_factory=dict)  # the rows whose captions are scored at once
     read_concurrency: int = 32
     dedupe: bool = True  # byte-equal images are captioned once
+    device: str = "auto"  # what captions (see `captioner.models.devices`)
 
     def new_memory(self) -> CaptionMemory[Caption] | None:
         """Return the memory in which a worker looks up copies; None where every image is captioned."""
@@ -74,7 +75,7 @@ class ChunkRows:
     """A chunk between two steps.
 
     `rows`: its columns so far. `pixels`: of its images, None once they are captioned. `seconds`: spent in each step.
-    `engine`: what captioned it (see `captioner.models.base`), or "".
+    `engine`, `device`: what captioned it (see `captioner.models.base`), or "".
     """
 
     chunk: Chunk
@@ -82,6 +83,7 @@ class ChunkRows:
     pixels: Pixels | None
     seconds: dict[str, float]
     engine: str = ""
+    device: str = ""
 
 
 def read(work: Work, chunk: Chunk) -> ReadChunk:
@@ -99,6 +101,7 @@ def decode(work: Work, read: ReadChunk, decoder: GuardedDecoder) -> ChunkRows:
     """Decode the images of a chunk to the pixels the model wants. Bad images have an `error_code`."""
     from captioner.imaging import decode_images
 
+    decoder.wait()  # for its start, which is no part of decoding
     started = time.perf_counter()
     batch: ImageBatch = decode_images(read.raws, work.model.spec, work.max_pixels, decoder)
     rows = batch.rows.append_column(CAPTIONS_SCHEMA.field("reference_captions"), read.planned["reference_captions"])
@@ -116,7 +119,8 @@ def caption(
     results = _caption_rows(captioner, decoded.rows, decoded.pixels, memory)
     rows = _finished_rows(work, decoded, results)
     seconds = decoded.seconds | {"generate": time.perf_counter() - started}
-    return ChunkRows(decoded.chunk, rows, None, seconds, getattr(captioner, "engine", "generic"))
+    engine, device = getattr(captioner, "engine", "generic"), getattr(captioner, "device_name", "cpu")
+    return ChunkRows(decoded.chunk, rows, None, seconds, engine, device)
 
 
 def commit(work: Work, captioned: ChunkRows) -> Receipt:
@@ -137,6 +141,7 @@ def commit(work: Work, captioned: ChunkRows) -> Receipt:
         commit_seconds=time.perf_counter() - started,
         num_duplicates=captioned.chunk.num_rows - captioned.rows["duplicate_of"].null_count,
         engine=captioned.engine,
+        device=captioned.device,
         scored=score_sampled(work.sample, _column_of(captioned, "image_id"), _column_of(captioned, "caption")),
     )
 

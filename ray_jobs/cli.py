@@ -175,9 +175,9 @@ def check(
 
     Exit 2 where --max-wer or --min-lift is not met.
     """
-    from ray_jobs import check
+    from captioner.console import commands
 
-    return check.run(out, config, against)
+    return commands.check(out, config.check, against)
 
 
 @app.command()

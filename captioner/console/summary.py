@@ -57,7 +57,7 @@ def _rows(record: dict[str, Any]) -> list[tuple[str, str]]:
 def _lines(record: dict[str, Any]) -> list[str]:
     """What is said below the table, a sentence each."""
     lines = []
-    busy = bottleneck_line(record.get("busy", {}), record.get("seconds", {}))
+    busy = bottleneck_line(record.get("busy", {}), record.get("seconds", {}), record.get("slots"))
     if busy is not None:
         lines.append(busy)
     check = record.get("check")

@@ -7,6 +7,7 @@ sizes tried out again.
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 import uuid
@@ -20,6 +21,9 @@ from captioner.files import cache_dir
 from captioner.models.ref import ModelRef
 
 SIZES = (16, 32, 64, 128, 256, 512)
+START, OWN_SIZES_START = 64, 16  # a GPU captions faster in batches of so many at least
+BUDGET_S = 10.0  # no further size is tried after so long
+LONG_S = 1.0  # of so long a batch, what the first one of its size takes beside it does not matter
 WORTH = 1.05  # twice the memory is taken only for so many times the pictures a second
 # On a CPU. Of a small model, calling an operation takes longer than the operation.
 CPU_SIZE, SMALL_CPU_SIZE = 16, 64
@@ -33,7 +37,7 @@ class Batched(Protocol):
 
     @property
     def device_name(self) -> str:
-        """ "cpu", or a GPU's name and memory."""
+        """ "cpu", "mps", or a GPU's name and memory."""
         ...
 
     def try_batch(self, size: int) -> None:
@@ -45,29 +49,40 @@ class Batched(Protocol):
         ...
 
 
-def settle_batch_size(captioner: Batched, on_cpu: int, clock: Callable[[], float] = time.perf_counter) -> None:
+def settle_batch_size(
+    captioner: Batched,
+    on_cpu: int,
+    clock: Callable[[], float] = time.perf_counter,
+    say: Callable[[str], None] | None = None,
+) -> None:
     """Set `batch_size` to what is remembered for its model and device, or to what is found now; to `on_cpu` on a CPU,
-    which gains little from large batches."""
-    if captioner.device_name == "cpu":
+    which gains little from large batches, and on mps, where running out of memory is no torch.OutOfMemoryError.
+    `say`: called with a line before sizes are tried out, and with the outcome."""
+    if captioner.device_name in ("cpu", "mps"):
         captioner.batch_size = on_cpu
         return
     key, file = f"{captioner.device_name}; {captioner.ref.fingerprint}", cache_dir() / "batch_sizes.json"
     known = _remembered(file)
     if key not in known:
-        known[key] = fastest_size(lambda size: seconds_for(captioner, size, clock))
+        say = say or (lambda line: None)
+        say(f"trying out batch sizes on {captioner.device_name}, once for this model and device")
+        started = clock()
+        deadline, start = started + BUDGET_S, OWN_SIZES_START if captioner.ref.spec.own_sizes else START
+        known[key] = fastest_size(lambda size: seconds_for(captioner, size, clock, deadline), start)
+        say(f"batch size {known[key]}, tried out in {clock() - started:.1f} s")
         _remember(file, known)
     captioner.batch_size = known[key]
 
 
-def fastest_size(seconds: Callable[[int], float], sizes: Sequence[int] = SIZES) -> int:
-    """Going up, the last of `sizes` that is worth it: its batch fits the memory and captions WORTH times as many
-    pictures a second as the size before.
+def fastest_size(seconds: Callable[[int], float], start: int = START, sizes: Sequence[int] = SIZES) -> int:
+    """Going up from `start`, the last of `sizes` that is worth it: its batch fits and captions WORTH times as
+    many images a second as the size before. Where `start` does not fit, the largest below it that does.
 
     `seconds`: of one batch; raises torch.OutOfMemoryError. Where not even the first fits, the first: a batch is halved
     where it turns out to be too large.
     """
-    best, best_rate = sizes[0], 0.0
-    for size in sizes:
+    best, best_rate = 0, 0.0
+    for size in (size for size in sizes if size >= start):
         try:
             rate = size / seconds(size)
         except torch.OutOfMemoryError:
@@ -75,16 +90,32 @@ def fastest_size(seconds: Callable[[int], float], sizes: Sequence[int] = SIZES) 
         if rate < WORTH * best_rate:
             break
         best, best_rate = size, rate
-    return best
+    return best or _largest_below(start, seconds, sizes)
 
 
-def seconds_for(captioner: Batched, size: int, clock: Callable[[], float]) -> float:
-    """Seconds of one batch, after two that warm up and capture graphs. Raises torch.OutOfMemoryError."""
+def _largest_below(start: int, seconds: Callable[[int], float], sizes: Sequence[int]) -> int:
+    for size in reversed([size for size in sizes if size < start]):
+        try:
+            seconds(size)
+            return size
+        except torch.OutOfMemoryError:
+            continue
+    return sizes[0]
+
+
+def seconds_for(captioner: Batched, size: int, clock: Callable[[], float], deadline: float = math.inf) -> float:
+    """Seconds of one batch, after two that warm up and capture graphs unless the first takes long enough to tell;
+    infinity after the deadline. Raises torch.OutOfMemoryError."""
+    first = clock()
+    if first >= deadline:
+        return math.inf
     try:
         for _ in range(3):
             started = clock()
             captioner.try_batch(size)
             seconds = clock() - started
+            if clock() - first >= LONG_S:
+                break
     finally:
         captioner.free_memory()
     return seconds

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from captioner.models.base import TransformersCaptioner
-from captioner.models.git_fast import FastSearch, missing_settings
+from captioner.models.git_fast import FastSearch, missing_settings, open_network
 from captioner.models.packed import pack_linears
 from captioner.models.ref import ModelRef
 
@@ -22,7 +22,7 @@ class GitCaptioner(TransformersCaptioner):
         pack_linears(self.model)
         self._fast: FastSearch | None = None
         if not missing_settings(self.settings):
-            self._fast = FastSearch(self.model, self.settings, self.prefix)
+            self._fast = FastSearch(open_network(self.model), self.settings, self.prefix)
             self.engine = "fast"
 
     def start_ids(self) -> list[int]:

@@ -39,7 +39,7 @@ def collect(table: CaptionsTable) -> dict[str, Any]:
         "flag_meanings": ALL_FLAGS,
         "throughput": _throughput(check["survey"]["committed"], check["survey"]["committed_seconds"]),
         "stages": _stages(latest),
-        "bottleneck": bottleneck_line(latest.get("busy", {}), latest.get("seconds", {})),
+        "bottleneck": bottleneck_line(latest.get("busy", {}), latest.get("seconds", {}), latest.get("slots")),
         "commands": _commands(record),
         "run": record,
         "starts": starts,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 ADVICE = {
@@ -26,11 +27,22 @@ def busy_shares(seconds: Mapping[str, float], slots: Mapping[str, float], wall: 
     return {name: min(1.0, spent[name] / (wall * slots[name])) for name in spent} if wall > 0 else {}
 
 
-def bottleneck_line(shares: Mapping[str, float], seconds: Mapping[str, float]) -> str | None:
-    """Return one line for a person; None where nothing was measured."""
+def bottleneck_line(
+    shares: Mapping[str, float], seconds: Mapping[str, float], slots: Mapping[str, float] | None = None
+) -> str | None:
+    """Return one line for a person; None where nothing was measured. `slots`: as for `busy_shares`."""
     if not shares:
         return None
     slowest = max(shares, key=lambda name: shares[name])
     flag = "read" if slowest == "decode" and seconds["read"] > seconds["decode"] else slowest
     busy = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
-    return f"busy: {busy}; bottleneck: {slowest}; to go faster: {ADVICE[flag]}"
+    advice = ADVICE[flag]
+    if flag == "decode" and slots and (needed := decode_cpus_needed(seconds, slots)):
+        advice += f" (with {needed:,} CPUs instead of {slots['decode']:g} it would not be the limit)"
+    return f"busy: {busy}; bottleneck: {slowest}; to go faster: {advice}"
+
+
+def decode_cpus_needed(seconds: Mapping[str, float], slots: Mapping[str, float]) -> int | None:
+    """How many CPUs decode images as fast as the devices caption them; None where no device was at work."""
+    per_device = seconds["generate"] / slots["device"]
+    return math.ceil((seconds["read"] + seconds["decode"]) / per_device) if per_device > 0 else None

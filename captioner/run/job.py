@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import Protocol
 
 from captioner.config import CaptionConfig, SourceConfig
@@ -55,7 +56,7 @@ class Engine(Protocol):
         ...
 
     def device(self) -> str:
-        """ "cuda" or "cpu"; connects where that is needed."""
+        """The kind of device that captions: "cpu", "cuda", ...; connects where that is needed."""
         ...
 
     def slots(self) -> dict[str, float]:
@@ -86,7 +87,7 @@ class Job:
 
     config: CaptionConfig
     work: Work
-    rows_per_chunk: int
+    rows_per_chunk: Callable[[], int]
     say: Say
     started: float
     notes: list[str] = field(default_factory=list)
@@ -112,7 +113,7 @@ class Job:
         """Plan the rows that --only selects; from then on the table belongs to this model."""
         model, selector = self.work.model, parse_selector(only)
         plan, selection = make_recaption_plan(
-            self.table, selector, model.fingerprint, facts_of(model), self.rows_per_chunk
+            self.table, selector, model.fingerprint, facts_of(model), self.rows_per_chunk()
         )
         if selection.settled:
             self.say(f"{selection.settled:,} more match --only, but a reviewer has settled their text")
@@ -135,7 +136,7 @@ def open_job(config: CaptionConfig, engine: Engine, say: Say) -> Job:
     check_settings(config)
     started = time.perf_counter()
     model = resolve(config.model, None, announce=say)
-    rows_per_chunk = _rows_per_chunk(model, engine)
+    rows_per_chunk = partial(_rows_per_chunk, model, engine)
     planned = _plan(config, say, rows_per_chunk, engine.start)
     table, model = bind(planned.table, config, model, engine.device)
     work = Work(
@@ -147,6 +148,7 @@ def open_job(config: CaptionConfig, engine: Engine, say: Say) -> Job:
         config.source.decode_timeout,
         read_concurrency=config.cluster.read_concurrency,
         dedupe=not config.output.no_dedupe,
+        device=config.model.device,
     )
     say(model.told)
     job = Job(planned.config, work, rows_per_chunk, say, started, planned.notes)
@@ -159,10 +161,12 @@ def open_job(config: CaptionConfig, engine: Engine, say: Say) -> Job:
 def plan_images(config: CaptionConfig, say: Say) -> Planned:
     """List the source into OUT/plan, without a model. Raises CaptionerError."""
     check_settings(config)
-    return _plan(config, say, ROWS_PER_CHUNK)
+    return _plan(config, say, lambda: ROWS_PER_CHUNK)
 
 
-def _plan(config: CaptionConfig, say: Say, rows_per_chunk: int, on_work: Callable[[], None] = lambda: None) -> Planned:
+def _plan(
+    config: CaptionConfig, say: Say, rows_per_chunk: Callable[[], int], on_work: Callable[[], None] = lambda: None
+) -> Planned:
     """Open table and source, and bring the plan up to date. `on_work` is called where workers may be needed."""
     config = _with_absolute_source(config)
     table = _existing_table(config)
@@ -241,7 +245,7 @@ def _check_same_source(config: CaptionConfig, table: CaptionsTable) -> None:
             )
 
 
-def _bring_plan_up_to_date(planned: Planned, say: Say, rows_per_chunk: int) -> None:
+def _bring_plan_up_to_date(planned: Planned, say: Say, rows_per_chunk: Callable[[], int]) -> None:
     plans, config = planned.table.plans(), planned.config
     if plans and not config.output.extend:
         _note_changes(planned, say, sum(plan.num_rows for plan in plans if plan.adds_parts))
@@ -250,7 +254,7 @@ def _bring_plan_up_to_date(planned: Planned, say: Say, rows_per_chunk: int) -> N
     plan = make_plan(
         planned.table,
         planned.source,
-        rows_per_chunk,
+        rows_per_chunk(),
         config.output.rows_per_file,
         config.source.limit,
         on_progress=_ListingProgress(say),

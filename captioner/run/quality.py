@@ -15,7 +15,7 @@ from captioner.report import make_report
 from captioner.scoring.changes import find_changes
 from captioner.scoring.check_table import CHECK_FILE, Check, check_table
 from captioner.scoring.compare import compare_tables
-from captioner.scoring.eligible_rows import Question, nothing_matches
+from captioner.scoring.eligible_rows import CheckSpec, no_match_message
 from captioner.scoring.references import read_references
 from captioner.scoring.running_wer import RunningWer, Sample, draw_sample
 from captioner.scoring.scores import Scores
@@ -27,23 +27,23 @@ ROWS_AT_THE_END = 2_000_000
 MAX_SPOT_CHECKED = 5_000  # rows scored while captioning: they travel to every worker
 
 
-def question_of(settings: CheckConfig, max_rows: int | None = None) -> Question:
+def check_spec(settings: CheckConfig, max_rows: int | None = None) -> CheckSpec:
     """Return the settings with their files read. Raises SourceError or UsageError naming the file."""
     references = read_references(settings.references) if settings.references else None
     terms = read_terms(settings.terms) if settings.terms else ()
-    return Question(references, settings.sample, settings.seed, terms, max_rows)
+    return CheckSpec(references, settings.sample, settings.seed, terms, max_rows)
 
 
 def check(
     table: CaptionsTable, settings: CheckConfig, against: str | None = None, max_rows: int | None = None
 ) -> Check:
-    """Check a table and write the result to OUT/checks. `max_rows`: see `Question`."""
+    """Check a table and write the result to OUT/checks. `max_rows`: see `CheckSpec`."""
     other = open_table(against) if against else None
-    question = question_of(settings, max_rows)
-    result = check_table(table, question)
+    spec = check_spec(settings, max_rows)
+    result = check_table(table, spec)
     if other is not None:
-        result.comparison = compare_tables(table, other, question)
-    result.changes = find_changes(table, question)
+        result.comparison = compare_tables(table, other, spec)
+    result.changes = find_changes(table, spec)
     figures = result.to_json() | {
         "gates": {"max_wer": settings.max_wer, "min_lift": settings.min_lift},
         "failed_gates": failed_gates(result.scores, settings),
@@ -77,7 +77,7 @@ class SpotCheck:
         size = MAX_SPOT_CHECKED if settings.sample == "all" else min(settings.sample, MAX_SPOT_CHECKED)
         sample = draw_sample(table, size, settings.seed, references)
         if references and size and not sample:
-            raise UsageError(nothing_matches(references, table))
+            raise UsageError(no_match_message(references, table))
         return sample
 
     def add(self, receipt: Receipt) -> str:

@@ -1,7 +1,7 @@
-"""Seeded bootstrap intervals (Efron 1979, percentile method): how far a figure would move with other pictures.
+"""Seeded bootstrap confidence intervals (Efron 1979, percentile method) over images.
 
-Pictures with equal counts are interchangeable, so a resample of the pictures is a multinomial draw over the distinct
-counts. Memory does not grow with the number of pictures, and their order does not matter.
+Images with equal counts are interchangeable, so a resample of the images is a multinomial draw over the distinct
+counts. Memory does not grow with the number of images, and their order does not matter.
 """
 
 from __future__ import annotations
@@ -21,37 +21,40 @@ Interval = tuple[float, float]
 
 
 def interval(rows: Mapping[Any, int], statistic: Callable[[Array], Array], seed: int) -> Interval | None:
-    """The 95 % interval of a statistic of summed counts.
+    """Return the 95 % confidence interval of a statistic of summed counts; `None` for fewer than two images.
 
-    `rows`: how many pictures have these counts, such as (edits, words). `statistic`: sums [RESAMPLES, width] -> values
-    [RESAMPLES]. `None` for fewer than two pictures, which tell nothing about others.
+    `rows`: number of images by their counts, such as (edits, words). `statistic`: sums [RESAMPLES, width] -> values
+    [RESAMPLES].
     """
     total = sum(rows.values())
     if total < 2:
         return None
-    kinds = sorted(rows)
-    share = np.array([rows[kind] for kind in kinds]) / total
-    drawn = np.random.default_rng(seed).multinomial(total, share, size=RESAMPLES)
-    sums: Array = drawn.astype(np.float64) @ np.array(kinds, np.float64)
+    counts = sorted(rows)
+    share = np.array([rows[count] for count in counts]) / total
+    resamples = np.random.default_rng(seed).multinomial(total, share, size=RESAMPLES)
+    sums: Array = resamples.astype(np.float64) @ np.array(counts, np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
         values = statistic(sums)
-    known = values[np.isfinite(values)]
-    if not len(known):
+    finite = values[np.isfinite(values)]
+    if not len(finite):
         return None
-    low, high = np.quantile(known, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    low, high = np.quantile(finite, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
 
 def wer_interval(rows: Counter[tuple[int, int]], seed: int) -> Interval | None:
-    """Of the corpus WER, from counts of (edits, words)."""
+    """Return the interval of the corpus WER, from counts of (edits, words)."""
     return interval(rows, lambda sums: sums[:, 0] / sums[:, 1], seed)
 
 
 def difference_interval(rows: Counter[tuple[int, int, int, int]], seed: int) -> Interval | None:
-    """Of the difference of two runs' WER on the same pictures, from (edits, words, other edits, other words)."""
+    """Return the interval of the difference between two runs' WER on the same images.
+
+    `rows`: number of images by (edits, words, other edits, other words).
+    """
     return interval(rows, lambda sums: sums[:, 0] / sums[:, 1] - sums[:, 2] / sums[:, 3], seed)
 
 
 def mean_interval(values: list[float], seed: int) -> Interval | None:
-    """Of the mean."""
+    """Return the interval of the mean."""
     return interval(Counter((value, 1.0) for value in values), lambda sums: sums[:, 0] / sums[:, 1], seed)

@@ -1,6 +1,6 @@
-"""WER of captions as a metric of Hugging Face's `evaluate`: `evaluate.load(captioner.scoring.caption_wer.__file__)`.
+"""WER of captions as a Hugging Face `evaluate` metric: `evaluate.load(captioner.scoring.caption_wer.__file__)`.
 
-Over jiwer, by the rules of `captioner.scoring.wer`; needs no network.
+Uses jiwer with the normalisation of `captioner.scoring.wer`; needs no network.
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ from captioner.scoring.wer import match_captions
 SHUFFLES = 4
 
 
-class CaptionWer(evaluate.Metric):
-    """Word error rate of captions against the best of their references, and of the same captions dealt out to other
-    pictures.
+class CaptionWer(evaluate.Metric):  # type: ignore[misc, unused-ignore]  # evaluate has no types
+    """Word error rate of captions against the best of their references, and of shuffled captions as a baseline.
 
-    `compute(predictions=["a dog"], references=[["a dog", "one dog"]])` gives `wer`, `shuffled_wer` and the sums they
-    are made of (`edits`, `words`, `shuffled_edits`, `shuffled_words`): sums of parts are the sums of the whole.
+    `compute(predictions=["a dog"], references=[["a dog", "one dog"]])` returns `wer`, `shuffled_wer` and the sums
+    behind them (`edits`, `words`, `shuffled_edits`, `shuffled_words`), which can be added over several parts.
     """
 
     def _info(self) -> Any:
@@ -35,20 +34,20 @@ class CaptionWer(evaluate.Metric):
         )
 
     def _compute(self, predictions: list[str], references: list[list[str]], seed: int = 0) -> dict[str, float]:
-        dealt = _dealt(len(predictions), seed)
+        pairs = _shuffled_pairs(len(predictions), seed)
         sums = _sums("", predictions, references)
-        sums |= _sums("shuffled_", [predictions[a] for a, _ in dealt], [references[b] for _, b in dealt])
+        sums |= _sums("shuffled_", [predictions[a] for a, _ in pairs], [references[b] for _, b in pairs])
         return {"wer": rate(sums, ""), "shuffled_wer": rate(sums, "shuffled_"), **sums}
 
 
 def rate(sums: dict[str, float], prefix: str) -> float:
-    """A corpus WER from sums; NaN where there is no reference word."""
+    """Return the corpus WER from sums; NaN when there is no reference word."""
     words = sums[f"{prefix}words"]
     return sums[f"{prefix}edits"] / words if words else float("nan")
 
 
-def _dealt(count: int, seed: int) -> list[tuple[int, int]]:
-    """(caption, picture) of seeded shuffles in which no picture keeps its own caption."""
+def _shuffled_pairs(count: int, seed: int) -> list[tuple[int, int]]:
+    """Return (caption, image) pairs of seeded shuffles in which no image keeps its own caption."""
     rng = random.Random(seed)
     pairs = []
     for _ in range(SHUFFLES if count > 1 else 0):
@@ -59,5 +58,5 @@ def _dealt(count: int, seed: int) -> list[tuple[int, int]]:
 
 def _sums(prefix: str, captions: list[str], references: list[list[str]]) -> dict[str, float]:
     best = [match.best_edits for match in match_captions(captions, references)]
-    edits, words = sum(one.edits for one in best), sum(one.words for one in best)
-    return {f"{prefix}edits": float(edits), f"{prefix}words": float(words)}
+    num_edits, num_words = sum(edits.edits for edits in best), sum(edits.words for edits in best)
+    return {f"{prefix}edits": float(num_edits), f"{prefix}words": float(num_words)}

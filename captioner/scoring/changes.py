@@ -1,4 +1,4 @@
-"""What a recaptioning changed: the rows it superseded, in history/, beside those that took their place."""
+"""Compare the captions of the latest recaptioning with those it replaced, which are kept in history/."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from typing import Any
 import pyarrow as pa
 
 from captioner.data import STATUS_OK
-from captioner.scoring.compare import COMPARED_ROWS, SHOWN_CHANGES, Pair, differences, shown
-from captioner.scoring.eligible_rows import Question, trained_pictures
-from captioner.scoring.sample import Draw, rank
+from captioner.scoring.compare import COMPARED_ROWS, SHOWN_CHANGES, CaptionPair, differences, shown_pairs
+from captioner.scoring.eligible_rows import CheckSpec, trained_images
+from captioner.scoring.sample import LowestRanks, rank
 from captioner.store.table import CaptionsTable, Plan, captions_name, history_name, plan_part_name
 
 _COLUMNS = ["image_id", "status", "caption", "sha256", "reference_captions", "fingerprint", "chunk_id", "chunk_row"]
 _COUNTED = ("num_rows", "changed", "now_ok", "now_failed", "trained_left_out")
 
 
-def find_changes(table: CaptionsTable, question: Question) -> dict[str, Any] | None:
-    """Figures of the latest recaptioning (`--only`); `None` where there is none that is published.
+def find_changes(table: CaptionsTable, spec: CheckSpec) -> dict[str, Any] | None:
+    """Return the figures of the latest recaptioning (`--only`); `None` when none has been published.
 
-    Every row is counted. Scored are at most 10,000 of those with references and a caption on both sides, the first of
-    the seed's order, without the pictures that the new model was trained on; differences are new minus old.
+    All rows are counted. At most 10,000 are scored: the first in the seed's order that have references, both captions,
+    and were not training images of the new model. Differences are new minus old.
     """
     plans = [plan for plan in table.plans() if plan.recaption and table.is_published(plan.generation)]
     if not plans:
         return None
     plan, recaption = plans[-1], plans[-1].recaption
     assert recaption is not None
-    changes = _Changes(question, trained_pictures(table))
+    changes = _Changes(spec, trained_images(table))
     for older, newer in _rows(table, plan):
         changes.add(older, newer)
     pairs = list(changes.scored)
@@ -38,25 +38,26 @@ def find_changes(table: CaptionsTable, question: Question) -> dict[str, Any] | N
         "only": recaption.only,
         "logprob_below": recaption.logprob_below,
         "model": recaption.model,
-        "before": [{**_facts(table, name), "rows": rows} for name, rows in changes.before.most_common()],
+        "before": [{**_model_name_of(table, name), "rows": rows} for name, rows in changes.before.most_common()],
         **{name: changes.counts[name] for name in _COUNTED},
         "scored": len(pairs),
-        "differences": differences(pairs, question.seed),
-        "shown": shown(list(changes.changed)),
+        "differences": differences(pairs, spec.seed),
+        "shown": shown_pairs(list(changes.changed)),
     }
 
 
 class _Changes:
-    """Takes pairs of rows one after the other."""
+    """Collects counts and samples of the replaced rows."""
 
-    def __init__(self, question: Question, trained: frozenset[str]) -> None:
-        self._question, self._trained = question, trained
+    def __init__(self, spec: CheckSpec, trained: frozenset[str]) -> None:
+        self._spec, self._trained = spec, trained
         self.counts: Counter[str] = Counter()
         self.before: Counter[str] = Counter()  # rows by their older fingerprint
-        self.scored: Draw[Pair] = Draw(COMPARED_ROWS)
-        self.changed: Draw[Pair] = Draw(SHOWN_CHANGES)
+        self.scored: LowestRanks[CaptionPair] = LowestRanks(COMPARED_ROWS)
+        self.changed: LowestRanks[CaptionPair] = LowestRanks(SHOWN_CHANGES)
 
     def add(self, older: dict[str, Any], newer: dict[str, Any]) -> None:
+        """Add a replaced row and its replacement."""
         counts, was_ok, is_ok = self.counts, older["status"] == STATUS_OK, newer["status"] == STATUS_OK
         self.before[older["fingerprint"]] += 1
         counts["num_rows"] += 1
@@ -64,39 +65,40 @@ class _Changes:
         counts["now_failed"] += was_ok and not is_ok
         if not (was_ok and is_ok):
             return
-        pair, place = _pair(older, newer, self._question), rank(newer["image_id"], self._question.seed)
+        pair, order = _pair(older, newer, self._spec), rank(newer["image_id"], self._spec.seed)
         if pair.caption != pair.other:
             counts["changed"] += 1
-            self.changed.offer(place, pair.image_id, pair)
+            self.changed.offer(order, pair.image_id, pair)
         if pair.references and newer["sha256"] in self._trained:
             counts["trained_left_out"] += 1
         elif pair.references:
-            self.scored.offer(place, pair.image_id, pair)
+            self.scored.offer(order, pair.image_id, pair)
 
 
 def _rows(table: CaptionsTable, plan: Plan) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """(superseded row, current row) of each picture of a generation."""
+    """Yield (replaced row, current row) for each image of a generation."""
     for part in sorted(plan.parts):
-        places = table.directory.read_table(plan_part_name(plan.generation, part), ["part_row"])["part_row"]
+        part_rows = table.directory.read_table(plan_part_name(plan.generation, part), ["part_row"])["part_row"]
         older = table.directory.read_table(history_name(plan.generation, part), _COLUMNS)
-        newer = table.directory.read_table(captions_name(part), _COLUMNS).take(places.combine_chunks())
+        newer = table.directory.read_table(captions_name(part), _COLUMNS).take(part_rows.combine_chunks())
         for old, new in zip(older.to_batches(1024), _batches(newer, older), strict=True):
             yield from zip(old.to_pylist(), new.to_pylist(), strict=True)
 
 
 def _batches(rows: pa.Table, like: pa.Table) -> Iterator[pa.Table]:
+    """Yield slices of `rows` as long as the batches of `like`."""
     first = 0
     for batch in like.to_batches(1024):
         yield rows.slice(first, len(batch))
         first += len(batch)
 
 
-def _pair(older: dict[str, Any], newer: dict[str, Any], question: Question) -> Pair:
-    given, name = question.references, newer["image_id"]
-    known = given.find(name) if given else newer["reference_captions"]
-    return Pair(name, newer["caption"], older["caption"], known or [], newer["chunk_id"], newer["chunk_row"])
+def _pair(older: dict[str, Any], newer: dict[str, Any], spec: CheckSpec) -> CaptionPair:
+    references, name = spec.references, newer["image_id"]
+    captions = references.find(name) if references else newer["reference_captions"]
+    return CaptionPair(name, newer["caption"], older["caption"], captions or [], newer["chunk_id"], newer["chunk_row"])
 
 
-def _facts(table: CaptionsTable, fingerprint: str) -> dict[str, Any]:
-    facts = table.info.get("models", {}).get(fingerprint, {})
-    return {"fingerprint": fingerprint, "name": facts.get("name", fingerprint[:12])}
+def _model_name_of(table: CaptionsTable, fingerprint: str) -> dict[str, Any]:
+    model = table.info.get("models", {}).get(fingerprint, {})
+    return {"fingerprint": fingerprint, "name": model.get("name", fingerprint[:12])}

@@ -1,9 +1,9 @@
-"""The whole check of a table: scores of a sample against references, flags of every row, what the run's captions share.
+"""Check a table: score a sample against references, flag every row, and collect statistics of all captions.
 
-    first pass    survey of all rows; which rows are drawn for scoring
-    second pass   the drawn rows are scored, flags of the run are set, OUT/checks/part-*.parquet written
+    first pass    collect statistics of all rows and draw the sample
+    second pass   score the sample, set the flags and write OUT/checks/part-*.parquet
 
-Two passes over a few columns of the table; memory does not grow with its length. A file of references is held whole.
+Each pass reads a few columns, one part at a time; memory does not grow with the table. References are kept in memory.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from typing import Any
 
 import pyarrow as pa
 
-from captioner.scoring.eligible_rows import Chooser, Question
-from captioner.scoring.row_checks import Judge
-from captioner.scoring.sample import Draw
+from captioner.scoring.eligible_rows import CheckSpec, RowSelector
+from captioner.scoring.row_checks import RowChecker
+from captioner.scoring.sample import LowestRanks
 from captioner.scoring.scores import Scores
-from captioner.scoring.table_stats import COLUMNS, Survey
+from captioner.scoring.table_stats import COLUMNS, TableStats
 from captioner.store.read import read_parts
 from captioner.store.table import CaptionsTable
 
 CHECK_FILE = "checks/check.json"
 _OWN_REFERENCES = "the source's own"
-_PIECE_ROWS = 2_000
+_SLICE_ROWS = 2_000
 
 
 @dataclass
 class Check:
-    """What was found. `shown` holds rows for people to look at, by why they are shown."""
+    """The result of a check. `shown`: rows for the report, by the reason why they are shown."""
 
     scores: Scores
-    survey: Survey
+    stats: TableStats
     flags: Counter[str]
     with_references: int
     trained_left_out: int
@@ -45,16 +45,16 @@ class Check:
     sample: int | str
     seed: int
     comparison: dict[str, Any] | None = None
-    changes: dict[str, Any] | None = None  # by the latest recaptioning
+    changes: dict[str, Any] | None = None  # of the latest recaptioning, see `find_changes`
 
     def summary(self) -> dict[str, Any]:
-        """The figures that run.json holds."""
+        """Return the figures that run.json holds."""
         names = ("num_rows", "wer", "interval", "shuffled_wer", "lift", "cider_d", "normalisation")
         scores = self.scores.to_json()
         return {name: scores[name] for name in names} | {"flags": dict(self.flags.most_common())}
 
     def to_json(self) -> dict[str, Any]:
-        """What OUT/checks/check.json holds."""
+        """Return the contents of OUT/checks/check.json."""
         return {
             **self.scores.to_json(),
             "sample": self.sample,
@@ -67,59 +67,60 @@ class Check:
             "flags": dict(self.flags.most_common()),
             "wer_histogram": self.wer_histogram,
             "wer_by_confidence": self.wer_by_confidence,
-            "survey": self.survey.to_json(),
+            "survey": self.stats.to_json(),
             "shown": self.shown,
             "comparison": self.comparison,
             "changes": self.changes,
         }
 
 
-def check_table(table: CaptionsTable, question: Question) -> Check:
+def check_table(table: CaptionsTable, spec: CheckSpec) -> Check:
     """Check the rows committed so far and write OUT/checks/part-*.parquet.
 
-    Raises UsageError where references are given and fit no picture.
+    Raises UsageError when references are given and match no image.
     """
-    chooser = Chooser(table, question)
-    survey, drawn = Survey(), Draw[None](question.sample if isinstance(question.sample, int) else 0)
-    every = _every(table, question)
-    for rows in read_parts(table, chooser.columns(COLUMNS), every):
-        survey.add(rows)
-        for piece in _pieces(rows):
-            for row in chooser.eligible(piece):
-                drawn.offer(row.place, row.image_id, None)
-    chooser.settle(drawn)
-    table.directory.delete_folder("checks")  # what an older check left is no part of this one
-    judge = Judge(question, survey)
-    columns = chooser.columns([*COLUMNS, "flags", "chunk_id", "chunk_row"])
+    selector = RowSelector(table, spec)
+    stats, sample = TableStats(), LowestRanks[None](spec.sample if isinstance(spec.sample, int) else 0)
+    every = _part_stride(table, spec)
+    for rows in read_parts(table, selector.columns(COLUMNS), every):
+        stats.add(rows)
+        for rows_slice in _slices(rows):
+            for row in selector.eligible(rows_slice):
+                sample.offer(row.rank, row.image_id, None)
+    selector.set_sample(sample)
+    table.directory.delete_folder("checks")  # removes the parts of an earlier check
+    checker = RowChecker(spec, stats)
+    columns = selector.columns([*COLUMNS, "flags", "chunk_id", "chunk_row"])
     for part, rows in enumerate(read_parts(table, columns, every)):
-        checked = [judge.rows(piece, chooser.drawn(piece)) for piece in _pieces(rows)]
+        checked = [checker.check(rows_slice, selector.sampled(rows_slice)) for rows_slice in _slices(rows)]
         table.directory.write_table(f"checks/part-{part:05d}.parquet", pa.concat_tables(checked))
-    return _finish(question, survey, chooser, judge)
+    return _result(spec, stats, selector, checker)
 
 
-def _pieces(rows: pa.Table) -> Iterator[pa.Table]:
-    """A part in pieces: as Python's objects its rows take many times their memory. An empty part is one piece."""
-    return (rows.slice(first, _PIECE_ROWS) for first in range(0, max(rows.num_rows, 1), _PIECE_ROWS))
+def _slices(rows: pa.Table) -> Iterator[pa.Table]:
+    """Yield a part in slices, since Python objects need many times the memory of Arrow. An empty part is one slice."""
+    return (rows.slice(first, _SLICE_ROWS) for first in range(0, max(rows.num_rows, 1), _SLICE_ROWS))
 
 
-def _every(table: CaptionsTable, question: Question) -> int:
+def _part_stride(table: CaptionsTable, spec: CheckSpec) -> int:
+    """Return n to read every n-th part, so that about `max_rows` rows are read."""
     planned = sum(plan.num_rows for plan in table.plans() if plan.adds_parts)
-    return 1 if question.max_rows is None else max(1, -(-planned // question.max_rows))
+    return 1 if spec.max_rows is None else max(1, -(-planned // spec.max_rows))
 
 
-def _finish(question: Question, survey: Survey, chooser: Chooser, judge: Judge) -> Check:
-    given = question.references
+def _result(spec: CheckSpec, stats: TableStats, selector: RowSelector, checker: RowChecker) -> Check:
+    references = spec.references
     return Check(
-        scores=judge.sums.scores(),
-        survey=survey,
-        flags=judge.flags,
-        with_references=chooser.num_eligible,
-        trained_left_out=chooser.num_trained,
-        references=given.name if given else _OWN_REFERENCES if chooser.num_eligible else None,
-        unmatched=given.unmatched() if given else (0, []),
-        wer_histogram=judge.wer_histogram(),
-        wer_by_confidence=judge.wer_by_confidence(),
-        shown=judge.shown(),
-        sample=question.sample,
-        seed=question.seed,
+        scores=checker.sums.scores(),
+        stats=stats,
+        flags=checker.flags,
+        with_references=selector.num_eligible,
+        trained_left_out=selector.num_trained,
+        references=references.name if references else _OWN_REFERENCES if selector.num_eligible else None,
+        unmatched=references.unmatched() if references else (0, []),
+        wer_histogram=checker.wer_histogram(),
+        wer_by_confidence=checker.wer_by_confidence(),
+        shown=checker.shown(),
+        sample=spec.sample,
+        seed=spec.seed,
     )

@@ -1,9 +1,8 @@
 """CIDEr-D, BLEU and ROUGE-L as coco-caption computes them.
 
-CIDEr-D (Vedantam et al. 2015): agreement with the references in n-grams that are rare in the corpus; n-grams of 1 to 4
-tokens, TF-IDF with document frequencies from the references of the pictures scored together, counts clipped to the
-reference's, a Gaussian penalty (sigma 6) on the difference in length, times 10. A score therefore depends on the other
-pictures.
+CIDEr-D (Vedantam et al. 2015): TF-IDF-weighted agreement with the references in n-grams of 1 to 4 tokens. Document
+frequencies come from the references of all scored images, counts are clipped to the reference's, a Gaussian penalty
+(sigma 6) applies to the difference in length, and the result is times 10. A score thus depends on the other images.
 
 BLEU-1 to BLEU-4 of a corpus (Papineni et al. 2002): one brevity penalty for the corpus, from the reference closest in
 length. ROUGE-L (Lin 2004) of one caption: beta 1.2, the best precision and the best recall over the references.
@@ -34,16 +33,16 @@ class _Vector:
 
 
 def cider_d(captions: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> list[float]:
-    """A score for each caption, 0 to 10; their mean is the corpus score."""
+    """Return a score for each caption, 0 to 10; their mean is the corpus score."""
     frequency: Counter[Gram] = Counter()
-    for several in references:
-        frequency.update({gram for known in several for n in range(1, 5) for gram in ngrams(known, n)})
+    for image_references in references:
+        frequency.update({gram for reference in image_references for n in range(1, 5) for gram in ngrams(reference, n)})
     scale = log(len(references)) if references else 0.0
     scores = []
-    for caption, several in zip(captions, references, strict=True):
-        said = _vector(caption, frequency, scale)
-        each = [_similarity(said, _vector(known, frequency, scale)) for known in several]
-        scores.append(10.0 * sum(each) / len(each) if each else 0.0)
+    for caption, image_references in zip(captions, references, strict=True):
+        vector = _vector(caption, frequency, scale)
+        similarities = [_similarity(vector, _vector(reference, frequency, scale)) for reference in image_references]
+        scores.append(10.0 * sum(similarities) / len(similarities) if similarities else 0.0)
     return scores
 
 
@@ -52,53 +51,56 @@ def _vector(tokens: Tokens, frequency: Counter[Gram], scale: float) -> _Vector:
         {gram: count * (scale - log(max(1, frequency[gram]))) for gram, count in ngrams(tokens, n).items()}
         for n in range(1, 5)
     ]
-    norms = [sqrt(sum(value * value for value in some.values())) for some in weights]
+    norms = [sqrt(sum(value * value for value in by_gram.values())) for by_gram in weights]
     return _Vector(weights, norms, max(0, len(tokens) - 1))
 
 
-def _similarity(said: _Vector, known: _Vector) -> float:
-    penalty = exp(-((said.length - known.length) ** 2) / (2 * SIGMA**2))
+def _similarity(caption: _Vector, reference: _Vector) -> float:
+    penalty = exp(-((caption.length - reference.length) ** 2) / (2 * SIGMA**2))
     total = 0.0
     for n in range(4):
         product = sum(
-            min(value, known.weights[n].get(gram, 0.0)) * known.weights[n].get(gram, 0.0)
-            for gram, value in said.weights[n].items()
+            min(value, reference.weights[n].get(gram, 0.0)) * reference.weights[n].get(gram, 0.0)
+            for gram, value in caption.weights[n].items()
         )
-        norm = said.norms[n] * known.norms[n]
+        norm = caption.norms[n] * reference.norms[n]
         total += product / norm if norm else product
     return penalty * total / 4
 
 
 Array = npt.NDArray[np.float64]
-_TINY, _SMALL = 1e-15, 1e-9  # coco-caption's: no match at all gives a BLEU near 0, not a fault
+_TINY, _SMALL = 1e-15, 1e-9  # as in coco-caption: without any match BLEU is near 0 instead of undefined
 
 
 def bleu(captions: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> list[float] | None:
-    """[BLEU-1, BLEU-2, BLEU-3, BLEU-4], 0 to 1; `None` without captions."""
+    """Return [BLEU-1, BLEU-2, BLEU-3, BLEU-4], 0 to 1; `None` without captions."""
     if not captions:
         return None
-    counts = [bleu_counts(caption, several) for caption, several in zip(captions, references, strict=True)]
+    counts = list(map(bleu_counts, captions, references))
     scores: list[float] = bleu_of(np.array(counts, np.float64).sum(axis=0)).tolist()
     return scores
 
 
 def bleu_counts(caption: Tokens, references: Sequence[Tokens]) -> tuple[int, ...]:
-    """What a caption adds to the corpus, 10 numbers: words said, words of the reference closest in length, then of 1 to
-    4 words each the n-grams that match, and those said."""
-    known = min((len(one) for one in references), key=lambda length: (abs(length - len(caption)), length))
+    """Return the 10 counts that a caption adds to the corpus.
+
+    Words of the caption, words of the reference closest in length, matching n-grams for n = 1 to 4, and n-grams of the
+    caption for n = 1 to 4.
+    """
+    closest = min((len(tokens) for tokens in references), key=lambda length: (abs(length - len(caption)), length))
     correct, guessed = [], []
     for n in range(1, 5):
         grams = ngrams(caption, n)
-        most: Counter[tuple[str, ...]] = Counter()
-        for one in references:
-            most |= ngrams(one, n)
-        correct.append((grams & most).total())
+        in_references: Counter[Gram] = Counter()
+        for reference in references:
+            in_references |= ngrams(reference, n)
+        correct.append((grams & in_references).total())
         guessed.append(max(0, len(caption) - n + 1))
-    return (len(caption), known, *correct, *guessed)
+    return (len(caption), closest, *correct, *guessed)
 
 
 def bleu_of(sums: Array) -> Array:
-    """Summed `bleu_counts` [..., 10] -> BLEU-1 to BLEU-4 [..., 4]."""
+    """Return BLEU-1 to BLEU-4 [..., 4] of summed `bleu_counts` [..., 10]."""
     ratio = (sums[..., 0:1] + _TINY) / (sums[..., 1:2] + _SMALL)
     penalty = np.exp(np.minimum(0.0, 1 - 1 / ratio))
     precisions = (sums[..., 2:6] + _TINY) / (sums[..., 6:10] + _SMALL)
@@ -106,18 +108,19 @@ def bleu_of(sums: Array) -> Array:
     return scores
 
 
-def ngrams(tokens: Tokens, n: int) -> Counter[tuple[str, ...]]:
-    return Counter(zip(*(tokens[place:] for place in range(n)), strict=False))
+def ngrams(tokens: Tokens, n: int) -> Counter[Gram]:
+    """Return the n-grams of the tokens with their counts."""
+    return Counter(zip(*(tokens[start:] for start in range(n)), strict=False))
 
 
 BETA = 1.2
 
 
 def rouge_l(caption: Tokens, references: Sequence[Tokens]) -> float:
-    """0 to 1."""
-    common = [longest_common(caption, known) for known in references]
+    """Return the ROUGE-L score of one caption, 0 to 1."""
+    common = [longest_common(caption, reference) for reference in references]
     precision = max((length / len(caption) for length in common), default=0.0) if caption else 0.0
-    recalls = (length / len(known) for length, known in zip(common, references, strict=True) if known)
+    recalls = (length / len(reference) for length, reference in zip(common, references, strict=True) if reference)
     recall = max(recalls, default=0.0)
     if not precision or not recall:
         return 0.0
@@ -125,12 +128,12 @@ def rouge_l(caption: Tokens, references: Sequence[Tokens]) -> float:
 
 
 def longest_common(first: Tokens, second: Tokens) -> int:
-    """Length of the longest common subsequence."""
+    """Return the length of the longest common subsequence."""
     row = [0] * (len(second) + 1)
     for token in first:
         diagonal = 0
-        for place, other in enumerate(second, start=1):
-            above = row[place]
-            row[place] = diagonal + 1 if token == other else max(above, row[place - 1])
+        for column, other in enumerate(second, start=1):
+            above = row[column]
+            row[column] = diagonal + 1 if token == other else max(above, row[column - 1])
             diagonal = above
     return row[-1]

@@ -1,4 +1,4 @@
-"""Two runs over the same pictures: which captions changed, and whether the change is for the better."""
+"""Compare two runs over the same images: which captions differ, and which run has the better scores."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import pyarrow.compute as pc
 from captioner.data import STATUS_OK
 from captioner.scoring.bootstrap import difference_interval, interval, mean_interval
 from captioner.scoring.coco_metrics import Tokens, bleu_counts, bleu_of, cider_d, rouge_l
-from captioner.scoring.eligible_rows import Question
+from captioner.scoring.eligible_rows import CheckSpec
 from captioner.scoring.normalise import caption_tokens
-from captioner.scoring.sample import Draw, rank
+from captioner.scoring.sample import LowestRanks, rank
 from captioner.scoring.wer import match_captions
 from captioner.store.read import read_parts
 from captioner.store.table import CaptionsTable
@@ -26,8 +26,8 @@ SHOWN_CHANGES = 24
 
 
 @dataclass(frozen=True)
-class Pair:
-    """A picture with the caption of this run and that of the other."""
+class CaptionPair:
+    """An image with the caption of this run and that of the other run."""
 
     image_id: str
     caption: str
@@ -37,17 +37,19 @@ class Pair:
     chunk_row: int
 
 
-def compare_tables(table: CaptionsTable, other: CaptionsTable, question: Question) -> dict[str, Any]:
-    """Figures of at most 10,000 pictures that both tables caption, the first of the seed's order.
+def compare_tables(table: CaptionsTable, other: CaptionsTable, spec: CheckSpec) -> dict[str, Any]:
+    """Return the figures of at most 10,000 images that both tables caption, the first in the seed's order.
 
-    Differences are this run's minus the other's, with paired bootstrap intervals: the same pictures are drawn for both.
+    Differences are this run's minus the other's, with paired bootstrap intervals over the same images.
     """
-    mine = _drawn(table, question)
-    theirs = _captions_of(other, list(mine))
+    sampled = _sample_rows(table, spec)
+    other_captions = _captions_of(other, list(sampled))
     pairs = [
-        Pair(name, row["caption"], theirs[name], row["reference_captions"], row["chunk_id"], row["chunk_row"])
-        for name, row in mine.items()
-        if name in theirs
+        CaptionPair(
+            name, row["caption"], other_captions[name], row["reference_captions"], row["chunk_id"], row["chunk_row"]
+        )
+        for name, row in sampled.items()
+        if name in other_captions
     ]
     changed = [pair for pair in pairs if pair.caption != pair.other]
     scored = [pair for pair in pairs if pair.references]
@@ -57,53 +59,54 @@ def compare_tables(table: CaptionsTable, other: CaptionsTable, question: Questio
         "num_rows": len(pairs),
         "changed": len(changed),
         "scored": len(scored),
-        "differences": differences(scored, question.seed),
-        "shown": shown(changed),
+        "differences": differences(scored, spec.seed),
+        "shown": shown_pairs(changed),
     }
 
 
-def _drawn(table: CaptionsTable, question: Question) -> dict[str, dict[str, Any]]:
-    draw: Draw[dict[str, Any]] = Draw(COMPARED_ROWS)
-    given = question.references
+def _sample_rows(table: CaptionsTable, spec: CheckSpec) -> dict[str, dict[str, Any]]:
+    """Return a sample of the captioned rows with their references, by image id."""
+    sample: LowestRanks[dict[str, Any]] = LowestRanks(COMPARED_ROWS)
+    references = spec.references
     columns = ["image_id", "status", "caption", "reference_captions", "chunk_id", "chunk_row"]
     for rows in read_parts(table, columns):
         for row in rows.filter(pc.equal(rows["status"], STATUS_OK)).to_pylist():
             name = row["image_id"]
-            known = given.find(name) if given else row["reference_captions"]
-            draw.offer(rank(name, question.seed), name, row | {"reference_captions": known or []})
-    return {row["image_id"]: row for row in draw}
+            captions = references.find(name) if references else row["reference_captions"]
+            sample.offer(rank(name, spec.seed), name, row | {"reference_captions": captions or []})
+    return {row["image_id"]: row for row in sample}
 
 
 def _captions_of(table: CaptionsTable, names: Sequence[str]) -> dict[str, str]:
-    wanted = pa.array(names, pa.string())
-    found: dict[str, str] = {}
+    name_array = pa.array(names, pa.string())
+    captions: dict[str, str] = {}
     for rows in read_parts(table, ["image_id", "status", "caption"]):
-        kept = rows.filter(pc.and_(pc.equal(rows["status"], STATUS_OK), pc.is_in(rows["image_id"], wanted)))
-        found.update(zip(kept["image_id"].to_pylist(), kept["caption"].to_pylist(), strict=True))
-    return found
+        kept = rows.filter(pc.and_(pc.equal(rows["status"], STATUS_OK), pc.is_in(rows["image_id"], name_array)))
+        captions.update(zip(kept["image_id"].to_pylist(), kept["caption"].to_pylist(), strict=True))
+    return captions
 
 
-def differences(pairs: Sequence[Pair], seed: int) -> dict[str, dict[str, Any]]:
-    """WER, CIDEr-D, BLEU-4 and ROUGE-L of this run and of the other; empty without references."""
+def differences(pairs: Sequence[CaptionPair], seed: int) -> dict[str, dict[str, Any]]:
+    """Return WER, CIDEr-D, BLEU-4 and ROUGE-L of this run and of the other; empty without references."""
     if not pairs:
         return {}
     references = [pair.references for pair in pairs]
     texts = [pair.caption for pair in pairs], [pair.other for pair in pairs]
-    known = [[caption_tokens(one) for one in several] for several in references]
-    mine, theirs = ([caption_tokens(text) for text in some] for some in texts)
-    found = _wer_difference(texts, references, seed)
-    found["CIDEr-D"] = _mean_difference(cider_d(mine, known), cider_d(theirs, known), seed)
-    found["BLEU-4"] = _bleu_difference(mine, theirs, known, seed)
-    rouges = [[rouge_l(*one) for one in zip(said, known, strict=True)] for said in (mine, theirs)]
-    found["ROUGE-L"] = _mean_difference(rouges[0], rouges[1], seed)
-    return found
+    reference_tokens = [[caption_tokens(text) for text in captions] for captions in references]
+    mine, theirs = ([caption_tokens(text) for text in captions] for captions in texts)
+    figures = _wer_difference(texts, references, seed)
+    figures["CIDEr-D"] = _mean_difference(cider_d(mine, reference_tokens), cider_d(theirs, reference_tokens), seed)
+    figures["BLEU-4"] = _bleu_difference(mine, theirs, reference_tokens, seed)
+    rouges = [list(map(rouge_l, captions, reference_tokens)) for captions in (mine, theirs)]
+    figures["ROUGE-L"] = _mean_difference(rouges[0], rouges[1], seed)
+    return figures
 
 
 def _wer_difference(texts: tuple[list[str], list[str]], references: list[list[str]], seed: int) -> dict[str, Any]:
-    """Empty where no reference holds a word."""
-    mine, theirs = ([match.best_edits for match in match_captions(some, references)] for some in texts)
+    """Return the WER figures; empty when no reference has a word."""
+    mine, theirs = ([match.best_edits for match in match_captions(captions, references)] for captions in texts)
     rows = Counter((a.edits, a.words, b.edits, b.words) for a, b in zip(mine, theirs, strict=True))
-    sums = [sum(row[place] * count for row, count in rows.items()) for place in range(4)]
+    sums = [sum(row[column] * count for row, count in rows.items()) for column in range(4)]
     if not sums[1] or not sums[3]:
         return {}
     return {
@@ -117,21 +120,24 @@ def _mean_difference(mine: Sequence[float], theirs: Sequence[float], seed: int) 
 
 
 def _bleu_difference(
-    mine: Sequence[Tokens], theirs: Sequence[Tokens], known: Sequence[Sequence[Tokens]], seed: int
+    mine: Sequence[Tokens], theirs: Sequence[Tokens], references: Sequence[Sequence[Tokens]], seed: int
 ) -> dict[str, Any]:
     counts = [
-        (*bleu_counts(own, several), *bleu_counts(other, several))
-        for own, other, several in zip(mine, theirs, known, strict=True)
+        (*bleu_counts(caption, captions), *bleu_counts(other, captions))
+        for caption, other, captions in zip(mine, theirs, references, strict=True)
     ]
-    own, other = (float(bleu_of(part)[3]) for part in np.array(counts, np.float64).sum(axis=0).reshape(2, 10))
+    bleu, other_bleu = (float(bleu_of(sums)[3]) for sums in np.array(counts, np.float64).sum(axis=0).reshape(2, 10))
     gap = interval(Counter(counts), lambda sums: bleu_of(sums[:, :10])[:, 3] - bleu_of(sums[:, 10:])[:, 3], seed)
-    return _figures(own, other, gap)
+    return _figures(bleu, other_bleu, gap)
 
 
 def _figures(
     mine: float, theirs: float, interval: tuple[float, float] | None, lower_is_better: bool = False
 ) -> dict[str, Any]:
-    """`verdict`: "better" or "worse" than the other where the interval leaves out 0, else "not shown to differ"."""
+    """Return the figures of one score.
+
+    `verdict`: "better" or "worse" than the other when the interval excludes 0, else "not shown to differ".
+    """
     verdict = "not shown to differ"
     if interval is not None and (interval[0] > 0 or interval[1] < 0):
         verdict = "better" if (interval[1] < 0) == lower_is_better else "worse"
@@ -139,8 +145,8 @@ def _figures(
     return {"this": mine, "other": theirs, "difference": gap, "interval": interval, "verdict": verdict}
 
 
-def shown(changed: Sequence[Pair]) -> list[dict[str, Any]]:
-    """Pairs as a report keeps them: `caption` and `other`."""
+def shown_pairs(changed: Sequence[CaptionPair]) -> list[dict[str, Any]]:
+    """Return the first pairs as check.json holds them."""
     return [
         {
             "image_id": pair.image_id,

@@ -1,4 +1,4 @@
-"""Which rows of a table are scored, and against what."""
+"""Select the rows of a table that are scored, with their references."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from captioner.data import STATUS_OK
 from captioner.errors import UsageError
 from captioner.files import open_filesystem
 from captioner.scoring.references import References
-from captioner.scoring.sample import Draw, rank
+from captioner.scoring.sample import LowestRanks, rank
 from captioner.store.plan import read_planned
 from captioner.store.table import CaptionsTable
 
 
 @dataclass(frozen=True)
-class Question:
-    """What to check: how many rows to score (of those that have references), drawn by `seed`; `terms` are flagged.
+class CheckSpec:
+    """What to check.
 
-    `max_rows`: of a table with more rows only every n-th part is looked at, about so many rows in all.
+    `sample`: how many of the rows with references to score, drawn by `seed`. `terms`: captions with one are flagged.
+    `max_rows`: of a larger table only every n-th part is read, about this many rows in all.
     """
 
     references: References | None = None
@@ -34,83 +35,82 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Eligible:
+class EligibleRow:
     """A row that can be scored."""
 
     index: int  # in its part
-    place: int
+    rank: int  # in the seed's order
     image_id: str
     caption: str
     references: list[str]
 
 
 @dataclass
-class Chooser:
-    """Which rows are scored: those with a caption and references, of pictures the model was not trained on; of them
-    the first of the seed's order."""
+class RowSelector:
+    """Selects the rows to score: with a caption and references, not training images, the first in the seed's order."""
 
     table: CaptionsTable
-    question: Question
+    spec: CheckSpec
     num_eligible: int = 0
     num_trained: int = 0
     _num_trained: int = 0
-    _highest: int | None = None
+    _max_rank: int | None = None
 
     def __post_init__(self) -> None:
-        self._trained = trained_pictures(self.table)
+        self._trained = trained_images(self.table)
 
-    def columns(self, wanted: list[str]) -> list[str]:
-        """What to read of the captions table."""
-        return wanted if self.question.references else [*wanted, "reference_captions"]
+    def columns(self, names: list[str]) -> list[str]:
+        """Return these columns and those that the selection needs."""
+        return names if self.spec.references else [*names, "reference_captions"]
 
-    def eligible(self, rows: pa.Table) -> Iterator[Eligible]:
-        """The rows of a part that can be scored; counts them."""
+    def eligible(self, rows: pa.Table) -> Iterator[EligibleRow]:
+        """Yield and count the rows of a part that can be scored."""
         for row in self._with_references(rows):
             self.num_eligible += 1
             yield row
 
-    def settle(self, drawn: Draw[None]) -> None:
-        """Take what was drawn from all eligible rows. Raises UsageError where references fit nothing."""
+    def set_sample(self, sample: LowestRanks[None]) -> None:
+        """Set the sample drawn from all eligible rows. Raises UsageError when the references match no image."""
         self.num_trained = self._num_trained
-        given = self.question.references
-        if given and given.unmatched()[0] == len(given.captions):
-            raise UsageError(nothing_matches(given, self.table))
-        self._highest = None if self.question.sample == "all" else drawn.highest if len(drawn) else -1
+        references = self.spec.references
+        if references and references.unmatched()[0] == len(references.captions):
+            raise UsageError(no_match_message(references, self.table))
+        self._max_rank = None if self.spec.sample == "all" else sample.max_rank if len(sample) else -1
 
-    def drawn(self, rows: pa.Table) -> list[Eligible]:
-        """The rows of a part that are scored."""
-        return [row for row in self._with_references(rows) if self._highest is None or row.place <= self._highest]
+    def sampled(self, rows: pa.Table) -> list[EligibleRow]:
+        """Return the rows of a part that are in the sample."""
+        return [row for row in self._with_references(rows) if self._max_rank is None or row.rank <= self._max_rank]
 
-    def _with_references(self, rows: pa.Table) -> Iterator[Eligible]:
-        given, seed = self.question.references, self.question.seed
+    def _with_references(self, rows: pa.Table) -> Iterator[EligibleRow]:
+        references, seed = self.spec.references, self.spec.seed
         ids, statuses = rows["image_id"].to_pylist(), rows["status"].to_pylist()
-        own = [None] * len(ids) if given else rows["reference_captions"].to_pylist()
+        from_source = [None] * len(ids) if references else rows["reference_captions"].to_pylist()
         captions, digests = rows["caption"].to_pylist(), rows["sha256"].to_pylist()
         for index, image_id in enumerate(ids):
-            known = given.find(image_id) if given else own[index]
-            if not known or statuses[index] != STATUS_OK:
+            row_references = references.find(image_id) if references else from_source[index]
+            if not row_references or statuses[index] != STATUS_OK:
                 continue
             if digests[index] in self._trained:
                 self._num_trained += 1
                 continue
-            yield Eligible(index, rank(image_id, seed), image_id, captions[index], known)
+            yield EligibleRow(index, rank(image_id, seed), image_id, captions[index], row_references)
 
 
-def nothing_matches(references: References, table: CaptionsTable) -> str:
-    """The message for references of other pictures: names of both sides."""
+def no_match_message(references: References, table: CaptionsTable) -> str:
+    """Return the error message for references that match no image, with example names of both."""
     number, examples = references.unmatched()
     example = read_planned(table, next(table.plans()[0].chunks()))["image_id"][0].as_py()
     return (
-        f"--references {references.name}: none of its {number:,} names, such as {examples[0]!r}, is a picture of the "
-        f"table, whose ids are like {example!r}"
+        f"--references {references.name}: none of its {number:,} names, such as {examples[0]!r}, is an image of the "
+        f"table, whose ids are like {example!r}; give references with image ids or file names of the table"
     )
 
 
 TRAINING_IMAGES = "training_images.parquet"
 
 
-def trained_pictures(table: CaptionsTable) -> frozenset[str]:
-    """sha256 of the pictures in the model directory's training_images.parquet; empty where there is none."""
+def trained_images(table: CaptionsTable) -> frozenset[str]:
+    """Return the sha256 of the images in the model directory's training_images.parquet; empty when there is none."""
     name = (table.info.get("model") or {}).get("name", "")
     if table.directory.exists("run.json"):
         name = (table.directory.read_json("run.json").get("model") or {}).get("path") or name

@@ -1,27 +1,27 @@
-"""What is wrong with a caption by its looks: no reference is needed, no picture either."""
+"""Flags for suspicious captions, which need neither a reference nor the image."""
 
 from __future__ import annotations
 
 import math
 import re
 
-# Of one caption: on its row of the captions table.
+# Flags of one caption, stored in its row of the captions table.
 CAPTION_FLAGS = {
     "empty": "no text",
-    "truncated": "cut off at the token limit, before an end",
-    "no_logprob": "the model gave no finite probability",
-    "repeated": "a word or phrase over and over",
-    "special_tokens": "holds special or [unused] tokens",
-    "image_of": "starts with words like “image of”, which say nothing to a reader of alt text",
-    "over_125": "longer than 125 characters, the advice for alt text",
+    "truncated": "cut off at the token limit",
+    "no_logprob": "the model gave no finite log-probability",
+    "repeated": "repeats a word or phrase",
+    "special_tokens": "contains special or [unused] tokens",
+    "image_of": "starts with words like “image of”, which tell a reader of alt text nothing",
+    "over_125": "longer than 125 characters, the recommended limit for alt text",
     "over_250": "longer than 250 characters",
 }
-# Of a caption among the others of its run: in OUT/checks.
+# Flags of a caption compared with the others of its run, stored in OUT/checks.
 RUN_FLAGS = {
-    "same_caption": "the same caption for many different pictures",
-    "low_confidence": "among the least certain of this run",
+    "same_caption": "the same caption for many different images",
+    "low_confidence": "among the lowest log-probabilities of this run",
     "other_language": "in another language or script than the rest of the run",
-    "listed_term": "holds a term of the list given with --terms",
+    "listed_term": "contains a term of the list given with --terms",
 }
 ALL_FLAGS = CAPTION_FLAGS | RUN_FLAGS
 
@@ -39,11 +39,11 @@ MAX_PHRASE_WORDS = 6
 
 
 def caption_flags(text: str, logprob_mean: float = 0.0, finished: bool = True) -> list[str]:
-    """The flags of one caption, in the order of CAPTION_FLAGS.
+    """Return the flags of one caption, in the order of CAPTION_FLAGS.
 
-    `logprob_mean`: NaN where the model gave none. `finished`: the end token came within the limit.
+    `logprob_mean`: NaN when the model gave none. `finished`: the end token came within the limit.
     """
-    found = {
+    applies = {
         "empty": not text.strip(),
         "truncated": not finished,
         "no_logprob": not math.isfinite(logprob_mean),
@@ -53,23 +53,25 @@ def caption_flags(text: str, logprob_mean: float = 0.0, finished: bool = True) -
         "over_125": len(text) > 125,
         "over_250": len(text) > 250,
     }
-    return [flag for flag, holds in found.items() if holds]
+    return [flag for flag in CAPTION_FLAGS if applies[flag]]
 
 
 def is_repetitive(text: str) -> bool:
-    """Whether a word, or a phrase of up to 6 words, comes three times in a row. "A red square, a red square and a
-    ring" is no loop: two equal things may stand side by side."""
+    """Return whether a word, or a phrase of up to 6 words, comes three times in a row.
+
+    Twice is fine: "a red square, a red square and a ring" may be a correct caption.
+    """
     words = _TOKENS.findall(text.lower())
     if len(words) - len(set(words)) < 2:
-        return False  # no word is there three times
+        return False  # no word comes three times
     return any(_repeats(words, size) for size in range(1, MAX_PHRASE_WORDS + 1))
 
 
 def _repeats(words: list[str], size: int) -> bool:
-    """Whether `size` words come three times in a row."""
+    """Return whether a phrase of `size` words comes three times in a row."""
     run = 0
-    for place in range(size, len(words)):
-        run = run + 1 if words[place] == words[place - size] else 0
+    for index in range(size, len(words)):
+        run = run + 1 if words[index] == words[index - size] else 0
         if run == 2 * size:
             return True
     return False

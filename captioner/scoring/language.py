@@ -1,4 +1,8 @@
-"""In which script, and for some Latin ones in which language, a caption is: enough to see one unlike the rest."""
+"""Guess the script of a caption, and for some Latin languages the language, to find captions unlike the others.
+
+Captions are too short for language identification libraries: langdetect takes "red dog" for Welsh with probability
+0.99. This module answers None unless function words or the script decide.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +28,7 @@ _MIN_HITS = 2
 
 @lru_cache(maxsize=10_000)
 def language_of(text: str) -> str | None:
-    """A code of _FUNCTION_WORDS or the name of a script ("cyrillic", "cjk"); `None` where it cannot be told.
+    """Return a code of _FUNCTION_WORDS or the name of a script ("cyrillic", "cjk"); `None` when undecided.
 
     A Latin text needs two function words, and more of one language than of any other.
     """

@@ -1,4 +1,4 @@
-"""The spot-check while captioning: rows are drawn before the start, scored where they are written, and added up."""
+"""The spot check while captioning: sample rows before the start, score them when they are written, and sum up."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from captioner.scoring.bootstrap import Interval, wer_interval
 from captioner.scoring.references import References
-from captioner.scoring.sample import Draw, rank
+from captioner.scoring.sample import LowestRanks, rank
 from captioner.scoring.wer import match_captions
 from captioner.store.table import CaptionsTable, plan_part_name
 
@@ -16,38 +16,42 @@ Sample = Mapping[str, list[str]]  # image id -> references
 
 
 def draw_sample(table: CaptionsTable, size: int, seed: int, references: References | None) -> Sample:
-    """The rows of the plan to be scored: the first `size` of the seed's order that have references.
+    """Return the rows of the plan to score: the first `size` in the seed's order that have references.
 
     Reads two columns of the plan, one part at a time.
     """
-    drawn: Draw[tuple[str, list[str]]] = Draw(size)
+    sample: LowestRanks[tuple[str, list[str]]] = LowestRanks(size)
     for plan in table.plans():
         for part in sorted(plan.parts) if plan.adds_parts and size else ():
             rows = table.directory.read_table(plan_part_name(plan.generation, part), ["image_id", "reference_captions"])
-            ids, own = rows["image_id"].to_pylist(), rows["reference_captions"].to_pylist()
-            for image_id, known in zip(ids, own, strict=True):
-                several = references.find(image_id) if references else known
-                if several:
-                    drawn.offer(rank(image_id, seed), image_id, (image_id, several))
-    return dict(drawn)
+            columns = rows["image_id"].to_pylist(), rows["reference_captions"].to_pylist()
+            for image_id, from_source in zip(*columns, strict=True):
+                captions = references.find(image_id) if references else from_source
+                if captions:
+                    sample.offer(rank(image_id, seed), image_id, (image_id, captions))
+    return dict(sample)
 
 
 def score_sampled(sample: Sample, image_ids: Sequence[str], captions: Sequence[str | None]) -> list[tuple[int, int]]:
-    """(edits, words) of each captioned row that is in the sample, against its best reference."""
-    places = [place for place, name in enumerate(image_ids) if name in sample and captions[place] is not None]
-    said = [captions[place] or "" for place in places]
-    matches = match_captions(said, [sample[image_ids[place]] for place in places])
+    """Return (edits, words) of each captioned row in the sample, against its best reference."""
+    sampled = [
+        (caption, sample[image_id])
+        for image_id, caption in zip(image_ids, captions, strict=True)
+        if image_id in sample and caption is not None
+    ]
+    matches = match_captions([caption for caption, _ in sampled], [references for _, references in sampled])
     return [(match.best_edits.edits, match.best_edits.words) for match in matches]
 
 
 class RunningWer:
-    """WER of the sampled rows that are committed so far."""
+    """The WER of the sampled rows that have been committed so far."""
 
     def __init__(self, seed: int) -> None:
         self._seed = seed
         self._rows: Counter[tuple[int, int]] = Counter()
 
     def add(self, scored: Iterable[tuple[int, int]]) -> None:
+        """Add the (edits, words) of scored rows."""
         self._rows.update((edits, words) for edits, words in scored)
 
     @property
@@ -60,10 +64,11 @@ class RunningWer:
         return sum(row[0] * count for row, count in self._rows.items()) / words if words else None
 
     def interval(self) -> Interval | None:
+        """Return the 95 % bootstrap interval of the WER."""
         return wer_interval(self._rows, self._seed)
 
     def is_hopeless(self, max_wer: float) -> bool:
-        """Whether the 95 % interval lies wholly above the gate; never before 50 rows."""
+        """Return whether the whole 95 % interval is above `max_wer`; never before 50 rows."""
         wer = self.wer
         if self.num_rows < MIN_ROWS_TO_STOP or wer is None or wer <= max_wer:
             return False

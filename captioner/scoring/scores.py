@@ -1,4 +1,4 @@
-"""The figures of captions against references, added up row by row."""
+"""The scores of captions against references, summed row by row."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from typing import Any
 from captioner.scoring.bootstrap import Interval, mean_interval, wer_interval
 from captioner.scoring.coco_metrics import bleu, cider_d, rouge_l
 from captioner.scoring.normalise import NORMALISATION, caption_tokens
-from captioner.scoring.sample import Draw
+from captioner.scoring.sample import LowestRanks
 from captioner.scoring.vocabulary import compare_vocabulary
 from captioner.scoring.wer import Edits, Match, character_edits, human_wer, shuffled_wer
 
-# CIDEr-D needs all its pictures at hand, the shuffled baseline compares each caption 20 times over: of a larger set of
-# scored rows they take the first of the seed's order.
+# CIDEr-D needs all its images in memory and the shuffled baseline compares each caption 20 times: both use only the
+# first rows in the seed's order.
 OVERLAP_ROWS = 5_000
 BASELINE_ROWS = 1_000
 
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """`None` stands for "no data", everywhere.
+    """The scores of a run; `None` means "no data".
 
-    `wer`: of each picture's best reference; `wer_single`: of its first. `interval`: 95 %, bootstrap, of `wer`.
-    `shuffled_wer`: mean of 20 derangements; `lift` = 1 - wer / shuffled_wer; `human_wer`: one reference against the
-    others. CIDEr-D, BLEU, ROUGE-L and the vocabulary are of `overlap_rows` rows.
+    `wer`: against each image's best reference; `wer_single`: against its first. `interval`: 95 % bootstrap interval of
+    `wer`. `shuffled_wer`: mean of 20 derangements; `lift` = 1 - wer / shuffled_wer; `human_wer`: one reference against
+    the others. CIDEr-D, BLEU, ROUGE-L and the vocabulary are computed from `overlap_rows` rows.
     """
 
     num_rows: int
@@ -53,22 +53,23 @@ class Scores:
     normalisation: str = NORMALISATION
 
     def to_json(self) -> dict[str, Any]:
+        """Return the scores as JSON values."""
         return asdict(self)
 
 
 @dataclass
 class ScoreSums:
-    """Collects scored rows in bounded memory; their order does not matter."""
+    """Sums scored rows in bounded memory; their order does not matter."""
 
     seed: int = 0
     rows: Counter[tuple[int, int]] = field(default_factory=Counter)  # (edits, words) of the best reference
     total: Edits = field(default_factory=lambda: Edits(0, 0, 0, 0))
     single: tuple[int, int] = (0, 0)
     characters: tuple[int, int] = (0, 0)
-    kept: Draw[tuple[str, list[str]]] = field(default_factory=lambda: Draw(OVERLAP_ROWS))
+    kept: LowestRanks[tuple[str, list[str]]] = field(default_factory=lambda: LowestRanks(OVERLAP_ROWS))
 
-    def add(self, place: int, image_id: str, caption: str, references: Sequence[str], match: Match) -> None:
-        """One caption. `place`: its rank in the seed's order."""
+    def add(self, row_rank: int, image_id: str, caption: str, references: Sequence[str], match: Match) -> None:
+        """Add one caption. `row_rank`: its rank in the seed's order."""
         best, first, total = match.best_edits, match.edits[0], self.total
         self.rows[best.edits, best.words] += 1
         self.total = Edits(
@@ -80,18 +81,19 @@ class ScoreSums:
         self.single = (self.single[0] + first.edits, self.single[1] + first.words)
         ((edits, length),) = character_edits([(references[match.best], caption)])
         self.characters = (self.characters[0] + edits, self.characters[1] + length)
-        self.kept.offer(place, image_id, (caption, list(references)))
+        self.kept.offer(row_rank, image_id, (caption, list(references)))
 
     def scores(self) -> Scores:
+        """Compute the scores of the rows added so far."""
         total, kept = self.total, list(self.kept)
         wer = _ratio(total.edits, total.words)
-        captions, references = [caption for caption, _ in kept], [known for _, known in kept]
-        few = slice(0, BASELINE_ROWS)
-        shuffled = shuffled_wer(captions[few], references[few], self.seed)
-        said = [caption_tokens(caption) for caption in captions]
-        known = [[caption_tokens(one) for one in several] for several in references]
-        ciders = cider_d(said, known)
-        rouges = [rouge_l(caption, several) for caption, several in zip(said, known, strict=True)]
+        captions, references = [caption for caption, _ in kept], [captions for _, captions in kept]
+        baseline = slice(0, BASELINE_ROWS)
+        shuffled = shuffled_wer(captions[baseline], references[baseline], self.seed)
+        tokens = [caption_tokens(caption) for caption in captions]
+        reference_tokens = [[caption_tokens(text) for text in texts] for texts in references]
+        ciders = cider_d(tokens, reference_tokens)
+        rouges = list(map(rouge_l, tokens, reference_tokens))
         return Scores(
             num_rows=self.rows.total(),
             wer=wer,
@@ -106,14 +108,14 @@ class ScoreSums:
             exact=sum(count for (edits, _), count in self.rows.items() if not edits),
             shuffled_wer=shuffled,
             lift=None if wer is None or not shuffled else 1 - wer / shuffled,
-            human_wer=human_wer(references[few]),
-            baseline_rows=len(captions[few]),
+            human_wer=human_wer(references[baseline]),
+            baseline_rows=len(captions[baseline]),
             overlap_rows=len(kept),
             cider_d=_ratio(sum(ciders), len(ciders)),
             cider_d_interval=mean_interval([round(score, 6) for score in ciders], self.seed),
-            bleu=bleu(said, known),
+            bleu=bleu(tokens, reference_tokens),
             rouge_l=_ratio(sum(rouges), len(rouges)),
-            vocabulary=compare_vocabulary(said, known),
+            vocabulary=compare_vocabulary(tokens, reference_tokens),
         )
 
 

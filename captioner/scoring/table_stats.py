@@ -1,4 +1,4 @@
-"""One pass over a run's captions: what they have in common, how sure the model was, what failed. Bounded memory."""
+"""Collect statistics of a run's captions, log-probabilities and failures in one pass and bounded memory."""
 
 from __future__ import annotations
 
@@ -13,57 +13,58 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from captioner.data import STATUS_OK
-from captioner.scoring.frequent import Frequent
 from captioner.scoring.language import language_of
 
 COLUMNS = ["image_id", "status", "error_code", "error_message", "sha256", "caption", "logprob_mean", "created_at"]
 EXAMPLES = 5
-# "The same caption for many pictures": at least so many different ones, and at least this share of the run.
-SAME_AT_LEAST, SAME_SHARE = 10, 0.01
+# A caption is flagged as repeated when it belongs to at least so many different images and this share of the run.
+MIN_REPEATED, MIN_REPEATED_SHARE = 10, 0.01
 LOW_CONFIDENCE_SHARE = 0.01
-LANGUAGE_SHARE = 0.8  # a run has a language where so many of the captions that tell theirs share it
-MAX_LENGTH = 100  # words, and tens of characters; longer ones are counted there
+LANGUAGE_SHARE = 0.8  # share of the captions with a detected language that makes it the language of the run
+MAX_LENGTH = 100  # words, and tens of characters; longer captions are counted as this long
 _LOGPROB_LOW, _LOGPROB_STEP = -10.0, 0.01
 
 
-MOST_BUCKETS = 4_096
+MAX_BUCKETS = 4_096
 
 
-class Timeline:
-    """Rows by time, in buckets of `width` seconds: 1 at first, doubled whenever there are too many buckets."""
+class CappedCounter:
+    """Counts texts in bounded memory (Misra and Gries 1982): rare ones are dropped above `2 * capacity` distinct texts.
 
-    def __init__(self, most: int = MOST_BUCKETS) -> None:
-        self._most = most
-        self._rows: Counter[int] = Counter()  # number of the bucket since the epoch -> rows
-        self.width = 1
+    Counts are too low by at most `error`, and exact while nothing was dropped (`error` 0).
+    """
 
-    def add(self, rows: Mapping[int, int]) -> None:
-        """`rows`: second since the epoch -> rows made in it."""
-        for second, count in rows.items():
-            self._rows[second // self.width] += count
-        while len(self._rows) > self._most:
-            self._halve()
+    def __init__(self, capacity: int = 50_000) -> None:
+        self._capacity = capacity
+        self._counts: Counter[str] = Counter()
+        self.num_distinct = 0  # at least this many; exact while `error` is 0
+        self.error = 0
 
-    def _halve(self) -> None:
-        self.width *= 2
-        merged: Counter[int] = Counter()
-        for bucket, count in self._rows.items():
-            merged[bucket // 2] += count
-        self._rows = merged
+    def add(self, counts: Mapping[str, int]) -> None:
+        """Add the counts of several texts."""
+        for text, count in counts.items():
+            self._counts[text] += count
+            self.num_distinct = max(self.num_distinct, len(self._counts))
+            if len(self._counts) > 2 * self._capacity:
+                dropped = self._counts.most_common(self._capacity + 1)[-1][1]
+                self._counts = Counter(
+                    {text: count - dropped for text, count in self._counts.items() if count > dropped}
+                )
+                self.error += dropped
 
-    def to_list(self) -> list[tuple[int, int]]:
-        """(first second of the bucket, rows) of each bucket with rows, in order."""
-        return [(bucket * self.width, count) for bucket, count in sorted(self._rows.items())]
+    def most_common(self, number: int | None = None) -> list[tuple[str, int]]:
+        """Return the texts with their counts, by count, then alphabetically."""
+        return sorted(self._counts.items(), key=lambda item: (-item[1], item[0]))[:number]
 
 
 @dataclass
-class Survey:
-    """What a run's rows say together. Counts of captions are of different pictures, by their sha256 within a part."""
+class TableStats:
+    """Statistics of a run. A caption is counted once for each different image, by its sha256 within a part."""
 
     num_rows: int = 0
     num_ok: int = 0
-    captions: Frequent = field(default_factory=Frequent)
-    words: Frequent = field(default_factory=Frequent)
+    captions: CappedCounter = field(default_factory=CappedCounter)
+    words: CappedCounter = field(default_factory=CappedCounter)
     num_words: int = 0
     word_lengths: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(MAX_LENGTH + 1, np.int64))
     char_lengths: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(MAX_LENGTH + 1, np.int64))
@@ -73,20 +74,32 @@ class Survey:
     languages: Counter[str] = field(default_factory=Counter)
     failed: Counter[str] = field(default_factory=Counter)
     failed_examples: dict[str, list[dict[str, str]]] = field(default_factory=dict)
-    committed: Timeline = field(default_factory=Timeline)
+    committed: Counter[int] = field(default_factory=Counter)  # rows by creation time, in buckets
+    bucket_seconds: int = 1  # doubled when there are more than MAX_BUCKETS
 
     def add(self, rows: pa.Table) -> None:
-        """Rows of the captions table with COLUMNS."""
+        """Add rows of the captions table with COLUMNS."""
         self.num_rows += rows.num_rows
         fine = rows.filter(pc.equal(rows["status"], STATUS_OK))
         self.num_ok += fine.num_rows
         self._add_failed(rows.filter(pc.not_equal(rows["status"], STATUS_OK)))
         self._add_captions(fine)
-        known = fine["logprob_mean"].drop_null().to_numpy()
-        bins = np.clip(np.floor((known - _LOGPROB_LOW) / _LOGPROB_STEP), 0, 1000).astype(np.int64)
+        logprobs = fine["logprob_mean"].drop_null().to_numpy()
+        bins = np.clip(np.floor((logprobs - _LOGPROB_LOW) / _LOGPROB_STEP), 0, 1000).astype(np.int64)
         self.logprobs += np.bincount(bins, minlength=1001)
         seconds = pc.cast(pc.cast(rows["created_at"], pa.timestamp("s", "UTC"), safe=False), pa.int64())
-        self.committed.add({item["values"]: item["counts"] for item in seconds.value_counts().to_pylist()})
+        self._add_times({item["values"]: item["counts"] for item in seconds.value_counts().to_pylist()})
+
+    def _add_times(self, rows: Mapping[int, int]) -> None:
+        """Add rows by second since the epoch."""
+        for second, count in rows.items():
+            self.committed[second // self.bucket_seconds] += count
+        while len(self.committed) > MAX_BUCKETS:
+            self.bucket_seconds *= 2
+            halved: Counter[int] = Counter()
+            for bucket, count in self.committed.items():
+                halved[bucket // 2] += count
+            self.committed = halved
 
     def _add_failed(self, failed: pa.Table) -> None:
         for code, image_id, message in zip(
@@ -110,11 +123,11 @@ class Survey:
         self.captions.add(dict(zip(texts, grouped["sha256_count_distinct"].to_pylist(), strict=True)))
         words: Counter[str] = Counter()
         for text, count in zip(texts, grouped["caption_count"].to_pylist(), strict=True):
-            said = text.lower().split()
-            for word in said:
+            tokens = text.lower().split()
+            for word in tokens:
                 words[word.strip('.,;:!?"()')] += count
-            self.num_words += len(said) * count
-            self.word_lengths[min(len(said), MAX_LENGTH)] += count
+            self.num_words += len(tokens) * count
+            self.word_lengths[min(len(tokens), MAX_LENGTH)] += count
             self.char_lengths[min(len(text) // 10, MAX_LENGTH)] += count
             self.over_125 += count * (len(text) > 125)
             self.over_250 += count * (len(text) > 250)
@@ -125,13 +138,13 @@ class Survey:
 
     @property
     def repeated(self) -> dict[str, int]:
-        """Captions that many different pictures share, with their number, most first."""
-        least = max(SAME_AT_LEAST, SAME_SHARE * self.num_ok)
-        return {text: count for text, count in self.captions.most_common() if count >= least and text}
+        """Captions that many different images share with the number of images, highest first."""
+        threshold = max(MIN_REPEATED, MIN_REPEATED_SHARE * self.num_ok)
+        return {text: count for text, count in self.captions.most_common() if count >= threshold and text}
 
     @property
     def language(self) -> str | None:
-        """The run's own: that of most captions; `None` where they do not agree."""
+        """The language of most captions; `None` when none is common enough."""
         total = self.languages.total()
         if not total:
             return None
@@ -139,34 +152,37 @@ class Survey:
         return language if count >= LANGUAGE_SHARE * total else None
 
     def logprob_quantile(self, share: float) -> float | None:
-        """Upper edge of the bin (0.01 wide) below which `share` of the captions lie; `None` where none is known."""
+        """Return the quantile rounded up to 0.01; `None` without log-probabilities."""
         total = int(self.logprobs.sum())
         if not total:
             return None
-        place = int(np.searchsorted(np.cumsum(self.logprobs), share * total))
-        return float(_LOGPROB_LOW + (place + 1) * _LOGPROB_STEP)
+        bin_index = int(np.searchsorted(np.cumsum(self.logprobs), share * total))
+        return float(_LOGPROB_LOW + (bin_index + 1) * _LOGPROB_STEP)
 
     @property
     def low_logprob(self) -> float | None:
-        """Captions below are of low confidence: the run's own first percentile. `None` for fewer than 100 captions, or
-        where the model was about as sure of all."""
-        low, middle = self.logprob_quantile(LOW_CONFIDENCE_SHARE), self.logprob_quantile(0.5)
-        if low is None or middle is None or self.logprobs.sum() < 100:
+        """The log-probability below which a caption is flagged: the first percentile of the run.
+
+        `None` for fewer than 100 captions, or when nearly all log-probabilities are the same.
+        """
+        low, median = self.logprob_quantile(LOW_CONFIDENCE_SHARE), self.logprob_quantile(0.5)
+        if low is None or median is None or self.logprobs.sum() < 100:
             return None
-        return low if middle - low >= 0.05 else None
+        return low if median - low >= 0.05 else None
 
     def to_json(self) -> dict[str, Any]:
+        """Return the statistics as check.json holds them."""
         edges = _LOGPROB_LOW + _LOGPROB_STEP * np.arange(1001)
         return {
             "num_rows": self.num_rows,
             "num_ok": self.num_ok,
             "failed": dict(self.failed.most_common()),
             "failed_examples": self.failed_examples,
-            "distinct_captions": len(self.captions),
+            "distinct_captions": self.captions.num_distinct,
             "distinct_is_estimate": bool(self.captions.error),
             "top_captions": self.captions.most_common(10),
             "repeated_captions": list(self.repeated.items())[:20],
-            "distinct_words": len(self.words),
+            "distinct_words": self.words.num_distinct,
             "distinct_words_is_estimate": bool(self.words.error),
             "num_words": self.num_words,
             "top_words": self.words.most_common(30),
@@ -178,6 +194,6 @@ class Survey:
             "languages": dict(self.languages.most_common()),
             "logprobs": {f"{edges[n]:.2f}": int(count) for n, count in enumerate(self.logprobs) if count},
             "low_logprob": self.low_logprob,
-            "committed": self.committed.to_list(),
-            "committed_seconds": self.committed.width,
+            "committed": [(bucket * self.bucket_seconds, count) for bucket, count in sorted(self.committed.items())],
+            "committed_seconds": self.bucket_seconds,
         }

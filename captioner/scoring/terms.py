@@ -1,4 +1,4 @@
-"""An archive's own list of terms, and finding them in captions."""
+"""Read a list of terms (--terms) and find them in captions."""
 
 from __future__ import annotations
 
@@ -14,31 +14,34 @@ UNSPACED = (
 
 
 def read_terms(file: str) -> tuple[str, ...]:
-    """A term a line; empty lines and those that start with # are passed over."""
+    """Read one term a line; empty lines and lines that start with # are ignored. Raises UsageError."""
     try:
         lines = Path(file).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--terms {file}: cannot be read: {error}") from None
     terms = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
     if not terms:
-        raise UsageError(f"--terms {file}: holds no term")
+        raise UsageError(f"--terms {file}: has no terms; write one on each line")
     return terms
 
 
-def finder(terms: Sequence[str]) -> Callable[[str], bool]:
-    """Whether a text holds one of the terms, in any case, at the start of a word: `gypsy` finds "Gypsys" but `ass`
-    does not find "grass". In scripts without spaces it may stand anywhere."""
+def term_finder(terms: Sequence[str]) -> Callable[[str], bool]:
+    """Return a function that tells whether a text contains one of the terms.
+
+    Case is ignored, and a term has to be at the start of a word: `gypsy` finds "Gypsys" but `ass` does not find
+    "grass". In scripts without spaces a term may be anywhere.
+    """
     if not terms:
         return lambda text: False
-    one_of = "|".join(_pattern(term) for term in sorted(terms, key=len, reverse=True))
-    search = re.compile(one_of, re.I).search
+    alternatives = "|".join(_pattern(term) for term in sorted(terms, key=len, reverse=True))
+    search = re.compile(alternatives, re.I).search
     starts = {term.split()[0].lower() for term in terms}
 
-    def holds(text: str) -> bool:
+    def contains_term(text: str) -> bool:
         lower = text.lower()
         return any(start in lower for start in starts) and search(text) is not None  # the pattern alone is slow
 
-    return holds
+    return contains_term
 
 
 def _pattern(term: str) -> str:

@@ -1,4 +1,4 @@
-"""The words of captions beside those of their references: what the captions never say, and what only they say."""
+"""Compare the words of captions with those of their references."""
 
 from __future__ import annotations
 
@@ -6,39 +6,41 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-MOST_SHOWN = 15
+MAX_SHOWN = 15
 Tokens = Sequence[str]
 
 
 def compare_vocabulary(captions: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> dict[str, Any] | None:
-    """Counts are of pictures: a word counts once for a picture, however many of its references have it.
+    """Return the vocabulary figures; `None` without captions.
 
-    `missed`: words of references in no caption. `invented`: words of captions in no reference. `covered`: the share of
-    the references' words that some caption has, each weighted by its pictures. `None` without captions.
+    A word counts once for each image, however many of its references have it. `missed`: words of references that are
+    in no caption. `invented`: words of captions that are in no reference. `covered`: the share of the references'
+    words that are in some caption, weighted by images.
     """
     if not captions:
         return None
-    said = _pictures_with(captions)
-    known = _pictures_with([word for one in several for word in one] for several in references)
-    total = known.total()
+    in_captions = _images_by_word(captions)
+    in_references = _images_by_word([word for tokens in image for word in tokens] for image in references)
+    total = in_references.total()
+    covered = sum(count for word, count in in_references.items() if word in in_captions)
     return {
-        "captions": len(said),
-        "references": len(known),
-        "shared": len(said.keys() & known.keys()),
-        "covered": sum(count for word, count in known.items() if word in said) / total if total else None,
-        "missed": _most(known, said),
-        "invented": _most(said, known),
+        "captions": len(in_captions),
+        "references": len(in_references),
+        "shared": len(in_captions.keys() & in_references.keys()),
+        "covered": covered / total if total else None,
+        "missed": _only_in(in_references, in_captions),
+        "invented": _only_in(in_captions, in_references),
     }
 
 
-def _pictures_with(texts: Iterable[Iterable[str]]) -> Counter[str]:
-    found: Counter[str] = Counter()
+def _images_by_word(texts: Iterable[Iterable[str]]) -> Counter[str]:
+    counts: Counter[str] = Counter()
     for words in texts:
-        found.update(set(words))
-    return found
+        counts.update(set(words))
+    return counts
 
 
-def _most(words: Counter[str], but: Counter[str]) -> list[tuple[str, int]]:
-    """The words of the one and not of the other, by pictures, then by word."""
-    only = [(word, count) for word, count in words.items() if word not in but]
-    return sorted(only, key=lambda item: (-item[1], item[0]))[:MOST_SHOWN]
+def _only_in(words: Counter[str], others: Counter[str]) -> list[tuple[str, int]]:
+    """Return the words that are not in `others`, by number of images, then alphabetically."""
+    only = [(word, count) for word, count in words.items() if word not in others]
+    return sorted(only, key=lambda item: (-item[1], item[0]))[:MAX_SHOWN]

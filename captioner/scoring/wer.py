@@ -1,7 +1,7 @@
-"""Word error rate of captions against references, aligned by jiwer.
+"""Word error rate (WER) of captions against references, aligned by jiwer.
 
-Of a picture the reference with the lowest WER counts; the corpus WER is the sum of edits over the sum of words of those
-references. A WER may exceed 1 (ten words said where one was expected are 9 or 10 edits a word), so it is no percentage.
+Each image is scored against its reference with the lowest WER; the corpus WER is the sum of edits over the sum of words
+of those references. A WER can exceed 1 (ten words instead of one are 9 or 10 edits a word), so it is not a percentage.
 """
 
 from __future__ import annotations
@@ -9,15 +9,16 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from captioner.scoring.normalise import normalise
 
-_PAIRS_AT_ONCE = 10_000  # jiwer holds about 3 kB for each
+_BATCH_SIZE = 10_000  # pairs; jiwer needs about 3 kB for each
 
 
 @dataclass(frozen=True, slots=True)
 class Edits:
-    """Words of one caption that match one reference (`hits`), and the edits that make the caption of the reference."""
+    """The edits that turn a reference into a caption, and the words that match (`hits`)."""
 
     substitutions: int
     deletions: int
@@ -26,89 +27,100 @@ class Edits:
 
     @property
     def edits(self) -> int:
+        """The number of edits."""
         return self.substitutions + self.deletions + self.insertions
 
     @property
     def words(self) -> int:
-        """Of the reference."""
+        """The number of words of the reference."""
         return self.hits + self.substitutions + self.deletions
 
     @property
     def rate(self) -> float:
-        """WER; the number of words said where the reference has none."""
+        """The WER; for a reference without words the number of words of the caption."""
         return self.edits / self.words if self.words else float(self.edits)
 
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """How one caption compares with its references: `edits[k]` against reference k, `best` the place of the lowest WER
-    (the first of equals)."""
+    """One caption compared with its references.
+
+    `edits[k]`: against reference k. `best`: the index of the lowest WER, the first of equals.
+    """
 
     edits: list[Edits]
     best: int
 
     @property
     def best_edits(self) -> Edits:
+        """The edits against the best reference."""
         return self.edits[self.best]
 
 
 def match_captions(captions: Sequence[str], references: Sequence[Sequence[str]]) -> list[Match]:
-    """Every caption against each of its references, of which it has at least one."""
-    pairs = [(known, said) for said, several in zip(captions, references, strict=True) for known in several]
-    found = iter(word_edits(pairs))
+    """Compare every caption with each of its references, of which it needs at least one."""
+    pairs = [
+        (reference, caption)
+        for caption, image_references in zip(captions, references, strict=True)
+        for reference in image_references
+    ]
+    all_edits = iter(word_edits(pairs))
     matches = []
-    for several in references:
-        edits = [next(found) for _ in several]
-        matches.append(Match(edits, min(range(len(edits)), key=lambda place: (edits[place].rate, place))))
+    for image_references in references:
+        edits = [next(all_edits) for _ in image_references]
+        matches.append(Match(edits, min(range(len(edits)), key=lambda index: (edits[index].rate, index))))
     return matches
 
 
 def word_edits(pairs: Sequence[tuple[str, str]]) -> list[Edits]:
-    """The edits of each (reference, caption)."""
-    normal = [(normalise(known), normalise(said)) for known, said in pairs]
-    aligned = {pair: None for pair in normal if pair[0] and pair[1] and pair[0] != pair[1]}
-    found = dict(zip(aligned, _align(list(aligned)), strict=True))
-    return [found[pair] if pair in found else _plain(*pair) for pair in normal]
+    """Return the edits of each (reference, caption)."""
+    normal = [(normalise(reference), normalise(caption)) for reference, caption in pairs]
+    to_align = {pair: None for pair in normal if pair[0] and pair[1] and pair[0] != pair[1]}
+    aligned = dict(zip(to_align, _align(list(to_align)), strict=True))
+    return [aligned[pair] if pair in aligned else _trivial_edits(*pair) for pair in normal]
 
 
-def _plain(known: str, said: str) -> Edits:
-    """Where there is nothing to align: equal texts, or an empty one."""
-    if known == said:
-        return Edits(0, 0, 0, len(known.split()))
-    return Edits(0, len(known.split()), len(said.split()), 0)
+def _trivial_edits(reference: str, caption: str) -> Edits:
+    """Return the edits of equal texts, or when one of them is empty."""
+    if reference == caption:
+        return Edits(0, 0, 0, len(reference.split()))
+    return Edits(0, len(reference.split()), len(caption.split()), 0)
 
 
 def _align(pairs: list[tuple[str, str]]) -> list[Edits]:
     import jiwer
 
-    words = jiwer.Compose([jiwer.ReduceToListOfListOfWords()])  # all else is done: the texts are normalised
-    found = []
-    for first in range(0, len(pairs), _PAIRS_AT_ONCE):
-        some = pairs[first : first + _PAIRS_AT_ONCE]
-        output = jiwer.process_words([known for known, _ in some], [said for _, said in some], words, words)
-        found += [_count(chunks) for chunks in output.alignments]
-    return found
+    split = jiwer.Compose([jiwer.ReduceToListOfListOfWords()])  # the texts are already normalised
+    edits = []
+    for first in range(0, len(pairs), _BATCH_SIZE):
+        batch = pairs[first : first + _BATCH_SIZE]
+        output = jiwer.process_words(
+            [reference for reference, _ in batch], [caption for _, caption in batch], split, split
+        )
+        edits += [_count(chunks) for chunks in output.alignments]
+    return edits
 
 
-def _count(chunks: Sequence[object]) -> Edits:
+def _count(chunks: Sequence[Any]) -> Edits:
+    """Sum the chunks of one jiwer alignment."""
     counts = {"substitute": 0, "delete": 0, "insert": 0, "equal": 0}
     for chunk in chunks:
-        known = chunk.ref_end_idx - chunk.ref_start_idx  # type: ignore[attr-defined]
-        said = chunk.hyp_end_idx - chunk.hyp_start_idx  # type: ignore[attr-defined]
-        counts[chunk.type] += max(known, said)  # type: ignore[attr-defined]
+        reference_words = chunk.ref_end_idx - chunk.ref_start_idx
+        caption_words = chunk.hyp_end_idx - chunk.hyp_start_idx
+        counts[chunk.type] += max(reference_words, caption_words)
     return Edits(counts["substitute"], counts["delete"], counts["insert"], counts["equal"])
 
 
 def character_edits(pairs: Sequence[tuple[str, str]]) -> list[tuple[int, int]]:
-    """For each (reference, caption) the edits in characters, and the characters of the reference; for CER."""
-    from rapidfuzz.distance import Levenshtein  # what jiwer counts with
+    """Return (edits, length of the reference) in characters of each (reference, caption), for the CER."""
+    from rapidfuzz.distance import Levenshtein  # the same counting as jiwer
 
-    normal = [(normalise(known), normalise(said)) for known, said in pairs]
-    return [(Levenshtein.distance(known, said), len(known)) for known, said in normal]
+    normal = [(normalise(reference), normalise(caption)) for reference, caption in pairs]
+    return [(Levenshtein.distance(reference, caption), len(reference)) for reference, caption in normal]
 
 
 def corpus_wer(captions: Sequence[str], references: Sequence[Sequence[str]]) -> float | None:
-    """Summed edits over summed words of the best references; `None` where there is no reference word."""
+    """Return the summed edits over the summed words of the best references; `None` without any reference word."""
     best = [match.best_edits for match in match_captions(captions, references)]
     words = sum(edits.words for edits in best)
     return sum(edits.edits for edits in best) / words if words else None
@@ -118,22 +130,28 @@ SHUFFLES = 20
 
 
 def shuffled_wer(captions: Sequence[str], references: Sequence[Sequence[str]], seed: int = 0) -> float | None:
-    """Mean corpus WER over 20 seeded derangements: no picture keeps its own caption. `None` below 2 pictures."""
+    """Return the mean corpus WER over 20 seeded derangements, in which no image keeps its own caption.
+
+    `None` for fewer than two images.
+    """
     count = len(captions)
     if count < 2:
         return None
     rng = random.Random(seed)
     rates = []
     for _ in range(SHUFFLES):
-        # A random order, rotated by one: each caption goes to its neighbour, none stays.
+        # A random order rotated by one gives every image the caption of another.
         order = rng.sample(range(count), count)
-        dealt = {order[place]: captions[order[place - 1]] for place in range(count)}
-        rates.append(corpus_wer([dealt[place] for place in range(count)], references))
-    known = [rate for rate in rates if rate is not None]
-    return sum(known) / len(known) if known else None
+        shuffled = {order[index]: captions[order[index - 1]] for index in range(count)}
+        rates.append(corpus_wer([shuffled[index] for index in range(count)], references))
+    defined = [rate for rate in rates if rate is not None]
+    return sum(defined) / len(defined) if defined else None
 
 
 def human_wer(references: Sequence[Sequence[str]]) -> float | None:
-    """WER between people: the first reference of each picture against its others. `None` where no picture has two."""
-    several = [known for known in references if len(known) > 1]
-    return corpus_wer([known[0] for known in several], [known[1:] for known in several])
+    """Return the WER between people: the first reference of each image against its others.
+
+    `None` when no image has two references.
+    """
+    multiple = [image_references for image_references in references if len(image_references) > 1]
+    return corpus_wer([texts[0] for texts in multiple], [texts[1:] for texts in multiple])

@@ -14,13 +14,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 
-def text_hidden(model: Any, images: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """What a GitForCausalLM's last layer says at the text positions: float [N, T, hidden].
+def text_hidden(model: Any, features: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Return the output of a GitForCausalLM's last layer at the text positions: float [N, T, hidden].
 
-    `images`: normalised [N, 3, H, W]; `ids`: int64 [N, T].
+    `features`: of its image encoder, [N, I, width]; `ids`: int64 [N, T].
     """
     git = model.git
-    picture = git.visual_projection(git.image_encoder(images).last_hidden_state)
+    picture = git.visual_projection(features)
     tokens, length = picture.shape[1], ids.shape[1]
     hidden = torch.cat([picture, git.embeddings(input_ids=ids)], dim=1)
     seen = torch.ones(length, tokens + length, dtype=torch.bool, device=ids.device).tril(tokens)

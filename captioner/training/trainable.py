@@ -11,7 +11,7 @@ from captioner.errors import ModelError
 from captioner.models.base import TransformersCaptioner
 from captioner.models.blip import BlipCaptioner
 from captioner.models.git import GitCaptioner
-from captioner.models.git_fast import FastSearch, missing_settings
+from captioner.models.git_fast import FastSearch, GitNetwork, missing_settings
 from captioner.models.pretrained import open_model
 from captioner.models.ref import ModelRef
 from captioner.models.resolving import on_this_machine
@@ -23,7 +23,7 @@ ADAPTERS = "adapters"
 
 
 class TrainableGitCaptioner(GitCaptioner):
-    """GIT with its weights as they are stored, so that they can learn: they are not packed for captioning."""
+    """GIT that captions with its weights as they are at the moment: they learn, so none are packed or copied."""
 
     def __init__(self, ref: ModelRef, device: torch.device, batch_size: int) -> None:
         TransformersCaptioner.__init__(self, ref, device, batch_size)
@@ -31,7 +31,7 @@ class TrainableGitCaptioner(GitCaptioner):
         self.model.config.vision_config._attn_implementation = "sdpa"
         self._fast = None
         if not missing_settings(self.settings):
-            self._fast = FastSearch(self.model, self.settings, self.prefix)
+            self._fast = FastSearch(GitNetwork(self.model), self.settings, self.prefix)
 
 
 _FAMILIES: dict[str, type[TransformersCaptioner]] = {

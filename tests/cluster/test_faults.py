@@ -19,7 +19,7 @@ from captioner.store.verify import verify
 from captioner.testing import ABORT_MARKER, GATE_MARKER, HANG_MARKER, GatedDirectory, make_folder
 from ray_jobs.caption import RayEngine, run
 
-DEADLINE_S = 120.0
+DEADLINE_S = 600.0
 SHARES = {"num_workers": 2, "decode_cpus": 1}
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -11,27 +13,78 @@ from captioner.config import ClusterConfig
 from captioner.errors import ClusterError
 from captioner.store.table import open_table
 from captioner.store.verify import verify
-from captioner.testing import make_folder
+from captioner.testing import GATE_MARKER, make_folder
 from ray_jobs.cluster import Resources, share_out
 from ray_jobs.metrics import STEPS
 
-PICTURES = 1_600  # with a real model: a pool grows where captioning is what takes the time
+PICTURES = 240
+# With a real model and many beams: a pool grows where captioning is what takes the time.
+SLOW_MODEL = ["--model", "starter", "--num-beams", "8"]
+DEADLINE_S = 600.0
+METRICS = [  # name, lowest and highest value
+    ("running_wer", 0, 1),
+    ("queue_pictures", 0, PICTURES),
+    ("batch_size", 1, 512),
+    ("device_busy_share", 0, 1),
+    ("chunk_pictures", 1, 512),
+]
+
+
+@dataclass
+class Observed:
+    """What was seen of a run while it ran, and how it ended."""
+
+    out: Path
+    metrics: dict[str, float] = field(default_factory=dict)
+    workers: set[tuple[str, str, str]] = field(default_factory=set)
+    exit_code: int | None = None
+    log: str = ""
+
+    @property
+    def captioners(self) -> set[str]:
+        return {actor for stage, actor, _ in self.workers if "CaptionStage" in stage}
+
+    @property
+    def nodes(self) -> set[str]:
+        return {node for _, _, node in self.workers}
+
+    def values(self, name: str) -> list[float]:
+        """Of a metric, with all its tags."""
+        return [value for metric, value in self.metrics.items() if metric.startswith(f"ray_captioner_{name}{{")]
+
+    @property
+    def steps(self) -> set[str]:
+        return {step for step in STEPS if any(f'step="{step}"' in name for name in self.metrics)}
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether everything that the tests ask for was seen."""
+        measured = all(self.values(name) for name, _, _ in METRICS) and self.steps == set(STEPS)
+        return measured and len(self.captioners) > 1 and len(self.nodes) > 1
 
 
 @pytest.fixture(scope="module")
-def grown(head, tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """A run on two nodes that a third joins: its exit code and log, what was scraped, and the workers it had."""
+def grown(head, tmp_path_factory: pytest.TempPathFactory) -> Observed:
+    """A run on two nodes that a third joins. It does not end before it was seen to grow: its last image waits."""
     root = tmp_path_factory.mktemp("grown")
-    archive = make_folder(root / "archive", PICTURES, width=32)
+    archive, gate = make_folder(root / "archive", PICTURES, width=32), root / "gate"
+    gate.mkdir()
+    with (archive / f"{PICTURES - 1:06d}.png").open("ab") as last:
+        last.write(GATE_MARKER + bytes(gate))
     head.add_node(num_cpus=2)
-    job = head.submit("--", "caption", str(archive), str(root / "out"), "--model", "starter", "--num-workers", "1:3")
+    flags = [*SLOW_MODEL, "--device", "cpu", "--num-workers", "1:3", "--decode-timeout", "3600"]
+    job = head.submit("--env", "CAPTIONER_TEST_POISON=1", "--", "caption", str(archive), str(root / "out"), *flags)
     head.add_node(num_cpus=2)
-    seen = {"metrics": {}, "workers": set(), "out": root / "out"}
+    run, deadline = Observed(root / "out"), time.monotonic() + DEADLINE_S
     while job.poll() is None:
         for name, value in re.findall(r"^(ray_captioner_\w+\{.*\}) (\S+)$", head.scrape(), re.MULTILINE):
-            seen["metrics"][name] = float(value)
-        seen["workers"] |= workers(head)
-    return seen | {"exit_code": job.returncode, "log": job.stdout.read()}
+            run.metrics[name] = float(value)
+        run.workers |= workers(head)
+        if run.is_whole or time.monotonic() > deadline:
+            (gate / "open").touch()
+        time.sleep(0.2)
+    run.exit_code, run.log = job.returncode, job.stdout.read()
+    return run
 
 
 def workers(head) -> set[tuple[str, str, str]]:
@@ -44,33 +97,26 @@ def workers(head) -> set[tuple[str, str, str]]:
     }
 
 
-def test_nodes_that_join_are_used_by_a_pool_that_grows(grown: dict) -> None:
-    assert grown["exit_code"] == 0, grown["log"]
-    assert verify(open_table(str(grown["out"]))).proven
-    assert len({actor for stage, actor, _ in grown["workers"] if "CaptionStage" in stage}) > 1
-    assert len({node for _, _, node in grown["workers"]}) > 1
+def test_nodes_that_join_are_used_by_a_pool_that_grows(grown: Observed) -> None:
+    assert grown.exit_code == 0, grown.log
+    assert verify(open_table(str(grown.out))).proven
+    assert len(grown.captioners) > 1
+    assert len(grown.nodes) > 1
 
 
-def test_a_running_job_is_counted_on_the_metrics_endpoint(grown: dict) -> None:
-    metrics = grown["metrics"]
-    ok = sum(value for name, value in metrics.items() if "pictures_total" in name and 'status="ok"' in name)
+def test_a_running_job_is_counted_on_the_metrics_endpoint(grown: Observed) -> None:
+    ok = sum(value for name, value in grown.metrics.items() if "pictures_total" in name and 'status="ok"' in name)
 
     assert 0 < ok <= PICTURES
-    for name, low, high in (
-        ("running_wer", 0, 1),
-        ("queue_pictures", 0, PICTURES),
-        ("batch_size", 1, 512),
-        ("device_busy_share", 0, 1),
-        ("chunk_pictures", 1, 512),
-    ):
-        values = [value for metric, value in metrics.items() if metric.startswith(f"ray_captioner_{name}{{")]
+    for name, low, high in METRICS:
+        values = grown.values(name)
         assert values, name
         assert all(low <= value <= high for value in values), (name, values)
-    assert {step for step in STEPS if any(f'step="{step}"' in name for name in metrics)} == set(STEPS)
+    assert grown.steps == set(STEPS)
 
 
 def test_the_doctor_asks_every_node(head, tmp_path: Path) -> None:
-    job = head.submit("--", "doctor", "--model", "starter", "--out", str(tmp_path / "out"))
+    job = head.submit("--", "doctor", "--model", "starter", "--device", "cpu", "--out", str(tmp_path / "out"))
     log, _ = job.communicate()
 
     assert job.returncode == 0, log

@@ -23,7 +23,7 @@ from captioner.store.verify import verify
 from captioner.testing import GATE_MARKER, make_folder
 from ray_jobs.follow import Follower
 
-DEADLINE_S = 120.0
+DEADLINE_S = 600.0
 PICTURES = 320
 
 
@@ -82,6 +82,7 @@ class Proxy:
 
 def caption(archive: Path, out: Path, *more: str) -> list[str]:
     words = ["--", "caption", str(archive), str(out), "--model", "fake", "--rows-per-file", "32", *more]
+    words += ["--device", "cpu", "--gpus-per-worker", "1", "--num-workers", "1"]
     return ["--env", "CAPTIONER_TEST_POISON=1", *words, "--decode-timeout", "600"]
 
 

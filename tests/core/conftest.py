@@ -27,6 +27,9 @@ class DecoderHere:
     def __exit__(self, *_: object) -> None:
         pass
 
+    def wait(self) -> None:
+        pass
+
     def __call__(self, images: Iterable[bytes]):
         return (self.decode(data, max_pixels=self.max_pixels) for data in images)
 

@@ -21,7 +21,7 @@ from captioner.publishing.alt_text.findings import CaptionedImage, findings
 from captioner.publishing.alt_text.rules import RULES, Limits, apply_rules
 from captioner.publishing.alt_text.schemas import ALT_TEXT_SCHEMA
 from captioner.publishing.alt_text.texts import read_texts
-from captioner.scoring.terms import finder
+from captioner.scoring.terms import term_finder
 from captioner.store.table import CaptionsTable, open_table
 from captioner.testing import make_folder
 from ray_jobs.cli import main
@@ -129,11 +129,11 @@ def test_every_rule_cites_its_source() -> None:
 def test_what_a_person_has_to_decide_is_flagged(caption: str, flags: list[str]) -> None:
     text, rules = apply_rules(caption, rules=[name for name in RULES if name != "repeats"])
 
-    assert findings(CaptionedImage(caption, text, tuple(rules)), finder(["gypsy", "ass"])) == flags
+    assert findings(CaptionedImage(caption, text, tuple(rules)), term_finder(["gypsy", "ass"])) == flags
 
 
 def test_a_spacer_may_be_decorative() -> None:
-    assert findings(CaptionedImage("a line", "A line.", (), 600, 2), finder([])) == ["maybe_decorative"]
+    assert findings(CaptionedImage("a line", "A line.", (), 600, 2), term_finder([])) == ["maybe_decorative"]
 
 
 @pytest.fixture(scope="module")

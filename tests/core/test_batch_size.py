@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from captioner.config import ModelConfig
 from captioner.models import load, resolve
-from captioner.models.batch_size import SIZES, WORTH, fastest_size, settle_batch_size
+from captioner.models.batch_size import BUDGET_S, SIZES, START, WORTH, fastest_size, settle_batch_size
 from captioner.models.ref import ModelRef
 from captioner.testing import SmallGpu
 
@@ -33,8 +33,9 @@ def ref() -> ModelRef:
     [
         (10_000, 0.0, 512),  # the more the faster
         (100, 0.0, 64),  # 128 do not fit
-        (10_000, 1.0, 16),  # a picture takes its time, in whatever company
+        (10_000, 1.0, 64),  # no further size is tried after so long
         (10_000, 0.01, 512),
+        (40, 0.0, 32),  # 64 do not fit
         (3, 0.0, 16),  # halved later
     ],
 )
@@ -93,7 +94,41 @@ def test_the_size_found_fits_and_is_no_slower_than_those_before(seconds, fitting
 
     rates = [size / spent for size, spent in zip(SIZES, seconds, strict=True)]
     assert found < max(fitting, 1)
-    assert all(rates[place + 1] >= WORTH * rates[place] for place in range(found))
+    start = SIZES.index(START)
+    assert found >= min(start, max(fitting - 1, 0))
+    assert all(rates[place + 1] >= WORTH * rates[place] for place in range(start, found))
+
+
+def test_a_person_is_told_before_and_after(ref) -> None:
+    gpu, lines = SmallGpu(ref, 100), list[tuple[str, int]]()
+
+    for _ in range(2):
+        settle_batch_size(gpu, 16, gpu.clock, lambda line: lines.append((line, len(gpu.tried))))
+
+    (before, none_tried), (after, all_tried) = lines
+    assert "trying out batch sizes on small GPU" in before
+    assert none_tried == 0
+    assert after == "batch size 64, tried out in 1.0 s"
+    assert all_tried == len(gpu.tried)
+
+
+def test_fast_batches_are_repeated_and_slow_ones_are_not(ref) -> None:
+    fast, slow = SmallGpu(ref, 64, start=0.05), SmallGpu(ref, 64, start=3.0)
+    for gpu in (fast, slow):
+        gpu.device_name = f"GPU {id(gpu)}"
+        settle_batch_size(gpu, 16, gpu.clock)
+
+    assert fast.tried.count(64) == 3
+    assert slow.tried.count(64) == 1
+
+
+def test_trying_out_ends_after_its_time(ref) -> None:
+    gpu = SmallGpu(ref, 10_000, start=0.9 * BUDGET_S)
+
+    settle_batch_size(gpu, 16, gpu.clock)
+
+    assert gpu.tried == [64, 128]
+    assert gpu.batch_size == 128
 
 
 def test_a_cpu_is_not_tried_out(ref, cache) -> None:

@@ -46,13 +46,25 @@ def test_the_busiest_is_the_bottleneck(seconds, slowest, flag) -> None:
     assert line in stream.getvalue()
 
 
+def test_where_decoding_is_the_limit_it_says_with_how_many_cpus_it_would_not_be() -> None:
+    """Two CPUs took 18 seconds in all to decode what a device captioned in 4: five of them would take less."""
+    seconds, stream = {"read": 1, "decode": 17, "generate": 4, "commit": 0}, io.StringIO()
+    shares = busy_shares(seconds, SLOTS, wall=10)
+
+    print_summary({"busy": shares, "seconds": {**seconds, "run": 10.0}, "slots": SLOTS}, stream)
+
+    assert "raise --decode-cpus (with 5 CPUs instead of 2 it would not be the limit)" in stream.getvalue()
+    enough = SLOTS | {"decode": 5}
+    assert max(busy_shares(seconds, enough, wall=4), key=busy_shares(seconds, enough, wall=4).get) == "device"
+
+
 def test_nothing_measured_says_nothing() -> None:
     assert busy_shares({"read": 0, "decode": 0, "generate": 0, "commit": 0}, SLOTS, wall=0) == {}
     assert bottleneck_line({}, {}) is None
 
 
 def test_so_many_reads_are_under_way_as_were_asked_for() -> None:
-    together = threading.Barrier(5, timeout=30)
+    together = threading.Barrier(5, timeout=120)
 
     def read() -> RawImage:
         together.wait()  # passes only if five reads are in it at once

@@ -23,7 +23,7 @@ from captioner.scoring.flags import caption_flags
 from captioner.scoring.language import language_of
 from captioner.scoring.references import read_references
 from captioner.scoring.running_wer import RunningWer, draw_sample
-from captioner.scoring.sample import Draw, rank
+from captioner.scoring.sample import LowestRanks, rank
 from captioner.store.read import read_parts
 from captioner.store.table import CaptionsTable, open_table
 from captioner.store.verify import count_rows, verify
@@ -96,9 +96,10 @@ def test_a_draw_depends_on_ids_and_seed_alone() -> None:
     ids = [f"{number}.jpg" for number in range(500)]
     drawn = []
     for order in (ids, random.Random(1).sample(ids, 500)):
-        draw: Draw[str] = Draw(20)
-        draw.offer_all((rank(name, 7), name, name) for name in order)
-        drawn.append(list(draw))
+        sample: LowestRanks[str] = LowestRanks(20)
+        for name in order:
+            sample.offer(rank(name, 7), name, name)
+        drawn.append(list(sample))
 
     assert drawn[0] == drawn[1] == sorted(ids, key=lambda name: rank(name, 7))[:20]
     assert {rank(name, 7) for name in ids} != {rank(name, 8) for name in ids}
@@ -473,8 +474,8 @@ def test_of_a_large_table_every_nth_part_can_be_checked(tmp_path: Path, archive:
 
     found = quality.check(table, CheckConfig(sample="all"), max_rows=60)
 
-    assert 16 <= found.survey.num_rows <= 64
-    assert found.scores.num_rows == found.survey.num_rows
+    assert 16 <= found.stats.num_rows <= 64
+    assert found.scores.num_rows == found.stats.num_rows
 
 
 def test_two_runs_are_compared_picture_by_picture(tmp_path: Path, archive: Path, true_table: CaptionsTable) -> None:

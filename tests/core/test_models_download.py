@@ -115,7 +115,7 @@ def ask(hub, tmp_path):
         }
         environment |= variables
         command = [sys.executable, "-c", RESOLVE, name, revision]
-        shown = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+        shown = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
         return shown.stdout.splitlines() or [shown.stderr]
 
     return ask

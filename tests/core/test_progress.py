@@ -121,7 +121,7 @@ def test_an_empty_run_is_whole() -> None:
 def test_a_log_gets_a_line_while_nothing_happens() -> None:
     log = SignallingLog()
     with Progress(10, stream=log, interval=0.01):
-        assert log.written.wait(timeout=30)
+        assert log.written.wait(timeout=120)
 
     assert log.getvalue().startswith("captioned 0/10 (0%)  starting")
 

@@ -125,7 +125,7 @@ def test_longest_common_subsequence_laws(first: str, second: str) -> None:
 
 
 def test_cider_d_by_hand() -> None:
-    # Two pictures, one reference each. Of n-grams in both, "a", the idf is 0; of all others log 2.
+    # Two images, one reference each. Of n-grams in both, "a", the idf is 0; of all others log 2.
     references = [[["a", "dog"]], [["a", "cat"]]]
 
     assert cider_d([["a", "dog"], ["a", "cat"]], references) == pytest.approx([5.0, 5.0])  # no 3- and 4-grams

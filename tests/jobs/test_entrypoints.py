@@ -33,7 +33,7 @@ def test_a_job_under_uv_run_works_where_it_is_started(tmp_path: Path, uv: list[s
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     environment |= {"PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"}
 
-    done = subprocess.run([*uv, *words], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+    done = subprocess.run([*uv, *words], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1200)
 
     assert done.returncode == 0, done.stderr
     assert verify(open_table(str(tmp_path / "out"))).proven

@@ -6,8 +6,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import psutil
 import pyarrow as pa
@@ -19,13 +20,13 @@ from captioner.config import CaptionConfig
 from captioner.store.read import read_parts
 from captioner.store.table import open_table
 from captioner.store.verify import verify
-from captioner.testing import make_folder
+from captioner.testing import GATE_MARKER, make_folder
 from ray_jobs.caption import run
 
 pytestmark = pytest.mark.usefixtures("ray_instance")
 
 PICTURES = 640
-DEADLINE_S = 120.0
+DEADLINE_S = 600.0
 KILLED_AT_WRITE = """
 import sys
 from captioner.testing.faults import sigkill_at_write
@@ -37,9 +38,23 @@ with sigkill_at_write(int(sys.argv[1])):
 
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = make_folder(tmp_path_factory.mktemp("archive"), PICTURES, width=32)
+    """Its last good image waits at the gate of a job that asks for it (see `gate`)."""
+    root = make_folder(tmp_path_factory.mktemp("archive") / "archive", PICTURES, width=32)
     (root / "broken.png").write_bytes(b"no image")
+    with (root / f"{PICTURES - 1:06d}.png").open("ab") as last:
+        last.write(GATE_MARKER + bytes(root.parent / "gate"))
     return root
+
+
+@pytest.fixture
+def gate(archive: Path) -> Iterator[dict[str, str]]:
+    """What the environment of a job needs so that it does not end before it is killed, however fast it is."""
+    directory = archive.parent / "gate"
+    directory.mkdir(exist_ok=True)
+    for name in ("pid", "open"):
+        (directory / name).unlink(missing_ok=True)
+    yield {"CAPTIONER_TEST_POISON": "1"}
+    (directory / "open").touch()  # a decoder that outlives its job ends
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +79,13 @@ def rows(out: Path) -> list[tuple]:
     return [(row["image_id"], row["status"], row["caption"], row["chunk_id"]) for row in table]
 
 
-def start_job(archive: Path, out: Path, *before: str, more: Sequence[str] = ()) -> subprocess.Popen[bytes]:
+def start_job(
+    archive: Path,
+    out: Path,
+    *before: str,
+    more: Sequence[str] = (),
+    environment: Mapping[str, str] = MappingProxyType({}),
+) -> subprocess.Popen[bytes]:
     """The command line in a process of its own, with a Ray of its own."""
     arguments = ["caption", str(archive), str(out), "--model", "fake", "--rows-per-file", "100", *more]
     command = [sys.executable, *before, *arguments] if before else [sys.executable, "-m", "ray_jobs.cli", *arguments]
@@ -73,6 +94,7 @@ def start_job(archive: Path, out: Path, *before: str, more: Sequence[str] = ()) 
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
+        env=os.environ | environment,
         # A test run in the background of a shell ignores Ctrl-C, and its children would.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
@@ -85,7 +107,7 @@ def num_chunks(out: Path) -> int:
 def wait_for_chunks(job: subprocess.Popen[bytes], out: Path, count: int) -> None:
     deadline = time.monotonic() + DEADLINE_S
     while num_chunks(out) < count:
-        assert job.poll() is None, "the job ended before it could be killed"
+        assert job.poll() is None, "the job ended by itself"
         assert time.monotonic() < deadline, "no chunk was committed"
         time.sleep(0.005)
 
@@ -108,8 +130,10 @@ def assert_resumes(archive: Path, out: Path, undisturbed: list[tuple]) -> None:
     assert rows(out) == undisturbed
 
 
-def test_everything_killed_while_captioning(tmp_path: Path, archive: Path, undisturbed: list[tuple]) -> None:
-    job = start_job(archive, tmp_path / "out")
+def test_everything_killed_while_captioning(
+    tmp_path: Path, archive: Path, gate: dict[str, str], undisturbed: list[tuple]
+) -> None:
+    job = start_job(archive, tmp_path / "out", environment=gate)
     wait_for_chunks(job, tmp_path / "out", 3)
     kill_tree(job)
     committed = num_chunks(tmp_path / "out")
@@ -119,8 +143,10 @@ def test_everything_killed_while_captioning(tmp_path: Path, archive: Path, undis
     assert_resumes(archive, tmp_path / "out", undisturbed)
 
 
-def test_the_driver_killed_and_restarted_at_once(tmp_path: Path, archive: Path, undisturbed: list[tuple]) -> None:
-    job = start_job(archive, tmp_path / "out")
+def test_the_driver_killed_and_restarted_at_once(
+    tmp_path: Path, archive: Path, gate: dict[str, str], undisturbed: list[tuple]
+) -> None:
+    job = start_job(archive, tmp_path / "out", environment=gate)
     wait_for_chunks(job, tmp_path / "out", 3)
     os.kill(job.pid, signal.SIGKILL)  # its workers live on for a while and may commit late
     job.wait()
@@ -173,9 +199,9 @@ def test_the_driver_killed_while_it_overwrites(
 
 @pytest.mark.parametrize(("stop", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_job_keeps_what_is_committed(
-    tmp_path: Path, archive: Path, undisturbed: list[tuple], stop: signal.Signals, code: int
+    tmp_path: Path, archive: Path, gate: dict[str, str], undisturbed: list[tuple], stop: signal.Signals, code: int
 ) -> None:
-    job = start_job(archive, tmp_path / "out")
+    job = start_job(archive, tmp_path / "out", environment=gate)
     wait_for_chunks(job, tmp_path / "out", 1)
     os.kill(job.pid, stop)
 

@@ -83,6 +83,12 @@ class GuardedDecoder:
         if self._child is None:
             self._child = Child(self._settings, self._slots)
 
+    def wait(self) -> None:
+        """Wait until a worker is ready for the first image; start it unless there is one. Raises RuntimeError where no
+        decoder can be started at all."""
+        if self._worker is None:
+            self._ask(deque())
+
     def close(self) -> None:
         """End the child and its worker."""
         self._end_worker()

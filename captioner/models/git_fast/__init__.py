@@ -10,6 +10,7 @@ task.py             what a search is given and what it returns
 
 from __future__ import annotations
 
-from captioner.models.git_fast.search import FastSearch, missing_settings
+from captioner.models.git_fast.network import GitNetwork
+from captioner.models.git_fast.search import FastSearch, missing_settings, open_network
 
-__all__ = ["FastSearch", "missing_settings"]
+__all__ = ["FastSearch", "GitNetwork", "missing_settings", "open_network"]

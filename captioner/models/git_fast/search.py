@@ -43,9 +43,9 @@ def missing_settings(settings: GenerationConfig) -> list[str]:
 class FastSearch:
     """Captions of images by one GIT model and one set of search settings, those of `generate`."""
 
-    def __init__(self, model: object, settings: GenerationConfig, prefix: list[int]) -> None:
-        """`model`: a GitForCausalLM in evaluation mode. `prefix`: the ids every caption starts from."""
-        self.network = open_network(model)
+    def __init__(self, network: GitNetwork, settings: GenerationConfig, prefix: list[int]) -> None:
+        """`prefix`: the ids every caption starts from."""
+        self.network = network
         self.task = _task(settings, prefix, self.network.device)
         self.stepper = Stepper(self.network, self.task)
         self._count = UnfinishedCount(self.network.device)
@@ -93,7 +93,10 @@ class FastSearch:
 
 
 def open_network(model: object) -> GitNetwork:
-    """Return the fastest network for the device that `model` is on."""
+    """Return the fastest network for the device that a GitForCausalLM in evaluation mode is on.
+
+    It may hold copies of weights: they must not change afterwards.
+    """
     device: torch.device = model.device  # type: ignore[attr-defined]
     if device.type == "cuda" and find_spec("triton") is not None:
         from captioner.models.git_fast.triton_network import TritonGitNetwork

@@ -19,7 +19,7 @@ from captioner.publishing.alt_text.findings import FINDINGS, CaptionedImage, fin
 from captioner.publishing.alt_text.rules import RULES, Limits, apply_rules
 from captioner.publishing.alt_text.schemas import ALT_TEXT_SCHEMA
 from captioner.publishing.alt_text.texts import SETTINGS_FILE, alt_text_name, require_finished
-from captioner.scoring.terms import finder, read_terms
+from captioner.scoring.terms import read_terms, term_finder
 from captioner.store.lock import sole_writer
 from captioner.store.read import read_parts
 from captioner.store.table import CaptionsTable, open_table
@@ -57,7 +57,7 @@ def make_alt_texts(table: CaptionsTable, settings: AltTextConfig) -> Counts:
     terms = read_terms(settings.terms) if settings.terms else ()
     require_finished(table)
     counts = Counts()
-    maker = _AltTextMaker(rules, limits, finder(terms), counts)
+    maker = _AltTextMaker(rules, limits, term_finder(terms), counts)
     table.directory.delete(SETTINGS_FILE)
     for part, rows in zip(sorted(table.published_parts()), read_parts(table, _COLUMNS), strict=True):
         table.directory.write_table(alt_text_name(part), maker.rows(rows))
