@@ -11,7 +11,7 @@ from PIL import Image
 
 from captioner import CaptionBatches, pipeline
 from captioner.config import CaptionConfig, ModelConfig
-from captioner.console.commands import try_pictures
+from captioner.console.commands import try_images
 from captioner.data import PixelSpec
 from captioner.imaging import decode
 from captioner.imaging.sandbox.decoder import GuardedDecoder
@@ -181,7 +181,7 @@ def test_a_crash_is_no_crash_of_try_or_of_somebody_elses_pipeline(
     for name, data in images.items():
         (tmp_path / name).write_bytes(data)
 
-    code = try_pictures([str(tmp_path / name) for name in images], ModelConfig(name="fake"))
+    code = try_images([str(tmp_path / name) for name in images], ModelConfig(name="fake"))
     batch = CaptionBatches("fake")({"bytes": list(images.values())})
 
     said = capsys.readouterr()

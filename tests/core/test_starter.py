@@ -46,7 +46,7 @@ def test_held_out_scenes_are_captioned_right(tmp_path: Path) -> None:
     assert record["check"]["wer"] == wer
 
 
-def test_on_other_pictures_the_record_says_that_captions_mean_nothing(tmp_path: Path, capsys) -> None:
+def test_on_other_images_the_record_says_that_captions_mean_nothing(tmp_path: Path, capsys) -> None:
     archive = make_folder(tmp_path / "archive", 2)
     (archive / "metadata.jsonl").unlink()
 
