@@ -163,7 +163,7 @@ def test_what_people_decided(tmp_path: Path, run: Run, capsys) -> None:
         "000004.png",
         "000005.png",
     ]
-    assert "2 more match --only, but a person settled their text" in capsys.readouterr().err
+    assert "2 more match --only, but a reviewer has settled their text" in capsys.readouterr().err
 
 
 def test_flags_and_failures(tmp_path: Path, run: Run) -> None:
