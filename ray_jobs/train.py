@@ -24,7 +24,7 @@ from pyarrow.fs import LocalFileSystem
 from captioner.config import ClusterConfig, TrainConfig
 from captioner.errors import CaptionerError, ClusterError
 from captioner.models import ModelRef, weights_bytes
-from captioner.models.devices import pick_device
+from captioner.models.devices import pick_device, set_wait_policy
 from captioner.models.loading import SMALL_MODEL_BYTES
 from captioner.training import job
 from captioner.training.job import Finishing, Outcome, Start, TrainRun
@@ -78,7 +78,6 @@ class RayTrainEngine:
 
         check_shared(start.out, RUN_FILE)
         board = _board()
-        _warm_up(self._sizes().num_workers)
         progress.watch(lambda: ray.get(board.latest.remote()))
         trainer = self._trainer(start, board)
         preparing = _Preparing(prepare, board, progress)
@@ -144,8 +143,7 @@ class RayTrainEngine:
         if self._resources is None:
             # How soon a checkpoint counts as kept: the default of 2 s loses one that a crash follows quickly.
             os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-            # Threads that wait for each other must not spin: decoding shares the CPUs with training.
-            os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+            set_wait_policy()  # read by the workers' torch
             self._resources = connect(self._cluster)
             check_gpu_nodes(self._device, share_out(self._resources, self._cluster, device=self._device))
         return share_out(self._resources, self._cluster, device=self._device)
@@ -276,18 +274,6 @@ def _board() -> Any:
             return self._latest
 
     return ray.remote(num_cpus=0)(Board).remote()
-
-
-def _warm_up(num_workers: int) -> None:
-    """Import in other processes what the workers will, while the process that controls the run starts: Ray keeps
-    processes that are idle, and makes the workers of them. Where it does not, nothing is lost but the work."""
-    import ray
-
-    def warm_up() -> None:
-        import captioner.training.loop  # noqa: F401
-
-    for _ in range(num_workers):
-        ray.remote(num_cpus=0, max_retries=0)(warm_up).remote()
 
 
 class _Preparing:
