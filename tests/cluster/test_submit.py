@@ -151,12 +151,12 @@ def test_the_exit_code_is_that_of_the_command(head, tmp_path: Path) -> None:
 
 
 def test_a_job_that_cannot_start_is_named_with_what_it_waits_for(head, tmp_path: Path) -> None:
-    wanted = ("--pending-timeout", "1", "--entrypoint-num-gpus", "1")
+    wanted = ("--pending-timeout", "1", "--entrypoint-num-gpus", "1000")
     job = head.submit(*wanted, *caption(tmp_path, tmp_path / "out"))
     log, _ = job.communicate()
 
     assert job.returncode == 1
-    assert "has waited 1 s for 1 GPUs (--entrypoint-num-gpus)" in log
+    assert "has waited 1 s for 1000 GPUs (--entrypoint-num-gpus)" in log
 
 
 def test_without_the_token_the_message_says_so(head, tmp_path: Path) -> None:
