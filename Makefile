@@ -6,6 +6,7 @@ PYTHON ?= $(shell for python in python3.12 python3.11 python3; do \
 # More arguments for pip, for instance an index that has torch without CUDA.
 PIP_ARGS ?=
 PYTEST_ARGS ?=
+DOCS_MODULES ?= captioner ray_jobs
 BIN := .venv/bin
 
 # Tests and the demo need no network and report to nobody.
@@ -54,6 +55,9 @@ chaos: setup ## Kill drivers at random moments, resume, compare: CHAOS_KILLS=10 
 
 fuzz: setup ## Decode 100,000 damaged files: FUZZ_CASES=... FUZZ_SEED=...
 	FUZZ_CASES=$(or $(FUZZ_CASES),100000) $(BIN)/python -m pytest tests/core/test_fuzz.py -q -s
+
+docs: setup ## API pages from the docstrings, into build/docs
+	$(BIN)/python -m pdoc -d google -o build/docs $(DOCS_MODULES)
 
 demo: setup ## Render 300 scenes, caption them with the starter model, check the result, show the report
 	rm -rf demo

@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_table import available_cpus, describe_machine, nvidia_smi, summary, write_results
+from benchmarks.jobs import kill_all
 
 MIN_SECONDS = 15  # a step that has fewer left of the whole time is not started
 
@@ -229,22 +229,8 @@ def wait(process: subprocess.Popen[bytes], limit: float) -> str:
         code = process.wait(limit)
         return "ok" if code == 0 else f"failed ({code})"
     except subprocess.TimeoutExpired:
-        kill_tree(process)
+        kill_all(process)
         return f"cut off after {limit:.0f} s"
-
-
-def kill_tree(process: subprocess.Popen[bytes]) -> None:
-    """The whole process group, and what has left it: Ray's processes and jobs have groups of their own."""
-    import psutil
-
-    below = psutil.Process(process.pid).children(recursive=True)
-    os.killpg(process.pid, signal.SIGKILL)
-    for child in below:
-        try:
-            child.kill()
-        except psutil.NoSuchProcess:
-            continue
-    process.wait()
 
 
 def last_object(lines: list[str]) -> dict[str, Any]:

@@ -91,14 +91,7 @@ def ours(args: argparse.Namespace) -> dict:
         with one_ahead(map(upload, islice(cycle(ready), count))) as batches:
             yield from map(upload.used, batches)
 
-    def capture(dtype: Any) -> None:
-        import torch
-
-        if device().type == "cuda" and not args.compile:
-            sides = args.batch_size, 3, ref.spec.height, ref.spec.width
-            loss.capture_vision(torch.zeros(sides, device=device()), dtype)
-
-    return measure(args, loss, run, {"step": from_memory, "": from_images}, capture)
+    return measure(args, loss, run, {"step": from_memory, "": from_images})
 
 
 def _ahead(threads: ThreadPoolExecutor, function: Callable, items: Iterator, count: int) -> Iterator:
@@ -153,20 +146,13 @@ def synchronise() -> None:
         torch.cuda.synchronize()
 
 
-def measure(
-    args: argparse.Namespace,
-    model: Any,
-    run: Callable,
-    feeds: dict[str, Callable],
-    begin: Callable[[Any], None] = lambda dtype: None,
-) -> dict:
+def measure(args: argparse.Namespace, model: Any, run: Callable, feeds: dict[str, Callable]) -> dict:
     """Rates and peak memory in each precision. `run`: a batch -> its loss. `feeds`: name -> number of batches ->
-    batches on the device. `begin`: called first with the dtype of autocast, or None."""
+    batches on the device."""
     found = {}
     for precision in args.precision.split(","):
         steps = Steps(model, run, precision)
         reset_peak_memory()
-        begin(steps.dtype)
         found[precision] = {}
         for name, feed in feeds.items():
             steps.take(feed(WARM_UP_STEPS))
@@ -190,7 +176,7 @@ class Steps:
         self._model, self._run, self._torch = model, run, torch
         self._optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5, fused=True)  # Trainer's default
         self._scaler = torch.amp.GradScaler() if precision == "fp16" else None
-        self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+        self._dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
 
     def take(self, batches: Iterator) -> float:
         """A step with each batch; returns seconds."""
@@ -203,7 +189,7 @@ class Steps:
 
     def _take(self, batch: Any) -> None:
         torch = self._torch
-        with torch.autocast(device().type, self.dtype) if self.dtype else nullcontext():
+        with torch.autocast(device().type, self._dtype) if self._dtype else nullcontext():
             loss = self._run(batch)
         if self._scaler is None:
             loss.backward()

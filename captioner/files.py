@@ -1,11 +1,15 @@
-"""Where files lie: one way to open a local path and whatever pyarrow.fs or fsspec opens (s3://, gs://, hf://)."""
+"""Open files on a local disk or on whatever pyarrow.fs or fsspec opens (s3://, gs://, hf://), and retry requests."""
 
 from __future__ import annotations
 
 import os
 import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import TypeVar
 from urllib.parse import quote, unquote
 
 import pyarrow as pa
@@ -13,28 +17,30 @@ from pyarrow.fs import FileSystem, FSSpecHandler, LocalFileSystem, PyFileSystem
 
 from captioner.errors import UsageError
 
+T = TypeVar("T")
+
 
 def is_uri(location: str) -> bool:
-    """Whether `location` names a store other than the local disk. `file://` is the local disk."""
+    """Return whether `location` is on a store other than the local disk. `file://` is the local disk."""
     scheme, separator, _ = location.partition("://")
     return bool(separator) and scheme != "file" and scheme.replace("+", "").isalnum()
 
 
 def local_path(location: str) -> str:
-    """The absolute path of a local location: `~` expanded, `file://` undone, symlinks kept."""
+    """Return the absolute path of a local location: `~` expanded, `file://` removed, symlinks kept."""
     if location.startswith("file://"):
         return os.path.abspath(unquote(location.removeprefix("file://"), errors="surrogateescape"))
     return os.path.abspath(os.path.expanduser(location))
 
 
 def shown(location: str) -> str:
-    """A location for records and messages: without the keys and options that a URI may hold."""
-    place = location.partition("?")[0] if is_uri(location) else location
-    return re.sub(r"^(\w+://)[^/@]*@", r"\1", place)
+    """Return a location for records and messages: without the keys and options that a URI may hold."""
+    address = location.partition("?")[0] if is_uri(location) else location
+    return re.sub(r"^(\w+://)[^/@]*@", r"\1", address)
 
 
 def open_filesystem(location: str) -> tuple[FileSystem, str]:
-    """The filesystem of a local path or URI, and the path inside it (absolute where local).
+    """Return the filesystem of a local path or URI, and the path inside it (absolute where local).
 
     Raises UsageError where nothing installed opens URIs of that scheme.
     """
@@ -46,7 +52,7 @@ def open_filesystem(location: str) -> tuple[FileSystem, str]:
 
 @lru_cache(maxsize=256)
 def _open_uri(uri: str) -> tuple[FileSystem, str]:
-    """Cached: making a client costs milliseconds, or a question to the store."""
+    """Open a URI. Cached: making a client takes milliseconds, or a request to the store."""
     try:
         return FileSystem.from_uri(quote(uri, safe=":/?&=@%+,;~!$'()*"))  # spaces and Unicode in keys
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
@@ -64,5 +70,28 @@ def _open_with_fsspec(uri: str) -> tuple[FileSystem, str]:
 
 
 def cache_dir() -> Path:
-    """$XDG_CACHE_HOME/captioner, else ~/.cache/captioner. Not created here."""
+    """Return $XDG_CACHE_HOME/captioner, else ~/.cache/captioner. It is not created here."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "captioner"
+
+
+@dataclass(frozen=True)
+class Retry:
+    """Calls a function again while it raises an error that may not occur the next time.
+
+    `waits`: seconds before the second, third ... try. `is_transient`: whether the same call may succeed later.
+    """
+
+    waits: tuple[float, ...]
+    is_transient: Callable[[OSError], bool]
+    sleep: Callable[[float], None] = time.sleep
+
+    def __call__(self, action: Callable[[], T]) -> T:
+        """Return `action()`. Raises its OSError when it is not transient, or when no try is left."""
+        for seconds in self.waits:
+            try:
+                return action()
+            except OSError as error:
+                if not self.is_transient(error):
+                    raise
+            self.sleep(seconds)
+        return action()

@@ -1,10 +1,10 @@
 """The whole flow, in one process. Read this file first.
 
-    open_job     settings, source, model and table are checked; the plan is made or taken up
+    open_job     check settings, source, model and table; make the plan, or continue it
     for each chunk that is not committed yet:
         read -> decode -> caption -> commit -> receipt
-    publish      a generation's chunks become files of captions/
-    close_job    rows are counted against the plan; the record and the verdict are written
+    publish      merge the chunks of a generation into captions/
+    close_job    count rows against the plan; check the captions; write the record
 
 `ray_jobs/caption.py` runs the same flow on a cluster: another engine, the same steps.
 """
@@ -28,7 +28,7 @@ from captioner.errors import (
 from captioner.files import shown
 from captioner.models import load
 from captioner.models.devices import pick_device
-from captioner.run.job import Engine, Job, open_job
+from captioner.run.job import Engine, Job, open_job, plan_images
 from captioner.run.prefetch import one_ahead
 from captioner.run.quality import ROWS_AT_THE_END, SpotCheck, check, enforce, report
 from captioner.run.record import Tally, make_record, recorded, write_record
@@ -43,19 +43,20 @@ def run(config: CaptionConfig, engine: Engine | None = None) -> int:
     engine = engine or ThisProcess(config)
     out = config.output.path
     with stoppable(f"committed rows stay in {shown(out)}"), sole_writer(out) as check_held:
-        job = open_job(config, engine, say)
-        if job.work is None:
-            say(f"planned; run without --plan-only to caption into {shown(config.output.path)}")
+        if config.output.plan_only:
+            plan_images(config, say)
+            say(f"planned; run without --plan-only to caption into {shown(out)}")
             return OK
+        job = open_job(config, engine, say)
         with recorded(job) as tally:
             spot_check = SpotCheck(config.check)
             for plan in job.generations():
                 chunks = job.missing_chunks(plan)
-                already = tally.skip(plan, chunks)
+                num_committed = tally.skip(plan, chunks)
                 if chunks:
                     work = replace(job.work, sample=spot_check.draw(job.table))
                     write_record(job, make_record(job, "running", tally))
-                    with Progress(total=plan.num_rows, already=already) as progress:
+                    with Progress(total=plan.num_rows, already=num_committed) as progress:
                         for receipt in engine.caption_chunks(work, chunks):
                             check_held()
                             tally.add(receipt, job.started)
@@ -73,7 +74,7 @@ class ThisProcess:
         self._model = config.model
 
     def start(self) -> None:
-        """Nothing is started before the first chunk."""
+        """Do nothing: the model is loaded with the first chunk."""
 
     def device(self) -> str:
         return pick_device(self._model.device).type
@@ -94,7 +95,7 @@ class ThisProcess:
 
 
 def close_job(job: Job, tally: Tally) -> int:
-    """Count the table against the plan, write the record, tell the verdict."""
+    """Count the table against the plan, check its captions and write the record; return the exit code."""
     counts = count_rows(job.table)
     if counts.remaining:
         raise VerificationError(
@@ -102,8 +103,8 @@ def close_job(job: Job, tally: Tally) -> int:
             "run `captioner verify` on it"
         )
     record = make_record(job, "finished", tally, counts)
-    found = check(job.table, job.config.check, max_rows=ROWS_AT_THE_END)
-    record["check"] = found.summary()
+    result = check(job.table, job.config.check, max_rows=ROWS_AT_THE_END)
+    record["check"] = result.summary()
     write_record(job, record)
     record["report"] = report(job.table)
     if not tally.num_rows:
@@ -115,5 +116,5 @@ def close_job(job: Job, tally: Tally) -> int:
             f"{counts.failed:,} of {counts.planned:,} images failed (--max-failed {limit:g}); the table is complete, "
             "the reasons are in its error_code column, --retry-failed does them again"
         )
-    enforce(found.scores, job.config.check)
+    enforce(result.scores, job.config.check)
     return OK

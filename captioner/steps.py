@@ -1,10 +1,10 @@
-"""The verbs of the flow, for one chunk: read, decode, caption, commit. One process and a cluster call the same."""
+"""Process one chunk: read, decode, caption, commit. The same functions run in one process and on a cluster."""
 
 from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -38,7 +38,7 @@ from captioner.store.table import CaptionsTable
 
 @dataclass(frozen=True)
 class Work:
-    """What a worker needs to know of a run. Small and picklable; everything heavy is opened where it is used."""
+    """What a worker needs to know about a run. Small and picklable; models and connections are opened by the worker."""
 
     table: CaptionsTable
     source: Source
@@ -46,23 +46,23 @@ class Work:
     model: ModelRef
     run_id: str
     decode_timeout: float
-    sample: Sample = field(default_factory=dict)  # the rows to spot-check
+    sample: Sample = field(default_factory=dict)  # the rows whose captions are scored at once
     read_concurrency: int = 32
     dedupe: bool = True  # byte-equal images are captioned once
     device: str = "auto"  # what captions (see `captioner.models.devices`)
 
     def new_memory(self) -> CaptionMemory[Caption] | None:
-        """What a worker remembers of the captions it made; None where every image is captioned."""
+        """Return the memory in which a worker looks up copies; None where every image is captioned."""
         return CaptionMemory() if self.dedupe else None
 
     def decoder(self) -> GuardedDecoder:
-        """A decoder of this run's images, in a child process that is not started yet."""
+        """Return a decoder for the images of this run, in a child process that is not started yet."""
         return GuardedDecoder(self.model.spec, self.max_pixels, self.decode_timeout)
 
 
 @dataclass(frozen=True)
 class ReadChunk:
-    """A chunk's planned rows, a RawImage for each, and the seconds that reading them took."""
+    """The planned rows of a chunk, a RawImage for each, and the seconds spent reading."""
 
     chunk: Chunk
     planned: pa.Table
@@ -72,9 +72,10 @@ class ReadChunk:
 
 @dataclass(frozen=True)
 class ChunkRows:
-    """A chunk on its way through the steps: its rows so far, the pixels until it is captioned, and seconds spent.
+    """A chunk between two steps.
 
-    `engine`, `device`: what captioned it (see `captioner.models.base`); "" before.
+    `rows`: its columns so far. `pixels`: of its images, None once they are captioned. `seconds`: spent in each step.
+    `engine`, `device`: what captioned it (see `captioner.models.base`), or "".
     """
 
     chunk: Chunk
@@ -86,62 +87,44 @@ class ChunkRows:
 
 
 def read(work: Work, chunk: Chunk) -> ReadChunk:
-    """The chunk's images as files' bytes, or reasons. Raises SourceError where the archive as a whole has a fault."""
+    """Read the files of a chunk. Raises SourceError where the source as a whole is at fault."""
     started = time.perf_counter()
     with reads_at_once(work.read_concurrency):
         planned = read_planned(work.table, chunk)
-        # What a manifest knows of copies is no use to a run that captions each.
+        # A run that captions every copy must read every copy: the source must not share the bytes of the first one.
         names = [name for name in planned.column_names if work.dedupe or name != KNOWN_SHA256.name]
         raws = work.source.read(planned.select(names))
     return ReadChunk(chunk, planned, raws, time.perf_counter() - started)
 
 
 def decode(work: Work, read: ReadChunk, decoder: GuardedDecoder) -> ChunkRows:
-    """The images as rows, and as pixels as the model wants them. Bad images have an `error_code`."""
+    """Decode the images of a chunk to the pixels the model wants. Bad images have an `error_code`."""
     from captioner.imaging import decode_images
 
     decoder.wait()  # for its start, which is no part of decoding
     started = time.perf_counter()
     batch: ImageBatch = decode_images(read.raws, work.model.spec, work.max_pixels, decoder)
     rows = batch.rows.append_column(CAPTIONS_SCHEMA.field("reference_captions"), read.planned["reference_captions"])
-    for kept in work.table.kept_fields:
-        rows = rows.append_column(kept, read.planned[kept.name])
+    for field_ in work.table.kept_fields:
+        rows = rows.append_column(field_, read.planned[field_.name])
     return ChunkRows(read.chunk, rows, batch.pixels, {"read": read.seconds, "decode": time.perf_counter() - started})
 
 
 def caption(
     work: Work, captioner: Captioner, decoded: ChunkRows, memory: CaptionMemory[Caption] | None = None
 ) -> ChunkRows:
-    """The chunk's rows of the captions table. With a `memory`, byte-equal images are captioned once."""
+    """Caption a chunk: its rows then have all columns of the table. With a `memory`, copies are captioned once."""
     started = time.perf_counter()
     assert decoded.pixels is not None
-    codes, messages = decoded.rows["error_code"].to_pylist(), decoded.rows["error_message"].to_pylist()
-    ids, sha256s = decoded.rows["image_id"].to_pylist(), decoded.rows["sha256"].to_pylist()
-    copies = find_copies([place for place, code in enumerate(codes) if not code], sha256s, memory)
-    every = len(copies.new) == len(decoded.pixels)
-    pixels = decoded.pixels if every else decoded.pixels[copies.new]  # which copies them
-    made = dict(zip(copies.new, caption_or_reasons(captioner, pixels), strict=True))
-    made |= {place: made[first] for place, first in copies.of.items()}
-    made |= {place: known for place, (_, known) in copies.known.items()}
-    written: dict[int, Caption] = {}
-    for place, result in made.items():
-        if isinstance(result, str):
-            codes[place], messages[place] = "generate_error", result
-        else:
-            written[place] = result
-    for place in copies.new:
-        if memory is not None and place in written and sha256s[place]:
-            memory.add(sha256s[place], ids[place], written[place])
-    originals = {place: ids[first] for place, first in copies.of.items() if place in written}
-    originals |= {place: image_id for place, (image_id, _) in copies.known.items() if image_id != ids[place]}
-    rows = _finished_rows(work, decoded, codes, messages, written, originals)
+    results = _caption_rows(captioner, decoded.rows, decoded.pixels, memory)
+    rows = _finished_rows(work, decoded, results)
     seconds = decoded.seconds | {"generate": time.perf_counter() - started}
     engine, device = getattr(captioner, "engine", "generic"), getattr(captioner, "device_name", "cpu")
     return ChunkRows(decoded.chunk, rows, None, seconds, engine, device)
 
 
 def commit(work: Work, captioned: ChunkRows) -> Receipt:
-    """Make the rows durable."""
+    """Write the rows of a chunk to the table, and return the receipt."""
     started = time.perf_counter()
     commit_chunk(work.table, captioned.chunk, captioned.rows)
     reasons = captioned.rows["error_code"].drop_null().value_counts().to_pylist()
@@ -164,12 +147,13 @@ def commit(work: Work, captioned: ChunkRows) -> Receipt:
 
 
 def _column_of(rows: ChunkRows, name: str) -> list[Any]:
-    values: list[Any] = rows.rows[name].to_pylist()
-    return values
+    return list(rows.rows[name].to_pylist())
 
 
 @dataclass(frozen=True, slots=True)
 class Caption:
+    """The columns that a model fills for one image."""
+
     text: str
     num_tokens: int
     logprob_mean: float | None
@@ -177,8 +161,10 @@ class Caption:
 
 
 def caption_or_reasons(captioner: Captioner, pixels: Pixels) -> list[Caption | str]:
-    """A caption for each image, or why the model could not. What fails together is tried again in halves, so that
-    one image takes no neighbour with it."""
+    """Return a caption for each image, or the reason why it has none.
+
+    A batch that fails is tried again in halves, so that one image does not fail the others.
+    """
     if not len(pixels):
         return []
     try:
@@ -198,26 +184,54 @@ def _as_list(captions: Captions) -> list[Caption | str]:
     ]
 
 
-def _finished_rows(
-    work: Work,
-    decoded: ChunkRows,
-    codes: list[str],
-    messages: list[str],
-    written: dict[int, Caption],
-    originals: dict[int, str],
-) -> pa.Table:
+@dataclass(frozen=True, slots=True)
+class RowResult:
+    """The caption of one row, or why it has none. `duplicate_of`: id of the image that was captioned instead of it."""
+
+    caption: Caption | None = None
+    error_code: str = ""
+    error_message: str = ""
+    duplicate_of: str | None = None
+
+
+def _caption_rows(
+    captioner: Captioner, rows: pa.Table, pixels: Pixels, memory: CaptionMemory[Caption] | None
+) -> list[RowResult]:
+    """Return a result for each row, in order: of images that were not decoded, their error."""
+    errors = zip(rows["error_code"].to_pylist(), rows["error_message"].to_pylist(), strict=True)
+    results = [RowResult(error_code=code, error_message=message) for code, message in errors]
+    ids, sha256s = rows["image_id"].to_pylist(), rows["sha256"].to_pylist()
+    copies = find_copies([index for index, row in enumerate(results) if not row.error_code], sha256s, memory)
+    all_unique = len(copies.unique) == len(pixels)
+    captions = caption_or_reasons(captioner, pixels if all_unique else pixels[copies.unique])  # indexing copies them
+    for index, outcome in zip(copies.unique, captions, strict=True):
+        if isinstance(outcome, str):
+            results[index] = RowResult(error_code="generate_error", error_message=outcome)
+            continue
+        results[index] = RowResult(outcome)
+        if memory is not None and sha256s[index]:
+            memory.add(sha256s[index], ids[index], outcome)
+    for index, first in copies.first_of.items():
+        results[index] = replace(results[first], duplicate_of=ids[first] if results[first].caption else None)
+    for index, (image_id, remembered) in copies.remembered.items():
+        results[index] = RowResult(remembered, duplicate_of=image_id if image_id != ids[index] else None)
+    return results
+
+
+def _finished_rows(work: Work, decoded: ChunkRows, results: list[RowResult]) -> pa.Table:
+    """Return the rows with all columns of the table."""
     count, chunk, model = decoded.chunk.num_rows, decoded.chunk, work.model
-    captions = [written.get(place) for place in range(count)]
+    captions = [result.caption for result in results]
     columns: dict[str, object] = {name: decoded.rows[name] for name in decoded.rows.column_names}
     columns |= {
-        "status": [STATUS_FAILED if code else STATUS_OK for code in codes],
-        "error_code": [code or None for code in codes],
-        "error_message": [message or None for message in messages],
-        "caption": [c and c.text for c in captions],
-        "num_tokens": [c and c.num_tokens for c in captions],
-        "logprob_mean": [c and c.logprob_mean for c in captions],
-        "flags": [c.flags if c else [] for c in captions],
-        "duplicate_of": [originals.get(place) for place in range(count)],
+        "status": [STATUS_FAILED if result.error_code else STATUS_OK for result in results],
+        "error_code": [result.error_code or None for result in results],
+        "error_message": [result.error_message or None for result in results],
+        "caption": [caption and caption.text for caption in captions],
+        "num_tokens": [caption and caption.num_tokens for caption in captions],
+        "logprob_mean": [caption and caption.logprob_mean for caption in captions],
+        "flags": [caption.flags if caption else [] for caption in captions],
+        "duplicate_of": [result.duplicate_of for result in results],
         "chunk_row": range(count),
     }
     same_for_all = {

@@ -133,14 +133,14 @@ def submit(
 
 @app.command("try")
 @takes(CaptionConfig, groups=["model"])
-def try_pictures(
+def try_images(
     config: CaptionConfig,
     pictures: Annotated[list[str], typer.Argument(metavar="PICTURE...", help="Picture files.")],
 ) -> int:
     """Caption a few pictures on the terminal, without Ray."""
     from captioner.console import commands
 
-    return commands.try_pictures(pictures, config.model)
+    return commands.try_images(pictures, config.model)
 
 
 @app.command()

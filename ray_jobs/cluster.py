@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
 import logging
 import math
 import os
@@ -187,11 +188,18 @@ def _quiet_stderr() -> Iterator[None]:
 
 @contextmanager
 def _own_sigterm() -> Iterator[None]:
-    """Ray replaces the handler of SIGTERM by one that ends the process; the run's own handler says what stays."""
-    before = signal.getsignal(signal.SIGTERM)
+    """Ray replaces the handler of SIGTERM by one that ends the process; the run's own handler says what stays.
+
+    Its Python part does so in the main thread, its C++ part in whichever thread connects.
+    """
+    get_handler, set_handler = ctypes.pythonapi.PyOS_getsig, ctypes.pythonapi.PyOS_setsig
+    get_handler.restype = set_handler.restype = ctypes.c_void_p
+    set_handler.argtypes = [ctypes.c_int, ctypes.c_void_p]
+    handler, c_handler = signal.getsignal(signal.SIGTERM), get_handler(signal.SIGTERM)
     yield
+    set_handler(signal.SIGTERM, c_handler)
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, handler)
 
 
 def available_cpus() -> int:

@@ -13,14 +13,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from captioner.config import CaptionConfig, SourceConfig
+from captioner.config import CaptionConfig
 from captioner.console.stopping import say
 from captioner.data import Source
 from captioner.errors import OK, SourceError, UsageError
 from captioner.models import is_small, resolve, settle_dtype
 from captioner.sources import open_source
 from captioner.store.parallel_listing import list_units
-from captioner.store.plan import matching
 from ray_jobs.cluster import Sizes, connect, share_out
 from ray_jobs.gpus import check_gpu_nodes, device_kind
 from ray_jobs.sampling import Piece, measure
@@ -48,7 +47,7 @@ def run(config: CaptionConfig, sample: int, seed: int, price_per_gpu_hour: float
     if not config.source.path or not config.model.name:
         raise UsageError("estimate needs SOURCE and --model")
     source = open_source(config.source)
-    total, rows = draw_sample(source, config.source, sample, seed)
+    total, rows = draw_sample(source, config.source.limit, sample, seed)
     if not total:
         raise SourceError(f"{config.source.path}: no pictures found")
     say(f"{total:,} pictures listed; captioning a sample of {rows.num_rows:,}")
@@ -64,13 +63,12 @@ def run(config: CaptionConfig, sample: int, seed: int, price_per_gpu_hour: float
     return OK
 
 
-def draw_sample(source: Source, config: SourceConfig, size: int, seed: int) -> tuple[int, pa.Table]:
+def draw_sample(source: Source, limit: int | None, size: int, seed: int) -> tuple[int, pa.Table]:
     """(pictures in the source, a uniform sample of their planned rows): each row draws a number, the lowest stay."""
     random = np.random.default_rng(seed)
     total, kept, keys = 0, None, np.empty(0)
     for _, listing in list_units(source, list(source.units())):
-        rows = matching(listing.rows, config)
-        rows = rows if config.limit is None else rows.slice(0, config.limit - total)
+        rows = listing.rows if limit is None else listing.rows.slice(0, limit - total)
         total += rows.num_rows
         keys = np.concatenate([keys, random.random(rows.num_rows)])
         kept = rows if kept is None else pa.concat_tables([kept, rows])

@@ -63,7 +63,7 @@ class RayTrainEngine:
         """Connect, and import what drives Ray Train, while pairs are listed."""
         # How soon a checkpoint counts as kept: the default of 2 s loses one that a crash follows quickly.
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-        set_wait_policy()
+        set_wait_policy()  # read by the workers' torch
         if self._is_started:
             return
         self._is_started = True

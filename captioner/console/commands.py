@@ -1,4 +1,4 @@
-"""The commands that look: caption a few pictures, prove a table, tell how far it is. One process, no Ray."""
+"""The commands that need no Ray: caption a few images, and verify, check or report a table, in one process."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from captioner.store.verify import TableCounts, count_rows
 from captioner.store.verify import verify as verify_table
 
 
-def try_pictures(pictures: Sequence[str], model: ModelConfig) -> int:
-    """Print a caption for each file; a file that gives none is named on standard error. Exit 2 where none did."""
+def try_images(files: Sequence[str], model: ModelConfig) -> int:
+    """Print a caption for each file, and failures on standard error; returns exit code 2 when all files failed."""
     from captioner.imaging import decode_images
 
     ref = resolve(model)
@@ -35,22 +35,22 @@ def try_pictures(pictures: Sequence[str], model: ModelConfig) -> int:
     print(f"captioner: {printable(ref.told)}", file=sys.stderr)
     limits = SourceConfig()
     with GuardedDecoder(ref.spec, limits.max_pixels, limits.decode_timeout) as decoder:
-        batch = decode_images([_read(name) for name in pictures], ref.spec, limits.max_pixels, decoder)
+        batch = decode_images([_read(name) for name in files], ref.spec, limits.max_pixels, decoder)
     codes = batch.rows["error_code"].to_pylist()
     messages = batch.rows["error_message"].to_pylist()
-    fine = [place for place, code in enumerate(codes) if not code]
-    if fine:
+    decoded = [index for index, code in enumerate(codes) if not code]
+    if decoded:
         captioner = load(ref, str(device), model.batch_size)
         started = time.perf_counter()
-        captions = captioner.caption(batch.pixels[fine])
+        captions = captioner.caption(batch.pixels[decoded])
         seconds = time.perf_counter() - started
-        for place, text in zip(fine, captions.texts, strict=True):
-            print(f"{printable(pictures[place])}: {printable(text)}")
-        print(f"captioner: {len(fine)} pictures in {seconds:.2f} s", file=sys.stderr)
-    for name, code, message in zip(pictures, codes, messages, strict=True):
+        for index, text in zip(decoded, captions.texts, strict=True):
+            print(f"{printable(files[index])}: {printable(text)}")
+        print(f"captioner: {len(decoded)} images in {seconds:.2f} s", file=sys.stderr)
+    for name, code, message in zip(files, codes, messages, strict=True):
         if code:
             print(f"captioner: {printable(name)}: {code}: {printable(message)}", file=sys.stderr)
-    return OK if fine else TOO_MANY_FAILED
+    return OK if decoded else TOO_MANY_FAILED
 
 
 def _read(name: str) -> RawImage:
@@ -62,24 +62,24 @@ def _read(name: str) -> RawImage:
 
 
 def verify(out: str) -> int:
-    """Print what a full comparison of table and plan finds; exit 1 unless the table is proven whole."""
-    found = verify_table(open_table(out))
-    counts = found.counts
-    for problem in found.problems:
+    """Compare a table with its plan row by row and print the result; returns exit code 1 unless it is proven."""
+    result = verify_table(open_table(out))
+    counts = result.counts
+    for problem in result.problems:
         print(f"captioner: {printable(problem)}", file=sys.stderr)
-    if found.open_generations:
-        waiting = f"{counts.remaining:,} pictures remain" if counts.remaining else "rows wait to be published"
-        print(f"captioner: the run is not finished: {waiting}; run the same command again", file=sys.stderr)
-    verdict = "proven" if found.proven else "NOT proven"
+    if result.open_generations:
+        unfinished = f"{counts.remaining:,} images remain" if counts.remaining else "rows are not published yet"
+        print(f"captioner: the run is not finished: {unfinished}; run the same command again", file=sys.stderr)
+    verdict = "proven" if result.proven else "NOT proven"
     print(
         f"{printable(out)}: {verdict}: {counts.planned:,} planned, {counts.ok + counts.failed:,} rows, "
-        f"{found.lost:,} lost, {found.doubled:,} doubled"
+        f"{result.lost:,} lost, {result.doubled:,} doubled"
     )
-    return OK if found.proven else ERROR
+    return OK if result.proven else ERROR
 
 
 def status(out: str) -> int:
-    """Print how far a table is: planned, ok, failed by reason, remaining, and the rate of the latest start."""
+    """Print the progress of a table: planned, ok, failed by reason, remaining, and the rate of the latest start."""
     table = open_table(out)
     counts: TableCounts = count_rows(table)
     lines = [("planned", counts.planned), ("ok", counts.ok), ("failed", counts.failed)]
@@ -99,18 +99,18 @@ def status(out: str) -> int:
 
 
 def check(out: str, settings: CheckConfig, against: str | None = None) -> int:
-    """Check a table, write its report and print both in short. Raises CheckFailedError where a gate is not met."""
+    """Check a table, write its report and print a summary. Raises CheckFailedError when a gate is not met."""
     table = open_table(out)
-    found = quality.check(table, settings, against)
+    result = quality.check(table, settings, against)
     page = quality.report(table)
     print_check(table.directory.read_json(FIGURES))
     print(f"the report: {printable(page)}")
-    enforce(found.scores, settings)
+    enforce(result.scores, settings)
     return OK
 
 
 def report(out: str, open_page: bool) -> int:
-    """Write the report of a table and print where it is."""
+    """Write the report of a table and print its location."""
     page = quality.report(open_table(out))
     print(printable(page))
     if open_page:

@@ -1,6 +1,6 @@
-"""`--log-format json`: what a run says on standard error, one JSON object a line, for a log collector.
+"""`--log-format json`: write the messages on standard error as JSON Lines for a log collector.
 
-The heartbeat of a run carries its figures as keys: see `captioner.console.progress.Progress.fields`.
+The periodic progress line has its figures as keys: see `captioner.console.progress.Progress.fields`.
 """
 
 from __future__ import annotations
@@ -15,21 +15,24 @@ from typing import Any, TextIO
 
 
 class JsonLines(io.TextIOBase):
-    """A text stream that writes each full line to `stream` as {"time", "level", "message"}. Empty lines are
-    dropped."""
+    """A text stream that writes each complete line to `stream` as {"time", "level", "message"}.
+
+    Empty lines are dropped.
+    """
 
     def __init__(self, stream: TextIO) -> None:
-        self._stream, self._rest = stream, ""
+        self._stream, self._incomplete_line = stream, ""
 
     def write(self, text: str) -> int:
-        *lines, self._rest = (self._rest + text).split("\n")
+        """Write the complete lines and keep the rest."""
+        *lines, self._incomplete_line = (self._incomplete_line + text).split("\n")
         for line in lines:
             if line.strip():
                 self._stream.write(json.dumps(_entry(line.strip()), ensure_ascii=False) + "\n")
         return len(text)
 
     def write_fields(self, line: str, fields: Mapping[str, Any]) -> None:
-        """A line with figures of its own: they become keys of its object."""
+        """Write a line whose figures become keys of its object."""
         entry = {**_entry(line), "event": "progress", **fields}
         self._stream.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
@@ -42,7 +45,7 @@ class JsonLines(io.TextIOBase):
 
 
 def log_as_json() -> None:
-    """From now on, in this process."""
+    """Switch standard error of this process to JSON Lines."""
     if not isinstance(sys.stderr, JsonLines):
         sys.stderr = JsonLines(sys.stderr)
 

@@ -1,4 +1,4 @@
-"""How far a run has come: one live display on a terminal, one plain line every 10 s in a log."""
+"""Show a run's progress: a live display on a terminal, or one plain line every 10 s in a log."""
 
 from __future__ import annotations
 
@@ -20,13 +20,12 @@ from captioner.data import Receipt
 
 RATE_WINDOW_S = 60.0
 HEARTBEAT_S = 10.0
-# Silence between two commits that is worth a word: above it the display says how long it has lasted.
-SILENCE_S = 30.0
+SILENCE_S = 30.0  # without a commit for so long, the line says how long ago the last one was
 
 
 @runtime_checkable
 class TakesFields(Protocol):
-    """A stream that keeps figures beside a line: a log of JSON objects."""
+    """A stream that takes figures with each line, such as a log of JSON objects."""
 
     def write_fields(self, line: str, fields: Mapping[str, Any]) -> None: ...
 
@@ -34,10 +33,10 @@ class TakesFields(Protocol):
 class Progress:
     """Shows a run's progress from its receipts; a context manager, used by one thread.
 
-    `total`: planned pictures. `already`: those committed before this start. `stream`: standard error unless given; a
-    terminal gets one live display, anything else a line every `interval` seconds (from a thread of its own, so a
-    stall is seen) and a last one; a stream that takes fields gets `fields()` beside each line. `clock`: seconds,
-    monotonic.
+    `total`: planned images. `already`: those committed before this start. `stream`: standard error by default; a
+    terminal gets a live display, anything else a line every `interval` seconds and at the end. The lines come from a
+    separate thread, so that a stall is visible. A stream that takes fields gets `fields()` with each line. `clock`:
+    monotonic seconds.
     """
 
     def __init__(
@@ -55,11 +54,11 @@ class Progress:
         self._edits = self._words = self._scored = 0
         self._given, self._clock, self._interval = stream, clock, interval
         self._started = self._last = clock()
-        self._commits: deque[tuple[float, int]] = deque()  # (when, pictures done then), of the last minute
+        self._commits: deque[tuple[float, int]] = deque()  # (time, images done) of the last minute
         self._lock = threading.Lock()
         self._live: Live | None = None
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="progress", daemon=True)
+        self._thread = threading.Thread(target=self._write_lines, name="progress", daemon=True)
 
     def __enter__(self) -> Self:
         console = Console(file=self._given, stderr=True)
@@ -87,11 +86,11 @@ class Progress:
         return self._given or sys.stderr
 
     def last_line(self) -> str:
-        """What a log ends with; "" is no line."""
+        """Return the last line of a log; "" for none."""
         return f"{self._count()} in {duration(self._clock() - self._started)}  failed {self._failed:,}"
 
     def update(self, receipt: Receipt, note: str = "") -> None:
-        """Count a committed chunk. `note`: what else to say of the run so far."""
+        """Count a committed chunk. `note`: additional text for the line."""
         with self._lock:
             self._note = f"  {note}" if note else ""
             self._last = self._clock()
@@ -103,7 +102,7 @@ class Progress:
             self._commits.append((self._last, self._done))
 
     def line(self) -> str:
-        """The state as one line of plain text."""
+        """Return the progress as one line of plain text."""
         with self._lock:
             now = self._clock()
             if not self._commits:
@@ -114,7 +113,7 @@ class Progress:
             return f"{self._count()}  {_rounded(rate)} img/s  failed {self._failed:,}{self._note}  ETA {left}{silence}"
 
     def fields(self) -> dict[str, Any]:
-        """The state as figures, for a log that keeps fields; `None` where one is not known yet."""
+        """Return the progress as figures for a log with fields; `None` for what is not known yet."""
         with self._lock:
             now = self._clock()
             rate = self._rate(now) if self._commits else 0.0
@@ -134,13 +133,16 @@ class Progress:
         return f"captioned {self._done:,}/{self._total:,} ({share}%)"
 
     def _rate(self, now: float) -> float:
-        """Pictures a second over the last minute. Start-up counts only until there are two commits to compare."""
+        """Return the images per second over the last minute.
+
+        The start-up time counts only until there are two commits to compare.
+        """
         while len(self._commits) > 2 and now - self._commits[0][0] > RATE_WINDOW_S:
             self._commits.popleft()
-        since, done_then = self._commits[0] if len(self._commits) > 1 else (self._started, self._already)
-        return (self._done - done_then) / (now - since) if now > since else 0.0
+        start, done_at_start = self._commits[0] if len(self._commits) > 1 else (self._started, self._already)
+        return (self._done - done_at_start) / (now - start) if now > start else 0.0
 
-    def _beat(self) -> None:
+    def _write_lines(self) -> None:
         while not self._ended.wait(self._interval):
             self._write(self.line())
 
@@ -160,7 +162,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as mm:ss, or h:mm:ss from an hour on."""
+    """Format seconds as mm:ss, or h:mm:ss from one hour on."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes:02}:{rest:02}"

@@ -1,4 +1,4 @@
-"""What a run says beside its progress display, and how Ctrl-C and SIGTERM end it."""
+"""Print messages next to the progress display, and stop a run on Ctrl-C or SIGTERM."""
 
 from __future__ import annotations
 
@@ -15,23 +15,26 @@ from captioner.errors import InterruptedRunError, TerminatedRunError
 
 @contextmanager
 def stoppable(what_stays: str) -> Iterator[None]:
-    """Ctrl-C and SIGTERM end the run with their own errors, which say what stays and that the same command goes on."""
-    way_out = f"{what_stays}, the same command goes on"
+    """Turn Ctrl-C and SIGTERM into errors that say what is kept and that the same command continues the run.
+
+    `what_stays`: what is kept, such as "committed rows stay".
+    """
+    advice = f"{what_stays}, the same command goes on"
 
     def terminate(*_: Any) -> None:
-        raise TerminatedRunError(f"stopped by SIGTERM; {way_out}")
+        raise TerminatedRunError(f"stopped by SIGTERM; {advice}")
 
     main_thread = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, terminate) if main_thread else None
+    old_handler = signal.signal(signal.SIGTERM, terminate) if main_thread else None
     try:
         yield
     except KeyboardInterrupt:
-        raise InterruptedRunError(f"stopped; {way_out}") from None
+        raise InterruptedRunError(f"stopped; {advice}") from None
     finally:
         if main_thread:
-            signal.signal(signal.SIGTERM, before)
+            signal.signal(signal.SIGTERM, old_handler)
 
 
 def say(line: str) -> None:
-    """One line for a person, beside the progress display."""
+    """Print one line on standard error, next to the progress display."""
     print(f"captioner: {printable(line)}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""What a run did, as a short table for a person: `OUT/run.json` in words."""
+"""Print a summary of a finished run: the contents of `OUT/run.json` as a short table."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from captioner.run.bottleneck import bottleneck_line
 
 
 def print_summary(record: dict[str, Any], stream: TextIO | None = None) -> None:
-    """Print a finished run's record (see `captioner.run.record.make_record`); to standard error unless told otherwise.
+    """Print a finished run's record (see `captioner.run.record.make_record`), by default to standard error.
 
-    Keys that a record lacks are left out. What comes from data is shown without control characters.
+    Missing keys are left out. Control characters in data are removed.
     """
     console = Console(file=stream or sys.stderr, highlight=False)
     table = Table.grid(padding=(0, 2))
@@ -40,12 +40,12 @@ def _rows(record: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     reasons = sorted(counts.get("failed_by_reason", {}).items(), key=lambda item: -item[1])
     rows += [(f"  {reason}", f"{number:,}") for reason, number in reasons]
-    words = {
+    labels = {
         "duplicates": "took a duplicate's caption",
         "skipped": "committed before this start",
-        "ignored": "files passed over",
+        "ignored": "files ignored",
     }
-    rows += [(words[name], f"{counts[name]:,}") for name in words if counts.get(name)]
+    rows += [(label, f"{counts[name]:,}") for name, label in labels.items() if counts.get(name)]
     if record.get("images_per_second"):
         rows.append(("images a second", f"{record['images_per_second']:,.1f}"))
     seconds = record.get("seconds", {})
@@ -55,7 +55,7 @@ def _rows(record: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _lines(record: dict[str, Any]) -> list[str]:
-    """What is said below the table, a sentence each."""
+    """Return the lines below the table."""
     lines = []
     busy = bottleneck_line(record.get("busy", {}), record.get("seconds", {}), record.get("slots"))
     if busy is not None:
@@ -63,8 +63,8 @@ def _lines(record: dict[str, Any]) -> list[str]:
     check = record.get("check")
     if check and check["wer"] is not None:
         baseline = check.get("shuffled_wer")
-        beside = "" if baseline is None else f" ({baseline:.3f} with the captions shuffled)"
-        lines.append(f"WER {check['wer']:.3f} against the references of {check['num_rows']:,} pictures{beside}")
+        shuffled = "" if baseline is None else f" ({baseline:.3f} with the captions shuffled)"
+        lines.append(f"WER {check['wer']:.3f} against the references of {check['num_rows']:,} images{shuffled}")
     if record.get("counts", {}).get("failed"):
         lines.append(f"retry the failed: {_retry_command(record)}")
     if record.get("report"):
@@ -75,10 +75,10 @@ def _lines(record: dict[str, Any]) -> list[str]:
 
 
 def _retry_command(record: dict[str, Any]) -> str:
-    """The run's own command with --retry-failed: the settings of the record, less what must not be done twice."""
+    """Return the run's command with --retry-failed, without settings that must not be repeated."""
     if "settings" not in record:
         return "the same command with --retry-failed"
     config = CaptionConfig.model_validate(record["settings"])
-    again = {"retry_failed": True, "overwrite": False, "extend": False, "only": None}
-    config = config.model_copy(update={"output": config.output.model_copy(update=again)})
+    changes = {"retry_failed": True, "overwrite": False, "extend": False, "only": None}
+    config = config.model_copy(update={"output": config.output.model_copy(update=changes)})
     return shlex.join(["captioner", "caption", *command_line(config)])

@@ -1,4 +1,4 @@
-"""Text that comes from data, made safe to show: names, captions and messages of other people's files."""
+"""Make text from data safe to print: names, captions and messages of other people's files."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ _SURROGATES = re.compile(r"[\ud800-\udfff]")  # stand for bytes of file names th
 
 
 def printable(text: object) -> str:
-    """`str(text)` as one line without control characters; every other character of Unicode stays.
+    """Return `str(text)` as one line without control characters.
 
-    Line breaks and tabs become a space, bytes that are not UTF-8 become U+FFFD.
+    Line breaks and tabs become a space, bytes that are not UTF-8 become U+FFFD, every other character stays.
     """
     return _SURROGATES.sub("\ufffd", _CONTROLS.sub("", _SPACES.sub(" ", str(text))))
 
 
-def shorten(text: str, most: int) -> str:
-    """`text`, cut to `most` characters with an ellipsis where it is longer."""
-    return text if len(text) <= most else text[: most - 1] + "…"
+def shorten(text: str, max_length: int) -> str:
+    """Return `text` cut to `max_length` characters, with an ellipsis when it is longer."""
+    return text if len(text) <= max_length else text[: max_length - 1] + "…"

@@ -1,4 +1,4 @@
-"""OUT/report: one page for people to look at, and the same figures as JSON."""
+"""Write OUT/report: an HTML page about a run, and the same figures as JSON."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ PAGE, FIGURES = "report/index.html", "report/report.json"
 
 
 def make_report(table: CaptionsTable) -> str:
-    """Write the report of a table that was checked; returns the page's location.
+    """Write the report of a checked table and return the page's location.
 
-    Pictures are read from the source again, a few hundred at most; where that fails the page says so.
+    At most a few hundred images are read again from the source; when that fails, the page says so.
     """
     facts = collect(table)
-    shown = [row for rows in facts["check"]["shown"].values() for row in rows]
+    rows = [row for rows in facts["check"]["shown"].values() for row in rows]
     for part in ("comparison", "changes"):
-        shown += (facts["check"][part] or {}).get("shown", [])
-    pictures, problem = thumbnails(table, shown)
+        rows += (facts["check"][part] or {}).get("shown", [])
+    images, problem = thumbnails(table, rows)
     facts["pictures_problem"] = problem
     table.directory.write_json(FIGURES, facts)
-    table.directory.write_bytes(PAGE, render(facts, pictures).encode())
+    table.directory.write_bytes(PAGE, render(facts, images).encode())
     return f"{table.directory.location.rstrip('/')}/{PAGE}"

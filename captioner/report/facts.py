@@ -1,4 +1,4 @@
-"""What a report says: the run's record, the check's figures, and the verdict. OUT/report/report.json holds it."""
+"""Collect the facts of a report from the run's record and the check: the contents of OUT/report/report.json."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from captioner.store.table import CaptionsTable
 from captioner.store.verify import count_rows
 
 TIME_BINS = 60
-# Steps, and whose time each takes: reading and decoding are done by the same workers.
+# Stage -> the workers that do it; the same workers read and decode.
 STAGES = {"read": "decode", "decode": "decode", "generate": "device", "commit": "write"}
 
 
 def collect(table: CaptionsTable) -> dict[str, Any]:
-    """Everything the page shows but the pictures. The table must have been checked."""
+    """Return everything the page shows except the images. The table must have been checked."""
     check = table.directory.read_json(CHECK_FILE)
     record = table.directory.read_json("run.json") if table.directory.exists("run.json") else {}
     counts = asdict(count_rows(table))
@@ -50,8 +50,11 @@ def collect(table: CaptionsTable) -> dict[str, Any]:
 
 
 def _throughput(committed: Sequence[Sequence[int]], resolution: int) -> dict[str, Any]:
-    """Pictures a second over time, from when the rows were made: at most 60 bins of equal width, and no more than a
-    third of the commits, so that a bin without one is a stall. `resolution`: seconds that an entry stands for."""
+    """Return the images per second over time.
+
+    There are at most 60 bins of equal width and at least three commits for each bin on average, so that an empty bin
+    shows a stall. `committed`: (second since the epoch, rows). `resolution`: seconds that each entry covers.
+    """
     if len(committed) < 6:
         return {"bin_seconds": 0, "rates": []}
     first, last = committed[0][0], committed[-1][0]
@@ -64,8 +67,11 @@ def _throughput(committed: Sequence[Sequence[int]], resolution: int) -> dict[str
 
 
 def _stages(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Of a start, each stage: seconds over all workers, pictures a second of one worker, and the share of the time that
-    its workers were busy (`None` where the start did not get to its end)."""
+    """Return the figures of each stage of one start.
+
+    `seconds`: summed over all workers. `images_per_second`: of one worker. `busy`: the share of the time that the
+    workers were busy, `None` when the start did not finish.
+    """
     seconds, busy = record.get("seconds", {}), record.get("busy", {})
     rows = record.get("counts", {}).get("captioned_in_this_run", 0)
     return [
@@ -81,12 +87,12 @@ def _stages(record: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _commands(record: dict[str, Any]) -> dict[str, str]:
-    """The run's own command, and the one that does failed pictures again; empty where the record lacks settings."""
+    """Return the run's command and the one that retries failed images; empty when the record has no settings."""
     with suppress(ValidationError, KeyError):
         config = CaptionConfig.model_validate(record["settings"])
-        again = {"retry_failed": True, "overwrite": False, "extend": False, "only": None}
-        retry = config.model_copy(update={"output": config.output.model_copy(update=again)})
-        return {name: _shell(one) for name, one in (("run", config), ("retry", retry))}
+        changes = {"retry_failed": True, "overwrite": False, "extend": False, "only": None}
+        retry = config.model_copy(update={"output": config.output.model_copy(update=changes)})
+        return {"run": _shell(config), "retry": _shell(retry)}
     return {}
 
 
@@ -95,9 +101,12 @@ def _shell(config: CaptionConfig) -> str:
 
 
 def _starts(table: CaptionsTable) -> list[dict[str, Any]]:
-    """The latest ten starts, oldest first."""
+    """Return the records of the latest ten starts, oldest first."""
     names = table.directory.list_names("runs")[-10:]
     records = [table.directory.read_json(f"runs/{name}") for name in names]
     keys = ("run_id", "state", "written_at", "images_per_second")
     groups = ("seconds", "busy", "counts")
-    return [{key: one.get(key) for key in keys} | {group: one.get(group, {}) for group in groups} for one in records]
+    return [
+        {key: record.get(key) for key in keys} | {group: record.get(group, {}) for group in groups}
+        for record in records
+    ]

@@ -1,4 +1,4 @@
-"""The facts as one self-contained HTML page: no scripts, no network, everything from data escaped."""
+"""Render the facts as one self-contained HTML page without scripts or network access; all data is escaped."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from captioner.report.page_images import MAX_BYTES
 from captioner.scoring.normalise import normalise
 
 
-def render(facts: dict[str, Any], pictures: Mapping[str, str]) -> str:
-    """The page. `pictures`: data URIs of thumbnails by image id."""
+def render(facts: dict[str, Any], images: Mapping[str, str]) -> str:
+    """Return the page. `images`: data URIs of thumbnails by image id."""
     check, survey = facts["check"], facts["check"]["survey"]
     return _template().render(
         facts=facts,
         check=check,
         survey=survey,
         run=facts["run"],
-        picture=_Pictures(pictures),
+        image=_Thumbnails(images),
         charts=_charts(facts),
         worst=[row for row in check["shown"]["worst"] if row["wer"] > 0],
         flagged={flag: check["shown"].get(flag, []) for flag in check["flags"]},
@@ -43,8 +43,8 @@ def _template() -> Template:
     return environment.from_string(files("captioner.report").joinpath("page.html").read_text(encoding="utf-8"))
 
 
-class _Pictures:
-    """Hands out thumbnails until the page has enough of them."""
+class _Thumbnails:
+    """Returns thumbnails until their total size reaches MAX_BYTES."""
 
     def __init__(self, uris: Mapping[str, str]) -> None:
         self._uris, self._left = uris, MAX_BYTES
@@ -72,12 +72,13 @@ def _wer_histogram(check: dict[str, Any]) -> Markup | None:
         return None
     labels = ["0", *[f"{n / 10:.1f}" if n and n % 5 == 0 else "" for n in range(20)], "2+"]
     names = {"wer": "this run", "shuffled_wer": "shuffled", "human_wer": "people"}
-    known = [(check[key], name) for key, name in names.items() if check[key] is not None]
-    marks = [(1 + 10 * min(2.0, value), f"{name} {value:.2f}") for value, name in known]
-    says = f"WER of {check['num_rows']:,} captions, clipped at 2; {check['exact']:,} have no error. " + ", ".join(
-        f"{name} {value:.3f}" for value, name in known
+    rates = [(check[key], name) for key, name in names.items() if check[key] is not None]
+    marks = [(1 + 10 * min(2.0, value), f"{name} {value:.2f}") for value, name in rates]
+    description = (
+        f"WER of {check['num_rows']:,} captions, clipped at 2; {check['exact']:,} have no error. "
+        + ", ".join(f"{name} {value:.3f}" for value, name in rates)
     )
-    return charts.bars(check["wer_histogram"], labels, says, marks)
+    return charts.bars(check["wer_histogram"], labels, description, marks)
 
 
 def _throughput(throughput: dict[str, Any]) -> Markup | None:
@@ -85,9 +86,9 @@ def _throughput(throughput: dict[str, Any]) -> Markup | None:
     if len(rates) < 2:
         return None
     last = len(rates) - 1
-    labels = [_span(place * width) if place in (0, last // 2, last) else "" for place in range(len(rates))]
-    says = f"Pictures a second over {_span(len(rates) * width)}: at most {max(rates):,.1f}."
-    return charts.bars(rates, labels, says)
+    labels = [_span(index * width) if index in (0, last // 2, last) else "" for index in range(len(rates))]
+    description = f"Images per second over {_span(len(rates) * width)}: at most {max(rates):,.1f}."
+    return charts.bars(rates, labels, description)
 
 
 def _stages(stages: list[dict[str, Any]]) -> Markup | None:
@@ -104,8 +105,8 @@ def _lengths(survey: dict[str, Any]) -> Markup | None:
     bins = range(0, max(260, min(max(counts), 400) + 10), 10)
     values = [counts.get(start, 0) for start in bins]
     labels = [str(start) if start % 50 == 0 else "" for start in bins]
-    says = f"Length of captions in characters; {survey['over_125']:,} over 125, {survey['over_250']:,} over 250."
-    return charts.bars(values, labels, says, [(12.5, "125"), (25, "250")])
+    description = f"Length of captions in characters; {survey['over_125']:,} over 125, {survey['over_250']:,} over 250."
+    return charts.bars(values, labels, description, [(12.5, "125"), (25, "250")])
 
 
 def _confidence(survey: dict[str, Any]) -> Markup | None:
@@ -116,16 +117,17 @@ def _confidence(survey: dict[str, Any]) -> Markup | None:
     values, width = [0.0] * 20, -low / 20
     for value, count in counts.items():
         values[max(0, min(19, int((value - low) / width)))] += count
-    labels = [f"{low + place * width:.2g}" if place % 5 == 0 else "" for place in range(20)]
+    labels = [f"{low + index * width:.2g}" if index % 5 == 0 else "" for index in range(20)]
     return charts.bars(values, labels, "Mean log-probability of the tokens of each caption; 0 is certain.")
 
 
 def _wer_by_confidence(groups: list[dict[str, float]]) -> Markup | None:
     if len(groups) < 2:
         return None
-    labels = ["least sure", *[""] * (len(groups) - 2), "surest"]
-    says = "WER by confidence, from the least certain tenth: " + ", ".join(f"{group['wer']:.2f}" for group in groups)
-    return charts.bars([group["wer"] for group in groups], labels, says)
+    rates = [group["wer"] for group in groups]
+    labels = ["lowest", *[""] * (len(groups) - 2), "highest"]
+    figures = ", ".join(f"{rate:.2f}" for rate in rates)
+    return charts.bars(rates, labels, f"WER by confidence, from the tenth with the lowest log-probability: {figures}")
 
 
 def _span(seconds: float) -> str:
@@ -138,16 +140,16 @@ def _when(seconds: float) -> str:
     return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M} UTC"
 
 
-def _moment(written: str) -> str:
-    return _when(datetime.fromisoformat(written).timestamp())
+def _moment(timestamp: str) -> str:
+    return _when(datetime.fromisoformat(timestamp).timestamp())
 
 
 def _number(value: float | None) -> str:
     return "no data" if value is None else f"{value:,}"
 
 
-def _decimal(value: float | None, places: int = 3) -> str:
-    return "no data" if value is None else f"{round(value, places) + 0.0:.{places}f}"  # + 0.0: no "-0.00"
+def _decimal(value: float | None, digits: int = 3) -> str:
+    return "no data" if value is None else f"{round(value, digits) + 0.0:.{digits}f}"  # + 0.0 avoids "-0.00"
 
 
 def _percent(value: float | None) -> str:
@@ -170,18 +172,18 @@ Piece = tuple[str, str]  # "same", "missing" (in the reference only) or "added" 
 
 
 def word_diff(reference: str, caption: str) -> list[Piece]:
-    """The reference turned into the caption, in pieces of words; both normalised as for WER."""
+    """Return the difference between a reference and a caption in pieces of words; both normalised as for WER."""
     import jiwer
 
-    known, said = normalise(reference).split(), normalise(caption).split()
-    if not known or not said:
-        return [piece for piece in (("missing", " ".join(known)), ("added", " ".join(said))) if piece[1]]
+    expected, actual = normalise(reference).split(), normalise(caption).split()
+    if not expected or not actual:
+        return [piece for piece in (("missing", " ".join(expected)), ("added", " ".join(actual))) if piece[1]]
     pieces: list[Piece] = []
-    for chunk in jiwer.process_words(" ".join(known), " ".join(said)).alignments[0]:
-        left = " ".join(known[chunk.ref_start_idx : chunk.ref_end_idx])
-        right = " ".join(said[chunk.hyp_start_idx : chunk.hyp_end_idx])
+    for chunk in jiwer.process_words(" ".join(expected), " ".join(actual)).alignments[0]:
+        missing = " ".join(expected[chunk.ref_start_idx : chunk.ref_end_idx])
+        added = " ".join(actual[chunk.hyp_start_idx : chunk.hyp_end_idx])
         if chunk.type == "equal":
-            pieces.append(("same", left))
+            pieces.append(("same", missing))
         else:
-            pieces += [piece for piece in (("missing", left), ("added", right)) if piece[1]]
+            pieces += [piece for piece in (("missing", missing), ("added", added)) if piece[1]]
     return pieces

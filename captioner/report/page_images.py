@@ -1,4 +1,4 @@
-"""Small upright pictures for the page, read from the source by their planned rows."""
+"""Read thumbnails for the page from the source, by the rows of the plan."""
 
 from __future__ import annotations
 
@@ -22,32 +22,32 @@ from captioner.store.plan import read_planned
 from captioner.store.table import CaptionsTable
 
 SIDE = 224  # pixels, of the longer side
-MAX_BYTES = 3_500_000  # of all pictures of a page, as base64: the page stays below 5 MB
+MAX_BYTES = 3_500_000  # all images of a page as base64, so that the page stays below 5 MB
 MAX_PIXELS = 100_000_000
 
 
 def thumbnails(table: CaptionsTable, shown: Iterable[Mapping[str, Any]]) -> tuple[dict[str, str], str]:
-    """Data URIs by image id, and in words why there are none ("" where all is well).
+    """Return data URIs by image id, and why images are missing ("" when the source could be read).
 
-    `shown`: rows with `image_id`, `chunk_id`, `chunk_row`. A picture that cannot be read or decoded is left out.
+    `shown`: rows with `image_id`, `chunk_id`, `chunk_row`. Images that cannot be read or decoded are left out.
     """
-    places: dict[str, dict[int, str]] = defaultdict(dict)
+    by_chunk: dict[str, dict[int, str]] = defaultdict(dict)
     for row in shown:
-        places[row["chunk_id"]][row["chunk_row"]] = row["image_id"]
-    found: dict[str, str] = {}
+        by_chunk[row["chunk_id"]][row["chunk_row"]] = row["image_id"]
+    uris: dict[str, str] = {}
     try:
         config = SourceConfig.model_validate(table.info["source"])
         source = open_source(config)
         with GuardedDecoder(SIDE, MAX_PIXELS, config.decode_timeout) as decoder:
-            for chunk_id, rows in places.items():
+            for chunk_id, rows in by_chunk.items():
                 planned = read_planned(table, _chunk(chunk_id)).take(pa.array(sorted(rows)))
                 readable = {raw.image_id: raw.data for raw in source.read(planned) if raw.data is not None}
                 for image_id, decoded in zip(readable, decoder(readable.values()), strict=True):
                     if decoded.pixels is not None:
-                        found[image_id] = _data_uri(decoded.pixels, decoded.width, decoded.height)
+                        uris[image_id] = _data_uri(decoded.pixels, decoded.width, decoded.height)
     except (CaptionerError, OSError) as error:
-        return found, f"pictures could not be read from the source: {error}"
-    return found, ""
+        return uris, f"images could not be read from the source: {error}"
+    return uris, ""
 
 
 def _chunk(chunk_id: str) -> Chunk:
@@ -56,7 +56,7 @@ def _chunk(chunk_id: str) -> Chunk:
 
 
 def _data_uri(square: npt.NDArray[np.uint8], width: int, height: int) -> str:
-    """The picture in its own aspect again, as JPEG."""
+    """Return the square pixels as a JPEG in the image's own aspect ratio."""
     scale = min(1.0, SIDE / max(width, height))
     size = max(1, round(width * scale)), max(1, round(height * scale))
     buffer = io.BytesIO()

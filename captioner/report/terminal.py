@@ -1,4 +1,4 @@
-"""The verdict as a short table on the terminal, with the best and the worst captions."""
+"""Print the verdict, the scores, and the best and worst captions on the terminal."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SHOWN, WIDTH = 3, 160  # rows of each kind; characters of a caption
 
 
 def print_check(facts: dict[str, Any], stream: TextIO | None = None) -> None:
-    """Print what OUT/report/report.json holds, in short; to standard output unless told otherwise."""
+    """Print a summary of OUT/report/report.json, by default to standard output."""
     console = Console(file=stream or sys.stdout, highlight=False)
     check = facts["check"]
     console.print(Text(printable(facts["verdict"]["title"]), style="bold"))
@@ -50,18 +50,18 @@ def _print_comparison(console: Console, comparison: dict[str, Any] | None) -> No
 def _figures(check: dict[str, Any]) -> list[tuple[str, str]]:
     low, high = check["interval"] or (None, None)
     rows = [
-        ("WER", _of(check["wer"]) + ("" if low is None else f"   95 % interval {low:.3f} to {high:.3f}")),
-        ("WER shuffled", _of(check["shuffled_wer"])),
-        ("lift", _of(check["lift"])),
-        ("WER of people", _of(check["human_wer"])),
-        ("MER, CER", f"{_of(check['mer'])}, {_of(check['cer'])}"),
-        ("CIDEr-D", _of(check["cider_d"])),
-        ("BLEU-1 to 4", ", ".join(_of(value) for value in check["bleu"] or [None])),
-        ("ROUGE-L", _of(check["rouge_l"])),
+        ("WER", _decimal(check["wer"]) + ("" if low is None else f"   95 % interval {low:.3f} to {high:.3f}")),
+        ("WER shuffled", _decimal(check["shuffled_wer"])),
+        ("lift", _decimal(check["lift"])),
+        ("WER of people", _decimal(check["human_wer"])),
+        ("MER, CER", f"{_decimal(check['mer'])}, {_decimal(check['cer'])}"),
+        ("CIDEr-D", _decimal(check["cider_d"])),
+        ("BLEU-1 to 4", ", ".join(_decimal(value) for value in check["bleu"] or [None])),
+        ("ROUGE-L", _decimal(check["rouge_l"])),
     ]
     flags = [(flag.replace("_", " "), f"{count:,}") for flag, count in check["flags"].items()]
     return (rows if check["num_rows"] else []) + flags
 
 
-def _of(value: float | None) -> str:
+def _decimal(value: float | None) -> str:
     return "no data" if value is None else f"{value:.3f}"

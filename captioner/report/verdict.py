@@ -1,4 +1,4 @@
-"""What a run comes to, in a few words: the first thing on the page and on the terminal."""
+"""The verdict on a run in a few sentences, shown first on the page and on the terminal."""
 
 from __future__ import annotations
 
@@ -6,65 +6,67 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Level = Literal["good", "mixed", "bad", "unknown"]
-# Lift over shuffled captions. People who describe the same photo reach about 0.2 against the best of four others.
+# Lift over shuffled captions. A person's caption of a photo reaches about 0.2 against the best of four others.
 GOOD_LIFT, SOME_LIFT = 0.3, 0.1
 MANY_FLAGGED = 0.1  # of the captions
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
+    """The verdict: a level, a title and the sentences that explain it."""
+
     level: Level
     title: str
     sentences: list[str]
 
 
 def verdict_of(counts: dict[str, Any], check: dict[str, Any]) -> Verdict:
-    """`counts`: TableCounts as JSON; `check`: what OUT/checks/check.json holds."""
-    sentences = [_completeness(counts), *_about_scores(check), *_about_flags(check), *_about_the_part(counts, check)]
+    """Return the verdict on a run. `counts`: TableCounts as JSON; `check`: the contents of OUT/checks/check.json."""
+    sentences = [_completeness(counts), *_about_scores(check), *_about_flags(check), *_about_coverage(counts, check)]
     if check["failed_gates"]:
         return Verdict("bad", "Not good enough", [*map(_capital, check["failed_gates"]), *sentences])
     if not counts["ok"]:
-        return Verdict("bad", "No picture has a caption", sentences)
-    level, title = _judged(check)
+        return Verdict("bad", "No image has a caption", sentences)
+    level, title = _level_of(check)
     if level in ("good", "unknown") and (_flagged_share(check) > MANY_FLAGGED or counts["failed"] > counts["ok"]):
-        return Verdict("mixed", f"{title}, but look closer", sentences)
+        return Verdict("mixed", f"{title}, but check the flags and failures", sentences)
     return Verdict(level, title, sentences)
 
 
-def _judged(check: dict[str, Any]) -> tuple[Level, str]:
+def _level_of(check: dict[str, Any]) -> tuple[Level, str]:
     lift = check["lift"]
     if lift is None:
-        return "unknown", "Captioned; nothing says how right the captions are"
+        return "unknown", "Captioned; there are no references to measure how good the captions are"
     if lift >= GOOD_LIFT:
-        return "good", "The captions fit their pictures"
+        return "good", "The captions match their images"
     if lift >= SOME_LIFT:
-        return "mixed", "The captions fit their pictures in part"
-    return "bad", "The captions hardly fit their pictures"
+        return "mixed", "The captions partly match their images"
+    return "bad", "The captions hardly match their images"
 
 
 def _completeness(counts: dict[str, Any]) -> str:
-    words = [f"{counts['ok']:,} of {counts['planned']:,} pictures have a caption"]
-    words += [f"{counts['failed']:,} failed, each with a reason"] if counts["failed"] else []
-    waiting = counts["planned"] - counts["ok"] - counts["failed"]
-    words += [f"{waiting:,} are still to be done"] if waiting else []
-    return "; ".join(words) + "."
+    clauses = [f"{counts['ok']:,} of {counts['planned']:,} images have a caption"]
+    clauses += [f"{counts['failed']:,} failed, each with a reason"] if counts["failed"] else []
+    remaining = counts["planned"] - counts["ok"] - counts["failed"]
+    clauses += [f"{remaining:,} remain"] if remaining else []
+    return "; ".join(clauses) + "."
 
 
 def _about_scores(check: dict[str, Any]) -> list[str]:
     if check["wer"] is None:
         return [
-            "No references: give known captions with --references to learn how right the captions are."
+            "No references: give reference captions with --references to measure how good the captions are."
             if not check["with_references"]
             else "No caption was scored."
         ]
-    words = (
+    sentence = (
         f"{check['wer']:.2f} word errors for each word of the reference (WER, {check['num_rows']:,} captions scored)"
     )
     if check["shuffled_wer"] is not None:
-        words += f"; the same captions on other pictures have {check['shuffled_wer']:.2f}"
+        sentence += f"; the same captions on other images have {check['shuffled_wer']:.2f}"
     if check["human_wer"] is not None:
-        words += f", one person against the others {check['human_wer']:.2f}"
-    return [words + "."]
+        sentence += f", one person against the others {check['human_wer']:.2f}"
+    return [sentence + "."]
 
 
 def _about_flags(check: dict[str, Any]) -> list[str]:
@@ -75,20 +77,21 @@ def _about_flags(check: dict[str, Any]) -> list[str]:
     return [f"The most frequent flag is “{flag.replace('_', ' ')}”: {count:,} captions ({100 * count / total:.1f} %)."]
 
 
-def _about_the_part(counts: dict[str, Any], check: dict[str, Any]) -> list[str]:
-    there, seen = counts["ok"] + counts["failed"], check["survey"]["num_rows"]
-    if seen >= there:
+def _about_coverage(counts: dict[str, Any], check: dict[str, Any]) -> list[str]:
+    num_rows, num_checked = counts["ok"] + counts["failed"], check["survey"]["num_rows"]
+    if num_checked >= num_rows:
         return []
     return [
-        f"The table is large: scores, flags and figures are of {seen:,} of its {there:,} rows, every n-th file; "
-        "captioner check takes all of them."
+        f"The table is large: scores, flags and figures are of {num_checked:,} of its {num_rows:,} rows, every n-th "
+        "file; captioner check reads all of them."
     ]
 
 
 def _flagged_share(check: dict[str, Any]) -> float:
-    """Of the flag that most captions have; length and confidence are no faults."""
+    """Return the share of captions with the most frequent flag; length and confidence are not counted as faults."""
     faults = [count for flag, count in check["flags"].items() if flag not in ("over_125", "low_confidence")]
-    return max(faults, default=0) / max(1, check["survey"]["num_ok"])
+    share: float = max(faults, default=0) / max(1, check["survey"]["num_ok"])
+    return share
 
 
 def _capital(text: str) -> str:

@@ -1,1 +1,1 @@
-"""What one run on a table is made of: opening it, its record, which rows it works on."""
+"""One run on a table: opening it, its record, and which rows it works on."""

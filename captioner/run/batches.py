@@ -1,4 +1,4 @@
-"""The caption stage for a pipeline of one's own, on Ray Data or anything that passes batches of columns.
+"""A caption stage for your own pipeline, on Ray Data or anything else that passes batches of columns.
 
     from captioner import CaptionBatches
 
@@ -6,7 +6,7 @@
     ds = ds.map_batches(CaptionBatches, fn_constructor_kwargs={"model": "starter"}, batch_size=64,
                         compute=ray.data.ActorPoolStrategy(size=1), num_gpus=1)
 
-It brings captions and reasons, not the promise of `captioner caption`: there is no plan and no table here.
+It adds captions and error codes. There is no plan and no table, so nothing guarantees one row for each image.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from captioner.steps import caption_or_reasons
 
 
 class CaptionBatches:
-    """Adds columns to a batch that holds image files as bytes. Load it once for each worker.
+    """Adds captions to batches that hold image files as bytes. Create one for each worker.
 
-    `column`: where the bytes are. `max_pixels`, `decode_timeout`: as of `captioner caption`. `settings`: fields of
+    `column`: of the bytes. `max_pixels`, `decode_timeout`: as in `captioner caption`. `settings`: fields of
     `captioner.config.ModelConfig` other than `name` (`num_beams`, `max_new_tokens`, `device`, `dtype`, `prompt`,
     `batch_size`, ...). Raises ModelError where the model, or a GPU that was reserved for the worker, cannot be used; a
     bad image is a row with an `error_code`, also one that crashes its decoder.
@@ -51,8 +51,9 @@ class CaptionBatches:
         self._column = column
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The batch with `caption` (None where failed), `num_tokens`, `logprob_mean` (NaN where failed), `error_code`
-        ("" = fine) and `error_message` for each row."""
+        """Return the batch with `caption` (None where failed), `num_tokens`, `logprob_mean` (NaN where failed),
+        `error_code` ("" = no error) and `error_message`.
+        """
         from captioner.imaging import decode_images
 
         raws = [RawImage(str(row), "", bytes(data)) for row, data in enumerate(batch[self._column])]
@@ -61,8 +62,10 @@ class CaptionBatches:
         messages = decoded.rows["error_message"].to_pylist()
         texts: list[str | None] = [None] * len(raws)
         tokens, logprobs = np.zeros(len(raws), np.int32), np.full(len(raws), np.nan, np.float32)
-        fine = [row for row, code in enumerate(codes) if not code]
-        for row, result in zip(fine, caption_or_reasons(self._captioner, decoded.pixels[fine]), strict=True):
+        decoded_rows = [row for row, code in enumerate(codes) if not code]
+        for row, result in zip(
+            decoded_rows, caption_or_reasons(self._captioner, decoded.pixels[decoded_rows]), strict=True
+        ):
             if isinstance(result, str):
                 codes[row], messages[row] = "generate_error", result
             else:

@@ -1,4 +1,4 @@
-"""What a run waited for: how busy decoding, the device and writing were, and which flag to turn."""
+"""How busy decoding, the device and writing were in a run, and which flag makes it faster."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 
 ADVICE = {
-    "read": "raise --read-concurrency, or bring the images nearer",
+    "read": "raise --read-concurrency, or store the images closer to the workers",
     "decode": "raise --decode-cpus",
     "device": "raise --num-workers where there are more GPUs or CPUs, or lower --num-beams",
     "write": "put OUT on faster storage",
@@ -14,13 +14,13 @@ ADVICE = {
 
 
 def busy_shares(seconds: Mapping[str, float], slots: Mapping[str, float], wall: float) -> dict[str, float]:
-    """Shares of the time that the slots of each kind were at work, 0..1.
+    """Return the share of the time, 0..1, in which the slots of each kind were busy.
 
-    `seconds`: spent in read, decode, generate and commit, added up over all workers. `slots`: how many of "decode",
-    "device" and "write" there were at once. `wall`: seconds from start-up to the last commit.
+    `seconds`: total of all workers for read, decode, generate and commit. `slots`: how many of "decode", "device" and
+    "write" worked in parallel. `wall`: seconds from the end of start-up to the last commit.
     """
     spent = {
-        "decode": seconds["read"] + seconds["decode"],  # one after the other on a cluster; in one process they overlap
+        "decode": seconds["read"] + seconds["decode"],  # sequential on a cluster; in one process they overlap
         "device": seconds["generate"],
         "write": seconds["commit"],
     }
@@ -30,7 +30,7 @@ def busy_shares(seconds: Mapping[str, float], slots: Mapping[str, float], wall: 
 def bottleneck_line(
     shares: Mapping[str, float], seconds: Mapping[str, float], slots: Mapping[str, float] | None = None
 ) -> str | None:
-    """One line for a person; None where nothing was measured. `slots`: as for `busy_shares`."""
+    """Return one line for a person; None where nothing was measured. `slots`: as for `busy_shares`."""
     if not shares:
         return None
     slowest = max(shares, key=lambda name: shares[name])

@@ -1,8 +1,8 @@
-"""Images that are there more than once, byte for byte, are captioned once.
+"""Caption byte-equal images once.
 
-Within a chunk the first one is captioned and the others take its caption. Across chunks each worker remembers the
-captions it made lately. No chunk waits for another, so copies in chunks of different workers, or in two that one worker
-has under way at once, may be captioned anew.
+Within a chunk the first of them is captioned and the others take its caption. Across chunks each worker remembers its
+latest captions. Chunks never wait for each other, so copies in chunks of different workers, or in two chunks that one
+worker processes at the same time, may be captioned again.
 """
 
 from __future__ import annotations
@@ -10,64 +10,68 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 CaptionT = TypeVar("CaptionT")
 
-REMEMBERED = 100_000  # captions each worker remembers: some 50 MB
+MAX_REMEMBERED = 100_000  # captions per worker: about 50 MB
 
 
 class CaptionMemory(Generic[CaptionT]):
-    """sha256 of a file -> id and caption of the image that was captioned. Forgets what was longest unused. Several
-    threads may use one at once."""
+    """A least-recently-used cache: sha256 of a file -> id and caption of the image that was captioned. Thread-safe."""
 
-    def __init__(self, limit: int = REMEMBERED) -> None:
+    def __init__(self, limit: int = MAX_REMEMBERED) -> None:
         self._limit = limit
         self._lock = threading.Lock()
-        self._known: OrderedDict[str, tuple[str, CaptionT]] = OrderedDict()
+        self._captions: OrderedDict[str, tuple[str, CaptionT]] = OrderedDict()
 
     def __len__(self) -> int:
-        return len(self._known)
+        return len(self._captions)
 
     def get(self, sha256: str) -> tuple[str, CaptionT] | None:
+        """Return (image id, caption), or None where that file is not remembered."""
         with self._lock:
-            if sha256 in self._known:
-                self._known.move_to_end(sha256)
-            return self._known.get(sha256)
+            if sha256 in self._captions:
+                self._captions.move_to_end(sha256)
+            return self._captions.get(sha256)
 
     def add(self, sha256: str, image_id: str, caption: CaptionT) -> None:
+        """Remember a caption; drop the least recently used one above the limit."""
         with self._lock:
-            self._known[sha256] = image_id, caption
-            if len(self._known) > self._limit:
-                self._known.popitem(last=False)
+            self._captions[sha256] = image_id, caption
+            if len(self._captions) > self._limit:
+                self._captions.popitem(last=False)
 
 
 @dataclass(frozen=True)
 class Copies(Generic[CaptionT]):
-    """Places of a chunk: `new`, to be captioned; `of`, copies and the place in `new` they are copies of; `known`,
-    copies of what an earlier chunk had, with that image's id and caption."""
+    """Indices of a chunk's rows by what has to be done for them.
 
-    new: list[int]
-    of: dict[int, int]
-    known: dict[int, tuple[str, CaptionT]]
+    `unique`: to be captioned. `first_of`: copy -> the index in `unique` of the same file. `remembered`: copy of a file
+    of an earlier chunk -> that image's id and caption.
+    """
+
+    unique: list[int] = field(default_factory=list)
+    first_of: dict[int, int] = field(default_factory=dict)
+    remembered: dict[int, tuple[str, CaptionT]] = field(default_factory=dict)
 
 
 def find_copies(
-    places: Iterable[int], sha256s: list[str | None], memory: CaptionMemory[CaptionT] | None
+    indices: Iterable[int], sha256s: list[str | None], memory: CaptionMemory[CaptionT] | None
 ) -> Copies[CaptionT]:
-    """Share `places` out. Without a memory every image is new, and so is one without a sha256."""
-    found: Copies[CaptionT] = Copies([], {}, {})
-    first: dict[str, int] = {}
-    for place in places:
-        sha256 = sha256s[place]
+    """Return which of the rows at `indices` are copies. Without a memory, and without a sha256, a row is unique."""
+    copies: Copies[CaptionT] = Copies()
+    first_with: dict[str, int] = {}
+    for index in indices:
+        sha256 = sha256s[index]
         if memory is None or sha256 is None:
-            found.new.append(place)
-        elif sha256 in first:
-            found.of[place] = first[sha256]
-        elif (known := memory.get(sha256)) is not None:
-            found.known[place] = known
+            copies.unique.append(index)
+        elif sha256 in first_with:
+            copies.first_of[index] = first_with[sha256]
+        elif (remembered := memory.get(sha256)) is not None:
+            copies.remembered[index] = remembered
         else:
-            first[sha256] = place
-            found.new.append(place)
-    return found
+            first_with[sha256] = index
+            copies.unique.append(index)
+    return copies

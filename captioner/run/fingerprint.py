@@ -1,5 +1,7 @@
-"""A table is bound to one model and its settings: its fingerprint. Captions of two never mix, unless a person asks for
-it with --only; then every row still says by which it was made."""
+"""Bind a table to one model and its settings, its fingerprint.
+
+Captions of two models are never mixed in a table, except with --only; each row then names its model.
+"""
 
 from __future__ import annotations
 
@@ -20,17 +22,17 @@ _FLAGS = {"sha256": "weights", "num_beams": "--num-beams", "max_new_tokens": "--
 def bind(
     table: CaptionsTable, config: CaptionConfig, model: ModelRef, device: Callable[[], str]
 ) -> tuple[CaptionsTable, ModelRef]:
-    """The table bound to the model, and the model in the dtype of its captions.
+    """Return the table bound to the model, and the model with the dtype of the table.
 
-    With --only the model may be another one; the table is bound to it once its rows are chosen (see `rebind`).
-    Raises FingerprintError with the way out.
+    With --only the model may be another one; the table is bound to it once its rows are selected (see `rebind`).
+    Raises FingerprintError that says what to do.
     """
     table = rebind(table)
     recorded = table.info["model"]
     dtype: str = config.model.dtype
     if dtype == "auto":
-        known = recorded and (not config.output.only or recorded["sha256"] == model.sha256)
-        dtype = recorded["dtype"] if known else auto_dtype(device())
+        same_model = recorded and (not config.output.only or recorded["sha256"] == model.sha256)
+        dtype = recorded["dtype"] if same_model else auto_dtype(device())
     model = replace(model, dtype=dtype)
     if recorded is None:
         return _bound(table, model.fingerprint, facts_of(model)), model
@@ -46,7 +48,7 @@ def bind(
 
 
 def rebind(table: CaptionsTable) -> CaptionsTable:
-    """The table bound to the model of its latest recaptioning, if there is one."""
+    """Return the table bound to the model of its latest recaptioning, if there is one."""
     latest = next((plan.recaption for plan in reversed(table.plans()) if plan.recaption), None)
     if latest is None or latest.fingerprint == table.info["fingerprint"]:
         return table
@@ -54,7 +56,7 @@ def rebind(table: CaptionsTable) -> CaptionsTable:
 
 
 def facts_of(model: ModelRef) -> dict[str, Any]:
-    """What table.json says of a model."""
+    """Return what table.json records about a model."""
     return {name: getattr(model, name) for name in FACTS}
 
 
@@ -66,20 +68,20 @@ def _bound(table: CaptionsTable, fingerprint: str, facts: dict[str, Any]) -> Cap
 
 def _refusal(table: CaptionsTable, model: ModelRef) -> str:
     recorded, location = table.info["model"], table.directory.location
-    what = _difference(recorded, model)
+    difference = _difference(recorded, model)
     if model.fingerprint in table.info.get("models", {}):
         return (
-            f"{location} was recaptioned with {recorded['name']} ({what}); give --model {recorded['name']} to go on, "
-            "--only to recaption with this one, another OUT, or --overwrite"
+            f"{location} was recaptioned with {recorded['name']} ({difference}); give --model {recorded['name']} to go "
+            "on, --only to recaption with this one, another OUT, or --overwrite"
         )
     return (
-        f"{location} holds captions made with {what}; use the same, --only to recaption weak rows with this model, "
-        "another OUT, or --overwrite"
+        f"{location} holds captions made with {difference}; use the same, --only to recaption weak rows with this "
+        "model, another OUT, or --overwrite"
     )
 
 
 def _difference(recorded: dict[str, Any], model: ModelRef) -> str:
-    """What of the recorded model differs, in words."""
+    """Return in words how the recorded model differs from `model`."""
     differing = [
         f"{_FLAGS.get(key, '--' + key)} {str(value)[:12]} instead of {str(getattr(model, key))[:12]}"
         for key, value in recorded.items()

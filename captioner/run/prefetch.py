@@ -1,4 +1,4 @@
-"""Work done ahead of whoever waits for it."""
+"""Compute the next item in a thread while the caller uses the current one."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def in_background(function: Callable[[], T]) -> Future[T]:
 
 @contextmanager
 def one_ahead(items: Iterator[T]) -> Iterator[Iterator[T]]:
-    """The items, each made in a thread of its own while the caller works on the one before; the first at once."""
+    """Yield an iterator over `items` that computes each in a thread while the caller uses the one before it."""
     with ThreadPoolExecutor(1) as thread:
-        yield _handed_out(thread, items, thread.submit(lambda: next(items, None)))
+        yield _prefetched(thread, items, thread.submit(lambda: next(items, None)))
 
 
-def _handed_out(thread: ThreadPoolExecutor, items: Iterator[T], made: Future[T | None]) -> Iterator[T]:
-    while (item := made.result()) is not None:
-        made = thread.submit(lambda: next(items, None))
+def _prefetched(thread: ThreadPoolExecutor, items: Iterator[T], pending: Future[T | None]) -> Iterator[T]:
+    while (item := pending.result()) is not None:
+        pending = thread.submit(lambda: next(items, None))
         yield item

@@ -1,5 +1,7 @@
-"""Check a table, tell people, and decide whether its captions are good enough (--max-wer and --min-lift): what
-`captioner check`, `captioner report` and the end of a run share."""
+"""Check a table, report on it, and compare its scores with --max-wer and --min-lift.
+
+`captioner check`, `captioner report` and the end of a run share these functions.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +22,13 @@ from captioner.scoring.scores import Scores
 from captioner.scoring.terms import read_terms
 from captioner.store.table import CaptionsTable, open_table
 
-# At the end of a run so many rows are checked: a minute or two, whatever the size of the table.
+# The most rows that are checked at the end of a run: a minute or two, whatever the size of the table.
 ROWS_AT_THE_END = 2_000_000
-MOST_RUNNING = 5_000  # rows scored while captioning: they travel to every worker
+MAX_SPOT_CHECKED = 5_000  # rows scored while captioning: they travel to every worker
 
 
 def check_spec(settings: CheckConfig, max_rows: int | None = None) -> CheckSpec:
-    """The settings with their files read. Raises SourceError or UsageError naming the file."""
+    """Return the settings with their files read. Raises SourceError or UsageError naming the file."""
     references = read_references(settings.references) if settings.references else None
     terms = read_terms(settings.terms) if settings.terms else ()
     return CheckSpec(references, settings.sample, settings.seed, terms, max_rows)
@@ -35,49 +37,51 @@ def check_spec(settings: CheckConfig, max_rows: int | None = None) -> CheckSpec:
 def check(
     table: CaptionsTable, settings: CheckConfig, against: str | None = None, max_rows: int | None = None
 ) -> Check:
-    """Check a table and keep what was found in OUT/checks. `max_rows`: see `CheckSpec`."""
+    """Check a table and write the result to OUT/checks. `max_rows`: see `CheckSpec`."""
     other = open_table(against) if against else None
     spec = check_spec(settings, max_rows)
-    found = check_table(table, spec)
+    result = check_table(table, spec)
     if other is not None:
-        found.comparison = compare_tables(table, other, spec)
-    found.changes = find_changes(table, spec)
-    figures = found.to_json() | {
+        result.comparison = compare_tables(table, other, spec)
+    result.changes = find_changes(table, spec)
+    figures = result.to_json() | {
         "gates": {"max_wer": settings.max_wer, "min_lift": settings.min_lift},
-        "failed_gates": failed_gates(found.scores, settings),
+        "failed_gates": failed_gates(result.scores, settings),
         "made_of": _state_of(table),
     }
     table.directory.write_json(CHECK_FILE, figures)
-    return found
+    return result
 
 
 def report(table: CaptionsTable) -> str:
-    """Write OUT/report from what was last checked; checks first where that was of other rows. Returns the page's
-    location."""
+    """Write OUT/report from the last check, and return the page's location.
+
+    Checks the table first where it has changed since.
+    """
     if not table.directory.exists(CHECK_FILE) or table.directory.read_json(CHECK_FILE)["made_of"] != _state_of(table):
         check(table, CheckConfig())
     return make_report(table)
 
 
 class SpotCheck:
-    """The check while captioning: workers score the drawn rows as they write them, the driver adds up."""
+    """The check while captioning: workers score a sample of the rows they write, the driver adds the scores up."""
 
     def __init__(self, settings: SpotCheckConfig) -> None:
         self._settings = settings
         self._running = RunningWer(settings.seed)
 
     def draw(self, table: CaptionsTable) -> Sample:
-        """The rows to score, for `Work.sample`. Raises UsageError where references fit no image."""
+        """Return the rows to score, for `Work.sample`. Raises UsageError where references match no image."""
         settings = self._settings
         references = read_references(settings.references) if settings.references else None
-        size = MOST_RUNNING if settings.sample == "all" else min(settings.sample, MOST_RUNNING)
+        size = MAX_SPOT_CHECKED if settings.sample == "all" else min(settings.sample, MAX_SPOT_CHECKED)
         sample = draw_sample(table, size, settings.seed, references)
         if references and size and not sample:
             raise UsageError(no_match_message(references, table))
         return sample
 
     def add(self, receipt: Receipt) -> str:
-        """Count a committed chunk; returns the state in words, "" where nothing was scored.
+        """Count a committed chunk; return the score so far in words, or "" where nothing was scored.
 
         Raises StoppedEarlyError where --stop-early is given and the captions so far cannot pass --max-wer.
         """
@@ -93,7 +97,7 @@ class SpotCheck:
 
 
 def _state_of(table: CaptionsTable) -> dict[str, Any]:
-    """Which rows a check was made of: changes with every row that is committed or superseded."""
+    """Return what identifies the rows of a check: it changes with every row that is committed or superseded."""
     plans = table.plans()
     return {
         "table_id": table.table_id,
@@ -108,9 +112,9 @@ def _digest(names: list[str]) -> str:
 
 
 def failed_gates(scores: Scores, settings: CheckConfig) -> list[str]:
-    """What is not good enough, in words; empty where nothing was asked for or all is well.
+    """Return a sentence for each of --max-wer and --min-lift that the scores miss.
 
-    A gate on a figure for which there is no data fails: nothing shows that the captions are good enough.
+    A limit fails where there is no data for its score: nothing shows that the captions are good enough.
     """
     failed = []
     if settings.max_wer is not None:
@@ -133,7 +137,7 @@ def failed_gates(scores: Scores, settings: CheckConfig) -> list[str]:
 
 
 def enforce(scores: Scores, settings: CheckConfig) -> None:
-    """Raises CheckFailedError that names what is not good enough."""
+    """Raise CheckFailedError where the scores miss --max-wer or --min-lift."""
     failed = failed_gates(scores, settings)
     if failed:
         raise CheckFailedError("the captions are not good enough: " + "; ".join(failed))

@@ -1,4 +1,4 @@
-"""What a run did, as it is added up from receipts and written to OUT/run.json."""
+"""The record of a run: totals of its receipts, written to OUT/run.json."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from captioner.store.verify import TableCounts
 
 @dataclass
 class Tally:
-    """What the receipts of a run add up to."""
+    """Totals of the receipts of a run. Times in seconds, added up over all workers."""
 
     num_rows: int = 0
     skipped: int = 0
@@ -43,12 +43,13 @@ class Tally:
     working_since: float = 0.0
 
     def skip(self, plan: Plan, missing: list[Chunk]) -> int:
-        """Note what of a plan was committed before this start; returns how many images that is."""
-        already = plan.num_rows - sum(chunk.num_rows for chunk in missing)
-        self.skipped += already
-        return already
+        """Count the images of a plan that were committed before this run, and return their number."""
+        num_committed = plan.num_rows - sum(chunk.num_rows for chunk in missing)
+        self.skipped += num_committed
+        return num_committed
 
     def add(self, receipt: Receipt, started: float) -> None:
+        """Add a receipt. `started`: when the run started, by `time.perf_counter`."""
         now = time.perf_counter()
         parts = (receipt.read_seconds, receipt.decode_seconds, receipt.generate_seconds, receipt.commit_seconds)
         self.num_rows += receipt.num_rows
@@ -65,12 +66,12 @@ class Tally:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Spent in each step, added up over all workers."""
+        """The time spent in each step, added up over all workers."""
         return {"read": self.read, "decode": self.decode, "generate": self.generate, "commit": self.commit}
 
     @property
     def busy(self) -> dict[str, float]:
-        """Shares of the time that decoding, devices and writing were at work; {} before the end."""
+        """Shares of the time in which decoding, devices and writing were busy; {} before the end."""
         if self.slots is None or self.last_at is None:
             return {}
         shares = busy_shares(self.seconds, self.slots, self.last_at - self.working_since)
@@ -78,7 +79,7 @@ class Tally:
 
     @property
     def images_per_second(self) -> float | None:
-        """Steady state: from the first receipt to the last; over the time after start-up where there is one only."""
+        """The rate between the first and the last receipt; of a single receipt, over the time after start-up."""
         if self.first_at is None or self.last_at is None:
             return None
         if self.last_at > self.first_at:
@@ -89,31 +90,31 @@ class Tally:
 
 @contextmanager
 def recorded(job: Job) -> Iterator[Tally]:
-    """The tally of a run; where the run is stopped or fails, its record says so."""
+    """Yield the tally of a run; where the run is stopped or fails, write that to its record."""
     tally = Tally()
     try:
         yield tally
     except BaseException as error:
-        recorded_already = isinstance(error, (TooManyFailedError, CheckFailedError))  # that run is finished
-        if not recorded_already or isinstance(error, StoppedEarlyError):
+        is_finished = isinstance(error, (TooManyFailedError, CheckFailedError))  # its record is written
+        if not is_finished or isinstance(error, StoppedEarlyError):
             with suppress(CaptionerError):
                 write_record(job, make_record(job, f"stopped: {str(error) or type(error).__name__}", tally))
         raise
 
 
 def make_record(job: Job, state: str, tally: Tally, counts: TableCounts | None = None) -> dict[str, Any]:
-    """The run as JSON: what OUT/run.json and OUT/runs/RUN_ID.json hold."""
-    model = job.work.model if job.work else None
+    """Return the run as JSON: the content of OUT/run.json and OUT/runs/RUN_ID.json."""
+    model = job.work.model
     plans = job.table.plans()
     rate = tally.images_per_second
     return {
-        "run_id": job.run_id,
+        "run_id": job.work.run_id,
         "state": state,
         "written_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "source": shown(job.config.source.path),
         "output": shown(job.config.output.path),
         "counts": {
-            **(asdict(counts) if counts else {"planned": sum(p.num_rows for p in plans if p.founds_parts)}),
+            **(asdict(counts) if counts else {"planned": sum(p.num_rows for p in plans if p.adds_parts)}),
             "captioned_in_this_run": tally.num_rows,
             "duplicates": tally.duplicates,
             "skipped": tally.skipped,
@@ -128,7 +129,7 @@ def make_record(job: Job, state: str, tally: Tally, counts: TableCounts | None =
         "slots": tally.slots,
         "images_per_second": None if rate is None else round(rate, 2),
         "engine": tally.engine,
-        "model": None if model is None else {**asdict(model), "fingerprint": model.fingerprint},
+        "model": {**asdict(model), "fingerprint": model.fingerprint},
         "fingerprint": job.table.info["fingerprint"],
         "models": job.table.info.get("models", {}),
         "settings": _without_keys(job.config),
@@ -139,7 +140,7 @@ def make_record(job: Job, state: str, tally: Tally, counts: TableCounts | None =
 
 
 def _without_keys(config: CaptionConfig) -> dict[str, Any]:
-    """The settings as a record keeps them: keys in URIs are for the run alone."""
+    """Return the settings without the keys that URIs may hold."""
     settings = config.model_dump()
     for group in ("source", "output"):
         settings[group]["path"] = shown(settings[group]["path"])
@@ -147,20 +148,21 @@ def _without_keys(config: CaptionConfig) -> dict[str, Any]:
 
 
 def write_record(job: Job, record: dict[str, Any]) -> None:
-    job.table.directory.write_json(f"runs/{job.run_id}.json", record)
+    """Write the record to OUT/run.json and OUT/runs/RUN_ID.json."""
+    job.table.directory.write_json(f"runs/{job.work.run_id}.json", record)
     job.table.directory.write_json("run.json", record)
 
 
 def versions() -> dict[str, str]:
-    """Versions of what a caption depends on."""
-    found = {"python": platform.python_version()}
+    """Return the versions of the packages on which a caption depends."""
+    installed = {"python": platform.python_version()}
     for package in ("captioner", "ray", "transformers", "torch", "pyarrow", "pillow"):
         with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
+            installed[package] = version(package)
+    return installed
 
 
 def hardware(devices: set[str]) -> dict[str, str]:
-    """What the driver runs on, and which kinds of devices captioned."""
+    """Return what the driver runs on, and which kinds of devices captioned."""
     facts = {"machine": f"{platform.system()} {platform.machine()}", "cpus": str(os.cpu_count())}
     return facts | ({"devices": "; ".join(sorted(devices))} if devices else {})

@@ -1,8 +1,8 @@
-"""--only: the weak captions of a finished table, to be made again with another model.
+"""Parse --only, and select the weak captions of a finished table that another model captions again.
 
     --only 'flags or logprob<10% or rejected'
 
-Terms are joined by "or" or a comma; a row is chosen where one of them holds:
+Terms are joined by "or" or a comma; a row is selected where one of them applies:
 
     flags         its caption has any flag (`captioner.scoring.flags.CAPTION_FLAGS`)
     flag:NAME     its caption has this flag
@@ -12,8 +12,8 @@ Terms are joined by "or" or a comma; a row is chosen where one of them holds:
     expert        a reviewer sent it to an expert
     failed        it has no caption
 
-Never chosen: rows that the model itself made, so that the same command twice does nothing the second time, and rows
-whose text a person approved or wrote, or called decorative.
+Never selected: rows that the model itself captioned, so that the same command twice does nothing the second time, and
+rows whose text a reviewer approved, wrote or marked as decorative.
 """
 
 from __future__ import annotations
@@ -34,28 +34,29 @@ from captioner.publishing.alt_text.journal import latest_reviews, read_reviews
 from captioner.publishing.alt_text.schemas import SETTLED, Review
 from captioner.publishing.alt_text.texts import still_applies
 from captioner.scoring.flags import CAPTION_FLAGS, RUN_FLAGS
-from captioner.store.replan import Places, founded_by, plan_again
+from captioner.store.replan import RowIndices, generation_of_parts, plan_rows_again
 from captioner.store.table import CaptionsTable, Plan, Recaption, captions_name
 
 _EXAMPLES = ("flags", "logprob<10%", "rejected", "expert", "failed", *(f"flag:{name}" for name in CAPTION_FLAGS))
 _LOGPROB = re.compile(r"logprob(?:<|below)(-?\d+(?:\.\d+)?)(%?)")
-# Log-probabilities are counted by the upper bits of their float32: bins as wide as 1/2048 of what they hold.
+# Log-probabilities are counted by the upper bits of their float32: the width of a bin is 1/2048 of its value.
 _BIN_BITS = 12
 _COLUMNS = ["image_id", "status", "flags", "logprob_mean", "fingerprint", "created_at"]
 
 
 @dataclass(frozen=True, slots=True)
 class Selector:
-    """What --only asks for. `text`: the same for the same choice, however it was written."""
+    """The parsed --only."""
 
     flags: frozenset[str] = frozenset()
     decisions: frozenset[str] = frozenset()
     failed: bool = False
-    percent: float | None = None  # of the captions, the least certain
+    percent: float | None = None  # the least certain share of the captions
     logprob_below: float | None = None
 
     @property
     def text(self) -> str:
+        """The normal form: the same for the same selection, however it was written."""
         terms = ["flags"] if self.flags == set(CAPTION_FLAGS) else [f"flag:{name}" for name in sorted(self.flags)]
         if self.percent is not None:
             terms.append(f"logprob<{self.percent:g}%")
@@ -65,7 +66,7 @@ class Selector:
 
 
 def parse_selector(text: str) -> Selector:
-    """Raises UsageError naming the term at fault and the nearest one."""
+    """Parse --only. Raises UsageError naming the wrong term and the most similar one."""
     flags: set[str] = set()
     decisions: set[str] = set()
     shares: list[float] = []
@@ -82,14 +83,14 @@ def parse_selector(text: str) -> Selector:
         elif logprob:
             (shares if logprob[2] else limits).append(float(logprob[1]))
         elif term != "failed":
-            raise UsageError(_unknown(text, term))
+            raise UsageError(_unknown_term(text, term))
     if len(shares) + len(limits) > 1 or any(not 0 < share <= 100 for share in shares):
         raise UsageError(f"--only {text}: give one logprob<Q, Q a share above 0% up to 100%, or a log-probability")
     percent, limit = shares[0] if shares else None, limits[0] if limits else None
     return Selector(frozenset(flags), frozenset(decisions), "failed" in terms, percent, limit)
 
 
-def _unknown(text: str, term: str) -> str:
+def _unknown_term(text: str, term: str) -> str:
     name = term.removeprefix("flag:")
     if name in RUN_FLAGS:
         return f"--only {text}: {name!r} is a flag of the whole run, not of one caption; give logprob<10%, for instance"
@@ -100,41 +101,41 @@ def _unknown(text: str, term: str) -> str:
 
 
 @dataclass(slots=True)
-class Chosen:
-    """The rows to caption again. `settled`: rows that would be among them, had a person not settled their text."""
+class Selection:
+    """The rows to caption again. `settled`: how many more match, but a reviewer settled their text."""
 
-    places: Places = field(default_factory=dict)
+    indices: RowIndices = field(default_factory=dict)
     logprob_below: float | None = None
     settled: int = 0
 
 
 def make_recaption_plan(
     table: CaptionsTable, selector: Selector, fingerprint: str, model: dict[str, object], rows_per_chunk: int
-) -> tuple[Plan | None, Chosen]:
-    """Freeze the weak rows that other models made as a generation of this model; `None` where there are none.
+) -> tuple[Plan | None, Selection]:
+    """Freeze the weak rows of other models as a generation of this model; `None` where there are none.
 
     Every plan of the table must be published.
     """
-    chosen = choose(table, selector, fingerprint)
-    recaption = Recaption(selector.text, fingerprint, dict(model), chosen.logprob_below)
-    return plan_again(table, "recaption", chosen.places, rows_per_chunk, recaption), chosen
+    selection = select(table, selector, fingerprint)
+    recaption = Recaption(selector.text, fingerprint, dict(model), selection.logprob_below)
+    return plan_rows_again(table, "recaption", selection.indices, rows_per_chunk, recaption), selection
 
 
-def choose(table: CaptionsTable, selector: Selector, fingerprint: str) -> Chosen:
-    """The rows that a selector means, for a model of that fingerprint. Reads the table once, or twice for a share."""
-    chosen = Chosen(logprob_below=_logprob_below(table, selector, fingerprint))
+def select(table: CaptionsTable, selector: Selector, fingerprint: str) -> Selection:
+    """Return the rows that match, for a model of that fingerprint. Reads the table once, or twice for a share."""
+    selection = Selection(logprob_below=_logprob_below(table, selector, fingerprint))
     reviews = latest_reviews(read_reviews(table.directory)[0])
     for part, rows in _parts(table):
-        weak = _is_weak(rows, selector, chosen.logprob_below, reviews)
+        weak = _is_weak(rows, selector, selection.logprob_below, reviews)
         weak &= pc.not_equal(rows["fingerprint"], fingerprint).to_numpy()
         settled = weak & _decided(rows, reviews, frozenset(SETTLED))
-        chosen.settled += int(settled.sum())
-        chosen.places[part] = np.flatnonzero(weak & ~settled)
-    return chosen
+        selection.settled += int(settled.sum())
+        selection.indices[part] = np.flatnonzero(weak & ~settled)
+    return selection
 
 
 def _parts(table: CaptionsTable) -> Iterator[tuple[int, pa.Table]]:
-    for part in founded_by(table):
+    for part in generation_of_parts(table):
         yield part, table.directory.read_table(captions_name(part), _COLUMNS)
 
 
@@ -152,34 +153,40 @@ def _is_weak(
 
 
 def _decided(rows: pa.Table, reviews: dict[str, Review], decisions: frozenset[str]) -> npt.NDArray[np.bool_]:
-    """Rows of which one of the decisions holds: what was decided about an earlier caption does not, unless lasting."""
-    found = np.zeros(len(rows), bool)
+    """Return for each row whether one of the decisions applies to it; bool [N].
+
+    A decision about an earlier caption does not apply, unless it is a lasting one.
+    """
+    is_decided = np.zeros(len(rows), bool)
     if not reviews or not decisions:
-        return found
+        return is_decided
     created = rows["created_at"]
-    for place, image_id in enumerate(rows["image_id"].to_pylist()):
+    for index, image_id in enumerate(rows["image_id"].to_pylist()):
         review = reviews.get(image_id)
         if review and review.decision in decisions:
-            found[place] = still_applies(review, created[place].as_py())
-    return found
+            is_decided[index] = still_applies(review, created[index].as_py())
+    return is_decided
 
 
 def _logprob_below(table: CaptionsTable, selector: Selector, fingerprint: str) -> float | None:
-    """The limit that a share comes to, among captions of other models. What the same choice came to before holds: it
-    must not move with the rows that were made since."""
+    """Return the limit to which a share comes, among captions of other models.
+
+    The limit of an earlier generation with the same selector and model stays: it must not move with the rows captioned
+    since.
+    """
     if selector.percent is None:
         return selector.logprob_below
     for plan in reversed(table.plans()):
-        made = plan.recaption
-        if made and (made.only, made.fingerprint) == (selector.text, fingerprint):
-            return made.logprob_below
+        earlier = plan.recaption
+        if earlier and (earlier.only, earlier.fingerprint) == (selector.text, fingerprint):
+            return earlier.logprob_below
     counts = np.zeros(1 << (32 - _BIN_BITS), np.int64)
     for _, rows in _parts(table):
-        known = rows.filter(pc.not_equal(rows["fingerprint"], fingerprint))["logprob_mean"].drop_null().to_numpy()
-        counts += np.bincount(np.abs(known).view(np.uint32) >> _BIN_BITS, minlength=len(counts))
+        logprobs = rows.filter(pc.not_equal(rows["fingerprint"], fingerprint))["logprob_mean"].drop_null().to_numpy()
+        counts += np.bincount(np.abs(logprobs).view(np.uint32) >> _BIN_BITS, minlength=len(counts))
     if not counts.any():
         return None
     from_least_certain = np.cumsum(counts[::-1])
-    place = int(np.searchsorted(from_least_certain, selector.percent / 100 * counts.sum()))
-    edge = np.uint32((len(counts) - 1 - place) << _BIN_BITS).view(np.float32)
+    bin_index = int(np.searchsorted(from_least_certain, selector.percent / 100 * counts.sum()))
+    edge = np.uint32((len(counts) - 1 - bin_index) << _BIN_BITS).view(np.float32)
     return float(np.nextafter(-edge, np.float32(1)))

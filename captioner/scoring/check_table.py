@@ -104,7 +104,7 @@ def _slices(rows: pa.Table) -> Iterator[pa.Table]:
 
 def _part_stride(table: CaptionsTable, spec: CheckSpec) -> int:
     """Return n to read every n-th part, so that about `max_rows` rows are read."""
-    planned = sum(plan.num_rows for plan in table.plans() if plan.founds_parts)
+    planned = sum(plan.num_rows for plan in table.plans() if plan.adds_parts)
     return 1 if spec.max_rows is None else max(1, -(-planned // spec.max_rows))
 
 

@@ -22,7 +22,7 @@ def draw_sample(table: CaptionsTable, size: int, seed: int, references: Referenc
     """
     sample: LowestRanks[tuple[str, list[str]]] = LowestRanks(size)
     for plan in table.plans():
-        for part in sorted(plan.parts) if plan.founds_parts and size else ():
+        for part in sorted(plan.parts) if plan.adds_parts and size else ():
             rows = table.directory.read_table(plan_part_name(plan.generation, part), ["image_id", "reference_captions"])
             columns = rows["image_id"].to_pylist(), rows["reference_captions"].to_pylist()
             for image_id, from_source in zip(*columns, strict=True):

@@ -1,4 +1,4 @@
-"""Archives of images: what kind one is, and opening it."""
+"""Open a source of images of any kind."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from captioner.data import Source
 from captioner.errors import SourceError, UsageError
 from captioner.files import is_uri
 from captioner.sources.columns import choose_columns
-from captioner.sources.detect import look_at, matching
+from captioner.sources.detect import find_archives, match_glob
 from captioner.sources.folder import FolderSource
 from captioner.sources.huggingface import SAVED_NAMES, HuggingFaceSource
 from captioner.sources.manifest import ManifestSource
@@ -30,11 +30,11 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def open_source(config: SourceConfig) -> Source:
-    """The archive at `config.path`, of the kind that its name and its files tell.
+    """Open the source at `config.path`; its kind follows from its name and its files.
 
-    A table file is a manifest, or a table of images; a tar, a glob of tars or a folder of them is a WebDataset; so
-    for Parquet; a saved dataset is known by its JSON files; a name that is no path is a hub id; else it is a folder.
-    Raises SourceError where there is nothing, UsageError where a flag has no meaning for that kind.
+    A table file is a manifest, or a table of images; a tar, a glob of tars or a folder of tars is a WebDataset, and the
+    same for Parquet; a saved dataset is recognised by its JSON files; a name that is no path is a hub id; everything
+    else is a folder. Raises SourceError where there is nothing, UsageError where a flag has no meaning for that kind.
     """
     source = _open(config)
     if config.pages == "all":
@@ -54,7 +54,7 @@ def _open(config: SourceConfig) -> Source:
         raise SourceError(f"{path}: {FETCH_FIRST}")
     root = Root.at(path)
     if glob.has_magic(path) and not root.exists():
-        return _open_files(config, *matching(path))
+        return _open_files(config, *match_glob(path))
     hub_id = path.removeprefix("hf://datasets/").rstrip("/")
     is_hub_id = bool(_HUB_ID.fullmatch(hub_id)) and not path.startswith(".")
     kind = FileType.NotFound if is_hub_id and is_uri(path) else root.kind()
@@ -71,7 +71,7 @@ def _open(config: SourceConfig) -> Source:
 def _open_directory(config: SourceConfig, root: Root) -> Source:
     if not is_uri(root.location) and any(root.exists(name) for name in SAVED_NAMES):
         return HuggingFaceSource.open(config, root.location)
-    files = look_at(root)
+    files = find_archives(root)
     if files:
         return _open_files(config, root, files)
     _refuse_column_flags(config, "a folder of images")
@@ -79,14 +79,14 @@ def _open_directory(config: SourceConfig, root: Root) -> Source:
 
 
 def _open_files(config: SourceConfig, root: Root, files: list[bytes]) -> Source:
-    """All tars, or all tables."""
+    """Open files that are all tars, or all tables."""
     suffixes = {os.path.splitext(file.lower())[1] for file in files}
     if suffixes == {b".tar"} or all(file.lower().endswith(COMPRESSED_SUFFIXES) for file in files):
         _refuse_column_flags(config, "a WebDataset")
         return WebDatasetSource(config.path, root, tuple(files), config.reference_column)
     if len(suffixes) != 1 or not suffixes <= set(TABLE_SUFFIXES):
         names = b", ".join(sorted(suffixes)).decode("utf-8", "replace")
-        raise SourceError(f"{config.path}: files of one kind are wanted, .tar or {names}")
+        raise SourceError(f"{config.path}: expected files of one kind, but there are {names}")
     schema = open_table(root, files[0]).schema
     columns = choose_columns(schema, config, root.uri(files[0]))
     kind = ManifestSource if columns.kind == "path" else ParquetSource

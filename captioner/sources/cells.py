@@ -1,4 +1,4 @@
-"""Images in the cells of a table: bytes, a path, or nothing."""
+"""Read images from the cells of a table, which hold bytes, a path, or nothing."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from typing import Any
 import pyarrow as pa
 
 from captioner.data import RawImage
-from captioner.sources.reading import failed_read, raw_image, read_all, with_retry
+from captioner.sources.reading import failed_read, raw_image, read_all
 from captioner.sources.root import Root
 
 
 @dataclass(frozen=True, slots=True)
 class FileCell:
-    """The cell names a file, under the source's root or anywhere."""
+    """A cell with the path or URI of a file; paths are relative to the source's root."""
 
     file: bytes
 
 
-# The bytes themselves, the file they are in, nothing, or why the row could not be read.
+# The bytes, the file that has them, nothing, or why the row could not be read.
 Cell = bytes | FileCell | None | OSError
 
 
 def make_cell(value: Any, folder: bytes = b"") -> Cell:
-    """From the value of an image column: bytes, text (a path), or struct{bytes, path}. `folder`: of the table."""
+    """Convert a value of an image column: bytes, text (a path), or struct{bytes, path}. `folder`: of the table."""
     if isinstance(value, dict):
         data = value.get("bytes")
         value = data if data is not None else value.get("path")
@@ -37,20 +37,20 @@ def make_cell(value: Any, folder: bytes = b"") -> Cell:
 
 
 def read_cells(rows: pa.Table, cells: Sequence[Cell], uris: Sequence[str], root: Root) -> list[RawImage]:
-    """The image in each cell, in order; those that are in files are read."""
+    """Return the image of each cell, in order; cells with a path are read from their files."""
     ids = rows.column("image_id").to_pylist()
-    tasks = [partial(_read_cell, root, *given) for given in zip(ids, uris, cells, strict=True)]
+    tasks = [partial(_read_cell, root, *arguments) for arguments in zip(ids, uris, cells, strict=True)]
     return read_all(tasks, root, in_archives=all(isinstance(cell, FileNotFoundError) for cell in cells))
 
 
 def _read_cell(root: Root, image_id: str, uri: str, cell: Cell) -> RawImage:
     if isinstance(cell, FileCell):
         try:
-            cell = with_retry(partial(root.read, cell.file))
+            cell = root.retry(partial(root.read, cell.file))
         except OSError as error:
             cell = error
     if isinstance(cell, OSError):
         return failed_read(image_id, uri, cell)
     if cell is None:
-        return RawImage(image_id, uri, None, "not_found", "the table holds no image here")
+        return RawImage(image_id, uri, None, "not_found", "the table has no image in this row")
     return raw_image(image_id, uri, cell)

@@ -1,4 +1,4 @@
-"""Which columns of a table hold the image, its id and its known captions; and the plan's rows made from them."""
+"""Find the columns of a table with image, id and captions, and convert its rows to rows of the plan."""
 
 from __future__ import annotations
 
@@ -26,29 +26,29 @@ CellKind = Literal["bytes", "struct", "path"]
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """The columns of a table that matter here."""
+    """The columns of a table that are used. `sha256`: of the images' files, where the table has it."""
 
     image: str
     kind: CellKind
     id: str | None
     reference: str | None
     kept: tuple[pa.Field, ...]
-    sha256: str | None = None  # of the images' files, where the table knows it
+    sha256: str | None = None
 
     @property
     def described(self) -> list[str]:
-        """Everything but the image: what a listing reads."""
+        """The columns that a listing reads: all but the image."""
         names = [self.id, self.reference, *(field.name for field in self.kept)]
         return list(dict.fromkeys(name for name in names if name))
 
     def check(self, schema: pa.Schema, where: str) -> None:
-        """Raises SourceError where another table of the archive lacks one of these columns."""
+        """Raise SourceError where another table of the source lacks one of these columns."""
         for name in (self.image, *self.described):
             _field(schema, name, "column", where)
 
 
 def choose_columns(schema: pa.Schema, config: SourceConfig, where: str) -> Columns:
-    """The columns asked for, or those known by name and type.
+    """Return the columns that the flags name, or else those recognised by name and type.
 
     Without `--id-column` a column `image_id` is the id. Raises SourceError naming column, type and what is accepted.
     """
@@ -67,7 +67,7 @@ def choose_columns(schema: pa.Schema, config: SourceConfig, where: str) -> Colum
 
 
 def cell_kind(type_: pa.DataType) -> CellKind | None:
-    """What an image column of that type holds; None where it cannot hold images."""
+    """Return what an image column of that type holds; None where it cannot hold images."""
     if _is_binary(type_):
         return "bytes"
     if _is_string(type_):
@@ -79,33 +79,33 @@ def cell_kind(type_: pa.DataType) -> CellKind | None:
     return None
 
 
-def reference_column_of(schema: pa.Schema, asked: str | None, where: str) -> str | None:
-    """The column of known captions: text, or lists of text."""
-    if asked is None:
-        known = (name for name in REFERENCE_NAMES if name in schema.names)
-        return next((name for name in known if _is_text(schema.field(name).type)), None)
-    type_ = _field(schema, asked, "--reference-column", where).type
+def reference_column_of(schema: pa.Schema, name: str | None, where: str) -> str | None:
+    """Return the column of reference captions: text, or lists of text."""
+    if name is None:
+        present = (column for column in REFERENCE_NAMES if column in schema.names)
+        return next((column for column in present if _is_text(schema.field(column).type)), None)
+    type_ = _field(schema, name, "--reference-column", where).type
     if not _is_text(type_):
-        raise SourceError(f"{where}: column {asked!r} is {type_}; captions are strings or lists of strings")
-    return asked
+        raise SourceError(f"{where}: column {name!r} is {type_}; captions are strings or lists of strings")
+    return name
 
 
 def references_of(batch: pa.Table, column: str | None) -> pa.Array:
-    """list<string> [rows]; null where nothing is known."""
+    """Return the reference captions, list<string> [rows]; null where there are none."""
     if column is None:
         return pa.nulls(len(batch), pa.list_(pa.string()))
     return pa.array(map(as_captions, batch.column(column).to_pylist()), pa.list_(pa.string()))
 
 
 def as_captions(value: Any) -> list[str] | None:
-    """A caption, or a list of captions, as a list without empty ones; None where none is left."""
+    """Return a caption, or a list of captions, as a list without empty ones; None where none is left."""
     values = value if isinstance(value, list) else [value]
     captions = [text.strip() for text in values if isinstance(text, str)]
     return [text for text in captions if text] or None
 
 
 def table_rows(batch: pa.Table, columns: Columns, file: bytes, label: str, first_row: int) -> pa.Table:
-    """Plan rows of a batch that starts at row `first_row` of `file`. `label`: the file's name in made-up ids."""
+    """Return the plan rows of a batch that starts at row `first_row` of `file`. `label`: its name in generated ids."""
     rows = pa.array(range(first_row, first_row + len(batch)), pa.int64())
     return plan_table(
         ids_of(batch, columns, label, rows),
@@ -117,35 +117,35 @@ def table_rows(batch: pa.Table, columns: Columns, file: bytes, label: str, first
 
 
 def ids_of(batch: pa.Table, columns: Columns, label: str, rows: Iterable[Any]) -> pa.Array:
-    """The id column as text; `<label>#<row>` where there is none or it is null."""
-    made_up = pa.array((f"{label}#{row}" for row in rows), pa.string())
+    """Return the id column as text; `<label>#<row>` where there is none or it is null."""
+    generated = pa.array((f"{label}#{row}" for row in rows), pa.string())
     if columns.id is None:
-        return made_up
-    return pc.coalesce(batch.column(columns.id).cast(pa.string()).combine_chunks(), made_up)
+        return generated
+    return pc.coalesce(batch.column(columns.id).cast(pa.string()).combine_chunks(), generated)
 
 
 def _find_image(schema: pa.Schema, where: str) -> str:
-    """By type: bytes before paths. By name: known ones before others; a path column only by its name."""
+    """Find the image column: bytes before paths, known names before others; a path column only by its name."""
     kinds = {field.name: cell_kind(field.type) for field in schema}
     holders = [name for name, kind in kinds.items() if kind in ("bytes", "struct")]
-    named = _first_known(holders, IMAGE_NAMES) or (holders[0] if len(holders) == 1 else None)
-    if named:
-        return named
+    bytes_column = _first_match(holders, IMAGE_NAMES) or (holders[0] if len(holders) == 1 else None)
+    if bytes_column:
+        return bytes_column
     if holders:
         raise SourceError(f"{where}: images may be in {_listed(holders)}; choose with --image-column")
     paths = [name for name, kind in kinds.items() if kind == "path"]
-    path = _first_known(paths, PATH_NAMES + IMAGE_NAMES)
-    if path:
-        return path
+    path_column = _first_match(paths, PATH_NAMES + IMAGE_NAMES)
+    if path_column:
+        return path_column
     if any(name.lower() in ("url", "image_url") for name in paths):
         raise SourceError(f"{where}: {FETCH_FIRST}")
-    held = ", ".join(f"{field.name} ({field.type})" for field in schema)
-    raise SourceError(f"{where}: no column of images among {held}; {ACCEPTED}: choose with --image-column")
+    columns = ", ".join(f"{field.name} ({field.type})" for field in schema)
+    raise SourceError(f"{where}: no column of images among {columns}; {ACCEPTED}: choose with --image-column")
 
 
-def _first_known(names: Sequence[str], known: Sequence[str]) -> str | None:
+def _first_match(names: Sequence[str], wanted: Sequence[str]) -> str | None:
     by_lower = {name.lower(): name for name in reversed(names)}
-    return next((by_lower[name] for name in known if name in by_lower), None)
+    return next((by_lower[name] for name in wanted if name in by_lower), None)
 
 
 def _field(schema: pa.Schema, name: str, flag: str, where: str) -> pa.Field:
@@ -154,20 +154,20 @@ def _field(schema: pa.Schema, name: str, flag: str, where: str) -> pa.Field:
     return schema.field(name)
 
 
-def _id_column(schema: pa.Schema, asked: str | None, where: str) -> str | None:
-    if asked is None:
+def _id_column(schema: pa.Schema, name: str | None, where: str) -> str | None:
+    if name is None:
         return "image_id" if "image_id" in schema.names and _is_id(schema.field("image_id").type) else None
-    type_ = _field(schema, asked, "--id-column", where).type
+    type_ = _field(schema, name, "--id-column", where).type
     if not _is_id(type_):
-        raise SourceError(f"{where}: column {asked!r} is {type_}; ids are strings or integers")
-    return asked
+        raise SourceError(f"{where}: column {name!r} is {type_}; ids are strings or integers")
+    return name
 
 
 def _kept_field(schema: pa.Schema, name: str, where: str) -> pa.Field:
-    found = _field(schema, name, "--keep-columns", where)
+    kept = _field(schema, name, "--keep-columns", where)
     if name in CAPTIONS_SCHEMA.names or name in PLAN_SCHEMA.names:
-        raise SourceError(f"{where}: --keep-columns {name!r}: the captions table has a column of that name already")
-    return found.remove_metadata().with_nullable(True)
+        raise SourceError(f"{where}: --keep-columns {name!r}: the captions table already has a column of that name")
+    return kept.remove_metadata().with_nullable(True)
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""Looking at a directory, or a glob, to tell what kind of archive it is."""
+"""Detect what kind of source a directory or a glob is."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ from captioner.sources.root import Root, is_hidden, is_ignored
 from captioner.sources.webdataset import COMPRESSED_SUFFIXES
 
 
-def look_at(root: Root) -> list[bytes]:
-    """The tars of a directory without images, or else its Parquet files if it has any; sorted. Empty where it holds
-    images or nothing. Stops at the first image, so a folder of images costs one directory at most.
+def find_archives(root: Root) -> list[bytes]:
+    """Return the tars of a directory without images, or else its Parquet files; sorted.
+
+    Empty where the directory holds images or nothing. Stops at the first image, so of a folder of images at most one
+    directory is listed.
     """
     tars, tables = [], []
     for file in _visible_files(root):
@@ -31,27 +33,27 @@ def look_at(root: Root) -> list[bytes]:
     return sorted(tars) or sorted(tables)
 
 
-def matching(pattern: str) -> tuple[Root, list[bytes]]:
-    """The files that a glob matches, sorted, and the directory they are under: the part of the glob before any magic.
+def match_glob(pattern: str) -> tuple[Root, list[bytes]]:
+    """Return the directory of a glob, the part before its first wildcard, and the files that it matches, sorted.
 
     Raises SourceError where it matches nothing.
     """
     fixed = re.split(r"[*?[]", pattern, maxsplit=1)[0].rpartition("/")[0]
     root = Root.at(fixed or ("/" if pattern.startswith("/") else "."))
     if is_uri(pattern):
-        wanted = re.compile(os.fsencode(fnmatch.translate(pattern[len(fixed) + 1 :])))
-        files = [file for file in _visible_files(root) if wanted.match(file)]
+        regex = re.compile(os.fsencode(fnmatch.translate(pattern[len(fixed) + 1 :])))
+        files = [file for file in _visible_files(root) if regex.match(file)]
     else:
-        wanted_below = os.fsencode(pattern[len(fixed) :].lstrip("/"))
-        found = glob.iglob(wanted_below, root_dir=os.fsencode(root.location), recursive=True)
-        files = [file for file in found if root.kind(file) == FileType.File]
+        relative = os.fsencode(pattern[len(fixed) :].lstrip("/"))
+        matches = glob.iglob(relative, root_dir=os.fsencode(root.location), recursive=True)
+        files = [file for file in matches if root.kind(file) == FileType.File]
     if not files:
         raise SourceError(f"{pattern}: no file matches")
     return root, sorted(files)
 
 
 def _visible_files(root: Root) -> Iterator[bytes]:
-    """Every file below, in no order; hidden ones and what is in hidden directories left out."""
+    """Yield every file below the root, in no order, without hidden ones and those in hidden directories."""
     stack, seen = [b""], set()
     while stack:
         directory = stack.pop()

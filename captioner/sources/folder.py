@@ -1,4 +1,4 @@
-"""A folder of images, with all its sub-folders; Hugging Face's ImageFolder is one with captions beside it."""
+"""A folder of images with all its sub-folders; also Hugging Face's ImageFolder, which has captions beside them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from captioner.sources.root import Root, file_of_unit, is_hidden, is_ignored, re
 
 @dataclass(frozen=True, slots=True)
 class FolderSource:
-    """Every file is an image by its name, except those that `files.is_ignored` tells.
+    """A source in which every file counts as an image, unless `captioner.sources.root.is_ignored` rejects its name.
 
     Units: "" is the root's own files; then each first-level sub-folder with everything below it.
     """
@@ -36,18 +36,18 @@ class FolderSource:
         top = _Folder(self.root, self.reference_column, above=(self.root.identity(b""),))
         if unit:
             present = [name for name in METADATA_NAMES if self.root.exists(name)]
-            found = _walk(top.with_metadata(present).below(file_of_unit(unit)), deep=True)
+            batches = _walk(top.with_metadata(present).below(file_of_unit(unit)), deep=True)
         else:
-            found = _walk(top, deep=False)
-        return (piece.listing() for piece in _merge(found))
+            batches = _walk(top, deep=False)
+        return (batch.listing() for batch in _merge(batches))
 
     def read(self, rows: pa.Table) -> list[RawImage]:
         return read_rows(rows, self.root)
 
 
 @dataclass(slots=True)
-class _Found:
-    """Up to BATCH_ROWS paths: images with their known captions, and what was passed over."""
+class _Paths:
+    """Up to BATCH_ROWS paths: images with their reference captions, and ignored files."""
 
     images: list[bytes] = field(default_factory=list)
     references: list[list[str] | None] = field(default_factory=list)
@@ -56,7 +56,7 @@ class _Found:
     def __len__(self) -> int:
         return len(self.images) + len(self.ignored)
 
-    def add(self, other: _Found) -> None:
+    def add(self, other: _Paths) -> None:
         self.images += other.images
         self.references += other.references
         self.ignored += other.ignored
@@ -68,7 +68,7 @@ class _Found:
 
 @dataclass(frozen=True, slots=True)
 class _Folder:
-    """One directory on the way down, and what it inherits from those above."""
+    """A directory that is being listed, and what it inherits from those above it."""
 
     root: Root
     reference_column: str | None
@@ -88,7 +88,7 @@ class _Folder:
 
     @property
     def is_loop(self) -> bool:
-        """Whether a symlink led back to a directory above."""
+        """Whether a symlink leads back to a directory above."""
         return self.above[-1] in self.above[:-1]
 
     def with_metadata(self, files: Sequence[bytes]) -> _Folder:
@@ -96,40 +96,40 @@ class _Folder:
         loaded = [load_metadata(self.root, path, self.reference_column) for path in paths if not self.hidden]
         return replace(self, metadata=(*loaded, *self.metadata)) if loaded else self
 
-    def sort_out(self, names: Sequence[bytes]) -> _Found:
+    def classify(self, names: Sequence[bytes]) -> _Paths:
         prefix = os.path.join(self.directory, b"")
-        found = _Found()
+        paths = _Paths()
         for name in names:
-            passed_over = self.hidden or is_ignored(name)
-            (found.ignored if passed_over else found.images).append(prefix + name)
-        found.references = find_references(self.metadata, found.images)
-        return found
+            ignore = self.hidden or is_ignored(name)
+            (paths.ignored if ignore else paths.images).append(prefix + name)
+        paths.references = find_references(self.metadata, paths.images)
+        return paths
 
 
-def _walk(top: _Folder, *, deep: bool) -> Iterator[_Found]:
-    """Depth first: the files of a directory, then its sub-directories in order."""
+def _walk(top: _Folder, *, deep: bool) -> Iterator[_Paths]:
+    """Yield paths depth first: the files of a directory, then its sub-directories in order."""
     stack = [top]
     while stack:
         folder = stack.pop()
         if folder.is_loop:
-            yield _Found(ignored=[folder.directory + b"/"])
+            yield _Paths(ignored=[folder.directory + b"/"])
             continue
-        held = folder.root.scan(folder.directory)
-        folder = folder.with_metadata(held.files)
-        for start in range(0, len(held.files), BATCH_ROWS):
-            yield folder.sort_out(held.files[start : start + BATCH_ROWS])
-        yield _Found(ignored=[os.path.join(folder.directory, name) for name in held.others])
+        content = folder.root.scan(folder.directory)
+        folder = folder.with_metadata(content.files)
+        for start in range(0, len(content.files), BATCH_ROWS):
+            yield folder.classify(content.files[start : start + BATCH_ROWS])
+        yield _Paths(ignored=[os.path.join(folder.directory, name) for name in content.others])
         if deep:
-            stack += [folder.below(name) for name in reversed(held.directories)]
+            stack += [folder.below(name) for name in reversed(content.directories)]
 
 
-def _merge(pieces: Iterator[_Found]) -> Iterator[_Found]:
-    """Few large pieces out of many small ones."""
-    batch = _Found()
-    for piece in pieces:
-        if len(batch) and len(batch) + len(piece) > BATCH_ROWS:
-            yield batch
-            batch = _Found()
-        batch.add(piece)
-    if len(batch):
-        yield batch
+def _merge(batches: Iterator[_Paths]) -> Iterator[_Paths]:
+    """Merge many small batches into few large ones."""
+    merged = _Paths()
+    for batch in batches:
+        if len(merged) and len(merged) + len(batch) > BATCH_ROWS:
+            yield merged
+            merged = _Paths()
+        merged.add(batch)
+    if len(merged):
+        yield merged

@@ -46,30 +46,30 @@ class HuggingFaceSource:
     def list_unit(self, unit: str) -> Iterator[Listing]:
         start, stop = map(int, unit.split("-"))
         dataset = load_split(self.location, self.split)
-        described = _arrow(dataset.select_columns(self.columns.described))
+        columns = _arrow(dataset.select_columns(self.columns.described))
         for first in range(start, stop, BATCH_ROWS):
-            batch = described[first : min(first + BATCH_ROWS, stop)]
+            batch = columns[first : min(first + BATCH_ROWS, stop)]
             if not self.columns.described:  # the batch has rows but no column, and so no length
                 batch = pa.table({"": pa.nulls(min(first + BATCH_ROWS, stop) - first)})
             yield Listing(table_rows(batch, self.columns, os.fsencode(self.split), self.split, first), [])
 
     def read(self, rows: pa.Table) -> list[RawImage]:
-        numbers = rows.column("row").to_pylist()
+        row_numbers = rows.column("row").to_pylist()
         images = _arrow(load_split(self.location, self.split).select_columns([self.columns.image]))
-        held = [number for number in dict.fromkeys(numbers) if number < len(images)]
-        values = dict(zip(held, images[held].column(0).to_pylist(), strict=True)) if held else {}
-        cells = [make_cell(values.get(number)) for number in numbers]
-        uris = [f"{self.location}/{self.split}#{number}" for number in numbers]
+        existing = [row for row in dict.fromkeys(row_numbers) if row < len(images)]
+        values = dict(zip(existing, images[existing].column(0).to_pylist(), strict=True)) if existing else {}
+        cells = [make_cell(values.get(row)) for row in row_numbers]
+        uris = [f"{self.location}/{self.split}#{row}" for row in row_numbers]
         return read_cells(rows, cells, uris, Root(self.location if os.path.isdir(self.location) else "/"))
 
 
 def _arrow(dataset: Any) -> Any:
-    """Slices of it are Arrow tables; images in them are not decoded."""
+    """Return the dataset with slices that are Arrow tables, in which images are not decoded."""
     return dataset.with_format("arrow")
 
 
 def load_split(location: str, split: str) -> Any:
-    """One split, memory-mapped: cheap to have, never read whole.
+    """Open one split, memory-mapped: cheap, and never read completely.
 
     Raises SourceError where there is no such dataset or split.
     """

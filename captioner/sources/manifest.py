@@ -18,14 +18,14 @@ from captioner.sources.tables import TableFiles, read_batches
 
 @dataclass(frozen=True, slots=True)
 class ManifestSource(TableFiles):
-    """Paths in a table are relative to its own folder. The plan holds them in full, so reading needs no table."""
+    """A table whose paths are relative to its own folder. The plan holds full paths, so reading needs no table."""
 
     def list_unit(self, unit: str) -> Iterator[Listing]:
         file, table = self.open_unit(unit)
         first_row = 0
         sha256 = self.columns.sha256 if self.columns.sha256 in table.schema.names else None
-        wanted = list(dict.fromkeys([*self.columns.described, self.columns.image, *filter(None, [sha256])]))
-        for batch in read_batches(self.root, file, table, wanted):
+        names = list(dict.fromkeys([*self.columns.described, self.columns.image, *filter(None, [sha256])]))
+        for batch in read_batches(self.root, file, table, names):
             rows = table_rows(batch, self.columns, file, readable(file), first_row)
             paths = [self._full_path(file, path) for path in batch.column(self.columns.image).to_pylist()]
             rows = rows.set_column(1, rows.schema.field("file"), [pa.array(paths, pa.binary())])
@@ -39,7 +39,7 @@ class ManifestSource(TableFiles):
         return read_copies_once(rows, self.root)
 
     def _full_path(self, table: bytes, path: str | None) -> bytes:
-        """Empty where the table names no file: that row will fail as not found."""
+        """Return the full path, or b"" where the table names no file: that row fails as not found."""
         if not path:
             return b""
         if path.lower().startswith(("http://", "https://")):

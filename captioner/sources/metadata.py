@@ -19,7 +19,7 @@ METADATA_NAMES = (b"metadata.jsonl", b"metadata.csv", b"metadata.parquet")
 
 @dataclass(frozen=True, slots=True)
 class Metadata:
-    """Known captions of a directory's images, in sub-directories too. The text stays in Arrow: it is most of it."""
+    """Reference captions of the images in a directory and below. The text stays in Arrow, to save memory."""
 
     prefix: bytes  # of paths in this directory
     row_of: dict[bytes, int]  # path below the directory -> row of `captions`
@@ -31,17 +31,17 @@ class Metadata:
 
 
 def find_references(metadata: Sequence[Metadata], paths: Sequence[bytes]) -> list[list[str] | None]:
-    """The captions that the nearest metadata knows for each path."""
+    """Return for each path the captions of the nearest metadata file that has any."""
     if not metadata:
         return [None] * len(paths)
     nearest, *others = (table.find(paths) for table in metadata)
-    for found in others:
-        nearest = [first if first is not None else second for first, second in zip(nearest, found, strict=True)]
+    for farther in others:
+        nearest = [first if first is not None else second for first, second in zip(nearest, farther, strict=True)]
     return nearest
 
 
 def load_metadata(root: Root, file: bytes, reference_column: str | None) -> Metadata:
-    """Read a metadata file, once for each state of the file.
+    """Read a metadata file; cached until the file changes.
 
     Raises SourceError where it cannot be read, has no `file_name`, or lacks the column asked for.
     """
@@ -58,7 +58,9 @@ def _load(root: Root, file: bytes, reference_column: str | None, stamp: object) 
     captions: list[pa.Array] = []
     rows = 0
     for batch in read_batches(root, file, table, ["file_name", column] if column else ["file_name"]):
-        row_of.update((os.fsencode(str(name)), rows + n) for n, name in enumerate(batch["file_name"].to_pylist()))
+        row_of.update(
+            (os.fsencode(str(name)), rows + index) for index, name in enumerate(batch["file_name"].to_pylist())
+        )
         captions.append(references_of(batch, column))
         rows += len(batch)
     return Metadata(os.path.join(os.path.dirname(file), b""), row_of, pa.chunked_array(captions, pa.list_(pa.string())))

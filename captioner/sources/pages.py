@@ -23,11 +23,10 @@ class _FilesSource(Source, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class PagedSource(WrappedSource):
-    """A source of files in which each page of a TIFF that has several is an image of its own: `scan.tif#page=1`, ...
+    """A source of files in which each page of a multi-page TIFF is a separate image: `scan.tif#page=1`, ...
 
-    Listing opens the files whose names end in .tif or .tiff and follows their chains of directories; no pixel is
-    read. Known captions of a file go to its first page. A page is read as a TIFF of its own: that is what `sha256` and
-    `num_bytes` are of.
+    Listing opens the files with the suffixes of TIFFs and reads their directories, no pixels. The reference captions of
+    a file belong to its first page. A page is read as a TIFF with one page: `sha256` and `num_bytes` are of that.
     """
 
     source: _FilesSource
@@ -37,35 +36,35 @@ class PagedSource(WrappedSource):
             yield Listing(self._with_pages(listing.rows), listing.ignored)
 
     def read(self, rows: pa.Table) -> list[RawImage]:
-        """The files are read once each, whatever the number of their pages."""
+        """Read each file once, whatever the number of its pages."""
         keys = list(zip(rows["file"].to_pylist(), rows["offset"].to_pylist(), strict=True))
-        first_of = {key: place for place, key in reversed(list(enumerate(keys)))}
+        first_of = {key: index for index, key in reversed(list(enumerate(keys)))}
         files = sorted(first_of.values())
         ids, pages = rows["image_id"].to_pylist(), rows["page_at"].to_pylist()
         whole = rows.take(pa.array(files))
-        names = [ids[n] if pages[n] is None else ids[n].rpartition(PAGE)[0] for n in files]
+        names = [ids[index] if pages[index] is None else ids[index].rpartition(PAGE)[0] for index in files]
         whole = whole.set_column(0, PLAN_SCHEMA.field("image_id"), pa.array(names, pa.string()))
-        found = dict(zip(files, self.source.read(whole), strict=True))
+        images = dict(zip(files, self.source.read(whole), strict=True))
         return [
-            _page(found[first_of[key]], image_id, page) for key, image_id, page in zip(keys, ids, pages, strict=True)
+            _page(images[first_of[key]], image_id, page) for key, image_id, page in zip(keys, ids, pages, strict=True)
         ]
 
     def _with_pages(self, rows: pa.Table) -> pa.Table:
         with ThreadPoolExecutor(concurrency()) as pool:
-            offsets = list(pool.map(self._pages_of, rows.select(["image_id", "file", "offset"]).to_pylist()))
-        places = [place for place, several in enumerate(offsets) for _ in several]
-        numbers = [number for several in offsets for number in range(1, len(several) + 1)]
-        pages = [page for several in offsets for page in several]
-        rows = rows.take(pa.array(places, pa.int64()))
+            pages_of = list(pool.map(self._pages_of, rows.select(["image_id", "file", "offset"]).to_pylist()))
+        indices = [index for index, pages in enumerate(pages_of) for _ in pages]
+        numbers = [number for pages in pages_of for number in range(1, len(pages) + 1)]
+        offsets = [offset for pages in pages_of for offset in pages]
+        rows = rows.take(pa.array(indices, pa.int64()))
         ids, captions = rows["image_id"].to_pylist(), rows["reference_captions"].to_pylist()
         columns = {
             "image_id": [
-                one if page is None else f"{one}{PAGE}{number}"
-                for one, page, number in zip(ids, pages, numbers, strict=True)
+                image_id if offset is None else f"{image_id}{PAGE}{number}"
+                for image_id, offset, number in zip(ids, offsets, numbers, strict=True)
             ],
-            "page_at": pages,
+            "page_at": offsets,
             "reference_captions": [
-                known if number == 1 else None for known, number in zip(captions, numbers, strict=True)
+                references if number == 1 else None for references, number in zip(captions, numbers, strict=True)
             ],
         }
         for name, values in columns.items():
@@ -74,8 +73,10 @@ class PagedSource(WrappedSource):
         return rows
 
     def _pages_of(self, row: dict[str, Any]) -> list[int | None]:
-        """Offsets of the pages of a TIFF with several; one `None` for any other file. A file that cannot be opened is
-        one image: reading it will say why."""
+        """Return the offsets of the pages of a multi-page TIFF; a single `None` for any other file.
+
+        A file that cannot be opened is one image, whose row will have the reason.
+        """
         if not _is_tiff(row["image_id"]) and not _is_tiff(row["file"]):
             return [None]
         start = row["offset"] or 0
@@ -86,10 +87,10 @@ class PagedSource(WrappedSource):
                     stream.seek(start + offset)
                     return stream.read(size)
 
-                found = page_offsets(read)
+                offsets = page_offsets(read)
         except (OSError, OverflowError):
             return [None]
-        return [*found] if len(found) > 1 else [None]
+        return [*offsets] if len(offsets) > 1 else [None]
 
 
 def _page(file: RawImage, image_id: str, page_at: int | None) -> RawImage:

@@ -1,4 +1,4 @@
-"""Making the batches of a listing."""
+"""Build the batches of a listing, and wrap sources: filters."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def plan_table(
     page_at: Sequence[int | None] | None = None,
     kept: pa.Table | None = None,
 ) -> pa.Table:
-    """Rows of PLAN_SCHEMA, then the kept columns. What is not given is null."""
-    given = (image_id, file, offset, size, row, references, page_at)
+    """Return rows of PLAN_SCHEMA, then the kept columns. Columns that are not given are null."""
+    values_of = (image_id, file, offset, size, row, references, page_at)
     columns = [
         pa.nulls(len(image_id), field.type) if values is None else _as_array(values, field.type)
-        for field, values in zip(PLAN_SCHEMA, given, strict=True)
+        for field, values in zip(PLAN_SCHEMA, values_of, strict=True)
     ]
     table = pa.Table.from_arrays(columns, schema=PLAN_SCHEMA)
     if kept is not None:
@@ -40,7 +40,7 @@ def plan_table(
 
 
 def names_as_ids(names: Sequence[bytes]) -> pa.Array:
-    """Readable names, quickly where all of them are UTF-8."""
+    """Return readable names; fast where all of them are UTF-8."""
     try:
         return pa.array(names, pa.binary()).cast(pa.string())
     except pa.ArrowInvalid:
@@ -53,7 +53,7 @@ def _as_array(values: Sequence[object] | pa.Array, kind: pa.DataType) -> pa.Arra
 
 @dataclass(frozen=True, slots=True)
 class WrappedSource:
-    """A source that lists or reads in its own way what another one holds."""
+    """Base of sources that change how another source is listed or read."""
 
     source: Source
 
@@ -70,8 +70,10 @@ class WrappedSource:
 
 @dataclass(frozen=True, slots=True)
 class FilteredSource(WrappedSource):
-    """A source without the images that `include` and `exclude` leave out: shell globs over whole image ids, in which
-    `*` crosses slashes."""
+    """A source with only the images whose ids match `include` and do not match `exclude`.
+
+    Both are shell globs over the whole id, in which `*` also matches slashes.
+    """
 
     include: tuple[str, ...]
     exclude: tuple[str, ...]
@@ -79,16 +81,17 @@ class FilteredSource(WrappedSource):
     def list_unit(self, unit: str) -> Iterator[Listing]:
         for listing in self.source.list_unit(unit):
             ids = listing.rows.column("image_id").to_pylist()
-            yield Listing(listing.rows.filter(pa.array(self._chosen(ids), pa.bool_())), listing.ignored)
+            yield Listing(listing.rows.filter(pa.array(self._is_selected(ids), pa.bool_())), listing.ignored)
 
     def read(self, rows: pa.Table) -> list[RawImage]:
         return self.source.read(rows)
 
-    def _chosen(self, ids: list[str]) -> list[bool]:
-        wanted, unwanted = _any_glob(self.include or ("*",)), _any_glob(self.exclude)
+    def _is_selected(self, ids: list[str]) -> list[bool]:
+        include, exclude = _any_glob(self.include or ("*",)), _any_glob(self.exclude)
         return [
-            any(map(wanted.match, names_of(name))) and not (self.exclude and any(map(unwanted.match, names_of(name))))
-            for name in ids
+            any(map(include.match, names_of(image_id)))
+            and not (self.exclude and any(map(exclude.match, names_of(image_id))))
+            for image_id in ids
         ]
 
 

@@ -1,28 +1,29 @@
-"""The files of an archive: their names, and opening them, alike on a local disk and in a store.
+"""The files of a source, on a local disk or in a store: listing, opening and reading them.
 
-Names are bytes, because a disk's names need not be UTF-8; they become text only where people read them.
+Names are bytes, because names on a disk need not be UTF-8; they become text only where people read them.
 """
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import re
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, ClassVar, cast
 from urllib.parse import unquote_to_bytes
 
 from pyarrow.fs import FileSelector, FileSystem, FileType
 
 from captioner.errors import SourceError
-from captioner.files import is_uri, local_path, open_filesystem
+from captioner.files import Retry, is_uri, local_path, open_filesystem
 
 FETCH_FIRST = "captioner does not fetch http(s) URLs; fetch them with img2dataset first and caption its output"
 BUFFER_BYTES = 4 << 20  # of one request to a store
 
-# Known sidecars and documents, and what tar and Parquet archives are told by. Everything else may be an image.
+# Sidecars, documents and tables, which are never images. Every other file may be one.
 DOCUMENT_SUFFIXES = (
     b".txt",
     b".json",
@@ -38,17 +39,17 @@ DOCUMENT_SUFFIXES = (
 
 
 def is_hidden(name: bytes) -> bool:
-    """Whether a file or directory of that name is the system's own: dot files, thumbnails."""
+    """Return whether the system made a file or directory of that name: dot files, thumbnails."""
     return name.startswith(b".") or name in (b"@eaDir", b"Thumbs.db")
 
 
 def is_ignored(name: bytes) -> bool:
-    """Whether a file of that base name is no image by its name alone."""
+    """Return whether a file of that base name cannot be an image."""
     return name.lower().endswith(DOCUMENT_SUFFIXES) or is_hidden(name)
 
 
 def readable(name: bytes) -> str:
-    """The name as text: UTF-8, with any other byte percent-escaped. Unicode is never normalised."""
+    """Return a name as text: UTF-8, with any other byte percent-escaped. Unicode is never normalised."""
     try:
         return name.decode()
     except UnicodeDecodeError:
@@ -57,26 +58,52 @@ def readable(name: bytes) -> str:
 
 
 def unit_of_file(file: bytes) -> str:
-    """A name as text that `file_of_unit` turns back: a percent sign of its own is escaped as well."""
+    """Return a name as text that `file_of_unit` decodes: percent signs in the name are escaped as well."""
     return readable(file.replace(b"%", b"%25"))
 
 
 def file_of_unit(unit: str) -> bytes:
+    """Return the name that `unit_of_file` encoded."""
     return unquote_to_bytes(unit)
 
 
-_WITHOUT_FOLDERS = ("gcs",)  # pyarrow lists files only there
+# Errors of a name or path: the same read fails again.
+_NAME_ERRORS = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+_NAME_NUMBERS = {errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL}
+# Messages of stores and of Parquet: pyarrow reports them as OSErrors without a number.
+_REFUSED = re.compile(
+    r"ACCESS_DENIED|AccessDenied|INVALID_ACCESS_KEY_ID|InvalidAccessKeyId|SIGNATURE_DOES_NOT_MATCH|ExpiredToken|"
+    r"EXPIRED_TOKEN|TokenExpired|PERMISSION_DENIED|UNAUTHENTICATED|Unauthorized|Forbidden|HTTP status 40[13]|"
+    r"(?i:credentials)"
+)
+_DAMAGED = re.compile(r"(?i:corrupt|deserialize thrift|unexpected end of stream|page was smaller|decompress)")
+
+
+def error_code_of(error: OSError) -> str:
+    """Return the error code of a read that failed; "timeout" stands for every transient error."""
+    message = str(error) if error.errno is None else ""
+    if isinstance(error, PermissionError) or _REFUSED.search(message):
+        return "permission"
+    if error.errno == errno.EBADMSG or _DAMAGED.search(message):
+        return "decode_error"
+    return "not_found" if isinstance(error, _NAME_ERRORS) or error.errno in _NAME_NUMBERS else "timeout"
+
+
+def is_transient(error: OSError) -> bool:
+    """Return whether the same read may succeed later."""
+    return error_code_of(error) == "timeout"
 
 
 @dataclass(slots=True)
 class Directory:
-    """What one directory holds, not what its sub-directories hold. Names are sorted by their bytes."""
+    """The content of one directory, without that of its sub-directories."""
 
     files: list[bytes] = field(default_factory=list)
     directories: list[bytes] = field(default_factory=list)
     others: list[bytes] = field(default_factory=list)  # pipes, sockets, devices: opening one may block for ever
 
     def sort(self) -> Directory:
+        """Sort the names by their bytes."""
         for names in (self.files, self.directories, self.others):
             names.sort()
         return self
@@ -84,34 +111,42 @@ class Directory:
 
 @dataclass(frozen=True, slots=True)
 class Root:
-    """The directory that an archive's file names are relative to: an absolute local path or a URI."""
+    """The directory to which the file names of a source are relative: an absolute local path or a URI.
+
+    Class attributes: `retry`, for single reads; `without_folders`, filesystems of which pyarrow lists only files.
+    """
+
+    retry: ClassVar[Retry] = Retry((0.2, 0.8, 3.2), is_transient)
+    without_folders: ClassVar[tuple[str, ...]] = ("gcs",)
 
     location: str
 
     @staticmethod
     def at(location: str) -> Root:
+        """Return the root of a path or URI as a user wrote it."""
         return Root(re.sub(r"/+(?=\?|$)", "", location) if is_uri(location) else local_path(location))
 
     def join(self, file: bytes) -> bytes:
-        """The full path or URI of a file. A name that is absolute, or a URI, stays as it is."""
+        """Return the full path or URI of a file. A name that is absolute, or a URI, stays as it is."""
         if file.startswith(b"/") or is_uri(os.fsdecode(file)):
             return file
         return os.path.join(os.fsencode(self._base), file) if file else os.fsencode(self._base)
 
     @property
     def _base(self) -> str:
-        """Without the options of the connection, which are no part of a file's name."""
+        """The location without the options of the connection, which are not part of a file's name."""
         return self.location.partition("?")[0] if is_uri(self.location) else self.location
 
     def uri(self, file: bytes) -> str:
-        """As people read it: a full path or URI, percent-escaped where it is not UTF-8, and without credentials."""
+        """Return the full path or URI for people: percent-escaped where it is not UTF-8, without credentials."""
         return re.sub(r"^(\w+://)[^/@]*@", r"\1", readable(self.join(file)))
 
     def exists(self, file: bytes = b"") -> bool:
+        """Return whether there is such a file or directory."""
         return self.kind(file) != FileType.NotFound
 
     def kind(self, file: bytes = b"") -> FileType:
-        """Whether there is a file, a directory or nothing. Raises SourceError where the store does not say."""
+        """Return whether it is a file, a directory or nothing. Raises SourceError where the store does not answer."""
         path = self.join(file)
         if is_uri(os.fsdecode(path)):
             filesystem, inside = self._inside(path)
@@ -124,7 +159,7 @@ class Root:
         return FileType.File if os.path.lexists(path) else FileType.NotFound
 
     def stamp(self, file: bytes) -> object:
-        """What changes when the file does."""
+        """Return a value that changes when the file does."""
         path = self.join(file)
         if is_uri(os.fsdecode(path)):
             filesystem, inside = self._inside(path)
@@ -134,13 +169,13 @@ class Root:
         return status.st_mtime_ns, status.st_size
 
     def has_anything(self) -> bool:
-        """Whether the root is there and not empty: an unmounted disk leaves an empty directory behind."""
+        """Return whether the root exists and is not empty: an unmounted disk leaves an empty directory behind."""
         if self.kind() != FileType.Directory:
             return False
         return next(self.scan_names(), None) is not None
 
     def scan_names(self, directory: bytes = b"") -> Iterator[tuple[bytes, FileType]]:
-        """Names and kinds of what a directory holds, in no order.
+        """Yield the name and kind of each entry of a directory, in no order.
 
         Raises SourceError where the directory cannot be listed.
         """
@@ -156,15 +191,19 @@ class Root:
             raise SourceError(f"{readable(path)}: cannot be listed: {error.strerror or error}") from None
 
     def scan(self, directory: bytes = b"") -> Directory:
-        """What a directory holds, in order."""
-        found = Directory()
-        lists = {FileType.File: found.files, FileType.Directory: found.directories, FileType.Unknown: found.others}
+        """Return the content of a directory, sorted."""
+        content = Directory()
+        lists = {
+            FileType.File: content.files,
+            FileType.Directory: content.directories,
+            FileType.Unknown: content.others,
+        }
         for name, kind in self.scan_names(directory):
             lists[kind].append(name)
-        return found.sort()
+        return content.sort()
 
     def identity(self, directory: bytes) -> object:
-        """What tells a directory from any other, to notice that a symlink leads back to it."""
+        """Return a value that identifies a directory, to detect that a symlink leads back to it."""
         path = self.join(directory)
         if is_uri(os.fsdecode(path)):
             return path
@@ -175,7 +214,7 @@ class Root:
         return status.st_dev, status.st_ino
 
     def open(self, file: bytes) -> BinaryIO:
-        """A file to read and seek in."""
+        """Open a file for reading and seeking."""
         path = self.join(file)
         if is_uri(os.fsdecode(path)):
             filesystem, inside = self._inside(path)
@@ -187,7 +226,7 @@ class Root:
         return os.fdopen(descriptor, "rb")
 
     def read(self, file: bytes, offset: int | None = None, size: int | None = None) -> bytes:
-        """The bytes of a file, or `size` bytes from `offset`; fewer where the file ends before."""
+        """Return the bytes of a file, or `size` bytes from `offset`; fewer where the file ends before."""
         path = self.join(file)
         if is_uri(os.fsdecode(path)):
             return self._read_store(path, offset, size)
@@ -197,7 +236,7 @@ class Root:
             return stream.read() if size is None else stream.read(size)
 
     def _inside(self, path: bytes) -> tuple[FileSystem, str]:
-        """The filesystem of a URI and the path in it. What follows the host is taken letter by letter."""
+        """Return the filesystem of a URI and the path in it. The path is taken literally, without unquoting."""
         uri = os.fsdecode(path)
         if is_uri(self.location) and uri.startswith(self._base):
             filesystem, inside = open_filesystem(self.location)
@@ -213,15 +252,15 @@ class Root:
         filesystem, inside = self._inside(path)
         try:
             with filesystem.open_input_file(inside) as stream:
-                return stream.read() if offset is None else stream.read_at(size, offset)
+                return bytes(stream.read() if offset is None else stream.read_at(size, offset))
         except OSError:
             raise
-        except Exception as error:  # clients behind fsspec have errors of their own
+        except Exception as error:  # clients behind fsspec raise their own exceptions
             raise OSError(f"{type(error).__name__}: {error}") from None
 
     def _scan_store(self, path: bytes) -> Iterator[tuple[bytes, FileType]]:
         filesystem, inside = self._inside(path)
-        if filesystem.type_name in _WITHOUT_FOLDERS:
+        if filesystem.type_name in self.without_folders:
             yield from _scan_flat(filesystem, inside)
             return
         for info in filesystem.get_file_info(FileSelector(inside)):
@@ -230,17 +269,17 @@ class Root:
 
 
 def _scan_flat(filesystem: FileSystem, folder: str) -> Iterator[tuple[bytes, FileType]]:
-    """What lies directly in a folder, told by all the files below it."""
-    found = {}
+    """Yield the entries of a folder, derived from all the files below it."""
+    kinds: dict[bytes, FileType] = {}
     for info in filesystem.get_file_info(FileSelector(folder, recursive=True)):
         name, deeper, _ = info.path.removeprefix(folder).strip("/").partition("/")
         if name:
-            found[name.encode()] = FileType.Directory if deeper else info.type
-    yield from found.items()
+            kinds[name.encode()] = FileType.Directory if deeper else info.type
+    yield from kinds.items()
 
 
 def _kind(entry: os.DirEntry[bytes]) -> FileType:
-    """Symlinks are followed; one that leads nowhere is a file, which will fail as not found."""
+    """Return the kind of an entry. Symlinks are followed; a broken one counts as a file, which fails as not found."""
     try:
         if entry.is_dir():
             return FileType.Directory

@@ -1,4 +1,4 @@
-"""Tables that describe images: Parquet, CSV and JSON lines, read in batches of a few thousand rows."""
+"""Read Parquet, CSV and JSON lines files in batches of a few thousand rows."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class Table(Protocol):
     def schema(self) -> pa.Schema: ...
 
     def batches(self, columns: Sequence[str]) -> Iterator[pa.Table]:
-        """These columns of every row, in order, at most BATCH_ROWS rows at a time."""
+        """Yield these columns of every row, in order, at most BATCH_ROWS rows at a time."""
         ...
 
 
 def open_table(root: Root, file: bytes) -> Table:
-    """Raises SourceError where the file is missing or is not what its suffix says."""
+    """Open a table file. Raises SourceError where it is missing or is not what its suffix says."""
     lower = file.lower()
     kind = ParquetTable if lower.endswith(b".parquet") else CsvTable if lower.endswith(b".csv") else JsonLinesTable
     try:
@@ -42,7 +42,7 @@ def open_table(root: Root, file: bytes) -> Table:
 
 
 def read_batches(root: Root, file: bytes, table: Table, columns: Sequence[str]) -> Iterator[pa.Table]:
-    """`table.batches`; raises SourceError where the file turns out to be damaged."""
+    """Yield `table.batches`; raises SourceError where the file is damaged."""
     try:
         yield from table.batches(columns)
     except (OSError, pa.ArrowException) as error:
@@ -54,7 +54,7 @@ def _unreadable(root: Root, file: bytes, error: Exception) -> SourceError:
 
 
 class ParquetTable:
-    """Only the columns asked for are read."""
+    """A Parquet file, of which only the requested columns are read."""
 
     def __init__(self, root: Root, file: bytes) -> None:
         self.file = open_parquet(root, file)
@@ -66,12 +66,12 @@ class ParquetTable:
 
 
 def open_parquet(root: Root, file: bytes, footer: pq.FileMetaData | None = None) -> pq.ParquetFile:
-    """Buffered: a column of images is read page by page, never a whole row group at once."""
+    """Open a Parquet file with a buffer: a column of images is read page by page, never a whole row group."""
     return pq.ParquetFile(root.open(file), metadata=footer, buffer_size=1 << 20, pre_buffer=False)
 
 
 class CsvTable:
-    """Every column is text: an id such as 007 stays as it is written."""
+    """A CSV file whose columns are all text: an id such as 007 stays as it is."""
 
     def __init__(self, root: Root, file: bytes) -> None:
         self.root, self.file = root, file
@@ -99,14 +99,14 @@ class _Line:
 
 
 class JsonLinesTable:
-    """One object a line. Columns and their types are those of the first BATCH_ROWS lines."""
+    """A file with a JSON object per line. Its schema is that of the first BATCH_ROWS lines."""
 
     def __init__(self, root: Root, file: bytes) -> None:
         self.root, self.file = root, file
         first = list(itertools.islice(self._lines(), BATCH_ROWS))
         names = dict.fromkeys(name for line in first for name in line.values)
         arrays = {name: _column([line.values.get(name) for line in first]) for name in names}
-        self.schema = pa.schema([(name, _known(array.type)) for name, array in arrays.items()])
+        self.schema = pa.schema([(name, _text_if_null(array.type)) for name, array in arrays.items()])
 
     def batches(self, columns: Sequence[str]) -> Iterator[pa.Table]:
         lines = self._lines()
@@ -137,20 +137,20 @@ class JsonLinesTable:
 
 
 def _column(values: list[Any], type_: pa.DataType | None = None) -> pa.Array:
-    """Captions may be a text in one line and a list in the next; then all are lists."""
+    """Return an array; where captions are text in some lines and lists in others, all become lists."""
     mixed = {type(value) for value in values if value is not None} == {str, list}
     if mixed or (type_ is not None and pa.types.is_list(type_)):
         values = [[value] if isinstance(value, str) else value for value in values]
     return pa.array(values, type_)
 
 
-def _known(type_: pa.DataType) -> pa.DataType:
+def _text_if_null(type_: pa.DataType) -> pa.DataType:
     return pa.string() if pa.types.is_null(type_) else type_
 
 
 @dataclass(frozen=True, slots=True)
 class TableFiles:
-    """`files`: the tables, as paths under the root, in order."""
+    """Base of sources that are tables. `files`: paths under the root, in order."""
 
     name: str
     root: Root
@@ -164,7 +164,7 @@ class TableFiles:
         return list(self.columns.kept)
 
     def open_unit(self, unit: str) -> tuple[bytes, Table]:
-        """Raises SourceError where it is no such table, or lacks a column."""
+        """Open the table of a unit. Raises SourceError where it cannot be read, or lacks a column."""
         file = file_of_unit(unit)
         table = open_table(self.root, file)
         self.columns.check(table.schema, self.root.uri(file))

@@ -1,4 +1,4 @@
-"""WebDataset: tars in which files that share a name up to the first dot make one sample. Nothing is ever extracted."""
+"""WebDataset: tars in which files with the same name up to the first dot are one sample. Nothing is unpacked."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ IMAGE_SUFFIXES = frozenset(
     b"jpg jpeg jpe jfif png apng webp gif bmp dib tif tiff avif avifs heic heif jp2 j2k jpx "
     b"ppm pgm pbm pnm tga ico psd mpo".split()
 )
-# What else samples hold, by the habits of the format.
+# Suffixes of other members that samples commonly have.
 OTHER_SUFFIXES = frozenset(
     b"cls cls2 index inx id txt text transcript caption json jsonl yaml yml csv tsv xml xmp html md pdf parquet "
     b"npy npz pth pt pyd pickle pkl msgpack mp bin ten tb safetensors mp3 wav flac ogg m4a mp4 webm mkv avi mov".split()
@@ -34,7 +34,7 @@ _COMPRESSED_STARTS = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"\
 
 @dataclass(frozen=True, slots=True)
 class WebDatasetSource:
-    """`tars`: paths under the root, in order. Each is one unit."""
+    """Tars as a source. `tars`: paths under the root, in order; each is one unit."""
 
     name: str
     root: Root
@@ -50,7 +50,7 @@ class WebDatasetSource:
     def list_unit(self, unit: str) -> Iterator[Listing]:
         tar = file_of_unit(unit)
         batch = _Batch(tar)
-        # Samples are neighbours in the tar, as the format has it.
+        # The members of a sample follow each other in the tar: the format requires it.
         for _, members in itertools.groupby(_members(self.root, tar), key=attrgetter("key")):
             batch.add_sample(list(members), self.reference_column)
             if len(batch) >= BATCH_ROWS:
@@ -65,7 +65,7 @@ class WebDatasetSource:
 
 @dataclass(frozen=True, slots=True)
 class _Member:
-    """`offset`, `size`: of its data in the tar. `text`: of .txt and .json members."""
+    """A member of a tar. `offset`, `size`: of its data. `text`: content of .txt and .json members."""
 
     name: bytes
     offset: int
@@ -90,7 +90,7 @@ class _Member:
 
 @dataclass(slots=True)
 class _Batch:
-    """The rows that a batch of samples makes."""
+    """The rows of a batch of samples."""
 
     tar: bytes
     images: list[_Member] = field(default_factory=list)
@@ -101,7 +101,7 @@ class _Batch:
         return len(self.images) + len(self.ignored)
 
     def add_sample(self, members: Sequence[_Member], reference_column: str | None) -> None:
-        """Every image of the sample is a row. Where a suffix is known to be an image's, unknown ones are none."""
+        """Add a row for each image of a sample. Where members have known image suffixes, others are no images."""
         candidates = [member for member in members if member.may_be_image]
         images = [member for member in candidates if member.suffix in IMAGE_SUFFIXES] or candidates
         captions = _captions(members, reference_column) if images else None
@@ -126,7 +126,7 @@ class _Batch:
 
 
 def _captions(members: Iterable[_Member], reference_column: str | None) -> list[str] | None:
-    """Those of .json, then that of .txt, each once. A column asked for is a key of the .json, and the only one."""
+    """Return the captions of .json, then of .txt, each once; with a reference column, only that key of the .json."""
     captions: list[str] = []
     for member in sorted(members, key=attrgetter("suffix")):  # json, txt
         if member.text is None:
@@ -150,25 +150,25 @@ def _captions_in_json(text: bytes, reference_column: str | None) -> list[str] | 
 
 
 def _members(root: Root, tar: bytes) -> Iterator[_Member]:
-    """Every entry of a tar but directories. A tar that is cut or damaged further on ends there.
+    """Yield every entry of a tar except directories. A tar that is truncated or damaged ends there.
 
-    Raises SourceError where it is no tar from the start, or cannot be opened.
+    Raises SourceError where the file is not a tar at all, or cannot be opened.
     """
-    place = 0
+    position = 0
     try:
         with root.open(tar) as stream:
             _refuse_compressed(root, tar, stream.read(8))
             stream.seek(0)
             with tarfile.open(fileobj=stream, mode="r:") as archive:
                 while header := archive.next():
-                    place = archive.offset
+                    position = archive.offset
                     archive.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them all
                     if not header.isdir():
                         yield _member(header, archive)
     except tarfile.TarError as error:
-        if not place:
-            raise SourceError(f"{root.uri(tar)}: not a tar: {error}; repair it or leave it out") from None
-        yield _Member(f"[damaged at byte {place}]".encode(), place, 0, is_file=False)
+        if not position:
+            raise SourceError(f"{root.uri(tar)}: not a tar: {error}; repair it or remove it") from None
+        yield _Member(f"[damaged at byte {position}]".encode(), position, 0, is_file=False)
     except OSError as error:
         raise SourceError(f"{root.uri(tar)}: cannot be read: {error.strerror or error}") from None
 
@@ -184,6 +184,6 @@ def _member(header: tarfile.TarInfo, archive: tarfile.TarFile) -> _Member:
 def _refuse_compressed(root: Root, tar: bytes, start: bytes) -> None:
     if tar.lower().endswith(COMPRESSED_SUFFIXES) or start.startswith(_COMPRESSED_STARTS):
         raise SourceError(
-            f"{root.uri(tar)}: a compressed tar cannot be read image by image; decompress it first (images "
-            "hardly grow: they are compressed already)"
+            f"{root.uri(tar)}: images inside a compressed tar cannot be read one by one; decompress it first "
+            "(it hardly grows: images are compressed already)"
         )

@@ -1,12 +1,12 @@
 """Train the starter model: `python -m captioner.starter.build OUT [--steps N] [--threads N]`.
 
-A GIT of 1.4 million parameters and a byte-level BPE, both learned from nothing on rendered scenes (see
-`captioner.starter.scenes`). Every batch holds scenes that were never drawn before, so there is nothing to overfit: no
-dropout and no weight decay. The loss counts caption tokens only, and logits are computed for those alone. The same
-seed, steps and thread count give the same weights on the same machine.
+Trains a GIT model of 1.4 million parameters and a byte-level BPE tokenizer from scratch on rendered scenes (see
+`captioner.starter.scenes`). Every batch has new scenes, so the model cannot overfit and needs neither dropout nor
+weight decay. Loss and logits are computed for caption tokens only. The same seed, steps and thread count give the same
+weights on the same machine.
 
 Writes a model directory that plain `AutoModelForImageTextToText.from_pretrained` and `AutoProcessor` load,
-with a model card that states the WER measured on scenes of another seed.
+with a model card that states the WER on scenes of another seed.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ nothing.**
   threads.
 - WER {wer:.4f} on {held_out_scenes:,} held-out scenes of another seed (greedy; minimum over two references).
 
-Trained on pictures made by this package's own code; no other data went in.
+Trained only on images rendered by this package.
 """
 _VOCABULARY = {
     "pixels": PIXELS,
@@ -70,7 +70,7 @@ _VOCABULARY = {
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE learned on both wordings of 5,000 scenes; any text survives the round trip."""
+    """Train a byte-level BPE on both captions of 5,000 scenes; it encodes and decodes any text without loss."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -96,6 +96,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model() -> GitForCausalLM:
+    """Create an untrained model."""
     config = GitConfig(
         vision_config={
             "hidden_size": 128,
@@ -123,6 +124,7 @@ def make_model() -> GitForCausalLM:
 
 
 def make_processor(tokenizer: PreTrainedTokenizerFast) -> GitProcessor:
+    """Create the processor of the model."""
     side = {"height": PIXELS, "width": PIXELS}
     image_processor = CLIPImageProcessorPil(
         size={"shortest_edge": PIXELS}, crop_size=side, image_mean=[0.5] * 3, image_std=[0.5] * 3
@@ -130,8 +132,8 @@ def make_processor(tokenizer: PreTrainedTokenizerFast) -> GitProcessor:
     return GitProcessor(image_processor, tokenizer)
 
 
-class SceneBatches(IterableDataset):
-    """Batches of fresh scenes: pixels float32 [N, 3, 64, 64] in -1..1, token ids int64 [N, T] padded with `PAD`."""
+class SceneBatches(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
+    """Batches of new scenes: pixels float32 [N, 3, 64, 64] in -1..1, token ids int64 [N, T] padded with `PAD`."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, steps: int, batch_size: int) -> None:
         self.tokenizer, self.steps, self.batch_size = tokenizer, steps, batch_size
@@ -145,16 +147,18 @@ class SceneBatches(IterableDataset):
 
 
 def pixels_of(scenes: Sequence[Scene]) -> torch.Tensor:
-    """float32 [N, 3, 64, 64] in -1..1, resized as `captioner.imaging` resizes."""
-    whole = torch.stack([torch.frombuffer(bytearray(s.render().tobytes()), dtype=torch.uint8) for s in scenes])
-    side = round((whole.shape[1] / 3) ** 0.5)
-    whole = whole.view(-1, side, side, 3).permute(0, 3, 1, 2)
-    small = functional.interpolate(whole, size=(PIXELS, PIXELS), mode="bicubic", antialias=True)
-    return small.float() / 127.5 - 1.0
+    """Render scenes as float32 [N, 3, 64, 64] in -1..1, resized as in `captioner.imaging`."""
+    rendered = torch.stack(
+        [torch.frombuffer(bytearray(scene.render().tobytes()), dtype=torch.uint8) for scene in scenes]
+    )
+    side = round((rendered.shape[1] / 3) ** 0.5)
+    rendered = rendered.view(-1, side, side, 3).permute(0, 3, 1, 2)
+    resized = functional.interpolate(rendered, size=(PIXELS, PIXELS), mode="bicubic", antialias=True)
+    return resized.float() / 127.5 - 1.0
 
 
 def caption_loss(model: GitForCausalLM, pixels: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy over caption tokens: position t predicts token t + 1; image positions get no logits."""
+    """Return the mean cross-entropy over caption tokens; position t predicts token t + 1."""
     inputs, labels = ids[:, :-1], ids[:, 1:]
     hidden = model.git(input_ids=inputs, attention_mask=(inputs != PAD).long(), pixel_values=pixels).last_hidden_state
     logits = model.output(hidden[:, -inputs.shape[1] :])
@@ -165,17 +169,20 @@ def caption_loss(model: GitForCausalLM, pixels: torch.Tensor, ids: torch.Tensor)
 def held_out_wer(
     model: GitForCausalLM, tokenizer: PreTrainedTokenizerFast, count: int = HELD_OUT, show: int = 0
 ) -> float:
-    """Corpus WER of greedy captions on scenes of another seed; for each scene the reference with the lowest WER counts.
-    Prints the first `show` scenes whose caption is not the first reference."""
+    """Return the corpus WER of greedy captions on scenes of another seed, against the best reference of each.
+
+    Prints the first `show` scenes whose caption is not the first reference.
+    """
     model.eval()
     scenes, captions = list(make_scenes(count, HELD_OUT_SEED)), []
     for first in range(0, count, 100):
         ids = model.generate(pixel_values=pixels_of(scenes[first : first + 100]), max_new_tokens=40, do_sample=False)
         captions += tokenizer.batch_decode(ids, skip_special_tokens=True)
     model.train()
-    wrong = [(s.captions[0], c) for s, c in zip(scenes, captions, strict=True) if s.captions[0] != c]
-    for wanted, said in wrong[:show]:
-        print(f"  wanted: {wanted}\n  said:   {said}", flush=True)
+    pairs = [(scene.captions[0], caption) for scene, caption in zip(scenes, captions, strict=True)]
+    wrong = [pair for pair in pairs if pair[0] != pair[1]]
+    for reference, caption in wrong[:show]:
+        print(f"  reference: {reference}\n  caption:   {caption}", flush=True)
     wer = corpus_wer(captions, [scene.captions for scene in scenes])
     assert wer is not None  # every scene has references
     return wer
@@ -184,7 +191,7 @@ def held_out_wer(
 def train(
     steps: int, batch_size: int, learning_rate: float, seed: int, bf16: bool
 ) -> tuple[GitForCausalLM, PreTrainedTokenizerFast]:
-    """Adam with linear warm-up and linear decay to zero. Returns model and tokenizer."""
+    """Train with AdamW, linear warm-up and linear decay to zero; returns model and tokenizer."""
     torch.manual_seed(seed)
     tokenizer, model = make_tokenizer(), make_model()
     optimiser = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0, betas=(0.9, 0.98))
@@ -193,27 +200,31 @@ def train(
         optimiser, lambda step: min((step + 1) / warm_up, (steps - step) / max(1, steps - warm_up))
     )
     batches = DataLoader(SceneBatches(tokenizer, steps, batch_size), batch_size=None, num_workers=1, prefetch_factor=8)
-    start, running = time.perf_counter(), 0.0
+    start, running_loss = time.perf_counter(), 0.0
     for step, (pixels, ids) in enumerate(batches, start=1):
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             loss = caption_loss(model, pixels, ids)
         optimiser.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call, unused-ignore]  # torch annotates only a part of Tensor
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         schedule.step()
-        running += loss.item()
+        running_loss += loss.item()
         if step % 50 == 0 or step == steps:
             rate = step / (time.perf_counter() - start)
-            left = (steps - step) / rate / 60
-            print(f"step {step}/{steps}  loss {running / 50:.4f}  {rate:.2f} steps/s  ETA {left:.1f} min", flush=True)
-            running = 0.0
+            minutes_left = (steps - step) / rate / 60
+            print(
+                f"step {step}/{steps}  loss {running_loss / 50:.4f}  {rate:.2f} steps/s  ETA {minutes_left:.1f} min",
+                flush=True,
+            )
+            running_loss = 0.0
         if step % 1000 == 0 and step < steps:
             print(f"step {step}: held-out WER {held_out_wer(model, tokenizer, 200, show=4):.4f}", flush=True)
     return model, tokenizer
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Train the model, measure it and write the model directory."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int, default=7_000)
@@ -248,7 +259,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def write_card(out: Path, figures: dict[str, Any]) -> None:
-    """The model card, README.md, with the figures that were measured."""
+    """Write the model card, README.md, with the measured figures."""
     (out / "README.md").write_text(CARD.format(**figures, **_VOCABULARY), encoding="utf-8")
 
 

@@ -1,11 +1,10 @@
-"""Rendered scenes with known captions: the sample archive of the demo and the tests.
+"""Rendered scenes with captions: the sample dataset of the demo and the tests.
 
-A scene is one to three coloured shapes on a background. The image alone determines the first caption, word for
-word; a second caption says the same in other words. Scenes are drawn from `(seed, index)` and nothing else, so the
-same archive comes out on every machine.
+A scene is one to three coloured shapes on a background. Its first caption is determined by the image, word for word; a
+second caption is a paraphrase. A scene depends only on `(seed, index)`, so datasets are the same on every machine.
 
-There are two families. "plain" is the one the starter model was trained on; "poster" has shapes and a wording that it
-has never seen, for showing what training does.
+There are two families. The starter model was trained on "plain"; "poster" has shapes and a wording that it has never
+seen, which the training demo uses.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ COLOURS = {
     "pink": (247, 140, 195),
     "brown": (120, 72, 38),
 }
-# Half the width of a shape as a share of the image's width. The two ranges are far apart: a size word must be
-# readable from the image even when every shape in it has the same size.
+# Half the width of a shape as a share of the image's width. The two ranges are far apart, so that the size can be seen
+# even when all shapes of an image have the same size.
 SIZES = {"small": (0.080, 0.090), "large": (0.145, 0.160)}
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
 BACKGROUNDS = ("white", "grey", "black", "striped", "checkered")
@@ -43,7 +42,7 @@ _WORDS = {*COLOURS, *SIZES, *SHAPES, *BACKGROUNDS, *_OTHER_WORDS.split()}
 
 @dataclass(frozen=True, slots=True)
 class Thing:
-    """One shape. `x`, `y` (centre) and `radius` (half the width) are shares of the image's width."""
+    """One shape; `x`, `y` (centre) and `radius` (half the width) are shares of the image's width."""
 
     size: str
     colour: str
@@ -59,19 +58,19 @@ class Thing:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """One to three things on a background, in reading order: left to right, or top to bottom."""
+    """One to three shapes on a background, ordered from left to right or top to bottom."""
 
     background: str
     things: tuple[Thing, ...]
-    direction: str  # "row" or "column"; without meaning for a single thing
+    direction: str  # "row" or "column"; meaningless for a single shape
 
     @property
     def captions(self) -> list[str]:
-        """Two references. The first is a function of the image alone; the second words it another way."""
+        """Two references: the first is determined by the image, the second is a paraphrase."""
         return [_first_wording(self), _second_wording(self)]
 
     def render(self, width: int = 192) -> Image.Image:
-        """The image, RGB, `width` x `width` pixels."""
+        """Return the RGB image of `width` x `width` pixels."""
         image = _paint_background(self.background, width)
         draw = ImageDraw.Draw(image)
         for thing in self.things:
@@ -81,11 +80,11 @@ class Scene:
 
 @dataclass(frozen=True, slots=True)
 class Poster(Scene):
-    """A scene of the second family: the same things said in other words, and in one way only."""
+    """A scene of the second family, which has a different wording and a single reference."""
 
     @property
     def captions(self) -> list[str]:
-        """One reference, a function of the image alone."""
+        """One reference, determined by the image."""
         things = ", ".join(f"{thing.colour} {thing.shape} {thing.size}" for thing in self.things)
         if len(self.things) == 1:
             return [f"{self.background} with {things}"]
@@ -93,13 +92,13 @@ class Poster(Scene):
 
 
 def make_poster(seed: int, index: int) -> Poster:
-    """The scene number `index` of the archive `seed` of the second family."""
+    """Return scene number `index` of the "poster" dataset `seed`."""
     scene = _draw_scene(random.Random(f"poster:{seed}:{index}"), POSTER_SHAPES)
     return Poster(scene.background, scene.things, scene.direction)
 
 
 def make_scene(seed: int, index: int) -> Scene:
-    """The scene number `index` of the archive `seed`."""
+    """Return scene number `index` of the "plain" dataset `seed`."""
     return _draw_scene(random.Random(f"{seed}:{index}"), SHAPES)
 
 
@@ -107,8 +106,8 @@ def _draw_scene(rng: random.Random, shapes: tuple[str, ...]) -> Scene:
     count = rng.choices((1, 2, 3), weights=(2, 4, 4))[0]
     direction = rng.choice(("row", "column"))
     things = []
-    for place in range(count):
-        along, across = _place(rng, place, count)
+    for number in range(count):
+        along, across = _position(rng, number, count)
         x, y = (along, across) if direction == "row" else (across, along)
         size = rng.choice(tuple(SIZES))
         things.append(
@@ -126,25 +125,27 @@ def _draw_scene(rng: random.Random, shapes: tuple[str, ...]) -> Scene:
 
 
 def describes_scene(caption: str) -> bool:
-    """Whether a caption could be of a rendered scene: it names a background, a colour and a shape, and its every word
-    is one that scenes are described with."""
+    """Return whether a caption may describe a rendered scene.
+
+    It has to name a background, a colour and a shape, and use only the words of scene captions.
+    """
     words = set(caption.replace(",", " ").split())
-    return words <= _WORDS and all(words & set(some) for some in (BACKGROUNDS, COLOURS, SHAPES))
+    return words <= _WORDS and all(words & set(names) for names in (BACKGROUNDS, COLOURS, SHAPES))
 
 
 def make_scenes(count: int, seed: int = 0, family: str = "plain") -> Iterator[Scene]:
-    """`family`: "plain" or "poster"."""
+    """Yield the first `count` scenes of a dataset. `family`: "plain" or "poster"."""
     make = {"plain": make_scene, "poster": make_poster}[family]
     return (make(seed, index) for index in range(count))
 
 
-def _place(rng: random.Random, place: int, count: int) -> tuple[float, float]:
-    """Where a thing stands (along the direction, across it). Apart enough that the direction is never in doubt."""
+def _position(rng: random.Random, number: int, count: int) -> tuple[float, float]:
+    """Return the position of a shape along and across the direction, far enough from the others to tell it."""
     if count == 1:
         return rng.uniform(0.25, 0.75), rng.uniform(0.25, 0.75)
     if count == 2:
-        return rng.uniform(0.22, 0.30) + 0.48 * place, rng.uniform(0.38, 0.62)
-    return rng.uniform(0.165, 0.185) + 0.325 * place, rng.uniform(0.38, 0.62)
+        return rng.uniform(0.22, 0.30) + 0.48 * number, rng.uniform(0.38, 0.62)
+    return rng.uniform(0.165, 0.185) + 0.325 * number, rng.uniform(0.38, 0.62)
 
 
 def _first_wording(scene: Scene) -> str:

@@ -1,4 +1,4 @@
-"""Which image ids were seen, and which twice, in bounded memory."""
+"""A set of image ids in bounded memory, which also finds the ids that occur twice."""
 
 from __future__ import annotations
 
@@ -41,6 +41,7 @@ class IdIndex:
         self._folder.cleanup()
 
     def add(self, ids: Sequence[str]) -> None:
+        """Add ids to the set."""
         self._sorted = None
         self._pending.append(digests_of(ids))
         self._num_pending += len(ids)
@@ -48,25 +49,25 @@ class IdIndex:
             self._flush()
 
     def duplicates(self) -> Digests:
-        """Digests that were added more than once, each once."""
+        """Return the digests that were added more than once, each once."""
         repeated = [bucket[1:][bucket[1:] == bucket[:-1]] for bucket in self._buckets() if len(bucket) > 1]
         return np.unique(np.concatenate(repeated)) if repeated else np.empty(0, _DIGEST)
 
     def contains(self, ids: Sequence[str]) -> npt.NDArray[np.bool_]:
-        """For each id whether it was added; bool [N]."""
+        """Return for each id whether it was added; bool [N]."""
         if self._sorted is None:
             self._sorted = [self._map_sorted(number, bucket) for number, bucket in enumerate(self._buckets())]
         wanted = digests_of(ids)
-        found = np.zeros(len(wanted), bool)
+        is_added = np.zeros(len(wanted), bool)
         bucket_of = wanted["high"] % _BUCKETS
         for number in np.unique(bucket_of):
             bucket = self._sorted[number]
-            places = np.flatnonzero(bucket_of == number)
-            at = np.searchsorted(bucket["high"], wanted["high"][places])
-            at = np.minimum(at, max(len(bucket) - 1, 0))
+            indices = np.flatnonzero(bucket_of == number)
+            nearest = np.searchsorted(bucket["high"], wanted["high"][indices])
+            nearest = np.minimum(nearest, max(len(bucket) - 1, 0))
             if len(bucket):
-                found[places] = bucket[at] == wanted[places]
-        return found
+                is_added[indices] = bucket[nearest] == wanted[indices]
+        return is_added
 
     def _buckets(self) -> Iterator[Digests]:
         self._flush()
@@ -76,7 +77,7 @@ class IdIndex:
             yield bucket[np.lexsort((bucket["low"], bucket["high"]))]
 
     def _map_sorted(self, number: int, bucket: Digests) -> Digests:
-        """The sorted bucket, mapped from its file instead of held in memory."""
+        """Write the sorted bucket to its file, and map that instead of holding it in memory."""
         if not len(bucket):
             return bucket
         bucket.tofile(self._path(number))
@@ -100,6 +101,6 @@ class IdIndex:
 
 
 def digests_of(ids: Sequence[str]) -> Digests:
-    """The digests by which an IdIndex knows these ids."""
+    """Return the digests under which an IdIndex keeps these ids."""
     joined = b"".join(blake2b(image_id.encode(), digest_size=16).digest() for image_id in ids)
     return np.frombuffer(joined, _DIGEST)

@@ -1,4 +1,4 @@
-"""One writer at a time: the lock on an OUT."""
+"""The exclusive lock on OUT: one writer at a time."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ except ImportError:  # Windows
 
 @contextmanager
 def sole_writer(location: str) -> Iterator[Callable[[], None]]:
-    """Hold OUT for this process, making it where it is not there; gives a function that raises OutputError where it is
-    no longer held. Raises OutputError where another run holds it.
+    """Hold an exclusive lock on OUT, and create OUT where there is none.
 
-    The lock is the kernel's, on the directory itself: it ends with the process however that dies, and leaves no file.
-    Object stores have none, nor file systems that cannot lock a directory (some NFS): there a marker in OUT that its
-    owner keeps changing does the same, with a wait of some seconds after a crash.
+    Yields a function that raises OutputError once the lock is lost. Raises OutputError where another run holds it.
+
+    The lock is the kernel's, on the directory itself: it ends with the process, however that ends, and leaves no file.
+    Object stores and file systems that cannot lock a directory (some NFS) have none: there `captioner.store.lease`
+    does the same with a marker file, and makes the next run after a crash wait some seconds.
     """
     if not location:
-        yield _held
+        yield _never_lost
         return
     if location.startswith("hf://"):
         raise OutputError(f"{location}: hf:// can only be read; give an OUT on a disk, s3:// or gs://")
@@ -40,10 +41,10 @@ def sole_writer(location: str) -> Iterator[Callable[[], None]]:
         os.makedirs(path, exist_ok=True)
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
-        raise OutputError(f"{location} is no directory that can be used: {error}") from None
+        raise OutputError(f"{location} cannot be used as a directory: {error}") from None
     try:
         if _lock(descriptor, location):
-            yield _held
+            yield _never_lost
         else:
             with leased(location) as lease:
                 yield lease.check
@@ -55,15 +56,17 @@ def sole_writer(location: str) -> Iterator[Callable[[], None]]:
 
 
 def _lock(descriptor: int, location: str) -> bool:
-    """Whether this file system has such locks."""
+    """Lock the directory; return whether its file system has such locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise OutputError(f"{location}: another run is writing to it; let it end, or give another OUT") from None
+        raise OutputError(
+            f"{location}: another run is writing to it; wait until it ends, or give another OUT"
+        ) from None
     except OSError:
         return False
     return True
 
 
-def _held() -> None:
-    """A lock of the kernel is not lost."""
+def _never_lost() -> None:
+    """Do nothing: a lock of the kernel is not lost while the process runs."""

@@ -1,4 +1,4 @@
-"""List the units of a source side by side, and hand the listings over in order."""
+"""List the units of a source in parallel, and return the listings in order."""
 
 from __future__ import annotations
 
@@ -17,17 +17,19 @@ _Item = Listing | BaseException | None
 
 
 def list_units(source: Source, units: Sequence[str]) -> Iterator[tuple[str, Listing]]:
-    """(unit, listing) in the order of `units` and, within one, of the source. Units ahead are listed in threads, which
-    wait once they are a few listings ahead."""
+    """Yield (unit, listing) in the order of `units` and, within one, of the source.
+
+    The next units are listed in threads, which wait when they are a few listings ahead.
+    """
     stop = threading.Event()
-    waiting: deque[queue.Queue[_Item]] = deque()
+    queues: deque[queue.Queue[_Item]] = deque()
     with ThreadPoolExecutor(_UNITS_AT_ONCE, thread_name_prefix="listing") as pool:
         try:
             for number, unit in enumerate(units):
-                for following in units[number + len(waiting) : number + _UNITS_AT_ONCE]:
-                    waiting.append(queue.Queue(_LISTINGS_AHEAD))
-                    pool.submit(_list_into, waiting[-1], source, following, stop)
-                listings = waiting.popleft()
+                for following in units[number + len(queues) : number + _UNITS_AT_ONCE]:
+                    queues.append(queue.Queue(_LISTINGS_AHEAD))
+                    pool.submit(_list_into, queues[-1], source, following, stop)
+                listings = queues.popleft()
                 while (item := listings.get()) is not None:
                     if isinstance(item, BaseException):
                         raise item
@@ -36,21 +38,21 @@ def list_units(source: Source, units: Sequence[str]) -> Iterator[tuple[str, List
             stop.set()
 
 
-def _list_into(ahead: queue.Queue[_Item], source: Source, unit: str, stop: threading.Event) -> None:
+def _list_into(listings: queue.Queue[_Item], source: Source, unit: str, stop: threading.Event) -> None:
     try:
         for listing in source.list_unit(unit):
-            if not _put(ahead, listing, stop):
+            if not _put(listings, listing, stop):
                 return
-        _put(ahead, None, stop)
-    except BaseException as error:  # it is raised where the listing is used
-        _put(ahead, error, stop)
+        _put(listings, None, stop)
+    except BaseException as error:  # raised again where the listing is used
+        _put(listings, error, stop)
 
 
-def _put(ahead: queue.Queue[_Item], item: _Item, stop: threading.Event) -> bool:
-    """Whether the item was taken before the consumer went away."""
+def _put(items: queue.Queue[_Item], item: _Item, stop: threading.Event) -> bool:
+    """Put the item in the queue; return whether that was possible before the consumer stopped."""
     while not stop.is_set():
         try:
-            ahead.put(item, timeout=0.1)
+            items.put(item, timeout=0.1)
         except queue.Full:
             continue
         return True

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from captioner.config import SourceConfig
-from captioner.data import Chunk, Listing, Source, names_of
+from captioner.data import Chunk, Listing, Source
 from captioner.errors import SourceError
 from captioner.store.ids import IdIndex, digests_of
 from captioner.store.parallel_listing import list_units
@@ -20,14 +18,14 @@ from captioner.store.table import CaptionsTable, Plan, plan_folder, plan_part_na
 
 MAX_EXAMPLES = 5
 MIN_ROWS_PER_CHUNK = 16
-_PLACE = b"captioner.listing"  # schema metadata of a plan part: how far the listing had come
+_POSITION = b"captioner.listing"  # schema metadata of a plan part: a _Position as JSON
 
-Announce = Callable[[int], None]
+OnProgress = Callable[[int], None]
 
 
 @dataclass
-class _Place:
-    """Where a listing stands: how many rows of which unit are in the plan, and what was ignored before that unit."""
+class _Position:
+    """How far a listing has come: rows of `unit` taken into the plan, and what was ignored before that unit."""
 
     unit: str | None = None
     taken: int = 0
@@ -38,49 +36,47 @@ class _Place:
 def make_plan(
     table: CaptionsTable,
     source: Source,
-    config: SourceConfig,
     rows_per_chunk: int,
     rows_per_file: int,
-    on_progress: Announce = lambda rows: None,
+    limit: int | None = None,
+    on_progress: OnProgress = lambda rows: None,
 ) -> Plan | None:
     """List the source and freeze what is new in it as the next generation.
 
-    The first plan of a table takes everything; a later one only ids that no earlier plan has, and is `None` where
-    there are none. A listing that was killed goes on after its last full part. Raises SourceError for an empty
-    source and for ids that occur twice, which it names. `rows_per_chunk` is the most: small archives get
-    smaller chunks.
+    The first plan of a table takes every image; a later one only ids that no earlier plan has, and it is `None` where
+    there are none. A listing that was killed continues after its last full part. `rows_per_chunk` is a maximum: small
+    collections get smaller chunks. `limit`: the most rows to plan. Raises SourceError for an empty source and for ids
+    that occur twice, which it names.
     """
     plans = table.plans()
     generation = max((plan.generation for plan in plans), default=-1) + 1
-    first_part = 1 + max((part for plan in plans if plan.founds_parts for part in plan.parts), default=-1)
-    with IdIndex() as known, IdIndex() as added:
+    first_part = 1 + max((part for plan in plans if plan.adds_parts for part in plan.parts), default=-1)
+    with IdIndex() as planned, IdIndex() as added:
         for plan in plans:
-            if plan.founds_parts:
-                _index_ids(table, plan.generation, sorted(plan.parts), known)
+            if plan.adds_parts:
+                _index_ids(table, plan.generation, sorted(plan.parts), planned)
         writer = _PlanWriter(table, generation, first_part, rows_per_chunk, rows_per_file, added)
-        place = writer.resume()
-        for unit, listing, first_row in _listings_from(source, place):
+        for unit, listing, first_row in _listings_from(source, writer.resume()):
             rows = _numbered(listing.rows, first_row)
             if plans:
-                rows = rows.filter(pa.array(~known.contains(rows["image_id"].to_pylist())))
-            rows = matching(rows, config)
-            if config.limit is not None:
-                rows = rows.slice(0, config.limit - writer.num_rows)
+                rows = rows.filter(pa.array(~planned.contains(rows["image_id"].to_pylist())))
+            if limit is not None:
+                rows = rows.slice(0, limit - writer.num_rows)
             writer.add(unit, rows, listing.ignored)
             on_progress(writer.num_rows)
-            if config.limit is not None and writer.num_rows >= config.limit:
+            if limit is not None and writer.num_rows >= limit:
                 break
         plan = writer.finish("extend" if plans else "archive", source)
     if not plan.num_rows and plans:
         return None
     if not plan.num_rows:
-        raise SourceError(_nothing_found(source, plan))
+        raise SourceError(_no_images_message(source, plan))
     table.directory.write_json(f"{plan_folder(generation)}/plan.json", plan.to_json())
     return plan
 
 
 def read_planned(table: CaptionsTable, chunk: Chunk) -> pa.Table:
-    """The planned rows of one chunk: PLAN_SCHEMA, kept columns, and `part_row` where they are captioned again."""
+    """Return the planned rows of one chunk: PLAN_SCHEMA, kept columns, and `part_row` where they are recaptioned."""
     with table.directory.open_parquet(plan_part_name(chunk.generation, chunk.part)) as file:
         return file.read_row_group(chunk.index)
 
@@ -93,24 +89,23 @@ class SourceChange:
     num_gone: int
 
 
-def compare_with_source(table: CaptionsTable, source: Source, config: SourceConfig) -> SourceChange:
+def compare_with_source(table: CaptionsTable, source: Source) -> SourceChange:
     """List the source again and count the ids that are new in it and those that have gone."""
-    with IdIndex() as known:
-        planned = 0
+    num_planned = num_kept = num_new = 0
+    with IdIndex() as planned:
         for plan in table.plans():
-            if plan.founds_parts:
-                _index_ids(table, plan.generation, sorted(plan.parts), known)
-                planned += plan.num_rows
-        found = new = 0
-        for _, listing, _ in _listings_from(source, _Place()):
-            rows = matching(listing.rows, config)
-            hits = int(known.contains(rows["image_id"].to_pylist()).sum())
-            found, new = found + hits, new + rows.num_rows - hits
-    return SourceChange(num_new=new, num_gone=planned - found)
+            if plan.adds_parts:
+                _index_ids(table, plan.generation, sorted(plan.parts), planned)
+                num_planned += plan.num_rows
+        for _, listing, _ in _listings_from(source, _Position()):
+            is_planned = planned.contains(listing.rows["image_id"].to_pylist())
+            num_kept += int(is_planned.sum())
+            num_new += int((~is_planned).sum())
+    return SourceChange(num_new=num_new, num_gone=num_planned - num_kept)
 
 
 class _PlanWriter:
-    """Cuts a stream of rows into plan parts of whole chunks; each part remembers how far the listing had come."""
+    """Cuts a stream of rows into plan parts of whole chunks; each part records how far the listing had come."""
 
     def __init__(
         self,
@@ -128,7 +123,7 @@ class _PlanWriter:
         self._parts: dict[int, int] = {}
         self._pending: list[tuple[str, pa.Table]] = []
         self._num_pending = 0
-        self._place = _Place()
+        self._position = _Position()
         self._num_ignored = 0
         self._examples: list[str] = []
 
@@ -136,25 +131,26 @@ class _PlanWriter:
     def num_rows(self) -> int:
         return sum(self._parts.values()) + self._num_pending
 
-    def resume(self) -> _Place:
-        """Take over the parts of a listing that was killed; returns the place to go on from."""
-        names = [n for n in self._table.directory.list_names(plan_folder(self._generation)) if n.startswith("part-")]
-        for name in names:
+    def resume(self) -> _Position:
+        """Take over the parts of a listing that was killed, and return the position to continue from."""
+        for name in self._table.directory.list_names(plan_folder(self._generation)):
+            if not name.startswith("part-"):
+                continue
             part = int(name.removeprefix("part-").removesuffix(".parquet"))
             with self._table.directory.open_parquet(plan_part_name(self._generation, part)) as file:
-                place = (file.schema_arrow.metadata or {}).get(_PLACE)
-                if place is None:  # left by a retry that was cut off while it was planned
+                position = (file.schema_arrow.metadata or {}).get(_POSITION)
+                if position is None:  # left by a retry that was killed while it was planned
                     self._table.directory.delete_folder(plan_folder(self._generation))
-                    return self._place
+                    return self._position
                 self._parts[part] = file.metadata.num_rows
-                self._place = _Place(**json.loads(place))
+                self._position = _Position(**json.loads(position))
         _index_ids(self._table, self._generation, sorted(self._parts), self._ids)
-        self._num_ignored, self._examples = self._place.num_ignored, list(self._place.ignored_examples)
-        return self._place
+        self._num_ignored, self._examples = self._position.num_ignored, list(self._position.ignored_examples)
+        return self._position
 
     def add(self, unit: str, rows: pa.Table, ignored: list[str]) -> None:
-        if unit != self._place.unit:
-            self._place = _Place(unit, 0, self._num_ignored, list(self._examples))
+        if unit != self._position.unit:
+            self._position = _Position(unit, 0, self._num_ignored, list(self._examples))
         self._num_ignored += len(ignored)
         self._examples += ignored[: MAX_EXAMPLES - len(self._examples)]
         self._ids.add(rows["image_id"].to_pylist())
@@ -164,8 +160,8 @@ class _PlanWriter:
             self._write_part(self._rows_per_part)
 
     def finish(self, kind: str, source: Source) -> Plan:
-        """Write the rest. Raises SourceError naming ids that occur twice; the plan is then removed."""
-        if not self._parts:  # a small archive: enough chunks to keep several workers busy and to show progress
+        """Write the last part. Raises SourceError naming ids that occur twice; the plan is then deleted."""
+        if not self._parts:  # a small collection: enough chunks for several workers and for a progress display
             self._rows_per_chunk = min(self._rows_per_chunk, max(MIN_ROWS_PER_CHUNK, -(-self._num_pending // 64)))
         if self._num_pending:
             self._write_part(self._num_pending)
@@ -180,11 +176,12 @@ class _PlanWriter:
         return Plan(self._generation, kind, self._rows_per_chunk, self._parts, self._num_ignored, list(self._examples))
 
     def _write_part(self, num_rows: int) -> None:
-        taken, rest = _split(self._pending, num_rows)
-        unit, last = taken[-1]
-        place = _Place(unit, last["_row"][-1].as_py() + 1, self._place.num_ignored, self._place.ignored_examples)
-        rows = pa.concat_tables([rows for _, rows in taken]).drop_columns(["_row"])
-        rows = rows.replace_schema_metadata({_PLACE: json.dumps(place.__dict__).encode()})
+        part_rows, rest = _split(self._pending, num_rows)
+        unit, last = part_rows[-1]
+        before = self._position
+        position = _Position(unit, last["_row"][-1].as_py() + 1, before.num_ignored, before.ignored_examples)
+        rows = pa.concat_tables([rows for _, rows in part_rows]).drop_columns(["_row"])
+        rows = rows.replace_schema_metadata({_POSITION: json.dumps(asdict(position)).encode()})
         part = max(self._parts, default=self._first_part - 1) + 1
         self._table.directory.write_table(plan_part_name(self._generation, part), rows, self._rows_per_chunk)
         self._parts[part] = rows.num_rows
@@ -195,27 +192,28 @@ class _PlanWriter:
         names: list[str] = []
         for part in sorted(self._parts):
             ids = self._table.directory.read_table(plan_part_name(self._generation, part), ["image_id"])["image_id"]
-            hits = np.isin(digests_of(ids.to_pylist()), duplicates)
-            names += sorted(set(ids.filter(pa.array(hits)).to_pylist()) - set(names))
+            is_duplicate = np.isin(digests_of(ids.to_pylist()), duplicates)
+            names += sorted(set(ids.filter(pa.array(is_duplicate)).to_pylist()) - set(names))
             if len(names) >= MAX_EXAMPLES:
                 break
         return names[:MAX_EXAMPLES]
 
 
-def _listings_from(source: Source, place: _Place) -> Iterator[tuple[str, Listing, int]]:
-    """(unit, listing, number of its first row in the unit), from `place` on."""
+def _listings_from(source: Source, position: _Position) -> Iterator[tuple[str, Listing, int]]:
+    """Yield (unit, listing, index of its first row in the unit), from `position` on."""
     units = list(source.units())
-    if place.unit is not None:
-        if place.unit not in units:
+    if position.unit is not None:
+        if position.unit not in units:
             raise SourceError(
-                f"{source.name}: {place.unit!r} has gone since the listing was cut off; start again with --overwrite"
+                f"{source.name}: {position.unit!r} has been removed since the listing was interrupted; "
+                "start again with --overwrite"
             )
-        units = units[units.index(place.unit) :]
-    counted: dict[str, int] = {}
+        units = units[units.index(position.unit) :]
+    rows_listed: dict[str, int] = {}
     for unit, listing in list_units(source, units):
-        first = counted.get(unit, 0)
-        counted[unit] = first + listing.rows.num_rows
-        skip = max(0, min(listing.rows.num_rows, place.taken - first)) if unit == place.unit else 0
+        first = rows_listed.get(unit, 0)
+        rows_listed[unit] = first + listing.rows.num_rows
+        skip = max(0, min(listing.rows.num_rows, position.taken - first)) if unit == position.unit else 0
         yield unit, Listing(listing.rows.slice(skip), listing.ignored), first + skip
 
 
@@ -224,35 +222,19 @@ def _numbered(rows: pa.Table, first: int) -> pa.Table:
     return rows.append_column(pa.field("_row", pa.int64()), numbers)
 
 
-def matching(rows: pa.Table, config: SourceConfig) -> pa.Table:
-    """The rows that --include and --exclude leave."""
-    if not config.include and not config.exclude:
-        return rows
-    ids = rows["image_id"].to_pylist()
-    keep = [
-        (not config.include or _matches(image_id, config.include)) and not _matches(image_id, config.exclude)
-        for image_id in ids
-    ]
-    return rows.filter(pa.array(keep, pa.bool_()))
-
-
-def _matches(image_id: str, globs: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, glob) for name in names_of(image_id) for glob in globs)
-
-
 def _split(
     pending: list[tuple[str, pa.Table]], num_rows: int
 ) -> tuple[list[tuple[str, pa.Table]], list[tuple[str, pa.Table]]]:
-    """The first `num_rows` rows, and the rest."""
-    taken, rest = [], []
+    """Return the first `num_rows` rows, and the rest."""
+    first, rest = [], []
     for unit, rows in pending:
-        part = min(num_rows, rows.num_rows)
-        if part:
-            taken.append((unit, rows.slice(0, part)))
-        if part < rows.num_rows:
-            rest.append((unit, rows.slice(part)))
-        num_rows -= part
-    return taken, rest
+        count = min(num_rows, rows.num_rows)
+        if count:
+            first.append((unit, rows.slice(0, count)))
+        if count < rows.num_rows:
+            rest.append((unit, rows.slice(count)))
+        num_rows -= count
+    return first, rest
 
 
 def _index_ids(table: CaptionsTable, generation: int, parts: list[int], ids: IdIndex) -> None:
@@ -262,7 +244,7 @@ def _index_ids(table: CaptionsTable, generation: int, parts: list[int], ids: IdI
             ids.add(batch.to_pylist())
 
 
-def _nothing_found(source: Source, plan: Plan) -> str:
+def _no_images_message(source: Source, plan: Plan) -> str:
     if plan.num_ignored:
         return (
             f"{source.name}: no images found; {plan.num_ignored} files were passed over as documents or hidden, "

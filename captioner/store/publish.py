@@ -1,10 +1,10 @@
 """Commit the rows of one chunk; merge the committed chunks of a generation into captions/.
 
-A chunk is one file, its name a function of plan and chunk, never of who writes it. A retry, a re-execution or a writer
-left over from a killed run puts the same file in the same place. The file is there = the chunk is done.
+A chunk is one file whose name depends on plan and chunk, never on the writer. A retry, a re-execution or a writer left
+over from a killed run replaces it with the same rows. A chunk is committed when its file exists.
 
-Every step of publishing is a file that is replaced whole, so a publish that was killed starts over and does only what
-is missing: parts that are there stay, chunks are deleted only after the generation's record is written.
+Every step of publishing replaces one whole file, so a publish that was killed starts again and does only what is
+missing: existing parts stay, and chunks are deleted only after the generation's record is written.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from hashlib import sha256
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from captioner.data import Chunk
@@ -28,9 +29,9 @@ from captioner.store.table import (
 
 
 def publish(table: CaptionsTable, plan: Plan, on_part: Callable[[int], None] = lambda part: None) -> None:
-    """Put the rows of a wholly committed generation into the published table. `on_part` is called after each part.
+    """Move the rows of a completely committed generation into captions/. `on_part` is called after each part.
 
-    Memory is that of a few chunks and one written file, whatever the size of the table. Raises VerificationError
+    Needs memory for a few chunks and one written file, whatever the size of the table. Raises VerificationError
     where a part does not hold exactly the planned images.
     """
     published = table.published_parts()
@@ -38,7 +39,7 @@ def publish(table: CaptionsTable, plan: Plan, on_part: Callable[[int], None] = l
     for part in sorted(plan.parts):
         table.check_current()
         data: pa.Buffer | bytes
-        if not plan.founds_parts:
+        if not plan.adds_parts:
             data = _supersede(table, plan, part)
         elif part in published:
             data = table.directory.read_bytes(captions_name(part))
@@ -51,7 +52,7 @@ def publish(table: CaptionsTable, plan: Plan, on_part: Callable[[int], None] = l
 
 
 def remove_merged_chunks(table: CaptionsTable) -> None:
-    """Delete chunk files of published generations: after a publish, and what late writers of killed runs put there."""
+    """Delete the chunk files of published generations, also those that late writers of killed runs left."""
     for plan in table.plans():
         if table.is_published(plan.generation):
             for chunk_id in table.committed_chunks(plan.generation):
@@ -59,7 +60,7 @@ def remove_merged_chunks(table: CaptionsTable) -> None:
 
 
 def _committed_rows(table: CaptionsTable, plan: Plan, part: int) -> Iterator[pa.Table]:
-    """The rows of a part, chunk by chunk, each compared with the plan."""
+    """Yield the rows of a part, chunk by chunk, each compared with the plan."""
     with table.directory.open_parquet(plan_part_name(plan.generation, part)) as planned:
         for chunk in plan.part_chunks(part):
             rows = table.directory.read_table(table.chunk_name(chunk.chunk_id))
@@ -72,33 +73,33 @@ def _committed_rows(table: CaptionsTable, plan: Plan, part: int) -> Iterator[pa.
 
 
 def _supersede(table: CaptionsTable, plan: Plan, part: int) -> pa.Buffer | bytes:
-    """Replace the rows of a published part that a later generation made anew; the older rows go to history/ first.
+    """Replace the rows of a published part that a later generation captioned again; older rows go to history/ first.
 
-    A part that holds this generation's rows already was written before a kill and stays: its older rows are safe.
+    A part that already has this generation's rows was written before a kill, and its older rows are in history/.
     """
     current = table.directory.read_table(captions_name(part))
-    places = table.directory.read_table(plan_part_name(plan.generation, part), ["part_row"])["part_row"].to_numpy()
-    older = current.take(places)
+    indices = table.directory.read_table(plan_part_name(plan.generation, part), ["part_row"])["part_row"].to_numpy()
+    older = current.take(indices)
     if set(older["generation"].to_pylist()) == {plan.generation}:
         return table.directory.read_bytes(captions_name(part))
     newer = pa.concat_tables(_committed_rows(table, plan, part))
     table.directory.write_table(history_name(plan.generation, part), older)
-    return table.directory.write_table(captions_name(part), replace_rows(current, places, newer))
+    return table.directory.write_table(captions_name(part), replace_rows(current, indices, newer))
 
 
-def replace_rows(rows: pa.Table, places: np.ndarray, newer: pa.Table) -> pa.Table:
-    """`rows` with the row at `places[i]` replaced by row i of `newer`."""
+def replace_rows(rows: pa.Table, indices: npt.NDArray[np.int64], newer: pa.Table) -> pa.Table:
+    """Return `rows` with the row at `indices[i]` replaced by row i of `newer`."""
     order = np.arange(rows.num_rows)
-    order[places] = rows.num_rows + np.arange(len(places))
+    order[indices] = rows.num_rows + np.arange(len(indices))
     return pa.concat_tables([rows, newer.cast(rows.schema)]).take(order).combine_chunks()
 
 
 def commit_chunk(table: CaptionsTable, chunk: Chunk, rows: pa.Table) -> None:
-    """Make the rows of a chunk part of the table, whole or not at all.
+    """Make the rows of a chunk part of the table, atomically.
 
-    Raises OutputError where they are not the chunk's rows: in its order, one for each image.
+    Raises OutputError unless they are one row for each image of the chunk, in its order.
     """
-    numbers = rows["chunk_row"].to_pylist()
-    if numbers != list(range(chunk.num_rows)):
-        raise OutputError(f"chunk {chunk.chunk_id}: {len(numbers)} rows were made for {chunk.num_rows} images")
+    chunk_rows = rows["chunk_row"].to_pylist()
+    if chunk_rows != list(range(chunk.num_rows)):
+        raise OutputError(f"chunk {chunk.chunk_id}: {len(chunk_rows)} rows for {chunk.num_rows} images")
     table.directory.write_table(table.chunk_name(chunk.chunk_id), rows.cast(table.schema))

@@ -1,17 +1,17 @@
-"""The captions table on disk: what lies where in OUT, and which of it is finished.
+"""The layout of OUT, and the table in it.
 
     OUT/
       table.json                    which table this is: id, source, kept columns, fingerprint, and every model in it
       run.json, runs/RUN_ID.json    the latest start, and each start
-      plan/gNNN/part-PPPPP.parquet  the frozen list; one row group for each chunk
+      plan/gNNN/part-PPPPP.parquet  the planned images; one row group for each chunk
       plan/gNNN/plan.json           written last: the listing is complete
       plan/gNNN/published.json      written last: the generation is in captions/
       chunks/TABLE_ID/CHUNK_ID.parquet   the committed rows of a generation that is not published yet
       captions/part-PPPPP.parquet   the published table: rows in plan order, exactly the current row of each image
       history/gNNN/part-PPPPP.parquet    rows that generation NNN superseded
 
-A plan part, its chunks and its published file cover the same images in the same order, so what is finished and
-what is lost can be told by comparing two files.
+A plan part, its chunks and its published file hold the same images in the same order, so comparing two files shows what
+is finished and what is missing.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from captioner.store.directory import Directory
 SCHEMA_VERSION = 1
 TABLE_FILE = "table.json"
 _OVERWRITE_FILE = "overwrite.json"
-# What people decided (reviews/) is not among them: no flag deletes it.
+# The decisions of reviewers (reviews/) are not among them: no flag deletes those.
 _OWN_FOLDERS = ("plan", "chunks", "captions", "history", "runs", "checks", "report", "alt_text")
 
 
 @dataclass(frozen=True, slots=True)
 class Recaption:
-    """What a generation of kind "recaption" was made with: the one allowed change of a table's fingerprint.
+    """The selection and the model of a generation of kind "recaption", which may change a table's fingerprint.
 
-    `only`: which rows were chosen, see `captioner.run.selector`. `logprob_below`: what its quantile came to.
-    `model`: as in table.json.
+    `only`: the selector of its rows, see `captioner.run.selector`. `logprob_below`: the limit to which a share of the
+    captions came. `model`: as in table.json.
     """
 
     only: str
@@ -53,7 +53,7 @@ class Plan:
     """A generation's frozen list. `parts`: rows of each part, by part number.
 
     `kind`: "archive" (the first listing), "extend" (images added later), "retry" (failed images again) or
-    "recaption" (weak captions again, with another model). The rows of the last two carry `part_row`, their place in
+    "recaption" (weak captions again, with another model). The rows of the last two have `part_row`, their index in
     the published part.
     """
 
@@ -70,8 +70,8 @@ class Plan:
         return sum(self.parts.values())
 
     @property
-    def founds_parts(self) -> bool:
-        """Whether its parts are new files of the table, rather than rows that supersede others."""
+    def adds_parts(self) -> bool:
+        """Whether it adds new parts to the table, and not rows that replace others."""
         return self.kind in ("archive", "extend")
 
     def part_chunks(self, part: int) -> list[Chunk]:
@@ -104,8 +104,10 @@ class Plan:
 
 @dataclass(frozen=True)
 class CaptionsTable:
-    """One captions table. Picklable, so that workers can commit to it. `info` is what table.json held when it was
-    opened."""
+    """One captions table. Picklable, so that workers can commit to it.
+
+    `info`: the content of table.json when the table was opened.
+    """
 
     directory: Directory
     info: dict[str, Any]
@@ -125,7 +127,7 @@ class CaptionsTable:
         return pa.schema([*CAPTIONS_SCHEMA, *self.kept_fields])
 
     def plans(self) -> list[Plan]:
-        """The complete generations, in order. A listing that was cut off is not among them."""
+        """Return the complete generations, in order; without a listing that was interrupted."""
         plans = []
         for folder in self.directory.list_folders("plan"):
             name = f"plan/{folder}/plan.json"
@@ -137,11 +139,11 @@ class CaptionsTable:
         return self.directory.exists(published_name(generation))
 
     def open_plans(self) -> list[Plan]:
-        """Generations whose rows are not all in captions/ yet."""
+        """Return the generations whose rows are not all in captions/ yet."""
         return [plan for plan in self.plans() if not self.is_published(plan.generation)]
 
     def committed_chunks(self, generation: int) -> set[str]:
-        """Ids of the chunks of a generation that are committed and not yet merged away."""
+        """Return the ids of the chunks of a generation that are committed and not merged into captions/ yet."""
         names = self.directory.list_names(self.chunk_folder)
         prefix = f"g{generation:03d}-"
         return {name.removesuffix(".parquet") for name in names if name.startswith(prefix)}
@@ -159,12 +161,12 @@ class CaptionsTable:
 
     def check_current(self) -> None:
         """Raise OutputError where another run has overwritten the table since it was opened."""
-        found = self.directory.read_json(TABLE_FILE)["table_id"] if self.directory.exists(TABLE_FILE) else None
-        if found != self.table_id:
+        table_id = self.directory.read_json(TABLE_FILE)["table_id"] if self.directory.exists(TABLE_FILE) else None
+        if table_id != self.table_id:
             raise OutputError(f"{self.directory.location} was overwritten by another run; this one stops")
 
     def update(self, **changes: Any) -> CaptionsTable:
-        """Write changed facts to table.json."""
+        """Write changed values to table.json, and return the table with them."""
         info = {**self.info, **changes}
         self.directory.write_json(TABLE_FILE, info)
         return CaptionsTable(self.directory, info)
@@ -191,7 +193,7 @@ def history_name(generation: int, part: int) -> str:
 
 
 def open_table(location: str) -> CaptionsTable:
-    """The table at `location`. Raises OutputError where there is none."""
+    """Open the table at `location`. Raises OutputError where there is none."""
     directory = Directory(location)
     try:
         if not directory.exists(TABLE_FILE):
@@ -202,16 +204,21 @@ def open_table(location: str) -> CaptionsTable:
     except ValueError as error:
         raise OutputError(f"{location}/{TABLE_FILE} is damaged: {error}") from error
     if info.get("schema_version") != SCHEMA_VERSION:
-        found = info.get("schema_version")
-        raise OutputError(f"{location} has table version {found}, this program reads {SCHEMA_VERSION}; use another OUT")
+        version = info.get("schema_version")
+        raise OutputError(
+            f"{location} has table version {version}, this program reads {SCHEMA_VERSION}; use another OUT"
+        )
     return CaptionsTable(directory, info)
 
 
 def create_table(
     location: str, source: dict[str, Any], kept_fields: list[pa.Field], overwrite: bool = False
 ) -> CaptionsTable:
-    """A new, empty table. With `overwrite` what the old table held goes first; a kill in between is made good by the
-    next start. Raises OutputError where OUT holds something that is no captions table."""
+    """Create an empty table.
+
+    With `overwrite` the content of the old table is deleted first; if that is interrupted, the next run completes it.
+    Raises OutputError where OUT holds something else.
+    """
     directory = Directory(location)
     overwriting = directory.exists(_OVERWRITE_FILE)
     if overwrite or overwriting:
@@ -239,8 +246,10 @@ def create_table(
 
 
 def table_exists(location: str) -> bool:
-    """Whether OUT holds a table. An overwrite that was cut off leaves none. Raises OutputError where OUT cannot be
-    read."""
+    """Return whether OUT holds a table; after an overwrite that was interrupted it does not.
+
+    Raises OutputError where OUT cannot be read.
+    """
     directory = Directory(location)
     try:
         return directory.exists(TABLE_FILE) and not directory.exists(_OVERWRITE_FILE)

@@ -1,4 +1,4 @@
-"""Prove that a table keeps its promise: exactly one current row for each planned image."""
+"""Verify that a table has exactly one current row for each planned image."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class TableCounts:
 
 @dataclass
 class Verification:
-    """What `verify` found. `problems` are sentences; a table is proven when there are none and nothing remains."""
+    """The result of `verify`. `problems`: sentences for a person, at most MAX_PROBLEMS."""
 
     counts: TableCounts
     lost: int = 0
@@ -46,14 +46,14 @@ class Verification:
     def proven(self) -> bool:
         return not self.problems and not self.open_generations and not self.lost and not self.doubled
 
-    def note(self, problem: str) -> None:
+    def add_problem(self, problem: str) -> None:
         if len(self.problems) < MAX_PROBLEMS:
             self.problems.append(problem)
 
 
 def count_rows(table: CaptionsTable) -> TableCounts:
     """Count the committed rows by status and by fingerprint. Reads three columns of the table."""
-    counts = TableCounts(planned=sum(plan.num_rows for plan in table.plans() if plan.founds_parts))
+    counts = TableCounts(planned=sum(plan.num_rows for plan in table.plans() if plan.adds_parts))
     reasons: Counter[str] = Counter()
     fingerprints: Counter[str] = Counter()
     for rows in read_parts(table, ["status", "error_code", "fingerprint"]):
@@ -69,32 +69,30 @@ def count_rows(table: CaptionsTable) -> TableCounts:
 
 
 def verify(table: CaptionsTable) -> Verification:
-    """Compare every row with the plan. Streams: memory is that of one part and one bucket of ids."""
+    """Compare every row with the plan. Needs memory for one part and one bucket of ids."""
     result = Verification(counts=count_rows(table))
     with IdIndex() as planned:
         for plan in table.plans():
             if not table.is_published(plan.generation):
                 result.open_generations.append(plan.generation)
-            elif plan.founds_parts:
+            elif plan.adds_parts:
                 _verify_parts(table, plan, result)
             else:
                 _verify_history(table, plan, result)
             _verify_chunks(table, plan, result)
-            for part in sorted(plan.parts) if plan.founds_parts else ():
+            for part in sorted(plan.parts) if plan.adds_parts else ():
                 planned.add(_plan_ids(table, plan, part))
         duplicates = len(planned.duplicates())
     if duplicates:
         result.doubled += duplicates
-        result.note(f"{duplicates} image ids are planned more than once")
+        result.add_problem(f"{duplicates} image ids are planned more than once")
     _verify_files(table, result)
     return result
 
 
 def _plan_ids(table: CaptionsTable, plan: Plan, part: int) -> list[str]:
-    ids: list[str] = table.directory.read_table(plan_part_name(plan.generation, part), ["image_id"])[
-        "image_id"
-    ].to_pylist()
-    return ids
+    planned = table.directory.read_table(plan_part_name(plan.generation, part), ["image_id"])
+    return list(planned["image_id"].to_pylist())
 
 
 def _verify_parts(table: CaptionsTable, plan: Plan, result: Verification) -> None:
@@ -103,36 +101,36 @@ def _verify_parts(table: CaptionsTable, plan: Plan, result: Verification) -> Non
         name = captions_name(part)
         if part not in published:
             result.lost += plan.parts[part]
-            result.note(f"{name} is missing: {plan.parts[part]} images have no row")
+            result.add_problem(f"{name} is missing: {plan.parts[part]} images have no row")
             continue
         rows = table.directory.read_table(name, ["image_id", "status", "error_code"])
         _compare(name, Counter(_plan_ids(table, plan, part)), Counter(rows["image_id"].to_pylist()), result)
         wrong = rows.filter(pc.invert(_has_known_status(rows)))["image_id"]
         if len(wrong):
-            result.note(f"{name}: {len(wrong)} rows have an unknown status or reason, e.g. {wrong[0].as_py()!r}")
+            result.add_problem(f"{name}: {len(wrong)} rows have an unknown status or reason, e.g. {wrong[0].as_py()!r}")
 
 
 def _verify_history(table: CaptionsTable, plan: Plan, result: Verification) -> None:
-    """The rows that a generation superseded are all in history/, in its order."""
+    """Verify that the rows which a generation superseded are all in history/, in its order."""
     for part in sorted(plan.parts):
         name = history_name(plan.generation, part)
         if not table.directory.exists(name):
-            result.note(f"{name} is missing: the rows that generation {plan.generation} superseded")
+            result.add_problem(f"{name} is missing: the rows that generation {plan.generation} superseded")
             continue
         older = table.directory.read_table(name, ["image_id"])
         if older["image_id"].to_pylist() != _plan_ids(table, plan, part):
-            result.note(f"{name} does not hold the rows that generation {plan.generation} superseded")
+            result.add_problem(f"{name} does not hold the rows that generation {plan.generation} superseded")
 
 
 def _has_known_status(rows: pa.Table) -> pa.ChunkedArray:
-    """For each row: ok without a reason, or failed with one of the closed list."""
-    fine = pc.and_(pc.equal(rows["status"], STATUS_OK), pc.is_null(rows["error_code"]))
-    known_reason = pc.is_in(rows["error_code"], pa.array(ERROR_CODES))
-    return pc.or_(fine, pc.and_(pc.equal(rows["status"], STATUS_FAILED), known_reason))
+    """Return for each row whether it is ok without an error code, or failed with one of ERROR_CODES."""
+    is_ok = pc.and_(pc.equal(rows["status"], STATUS_OK), pc.is_null(rows["error_code"]))
+    has_error_code = pc.is_in(rows["error_code"], pa.array(ERROR_CODES))
+    return pc.or_(is_ok, pc.and_(pc.equal(rows["status"], STATUS_FAILED), has_error_code))
 
 
 def _verify_chunks(table: CaptionsTable, plan: Plan, result: Verification) -> None:
-    """Committed chunks of an open generation hold the planned images, in order."""
+    """Verify that the committed chunks of an unpublished generation hold the planned images."""
     if table.is_published(plan.generation):
         return
     committed = table.committed_chunks(plan.generation)
@@ -142,35 +140,35 @@ def _verify_chunks(table: CaptionsTable, plan: Plan, result: Verification) -> No
             if chunk.chunk_id in committed:
                 name = table.chunk_name(chunk.chunk_id)
                 first = chunk.index * plan.rows_per_chunk
-                found = table.directory.read_table(name, ["image_id"])["image_id"].to_pylist()
-                _compare(name, Counter(ids[first : first + chunk.num_rows]), Counter(found), result)
+                committed_ids = table.directory.read_table(name, ["image_id"])["image_id"].to_pylist()
+                _compare(name, Counter(ids[first : first + chunk.num_rows]), Counter(committed_ids), result)
 
 
-def _compare(name: str, planned: Counter[str], found: Counter[str], result: Verification) -> None:
-    missing, extra = planned - found, found - planned
+def _compare(name: str, planned: Counter[str], actual: Counter[str], result: Verification) -> None:
+    missing, extra = planned - actual, actual - planned
     result.lost += missing.total()
     result.doubled += extra.total()
     if missing:
-        result.note(f"{name}: {missing.total()} planned images have no row, e.g. {next(iter(missing))!r}")
+        result.add_problem(f"{name}: {missing.total()} planned images have no row, e.g. {next(iter(missing))!r}")
     if extra:
-        result.note(f"{name}: {extra.total()} rows too many, e.g. {next(iter(extra))!r}")
+        result.add_problem(f"{name}: {extra.total()} rows too many, e.g. {next(iter(extra))!r}")
 
 
 def _verify_files(table: CaptionsTable, result: Verification) -> None:
-    """Published files are byte for byte what the latest publish wrote, and nothing else lies among them."""
+    """Verify that captions/ holds the files that were published, byte for byte, and no others."""
     digests: dict[int, str] = {}
     planned: set[int] = set()
     for plan in table.plans():
-        planned |= set(plan.parts) if plan.founds_parts else set()
+        planned |= set(plan.parts) if plan.adds_parts else set()
         if table.is_published(plan.generation):
             record = table.directory.read_json(published_name(plan.generation))
             digests |= {int(part): entry["sha256"] for part, entry in record["files"].items()}
-        elif not plan.founds_parts:  # its publish may have been cut off in the middle of these
+        elif not plan.adds_parts:  # its publish may have been killed while it replaced these
             digests = {part: digest for part, digest in digests.items() if part not in plan.parts}
     published = table.published_parts()
     for part in sorted(published - planned):
-        result.note(f"{captions_name(part)} belongs to no plan")
+        result.add_problem(f"{captions_name(part)} belongs to no plan")
     for part in sorted(published & set(digests)):
-        found = sha256(table.directory.read_bytes(captions_name(part))).hexdigest()
-        if found != digests[part]:
-            result.note(f"{captions_name(part)} is not the file that was published (sha256 {found[:12]})")
+        digest = sha256(table.directory.read_bytes(captions_name(part))).hexdigest()
+        if digest != digests[part]:
+            result.add_problem(f"{captions_name(part)} is not the file that was published (sha256 {digest[:12]})")

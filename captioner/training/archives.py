@@ -75,7 +75,7 @@ class TableOfCaptions:
 
     def units(self) -> list[str]:
         table = open_table(self.name)
-        founding = [plan for plan in table.plans() if plan.founds_parts]
+        founding = [plan for plan in table.plans() if plan.adds_parts]
         return [plan_part_name(plan.generation, part) for plan in founding for part in sorted(plan.parts)]
 
     def kept_fields(self) -> list[pa.Field]:

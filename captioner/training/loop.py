@@ -57,8 +57,6 @@ def train_worker(
             captioner.model.activation_checkpointing_enable({"use_reentrant": False})
         loss = CaptionLoss(captioner)
         loss.train()
-        if worker.device.type == "cuda":
-            _capture_vision(loss, config, model)
         _tell(worker, "waiting for pairs" if not started.done() else "preparing the first step")
         work, windows = started.result()
     if work is None:
@@ -90,15 +88,6 @@ def train_worker(
         "stopped": conductor.stopped,
         "checkpoint_seconds": round(checkpoints.held_seconds, 2),
     }
-
-
-def _capture_vision(loss: CaptionLoss, config: TrainConfig, model: ModelRef) -> None:
-    settings = config.training
-    if settings.gradient_checkpointing or settings.gradient_accumulation_steps > 1:
-        return
-    sides = settings.per_device_train_batch_size, 3, model.spec.height, model.spec.width
-    dtype = torch.bfloat16 if settings.bf16 else torch.float16 if settings.fp16 else None
-    loss.capture_vision(torch.zeros(sides, device=loss.mean.device), dtype)
 
 
 def _start_decoding(worker: Worker, is_new: bool) -> tuple[Training | None, Iterator[pa.Table] | None]:

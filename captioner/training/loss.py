@@ -28,7 +28,7 @@ class CaptionLoss(torch.nn.Module):
         family = captioner.ref.family
         self.network = captioner.model
         self._hidden, self._head = _HIDDEN[family], _HEADS[family]
-        self._family, self._graphs = family, _VisionGraphs()
+        self._family = family
         self.register_buffer("mean", captioner.mean, persistent=False)
         self.register_buffer("std", captioner.std, persistent=False)
 
@@ -42,63 +42,10 @@ class CaptionLoss(torch.nn.Module):
         attention mask.
         """
         images = (pixels.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
-        features = self._graphs.encode(images) if self.training else None
-        if features is None:
-            features = vision_part(self.network, self._family)(images).last_hidden_state
+        features = vision_part(self.network, self._family)(images).last_hidden_state
         hidden = self._hidden(self.network, features, input_ids).flatten(0, 1)
         logits = self._head(self.network)(hidden.index_select(0, positions)).float()
         return functional.cross_entropy(logits, labels, reduction="sum")
-
-    def capture_vision(self, images: torch.Tensor, dtype: torch.dtype | None) -> None:
-        """Put the vision encoder's passes over training batches into CUDA graphs, where the device can.
-
-        The encoder is more than half of a step's kernels, and launching them one by one takes longer than they run.
-        Only for training without gradient accumulation: the gradients of a graph lie in memory that its next backward
-        pass writes to. Other threads must not use the device meanwhile.
-
-        `images`: float32 [N, 3, H, W], a batch of the size that all training batches have; `dtype`: autocast's, if any.
-        """
-        vision = vision_part(self.network, self._family)
-        if any(weight.requires_grad for weight in vision.parameters()):
-            self._graphs.capture(vision, images, dtype)
-
-
-class _VisionGraphs:
-    """A vision encoder's forward and backward pass over batches of one size, as CUDA graphs once they are captured."""
-
-    def __init__(self) -> None:
-        self._shape: torch.Size | None = None
-        self._encode: Any = None
-
-    def encode(self, images: torch.Tensor) -> torch.Tensor | None:
-        """Return the features [N, I, width] of images [N, 3, H, W], or None for a batch that was not captured."""
-        features: torch.Tensor | None = self._encode(images) if images.shape == self._shape else None
-        return features
-
-    def capture(self, vision: torch.nn.Module, images: torch.Tensor, dtype: torch.dtype | None) -> None:
-        """Capture the passes. A GPU or a build of torch that cannot leaves everything as it was."""
-        self._shape = self._encode = None  # their memory is free for the new ones
-        encoder = _LastHiddenState(vision)
-        with torch.autocast(images.device.type, dtype, enabled=dtype is not None, cache_enabled=False):
-            try:
-                self._encode = torch.cuda.make_graphed_callables(encoder, (images,), allow_unused_input=True)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError:
-                return
-        self._shape = images.shape
-
-
-class _LastHiddenState(torch.nn.Module):
-    """A vision encoder that returns a tensor."""
-
-    def __init__(self, vision: torch.nn.Module) -> None:
-        super().__init__()
-        self.vision = vision
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        features: torch.Tensor = self.vision(images).last_hidden_state
-        return features
 
 
 def _blip_hidden(model: Any, features: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

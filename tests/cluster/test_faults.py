@@ -138,7 +138,6 @@ def test_a_worker_killed_before_and_after_its_rename(tmp_path: Path, archive: Pa
     (tmp_path / "commit").mkdir()
     engine = RayEngine(config)
     job = open_job(config, engine, lambda line: None)
-    assert job.work is not None
     directory = GatedDirectory(job.table.directory.location, gate=str(tmp_path / "commit"), moment=moment)
     work = replace(job.work, table=CaptionsTable(directory, job.table.info))
     chunks = job.missing_chunks(job.table.open_plans()[0])
@@ -163,7 +162,6 @@ def test_a_node_that_goes_and_one_that_joins(cluster, tmp_path: Path, archive: P
     config = settings(archive, tmp_path / "out", num_workers=4, decode_cpus=2)
     engine = RayEngine(config)
     job = open_job(config, engine, lambda line: None)
-    assert job.work is not None
     (tmp_path / "commit").mkdir()
     directory = GatedDirectory(job.table.directory.location, gate=str(tmp_path / "commit"))
     gate, other = (tmp_path / "gate", tmp_path / "commit")[:: 1 if moment == "decode" else -1]

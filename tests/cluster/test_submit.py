@@ -132,7 +132,7 @@ def _stop_half_way(head, proxy: Proxy, first, job_id: str, archive: Path, out: P
     logs = [first.communicate()[0], second.communicate()[0]]
     assert (first.returncode, second.returncode) == (143, 143), logs
     assert not verify(open_table(str(out))).proven
-    assert logs[0].count(f"planned {PICTURES} pictures") == 1  # followed over two connections, each line once
+    assert logs[0].count(f"planned {PICTURES} images") == 1  # followed over two connections, each line once
 
 
 def test_the_exit_code_is_that_of_the_command(head, tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_the_exit_code_is_that_of_the_command(head, tmp_path: Path) -> None:
     log, _ = job.communicate()
 
     assert job.returncode == 2, log
-    assert "1 of 1 pictures failed" in log
+    assert "1 of 1 images failed" in log
     (job_id,) = re.findall(r"submitted: (\S+)", log)
     sent = head.client().get_job_info(job_id).runtime_env
     assert len(sent["py_modules"]) == 2
@@ -151,12 +151,12 @@ def test_the_exit_code_is_that_of_the_command(head, tmp_path: Path) -> None:
 
 
 def test_a_job_that_cannot_start_is_named_with_what_it_waits_for(head, tmp_path: Path) -> None:
-    wanted = ("--pending-timeout", "1", "--entrypoint-num-gpus", "1")
+    wanted = ("--pending-timeout", "1", "--entrypoint-num-gpus", "1000")
     job = head.submit(*wanted, *caption(tmp_path, tmp_path / "out"))
     log, _ = job.communicate()
 
     assert job.returncode == 1
-    assert "has waited 1 s for 1 GPUs (--entrypoint-num-gpus)" in log
+    assert "has waited 1 s for 1000 GPUs (--entrypoint-num-gpus)" in log
 
 
 def test_without_the_token_the_message_says_so(head, tmp_path: Path) -> None:

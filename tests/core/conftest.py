@@ -10,7 +10,7 @@ from captioner import steps
 from captioner.data import PixelSpec
 from captioner.imaging import decode, squeeze
 from captioner.report import page_images
-from captioner.store import lease
+from captioner.store.lease import Lease
 
 
 class DecoderHere:
@@ -43,7 +43,7 @@ def decoding_here(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def no_settling(monkeypatch: pytest.MonkeyPatch) -> None:
     """A table on an object store need not wait for others that start in the same second."""
-    monkeypatch.setattr(lease, "_sleep", lambda seconds: None)
+    monkeypatch.setattr(Lease, "sleep", lambda self, seconds: None)
 
 
 @pytest.fixture(scope="module")

@@ -163,7 +163,7 @@ def test_the_heartbeat_tells_the_wer_so_far(tmp_path: Path, archive: Path, monke
     assert re.search(r"failed 0  WER 1\.000 of 50  ETA", lines[-1])
 
 
-def test_pictures_the_model_was_trained_on_are_left_out(tmp_path: Path, archive: Path) -> None:
+def test_images_the_model_was_trained_on_are_left_out(tmp_path: Path, archive: Path) -> None:
     table = captioned(archive, tmp_path / "out", tell_the_truth)
     seen = pa.concat_tables(read_parts(table, ["sha256"]))["sha256"][:30]
     (tmp_path / "model").mkdir()
@@ -237,7 +237,7 @@ def test_a_run_is_checked_against_the_references_it_is_given(tmp_path: Path, arc
     assert open_table(str(tmp_path / "out")).directory.read_json("run.json")["check"]["wer"] == check["wer"] == 1.0
 
 
-def test_pictures_are_found_by_id_then_path_then_name_then_stem(tmp_path: Path) -> None:
+def test_images_are_found_by_id_then_path_then_name_then_stem(tmp_path: Path) -> None:
     (tmp_path / "r.csv").write_text("path,text\na/1.jpg,one\n2.jpg,two\n3,three\nb/5.jpg,x\nc/5.jpg,y\n")
     references = read_references(str(tmp_path / "r.csv"))
 
@@ -250,7 +250,7 @@ def test_pictures_are_found_by_id_then_path_then_name_then_stem(tmp_path: Path) 
         references.find("val/2.jpg")
 
 
-def test_references_of_no_picture_are_counted_and_shown(tmp_path: Path, archive: Path, true_table) -> None:
+def test_references_of_no_image_are_counted_and_shown(tmp_path: Path, archive: Path, true_table) -> None:
     known = known_captions(archive) | {"gone.png": ["a dog"], "lost.png": ["a cat"]}
 
     found = quality.check(true_table, CheckConfig(references=str(csv(tmp_path, known))))
@@ -259,7 +259,7 @@ def test_references_of_no_picture_are_counted_and_shown(tmp_path: Path, archive:
     assert found.with_references == 120
 
 
-def test_references_that_fit_nothing_are_an_error_before_any_picture_is_captioned(
+def test_references_that_fit_nothing_are_an_error_before_any_image_is_captioned(
     tmp_path: Path, archive: Path, true_table: CaptionsTable
 ) -> None:
     file = str(csv(tmp_path, {"other.jpg": ["a dog"]}))
@@ -374,7 +374,7 @@ def test_flags_of_a_caption_among_its_run(tmp_path: Path, archive: Path) -> None
     }
 
 
-def test_copies_of_one_picture_may_share_a_caption(tmp_path: Path, archive: Path) -> None:
+def test_copies_of_one_image_may_share_a_caption(tmp_path: Path, archive: Path) -> None:
     def change(number: int, row: dict[str, Any]) -> None:
         row["caption"] = "a dog on the beach" if number < 40 else f"{number} dogs on the beach"
         row["sha256"] = "same" if number < 40 else row["sha256"]
@@ -478,7 +478,7 @@ def test_of_a_large_table_every_nth_part_can_be_checked(tmp_path: Path, archive:
     assert found.scores.num_rows == found.stats.num_rows
 
 
-def test_two_runs_are_compared_picture_by_picture(tmp_path: Path, archive: Path, true_table: CaptionsTable) -> None:
+def test_two_runs_are_compared_image_by_image(tmp_path: Path, archive: Path, true_table: CaptionsTable) -> None:
     table = captioned(archive, tmp_path / "out", half_true)
 
     comparison = quality.check(table, CheckConfig(), against=true_table.directory.location).comparison

@@ -255,14 +255,14 @@ def test_render_scenes_calls_the_renderer(monkeypatch: pytest.MonkeyPatch, capsy
     assert "12 scenes" in capsys.readouterr().out
 
 
-def test_try_takes_pictures_and_the_flags_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_try_takes_images_and_the_flags_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[list[str], int]] = []
 
-    def try_pictures(paths: list[str], model: Any) -> int:
+    def try_images(paths: list[str], model: Any) -> int:
         calls.append((paths, model.num_beams))
         return 0
 
-    monkeypatch.setattr(captioner.console.commands, "try_pictures", try_pictures)
+    monkeypatch.setattr(captioner.console.commands, "try_images", try_images)
 
     assert exit_code("try", "a.jpg", "b.jpg", "--model", "starter", "--num-beams", "3") == 0
     assert calls == [(["a.jpg", "b.jpg"], 3)]

@@ -157,13 +157,13 @@ def test_each_place_is_new_or_a_copy_and_nothing_new_twice(sha256s, remembered) 
 
     copies = find_copies(range(len(sha256s)), sha256s, memory)
 
-    assert sorted([*copies.new, *copies.of, *copies.known]) == list(range(len(sha256s)))
-    captioned = [sha256s[place] for place in copies.new if sha256s[place]]
+    assert sorted([*copies.unique, *copies.first_of, *copies.remembered]) == list(range(len(sha256s)))
+    captioned = [sha256s[index] for index in copies.unique if sha256s[index]]
     assert len(set(captioned)) == len(captioned)
     assert not set(captioned) & remembered
-    assert all(sha256s[place] == sha256s[first] and first < place for place, first in copies.of.items())
-    assert all(copies.known[place][1] == f"caption of {sha256s[place]}" for place in copies.known)
-    assert find_copies(range(len(sha256s)), sha256s, None).new == list(range(len(sha256s)))
+    assert all(sha256s[index] == sha256s[first] and first < index for index, first in copies.first_of.items())
+    assert all(copies.remembered[index][1] == f"caption of {sha256s[index]}" for index in copies.remembered)
+    assert find_copies(range(len(sha256s)), sha256s, None).unique == list(range(len(sha256s)))
 
 
 def test_the_memory_is_bounded_and_forgets_what_was_longest_unused() -> None:

@@ -9,9 +9,8 @@ import pytest
 from captioner import pipeline
 from captioner.config import CaptionConfig
 from captioner.errors import OutputError
-from captioner.store import lease
 from captioner.store.directory import LEASE_FILE, Directory
-from captioner.store.lease import SILENT_S, Lease, leased
+from captioner.store.lease import Lease, leased, this_machine
 from captioner.store.table import open_table
 from captioner.store.verify import verify
 from captioner.testing import make_folder
@@ -28,16 +27,16 @@ def directory(tmp_path: Path) -> Directory:
 def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Seconds that would have been slept."""
     seconds: list[float] = []
-    monkeypatch.setattr(lease, "_sleep", seconds.append)
+    monkeypatch.setattr(Lease, "sleep", lambda _, time: seconds.append(time))
     return seconds
 
 
 def test_a_second_run_is_refused_while_the_first_one_lives(directory: Directory, monkeypatch) -> None:
     with leased(directory.location):
         first = directory.read_json(LEASE_FILE)
-        monkeypatch.setattr(lease, "_sleep", lambda _: directory.write_json(LEASE_FILE, first | {"beat": 2}))
+        monkeypatch.setattr(Lease, "sleep", lambda *_: directory.write_json(LEASE_FILE, first | {"beat": 2}))
         with pytest.raises(OutputError, match="another run is writing to it"):
-            Lease(directory).take()
+            Lease(directory).acquire()
 
     assert not directory.exists(LEASE_FILE)
 
@@ -47,21 +46,21 @@ def test_the_marker_of_a_dead_run_elsewhere_is_waited_out(directory: Directory, 
     with leased(directory.location) as held:
         held.check()
 
-    assert sum(slept) >= SILENT_S
+    assert sum(slept) >= Lease.silent_s
 
 
 def test_the_marker_of_a_dead_run_of_this_machine_is_taken_at_once(directory: Directory, slept: list[float]) -> None:
     dead = subprocess.Popen(["true"])
     dead.wait()
-    directory.write_json(LEASE_FILE, OTHER | {"machine": lease._machine(), "pid": dead.pid})
+    directory.write_json(LEASE_FILE, OTHER | {"machine": this_machine(), "pid": dead.pid})
     with leased(directory.location):
         pass
 
-    assert sum(slept) < SILENT_S
+    assert sum(slept) < Lease.silent_s
 
 
 def test_of_two_that_start_at_once_one_goes_on(directory: Directory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lease, "_sleep", lambda _: directory.write_json(LEASE_FILE, OTHER))
+    monkeypatch.setattr(Lease, "sleep", lambda *_: directory.write_json(LEASE_FILE, OTHER))
     with pytest.raises(OutputError, match="another run is writing to it"), leased(directory.location):
         pass
 
@@ -71,10 +70,10 @@ def test_of_two_that_start_at_once_one_goes_on(directory: Directory, monkeypatch
 def test_a_run_that_was_silent_for_too_long_stops_when_another_has_taken_over(
     directory: Directory, slept: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lease, "BEAT_S", 0.01)
+    monkeypatch.setattr(Lease, "beat_s", 0.01)
     with leased(directory.location) as held:
         directory.write_json(LEASE_FILE, OTHER)
-        held._thread.join(60)
+        assert held.wait_until_lost(timeout=60)
         with pytest.raises(OutputError, match="was taken over by another run"):
             held.check()
 
@@ -104,9 +103,9 @@ def _lost(held: Lease) -> None:
 
 HOLDER = """
 import sys
-from captioner.store import lease
-lease.BEAT_S = 0.2
-with lease.leased(sys.argv[1]):
+from captioner.store.lease import Lease, leased
+Lease.beat_s = 0.2
+with leased(sys.argv[1]):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -125,15 +124,15 @@ def test_another_process_that_holds_a_directory_without_locks(
     assert holder.stdout is not None
     assert holder.stdout.readline() == "held\n"
 
-    monkeypatch.setattr(lease, "_sleep", lambda _: _wait_for_a_beat(out))
+    monkeypatch.setattr(Lease, "sleep", lambda *_: _wait_for_a_beat(out))
     with pytest.raises(OutputError, match="another run is writing to it"):
         pipeline.run(config)
     holder.kill()
     holder.wait()
 
-    monkeypatch.setattr(lease, "_sleep", slept.append)
+    monkeypatch.setattr(Lease, "sleep", lambda _, time: slept.append(time))
     assert pipeline.run(config) == 0
-    assert sum(slept) < SILENT_S
+    assert sum(slept) < Lease.silent_s
     assert verify(open_table(str(out))).proven
     assert not (out / LEASE_FILE).exists()
 

@@ -56,12 +56,12 @@ def test_lines_are_objects_however_they_are_written(pieces: list[str]) -> None:
 
 def test_errors_are_told_from_the_rest() -> None:
     log = io.StringIO()
-    JsonLines(log).write("captioner: error: no such file\ncaptioner: planned 3 pictures\n")
+    JsonLines(log).write("captioner: error: no such file\ncaptioner: planned 3 images\n")
 
     entries = [json.loads(line) for line in log.getvalue().splitlines()]
     assert [(entry["level"], entry["message"]) for entry in entries] == [
         ("error", "no such file"),
-        ("info", "planned 3 pictures"),
+        ("info", "planned 3 images"),
     ]
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from captioner import CaptionBatches, pipeline
 from captioner.config import CaptionConfig, ModelConfig
-from captioner.console.commands import try_pictures
+from captioner.console.commands import try_images
 from captioner.data import PixelSpec
 from captioner.imaging import decode
 from captioner.imaging.sandbox.decoder import GuardedDecoder
@@ -55,6 +55,21 @@ def test_a_guarded_decoder_says_what_decode_says(decoder: GuardedDecoder, png: b
         assert (there.width, there.height, there.format) == (here.width, here.height, here.format)
         assert (there.pixels is None) == (here.pixels is None)
         assert here.pixels is None or (there.pixels == here.pixels).all()
+
+
+@pytest.mark.parametrize("spec", [SPEC, 16])
+def test_workers_are_forked_from_a_process_with_one_thread(
+    monkeypatch: pytest.MonkeyPatch, png: bytes, spec: PixelSpec | int
+) -> None:
+    """Else a lock that another thread held is locked for ever in the worker; Python 3.12 warns of it."""
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.setenv(name, "4")
+
+    with GuardedDecoder(spec, NO_LIMIT, timeout=30.0) as decoder:
+        assert [one.error_code for one in decoder([png])] == [""]
+        (child,) = psutil.Process().children()
+        assert child.children()
+        assert [thread.id for thread in child.threads()] == [child.pid]
 
 
 @pytest.mark.usefixtures("poison")
@@ -181,7 +196,7 @@ def test_a_crash_is_no_crash_of_try_or_of_somebody_elses_pipeline(
     for name, data in images.items():
         (tmp_path / name).write_bytes(data)
 
-    code = try_pictures([str(tmp_path / name) for name in images], ModelConfig(name="fake"))
+    code = try_images([str(tmp_path / name) for name in images], ModelConfig(name="fake"))
     batch = CaptionBatches("fake")({"bytes": list(images.values())})
 
     said = capsys.readouterr()

@@ -224,7 +224,7 @@ def test_summary_says_what_was_done_and_what_to_do_next() -> None:
     assert ("committed before this start", "512") in rows
     assert ("images a second", "212.4") in rows
     assert ("time", "01:10") in rows
-    assert "WER 0.040 against the references of 500 pictures (0.800 with the captions shuffled)" in shown
+    assert "WER 0.040 against the references of 500 images (0.800 with the captions shuffled)" in shown
     assert "the table: /data/out/captions" in shown
     assert "captioner caption 'my photos' /data/out/ --include '*.jpg' --model starter --retry-failed\n" in shown, (
         "the run's own settings, without --overwrite"

@@ -163,7 +163,7 @@ def test_what_people_decided(tmp_path: Path, run: Run, capsys) -> None:
         "000004.png",
         "000005.png",
     ]
-    assert "2 more match --only, but a person settled their text" in capsys.readouterr().err
+    assert "2 more match --only, but a reviewer has settled their text" in capsys.readouterr().err
 
 
 def test_flags_and_failures(tmp_path: Path, run: Run) -> None:
@@ -241,7 +241,7 @@ def test_the_report_shows_what_changed(tmp_path: Path, run: Run) -> None:
     assert [one["rows"] for one in changes["before"]] == [4]
     assert changes["differences"]["WER"]["this"] > 0
     page = (tmp_path / "out/report/index.html").read_text()
-    assert "What the recaptioning changed" in page
+    assert "Changes by recaptioning" in page
     row = changes["shown"][0]
     assert row["other"].startswith("a ")
     assert f"<del>a</del> <ins>b</ins> {row['caption'].split()[1]}" in page

@@ -64,7 +64,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with flags, failures, a turned picture and names that try to be HTML."""
+    """A run with flags, failures, a turned image and names that try to be HTML."""
     root = tmp_path_factory.mktemp("report")
     archive = make_folder(root / "archive", 60)
     (archive / EVIL_NAME).write_bytes((archive / "000003.png").read_bytes())
@@ -147,16 +147,16 @@ def test_the_page_says_what_the_run_did(page: Page, figures: dict[str, Any]) -> 
     assert figures["counts"] == counts | {"by_fingerprint": {figures["fingerprint"]: 63}}
     for words in (
         f"WER (0 is best) {check['wer']:.3f}",
-        "62 of 63 pictures have a caption; 1 failed",
+        "62 of 63 images have a caption; 1 failed",
         "60 of 60 captions with references were scored",
         "Special tokens",
         "empty file 1",
         "--retry-failed",
         figures["fingerprint"],
         f"pyarrow {pa.__version__}",
-        "In references only, by pictures:",
+        "In references only, by images:",
         "Of 60 scored captions:",
-        "Pictures a second, one worker",
+        "Images per second, one worker",
         "; bottleneck: ",
     ):
         assert words in page.text, words
@@ -226,18 +226,16 @@ def test_thumbnails_are_upright_and_small(out: Path) -> None:
         assert image.size == (112, 224)
 
 
-def test_a_page_of_large_pictures_stays_small(out: Path, figures: dict[str, Any]) -> None:
-    pictures = {
-        row["image_id"]: "data:image/jpeg;base64," + "A" * 400_000 for row in figures["check"]["shown"]["random"]
-    }
+def test_a_page_of_large_images_stays_small(out: Path, figures: dict[str, Any]) -> None:
+    images = {row["image_id"]: "data:image/jpeg;base64," + "A" * 400_000 for row in figures["check"]["shown"]["random"]}
 
-    page = render(figures, pictures)
+    page = render(figures, images)
 
     assert 3_000_000 < len(page) < 5_000_000
-    assert "no picture" in page
+    assert "no image" in page
 
 
-def test_a_report_without_its_pictures_says_so(tmp_path: Path) -> None:
+def test_a_report_without_its_images_says_so(tmp_path: Path) -> None:
     archive = make_folder(tmp_path / "archive", 5)
     config = {"source": {"path": str(archive)}, "model": {"name": "fake"}, "output": {"path": str(tmp_path / "out")}}
     pipeline.run(CaptionConfig.model_validate({**config, "cluster": {"local": True}}))
@@ -249,7 +247,7 @@ def test_a_report_without_its_pictures_says_so(tmp_path: Path) -> None:
     page = Page((tmp_path / "out/report/index.html").read_text(encoding="utf-8"))
     assert ended.value.code == 0
     assert not page.all("img")
-    assert "pictures could not be read from the source" in page.text
+    assert "images could not be read from the source" in page.text
 
 
 def test_the_page_is_opened_when_asked(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,7 +80,7 @@ def test_flagged_images_come_first_then_the_least_certain(make_reviewable) -> No
         assert session.next()["progress"]["flagged_left"] == 2
         assert (
             session.next()["card"]["flags"]
-            == ["cut off at the token limit, before an end", "the model gave no finite probability"][::-1]
+            == ["cut off at the token limit", "the model gave no finite log-probability"][::-1]
         )
         assert shown_in_order(session)[:4] == ["000004.png", "000003.png", "000002.png", "000001.png"]
 
@@ -91,7 +91,7 @@ def test_flags_that_a_rule_has_fixed_are_not_shown(make_reviewable) -> None:
         first = session.next()["card"]
         assert (first["image_id"], first["flags"]) == (
             "000001.png",
-            ["longer than 125 characters, the advice for alt text"],
+            ["longer than 125 characters, the recommended limit for alt text"],
         )
         assert session.next()["progress"]["flagged_left"] == 1
 

@@ -165,7 +165,7 @@ def test_published_scores_of_a_worked_example() -> None:
     assert round(scores.cider_d or 0, 4) == 0.5637
 
 
-def test_shuffled_captions_all_leave_their_pictures() -> None:
+def test_shuffled_captions_all_leave_their_images() -> None:
     captions = [f"w{number}" for number in range(7)]
 
     assert shuffled_wer(captions, [[text] for text in captions], seed=3) == 1.0  # one kept would lower it

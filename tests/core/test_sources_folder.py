@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import socket
+from dataclasses import replace
 
 import pyarrow as pa
 import pytest
@@ -13,7 +14,7 @@ import pytest
 from captioner.config import SourceConfig
 from captioner.data import PLAN_SCHEMA
 from captioner.errors import SourceError, UsageError
-from captioner.sources import open_source, reading
+from captioner.sources import open_source
 from captioner.sources.plan_rows import BATCH_ROWS
 from captioner.sources.root import Root, file_of_unit, is_ignored, readable, unit_of_file
 
@@ -169,7 +170,7 @@ def test_a_root_that_is_gone_or_unmounted_is_an_error(tmp_path):
     rows, _ = listed(source)
     for name in ("a.jpg", "b.jpg"):
         (root / name).unlink()
-    with pytest.raises(SourceError, match="the source is gone"):
+    with pytest.raises(SourceError, match="the source is missing"):
         source.read(rows)
     fill(root, "another.jpg")
     assert {image.error_code for image in source.read(rows)} == {"not_found"}
@@ -185,7 +186,7 @@ def failing(monkeypatch, errors):
         return real(self, file, offset, size)
 
     monkeypatch.setattr(Root, "read", read)
-    monkeypatch.setattr(reading, "_sleep", waited.append)
+    monkeypatch.setattr(Root, "retry", replace(Root.retry, sleep=waited.append))
     return waited
 
 

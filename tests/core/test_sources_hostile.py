@@ -92,7 +92,7 @@ def test_a_name_that_occurs_twice_in_a_tar_is_an_error_that_names_it(tmp_path):
     table = create_table(str(tmp_path / "out"), {}, [])
 
     with pytest.raises(SourceError, match=r"x\.tar/a\.jpg"):
-        make_plan(table, source, SourceConfig(), 16, 100)
+        make_plan(table, source, 16, 100)
 
 
 def test_ids_that_occur_twice_in_a_table_are_an_error_that_names_them(tmp_path):
@@ -101,7 +101,7 @@ def test_ids_that_occur_twice_in_a_table_are_an_error_that_names_them(tmp_path):
     table = create_table(str(tmp_path / "out"), {}, [])
 
     with pytest.raises(SourceError, match="'a'"):
-        make_plan(table, source, SourceConfig(), 16, 100)
+        make_plan(table, source, 16, 100)
 
 
 def test_nulls_in_a_table_are_rows(tmp_path):

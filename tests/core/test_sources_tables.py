@@ -105,7 +105,7 @@ def test_a_table_that_is_gone_is_no_fault_of_its_pictures(tmp_path):
     rows = listed(source)
     parquet(tmp_path / "other.parquet", image=[b"x"])
     (tmp_path / "t.parquet").unlink()
-    with pytest.raises(SourceError, match="the source is gone"):
+    with pytest.raises(SourceError, match="the source is missing"):
         source.read(rows)
 
 
@@ -126,7 +126,7 @@ def test_the_picture_column_is_found_by_type_then_name(tmp_path):
         ({"id_column": "list"}, "'list' is list<.*ids are strings or integers"),
         ({"reference_column": "n"}, "'n' is int64; captions are strings or lists"),
         ({"keep_columns": ["x"]}, "--keep-columns 'x': no such column; it has: image, n, list"),
-        ({"keep_columns": ["caption"]}, "--keep-columns 'caption': the captions table has a column"),
+        ({"keep_columns": ["caption"]}, "--keep-columns 'caption': the captions table already has a column"),
     ],
 )
 def test_wrong_columns_are_named(tmp_path, asked, message):

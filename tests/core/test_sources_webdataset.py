@@ -120,7 +120,7 @@ def test_a_tar_that_is_gone_is_no_fault_of_its_pictures(tmp_path):
     source = opened(tmp_path)
     rows, _ = listed(source)
     (tmp_path / "a.tar").unlink()
-    with pytest.raises(SourceError, match="the source is gone"):
+    with pytest.raises(SourceError, match="the source is missing"):
         source.read(rows.slice(0, 1))
     assert [image.error_code for image in source.read(rows)] == ["not_found", ""]
 

@@ -28,7 +28,7 @@ def make_table(out: Path) -> CaptionsTable:
 
 def plan_folder_of(table: CaptionsTable, archive: Path, rows_per_chunk=4, rows_per_file=8, **settings_) -> Plan | None:
     config = SourceConfig(path=str(archive), **settings_)
-    return make_plan(table, open_source(config), config, rows_per_chunk, rows_per_file)
+    return make_plan(table, open_source(config), rows_per_chunk, rows_per_file, config.limit)
 
 
 def planned_ids(table: CaptionsTable) -> list[str]:
@@ -88,7 +88,7 @@ def test_a_listing_that_was_cut_off_goes_on_to_the_same_plan(tmp_path: Path, arc
     plan_folder_of(whole, archive, rows_per_chunk=2, rows_per_file=4)
     config = SourceConfig(path=str(archive))
     with pytest.raises(KeyboardInterrupt):
-        make_plan(cut, StopsAfter(open_source(config), units), config, 2, 4)
+        make_plan(cut, StopsAfter(open_source(config), units), 2, 4)
     assert cut.plans() == []
 
     plan_folder_of(cut, archive, rows_per_chunk=2, rows_per_file=4)
@@ -132,7 +132,7 @@ def test_a_changed_source_is_counted(tmp_path: Path, archive: Path) -> None:
     (archive / "a/000.jpg").unlink()
     make_archive(archive, ["a/x.jpg", "a/y.jpg"])
 
-    change = compare_with_source(table, open_source(config), config)
+    change = compare_with_source(table, open_source(config))
 
     assert (change.num_new, change.num_gone) == (2, 1)
 

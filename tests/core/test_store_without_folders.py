@@ -8,7 +8,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from captioner import pipeline
 from captioner.config import CaptionConfig
-from captioner.sources import root
+from captioner.sources.root import Root
 from captioner.store.table import open_table
 from captioner.store.verify import verify
 from captioner.testing import make_folder
@@ -38,7 +38,7 @@ def test_an_archive_and_a_table_without_folders(tmp_path: Path, monkeypatch: pyt
     source, out = f"flat://bucket{tmp_path}/in", f"flat://bucket{tmp_path}/out"
     for number, file in enumerate(sorted(archive.glob("*.png"))):
         store.pipe_file(f"{source}/{'sub/' * (number % 3)}{file.name}", file.read_bytes())
-    monkeypatch.setattr(root, "_WITHOUT_FOLDERS", ("py::fsspec+flat",))
+    monkeypatch.setattr(Root, "without_folders", ("py::fsspec+flat",))
     settings = {"source": {"path": source}, "model": {"name": "fake"}, "output": {"path": out}}
 
     assert pipeline.run(CaptionConfig.model_validate(settings)) == 0

@@ -155,69 +155,6 @@ def test_every_weight_that_captions_use_learns(models, family: str) -> None:
     loss.zero_grad()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_training_batches_pass_the_captured_vision_encoder_and_no_others_do(
-    models, family: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Stands in for a GPU: what is captured runs as it is."""
-    captured: list[torch.Size] = []
-
-    def graphed(encoder: torch.nn.Module, sample: tuple[torch.Tensor], **_: object) -> Callable[..., torch.Tensor]:
-        assert encoder.training
-        assert {id(weight) for weight in encoder.parameters()} <= {id(weight) for weight in loss.parameters()}
-
-        def encode(images: torch.Tensor) -> torch.Tensor:
-            captured.append(images.shape)
-            return encoder(images)
-
-        return encode
-
-    loss, collate = CaptionLoss(models[family]).train(), make_collate(models[family])
-    monkeypatch.setattr(torch.cuda, "make_graphed_callables", graphed)
-    names = set(loss.state_dict())
-    loss.capture_vision(torch.zeros(3, 3, TINY_SIDE, TINY_SIDE), None)
-    texts, fewer = collate.texts(CAPTIONS), collate.texts(CAPTIONS[:2])
-
-    loss(pictures(3), **texts)
-    loss(pictures(2), **fewer)
-    with torch.no_grad():
-        evaluated = loss.eval()(pictures(3), **texts)
-
-    assert captured == [(3, 3, TINY_SIDE, TINY_SIDE)]
-    with torch.no_grad():
-        assert CaptionLoss(models[family]).eval()(pictures(3), **texts) == evaluated
-    assert set(loss.state_dict()) == names
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_captured_passes_give_the_gradients_of_plain_ones(tmp_path: Path, dtype: torch.dtype | None) -> None:
-    device, path = torch.device("cuda"), make_tiny_model("git", tmp_path / "model")
-    ref = resolve(ModelConfig(name=str(path), max_new_tokens=8))
-    captioner = open_trainable(ref, TrainModelConfig(), device, 4, None)
-    for module in captioner.model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    loss = CaptionLoss(captioner).train()
-    pixels, texts = pictures(3).to(device), make_collate(captioner).texts(CAPTIONS)
-    texts = {name: values.to(device) for name, values in texts.items()}
-
-    def step() -> dict[str, torch.Tensor]:
-        with torch.autocast("cuda", dtype, enabled=dtype is not None):
-            value = loss(pixels, **texts)
-        return {name: gradient.clone() for name, gradient in gradients(captioner, value).items()}
-
-    expected = step()
-    loss.capture_vision(torch.zeros(3, 3, TINY_SIDE, TINY_SIDE, device=device), dtype)
-
-    assert loss._graphs.encode(torch.zeros(3, 3, TINY_SIDE, TINY_SIDE, device=device)) is not None
-    for _ in range(2):
-        found = step()
-        assert found.keys() == expected.keys()
-        for name, gradient in expected.items():
-            torch.testing.assert_close(found[name], gradient, rtol=2e-2, atol=1e-3, msg=name)
-
-
 def test_captions_of_a_model_that_learns_come_from_its_present_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -75,6 +75,18 @@ def test_layer_norms_add_first() -> None:
         torch.testing.assert_close(triton_kernels.shifted_layer_norm(hidden, shift, norm), norm(hidden + shift))
 
 
+def test_a_device_on_which_no_kernel_runs_is_told_apart(monkeypatch, caplog) -> None:
+    def fail(values: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("Failed to find C compiler")
+
+    device = torch.device("cpu")
+    assert triton_kernels.can_run(device)
+    monkeypatch.setattr(triton_kernels, "quick_gelu_", fail)
+
+    assert not triton_kernels.can_run(device)
+    assert "Failed to find C compiler" in caplog.text
+
+
 def test_quick_gelu_is_in_place() -> None:
     values = torch.randn(3, 700)
     expected = values * torch.sigmoid(1.702 * values)

@@ -89,7 +89,6 @@ def test_decoding_captioning_and_commits_stay_separate_operators(tmp_path: Path,
     config = settings(archive, tmp_path / "out", num_workers=2)
     engine = RayEngine(config)
     job = open_job(config, engine, lambda line: None)
-    assert job.work is not None
     (plan,) = job.table.open_plans()
     chunks = job.missing_chunks(plan)
     _configure_ray_data(job.work)

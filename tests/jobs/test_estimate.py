@@ -96,11 +96,11 @@ def test_the_true_rate_of_a_pipeline_lies_in_the_interval_nine_times_of_ten(work
 def test_the_sample_is_the_same_for_a_seed_and_without_repetition(tmp_path: Path) -> None:
     source = open_source(SourceConfig(path=str(make_folder(tmp_path / "archive", 60, width=32))))
 
-    drawn = [draw_sample(source, SourceConfig(), 20, seed)[1]["image_id"].to_pylist() for seed in (0, 0, 1)]
+    drawn = [draw_sample(source, None, 20, seed)[1]["image_id"].to_pylist() for seed in (0, 0, 1)]
 
     assert drawn[0] == drawn[1] != drawn[2]
     assert len(set(drawn[0])) == 20
-    assert draw_sample(source, SourceConfig(), 500, 0)[0] == 60
+    assert draw_sample(source, None, 500, 0)[0] == 60
 
 
 @pytest.mark.parametrize(

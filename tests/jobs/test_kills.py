@@ -68,7 +68,7 @@ def settings(archive: Path, out: Path, **output) -> CaptionConfig:
     return CaptionConfig.model_validate(
         {
             "source": {"path": str(archive)},
-            "model": {"name": "fake"},
+            "model": {"name": "fake", "device": "cpu"},
             "output": {"path": str(out), "rows_per_file": 100, **output},
         }
     )

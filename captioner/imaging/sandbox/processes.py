@@ -18,6 +18,14 @@ from captioner.imaging.sandbox.child import NUMBER
 from captioner.imaging.sandbox.slots import NUM_SLOTS, Slots
 
 START_TIMEOUT_S = 300.0
+# The process that forks must have one thread: a lock that another thread holds in that moment stays locked in the
+# worker for ever. torch, numpy and pyarrow's allocator would each start threads when they are imported. And the other
+# cores have work of their own.
+ONE_THREAD = {
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "JE_ARROW_MALLOC_CONF": "background_thread:false",
+}
 
 
 class Child:
@@ -37,8 +45,7 @@ class Child:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno(), *slots.descriptors],
-                # One thread: the other cores have work of their own, and a process with more cannot be forked safely.
-                env=os.environ | {"PYTHONPATH": search_path, "OMP_NUM_THREADS": "1"},
+                env=os.environ | ONE_THREAD | {"PYTHONPATH": search_path},
             )
 
     def fork(self) -> Worker:

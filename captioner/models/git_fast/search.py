@@ -93,15 +93,17 @@ class FastSearch:
 
 
 def open_network(model: object) -> GitNetwork:
-    """Return the fastest network for the device that a GitForCausalLM in evaluation mode is on.
+    """Return the fastest network that runs on the device of a GitForCausalLM in evaluation mode.
 
     It may hold copies of weights: they must not change afterwards.
     """
     device: torch.device = model.device  # type: ignore[attr-defined]
     if device.type == "cuda" and find_spec("triton") is not None:
+        from captioner.models.git_fast.triton_kernels import can_run
         from captioner.models.git_fast.triton_network import TritonGitNetwork
 
-        return TritonGitNetwork(model)
+        if can_run(device):
+            return TritonGitNetwork(model)
     return GitNetwork(model)
 
 

@@ -30,7 +30,7 @@ from captioner.publishing.alt_text.journal import latest_reviews, read_reviews
 from captioner.publishing.alt_text.schemas import Review
 from captioner.publishing.alt_text.texts import require_finished
 from captioner.sources import open_source
-from captioner.store.replan import founded_by
+from captioner.store.replan import generation_of_parts
 from captioner.store.table import CaptionsTable, captions_name, open_table, plan_part_name
 
 PAIRS_FILE, RECORD_FILE = "pairs.parquet", "feedback.json"
@@ -146,7 +146,7 @@ def _write(table: CaptionsTable, texts: dict[str, Review], file: Path, feedback:
 def _reviewed_rows(table: CaptionsTable, texts: dict[str, Review]) -> Iterator[tuple[pa.Table, list[dict[str, Any]]]]:
     """Yield the plan rows and the captions of reviewed images, a batch at a time, in table order."""
     columns = ["image_id", "sha256", "caption", "model_sha256"]
-    for part, generation in founded_by(table).items():
+    for part, generation in generation_of_parts(table).items():
         rows = table.directory.read_table(captions_name(part), columns)
         ids = rows["image_id"].to_pylist()
         reviewed = np.array([index for index, image_id in enumerate(ids) if image_id in texts], int)

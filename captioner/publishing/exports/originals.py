@@ -56,5 +56,5 @@ class Originals:
 
     @cached_property
     def _remaining_parts(self) -> list[str]:
-        plans = [plan for plan in self.table.plans() if plan.founds_parts]
+        plans = [plan for plan in self.table.plans() if plan.adds_parts]
         return [plan_part_name(plan.generation, part) for plan in plans for part in sorted(plan.parts)]
