@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
@@ -54,6 +55,7 @@ def load(
     """
     if ref.family == "fake":
         return FakeCaptioner(prompt=ref.prompt)
+    say, started = say or (lambda line: None), time.perf_counter()
     with ThreadPoolExecutor(2) as threads:
         here = threads.submit(on_this_machine, ref)  # which hashes the weights
         place = _device(device)
@@ -62,6 +64,8 @@ def load(
         threads.submit(lambda: torch.empty(1, device=place))  # a GPU takes a second to start
         family = _import_family(ref.family)
         ref = here.result()
+    imported = time.perf_counter()
+    say(f"torch and transformers imported in {imported - started:.1f} s")
     from captioner.models.batch_size import CPU_SIZE, SMALL_CPU_SIZE, settle_batch_size
 
     if place.type == "cpu" and is_small(ref):
@@ -69,6 +73,7 @@ def load(
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     captioner = family(ref, place, 1 if batch_size == "auto" else batch_size)
+    say(f"weights on {captioner.device_name} in {time.perf_counter() - imported:.1f} s")
     if batch_size == "auto":
         settle_batch_size(captioner, SMALL_CPU_SIZE if is_small(ref) else CPU_SIZE, say=say)
     return captioner

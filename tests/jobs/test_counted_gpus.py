@@ -1,5 +1,6 @@
 """Every path that asks Ray for a GPU, with GPUs that Ray only counts."""
 
+import queue
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from captioner.store.table import open_table
 from captioner.store.verify import verify
 from captioner.testing import make_folder
 from ray_jobs import caption
-from ray_jobs.stages import CaptionStage
+from ray_jobs.stages import CaptionStage, _put
 
 pytestmark = pytest.mark.usefixtures("ray_instance")
 
@@ -132,3 +133,18 @@ def test_two_calls_of_a_gpu_worker_that_fail_together_end_the_run(
 
     assert caption.run(config) == 0
     assert captions(tmp_path / "out") == local_captions
+
+
+def test_what_the_first_worker_says_while_it_starts_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = ("weights in 2.0 s", "batch size 64, tried out in 1.0 s")
+    shown: queue.Queue[str] = queue.Queue()
+    monkeypatch.setattr(caption, "say", shown.put)
+
+    with caption.shown_messages() as messages:
+        for worker in ("first", "second"):
+            for line in lines:
+                _put(messages, worker, line)
+        _put(messages, "first", "the end")
+        assert [shown.get(timeout=60) for _ in range(3)] == [f"caption worker: {line}" for line in (*lines, "the end")]
+
+    _put(messages, "third", "a worker that starts again goes on although nobody listens any more")
