@@ -14,7 +14,12 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export RAY_USAGE_STATS_ENABLED := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup test test-browser lint unit chaos fuzz demo test-lowest clean
+# The core, without torch and Ray where it can be: under a minute on two CPUs.
+FAST := $(addsuffix .py,tests/test_house tests/test_package tests/core/test_config tests/core/test_store_plan \
+	tests/core/test_steps tests/core/test_sources_folder tests/core/test_sources_tables tests/core/test_sources_webdataset \
+	tests/core/test_scoring tests/core/test_terminal tests/core/test_progress tests/core/test_imaging_fit)
+
+.PHONY: help setup test test-fast test-browser lint unit docs chaos fuzz demo test-lowest clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,6 +27,9 @@ help: ## Show this list
 setup: .venv/.installed ## Install everything into .venv, once
 
 test: setup lint unit ## Lint, type-check and run the whole test suite
+
+test-fast: setup ## The core tests, in about a minute: before each commit
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(FAST)
 
 test-browser: .venv/.browser ## The review page and the report in headless Chromium, checked with axe-core
 	@tests/browser/need-chromium

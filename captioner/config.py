@@ -26,6 +26,7 @@ def _split_commas(value: Any) -> Any:
 
 CommaList = Annotated[list[str], BeforeValidator(_split_commas)]
 AutoInt = Annotated[int, Field(ge=1)] | Literal["auto"]
+Device = Literal["auto", "cpu", "cuda", "mps", "xpu"]
 PoolSize = AutoInt | Annotated[str, Field(pattern=r"^[1-9]\d*:[1-9]\d*$")]  # "MIN:MAX" grows and shrinks
 
 
@@ -58,6 +59,10 @@ class SourceConfig(Settings):
     decode_timeout: float = Field(60.0, gt=0, description="Seconds; an image that takes longer fails as timeout.")
 
 
+def _device_field() -> Any:
+    return Field("auto", description="What computes; auto is the GPU that torch can use (on Ray: that a worker holds).")
+
+
 class ModelConfig(Settings):
     """Which model, and how it writes captions."""
 
@@ -68,8 +73,9 @@ class ModelConfig(Settings):
     prompt: str | None = Field(None, description="Text the caption starts from, or the question to a chat model.")
     num_beams: int = Field(1, ge=1, description="Beams of the search; 1 is greedy.")
     max_new_tokens: int = Field(40, ge=1, description="Longest caption, in tokens.")
+    device: Device = _device_field()
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Weights and arithmetic; auto is bfloat16 on a GPU, float32 on a CPU."
+        "auto", description="Weights and arithmetic; auto is bfloat16 with CUDA, else float32."
     )
     batch_size: AutoInt = Field("auto", description="Pictures for each forward pass.")
     preprocess: Literal["fast", "processor"] = Field(
@@ -86,7 +92,7 @@ class ClusterConfig(Settings):
         "auto", description="Caption workers; auto is one for each GPU, or node; MIN:MAX grows when nodes join."
     )
     gpus_per_worker: float | None = Field(
-        None, ge=0, description="GPUs of each worker; default 1 where there are GPUs."
+        None, ge=0, description="GPUs of each worker; default 1 where there are GPUs, 0 with --device cpu."
     )
     decode_cpus: AutoInt = Field("auto", description="CPUs that read and decode images.")
     read_concurrency: int = Field(32, ge=1, description="Reads that each of them has under way at once.")
@@ -239,6 +245,7 @@ class TrainModelConfig(Settings):
         "starter", description="starter, a model directory, a hub id or a URI.", json_schema_extra={"flag": "model"}
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a hub id.")
+    device: Device = _device_field()
     freeze_vision: bool = Field(False, description="Leave the vision encoder as it is.")
     lora_rank: int | None = Field(None, ge=1, description="Train LoRA adapters of this rank and merge them at the end.")
     max_new_tokens: int = Field(40, ge=1, description="Longest caption written in evaluation, in tokens.")
@@ -250,7 +257,7 @@ class TrainClusterConfig(Settings):
     address: str | None = Field(None, description="Ray cluster to join; without it a local Ray is started.")
     num_workers: AutoInt = Field("auto", description="Training workers; auto is one for each GPU, or one.")
     gpus_per_worker: float | None = Field(
-        None, ge=0, description="GPUs of each worker; default 1 where there are GPUs."
+        None, ge=0, description="GPUs of each worker; default 1 where there are GPUs, 0 with --device cpu."
     )
 
 

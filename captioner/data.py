@@ -285,4 +285,5 @@ class Receipt:
     commit_seconds: float = 0.0
     num_duplicates: int = 0  # rows that took the caption of a byte-equal image
     engine: str = ""  # "fast" or "generic", of a model
+    device: str = ""  # "cpu", "mps", or a GPU's name and memory
     scored: Sequence[Sequence[int]] = ()  # (edits, words) of each row that was spot-checked

@@ -28,6 +28,7 @@ from captioner.errors import (
 )
 from captioner.files import shown
 from captioner.models import load
+from captioner.models.devices import pick_device
 from captioner.run.job import Engine, Job, open_job
 from captioner.run.prefetch import one_ahead
 from captioner.run.quality import ROWS_AT_THE_END, SpotCheck, check, enforce, report
@@ -72,15 +73,13 @@ class ThisProcess:
     """The engine of `--local`, without Ray: one chunk is captioned while the next is decoded and the one after read."""
 
     def __init__(self, config: CaptionConfig) -> None:
-        self._batch_size = config.model.batch_size
+        self._model = config.model
 
     def start(self) -> None:
         """Nothing is started before the first chunk."""
 
     def device(self) -> str:
-        import torch
-
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return pick_device(self._model.device).type
 
     def slots(self) -> dict[str, float]:
         return {"decode": 1, "device": 1, "write": 1}
@@ -92,7 +91,7 @@ class ThisProcess:
             one_ahead(read(work, chunk) for chunk in chunks) as raws,
             one_ahead(decode(work, raw, decoder) for raw in raws) as decoded,
         ):
-            captioner: Captioner = load(work.model, batch_size=self._batch_size, say=say)
+            captioner: Captioner = load(work.model, work.device, self._model.batch_size, say=say)
             for rows in decoded:
                 yield commit(work, caption(work, captioner, rows, memory))
 

@@ -49,6 +49,7 @@ class Work:
     sample: Sample = field(default_factory=dict)  # the rows to spot-check
     read_concurrency: int = 32
     dedupe: bool = True  # byte-equal images are captioned once
+    device: str = "auto"  # what captions (see `captioner.models.devices`)
 
     def new_memory(self) -> CaptionMemory[Caption] | None:
         """What a worker remembers of the captions it made; None where every image is captioned."""
@@ -73,7 +74,7 @@ class ReadChunk:
 class ChunkRows:
     """A chunk on its way through the steps: its rows so far, the pixels until it is captioned, and seconds spent.
 
-    `engine`: what captioned it (see `captioner.models.base`); "" before.
+    `engine`, `device`: what captioned it (see `captioner.models.base`); "" before.
     """
 
     chunk: Chunk
@@ -81,6 +82,7 @@ class ChunkRows:
     pixels: Pixels | None
     seconds: dict[str, float]
     engine: str = ""
+    device: str = ""
 
 
 def read(work: Work, chunk: Chunk) -> ReadChunk:
@@ -134,7 +136,8 @@ def caption(
     originals |= {place: image_id for place, (image_id, _) in copies.known.items() if image_id != ids[place]}
     rows = _finished_rows(work, decoded, codes, messages, written, originals)
     seconds = decoded.seconds | {"generate": time.perf_counter() - started}
-    return ChunkRows(decoded.chunk, rows, None, seconds, getattr(captioner, "engine", "generic"))
+    engine, device = getattr(captioner, "engine", "generic"), getattr(captioner, "device_name", "cpu")
+    return ChunkRows(decoded.chunk, rows, None, seconds, engine, device)
 
 
 def commit(work: Work, captioned: ChunkRows) -> Receipt:
@@ -155,6 +158,7 @@ def commit(work: Work, captioned: ChunkRows) -> Receipt:
         commit_seconds=time.perf_counter() - started,
         num_duplicates=captioned.chunk.num_rows - captioned.rows["duplicate_of"].null_count,
         engine=captioned.engine,
+        device=captioned.device,
         scored=score_sampled(work.sample, _column_of(captioned, "image_id"), _column_of(captioned, "caption")),
     )
 

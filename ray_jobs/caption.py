@@ -9,7 +9,6 @@ chunk is committed whole or not at all.
 from __future__ import annotations
 
 import logging
-import re
 import sys
 import threading
 from collections.abc import Iterator
@@ -17,15 +16,15 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from captioner import errors, pipeline
+from captioner import pipeline
 from captioner.config import AutoInt, CaptionConfig
 from captioner.console.stopping import say
 from captioner.data import Chunk, Receipt
-from captioner.errors import CaptionerError, ClusterError
 from captioner.models import is_small
 from captioner.steps import Work
 from captioner.store.table import TABLE_FILE
 from ray_jobs.cluster import Connection, Sizes, share_out
+from ray_jobs.gpus import cause_of, check_gpu_nodes, device_kind
 from ray_jobs.metrics import DriverMetrics
 from ray_jobs.shared import check_shared
 from ray_jobs.stages import CaptionStage, CommitStage, DecodeStage, receipts_of
@@ -57,15 +56,15 @@ class RayEngine:
         self._connection.start()
 
     def device(self) -> str:
-        return "cuda" if share_out(self._connection.resources(), self._config.cluster).gpus_per_worker else "cpu"
+        return device_kind(self._connection.resources(), self._share_out(), self._config.model.device)
 
     def slots(self) -> dict[str, float]:
-        sizes = self._sizes or share_out(self._connection.resources(), self._config.cluster)
+        sizes = self._sizes or self._share_out()
         return {"decode": sizes.decode_cpus, "device": sizes.num_workers, "write": sizes.committers}
 
     def caption_chunks(self, work: Work, chunks: list[Chunk]) -> Iterator[Receipt]:
-        sizes = share_out(self._connection.resources(), self._config.cluster, is_small(work.model))
-        self._sizes = sizes
+        sizes = self._sizes = self._share_out(is_small(work.model))
+        check_gpu_nodes(work.device, sizes)
         check_shared(work.table.directory, TABLE_FILE)
         metrics = DriverMetrics(sum(chunk.num_rows for chunk in chunks))
         with shown_messages() if sizes.gpus_per_worker else nullcontext() as messages:
@@ -74,6 +73,10 @@ class RayEngine:
                 for receipt in _execute(work, window, sizes, self._config.model.batch_size, messages):
                     metrics.add(receipt)
                     yield receipt
+
+    def _share_out(self, one_thread: bool = False) -> Sizes:
+        resources, config = self._connection.resources(), self._config
+        return share_out(resources, config.cluster, one_thread, device=config.model.device)
 
 
 @contextmanager
@@ -155,14 +158,14 @@ def _execute(
         ):
             yield from receipts_of(block)
     except ray.exceptions.RayError as error:
-        raise _cause_of(error) from error
+        raise cause_of(error) from error
 
 
 def _configure_ray_data(work: Work) -> None:
     """Make a dropped block a failure, end a stall, and leave the display to this program."""
     import ray.data
 
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it says is told in one line by _cause_of
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it says is told in one line by cause_of
     context = ray.data.DataContext.get_current()
     context.max_errored_blocks = 0
     context.enable_progress_bars = False
@@ -174,21 +177,6 @@ def no_progress_timeout(decode_timeout: float) -> float:
     """Seconds without a block from any stage after which a run is taken for stalled: more than a chunk of which every
     picture hangs takes (see `captioner.imaging.sandbox.decoder`)."""
     return max(900.0, 20 * decode_timeout)
-
-
-def _cause_of(error: BaseException) -> CaptionerError:
-    """The CaptionerError a worker raised, or a ClusterError with the worker's last words.
-
-    Ray hands over what a stage raised as the text of its traceback only.
-    """
-    raised = re.findall(r"^captioner\.errors\.(\w+): (.+)$", str(error), re.MULTILINE)
-    if raised:
-        name, message = raised[-1]
-        kind: type[CaptionerError] = getattr(errors, name, CaptionerError)
-        return kind(message)
-    words = re.findall(r"^(?:[\w.]+\.)?(\w+(?:Error|Exception|Exit)\b.*)$", str(error), re.MULTILINE)
-    said = words[0] if words else str(error).strip().splitlines()[-1]
-    return ClusterError(f"a worker failed: {said}; committed rows stay, the same command goes on")
 
 
 if __name__ == "__main__":  # the same arguments and exit code as `captioner caption`

@@ -6,12 +6,13 @@ import atexit
 import logging
 import math
 import os
+import re
 import secrets
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ class Resources:
     num_gpus: float
     num_nodes: int
     least_cpus: float = math.inf  # of the smallest node that has any
+    accelerator: str = "cuda"  # what torch calls the GPUs
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +68,18 @@ def connect(config: ClusterConfig) -> Resources:
     total = ray.cluster_resources()
     alive = [node for node in ray.nodes() if node["Alive"]]
     cpus = [node["Resources"]["CPU"] for node in alive if node["Resources"].get("CPU")]
-    return Resources(total.get("CPU", 0), total.get("GPU", 0), len(alive), min(cpus, default=math.inf))
+    return Resources(
+        total.get("CPU", 0), total.get("GPU", 0), len(alive), min(cpus, default=math.inf), accelerator_of(total)
+    )
+
+
+def accelerator_of(resources: Iterable[str]) -> str:
+    """Return what torch calls the GPUs of a cluster with these resources. Ray names each kind of GPU as a resource:
+    "accelerator_type:H100", "accelerator_type:Intel-GPU-Max-1550", "accelerator_type:M2-Pro"."""
+    kinds = [name.removeprefix("accelerator_type:") for name in resources if name.startswith("accelerator_type:")]
+    if kinds and all(kind.startswith("Intel-GPU") for kind in kinds):
+        return "xpu"
+    return "mps" if kinds and all(re.match(r"M\d+(-|$)", kind) for kind in kinds) else "cuda"
 
 
 class Connection:
@@ -186,11 +199,15 @@ def available_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def share_out(resources: Resources, config: ClusterConfig, one_thread: bool = False) -> Sizes:
+def share_out(resources: Resources, config: ClusterConfig, one_thread: bool = False, *, device: str = "auto") -> Sizes:
     """Workers and decoders for a cluster. Raises ClusterError where a request cannot be met.
 
+    `device`: a --device; workers on the CPU reserve no GPU unless told otherwise.
     `one_thread`: the model captions on one thread where there is no GPU, about as fast as one CPU prepares pictures.
     """
+    if config.gpus_per_worker is None:
+        gpus = 1.0 if resources.num_gpus and device != "cpu" else 0.0
+        config = config.model_copy(update={"gpus_per_worker": gpus})
     if isinstance(config.num_workers, str) and config.num_workers != "auto":
         return _share_out_growing(resources, config)
     gpus = _gpus_per_worker(resources, config)
@@ -219,7 +236,7 @@ def _share_out_growing(resources: Resources, config: ClusterConfig) -> Sizes:
     least, most = (int(part) for part in str(config.num_workers).split(":"))
     if least > most:
         raise ClusterError(f"--num-workers {config.num_workers}: the first number is the lower one")
-    gpus = config.gpus_per_worker if config.gpus_per_worker is not None else float(resources.num_gpus > 0)
+    gpus = config.gpus_per_worker or 0.0
     node = min(resources.least_cpus, resources.num_cpus)
     per_decoder = min(1.0, node / 2) or 1.0
     decoders = max(1, int(node / 4))
@@ -250,11 +267,9 @@ def _num_workers(resources: Resources, config: ClusterConfig, gpus: float, one_t
 
 
 def _gpus_per_worker(resources: Resources, config: ClusterConfig) -> float:
-    if config.gpus_per_worker is None:
-        return 1.0 if resources.num_gpus else 0.0
-    if config.gpus_per_worker > resources.num_gpus:
+    gpus = config.gpus_per_worker or 0.0
+    if gpus > resources.num_gpus:
         raise ClusterError(
-            f"--gpus-per-worker {config.gpus_per_worker:g}: the cluster has {resources.num_gpus:g} GPUs; "
-            "give 0 to caption on CPUs"
+            f"--gpus-per-worker {gpus:g}: the cluster has {resources.num_gpus:g} GPUs; give 0 to caption on CPUs"
         )
-    return config.gpus_per_worker
+    return gpus

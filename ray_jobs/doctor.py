@@ -6,6 +6,7 @@ Every check is one line, `ok` or `FAIL` with what to do. Checks that need a node
 from __future__ import annotations
 
 import os
+import re
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -16,7 +17,9 @@ from captioner.config import CaptionConfig, ModelConfig
 from captioner.console.text import printable
 from captioner.errors import ERROR, OK, CaptionerError
 from captioner.files import is_uri
-from ray_jobs.cluster import connect, share_out
+from captioner.models.devices import pick_device
+from ray_jobs.cluster import Resources, Sizes, connect, share_out
+from ray_jobs.gpus import worker_device
 from ray_jobs.node import facts
 
 MIN_OPEN_FILES = 8_192
@@ -61,11 +64,13 @@ def findings(config: CaptionConfig, out: str | None) -> Iterator[Finding]:
         yield from _limits(address, there)
         yield _memory(address, node["Resources"], there["shared_memory"])
         yield _clock(address, ahead, seconds)
-        if node["Resources"].get("GPU"):
-            yield _on_a_worker("gpu", _see_gpu, num_gpus=1, node=node)
-    yield _sizes(config)
+        if node["Resources"].get("GPU") and config.model.device != "cpu":
+            yield _on_a_worker("gpu", _see_gpu, config.model.device, num_gpus=1, node=node)
+    sizes = _share_out(resources, config)
+    yield _sizes(sizes)
     if config.model.name:
-        yield _on_a_worker("model", _caption_one, config.model, num_gpus=1 if resources.num_gpus else 0)
+        gpus = float(resources.num_gpus > 0) if isinstance(sizes, CaptionerError) else sizes.gpus_per_worker
+        yield _on_a_worker("model", _caption_one, config.model, num_gpus=gpus)
     if out:
         yield from _writable(out, resources.num_nodes)
 
@@ -124,11 +129,16 @@ def _gigabytes(size: float) -> str:
     return f"{size / 1e9:,.1f} GB"
 
 
-def _sizes(config: CaptionConfig) -> Finding:
+def _share_out(resources: Resources, config: CaptionConfig) -> Sizes | CaptionerError:
     try:
-        sizes = share_out(connect(config.cluster), config.cluster)
+        return share_out(resources, config.cluster, device=config.model.device)
     except CaptionerError as error:
-        return Finding("sizes", False, str(error))
+        return error
+
+
+def _sizes(sizes: Sizes | CaptionerError) -> Finding:
+    if isinstance(sizes, CaptionerError):
+        return Finding("sizes", False, str(sizes))
     grows = f" to {sizes.max_workers}" if sizes.max_workers else ""
     return Finding(
         "sizes",
@@ -138,23 +148,27 @@ def _sizes(config: CaptionConfig) -> Finding:
     )
 
 
-def _see_gpu() -> str:
+def _see_gpu(name: str) -> str:
+    """Compute on the GPU that Ray reserved for this task. Raises ModelError where torch cannot use it."""
     import torch
 
-    if not torch.cuda.is_available():
-        raise RuntimeError("torch sees no GPU where Ray gives one: install torch with CUDA in the image")
-    return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    device = pick_device(worker_device(name))
+    torch.ones(1, device=device).item()
+    card = torch.get_device_module(device).get_device_properties(device).name if device.type != "mps" else "mps"
+    return f"{card}, torch {torch.__version__}"
 
 
 def _caption_one(model: ModelConfig) -> str:
     """Load the model and caption one grey picture."""
     import numpy as np
 
-    from captioner.models import load, resolve
+    from captioner.models import load, resolve, settle_dtype
 
     started = time.perf_counter()
-    ref = resolve(model, None if model.dtype == "auto" else model.dtype)
-    captioner = load(ref, batch_size=model.batch_size)
+    ref = resolve(model)
+    device = pick_device(worker_device(model.device))
+    ref = settle_dtype(ref, model.dtype, device.type)
+    captioner = load(ref, str(device), model.batch_size)
     loaded = time.perf_counter()
     shape = (512, 512) if ref.spec.own_sizes else (ref.spec.height, ref.spec.width)
     captioner.caption(np.full((1, *shape, 3), 128, np.uint8))
@@ -246,4 +260,5 @@ def _on_a_worker(
 
 
 def _last_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1][:300]
+    line = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+    return re.sub(r"^captioner\.errors\.\w+: ", "", line)[:300]

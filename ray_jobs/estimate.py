@@ -17,11 +17,12 @@ from captioner.config import CaptionConfig, SourceConfig
 from captioner.console.stopping import say
 from captioner.data import Source
 from captioner.errors import OK, SourceError, UsageError
-from captioner.models import is_small, resolve
+from captioner.models import is_small, resolve, settle_dtype
 from captioner.sources import open_source
 from captioner.store.parallel_listing import list_units
 from captioner.store.plan import matching
 from ray_jobs.cluster import Sizes, connect, share_out
+from ray_jobs.gpus import check_gpu_nodes, device_kind
 from ray_jobs.sampling import Piece, measure
 
 RESAMPLES = 1_000
@@ -52,9 +53,10 @@ def run(config: CaptionConfig, sample: int, seed: int, price_per_gpu_hour: float
         raise SourceError(f"{config.source.path}: no pictures found")
     say(f"{total:,} pictures listed; captioning a sample of {rows.num_rows:,}")
     resources = connect(config.cluster)
-    device_dtype = "bfloat16" if share_out(resources, config.cluster).gpus_per_worker else "float32"
-    model = resolve(config.model, device_dtype if config.model.dtype == "auto" else config.model.dtype, say)
-    sizes = share_out(resources, config.cluster, is_small(model))
+    model, device = resolve(config.model, announce=say), config.model.device
+    sizes = share_out(resources, config.cluster, is_small(model), device=device)
+    check_gpu_nodes(device, sizes)
+    model = settle_dtype(model, config.model.dtype, device_kind(resources, sizes, device))
     pieces = measure(source, rows, model, sizes, config)
     prediction = predict(pieces, total, sizes.num_workers, sizes.decode_cpus, seed)
     for line in lines(prediction, sizes, price_per_gpu_hour):

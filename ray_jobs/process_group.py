@@ -14,6 +14,8 @@ from typing import Any
 
 from ray.train.backend import Backend, BackendConfig
 
+from ray_jobs.gpus import training_device
+
 TIMEOUT_S = 1800
 
 
@@ -21,17 +23,21 @@ TIMEOUT_S = 1800
 class ProcessGroup(BackendConfig):
     """Tells Ray Train to join the workers in a process group."""
 
+    device: str  # a --device
+    kind: str  # of device that it is on the workers
     num_workers: int
     gpus_per_worker: float
 
     @property
     def backend(self) -> str:
-        """The backend of torch.distributed: "nccl" where each worker has a GPU of its own, else "gloo".
+        """The backend of torch.distributed: "nccl" where each worker has a CUDA GPU of its own, else "gloo".
 
         NCCL refuses two ranks on one GPU. A worker alone never communicates.
         """
+        if self.kind == "xpu":
+            return "xccl"
         shares_gpu = self.shares_gpu and self.num_workers > 1
-        return "nccl" if self.gpus_per_worker and not shares_gpu else "gloo"
+        return "nccl" if self.kind == "cuda" and self.gpus_per_worker and not shares_gpu else "gloo"
 
     @property
     def shares_gpu(self) -> bool:
@@ -47,7 +53,7 @@ class _ProcessGroupBackend(Backend):
 
     def on_start(self, worker_group: Any, backend_config: ProcessGroup) -> None:
         address, port = worker_group.execute_single(0, _free_address)
-        worker_group.execute(_join, backend_config.backend, address, port, backend_config.shares_gpu)
+        worker_group.execute(_join, backend_config, address, port)
 
 
 def _free_address() -> tuple[str, int]:
@@ -60,12 +66,11 @@ def _free_address() -> tuple[str, int]:
         return ray.util.get_node_ip_address(), listener.getsockname()[1]
 
 
-def _join(backend: str, address: str, port: int, shares_gpu: bool) -> None:
+def _join(group: ProcessGroup, address: str, port: int) -> None:
     import ray.train
-    import ray.train.torch
     import torch
 
-    context, device = ray.train.get_context(), ray.train.torch.get_device()
+    context, device = ray.train.get_context(), training_device(group.device)
     rank, size = context.get_world_rank(), context.get_world_size()
     os.environ.update(  # read by accelerate, on which transformers' Trainer stands
         MASTER_ADDR=address,
@@ -77,9 +82,9 @@ def _join(backend: str, address: str, port: int, shares_gpu: bool) -> None:
         NODE_RANK=str(context.get_node_rank()),
         ACCELERATE_TORCH_DEVICE=str(device),
     )
-    if shares_gpu:  # else accelerate would look for a GPU with the number of each worker
+    if group.shares_gpu:  # else accelerate would look for a GPU with the number of each worker
         os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] = "true"
     if device.type == "cuda":
         torch.cuda.set_device(device)
     timeout = timedelta(seconds=TIMEOUT_S)
-    torch.distributed.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
+    torch.distributed.init_process_group(group.backend, rank=rank, world_size=size, timeout=timeout)

@@ -23,6 +23,7 @@ from captioner.imaging.sandbox.decoder import GuardedDecoder
 from captioner.models import ModelRef, load
 from captioner.sources.reading import reads_at_once
 from ray_jobs.cluster import Sizes
+from ray_jobs.gpus import cause_of, worker_device
 
 BATCH = {"cpu": 16, "gpu": 128}  # pictures of a piece: those of a forward pass
 MIN_PIECES, PIECES_PER_WORKER = 16, 4  # a smaller sample is captioned again and again
@@ -77,8 +78,8 @@ class Preparer:
 class Sampler:
     """A caption worker: holds the model."""
 
-    def __init__(self, model: ModelRef, batch_size: AutoInt, num_threads: int) -> None:
-        self._captioner = load(model, batch_size=batch_size, num_threads=num_threads)
+    def __init__(self, model: ModelRef, device: str, batch_size: AutoInt, num_threads: int) -> None:
+        self._captioner = load(model, worker_device(device), batch_size, num_threads)
 
     def measure(self, prepared: Prepared) -> Piece:
         started = time.perf_counter()
@@ -96,7 +97,7 @@ def measure(source: Source, rows: pa.Table, model: ModelRef, sizes: Sizes, confi
     pieces = cut(rows, sizes, config.model.batch_size)
     prepare = ray.remote(num_cpus=sizes.cpus_per_decoder)(Preparer)
     caption = ray.remote(num_cpus=sizes.cpus_per_worker, num_gpus=sizes.gpus_per_worker or None)(Sampler)
-    settings = (model, config.model.batch_size, sizes.threads_per_worker)
+    settings = (model, config.model.device, config.model.batch_size, sizes.threads_per_worker)
     decoders = [prepare.remote(source, model, config) for _ in range(min(sizes.decode_cpus, len(pieces)))]
     workers = [caption.remote(*settings) for _ in range(sizes.num_workers)]
     try:
@@ -105,7 +106,7 @@ def measure(source: Source, rows: pa.Table, model: ModelRef, sizes: Sizes, confi
         ray.get(warm, timeout=TIMEOUT_S)
         return list(_pipeline(decoders, workers, pieces))
     except ray.exceptions.RayError as error:
-        raise ClusterError(f"the sample could not be captioned: {str(error).strip().splitlines()[-1]}") from error
+        raise cause_of(error, "nothing was written") from error
     finally:
         for one in (*decoders, *workers):
             ray.kill(one)

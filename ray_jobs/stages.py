@@ -21,6 +21,7 @@ import pyarrow as pa
 from captioner.config import AutoInt
 from captioner.data import Chunk, Pixels, Receipt, object_array
 from captioner.steps import ChunkRows, Work, caption, commit, decode, read
+from ray_jobs.gpus import worker_device
 from ray_jobs.metrics import DeviceMetrics, RunMetrics
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 _CHUNK, _IMAGES = "chunk", "images"
 _PIXELS, _WIDTHS = "_pixels", "_widths"
+_FACTS = ("seconds", "engine", "device")  # of a ChunkRows
 _ERROR = "error"
 
 
@@ -60,7 +62,7 @@ class CaptionStage:
 
         self.work = work
         say = None if messages is None else partial(_put, messages, uuid.uuid4().hex)
-        self.captioner = load(work.model, batch_size=batch_size, num_threads=num_threads, say=say)
+        self.captioner = load(work.model, worker_device(work.device), batch_size, num_threads, say)
         self.memory = work.new_memory()
         self.metrics = DeviceMetrics()
 
@@ -120,7 +122,7 @@ def receipts_of(block: pa.Table) -> list[Receipt]:
 
 def to_block(rows: ChunkRows) -> pa.Table:
     """The chunk as one row: what it is as JSON, and its images as a list of structs; no buffer is copied."""
-    facts = json.dumps({"chunk": asdict(rows.chunk), "seconds": rows.seconds, "engine": rows.engine})
+    facts = json.dumps({"chunk": asdict(rows.chunk), **{name: getattr(rows, name) for name in _FACTS}})
     (images,) = _with_pixels(rows).combine_chunks().to_batches()
     images = pa.LargeListArray.from_arrays([0, len(images)], images.to_struct_array())
     return pa.table({_CHUNK: [facts], _IMAGES: images})
@@ -134,7 +136,7 @@ def from_block(block: pa.Table, work: Work) -> ChunkRows:
     images = pa.Table.from_struct_array(block[_IMAGES][0].values)
     pixels = _pixels_of(images, work) if _PIXELS in images.column_names else None
     rows = images.drop_columns([name for name in (_PIXELS, _WIDTHS) if name in images.column_names])
-    return ChunkRows(Chunk(**facts["chunk"]), rows, pixels, facts["seconds"], facts["engine"])
+    return ChunkRows(Chunk(**facts["chunk"]), rows, pixels, **{name: facts[name] for name in _FACTS})
 
 
 def _with_pixels(rows: ChunkRows) -> pa.Table:

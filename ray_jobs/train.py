@@ -24,12 +24,14 @@ from pyarrow.fs import LocalFileSystem
 from captioner.config import ClusterConfig, TrainConfig
 from captioner.errors import CaptionerError, ClusterError
 from captioner.models import ModelRef, weights_bytes
+from captioner.models.devices import pick_device
 from captioner.models.loading import SMALL_MODEL_BYTES
 from captioner.training import job
 from captioner.training.job import Finishing, Outcome, Start, TrainRun
 from captioner.training.progress import TrainProgress
 from captioner.training.record import RUN_FILE
 from ray_jobs.cluster import Resources, Sizes, connect, share_out
+from ray_jobs.gpus import check_gpu_nodes, device_kind, training_device, worker_device
 from ray_jobs.map_tables import map_tables
 from ray_jobs.shared import check_shared
 
@@ -51,14 +53,16 @@ class RayTrainEngine:
 
     def __init__(self, config: TrainConfig, loop: Callable[[dict[str, Any]], dict[str, Any]] | None = None) -> None:
         self._loop = loop or train_loop
-        self._cluster = ClusterConfig(**config.cluster.model_dump())
+        self._cluster, self._device = ClusterConfig(**config.cluster.model_dump()), config.model.device
         self._resources: Resources | None = None
 
     def num_workers(self) -> int:
         return self._sizes().num_workers
 
-    def has_gpus(self) -> bool:
-        return self._sizes().gpus_per_worker > 0
+    def device(self) -> str:
+        sizes = self._sizes()
+        assert self._resources is not None
+        return device_kind(self._resources, sizes, self._device)
 
     def map_tables(self, function: Callable[[pa.Table], pa.Table], tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
         import ray.exceptions
@@ -97,7 +101,7 @@ class RayTrainEngine:
         sizes = self._sizes()
         task = ray.remote(num_cpus=1, num_gpus=sizes.gpus_per_worker or None, max_retries=1)(_finish)
         try:
-            return ray.get(task.remote(checkpoint, finishing, self._threads(finishing.model)))
+            return ray.get(task.remote(checkpoint, finishing, self._device, self._threads(finishing.model)))
         except ray.exceptions.RayError as error:
             raise _cause_of(error) from error
 
@@ -119,7 +123,7 @@ class RayTrainEngine:
         return TorchTrainer(
             self._loop,
             train_loop_config=config,
-            torch_config=ProcessGroup(sizes.num_workers, sizes.gpus_per_worker),
+            torch_config=ProcessGroup(self._device, self.device(), sizes.num_workers, sizes.gpus_per_worker),
             scaling_config=ScalingConfig(
                 num_workers=sizes.num_workers, use_gpu=bool(sizes.gpus_per_worker), resources_per_worker=resources
             ),
@@ -143,7 +147,8 @@ class RayTrainEngine:
             # Threads that wait for each other must not spin: decoding shares the CPUs with training.
             os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
             self._resources = connect(self._cluster)
-        return share_out(self._resources, self._cluster)
+            check_gpu_nodes(self._device, share_out(self._resources, self._cluster, device=self._device))
+        return share_out(self._resources, self._cluster, device=self._device)
 
     def _threads(self, model: ModelRef) -> int:
         sizes = self._sizes()
@@ -170,7 +175,7 @@ def train_loop(config: dict[str, Any], kind: type[RayWorker] | None = None) -> d
 
     torch.set_num_threads(config["threads"])
     settings, model = config["config"], config["model"]
-    worker = (kind or RayWorker)(config["board"])
+    worker = (kind or RayWorker)(config["board"], settings.model.device)
     restored = ray.train.get_checkpoint()
     if restored is None:
         return train_worker(settings, model, worker)
@@ -192,12 +197,11 @@ def _as_directory(checkpoint: Any) -> Iterator[Path]:
 class RayWorker:
     """A Ray Train worker, as `captioner.training.loop` sees it."""
 
-    def __init__(self, board: Any) -> None:
+    def __init__(self, board: Any, device: str) -> None:
         import ray.train
-        import ray.train.torch
 
         context = ray.train.get_context()
-        self.device = ray.train.torch.get_device()
+        self.device = training_device(device)
         self.rank, self.world_size, self._board = context.get_world_rank(), context.get_world_size(), board
 
     def feed(self, decode: Decode) -> Feed:
@@ -328,14 +332,14 @@ class _Preparing:
             self._board.give.remote(None)
 
 
-def _finish(checkpoint: Any, finishing: Finishing, num_threads: int) -> dict[str, Any]:
+def _finish(checkpoint: Any, finishing: Finishing, device: str, num_threads: int) -> dict[str, Any]:
     import torch
 
     from captioner.training.finish import finish
 
     torch.set_num_threads(num_threads)
     with _as_directory(checkpoint) as folder:
-        return finish(folder, finishing)
+        return finish(folder, finishing, pick_device(worker_device(device)))
 
 
 def _number(value: float | None) -> float:

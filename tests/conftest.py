@@ -1,5 +1,6 @@
 """Shared by all tests."""
 
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,6 +14,9 @@ from captioner.config import AltTextConfig, CaptionConfig
 from captioner.publishing.alt_text.command import make_alt_texts
 from captioner.store.table import open_table
 from captioner.testing import make_folder
+
+# GPU kernels are tested by Triton's interpreter; it has to know before torch first imports triton.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 MakeReviewable = Callable[..., Path]
 

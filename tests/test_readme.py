@@ -11,8 +11,10 @@ from captioner.data import CAPTIONS_SCHEMA, ERROR_CODES
 from captioner.errors import EXIT_CODES
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
 README = (ROOT / "README.md").read_text()
+NAMING_FILES = ("CONTRIBUTING.md", "docs/promises.md", "docs/security.md")
+FOR_PEOPLE = README + "".join((ROOT / name).read_text() for name in NAMING_FILES)
 OTHERS_FLAGS = {"--address", "--working-dir", "--generate", "--shm-size"}  # of ray and docker
 
 
@@ -48,8 +50,8 @@ def test_every_flag_and_command_is_real(document: Path, flags: set[str], command
 
 def test_every_file_is_there() -> None:
     suffixes = "py|md|yaml|toml|txt|png"
-    named = set(re.findall(rf"[`(]((?:[\w.-]+/)*[\w-]+\.(?:{suffixes}))[`):]", README))
-    named |= set(re.findall(r"`((?:captioner|ray_jobs|tests|docs|benchmarks)/[\w/]*)`", README))
+    named = set(re.findall(rf"[`(]((?:[\w.-]+/)*[\w-]+\.(?:{suffixes}))[`):]", FOR_PEOPLE))
+    named |= set(re.findall(r"`((?:captioner|ray_jobs|tests|docs|benchmarks)/[\w/]*)`", FOR_PEOPLE))
     named -= {"run.yaml"}
 
     assert len(named) > 15
@@ -57,12 +59,16 @@ def test_every_file_is_there() -> None:
 
 
 def test_every_promise_has_its_test() -> None:
-    faults = (ROOT / "docs/faults.md").read_text()
-    promised = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", README + faults)
+    pages = "".join((ROOT / "docs" / name).read_text() for name in ("promises.md", "faults.md"))
+    promised = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", pages)
 
     assert len(promised) >= 80
     missing = [f"{file}::{test}" for file, test in promised if f"def {test}(" not in (ROOT / file).read_text()]
     assert missing == []
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.split()) <= 1200
 
 
 def test_the_exit_codes_are_those_of_the_program() -> None:

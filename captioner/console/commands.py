@@ -14,7 +14,8 @@ from captioner.console.text import printable
 from captioner.data import RawImage
 from captioner.errors import ERROR, OK, TOO_MANY_FAILED
 from captioner.imaging.sandbox.decoder import GuardedDecoder
-from captioner.models import load, resolve
+from captioner.models import load, resolve, settle_dtype
+from captioner.models.devices import pick_device
 from captioner.report import FIGURES
 from captioner.report.terminal import print_check
 from captioner.run import quality
@@ -28,7 +29,9 @@ def try_pictures(pictures: Sequence[str], model: ModelConfig) -> int:
     """Print a caption for each file; a file that gives none is named on standard error. Exit 2 where none did."""
     from captioner.imaging import decode_images
 
-    ref = resolve(model, None if model.dtype == "auto" else model.dtype)
+    ref = resolve(model)
+    device = pick_device(model.device)
+    ref = settle_dtype(ref, model.dtype, device.type)
     print(f"captioner: {printable(ref.told)}", file=sys.stderr)
     limits = SourceConfig()
     with GuardedDecoder(ref.spec, limits.max_pixels, limits.decode_timeout) as decoder:
@@ -37,7 +40,7 @@ def try_pictures(pictures: Sequence[str], model: ModelConfig) -> int:
     messages = batch.rows["error_message"].to_pylist()
     fine = [place for place, code in enumerate(codes) if not code]
     if fine:
-        captioner = load(ref, batch_size=model.batch_size)
+        captioner = load(ref, str(device), model.batch_size)
         started = time.perf_counter()
         captions = captioner.caption(batch.pixels[fine])
         seconds = time.perf_counter() - started

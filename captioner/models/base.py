@@ -178,16 +178,16 @@ class TransformersCaptioner:
 
     @property
     def device_name(self) -> str:
-        """ "cpu", or a GPU's name and memory."""
-        if self.device.type != "cuda":
+        """ "cpu", "mps", or a GPU's name and memory."""
+        if self.device.type not in ("cuda", "xpu"):
             return self.device.type
-        found = torch.cuda.get_device_properties(self.device)
-        return f"{found.name}, {found.total_memory >> 30} GiB"
+        card = torch.get_device_module(self.device).get_device_properties(self.device)
+        return f"{card.name}, {card.total_memory >> 30} GiB"
 
     def free_memory(self) -> None:
         """Give back what the device holds for later use."""
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        if self.device.type != "cpu":
+            torch.accelerator.empty_cache()
 
     @torch.inference_mode()
     def search_batch(self, values: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -37,7 +37,7 @@ class Batched(Protocol):
 
     @property
     def device_name(self) -> str:
-        """ "cpu", or a GPU's name and memory."""
+        """ "cpu", "mps", or a GPU's name and memory."""
         ...
 
     def try_batch(self, size: int) -> None:
@@ -56,8 +56,9 @@ def settle_batch_size(
     say: Callable[[str], None] = lambda line: None,
 ) -> None:
     """Set `batch_size` to what is remembered for its model and device, or to what is found now; to `on_cpu` on a CPU,
-    which gains little from large batches. `say`: told before sizes are tried out, and what came of it."""
-    if captioner.device_name == "cpu":
+    which gains little from large batches, and on mps, where running out of memory is no torch.OutOfMemoryError.
+    `say`: called with a line before sizes are tried out, and with the outcome."""
+    if captioner.device_name in ("cpu", "mps"):
         captioner.batch_size = on_cpu
         return
     key, file = f"{captioner.device_name}; {captioner.ref.fingerprint}", cache_dir() / "batch_sizes.json"

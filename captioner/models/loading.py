@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from captioner.data import Captioner
-from captioner.errors import ModelError
+from captioner.models.devices import auto_dtype, pick_device, set_wait_policy
 from captioner.models.fake import FakeCaptioner
 from captioner.models.ref import ModelRef
 from captioner.models.resolving import on_this_machine
 
 if TYPE_CHECKING:
-    import torch
-
     from captioner.models.base import TransformersCaptioner
 
 # Below this, one operation takes less time than waking the threads that would share it: one thread captions faster
@@ -45,38 +43,42 @@ def load(
     num_threads: int | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Captioner:
-    """The captioner of `ref`, its weights on `device` ("auto": the first CUDA GPU, else the CPU).
+    """The captioner of `ref`, its weights on `device` (see `captioner.models.devices.pick_device`).
 
     `batch_size`: pictures for each forward pass; "auto" tries out on a GPU what is fastest. `num_threads`: CPU threads
     of torch, where the environment's OMP_NUM_THREADS is not what is wanted; a small model gets one. `say`: told a line
-    about what takes long. A model that is not
-    on this machine is fetched again; one whose weights are no longer those of `ref` is refused. Raises ModelError where
-    the model or the device cannot be used.
+    about what takes long. A model that is not on this machine is fetched again; one whose weights are no longer those
+    of `ref` is refused. Raises ModelError where the model or the device cannot be used.
     """
     if ref.family == "fake":
         return FakeCaptioner(prompt=ref.prompt)
     say, started = say or (lambda line: None), time.perf_counter()
     with ThreadPoolExecutor(2) as threads:
         here = threads.submit(on_this_machine, ref)  # which hashes the weights
-        place = _device(device)
+        torch_device = pick_device(device)
         import torch
 
-        threads.submit(lambda: torch.empty(1, device=place))  # a GPU takes a second to start
+        threads.submit(lambda: torch.empty(1, device=torch_device))  # a GPU takes a second to start
         family = _import_family(ref.family)
         ref = here.result()
     imported = time.perf_counter()
     say(f"torch and transformers imported in {imported - started:.1f} s")
     from captioner.models.batch_size import CPU_SIZE, SMALL_CPU_SIZE, settle_batch_size
 
-    if place.type == "cpu" and is_small(ref):
+    if torch_device.type == "cpu" and is_small(ref):
         num_threads = 1
     if num_threads is not None:
         torch.set_num_threads(num_threads)
-    captioner = family(ref, place, 1 if batch_size == "auto" else batch_size)
+    captioner = family(ref, torch_device, 1 if batch_size == "auto" else batch_size)
     say(f"weights on {captioner.device_name} in {time.perf_counter() - imported:.1f} s")
     if batch_size == "auto":
         settle_batch_size(captioner, SMALL_CPU_SIZE if is_small(ref) else CPU_SIZE, say=say)
     return captioner
+
+
+def settle_dtype(ref: ModelRef, dtype: str, device: str) -> ModelRef:
+    """Return `ref` in the dtype that a value of --dtype stands for on a kind of device."""
+    return replace(ref, dtype=auto_dtype(device) if dtype == "auto" else dtype)
 
 
 def is_small(ref: ModelRef) -> bool:
@@ -89,25 +91,9 @@ def weights_bytes(ref: ModelRef) -> int:
     return sum(file.stat().st_size for file in Path(ref.path).glob("*.safetensors")) if ref.path else 0
 
 
-def _device(name: str) -> torch.device:
-    # Threads that wait for each other must not spin: where other work shares the CPUs, decoding for one, spinning
-    # made captioning up to a hundred times slower. Read when torch is imported, so the first model sets it.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"device {name!r}: not available here ({reason}); use auto or cpu") from None
-    return device
-
-
 def _import_family(family: str) -> type[TransformersCaptioner]:
     """The class of a family. Its module is imported when called: each imports its own part of transformers."""
+    set_wait_policy()
     module, name = CLASSES[family]
     found: type[TransformersCaptioner] = getattr(import_module(f"captioner.models.{module}"), name)
     return found

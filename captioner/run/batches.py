@@ -18,7 +18,8 @@ import numpy as np
 from captioner.config import ModelConfig, SourceConfig
 from captioner.data import RawImage
 from captioner.imaging.sandbox.decoder import GuardedDecoder
-from captioner.models import load, resolve
+from captioner.models import load, resolve, settle_dtype
+from captioner.models.devices import pick_device
 from captioner.steps import caption_or_reasons
 
 
@@ -26,9 +27,9 @@ class CaptionBatches:
     """Adds columns to a batch that holds image files as bytes. Load it once for each worker.
 
     `column`: where the bytes are. `max_pixels`, `decode_timeout`: as of `captioner caption`. `settings`: fields of
-    `captioner.config.ModelConfig` other than `name` (`num_beams`, `max_new_tokens`, `dtype`, `prompt`, `batch_size`,
-    ...). Raises ModelError where the model cannot be used; a bad image is a row with an `error_code`, also one that
-    crashes its decoder.
+    `captioner.config.ModelConfig` other than `name` (`num_beams`, `max_new_tokens`, `device`, `dtype`, `prompt`,
+    `batch_size`, ...). Raises ModelError where the model, or a GPU that was reserved for the worker, cannot be used; a
+    bad image is a row with an `error_code`, also one that crashes its decoder.
     """
 
     def __init__(
@@ -40,13 +41,13 @@ class CaptionBatches:
         **settings: Any,
     ) -> None:
         config = ModelConfig.model_validate({"name": model, **settings})
-        self._ref = resolve(config, None if config.dtype == "auto" else config.dtype)
+        ref = resolve(config)
         self._max_pixels = max_pixels or SourceConfig().max_pixels
-        self._decoder = GuardedDecoder(
-            self._ref.spec, self._max_pixels, decode_timeout or SourceConfig().decode_timeout
-        )
+        self._decoder = GuardedDecoder(ref.spec, self._max_pixels, decode_timeout or SourceConfig().decode_timeout)
         self._decoder.start()
-        self._captioner = load(self._ref, batch_size=config.batch_size)
+        device = pick_device(config.device)
+        self._ref = settle_dtype(ref, config.dtype, device.type)
+        self._captioner = load(self._ref, str(device), config.batch_size)
         self._column = column
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 from captioner.config import CaptionConfig
 from captioner.errors import FingerprintError
 from captioner.models import ModelRef
+from captioner.models.devices import auto_dtype
 from captioner.store.table import CaptionsTable
 
 FACTS = ("name", "revision", "sha256", "dtype", "num_beams", "max_new_tokens", "prompt", "preprocess")
@@ -26,10 +27,10 @@ def bind(
     """
     table = rebind(table)
     recorded = table.info["model"]
-    dtype = config.model.dtype
+    dtype: str = config.model.dtype
     if dtype == "auto":
         known = recorded and (not config.output.only or recorded["sha256"] == model.sha256)
-        dtype = recorded["dtype"] if known else ("bfloat16" if device() == "cuda" else "float32")
+        dtype = recorded["dtype"] if known else auto_dtype(device())
     model = replace(model, dtype=dtype)
     if recorded is None:
         return _bound(table, model.fingerprint, facts_of(model)), model

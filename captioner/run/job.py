@@ -12,7 +12,6 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Protocol
 
 from captioner.config import CaptionConfig, SourceConfig
@@ -56,7 +55,7 @@ class Engine(Protocol):
         ...
 
     def device(self) -> str:
-        """ "cuda" or "cpu"; connects where that is needed."""
+        """The kind of device that captions: "cpu", "cuda", ...; connects where that is needed."""
         ...
 
     def slots(self) -> dict[str, float]:
@@ -76,6 +75,7 @@ class Job:
     table: CaptionsTable
     source: Source
     say: Say
+    device: Callable[[], str]
     run_id: str
     work: Work | None = None
     started: float = field(default_factory=time.perf_counter)
@@ -98,7 +98,7 @@ class Job:
         """A generation of the rows that --only chooses; from then on the table is bound to this model."""
         assert self.work is not None
         model = self.work.model
-        size = _rows_per_chunk(model, self.config)
+        size = _rows_per_chunk(model, self.device)
         plan, chosen = make_recaption_plan(self.table, parse_selector(only), model.fingerprint, facts_of(model), size)
         if chosen.settled:
             self.say(f"{chosen.settled:,} more match --only, but a person settled their text")
@@ -134,7 +134,7 @@ def open_job(config: CaptionConfig, engine: Engine, say: Say) -> Job:
     else:
         table.directory.sweep("")
         remove_merged_chunks(table)
-    job = Job(config, table, source, say, _new_run_id(), started=started)
+    job = Job(config, table, source, say, engine.device, _new_run_id(), started=started)
     _bring_plan_up_to_date(job, model)
     if model is not None:
         job.table, model = bind(job.table, config, model, engine.device)
@@ -147,6 +147,7 @@ def open_job(config: CaptionConfig, engine: Engine, say: Say) -> Job:
             source_config.decode_timeout,
             read_concurrency=config.cluster.read_concurrency,
             dedupe=not config.output.no_dedupe,
+            device=config.model.device,
         )
         say(model.told)
         if model.name == "starter" and not _holds_scenes(job.table):
@@ -213,11 +214,10 @@ def _planned_source(config: CaptionConfig, table: CaptionsTable) -> SourceConfig
 
 def _bring_plan_up_to_date(job: Job, model: ModelRef | None) -> None:
     plans, config = job.table.plans(), job.config
-    per_chunk = _rows_per_chunk(model, config)
     if plans and not config.output.extend:
         _tell_what_changed(job, sum(plan.num_rows for plan in plans if plan.founds_parts))
         return
-    limits = (per_chunk, config.output.rows_per_file)
+    limits = (_rows_per_chunk(model, job.device), config.output.rows_per_file)
     teller = _ListingTeller(job.say)
     started = time.perf_counter()
     plan = make_plan(job.table, job.source, config.source, *limits, on_progress=teller)
@@ -251,11 +251,10 @@ def _holds_scenes(table: CaptionsTable) -> bool:
     return all(captions and all(describes_scene(caption) for caption in captions) for captions in known)
 
 
-def _rows_per_chunk(model: ModelRef | None, config: CaptionConfig) -> int:
+def _rows_per_chunk(model: ModelRef | None, device: Callable[[], str]) -> int:
     if model is None:
         return ROWS_PER_CHUNK
-    without_gpu = config.cluster.address is None and not Path("/dev/nvidia0").exists()
-    slow = without_gpu and weights_bytes(model) > LARGE_MODEL_BYTES
+    slow = weights_bytes(model) > LARGE_MODEL_BYTES and device() == "cpu"
     limit = OWN_SIZES_CHUNK_BYTES if model.spec.own_sizes else CHUNK_PIXEL_BYTES
     fitting = limit // model.spec.max_bytes
     return max(1, min(ROWS_PER_CHUNK_SLOW if slow else ROWS_PER_CHUNK, fitting))

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -39,6 +38,7 @@ class Tally:
     startup: float = 0.0
     duplicates: int = 0
     engine: str = ""
+    devices: set[str] = field(default_factory=set)
     slots: dict[str, float] | None = None
     working_since: float = 0.0
 
@@ -54,6 +54,7 @@ class Tally:
         self.num_rows += receipt.num_rows
         self.duplicates += receipt.num_duplicates
         self.engine = receipt.engine or self.engine
+        self.devices |= {receipt.device} - {""}
         self.read, self.decode = self.read + parts[0], self.decode + parts[1]
         self.generate, self.commit = self.generate + parts[2], self.commit + parts[3]
         if self.first_at is None:
@@ -133,7 +134,7 @@ def make_record(job: Job, state: str, tally: Tally, counts: TableCounts | None =
         "settings": _without_keys(job.config),
         "notes": job.notes,
         "versions": versions(),
-        "hardware": hardware(),
+        "hardware": hardware(tally.devices),
     }
 
 
@@ -159,10 +160,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def hardware() -> dict[str, str]:
-    """What the driver runs on. GPUs are named where torch is loaded: it is not for this."""
-    found = {"machine": f"{platform.system()} {platform.machine()}", "cpus": str(os.cpu_count())}
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        found["gpus"] = ", ".join(torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count()))
-    return found
+def hardware(devices: set[str]) -> dict[str, str]:
+    """What the driver runs on, and which kinds of devices captioned."""
+    facts = {"machine": f"{platform.system()} {platform.machine()}", "cpus": str(os.cpu_count())}
+    return facts | ({"devices": "; ".join(sorted(devices))} if devices else {})

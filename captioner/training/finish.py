@@ -29,12 +29,12 @@ from captioner.training.trainable import open_trainable
 _OWN_FILES = ("config.json", "generation_config.json")
 
 
-def finish(checkpoint: Path, job: Finishing) -> dict[str, Any]:
-    """Make OUT/model from a checkpoint's directory. Scores the test set where there is one.
+def finish(checkpoint: Path, job: Finishing, device: torch.device) -> dict[str, Any]:
+    """Make OUT/model from a checkpoint's directory. Scores the test set, on `device`, where there is one.
 
     Returns what was `measured` on which set, and the model's `sha256`. Safe to repeat.
     """
-    settings, device = job.config.training, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    settings = job.config.training
     batch_size = settings.per_device_eval_batch_size or settings.per_device_train_batch_size
     captioner = open_trainable(job.model, job.config.model, device, batch_size, checkpoint)
     known = evaluations(job.history)

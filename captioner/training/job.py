@@ -104,8 +104,8 @@ class TrainEngine(Protocol):
         """How many workers will train; raises ClusterError where a request cannot be met."""
         ...
 
-    def has_gpus(self) -> bool:
-        """Whether each worker has a GPU, or a share of one."""
+    def device(self) -> str:
+        """The kind of device that workers train on: "cpu", "cuda", ..."""
         ...
 
     def map_tables(self, function: Callable[[pa.Table], pa.Table], tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
@@ -136,7 +136,7 @@ def _run(config: TrainConfig, engine: TrainEngine) -> int:
         listed = in_background(partial(_list_new_pairs, config, out, archives))
         check = check_in_subprocess(model)
         progress.doing("starting Ray")
-        if config.training.fp16 and not engine.has_gpus():
+        if config.training.fp16 and engine.device() == "cpu":
             raise UsageError("--fp16: there is no GPU to compute in float16 on; --bf16 works on CPUs as well")
         record = open_record(config, out, model, engine.num_workers())
         if out.exists(MODEL_FILE):

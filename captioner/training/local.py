@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from captioner.models.devices import pick_device
 from captioner.training.job import Finishing, Outcome, Start, TrainRun
 from captioner.training.progress import TrainProgress
 
@@ -22,15 +23,16 @@ _METRICS = "metrics.json"
 
 
 class LocalEngine:
-    """The engine of one process. OUT must be a local directory; every checkpoint is kept."""
+    """The engine of one process. OUT must be a local directory; every checkpoint is kept. `device`: a --device."""
+
+    def __init__(self, device: str = "auto") -> None:
+        self._device = device
 
     def num_workers(self) -> int:
         return 1
 
-    def has_gpus(self) -> bool:
-        import torch
-
-        return torch.cuda.is_available()
+    def device(self) -> str:
+        return pick_device(self._device).type
 
     def map_tables(self, function: Callable[[pa.Table], pa.Table], tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
         return map(function, tables)
@@ -43,7 +45,7 @@ class LocalEngine:
         opened.write_report()
         tables = opened.pairs.tables
         work = Training(start.config, start.model, start.archives, opened.schedule, tables["train"], tables["eval"])
-        worker = LocalWorker(Path(start.out.path("checkpoints")) / start.name, work)
+        worker = LocalWorker(Path(start.out.path("checkpoints")) / start.name, work, self._device)
         progress.doing("")
         progress.watch(lambda: worker.told[-1] if worker.told else None)
         ended = train_worker(start.config, start.model, worker, worker.latest())
@@ -55,7 +57,7 @@ class LocalEngine:
     def finish(self, checkpoint: Any, finishing: Finishing) -> dict[str, Any]:
         from captioner.training.finish import finish
 
-        return finish(checkpoint, finishing)
+        return finish(checkpoint, finishing, pick_device(self._device))
 
 
 class LocalWorker:
@@ -63,11 +65,9 @@ class LocalWorker:
 
     rank, world_size = 0, 1
 
-    def __init__(self, folder: Path, work: Training) -> None:
-        import torch
-
+    def __init__(self, folder: Path, work: Training, device: str = "auto") -> None:
         self._work = work
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = pick_device(device)
         self.folder = folder
         self.told: list[dict[str, Any]] = []
 

@@ -23,7 +23,7 @@ _FREE = {
     "training": {"logging_steps", "per_device_eval_batch_size", "report_to", "save_total_limit"},
     "output": {"path", "push_to_hub", "hub_model_id"},
     "data": {"max_failed"},
-    "model": set(),
+    "model": {"device"},
 }
 # Settings that are places: a URI may hold keys, which belong in no record.
 _PLACES = {"data": ("path", "eval_data", "test_data"), "model": ("name",), "output": ("path",)}

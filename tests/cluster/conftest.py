@@ -127,6 +127,7 @@ def end_tree(process: subprocess.Popen) -> None:
 
 @pytest.fixture(scope="session")
 def head() -> Iterator[Head]:
+    """Its two GPUs are only counted: there is no device behind them."""
     home = Path(tempfile.mkdtemp(prefix="cr", dir="/tmp"))  # sockets live below it: their paths must be short
     gcs, dashboard, agent, client, metrics = free_ports(5)
     token = secrets.token_hex(16)
@@ -141,7 +142,7 @@ def head() -> Iterator[Head]:
         "RAY_metrics_report_interval_ms": "500",
     }
     flags = {"port": gcs, "dashboard-port": dashboard, "dashboard-agent-listen-port": agent}
-    flags |= {"ray-client-server-port": client, "metrics-export-port": metrics, "num-cpus": 2}
+    flags |= {"ray-client-server-port": client, "metrics-export-port": metrics, "num-cpus": 2, "num-gpus": 2}
     settings = ["--dashboard-host", "127.0.0.1", "--temp-dir", str(home / "r")]
     started = _ray_start(
         environment | {"PYTHONPATH": ""},

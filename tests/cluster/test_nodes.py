@@ -72,7 +72,7 @@ def grown(head, tmp_path_factory: pytest.TempPathFactory) -> Observed:
     with (archive / f"{PICTURES - 1:06d}.png").open("ab") as last:
         last.write(GATE_MARKER + bytes(gate))
     head.add_node(num_cpus=2)
-    flags = [*SLOW_MODEL, "--num-workers", "1:3", "--decode-timeout", "3600"]
+    flags = [*SLOW_MODEL, "--device", "cpu", "--num-workers", "1:3", "--decode-timeout", "3600"]
     job = head.submit("--env", "CAPTIONER_TEST_POISON=1", "--", "caption", str(archive), str(root / "out"), *flags)
     head.add_node(num_cpus=2)
     run, deadline = Observed(root / "out"), time.monotonic() + DEADLINE_S
@@ -116,7 +116,7 @@ def test_a_running_job_is_counted_on_the_metrics_endpoint(grown: Observed) -> No
 
 
 def test_the_doctor_asks_every_node(head, tmp_path: Path) -> None:
-    job = head.submit("--", "doctor", "--model", "starter", "--out", str(tmp_path / "out"))
+    job = head.submit("--", "doctor", "--model", "starter", "--device", "cpu", "--out", str(tmp_path / "out"))
     log, _ = job.communicate()
 
     assert job.returncode == 0, log

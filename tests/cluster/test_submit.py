@@ -82,6 +82,7 @@ class Proxy:
 
 def caption(archive: Path, out: Path, *more: str) -> list[str]:
     words = ["--", "caption", str(archive), str(out), "--model", "fake", "--rows-per-file", "32", *more]
+    words += ["--device", "cpu", "--gpus-per-worker", "1", "--num-workers", "1"]
     return ["--env", "CAPTIONER_TEST_POISON=1", *words, "--decode-timeout", "600"]
 
 

@@ -60,6 +60,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Any:
 def example(setting: Setting) -> tuple[list[str], object]:
     """Words for the command line that are not the default, and the value they mean."""
     known: dict[str, tuple[list[str], object]] = {
+        "device": (["mps"], "mps"),
         "dtype": (["bfloat16"], "bfloat16"),
         "preprocess": (["processor"], "processor"),
         "pages": (["all"], "all"),

@@ -15,6 +15,7 @@ import pytest
 
 from benchmarks import gpu
 from benchmarks.gpu import FORMS, STEPS, Setup, SkippedError, Step
+from benchmarks.gpu_table import write_results
 
 
 @pytest.fixture
@@ -101,7 +102,7 @@ def test_the_table_has_ratios_between_steps_and_targets(setup) -> None:
         "kill": {"status": "failed (1)", "seconds": 3.0, "message": "2 captions differ"},
     }
 
-    gpu.write_results(setup.options, {"card": "none"}, results)
+    write_results(setup.options, {"card": "none"}, results)
 
     table = (Path(setup.options.out) / "gpu.md").read_text()
     assert "| job | of_engine | 0.5 | >= 0.9 |" in table

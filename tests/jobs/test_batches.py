@@ -19,10 +19,10 @@ def test_the_stage_captions_bytes_in_any_dataset(tmp_path: Path) -> None:
 
     rows = files.map_batches(
         CaptionBatches,
-        fn_constructor_kwargs={"model": "starter", "batch_size": 4},
+        fn_constructor_kwargs={"model": "starter", "batch_size": 4, "device": "cpu"},
         batch_size=4,
         compute=ray.data.ActorPoolStrategy(size=1),
-        num_cpus=0.5,
+        num_gpus=1,
     ).take_all()
 
     by_name = {Path(row["path"]).name: row for row in rows}
@@ -32,3 +32,13 @@ def test_the_stage_captions_bytes_in_any_dataset(tmp_path: Path) -> None:
     assert (by_name["000000.png"]["error_code"], by_name["zz.png"]["error_code"]) == ("", "not_an_image")
     assert by_name["zz.png"]["caption"] is None
     assert len(rows) == 7
+
+
+@pytest.mark.usefixtures("ray_instance")
+def test_a_gpu_that_torch_cannot_use_is_an_error_and_no_slow_run_on_the_cpu() -> None:
+    import ray
+
+    worker = ray.remote(num_gpus=0.5)(CaptionBatches).remote("starter")
+
+    with pytest.raises(ray.exceptions.RayError, match=r"the GPU .* cannot be used .* or give --device cpu"):
+        ray.get(worker.__ray_ready__.remote())

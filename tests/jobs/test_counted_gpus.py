@@ -1,6 +1,8 @@
 """Every path that asks Ray for a GPU, with GPUs that Ray only counts."""
 
+import json
 import queue
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,14 +10,18 @@ import pyarrow as pa
 import pytest
 
 from captioner import pipeline
-from captioner.config import CaptionConfig
+from captioner.config import CaptionConfig, ClusterConfig
 from captioner.errors import ModelError
+from captioner.run.job import open_job
 from captioner.steps import ChunkRows
 from captioner.store.read import read_parts
 from captioner.store.table import open_table
 from captioner.store.verify import verify
 from captioner.testing import make_folder
-from ray_jobs import caption
+from ray_jobs import caption, demo
+from ray_jobs.cli import main
+from ray_jobs.cluster import Resources, Sizes, accelerator_of, share_out
+from ray_jobs.gpus import device_kind, worker_device
 from ray_jobs.stages import CaptionStage, _put
 
 pytestmark = pytest.mark.usefixtures("ray_instance")
@@ -32,7 +38,7 @@ def settings(archive: Path, out: Path, **cluster: Any) -> CaptionConfig:
     return CaptionConfig.model_validate(
         {
             "source": {"path": str(archive)},
-            "model": {"name": "fake"},
+            "model": {"name": "fake", "device": "cpu"},
             "cluster": {"decode_cpus": 1, **cluster},
             "output": {"path": str(out), "rows_per_file": 16},
         }
@@ -77,10 +83,10 @@ def noting_stage(notes: Path, num_workers: int) -> type[CaptionStage]:
 @pytest.mark.parametrize(
     ("cluster", "held"),
     [
-        ({"num_workers": 1}, [{"1 of 0"}, {"1 of 1"}]),
-        ({}, [{"1 of 0", "1 of 1"}]),
+        ({"num_workers": 1, "gpus_per_worker": 1}, [{"1 of 0"}, {"1 of 1"}]),
+        ({"gpus_per_worker": 1}, [{"1 of 0", "1 of 1"}]),
         ({"num_workers": 2, "gpus_per_worker": 0.5}, [{"0.5 of 0"}, {"0.5 of 1"}]),
-        ({"num_workers": "1:2"}, [{"1 of 0", "1 of 1"}]),
+        ({"num_workers": "1:2", "gpus_per_worker": 1}, [{"1 of 0", "1 of 1"}]),
     ],
 )
 def test_workers_hold_the_gpus_that_were_asked_for_and_a_chunk_stays_whole(
@@ -106,17 +112,20 @@ def test_workers_hold_the_gpus_that_were_asked_for_and_a_chunk_stays_whole(
 
 
 def failing_stage() -> type[CaptionStage]:
-    """A caption stage of which two calls at once meet an error in the same moment."""
+    """A caption stage of which the first two calls meet an error in the same moment. A later one waits for no other: an
+    actor whose call never ends keeps its CPU and its GPU after the run."""
 
     class FailingStage(CaptionStage):
         def __init__(self, *arguments: Any, **named: Any) -> None:
+            import itertools
             import threading
 
             super().__init__(*arguments, **named)
-            self.both = threading.Barrier(2)
+            self.both, self.calls = threading.Barrier(2), itertools.count()
 
         def _caption(self, decoded: ChunkRows) -> ChunkRows:
-            self.both.wait()
+            if next(self.calls) < 2:
+                self.both.wait()
             raise ModelError("model: gone")
 
     return FailingStage
@@ -125,7 +134,7 @@ def failing_stage() -> type[CaptionStage]:
 def test_two_calls_of_a_gpu_worker_that_fail_together_end_the_run(
     tmp_path: Path, archive: Path, local_captions: list[tuple], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = settings(archive, tmp_path / "out", num_workers=1)
+    config = settings(archive, tmp_path / "out", num_workers=1, gpus_per_worker=1)
     with monkeypatch.context() as patched:
         patched.setattr(caption, "CaptionStage", failing_stage())
         with pytest.raises(ModelError, match="model: gone"):
@@ -148,3 +157,104 @@ def test_what_the_first_worker_says_while_it_starts_is_shown(monkeypatch: pytest
         assert [shown.get(timeout=60) for _ in range(3)] == [f"caption worker: {line}" for line in (*lines, "the end")]
 
     _put(messages, "third", "a worker that starts again goes on although nobody listens any more")
+
+
+def test_a_run_goes_on_and_retries_on_gpus(tmp_path: Path) -> None:
+    archive, out = make_folder(tmp_path / "archive", 60), tmp_path / "out"
+    whole = (archive / "000007.png").read_bytes()
+    (archive / "000007.png").write_bytes(b"no image")
+    config = settings(archive, out, num_workers=1, gpus_per_worker=1)
+    engine = caption.RayEngine(config)
+    job = open_job(config, engine, lambda line: None)
+    (plan,) = job.table.open_plans()
+    for receipt in engine.caption_chunks(job.work, job.missing_chunks(plan)[:2]):
+        assert receipt.device == "cpu"
+
+    assert caption.run(config) == 0
+    assert json.loads((out / "run.json").read_text())["counts"]["skipped"] == 32
+    (archive / "000007.png").write_bytes(whole)
+    output = config.output.model_copy(update={"retry_failed": True})
+    assert caption.run(config.model_copy(update={"output": output})) == 0
+
+    assert {status for _, status, *_ in captions(out)} == {"ok"}
+    assert json.loads((out / "run.json").read_text())["hardware"]["devices"] == "cpu"
+    assert verify(open_table(str(out))).proven
+
+
+def test_on_a_cluster_with_gpus_device_cpu_alone_captions_every_image(tmp_path: Path) -> None:
+    words = ["caption", str(make_folder(tmp_path / "archive", 20)), str(tmp_path / "out"), "--model", "starter"]
+
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "--device", "cpu", "--decode-cpus", "1"])
+
+    assert ended.value.code == 0
+    rows = captions(tmp_path / "out")
+    assert [row[:3] for row in rows] == [(f"{number:06d}.png", "ok", None) for number in range(20)]
+    assert len({text for *_, text in rows}) > 10
+
+
+def test_a_gpu_that_torch_cannot_use_stops_the_run_before_anything_is_captioned(
+    tmp_path: Path, archive: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+
+    with pytest.raises(SystemExit) as ended:
+        main(["caption", str(archive), str(out), "--model", "starter"])
+
+    assert ended.value.code == 1
+    *_, line = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(
+        r"captioner: error: the GPU that was reserved cannot be used on node \S+ \(torch .* has no CUDA\); "
+        "install torch with CUDA there, or give --device cpu",
+        line,
+    )
+    assert not list(out.glob("chunks/*/*"))
+
+
+def test_a_worker_looks_at_its_own_gpu_and_without_one_takes_the_cpu() -> None:
+    import ray
+
+    with pytest.raises(ModelError, match="the GPU that was reserved cannot be used on node"):
+        ray.get(ray.remote(num_gpus=0.5)(worker_device).remote("auto"))
+    assert ray.get(ray.remote(num_gpus=0)(worker_device).remote("auto")) == "cpu"
+    assert ray.get(ray.remote(num_gpus=0.5)(worker_device).remote("cpu")) == "cpu"
+
+
+def test_the_demo_trains_on_a_cluster_with_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = demo.demo_config(tmp_path / "pictures", tmp_path / "run")
+    short = {"max_steps": 2, "eval_steps": 1, "per_device_train_batch_size": 4}
+    config = config.model_copy(update={"training": config.training.model_copy(update=short)})
+    monkeypatch.setattr(demo, "PICTURES", 40)
+    monkeypatch.setattr(demo, "demo_config", lambda pictures, out: config)
+
+    assert demo.train(tmp_path) == 0
+    assert (tmp_path / "run/model/model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("kinds", "device"),
+    [
+        (["H100"], "cuda"),
+        (["Intel-GPU-Max-1550"], "xpu"),
+        (["M2-Pro"], "mps"),
+        (["M4"], "mps"),
+        (["Intel-GPU-Max-1100", "H100"], "cuda"),
+        ([], "cuda"),
+    ],
+)
+def test_what_torch_calls_the_gpus_of_a_cluster(kinds: list[str], device: str) -> None:
+    resources = Resources(8, 2, 1, accelerator=accelerator_of(["CPU", *(f"accelerator_type:{kind}" for kind in kinds)]))
+    on_gpus, on_cpus = Sizes(2, 1.0, 1.0, 1, 1, 1), Sizes(2, 1.0, 0.0, 1, 1, 1)
+
+    assert device_kind(resources, on_gpus, "auto") == device
+    assert device_kind(resources, on_cpus, "auto") == device_kind(resources, on_gpus, "cpu") == "cpu"
+
+
+@pytest.mark.parametrize("num_workers", ["auto", "1:2"])
+@pytest.mark.parametrize(
+    ("device", "given", "gpus"), [("auto", None, 1), ("cpu", None, 0), ("cpu", 1, 1), ("mps", 0, 0)]
+)
+def test_workers_on_the_cpu_reserve_no_gpu_unless_told(device, given, gpus, num_workers) -> None:
+    cluster = ClusterConfig(num_workers=num_workers, gpus_per_worker=given)
+
+    assert share_out(Resources(8, 2, 1, 8), cluster, device=device).gpus_per_worker == gpus

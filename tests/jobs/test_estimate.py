@@ -138,8 +138,8 @@ def test_the_sample_is_captioned_on_the_cluster_and_nothing_is_written(
 
     settings = {
         "source": {"path": str(archive)},
-        "model": {"name": "fake"},
-        "cluster": {"gpus_per_worker": 0, "decode_cpus": 1},
+        "model": {"name": "fake", "device": "cpu"},
+        "cluster": {"num_workers": 1, "gpus_per_worker": 0.5, "decode_cpus": 1},
     }
     code = run(CaptionConfig.model_validate(settings), 41, 0, 2.5)
 
@@ -147,6 +147,8 @@ def test_the_sample_is_captioned_on_the_cluster_and_nothing_is_written(
     assert code == 0
     assert re.search(r"pictures +41", shown)
     assert "captioned       97.6% of the sample" in shown
+    assert "on 0.5 GPUs" in shown
+    assert re.search(r"cost +\d", shown)
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -163,3 +165,17 @@ def test_the_doctor_names_what_is_wrong(tmp_path: Path) -> None:
     assert {one.name for one in found if one.fine} >= {"cluster", "versions"}
     (model,) = [one for one in found if one.name == "model"]
     assert str(tmp_path / "nothing") in model.said
+    (gpu,) = [one for one in found if one.name == "gpu"]
+    assert "install torch with CUDA there, or give --device cpu" in gpu.said
+
+
+@pytest.mark.usefixtures("ray_instance")
+def test_the_doctor_captions_on_a_worker_as_the_run_would_have_it() -> None:
+    settings = {"model": {"name": "fake", "device": "cpu"}, "cluster": {"gpus_per_worker": 0.5}}
+
+    found = {one.name: one for one in findings(CaptionConfig.model_validate(settings), None)}
+
+    assert not [one for one in found.values() if one.fine is False]
+    assert "gpu" not in found
+    assert "4 caption workers with 0.5 GPUs" in found["sizes"].said
+    assert "fake loads in" in found["model"].said

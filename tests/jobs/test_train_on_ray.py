@@ -12,7 +12,7 @@ import pytest
 from pyarrow.fs import FileSystem
 
 from captioner.config import ClusterConfig, TrainConfig
-from captioner.errors import ClusterError, InterruptedRunError, SourceError
+from captioner.errors import ClusterError, InterruptedRunError, ModelError, SourceError
 from captioner.store.directory import Directory
 from captioner.testing import make_folder, make_tiny_model
 from captioner.training import job
@@ -35,12 +35,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model("git", tmp_path_factory.mktemp("tiny"))
 
 
-def settings(data: Path, out: Path | str, model: Path, workers: int) -> TrainConfig:
+def settings(data: Path, out: Path | str, model: Path, workers: int, gpus: float = 0) -> TrainConfig:
+    """`gpus`: of each worker, which computes on the CPU all the same."""
     return TrainConfig.model_validate(
         {
             "data": {"path": str(data), "eval_fraction": 0.2},
-            "model": {"name": str(model), "max_new_tokens": 8},
-            "cluster": {"num_workers": workers, "gpus_per_worker": 0},
+            "model": {"name": str(model), "max_new_tokens": 8, "device": "cpu"},
+            "cluster": {"num_workers": workers, "gpus_per_worker": gpus},
             "training": {
                 "per_device_train_batch_size": 8 // workers,
                 "max_steps": STEPS,
@@ -132,7 +133,7 @@ def bucket() -> Iterator[str]:
 def test_two_workers_give_the_curve_of_one_even_when_one_is_killed_and_out_is_an_object_store(
     tmp_path: Path, data: Path, tiny: Path, alone: Path, bucket: str
 ) -> None:
-    config, note, out = settings(data, bucket, tiny, workers=2), tmp_path / "note", Directory(bucket)
+    config, note, out = settings(data, bucket, tiny, workers=2, gpus=1), tmp_path / "note", Directory(bucket)
 
     job.run(config, RayTrainEngine(config, signalling_loop(note, bucket, None)))
 
@@ -174,7 +175,7 @@ job.run(config, RayTrainEngine(config, tests.signalling_loop(Path({str(killed)!r
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not (out / "model").exists()
 
-    config = settings(data, out, tiny, workers=1)
+    config = settings(data, out, tiny, workers=1, gpus=0.5)
     engine = RayTrainEngine(config, signalling_loop(stopped, str(out), os.getpid(), signal.SIGINT))
     with pytest.raises(InterruptedRunError, match=f"stopped; checkpoints stay in {out}, the same command goes on"):
         job.run(config, engine)
@@ -183,6 +184,18 @@ job.run(config, RayTrainEngine(config, tests.signalling_loop(Path({str(killed)!r
 
     assert starts(killed) + starts(stopped) == ["new", "step-00000004", "step-00000004"]
     assert curve(out, "loss") == curve(alone, "loss")
+
+
+@pytest.mark.usefixtures("ray_instance")
+def test_a_gpu_that_torch_cannot_use_stops_training_before_pairs_are_read(tmp_path: Path, data: Path) -> None:
+    words = {"cluster": {"num_workers": 2}, "data": {"path": str(data)}, "output": {"path": str(tmp_path / "out")}}
+    config = TrainConfig.model_validate(words)
+
+    with pytest.raises(
+        ModelError, match=r"the GPU that was reserved cannot be used on node \S+ \(torch .* has no CUDA\)"
+    ):
+        job.run(config, RayTrainEngine(config))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.usefixtures("ray_instance")

@@ -1,0 +1,86 @@
+"""Which device torch computes on. Light: torch is imported when a function that needs it is called."""
+
+from __future__ import annotations
+
+import os
+import platform
+import runpy
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from captioner.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+
+# What a build of torch needs to have for each kind of device.
+BUILDS = {"cuda": "CUDA", "xpu": "XPU", "mps": "MPS"}
+
+
+def pick_device(name: str = "auto", has_gpu: bool | None = None, node: str = "") -> torch.device:
+    """Return the device that `name` (a value of --device, or a device with an index) stands for in this process.
+
+    `has_gpu`: whether a GPU was reserved for this process; None: it was where CUDA_VISIBLE_DEVICES names one. `auto` is
+    the accelerator that torch can use; with a reserved GPU it is never the CPU. `node`: what errors call this machine.
+    Raises ModelError where the device, or the GPU that was reserved, cannot be used.
+    """
+    set_wait_policy()
+    import torch
+
+    if name == "auto":
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        if accelerator is not None:
+            return accelerator
+        reserved = os.environ.get("CUDA_VISIBLE_DEVICES", "") not in ("", "-1") if has_gpu is None else has_gpu
+        if not reserved:
+            return torch.device("cpu")
+    wanted = "cuda" if name == "auto" else name
+    try:
+        device = torch.device(wanted)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise _unusable(name, f"torch {torch.__version__}: {reason}", node) from None
+    return device
+
+
+def set_wait_policy() -> None:
+    """Let torch's threads sleep while they wait for each other; to be called before torch is imported, which reads it.
+    Where other work shares the CPUs, decoding for one, spinning made captioning up to a hundred times slower."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def check_build(name: str, node: str = "") -> None:
+    """Raise ModelError where torch was built for CPUs only and `name` asks for, or may mean, a GPU. Reads one small
+    file of torch, which is not imported."""
+    version = cpu_only_build()
+    if version and name != "cpu":
+        build = BUILDS.get(name, "CUDA")
+        raise _unusable(name, f"torch {version} has no {build}", node)
+
+
+def cpu_only_build() -> str:
+    """Return the version of the installed torch where it was built without any GPU, else ""."""
+    spec = find_spec("torch")
+    file = Path(spec.origin).with_name("version.py") if spec and spec.origin else None
+    if sys.platform == "darwin" or file is None or not file.is_file():  # on a Mac every build has MPS
+        return ""
+    build = runpy.run_path(str(file))
+    return "" if any(build.get(name) for name in ("cuda", "hip", "xpu")) else str(build["__version__"])
+
+
+def auto_dtype(device: str) -> str:
+    """Return the dtype that --dtype auto is on a kind of device. Half the memory and several times the speed were
+    measured on CUDA; mps and xpu were not, and stay at what every device computes alike."""
+    return "bfloat16" if device == "cuda" else "float32"
+
+
+def _unusable(name: str, reason: str, node: str) -> ModelError:
+    device = "the GPU that was reserved" if name == "auto" else f"--device {name}"
+    build = BUILDS.get(name.split(":")[0], "CUDA")
+    return ModelError(
+        f"{device} cannot be used on node {node or platform.node()} ({reason}); install torch with {build} there, "
+        "or give --device cpu"
+    )

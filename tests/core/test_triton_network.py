@@ -1,0 +1,83 @@
+"""GIT's GPU kernels compute what torch computes: run by Triton's interpreter, on the CPU.
+
+On a GPU `benchmarks/gpu.sh` compares the token ids of whole searches with those of `generate`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import GitForCausalLM
+
+pytest.importorskip("triton")
+
+from captioner.config import ModelConfig
+from captioner.models import load, resolve
+from captioner.models.git_fast import FastSearch, triton_kernels
+from captioner.models.git_fast.network import GitNetwork
+from captioner.models.git_fast.triton_network import TritonGitNetwork
+from captioner.starter.scenes import make_scenes
+from captioner.testing import make_tiny_model
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),  # -inf - -inf, masked afterwards
+]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    return make_tiny_model("git", tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_searches_over_the_kernels_find_the_same_captions(num_beams, tiny) -> None:
+    images = np.stack([np.asarray(scene.render(32)) for scene in make_scenes(6, seed=5)])
+    captioner = load(resolve(ModelConfig(name=str(tiny), num_beams=num_beams, max_new_tokens=5)), device="cpu")
+    plain = GitForCausalLM.from_pretrained(tiny).eval()  # the captioner's own layers are packed for the CPU
+    pixels = captioner.normalise(torch.from_numpy(images))
+    expected_search = FastSearch(GitNetwork(plain), captioner.settings, captioner.prefix)
+    search = FastSearch(TritonGitNetwork(plain), captioner.settings, captioner.prefix)
+    with torch.inference_mode():
+        expected = expected_search(pixels)
+        first, second = search(pixels), search(pixels)
+
+    assert len({tuple(row) for row in expected.tokens.tolist()}) >= 3
+    assert torch.equal(first.tokens, expected.tokens)
+    assert torch.equal(second.tokens, expected.tokens)
+    torch.testing.assert_close(first.logprobs, expected.logprobs, atol=1e-4, rtol=1e-4)
+
+
+def test_best_logprobs_are_those_of_all_columns_but_the_padding() -> None:
+    logits = torch.randn(3, 5120, generator=torch.Generator().manual_seed(0))
+    logits[:, 5000:] = 100.0
+    logits[1, 70] = logits[1, 4500] = 9.0  # of equal values the lowest id comes first
+
+    values, ids = triton_kernels.best_logprobs(logits, 5000, 4)
+
+    expected = logits[:, :5000].log_softmax(-1).topk(4)
+    torch.testing.assert_close(values, expected.values)
+    assert ids[1, :2].tolist() == [70, 4500]
+    assert torch.equal(ids[[0, 2]], expected.indices[[0, 2]])
+
+
+def test_layer_norms_add_first() -> None:
+    hidden, delta, shift = torch.randn(5, 48), torch.randn(5, 48), torch.randn(48)
+    norm = torch.nn.LayerNorm(48, eps=1e-3)
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+
+    with torch.inference_mode():
+        torch.testing.assert_close(triton_kernels.added_layer_norm(hidden, delta, norm), norm(hidden + delta))
+        torch.testing.assert_close(triton_kernels.shifted_layer_norm(hidden, shift, norm), norm(hidden + shift))
+
+
+def test_quick_gelu_is_in_place() -> None:
+    values = torch.randn(3, 700)
+    expected = values * torch.sigmoid(1.702 * values)
+
+    assert triton_kernels.quick_gelu_(values) is values
+    torch.testing.assert_close(values, expected)
