@@ -51,12 +51,17 @@ def check_gpu_nodes(name: str, sizes: Sizes) -> None:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU")]
+    own = ray.get_runtime_context().get_node_id()
+    for node in nodes:
+        if node["NodeID"] == own:  # no task is needed, for which a process would have to start
+            check_build(name, node["NodeManagerAddress"])
     check = ray.remote(num_cpus=0)(check_build)
     calls = [
         check.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
             name, node["NodeManagerAddress"]
         )
         for node in nodes
+        if node["NodeID"] != own
     ]
     for call in calls:
         try:
