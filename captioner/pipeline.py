@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -59,6 +60,8 @@ def run(config: CaptionConfig, engine: Engine | None = None) -> int:
                     with Progress(total=plan.num_rows, already=num_committed) as progress:
                         for receipt in engine.caption_chunks(work, chunks):
                             check_held()
+                            if tally.first_at is None:
+                                say(f"first images after {time.perf_counter() - job.started:.1f} s")
                             tally.add(receipt, job.started)
                             progress.update(receipt, note=spot_check.add(receipt))
                     tally.slots = engine.slots()

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from captioner import pipeline
 from captioner.config import AutoInt, CaptionConfig
+from captioner.console.stopping import say
 from captioner.data import Chunk, Receipt
 from captioner.models import is_small
 from captioner.steps import Work
@@ -28,6 +31,7 @@ from ray_jobs.stages import CaptionStage, CommitStage, DecodeStage, receipts_of
 
 if TYPE_CHECKING:
     from ray.data import Dataset
+    from ray.util.queue import Queue
 
 # One Ray Data execution takes this many chunks (a million pictures). The driver keeps a record of every block of an
 # execution; windows keep its memory flat at the price of filling the pipeline anew for each.
@@ -63,18 +67,48 @@ class RayEngine:
         check_gpu_nodes(work.device, sizes)
         check_shared(work.table.directory, TABLE_FILE)
         metrics = DriverMetrics(sum(chunk.num_rows for chunk in chunks))
-        for first in range(0, len(chunks), CHUNKS_PER_EXECUTION):
-            window = chunks[first : first + CHUNKS_PER_EXECUTION]
-            for receipt in _execute(work, window, sizes, self._config.model.batch_size):
-                metrics.add(receipt)
-                yield receipt
+        with shown_messages() if sizes.gpus_per_worker else nullcontext() as messages:
+            for first in range(0, len(chunks), CHUNKS_PER_EXECUTION):
+                window = chunks[first : first + CHUNKS_PER_EXECUTION]
+                for receipt in _execute(work, window, sizes, self._config.model.batch_size, messages):
+                    metrics.add(receipt)
+                    yield receipt
 
     def _share_out(self, one_thread: bool = False) -> Sizes:
         resources, config = self._connection.resources(), self._config
         return share_out(resources, config.cluster, one_thread, device=config.model.device)
 
 
-def make_dataset(work: Work, chunks: list[Chunk], sizes: Sizes, batch_size: AutoInt) -> Dataset:
+@contextmanager
+def shown_messages() -> Iterator[Queue]:
+    """A queue for what caption workers say while they start. What the first one says is shown; the others start alike.
+
+    It takes a process, which a machine with a GPU can spare.
+    """
+    import ray
+    from ray.util.queue import Queue
+
+    queue = Queue(actor_options={"num_cpus": 0})
+
+    def show() -> None:
+        first = None
+        with suppress(ray.exceptions.RayError):  # the queue is gone
+            while True:
+                worker, line = queue.get()
+                first = first or worker
+                if worker == first:
+                    say(f"caption worker: {line}")
+
+    threading.Thread(target=show, name="messages", daemon=True).start()
+    try:
+        yield queue
+    finally:
+        ray.kill(queue.actor)
+
+
+def make_dataset(
+    work: Work, chunks: list[Chunk], sizes: Sizes, batch_size: AutoInt, messages: Queue | None = None
+) -> Dataset:
     """The graph, not started yet. Every stage is a pool of actors: they keep torch loaded, where tasks would import it
     again in each of the processes that Ray starts and drops, and Ray never fuses two pools into one process."""
     import ray
@@ -99,7 +133,12 @@ def make_dataset(work: Work, chunks: list[Chunk], sizes: Sizes, batch_size: Auto
     )
     dataset = dataset.map_batches(
         CaptionStage,
-        fn_constructor_kwargs={"work": work, "batch_size": batch_size, "num_threads": sizes.threads_per_worker},
+        fn_constructor_kwargs={
+            "work": work,
+            "batch_size": batch_size,
+            "num_threads": sizes.threads_per_worker,
+            "messages": messages,
+        },
         num_cpus=sizes.cpus_per_worker,
         num_gpus=sizes.gpus_per_worker or None,
         **pool(sizes.num_workers, sizes.max_workers, CaptionStage.AT_ONCE if sizes.gpus_per_worker else 1),
@@ -107,12 +146,14 @@ def make_dataset(work: Work, chunks: list[Chunk], sizes: Sizes, batch_size: Auto
     return dataset.map_batches(CommitStage, fn_constructor_kwargs={"work": work}, num_cpus=0, **pool(sizes.committers))
 
 
-def _execute(work: Work, chunks: list[Chunk], sizes: Sizes, batch_size: AutoInt) -> Iterator[Receipt]:
+def _execute(
+    work: Work, chunks: list[Chunk], sizes: Sizes, batch_size: AutoInt, messages: Queue | None = None
+) -> Iterator[Receipt]:
     import ray.exceptions
 
     _configure_ray_data(work)
     try:
-        for block in make_dataset(work, chunks, sizes, batch_size).iter_batches(
+        for block in make_dataset(work, chunks, sizes, batch_size, messages).iter_batches(
             batch_size=None, batch_format="pyarrow", prefetch_batches=0
         ):
             yield from receipts_of(block)

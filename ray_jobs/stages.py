@@ -9,7 +9,11 @@ from __future__ import annotations
 
 import json
 import pickle
+import uuid
+from contextlib import suppress
 from dataclasses import asdict, replace
+from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +23,9 @@ from captioner.data import Chunk, Pixels, Receipt, object_array
 from captioner.steps import ChunkRows, Work, caption, commit, decode, read
 from ray_jobs.gpus import worker_device
 from ray_jobs.metrics import DeviceMetrics, RunMetrics
+
+if TYPE_CHECKING:
+    from ray.util.queue import Queue
 
 _CHUNK, _IMAGES = "chunk", "images"
 _PIXELS, _WIDTHS = "_pixels", "_widths"
@@ -49,11 +56,13 @@ class CaptionStage:
 
     AT_ONCE = 2
 
-    def __init__(self, work: Work, batch_size: AutoInt, num_threads: int) -> None:
+    def __init__(self, work: Work, batch_size: AutoInt, num_threads: int, messages: Queue | None = None) -> None:
+        """`messages`: takes what a person is told while the worker starts, each with the worker's name."""
         from captioner.models import load
 
         self.work = work
-        self.captioner = load(work.model, worker_device(work.device), batch_size, num_threads)
+        say = None if messages is None else partial(_put, messages, uuid.uuid4().hex)
+        self.captioner = load(work.model, worker_device(work.device), batch_size, num_threads, say)
         self.memory = work.new_memory()
         self.metrics = DeviceMetrics()
 
@@ -82,6 +91,13 @@ class CommitStage:
         receipt = commit(self.work, from_block(block, self.work))
         self.metrics.add(receipt)
         return pa.table({"receipt": [json.dumps(asdict(receipt))]})
+
+
+def _put(messages: Queue, worker: str, line: str) -> None:
+    import ray.exceptions
+
+    with suppress(ray.exceptions.RayError):  # the queue's node has gone; captions need none
+        messages.put((worker, line))
 
 
 def error_block(error: Exception) -> pa.Table:

@@ -53,7 +53,7 @@ def settle_batch_size(
     captioner: Batched,
     on_cpu: int,
     clock: Callable[[], float] = time.perf_counter,
-    say: Callable[[str], None] | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> None:
     """Set `batch_size` to what is remembered for its model and device, or to what is found now; to `on_cpu` on a CPU,
     which gains little from large batches, and on mps, where running out of memory is no torch.OutOfMemoryError.
@@ -64,7 +64,6 @@ def settle_batch_size(
     key, file = f"{captioner.device_name}; {captioner.ref.fingerprint}", cache_dir() / "batch_sizes.json"
     known = _remembered(file)
     if key not in known:
-        say = say or (lambda line: None)
         say(f"trying out batch sizes on {captioner.device_name}, once for this model and device")
         started = clock()
         deadline, start = started + BUDGET_S, OWN_SIZES_START if captioner.ref.spec.own_sizes else START

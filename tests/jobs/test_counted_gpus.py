@@ -1,6 +1,7 @@
 """Every path that asks Ray for a GPU, with GPUs that Ray only counts."""
 
 import json
+import queue
 import re
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from ray_jobs import caption, demo
 from ray_jobs.cli import main
 from ray_jobs.cluster import Resources, Sizes, accelerator_of, share_out
 from ray_jobs.gpus import device_kind, worker_device
-from ray_jobs.stages import CaptionStage
+from ray_jobs.stages import CaptionStage, _put
 
 pytestmark = pytest.mark.usefixtures("ray_instance")
 
@@ -141,6 +142,21 @@ def test_two_calls_of_a_gpu_worker_that_fail_together_end_the_run(
 
     assert caption.run(config) == 0
     assert captions(tmp_path / "out") == local_captions
+
+
+def test_what_the_first_worker_says_while_it_starts_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = ("weights in 2.0 s", "batch size 64, tried out in 1.0 s")
+    shown: queue.Queue[str] = queue.Queue()
+    monkeypatch.setattr(caption, "say", shown.put)
+
+    with caption.shown_messages() as messages:
+        for worker in ("first", "second"):
+            for line in lines:
+                _put(messages, worker, line)
+        _put(messages, "first", "the end")
+        assert [shown.get(timeout=60) for _ in range(3)] == [f"caption worker: {line}" for line in (*lines, "the end")]
+
+    _put(messages, "third", "a worker that starts again goes on although nobody listens any more")
 
 
 def test_a_run_goes_on_and_retries_on_gpus(tmp_path: Path) -> None:
