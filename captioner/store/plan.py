@@ -162,7 +162,7 @@ class _PlanWriter:
     def finish(self, kind: str, source: Source) -> Plan:
         """Write the last part. Raises SourceError naming ids that occur twice; the plan is then deleted."""
         if not self._parts:  # a small collection: enough chunks for several workers and for a progress display
-            self._rows_per_chunk = min(self._rows_per_chunk, max(MIN_ROWS_PER_CHUNK, -(-self._num_pending // 64)))
+            self._rows_per_chunk = min(self._rows_per_chunk, _rows_of_small_chunks(self._num_pending))
         if self._num_pending:
             self._write_part(self._num_pending)
         duplicates = self._ids.duplicates()
@@ -197,6 +197,11 @@ class _PlanWriter:
             if len(names) >= MAX_EXAMPLES:
                 break
         return names[:MAX_EXAMPLES]
+
+
+def _rows_of_small_chunks(num_rows: int) -> int:
+    """Return the rows of each of at most 64 chunks: a power of two, as batch sizes are, so that batches are full."""
+    return max(MIN_ROWS_PER_CHUNK, 1 << (-(-num_rows // 64) - 1).bit_length())
 
 
 def _listings_from(source: Source, position: _Position) -> Iterator[tuple[str, Listing, int]]:

@@ -66,6 +66,19 @@ def test_a_small_archive_is_cut_into_small_chunks(tmp_path: Path, archive: Path)
     assert plan.parts == {0: 30}
 
 
+def test_chunks_of_a_collection_that_is_not_large_are_whole_batches(tmp_path: Path) -> None:
+    collection = tmp_path / "collection"
+    collection.mkdir()
+    for number in range(1100):
+        (collection / f"{number:04}.jpg").touch()
+
+    plan = plan_folder_of(make_table(tmp_path / "out"), collection, rows_per_chunk=512, rows_per_file=50_000)
+
+    assert plan is not None
+    assert plan.rows_per_chunk == 32  # 1100 / 64 is 18
+    assert plan.num_chunks == 35
+
+
 class StopsAfter:
     """A source whose listing dies after some units, as a killed process would."""
 
