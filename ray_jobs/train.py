@@ -58,6 +58,7 @@ class RayTrainEngine:
         self._cluster, self._device = ClusterConfig(**config.cluster.model_dump()), config.model.device
         self._connection = Connection(self._cluster)
         self._is_started = False
+        self._checked_sizes: Sizes | None = None
 
     def start(self) -> None:
         """Connect, and import what drives Ray Train, while pairs are listed."""
@@ -88,7 +89,6 @@ class RayTrainEngine:
     def train(self, start: Start, prepare: Callable[[], TrainRun], progress: TrainProgress) -> Outcome:
         import ray.train
 
-        check_gpu_nodes(self._device, self._sizes())
         check_shared(start.out, RUN_FILE)
         board = _board()
         progress.watch(lambda: ray.get(board.latest.remote()))
@@ -153,8 +153,13 @@ class RayTrainEngine:
         )
 
     def _sizes(self) -> Sizes:
-        self.start()
-        return share_out(self._connection.resources(), self._cluster, device=self._device)
+        """The shares of the cluster; waits for it. Raises where a node's torch cannot use the node's GPUs."""
+        if self._checked_sizes is None:
+            self.start()
+            sizes = share_out(self._connection.resources(), self._cluster, device=self._device)
+            check_gpu_nodes(self._device, sizes)
+            self._checked_sizes = sizes
+        return self._checked_sizes
 
     def _threads(self, model: ModelRef) -> int:
         return num_threads(self._sizes(), self._connection.resources(), weights_bytes(model))
