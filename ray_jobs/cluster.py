@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from captioner.config import ClusterConfig
-from captioner.console.stopping import say
+from captioner.console.stopping import notify
 from captioner.errors import ClusterError
 
 MIN_CPU_SHARE = 0.05
@@ -110,7 +110,7 @@ class Connection:
             atexit.register(lambda: wait([resources], timeout=EXIT_TIMEOUT_S))
             connected = connect(self._config)
             gpus = f" and {connected.num_gpus:g} GPUs" if connected.num_gpus else ""
-            say(f"Ray has {connected.num_cpus:g} CPUs{gpus}; connected in {time.perf_counter() - started:.1f} s")
+            notify(f"Ray has {connected.num_cpus:g} CPUs{gpus}; connected in {time.perf_counter() - started:.1f} s")
             resources.set_result(connected)
         except BaseException as error:
             resources.set_exception(error)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from captioner.config import Settings, command_line, settings_of
-from captioner.console.stopping import say
+from captioner.console.stopping import notify
 from captioner.errors import OK, ClusterError, UsageError
 from captioner.files import is_uri, local_path
 from ray_jobs.follow import ENDED, Follower, reaching
@@ -128,7 +128,7 @@ def submit(submission: Submission, address: str | None, follow: bool, pending_ti
     job_id, is_new = start_or_attach(client, submission)
     announcement = f"{'submitted' if is_new else 'already submitted'}: {job_id}"
     if not follow:
-        say(announcement)
+        notify(announcement)
         return OK
     return Follower(client, job_id, submission.waits_for, pending_timeout).run(announcement)
 

@@ -53,23 +53,23 @@ def settle_batch_size(
     captioner: Batched,
     on_cpu: int,
     clock: Callable[[], float] = time.perf_counter,
-    say: Callable[[str], None] | None = None,
+    notify: Callable[[str], None] | None = None,
 ) -> None:
     """Set `batch_size` to what is remembered for its model and device, or to what is found now; to `on_cpu` on a CPU,
     which gains little from large batches, and on mps, where running out of memory is no torch.OutOfMemoryError.
-    `say`: called with a line before sizes are tried out, and with the outcome."""
+    `notify`: called with a line before sizes are tried out, and with the outcome."""
     if captioner.device_name in ("cpu", "mps"):
         captioner.batch_size = on_cpu
         return
     key, file = f"{captioner.device_name}; {captioner.ref.fingerprint}", cache_dir() / "batch_sizes.json"
     known = _remembered(file)
     if key not in known:
-        say = say or (lambda line: None)
-        say(f"trying out batch sizes on {captioner.device_name}, once for this model and device")
+        notify = notify or (lambda line: None)
+        notify(f"trying out batch sizes on {captioner.device_name}, once for this model and device")
         started = clock()
         deadline, start = started + BUDGET_S, OWN_SIZES_START if captioner.ref.spec.own_sizes else START
         known[key] = fastest_size(lambda size: seconds_for(captioner, size, clock, deadline), start)
-        say(f"batch size {known[key]}, tried out in {clock() - started:.1f} s")
+        notify(f"batch size {known[key]}, tried out in {clock() - started:.1f} s")
         _remember(file, known)
     captioner.batch_size = known[key]
 
