@@ -115,7 +115,7 @@ def measure(source: Source, rows: pa.Table, model: ModelRef, sizes: Sizes, confi
 def cut(rows: pa.Table, sizes: Sizes, batch_size: AutoInt) -> list[pa.Table]:
     """The whole sample in pieces of about a batch each, as many times over as it takes to give every worker some."""
     batch = BATCH["gpu" if sizes.gpus_per_worker else "cpu"] if batch_size == "auto" else batch_size
-    count = min(rows.num_rows, max(2, -(-rows.num_rows // batch)))
+    count: int = min(rows.num_rows, max(2, -(-rows.num_rows // batch)))
     edges = [rows.num_rows * place // count for place in range(count + 1)]
     pieces = [rows.slice(first, end - first) for first, end in itertools.pairwise(edges)]
     return pieces * -(-max(MIN_PIECES, PIECES_PER_WORKER * sizes.num_workers) // count)

@@ -100,9 +100,12 @@ class RayTrainEngine:
         sizes = self._sizes()
         task = ray.remote(num_cpus=1, num_gpus=sizes.gpus_per_worker or None, max_retries=1)(_finish)
         try:
-            return ray.get(task.remote(checkpoint, finishing, self._device, self._threads(finishing.model)))
+            results: dict[str, Any] = ray.get(
+                task.remote(checkpoint, finishing, self._device, self._threads(finishing.model))
+            )
         except ray.exceptions.RayError as error:
             raise _cause_of(error) from error
+        return results
 
     def _trainer(self, start: Start, board: Any) -> Any:
         from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig

@@ -96,7 +96,8 @@ def _as_array(image: Image.Image) -> npt.NDArray[np.uint8]:
         values = pa.array(image)
     except ValueError:
         return np.array(image)
-    return values.values.to_numpy().reshape(image.height, image.width, 4)
+    pixels: npt.NDArray[np.uint8] = values.values.to_numpy()
+    return pixels.reshape(image.height, image.width, 4)
 
 
 def _resize_with_pillow(
