@@ -75,8 +75,11 @@ class RayEngine:
 
 
 def make_dataset(work: Work, chunks: list[Chunk], sizes: Sizes, batch_size: AutoInt) -> Dataset:
-    """The graph, not started yet. Every stage is a pool of actors: they keep torch loaded, where tasks would import it
-    again in each of the processes that Ray starts and drops, and Ray never fuses two pools into one process."""
+    """Return the graph of stages, not started yet.
+
+    Every stage is a pool of actors: they keep torch loaded, where tasks would import it again in each of the processes
+    that Ray starts and drops, and Ray never fuses two pools into one process.
+    """
     import ray
     from ray.data import ActorPoolStrategy
 
@@ -133,8 +136,10 @@ def _configure_ray_data(work: Work) -> None:
 
 
 def no_progress_timeout(decode_timeout: float) -> float:
-    """Seconds without a block from any stage after which a run is taken for stalled: more than a chunk of which every
-    picture hangs takes (see `captioner.imaging.sandbox.decoder`)."""
+    """Return the seconds without a block from any stage after which a run is taken for stalled.
+
+    They are more than a chunk takes of which every image hangs (see `captioner.imaging.sandbox.decoder`).
+    """
     return max(900.0, 20 * decode_timeout)
 
 

@@ -78,8 +78,11 @@ def draw_sample(source: Source, limit: int | None, size: int, seed: int) -> tupl
 
 
 def predict(pieces: Sequence[Piece], total: int, num_workers: int, decoders: int, seed: int = 0) -> Prediction:
-    """The rate is that at which pieces came out of the full pipeline. Its interval comes from drawing the pieces again
-    and again; it reaches up to what the slower stage could do, since a run hands on larger pieces less often."""
+    """Predict the rate of a whole run: that at which pieces came out of the full pipeline.
+
+    Its interval comes from drawing the pieces again and again; it reaches up to what the slower stage could do, since a
+    run hands on larger pieces less often.
+    """
     table = np.array([[p.num_rows, p.prepare, p.generate, p.source_bytes, p.output_bytes, p.num_ok] for p in pieces])
     gaps = np.array([[p.num_rows, p.gap] for p in pieces if p.gap > 0])
     random = np.random.default_rng(seed)

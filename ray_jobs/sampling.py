@@ -33,9 +33,11 @@ TIMEOUT_S = 900.0
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What was measured on some of the sampled pictures. `prepare`: seconds between two pieces of one decode worker.
-    `generate`: seconds of a caption worker. `gap`: seconds since the piece before came out of the full pipeline; 0
-    while it fills."""
+    """What was measured on some of the sampled pictures.
+
+    `prepare`: seconds between two pieces of one decode worker. `generate`: seconds of a caption worker. `gap`: seconds
+    since the piece before came out of the full pipeline; 0 while it fills.
+    """
 
     num_rows: int
     num_ok: int
@@ -122,8 +124,11 @@ def cut(rows: pa.Table, sizes: Sizes, batch_size: AutoInt) -> list[pa.Table]:
 
 
 def _pipeline(decoders: list[Any], workers: list[Any], pieces: list[pa.Table]) -> Iterator[Piece]:
-    """As many pieces as there are. Decoding goes on to the end, over and over, so that no stage is ever alone; decoders
-    stop only while AHEAD pieces wait for each worker."""
+    """Yield as many pieces as there are.
+
+    Decoding goes on to the end, over and over, so that no stage is ever alone; decoders stop only while AHEAD pieces
+    wait for each worker.
+    """
     import ray
 
     waiting, prepared = itertools.cycle(pieces), deque[Any]()

@@ -37,8 +37,10 @@ def needed_side(spec: PixelSpec) -> int:
 
 
 def fit(upright: UprightImage, spec: PixelSpec) -> npt.NDArray[np.uint8]:
-    """uint8 [spec.height, spec.width, 3], or of own sizes [height, width, 3]. A crop that reaches beyond the image is
-    black there."""
+    """Return pixels uint8 [spec.height, spec.width, 3], or of variable size [height, width, 3].
+
+    A crop that reaches beyond the image is black there.
+    """
     height, width = resized((upright.height, upright.width), spec)
     if spec.own_sizes:
         return _resize(upright, (height, width), (0, 0, height, width), spec)

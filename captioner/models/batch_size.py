@@ -37,7 +37,7 @@ class Batched(Protocol):
 
     @property
     def device_name(self) -> str:
-        """ "cpu", "mps", or a GPU's name and memory."""
+        """The kind of device ("cpu", "mps"), or a GPU's name and memory."""
         ...
 
     def try_batch(self, size: int) -> None:
@@ -55,9 +55,11 @@ def settle_batch_size(
     clock: Callable[[], float] = time.perf_counter,
     notify: Callable[[str], None] | None = None,
 ) -> None:
-    """Set `batch_size` to what is remembered for its model and device, or to what is found now; to `on_cpu` on a CPU,
-    which gains little from large batches, and on mps, where running out of memory is no torch.OutOfMemoryError.
-    `notify`: called with a line before sizes are tried out, and with the outcome."""
+    """Set `batch_size` to what is remembered for its model and device, or measure it now.
+
+    It is `on_cpu` on a CPU, which gains little from large batches, and on mps, where running out of memory is no
+    torch.OutOfMemoryError. `notify`: called with a line before sizes are tried out, and with the outcome.
+    """
     if captioner.device_name in ("cpu", "mps"):
         captioner.batch_size = on_cpu
         return
@@ -75,8 +77,10 @@ def settle_batch_size(
 
 
 def fastest_size(seconds: Callable[[int], float], start: int = START, sizes: Sequence[int] = SIZES) -> int:
-    """Going up from `start`, the last of `sizes` that is worth it: its batch fits and captions WORTH times as
-    many images a second as the size before. Where `start` does not fit, the largest below it that does.
+    """Return the last of `sizes`, going up from `start`, that is worth it.
+
+    Its batch fits and captions WORTH times as many images a second as the size before. Where `start` does not fit, the
+    largest below it that does.
 
     `seconds`: of one batch; raises torch.OutOfMemoryError. Where not even the first fits, the first: a batch is halved
     where it turns out to be too large.
@@ -104,8 +108,11 @@ def _largest_below(start: int, seconds: Callable[[int], float], sizes: Sequence[
 
 
 def seconds_for(captioner: Batched, size: int, clock: Callable[[], float], deadline: float = math.inf) -> float:
-    """Seconds of one batch, after two that warm up and capture graphs unless the first takes long enough to tell;
-    infinity after the deadline. Raises torch.OutOfMemoryError."""
+    """Return the seconds that one batch takes; infinity after the deadline.
+
+    Two batches before it warm up and capture graphs, unless the first takes long enough to tell. Raises
+    torch.OutOfMemoryError.
+    """
     first = clock()
     if first >= deadline:
         return math.inf

@@ -86,8 +86,10 @@ class TrainRun:
 
 @dataclass
 class Outcome:
-    """How the workers ended. `checkpoint`: of the best model, opened by the engine; `stopped`: why before the last
-    step, or ""."""
+    """How the workers ended.
+
+    `checkpoint`: of the best model, opened by the engine; `stopped`: why before the last step, or "".
+    """
 
     run: TrainRun
     checkpoint: Any
@@ -113,8 +115,10 @@ class TrainEngine(Protocol):
         ...
 
     def train(self, start: Start, prepare: Callable[[], TrainRun], progress: TrainProgress) -> Outcome:
-        """Start the workers, and train what `prepare` returns. It is called once, perhaps in another thread while the
-        workers start; what it raises is raised."""
+        """Start the workers, and train what `prepare` returns.
+
+        It is called once, perhaps in another thread while the workers start; what it raises is raised.
+        """
         ...
 
     def finish(self, checkpoint: Any, finishing: Finishing) -> dict[str, Any]:

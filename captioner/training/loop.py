@@ -39,8 +39,10 @@ GIVEN_UP: dict[str, Any] = {"step": 0, "history": [], "stopped": "its preparatio
 def train_worker(
     config: TrainConfig, model: ModelRef, worker: Worker, checkpoint: Path | None = None
 ) -> dict[str, Any]:
-    """Train up to the last step, from `checkpoint` where there is one. Returns `step`, `history` and `stopped`: why the
-    run ended before its last step, or ""."""
+    """Train up to the last step, from `checkpoint` where there is one.
+
+    Returns `step`, `history` and `stopped`: why the run ended before its last step, or "".
+    """
     settings = config.training
     eval_batch = settings.per_device_eval_batch_size or settings.per_device_train_batch_size
     _tell(worker, "loading weights")
@@ -90,8 +92,10 @@ def train_worker(
 
 
 def _start_decoding(worker: Worker, is_new: bool) -> tuple[Training | None, Iterator[pa.Table] | None]:
-    """Wait for what to train on, and for the first window of a new run's eval set: processes that decode start while
-    this one loads weights."""
+    """Wait for what to train on, and for the first window of a new run's eval set.
+
+    Processes that decode start while this one loads weights.
+    """
     work = worker.training()
     if work is None or not is_new:
         return work, None
@@ -171,8 +175,10 @@ class CaptionTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, torch.Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The sum over this worker's tokens, divided by all workers' tokens. Times the workers, because
-        DistributedDataParallel takes the mean of their gradients."""
+        """The sum over this worker's tokens, divided by all workers' tokens.
+
+        Times the workers, because DistributedDataParallel takes the mean of their gradients.
+        """
         assert num_items_in_batch is not None
         loss = model(**inputs) / num_items_in_batch * self._worker.world_size
         self.step_loss += loss.detach()
@@ -198,7 +204,7 @@ class _Nothing(torch.utils.data.IterableDataset):
 
 
 class _Batches:
-    """This worker's batches from the step where the trainer stands to its last. Made anew for each iteration."""
+    """The batches of a worker from the step where the trainer stands to its last. Made anew for each iteration."""
 
     def __init__(self, trainer: CaptionTrainer, order: GlobalOrder, share: Share, feed: Feed, collate: Collate) -> None:
         self._trainer, self._order, self._share, self._feed, self._collate = trainer, order, share, feed, collate
