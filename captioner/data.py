@@ -257,13 +257,16 @@ class Source(Protocol):
         ...
 
     def list_unit(self, unit: str) -> Iterator[Listing]:
-        """The images of one piece, in batches of a few thousand. Never opens an image; with --pages all it reads
-        the directories of TIFFs, to count their pages."""
+        """The images of one piece, in batches of a few thousand.
+
+        Never opens an image; with --pages all it reads the directories of TIFFs, to count their pages.
+        """
         ...
 
     def read(self, rows: pa.Table) -> list[RawImage]:
-        """One RawImage for each planned row (a slice of the plan), in order. An image that cannot be read is a
-        RawImage with an error code.
+        """One RawImage for each planned row (a slice of the plan), in order.
+
+        An image that cannot be read is a RawImage with an error code.
 
         Raises SourceError where the archive as a whole has a fault (root gone, credentials expired): such
         a fault must never become rows.

@@ -54,9 +54,10 @@ def open_filesystem(location: str) -> tuple[FileSystem, str]:
 def _open_uri(uri: str) -> tuple[FileSystem, str]:
     """Open a URI. Cached: making a client takes milliseconds, or a request to the store."""
     try:
-        return FileSystem.from_uri(quote(uri, safe=":/?&=@%+,;~!$'()*"))  # spaces and Unicode in keys
+        filesystem, path = FileSystem.from_uri(quote(uri, safe=":/?&=@%+,;~!$'()*"))  # spaces and Unicode in keys
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         return _open_with_fsspec(uri)
+    return filesystem, path
 
 
 def _open_with_fsspec(uri: str) -> tuple[FileSystem, str]:

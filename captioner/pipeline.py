@@ -18,7 +18,7 @@ from dataclasses import replace
 
 from captioner.config import CaptionConfig
 from captioner.console.progress import Progress
-from captioner.console.stopping import say, stoppable
+from captioner.console.stopping import notify, stoppable
 from captioner.console.summary import print_summary
 from captioner.data import Captioner, Chunk, Receipt
 from captioner.errors import (
@@ -45,10 +45,10 @@ def run(config: CaptionConfig, engine: Engine | None = None) -> int:
     out = config.output.path
     with stoppable(f"committed rows stay in {shown(out)}"), sole_writer(out) as check_held:
         if config.output.plan_only:
-            plan_images(config, say)
-            say(f"planned; run without --plan-only to caption into {shown(out)}")
+            plan_images(config, notify)
+            notify(f"planned; run without --plan-only to caption into {shown(out)}")
             return OK
-        job = open_job(config, engine, say)
+        job = open_job(config, engine, notify)
         with recorded(job) as tally:
             spot_check = SpotCheck(config.check)
             for plan in job.generations():
@@ -61,7 +61,7 @@ def run(config: CaptionConfig, engine: Engine | None = None) -> int:
                         for receipt in engine.caption_chunks(work, chunks):
                             check_held()
                             if tally.first_at is None:
-                                say(f"first images after {time.perf_counter() - job.started:.1f} s")
+                                notify(f"first images after {time.perf_counter() - job.started:.1f} s")
                             tally.add(receipt, job.started)
                             progress.update(receipt, note=spot_check.add(receipt))
                     tally.slots = engine.slots()
@@ -92,7 +92,7 @@ class ThisProcess:
             one_ahead(read(work, chunk) for chunk in chunks) as raws,
             one_ahead(decode(work, raw, decoder) for raw in raws) as decoded,
         ):
-            captioner: Captioner = load(work.model, work.device, self._model.batch_size, say=say)
+            captioner: Captioner = load(work.model, work.device, self._model.batch_size, notify=notify)
             for rows in decoded:
                 yield commit(work, caption(work, captioner, rows, memory))
 
@@ -111,7 +111,7 @@ def close_job(job: Job, tally: Tally) -> int:
     write_record(job, record)
     record["report"] = report(job.table)
     if not tally.num_rows:
-        say(f"nothing to do: every planned image has its row in {shown(job.config.output.path)}")
+        notify(f"nothing to do: every planned image has its row in {shown(job.config.output.path)}")
     print_summary(record, sys.stderr)
     limit = job.config.output.max_failed
     if not counts.ok or counts.failed / counts.planned > limit:

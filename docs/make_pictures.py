@@ -45,8 +45,10 @@ def contact_sheet(rows: list[dict], archive: Path) -> Image.Image:
 
 
 def render_posters(archive: Path, count: int) -> dict[str, str]:
-    """Pictures with a shape that the starter does not know; returns what this archive, whose style names the background
-    first, would say of each."""
+    """Render images with a shape that the starter does not know; return the right caption of each.
+
+    The captions of this archive name the background first.
+    """
     archive.mkdir()
     known = {}
     for number, poster in enumerate(make_scenes(count, seed=8, family="poster")):

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from captioner import pipeline
 from captioner.config import AutoInt, CaptionConfig
-from captioner.console.stopping import say
+from captioner.console.stopping import notify
 from captioner.data import Chunk, Receipt
 from captioner.models import is_small
 from captioner.steps import Work
@@ -81,9 +81,9 @@ class RayEngine:
 
 @contextmanager
 def shown_messages() -> Iterator[Queue]:
-    """A queue for what caption workers say while they start. What the first one says is shown; the others start alike.
+    """Give a queue for messages of caption workers that start, and show those of the first worker.
 
-    It takes a process, which a machine with a GPU can spare.
+    The other workers start alike. The queue takes a process, which a machine with a GPU can spare.
     """
     import ray
     from ray.util.queue import Queue
@@ -97,7 +97,7 @@ def shown_messages() -> Iterator[Queue]:
                 worker, line = queue.get()
                 first = first or worker
                 if worker == first:
-                    say(f"caption worker: {line}")
+                    notify(f"caption worker: {line}")
 
     threading.Thread(target=show, name="messages", daemon=True).start()
     try:
@@ -109,8 +109,11 @@ def shown_messages() -> Iterator[Queue]:
 def make_dataset(
     work: Work, chunks: list[Chunk], sizes: Sizes, batch_size: AutoInt, messages: Queue | None = None
 ) -> Dataset:
-    """The graph, not started yet. Every stage is a pool of actors: they keep torch loaded, where tasks would import it
-    again in each of the processes that Ray starts and drops, and Ray never fuses two pools into one process."""
+    """Return the graph of stages, not started yet.
+
+    Every stage is a pool of actors: they keep torch loaded, where tasks would import it again in each of the processes
+    that Ray starts and drops, and Ray never fuses two pools into one process.
+    """
     import ray
     from ray.data import ActorPoolStrategy
 
@@ -174,8 +177,10 @@ def _configure_ray_data(work: Work) -> None:
 
 
 def no_progress_timeout(decode_timeout: float) -> float:
-    """Seconds without a block from any stage after which a run is taken for stalled: more than a chunk of which every
-    picture hangs takes (see `captioner.imaging.sandbox.decoder`)."""
+    """Return the seconds without a block from any stage after which a run is taken for stalled.
+
+    They are more than a chunk takes of which every image hangs (see `captioner.imaging.sandbox.decoder`).
+    """
     return max(900.0, 20 * decode_timeout)
 
 

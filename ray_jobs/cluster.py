@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from captioner.config import ClusterConfig
-from captioner.console.stopping import say
+from captioner.console.stopping import notify
 from captioner.errors import ClusterError
 
 MIN_CPU_SHARE = 0.05
@@ -42,8 +42,11 @@ class Resources:
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Who gets what. The CPUs of the workers leave at least one for decoding: a graph whose actors hold every CPU never
-    decodes a picture and never ends."""
+    """The numbers of workers and decoders, and the resources of each.
+
+    The CPUs of the workers leave at least one for decoding: a graph whose actors hold every CPU never decodes a picture
+    and never ends.
+    """
 
     num_workers: int
     cpus_per_worker: float
@@ -75,8 +78,11 @@ def connect(config: ClusterConfig) -> Resources:
 
 
 def accelerator_of(resources: Iterable[str]) -> str:
-    """Return what torch calls the GPUs of a cluster with these resources. Ray names each kind of GPU as a resource:
-    "accelerator_type:H100", "accelerator_type:Intel-GPU-Max-1550", "accelerator_type:M2-Pro"."""
+    """Return what torch calls the GPUs of a cluster with these resources.
+
+    Ray names each kind of GPU as a resource: "accelerator_type:H100", "accelerator_type:Intel-GPU-Max-1550",
+    "accelerator_type:M2-Pro".
+    """
     kinds = [name.removeprefix("accelerator_type:") for name in resources if name.startswith("accelerator_type:")]
     if kinds and all(kind.startswith("Intel-GPU") for kind in kinds):
         return "xpu"
@@ -110,7 +116,7 @@ class Connection:
             atexit.register(lambda: wait([resources], timeout=EXIT_TIMEOUT_S))
             connected = connect(self._config)
             gpus = f" and {connected.num_gpus:g} GPUs" if connected.num_gpus else ""
-            say(f"Ray has {connected.num_cpus:g} CPUs{gpus}; connected in {time.perf_counter() - started:.1f} s")
+            notify(f"Ray has {connected.num_cpus:g} CPUs{gpus}; connected in {time.perf_counter() - started:.1f} s")
             resources.set_result(connected)
         except BaseException as error:
             resources.set_exception(error)
@@ -137,8 +143,10 @@ def import_ray(config: ClusterConfig) -> str:
 
 
 def _keep_token_private() -> None:
-    """The token of this user's Rays, made as Ray makes it, but for nobody else to read: Ray's own file is for all who
-    may enter the home directory."""
+    """Make the token of this user's Rays as Ray makes it, but readable by nobody else.
+
+    Ray's own file is for all who may enter the home directory.
+    """
     if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
         return
     file = Path.home() / ".ray" / "auth_token"
@@ -169,8 +177,10 @@ def _init(address: str) -> None:
 
 @contextmanager
 def _quiet_stderr() -> Iterator[None]:
-    """Ray's C++ core writes to descriptor 2 when it starts; its errors come as exceptions as well. What Python prints
-    meanwhile, from other threads too, is shown."""
+    """Hide what Ray's C++ core writes to descriptor 2 when it starts.
+
+    Its errors come as exceptions as well. What Python prints meanwhile, from other threads too, is shown.
+    """
     before, python, original = os.dup(2), sys.stderr, sys.__stderr__
     nowhere = os.open(os.devnull, os.O_WRONLY)
     if original is not None and python is original:
@@ -239,8 +249,11 @@ def share_out(resources: Resources, config: ClusterConfig, one_thread: bool = Fa
 
 
 def _share_out_growing(resources: Resources, config: ClusterConfig) -> Sizes:
-    """Pools for --num-workers MIN:MAX. Nodes may come while the job runs (or only when it asks for them), so nothing is
-    refused for what the cluster lacks now. A worker is made for the smallest node, and leaves it room to decode."""
+    """Return the pools for --num-workers MIN:MAX.
+
+    Nodes may come while the job runs (or only when it asks for them), so nothing is refused for what the cluster lacks
+    now. A worker is made for the smallest node, and leaves it room to decode.
+    """
     least, most = (int(part) for part in str(config.num_workers).split(":"))
     if least > most:
         raise ClusterError(f"--num-workers {config.num_workers}: the first number is the lower one")

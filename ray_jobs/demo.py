@@ -12,8 +12,10 @@ PICTURES, SEED = 2_000, 3
 
 
 def train(directory: Path) -> int:
-    """Render posters (see `captioner.starter.scenes`) into DIR/pictures, train on them with two workers, tell what
-    changed."""
+    """Render posters into DIR/pictures, train on them with two workers and print what changed.
+
+    The posters are those of `captioner.starter.scenes`.
+    """
     from captioner.starter.render import render_scenes
     from ray_jobs import train
 

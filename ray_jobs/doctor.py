@@ -221,7 +221,7 @@ def _delete(out: str, name: str) -> None:
 
 
 def _on_every_node(function: Callable[..., Any], *arguments: Any) -> Iterator[tuple[dict[str, Any], Any, float]]:
-    """(the node as Ray describes it, what the function returned there, the seconds that took)"""
+    """Yield the node as Ray describes it, what the function returned there, and the seconds that took."""
     import ray
 
     for node in ray.nodes():

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from captioner.config import CaptionConfig
-from captioner.console.stopping import say
+from captioner.console.stopping import notify
 from captioner.data import Source
 from captioner.errors import OK, SourceError, UsageError
 from captioner.models import is_small, resolve, settle_dtype
@@ -50,9 +50,9 @@ def run(config: CaptionConfig, sample: int, seed: int, price_per_gpu_hour: float
     total, rows = draw_sample(source, config.source.limit, sample, seed)
     if not total:
         raise SourceError(f"{config.source.path}: no pictures found")
-    say(f"{total:,} pictures listed; captioning a sample of {rows.num_rows:,}")
+    notify(f"{total:,} pictures listed; captioning a sample of {rows.num_rows:,}")
     resources = connect(config.cluster)
-    model, device = resolve(config.model, announce=say), config.model.device
+    model, device = resolve(config.model, announce=notify), config.model.device
     sizes = share_out(resources, config.cluster, is_small(model), device=device)
     check_gpu_nodes(device, sizes)
     model = settle_dtype(model, config.model.dtype, device_kind(resources, sizes, device))
@@ -78,8 +78,11 @@ def draw_sample(source: Source, limit: int | None, size: int, seed: int) -> tupl
 
 
 def predict(pieces: Sequence[Piece], total: int, num_workers: int, decoders: int, seed: int = 0) -> Prediction:
-    """The rate is that at which pieces came out of the full pipeline. Its interval comes from drawing the pieces again
-    and again; it reaches up to what the slower stage could do, since a run hands on larger pieces less often."""
+    """Predict the rate of a whole run: that at which pieces came out of the full pipeline.
+
+    Its interval comes from drawing the pieces again and again; it reaches up to what the slower stage could do, since a
+    run hands on larger pieces less often.
+    """
     table = np.array([[p.num_rows, p.prepare, p.generate, p.source_bytes, p.output_bytes, p.num_ok] for p in pieces])
     gaps = np.array([[p.num_rows, p.gap] for p in pieces if p.gap > 0])
     random = np.random.default_rng(seed)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from captioner.console.stopping import say
+from captioner.console.stopping import notify
 from captioner.errors import ERROR, INTERRUPTED, OK, TERMINATED, ClusterError
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Follower:
         `announcement` is printed first: whoever has read it may press Ctrl-C, and is asked.
         """
         try:
-            say(announcement)
+            notify(announcement)
             self._wait_for_start()
             while str((info := self._info()).status) not in ENDED:
                 self._copy_log()
@@ -104,11 +104,11 @@ class Follower:
         if status == "SUCCEEDED":
             return OK
         if status == "STOPPED":
-            say(f"{self._job_id} was stopped; the same command goes on")
+            notify(f"{self._job_id} was stopped; the same command goes on")
             return TERMINATED
         if code is None:  # its command never ran
             raise ClusterError(f"{self._job_id} failed: {' '.join((info.message or 'no message').split())[-400:]}")
-        say(f"{self._job_id} ended with exit code {code}")
+        notify(f"{self._job_id} ended with exit code {code}")
         return 128 - code if code < 0 else code or ERROR
 
     def _stop_or_detach(self) -> int:
@@ -117,7 +117,7 @@ class Follower:
         except (EOFError, KeyboardInterrupt):
             wants_stop = False
         if not wants_stop:
-            say(
+            notify(
                 f"detached: {self._job_id} goes on; the same command follows it, `ray job stop {self._job_id}` stops it"
             )
             return INTERRUPTED
@@ -125,7 +125,7 @@ class Follower:
             self._client.stop_job(self._job_id)
         while str(self._info().status) not in ENDED:
             time.sleep(POLL_S / 4)
-        say(f"{self._job_id} is stopped; the same command goes on")
+        notify(f"{self._job_id} is stopped; the same command goes on")
         return INTERRUPTED
 
 

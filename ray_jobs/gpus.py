@@ -22,8 +22,11 @@ def device_kind(resources: Resources, sizes: Sizes, name: str) -> str:
 
 
 def worker_device(name: str) -> str:
-    """Return the device for this worker. Ray hides no GPU from workers that reserved none, so such a worker takes the
-    CPU unless told otherwise. Raises ModelError naming the node where torch cannot use the GPU that was reserved."""
+    """Return the device for this worker.
+
+    Ray hides no GPU from workers that reserved none, so such a worker takes the CPU unless told otherwise. Raises
+    ModelError naming the node where torch cannot use the GPU that was reserved.
+    """
     import ray
 
     if name != "auto":
@@ -34,8 +37,10 @@ def worker_device(name: str) -> str:
 
 
 def training_device(name: str) -> torch.device:
-    """Return `worker_device` for a worker of Ray Train, which shows each worker all GPUs of its node; which of them is
-    the worker's own, Ray's `get_device` knows."""
+    """Return `worker_device` for a worker of Ray Train.
+
+    Ray Train shows each worker all GPUs of its node; `get_device` of Ray knows which of them is the worker's own.
+    """
     import ray.train.torch
 
     device = pick_device(worker_device(name))
@@ -43,8 +48,10 @@ def training_device(name: str) -> torch.device:
 
 
 def check_gpu_nodes(name: str, sizes: Sizes) -> None:
-    """Raise ModelError naming a node with GPUs whose torch was built for CPUs only, before a worker starts; nothing to
-    do where workers reserve no GPU. What else may be wrong there, each worker finds when it starts."""
+    """Raise ModelError naming a node with GPUs whose torch was built for CPUs only, before a worker starts.
+
+    Nothing is checked where workers reserve no GPU. What else may be wrong there, each worker finds when it starts.
+    """
     if name == "cpu" or not sizes.gpus_per_worker:
         return
     import ray

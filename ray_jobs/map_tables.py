@@ -18,8 +18,10 @@ LEAST_AHEAD, MOST_AHEAD = 4, 32  # tables under way at once, whatever the number
 def map_tables(
     function: Callable[[pa.Table], pa.Table], tables: Iterable[pa.Table], num_cpus: float = 1
 ) -> Iterator[pa.Table]:
-    """Yield `function(table)` for each table, in order, a bounded number of them ahead. Works in the driver and inside
-    a Ray Train worker; a task whose process or node dies is run again."""
+    """Yield `function(table)` for each table, in order, a bounded number of them ahead.
+
+    Works in the driver and inside a Ray Train worker; a task whose process or node dies is run again.
+    """
     import ray
 
     def call(mapped: Callable[[pa.Table], pa.Table], table: pa.Table) -> pa.Table:

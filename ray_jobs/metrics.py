@@ -55,8 +55,11 @@ class DeviceMetrics:
         self._lock = threading.Lock()
 
     def add(self, seconds: float, batch_size: int) -> float:
-        """A chunk was captioned in `seconds`, and ends now. Returns how many of them came after the chunk before, which
-        may have been captioned at the same time. The share is of the time since that."""
+        """Count a chunk that was captioned in `seconds` and ends now.
+
+        Returns how many of them came after the chunk before, which may have been captioned at the same time. The share
+        is of the time since that.
+        """
         with self._lock:
             now = self._clock()
             passed, self._since = now - self._since, now

@@ -38,8 +38,10 @@ def _version(package: str) -> str:
 
 
 def code_digest() -> str:
-    """Eight characters that stand for the sources of `captioner` and `ray_jobs` as this process has them. With a job
-    they travel as files, without a version."""
+    """Return eight characters that stand for the sources of `captioner` and `ray_jobs` as this process has them.
+
+    With a job they travel as files, without a version.
+    """
     import captioner
     import ray_jobs
 
@@ -52,8 +54,10 @@ def code_digest() -> str:
 
 
 def torchvision_problem() -> str:
-    """Why torchvision, which is there, cannot be used; "" where it can, or is not there. transformers imports it where
-    it finds it, so one that was built for another torch keeps models from loading."""
+    """Return why an installed torchvision cannot be used; "" where it can, or is not installed.
+
+    transformers imports it where it finds it, so one that was built for another torch keeps models from loading.
+    """
     if importlib.util.find_spec("torchvision") is None:
         return ""
     try:

@@ -33,9 +33,11 @@ TIMEOUT_S = 900.0
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What was measured on some of the sampled pictures. `prepare`: seconds between two pieces of one decode worker.
-    `generate`: seconds of a caption worker. `gap`: seconds since the piece before came out of the full pipeline; 0
-    while it fills."""
+    """What was measured on some of the sampled pictures.
+
+    `prepare`: seconds between two pieces of one decode worker. `generate`: seconds of a caption worker. `gap`: seconds
+    since the piece before came out of the full pipeline; 0 while it fills.
+    """
 
     num_rows: int
     num_ok: int
@@ -115,15 +117,18 @@ def measure(source: Source, rows: pa.Table, model: ModelRef, sizes: Sizes, confi
 def cut(rows: pa.Table, sizes: Sizes, batch_size: AutoInt) -> list[pa.Table]:
     """The whole sample in pieces of about a batch each, as many times over as it takes to give every worker some."""
     batch = BATCH["gpu" if sizes.gpus_per_worker else "cpu"] if batch_size == "auto" else batch_size
-    count = min(rows.num_rows, max(2, -(-rows.num_rows // batch)))
+    count: int = min(rows.num_rows, max(2, -(-rows.num_rows // batch)))
     edges = [rows.num_rows * place // count for place in range(count + 1)]
     pieces = [rows.slice(first, end - first) for first, end in itertools.pairwise(edges)]
     return pieces * -(-max(MIN_PIECES, PIECES_PER_WORKER * sizes.num_workers) // count)
 
 
 def _pipeline(decoders: list[Any], workers: list[Any], pieces: list[pa.Table]) -> Iterator[Piece]:
-    """As many pieces as there are. Decoding goes on to the end, over and over, so that no stage is ever alone; decoders
-    stop only while AHEAD pieces wait for each worker."""
+    """Yield as many pieces as there are.
+
+    Decoding goes on to the end, over and over, so that no stage is ever alone; decoders stop only while AHEAD pieces
+    wait for each worker.
+    """
     import ray
 
     waiting, prepared = itertools.cycle(pieces), deque[Any]()

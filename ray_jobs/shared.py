@@ -16,13 +16,13 @@ def check_shared(out: Directory, file: str) -> None:
     if is_uri(out.location) or len(nodes) < 2:
         return
 
-    @ray.remote(num_cpus=0)
     def sees_file() -> bool:
         return out.exists(file)
 
+    task = ray.remote(num_cpus=0)(sees_file)
     for node in nodes:
         strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        if not ray.get(sees_file.options(scheduling_strategy=strategy).remote()):
+        if not ray.get(task.options(scheduling_strategy=strategy).remote()):
             raise ClusterError(
                 f"{out.location} is not shared: node {node['NodeManagerAddress']} does not see it; "
                 "give an OUT on shared storage (s3://, gs://, NFS)"

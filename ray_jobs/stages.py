@@ -57,12 +57,12 @@ class CaptionStage:
     AT_ONCE = 2
 
     def __init__(self, work: Work, batch_size: AutoInt, num_threads: int, messages: Queue | None = None) -> None:
-        """`messages`: takes what a person is told while the worker starts, each with the worker's name."""
+        """Load the model. `messages`: a queue for lines about the start, each with the worker's name."""
         from captioner.models import load
 
         self.work = work
-        say = None if messages is None else partial(_put, messages, uuid.uuid4().hex)
-        self.captioner = load(work.model, worker_device(work.device), batch_size, num_threads, say)
+        notify = None if messages is None else partial(_put, messages, uuid.uuid4().hex)
+        self.captioner = load(work.model, worker_device(work.device), batch_size, num_threads, notify)
         self.memory = work.new_memory()
         self.metrics = DeviceMetrics()
 

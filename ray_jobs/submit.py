@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from captioner.config import Settings, command_line, settings_of
-from captioner.console.stopping import say
+from captioner.console.stopping import notify
 from captioner.errors import OK, ClusterError, UsageError
 from captioner.files import is_uri, local_path
 from ray_jobs.follow import ENDED, Follower, reaching
@@ -73,8 +73,11 @@ def make_submission(
 
 
 def resolve_arguments(commands: Mapping[str, Any], words: list[str], working_dir: str | None = None) -> list[str]:
-    """The command with its settings resolved: a --config file is read here, and local paths become absolute, because a
-    job runs in another directory. A path that is in `working_dir` goes with it and stays relative."""
+    """Return the command with its settings resolved.
+
+    A --config file is read here, and local paths become absolute, because a job runs in another directory. A path that
+    is in `working_dir` goes with it and stays relative.
+    """
     jobs = [name for name in JOBS if name in commands]
     if not words or words[0] not in jobs:
         raise UsageError(
@@ -115,8 +118,11 @@ def _with_absolute_paths(settings: Settings, working_dir: str | None) -> Setting
 
 
 def _absolute(location: str, working_dir: str | None, is_output: bool) -> str:
-    """An output is made absolute always: what a job writes beside itself is lost with it. What is not here is a hub id,
-    a glob, or a path that only the cluster has."""
+    """Return the path as the job has to be given it.
+
+    An output is made absolute always: what a job writes beside itself is lost with it. What is not here is a hub id, a
+    glob, or a path that only the cluster has.
+    """
     if is_uri(location) or (working_dir and not is_output and (Path(working_dir) / location).exists()):
         return location
     return local_path(location) if is_output or Path(location).exists() else location
@@ -128,14 +134,16 @@ def submit(submission: Submission, address: str | None, follow: bool, pending_ti
     job_id, is_new = start_or_attach(client, submission)
     announcement = f"{'submitted' if is_new else 'already submitted'}: {job_id}"
     if not follow:
-        say(announcement)
+        notify(announcement)
         return OK
     return Follower(client, job_id, submission.waits_for, pending_timeout).run(announcement)
 
 
 def start_or_attach(client: JobSubmissionClient, submission: Submission) -> tuple[str, bool]:
-    """(submission id, whether it was started now). A job of this id that has not ended is attached to; an ended one
-    gives way to the next suffix: ID, ID-2, ID-3, ..."""
+    """Return the submission id and whether it was started now.
+
+    A job of this id that has not ended is attached to; an ended one gives way to the next suffix: ID, ID-2, ID-3, ...
+    """
     while True:
         with reaching(client.get_address()):
             jobs = {job.submission_id: job for job in client.list_jobs() if job.submission_id}

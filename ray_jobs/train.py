@@ -113,9 +113,12 @@ class RayTrainEngine:
         sizes = self._sizes()
         task = ray.remote(num_cpus=1, num_gpus=sizes.gpus_per_worker or None, max_retries=1)(_finish)
         try:
-            return ray.get(task.remote(checkpoint, finishing, self._device, self._threads(finishing.model)))
+            results: dict[str, Any] = ray.get(
+                task.remote(checkpoint, finishing, self._device, self._threads(finishing.model))
+            )
         except ray.exceptions.RayError as error:
             raise _cause_of(error) from error
+        return results
 
     def _trainer(self, start: Start, board: Any) -> Any:
         from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
@@ -172,8 +175,11 @@ def _import_trainer(cluster: ClusterConfig) -> None:
 
 
 def num_threads(sizes: Sizes, resources: Resources, model_bytes: int) -> int:
-    """CPU threads of torch in each worker. Without a GPU workers compute on all CPUs: those that decode are idle most
-    of the time, since a step takes far longer than decoding its pictures. A small model is fastest on one."""
+    """Return the number of CPU threads of torch in each worker.
+
+    Without a GPU workers compute on all CPUs: those that decode are idle most of the time, since a step takes far
+    longer than decoding its pictures. A small model is fastest on one.
+    """
     if sizes.gpus_per_worker:
         return sizes.threads_per_worker
     if model_bytes <= SMALL_MODEL_BYTES:
@@ -200,8 +206,11 @@ def train_loop(config: dict[str, Any], kind: type[RayWorker] | None = None) -> d
 
 @contextmanager
 def _as_directory(checkpoint: Any) -> Iterator[Path]:
-    """A checkpoint as a local directory. Ray's method of that name downloads into one directory for all workers of a
-    node: the second one to come overwrites the weights that the first one has mapped into memory, which kills it."""
+    """Provide a checkpoint as a local directory.
+
+    Ray's method of that name downloads into one directory for all workers of a node: the second one to come overwrites
+    the weights that the first one has mapped into memory, which kills it.
+    """
     if isinstance(checkpoint.filesystem, LocalFileSystem):
         yield Path(checkpoint.path)
         return
@@ -294,8 +303,10 @@ def _board() -> Any:
 
 
 class _Preparing:
-    """Calls `prepare` in a thread while the workers start, and hands them what it returns. A context manager: at its
-    end workers that still wait are let go."""
+    """Calls `prepare` in a thread while the workers start, and hands them what it returns.
+
+    A context manager: at its end workers that still wait are let go.
+    """
 
     def __init__(self, prepare: Callable[[], TrainRun], board: Any, progress: TrainProgress) -> None:
         self._prepare, self._board, self._progress = prepare, board, progress

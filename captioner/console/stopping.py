@@ -35,6 +35,6 @@ def stoppable(what_stays: str) -> Iterator[None]:
             signal.signal(signal.SIGTERM, old_handler)
 
 
-def say(line: str) -> None:
+def notify(line: str) -> None:
     """Print one line on standard error, next to the progress display."""
     print(f"captioner: {printable(line)}", file=sys.stderr, flush=True)

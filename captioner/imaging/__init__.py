@@ -49,8 +49,10 @@ def decode(data: bytes, spec: PixelSpec, max_pixels: int) -> DecodedImage:
 
 
 def squeeze(data: bytes, side: int, max_pixels: int) -> DecodedImage:
-    """One file's whole image as pixels uint8 [side, side, 3], whatever its aspect, with the descriptions in the file,
-    or an error code. Never raises, and does without torch: for a page, not for a model."""
+    """Return one file's whole image as pixels uint8 [side, side, 3] and the descriptions in it, or an error code.
+
+    The image fills the square whatever its aspect. Never raises, and does without torch: for a page, not for a model.
+    """
     decoded = _decoded(data, max_pixels, side, partial(fit_square, side=side))
     return decoded if decoded.error_code else replace(decoded, descriptions=descriptions_of(data, max_pixels))
 
@@ -75,8 +77,9 @@ def decode_images(
     max_pixels: int,
     decode_each: Callable[[Iterable[bytes]], Iterator[DecodedImage]] | None = None,
 ) -> ImageBatch:
-    """Images of one chunk, one row each, in order. `rows` has IMAGE_SCHEMA. `decode_each`: `decode` in this process
-    unless given.
+    """Images of one chunk, one row each, in order.
+
+    `rows` has IMAGE_SCHEMA. `decode_each`: `decode` in this process unless given.
 
     Holds one full-size image at a time: each is shrunk as far as the model allows before the next is opened. Rows
     that share one bytes object are decoded once.

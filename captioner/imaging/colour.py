@@ -13,6 +13,7 @@ them either. Values that 8 bits cannot hold are scaled, never clipped (Pillow's 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -72,7 +73,7 @@ def _full_scale(image: Image.Image) -> int | None:
     return None
 
 
-def _scale_full(values: npt.NDArray, highest: int) -> npt.NDArray[np.uint8]:
+def _scale_full(values: npt.NDArray[Any], highest: int) -> npt.NDArray[np.uint8]:
     scaled = values.astype(np.uint32)
     scaled *= 255
     scaled += highest // 2
@@ -80,7 +81,7 @@ def _scale_full(values: npt.NDArray, highest: int) -> npt.NDArray[np.uint8]:
     return np.minimum(scaled, 255, out=scaled).astype(np.uint8)
 
 
-def _scale_by_range(values: npt.NDArray) -> npt.NDArray[np.uint8]:
+def _scale_by_range(values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
     finite = np.isfinite(values)
     if not finite.any():
         return np.zeros(values.shape, np.uint8)

@@ -37,8 +37,10 @@ def needed_side(spec: PixelSpec) -> int:
 
 
 def fit(upright: UprightImage, spec: PixelSpec) -> npt.NDArray[np.uint8]:
-    """uint8 [spec.height, spec.width, 3], or of own sizes [height, width, 3]. A crop that reaches beyond the image is
-    black there."""
+    """Return pixels uint8 [spec.height, spec.width, 3], or of variable size [height, width, 3].
+
+    A crop that reaches beyond the image is black there.
+    """
     height, width = resized((upright.height, upright.width), spec)
     if spec.own_sizes:
         return _resize(upright, (height, width), (0, 0, height, width), spec)
@@ -96,7 +98,8 @@ def _as_array(image: Image.Image) -> npt.NDArray[np.uint8]:
         values = pa.array(image)
     except ValueError:
         return np.array(image)
-    return values.values.to_numpy().reshape(image.height, image.width, 4)
+    pixels: npt.NDArray[np.uint8] = values.values.to_numpy()
+    return pixels.reshape(image.height, image.width, 4)
 
 
 def _resize_with_pillow(

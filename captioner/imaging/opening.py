@@ -109,7 +109,7 @@ def _load_first(file: ImageFile.ImageFile) -> None:
 def _make_upright(file: ImageFile.ImageFile) -> int:
     """Apply the orientation in EXIF or XMP and return it; malformed EXIF is none."""
     try:
-        orientation = file.getexif().get(_EXIF_ORIENTATION, _UPRIGHT)
+        orientation: int = file.getexif().get(_EXIF_ORIENTATION, _UPRIGHT)
         ImageOps.exif_transpose(file, in_place=True)
     except Exception:
         return _UPRIGHT

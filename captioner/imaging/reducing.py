@@ -24,8 +24,11 @@ _CODESTREAM, _CODING_STYLE = b"\xff\x4f\xff\x51", 0x52  # JPEG 2000: SOC and SIZ
 
 @dataclass(frozen=True, slots=True)
 class Reduced:
-    """A file that will load smaller. `extent`: width and height that the image then has, not rounded to whole pixels;
-    `None`: all of the image. `in_memory`: how many pixels are held while it loads."""
+    """A file that will load smaller.
+
+    `extent`: width and height that the image then has, not rounded to whole pixels; `None`: all of the image.
+    `in_memory`: how many pixels are held while it loads.
+    """
 
     file: ImageFile.ImageFile
     extent: tuple[float, float] | None
@@ -33,8 +36,10 @@ class Reduced:
 
 
 def open_reduced(file: ImageFile.ImageFile, data: bytes, needed_side: int) -> Reduced | None:
-    """As small as can be with both sides >= needed_side; `None` where the file only loads whole. Of a JPEG it is `file`
-    itself; else another, and `file` is as before."""
+    """As small as can be with both sides >= needed_side; `None` where the file only loads whole.
+
+    Of a JPEG it is `file` itself; else another, and `file` is as before.
+    """
     if file.format == "JPEG":
         return _open_jpeg(file, needed_side)
     if file.format == "JPEG2000":

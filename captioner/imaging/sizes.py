@@ -51,8 +51,10 @@ def _at_most_edge(size: Size, edge: int, multiple: int) -> Size:
 
 
 def _at_most_area(size: Size, area: int, multiple: int) -> Size:
-    """As Qwen-VL rounds (`smart_resize`): so its processor leaves it so. A strip that it refuses stays one, and one
-    that it takes never becomes one that it refuses."""
+    """Round sides as Qwen-VL does (`smart_resize`), so that its processor leaves them as they are.
+
+    A strip that it refuses stays one, and one that it takes never becomes one that it refuses.
+    """
     if max(size) > _QWEN_ASPECT * min(size):
         return _rounded_to_area(size, area, 1)
     found = _rounded_to_area(size, area, multiple)

@@ -64,8 +64,11 @@ class _Entry:
 
 @dataclass(frozen=True, slots=True)
 class TiffDirectory:
-    """One image of a TIFF. `reduced`: a smaller copy of another, or a mask. `children`: offsets of its own
-    directories, smaller copies mostly. A directory that cannot be read has no size."""
+    """One image of a TIFF.
+
+    `reduced`: a smaller copy of another, or a mask. `children`: offsets of its own directories, smaller copies mostly.
+    A directory that cannot be read has no size.
+    """
 
     offset: int
     width: int = 0
@@ -76,8 +79,11 @@ class TiffDirectory:
 
 
 def page_offsets(read: Read) -> list[int]:
-    """Where the directories of the pages are, in order; smaller copies and masks are no pages. Empty where the file is
-    no TIFF. A chain that is broken ends with the offset that leads nowhere: that page will fail to decode."""
+    """Where the directories of the pages are, in order; smaller copies and masks are no pages.
+
+    Empty where the file is no TIFF. A chain that is broken ends with the offset that leads nowhere: that page will fail
+    to decode.
+    """
     chain = []
     for directory in _chain(read):
         chain.append(directory)
@@ -110,8 +116,11 @@ def find_overview(data: bytes, needed_side: int) -> TiffDirectory | None:
 
 
 def extract(data: bytes, offset: int, like_first: bool = False) -> bytes:
-    """The image of one directory as a TIFF of its own. `like_first`: the first page's orientation and colour profile
-    are its own too. Raises ValueError where the directory cannot be read."""
+    """The image of one directory as a TIFF of its own.
+
+    `like_first`: the first page's orientation and colour profile are its own too. Raises ValueError where the directory
+    cannot be read.
+    """
 
     def read(start: int, size: int) -> bytes:
         return data[start : start + size]

@@ -178,7 +178,7 @@ class TransformersCaptioner:
 
     @property
     def device_name(self) -> str:
-        """ "cpu", "mps", or a GPU's name and memory."""
+        """The kind of device ("cpu", "mps"), or a GPU's name and memory."""
         if self.device.type not in ("cuda", "xpu"):
             return self.device.type
         card = torch.get_device_module(self.device).get_device_properties(self.device)
@@ -191,8 +191,10 @@ class TransformersCaptioner:
 
     @torch.inference_mode()
     def search_batch(self, values: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """`search` for uint8 pixels [N, height, width, 3] on the device, or an OwnBatch, in one piece. Raises
-        torch.OutOfMemoryError."""
+        """Search captions for uint8 pixels [N, height, width, 3] on the device, or an OwnBatch, in one piece.
+
+        Raises torch.OutOfMemoryError.
+        """
         return self.search(self.prepare(values))
 
     def describe(self, tokens: torch.Tensor, logprobs: torch.Tensor) -> Captions:

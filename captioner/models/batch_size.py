@@ -37,7 +37,7 @@ class Batched(Protocol):
 
     @property
     def device_name(self) -> str:
-        """ "cpu", "mps", or a GPU's name and memory."""
+        """The kind of device ("cpu", "mps"), or a GPU's name and memory."""
         ...
 
     def try_batch(self, size: int) -> None:
@@ -53,29 +53,33 @@ def settle_batch_size(
     captioner: Batched,
     on_cpu: int,
     clock: Callable[[], float] = time.perf_counter,
-    say: Callable[[str], None] = lambda line: None,
+    notify: Callable[[str], None] = lambda line: None,
 ) -> None:
-    """Set `batch_size` to what is remembered for its model and device, or to what is found now; to `on_cpu` on a CPU,
-    which gains little from large batches, and on mps, where running out of memory is no torch.OutOfMemoryError.
-    `say`: called with a line before sizes are tried out, and with the outcome."""
+    """Set `batch_size` to what is remembered for its model and device, or measure it now.
+
+    It is `on_cpu` on a CPU, which gains little from large batches, and on mps, where running out of memory is no
+    torch.OutOfMemoryError. `notify`: called with a line before sizes are tried out, and with the outcome.
+    """
     if captioner.device_name in ("cpu", "mps"):
         captioner.batch_size = on_cpu
         return
     key, file = f"{captioner.device_name}; {captioner.ref.fingerprint}", cache_dir() / "batch_sizes.json"
     known = _remembered(file)
     if key not in known:
-        say(f"trying out batch sizes on {captioner.device_name}, once for this model and device")
+        notify(f"trying out batch sizes on {captioner.device_name}, once for this model and device")
         started = clock()
         deadline, start = started + BUDGET_S, OWN_SIZES_START if captioner.ref.spec.own_sizes else START
         known[key] = fastest_size(lambda size: seconds_for(captioner, size, clock, deadline), start)
-        say(f"batch size {known[key]}, tried out in {clock() - started:.1f} s")
+        notify(f"batch size {known[key]}, tried out in {clock() - started:.1f} s")
         _remember(file, known)
     captioner.batch_size = known[key]
 
 
 def fastest_size(seconds: Callable[[int], float], start: int = START, sizes: Sequence[int] = SIZES) -> int:
-    """Going up from `start`, the last of `sizes` that is worth it: its batch fits and captions WORTH times as
-    many images a second as the size before. Where `start` does not fit, the largest below it that does.
+    """Return the last of `sizes`, going up from `start`, that is worth it.
+
+    Its batch fits and captions WORTH times as many images a second as the size before. Where `start` does not fit, the
+    largest below it that does.
 
     `seconds`: of one batch; raises torch.OutOfMemoryError. Where not even the first fits, the first: a batch is halved
     where it turns out to be too large.
@@ -103,8 +107,11 @@ def _largest_below(start: int, seconds: Callable[[int], float], sizes: Sequence[
 
 
 def seconds_for(captioner: Batched, size: int, clock: Callable[[], float], deadline: float = math.inf) -> float:
-    """Seconds of one batch, after two that warm up and capture graphs unless the first takes long enough to tell;
-    infinity after the deadline. Raises torch.OutOfMemoryError."""
+    """Return the seconds that one batch takes; infinity after the deadline.
+
+    Two batches before it warm up and capture graphs, unless the first takes long enough to tell. Raises
+    torch.OutOfMemoryError.
+    """
     first = clock()
     if first >= deadline:
         return math.inf

@@ -21,8 +21,10 @@ class Blip2Captioner(TransformersCaptioner):
         return [start]
 
     def read_ids(self) -> list[int]:
-        """Places for the picture's queries, then the prompt, as `Blip2Processor` tokenizes it; "" where there is none,
-        which leaves OPT's start token."""
+        """Return image tokens for the image's queries, then the prompt, as `Blip2Processor` tokenizes it.
+
+        The prompt is "" where there is none, which leaves OPT's start token.
+        """
         config = self.model.config
         if config.image_token_index is None:
             raise ModelError(

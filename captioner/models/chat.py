@@ -70,8 +70,10 @@ class ChatCaptioner(TransformersCaptioner):
         return {name: value.to(self.dtype) if value.is_floating_point() else value for name, value in made.items()}
 
     def _normalised(self, tiles: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """uint8 [N, tiles, 3, H, W] as the image processor would have normalised them, float32; 0 outside of `mask`
-        [N, tiles, H, W], by which the model knows padding."""
+        """Normalise pixels uint8 [N, tiles, 3, H, W] to float32 as the image processor does.
+
+        They are 0 outside of `mask` [N, tiles, H, W], by which the model knows padding.
+        """
         images = self.processor.image_processor
         mean, std = (torch.tensor(of, device=self.device).view(3, 1, 1) for of in (images.image_mean, images.image_std))
         values = (tiles.float() * images.rescale_factor - mean) / std

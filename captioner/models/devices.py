@@ -48,13 +48,17 @@ def pick_device(name: str = "auto", has_gpu: bool | None = None, node: str = "")
 
 def set_wait_policy() -> None:
     """Let torch's threads sleep while they wait for each other; to be called before torch is imported, which reads it.
-    Where other work shares the CPUs, decoding for one, spinning made captioning up to a hundred times slower."""
+
+    Where other work shares the CPUs, decoding for one, spinning made captioning up to a hundred times slower.
+    """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def check_build(name: str, node: str = "") -> None:
-    """Raise ModelError where torch was built for CPUs only and `name` asks for, or may mean, a GPU. Reads one small
-    file of torch, which is not imported."""
+    """Raise ModelError where torch was built for CPUs only and `name` asks for, or may mean, a GPU.
+
+    Reads one small file of torch, which is not imported.
+    """
     version = cpu_only_build()
     if version and name != "cpu":
         build = BUILDS.get(name, "CUDA")
@@ -72,8 +76,11 @@ def cpu_only_build() -> str:
 
 
 def auto_dtype(device: str) -> str:
-    """Return the dtype that --dtype auto is on a kind of device. Half the memory and several times the speed were
-    measured on CUDA; mps and xpu were not, and stay at what every device computes alike."""
+    """Return the dtype that --dtype auto is on a kind of device.
+
+    Half the memory and several times the speed were measured on CUDA; mps and xpu were not, and stay at what every
+    device computes alike.
+    """
     return "bfloat16" if device == "cuda" else "float32"
 
 

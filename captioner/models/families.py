@@ -11,7 +11,9 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """`search`: "fast" is one of our own, "generic" transformers' `generate`. `pixels`: "ours" are resized here, as the
+    """How the models of one family are prompted and run.
+
+    `search`: "fast" is one of our own, "generic" transformers' `generate`. `pixels`: "ours" are resized here, as the
     model's image processor says; "own" go through that processor itself. `text`: the section of config.json with the
     text decoder's number of positions; "" where it is no limit.
 

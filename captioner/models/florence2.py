@@ -14,8 +14,11 @@ from captioner.models.ref import ModelRef
 
 
 class Florence2Captioner(TransformersCaptioner):
-    """`prompt`: a task token (<CAPTION>, ...), which the processor writes out as the question it was trained with, or
-    a question in words."""
+    """Florence-2, with the same prompt for every image.
+
+    The prompt is a task token (<CAPTION>, ...), which the processor writes out as the question it was trained with, or
+    a question in words.
+    """
 
     def __init__(self, ref: ModelRef, device: torch.device, batch_size: int) -> None:
         processor = open_processor(ref.path, Florence2Processor)

@@ -41,18 +41,18 @@ def load(
     device: str = "auto",
     batch_size: int | Literal["auto"] = "auto",
     num_threads: int | None = None,
-    say: Callable[[str], None] | None = None,
+    notify: Callable[[str], None] | None = None,
 ) -> Captioner:
     """The captioner of `ref`, its weights on `device` (see `captioner.models.devices.pick_device`).
 
     `batch_size`: pictures for each forward pass; "auto" tries out on a GPU what is fastest. `num_threads`: CPU threads
-    of torch, where the environment's OMP_NUM_THREADS is not what is wanted; a small model gets one. `say`: told a line
-    about what takes long. A model that is not on this machine is fetched again; one whose weights are no longer those
-    of `ref` is refused. Raises ModelError where the model or the device cannot be used.
+    of torch, where the environment's OMP_NUM_THREADS is not what is wanted; a small model gets one. `notify`: called
+    with a line about what takes long. A model that is not on this machine is fetched again; one whose weights are no
+    longer those of `ref` is refused. Raises ModelError where the model or the device cannot be used.
     """
     if ref.family == "fake":
         return FakeCaptioner(prompt=ref.prompt)
-    say, started = say or (lambda line: None), time.perf_counter()
+    notify, started = notify or (lambda line: None), time.perf_counter()
     with ThreadPoolExecutor(2) as threads:
         here = threads.submit(on_this_machine, ref)  # which hashes the weights
         torch_device = pick_device(device)
@@ -62,7 +62,7 @@ def load(
         family = _import_family(ref.family)
         ref = here.result()
     imported = time.perf_counter()
-    say(f"torch and transformers imported in {imported - started:.1f} s")
+    notify(f"torch and transformers imported in {imported - started:.1f} s")
     from captioner.models.batch_size import CPU_SIZE, SMALL_CPU_SIZE, settle_batch_size
 
     if torch_device.type == "cpu" and is_small(ref):
@@ -70,9 +70,9 @@ def load(
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     captioner = family(ref, torch_device, 1 if batch_size == "auto" else batch_size)
-    say(f"weights on {captioner.device_name} in {time.perf_counter() - imported:.1f} s")
+    notify(f"weights on {captioner.device_name} in {time.perf_counter() - imported:.1f} s")
     if batch_size == "auto":
-        settle_batch_size(captioner, SMALL_CPU_SIZE if is_small(ref) else CPU_SIZE, say=say)
+        settle_batch_size(captioner, SMALL_CPU_SIZE if is_small(ref) else CPU_SIZE, notify=notify)
     return captioner
 
 

@@ -62,8 +62,10 @@ _BY_MODEL_TYPE = {
 
 
 def read_pixel_spec(directory: Path, family: str, vision: str = "", preprocess: str = "fast") -> PixelSpec:
-    """The pixels the model in `directory` wants. `vision`: model type of its picture encoder, where it is not the
-    family's own. Raises ModelError naming a setting that no batch of pictures can have.
+    """The pixels the model in `directory` wants.
+
+    `vision`: model type of its picture encoder, where it is not the family's own. Raises ModelError naming a setting
+    that no batch of pictures can have.
     """
     file, settings = _read_settings(directory)
     settings = {key: value for key, value in settings.items() if value is not None}

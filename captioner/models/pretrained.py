@@ -79,7 +79,7 @@ def _few(names: list[str], limit: int = 3) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """transformers without its progress bar and advice."""
+    """Silence the progress bar and the advice of transformers."""
     verbosity, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

@@ -111,8 +111,10 @@ class Uploads:
 
 
 class _Buffers:
-    """Page-locked buffers, kept because allocating one takes longer than filling it. There are as many as were in use
-    at once."""
+    """Page-locked buffers, kept because allocating one takes longer than filling it.
+
+    There are as many as were in use at once.
+    """
 
     def __init__(self, stream: CopyStream) -> None:
         self._stream = stream

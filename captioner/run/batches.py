@@ -51,8 +51,10 @@ class CaptionBatches:
         self._column = column
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Return the batch with `caption` (None where failed), `num_tokens`, `logprob_mean` (NaN where failed),
-        `error_code` ("" = no error) and `error_message`.
+        """Return the batch with its captions and errors.
+
+        They are `caption` (None where failed), `num_tokens`, `logprob_mean` (NaN where failed), `error_code` ("" = no
+        error) and `error_message`.
         """
         from captioner.imaging import decode_images
 

@@ -45,7 +45,7 @@ STARTER_NOTE = (
     "give --model your own model or a hub id"
 )
 
-Say = Callable[[str], None]
+Notify = Callable[[str], None]
 
 
 class Engine(Protocol):
@@ -88,7 +88,7 @@ class Job:
     config: CaptionConfig
     work: Work
     rows_per_chunk: Callable[[], int]
-    say: Say
+    notify: Notify
     started: float
     notes: list[str] = field(default_factory=list)
 
@@ -102,9 +102,9 @@ class Job:
         if self.config.output.retry_failed:
             retry = make_retry_plan(self.table)
             if retry is None:
-                self.say("nothing to retry: no image has failed")
+                self.notify("nothing to retry: no image has failed")
             else:
-                self.say(f"retrying {retry.num_rows:,} failed images")
+                self.notify(f"retrying {retry.num_rows:,} failed images")
                 yield retry
         if self.config.output.only:
             yield from self._recaption(self.config.output.only)
@@ -116,11 +116,11 @@ class Job:
             self.table, selector, model.fingerprint, facts_of(model), self.rows_per_chunk()
         )
         if selection.settled:
-            self.say(f"{selection.settled:,} more match --only, but a reviewer has settled their text")
+            self.notify(f"{selection.settled:,} more match --only, but a reviewer has settled their text")
         if plan is None:
-            self.say("nothing to recaption: --only matches no caption of another model")
+            self.notify("nothing to recaption: --only matches no caption of another model")
             return
-        self.say(f"recaptioning {plan.num_rows:,} images with {model.name}")
+        self.notify(f"recaptioning {plan.num_rows:,} images with {model.name}")
         self.work = replace(self.work, table=rebind(self.table))
         yield plan
 
@@ -131,13 +131,13 @@ class Job:
         return [chunk for chunk in plan.chunks() if chunk.part not in published and chunk.chunk_id not in committed]
 
 
-def open_job(config: CaptionConfig, engine: Engine, say: Say) -> Job:
+def open_job(config: CaptionConfig, engine: Engine, notify: Notify) -> Job:
     """Plan the images and open a run that captions them. Raises CaptionerError."""
     check_settings(config)
     started = time.perf_counter()
-    model = resolve(config.model, None, announce=say)
+    model = resolve(config.model, None, announce=notify)
     rows_per_chunk = partial(_rows_per_chunk, model, engine)
-    planned = _plan(config, say, rows_per_chunk, engine.start)
+    planned = _plan(config, notify, rows_per_chunk, engine.start)
     table, model = bind(planned.table, config, model, engine.device)
     work = Work(
         table,
@@ -150,22 +150,22 @@ def open_job(config: CaptionConfig, engine: Engine, say: Say) -> Job:
         dedupe=not config.output.no_dedupe,
         device=config.model.device,
     )
-    say(model.told)
-    job = Job(planned.config, work, rows_per_chunk, say, started, planned.notes)
+    notify(model.told)
+    job = Job(planned.config, work, rows_per_chunk, notify, started, planned.notes)
     if model.name == "starter" and not _holds_scenes(table):
         job.notes.append(STARTER_NOTE)
-        say(STARTER_NOTE)
+        notify(STARTER_NOTE)
     return job
 
 
-def plan_images(config: CaptionConfig, say: Say) -> Planned:
+def plan_images(config: CaptionConfig, notify: Notify) -> Planned:
     """List the source into OUT/plan, without a model. Raises CaptionerError."""
     check_settings(config)
-    return _plan(config, say, lambda: ROWS_PER_CHUNK)
+    return _plan(config, notify, lambda: ROWS_PER_CHUNK)
 
 
 def _plan(
-    config: CaptionConfig, say: Say, rows_per_chunk: Callable[[], int], on_work: Callable[[], None] = lambda: None
+    config: CaptionConfig, notify: Notify, rows_per_chunk: Callable[[], int], on_work: Callable[[], None] = lambda: None
 ) -> Planned:
     """Open table and source, and bring the plan up to date. `on_work` is called where workers may be needed."""
     config = _with_absolute_source(config)
@@ -182,7 +182,7 @@ def _plan(
         table.directory.sweep("")
         remove_merged_chunks(table)
     planned = Planned(config, table, source)
-    _bring_plan_up_to_date(planned, say, rows_per_chunk)
+    _bring_plan_up_to_date(planned, notify, rows_per_chunk)
     return planned
 
 
@@ -245,10 +245,10 @@ def _check_same_source(config: CaptionConfig, table: CaptionsTable) -> None:
             )
 
 
-def _bring_plan_up_to_date(planned: Planned, say: Say, rows_per_chunk: Callable[[], int]) -> None:
+def _bring_plan_up_to_date(planned: Planned, notify: Notify, rows_per_chunk: Callable[[], int]) -> None:
     plans, config = planned.table.plans(), planned.config
     if plans and not config.output.extend:
-        _note_changes(planned, say, sum(plan.num_rows for plan in plans if plan.adds_parts))
+        _note_changes(planned, notify, sum(plan.num_rows for plan in plans if plan.adds_parts))
         return
     started = time.perf_counter()
     plan = make_plan(
@@ -257,17 +257,17 @@ def _bring_plan_up_to_date(planned: Planned, say: Say, rows_per_chunk: Callable[
         rows_per_chunk(),
         config.output.rows_per_file,
         config.source.limit,
-        on_progress=_ListingProgress(say),
+        on_progress=_ListingProgress(notify),
     )
     if plan is None:
-        say("nothing to add: every image of the source is in the plan")
+        notify("nothing to add: every image of the source is in the plan")
         return
     ignored = f", {plan.num_ignored:,} other files passed over" if plan.num_ignored else ""
     seconds = time.perf_counter() - started
-    say(f"planned {plan.num_rows:,} images in {plan.num_chunks:,} chunks{ignored} in {seconds:.1f} s")
+    notify(f"planned {plan.num_rows:,} images in {plan.num_chunks:,} chunks{ignored} in {seconds:.1f} s")
 
 
-def _note_changes(planned: Planned, say: Say, num_planned: int) -> None:
+def _note_changes(planned: Planned, notify: Notify, num_planned: int) -> None:
     """Note how the source has changed since it was planned."""
     if planned.config.source.limit is not None:
         return
@@ -282,7 +282,7 @@ def _note_changes(planned: Planned, say: Say, num_planned: int) -> None:
             f"the source has changed since it was planned: {change.num_new:,} new images (add them with --extend), "
             f"{change.num_gone:,} gone; going on with the plan"
         )
-        say(planned.notes[-1])
+        notify(planned.notes[-1])
 
 
 def _holds_scenes(table: CaptionsTable) -> bool:
@@ -305,11 +305,11 @@ def _new_run_id() -> str:
 class _ListingProgress:
     """Reports the progress of a long listing every few seconds."""
 
-    def __init__(self, say: Say, every: float = 5.0) -> None:
-        self._say, self._every, self._last = say, every, time.monotonic()
+    def __init__(self, notify: Notify, every: float = 5.0) -> None:
+        self._notify, self._every, self._last = notify, every, time.monotonic()
 
     def __call__(self, num_rows: int) -> None:
         now = time.monotonic()
         if now - self._last >= self._every:
             self._last = now
-            self._say(f"listing: {num_rows:,} images so far")
+            self._notify(f"listing: {num_rows:,} images so far")

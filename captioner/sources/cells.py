@@ -33,7 +33,8 @@ def make_cell(value: Any, folder: bytes = b"") -> Cell:
         value = data if data is not None else value.get("path")
     if isinstance(value, str):
         return FileCell(os.path.join(folder, os.fsencode(value))) if value else None
-    return value
+    content: bytes | None = value
+    return content
 
 
 def read_cells(rows: pa.Table, cells: Sequence[Cell], uris: Sequence[str], root: Root) -> list[RawImage]:

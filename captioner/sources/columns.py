@@ -175,11 +175,11 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _is_binary(type_: pa.DataType) -> bool:
-    return types.is_binary(type_) or types.is_large_binary(type_) or types.is_binary_view(type_)
+    return bool(types.is_binary(type_) or types.is_large_binary(type_) or types.is_binary_view(type_))
 
 
 def _is_string(type_: pa.DataType) -> bool:
-    return types.is_string(type_) or types.is_large_string(type_) or types.is_string_view(type_)
+    return bool(types.is_string(type_) or types.is_large_string(type_) or types.is_string_view(type_))
 
 
 def _is_text(type_: pa.DataType) -> bool:

@@ -27,7 +27,8 @@ class Metadata:
 
     def find(self, paths: Sequence[bytes]) -> list[list[str] | None]:
         rows = [self.row_of.get(path[len(self.prefix) :]) for path in paths]
-        return self.captions.take(pa.array(rows, pa.int64())).to_pylist()
+        captions: list[list[str] | None] = self.captions.take(pa.array(rows, pa.int64())).to_pylist()
+        return captions
 
 
 def find_references(metadata: Sequence[Metadata], paths: Sequence[bytes]) -> list[list[str] | None]:

@@ -143,7 +143,7 @@ class Root:
 
     def exists(self, file: bytes = b"") -> bool:
         """Return whether there is such a file or directory."""
-        return self.kind(file) != FileType.NotFound
+        return bool(self.kind(file) != FileType.NotFound)
 
     def kind(self, file: bytes = b"") -> FileType:
         """Return whether it is a file, a directory or nothing. Raises SourceError where the store does not answer."""

@@ -21,8 +21,11 @@ from captioner.training.worker import Training, Worker
 
 
 class Stepping(Protocol):
-    """What the callback needs of the trainer. `step_loss`: this worker's part of the loss of the step that just ended,
-    times the number of workers; `snapshot`: of the step that is to be saved, where this worker saves."""
+    """What the callback needs of the trainer.
+
+    `step_loss`: this worker's part of the loss of the step that just ended, times the number of workers. `snapshot`: of
+    the step that is to be saved; None on workers that save nothing.
+    """
 
     step_loss: torch.Tensor
     snapshot: Snapshot | None

@@ -1,4 +1,4 @@
-"""Checkpoints, written beside the training: a step waits for copies of weights and optimizer state only."""
+"""Write checkpoints beside the training: a step waits only for copies of weights and optimizer state."""
 
 from __future__ import annotations
 
@@ -29,8 +29,10 @@ if TYPE_CHECKING:
 
 
 class Checkpoints:
-    """Writes and reports the checkpoints of a worker in a thread, one at a time. A context manager: its end waits for
-    the last one."""
+    """Writes and reports a worker's checkpoints in a thread, one at a time.
+
+    A context manager: leaving it waits for the last checkpoint.
+    """
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
@@ -49,7 +51,7 @@ class Checkpoints:
             self._wait()
 
     def keep(self, snapshot: Snapshot | None, metrics: dict[str, Any]) -> None:
-        """Start to write a snapshot (`None`: another worker has it). Raises what the checkpoint before raised."""
+        """Start to write a snapshot; None where another worker writes it. Raises what the checkpoint before raised."""
         self._wait()
         self._writing = self._thread.submit(self._write, snapshot, metrics)
 
@@ -77,7 +79,7 @@ class Checkpoints:
 
 
 class Snapshot:
-    """What a checkpoint holds of a trainer, as it was when this was made: later steps do not change it."""
+    """A copy of a trainer's weights and state, which later steps do not change."""
 
     def __init__(self, trainer: Trainer, network: Any, with_adapters: bool) -> None:
         weights = adapter_weights(network) if with_adapters else network.state_dict()
@@ -93,8 +95,7 @@ class Snapshot:
             self._arrived.record()
 
     def write(self, folder: Path) -> None:
-        """Write the files that Trainer would: the network as a model directory, or its adapters; optimizer, learning
-        rate and progress."""
+        """Write the files of a Trainer checkpoint, and the network as a model directory, or only its adapters."""
         if self._arrived is not None:
             self._arrived.synchronize()
         if self._with_adapters:
@@ -126,8 +127,10 @@ def copies_on_host(value: Any, copied: dict[Any, torch.Tensor] | None = None) ->
 
 
 def save_network(network: Any, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
-    """Write the network as a model directory (without tokenizer and processor), with its own weights unless others are
-    given. Changes nothing of the network: other threads may use it."""
+    """Write the network as a model directory, without tokenizer and processor.
+
+    `weights`: what to write in place of the network's own. The network is not changed: other threads may use it.
+    """
     saved = copy.copy(network)
     settings = network.generation_config.to_dict() | {"return_dict_in_generate": False}
     saved.generation_config = GenerationConfig.from_dict(settings)

@@ -54,9 +54,11 @@ def pixels_of(rows: pa.Table, spec: PixelSpec) -> npt.NDArray[np.uint8]:
 
 @dataclass(frozen=True)
 class Collate:
-    """Decoded pairs -> a batch: `pixels` uint8 [N, H, W, 3]; `input_ids` int64 [N, T] from the start token to the last
-    but one token; `positions` int64 [K], which of the N x T tokens predict one of a caption, and `labels` int64 [K],
-    the token that each of them should predict.
+    """Make a batch of decoded pairs.
+
+    It holds `pixels` uint8 [N, H, W, 3]; `input_ids` int64 [N, T] from the start token to the last but one token;
+    `positions` int64 [K], which of the N x T tokens predict one of a caption, and `labels` int64 [K], the token that
+    each of them should predict.
 
     Positions are made here, on the CPU: picking tokens by a mask on a GPU would wait for the GPU.
 
@@ -95,8 +97,11 @@ def batches_of(tables: Iterable[pa.Table], batch_size: int, collate: Collate) ->
 
 
 class Upload:
-    """Copies batches to a device. Meant for a thread of its own: it returns when the copy has arrived, and the device
-    computes on an earlier batch meanwhile."""
+    """Copies batches to a device.
+
+    Meant for a thread of its own: it returns when the copy has arrived, and the device computes on an earlier batch
+    meanwhile.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

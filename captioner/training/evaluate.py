@@ -28,8 +28,10 @@ Feed = Callable[[Iterator[pa.Table]], Iterator[pa.Table]]
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Evaluates `captioner`, whose network `loss` wraps, on a table of pairs. `add_up` sums a float64 tensor over the
-    workers; `doing` shows how far an evaluation is."""
+    """Evaluates `captioner`, whose network `loss` wraps, on a table of pairs.
+
+    `add_up` sums a float64 tensor over the workers; `doing` shows how far an evaluation is.
+    """
 
     captioner: TransformersCaptioner
     loss: CaptionLoss
@@ -42,8 +44,10 @@ class Evaluator:
     doing: Callable[[str], None] = lambda text: None
 
     def __call__(self, pairs: pa.Table, windows: Iterator[pa.Table] | None = None) -> dict[str, Any]:
-        """Return `wer`, `shuffled_wer`, `loss` (nats a token), `num_pictures`, and `captions`: reference and caption of
-        the first pictures (on rank 0). WER is over generated captions, loss over the first reference of each picture.
+        """Return the scores of the pairs: `wer`, `shuffled_wer`, `loss` (nats a token), `num_pictures` and `captions`.
+
+        `captions` holds reference and caption of the first images (on rank 0). WER is over generated captions, loss
+        over the first reference of each image.
 
         `windows`: `feed` of `windows_of` these pairs, where decoding was started before.
         """

@@ -115,8 +115,11 @@ def _figures(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def training_images(tables: dict[str, pa.Table], of_base: Path) -> pa.Table:
-    """`sha256`, `image_id` and `split` ("train" or "eval") of every picture that shaped the model, those of the base
-    model among them: a model that people teach again and again remembers what it was taught before."""
+    """Return `sha256`, `image_id` and `split` ("train" or "eval") of every image that shaped the model.
+
+    Those of the base model are among them: a model that is trained again and again still shows what it was trained on
+    before.
+    """
     parts = []
     for name in ("train", "eval"):
         rows = tables[name].select(["sha256", "image_id"])

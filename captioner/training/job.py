@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from captioner.config import ModelConfig, TrainConfig
-from captioner.console.stopping import say, stoppable
+from captioner.console.stopping import notify, stoppable
 from captioner.errors import OK, ModelError, TrainingError, UsageError
 from captioner.files import shown
 from captioner.models import ModelRef, check_in_subprocess, resolve
@@ -86,8 +86,11 @@ class TrainRun:
 
 @dataclass
 class Outcome:
-    """How the workers ended. `checkpoint`: of the best model, opened by the engine; `stopped`: why before the last
-    step, or ""; `checkpoint_seconds`: how long training waited for checkpoints."""
+    """How the workers ended.
+
+    `checkpoint`: of the best model, opened by the engine; `stopped`: why before the last step, or "";
+    `checkpoint_seconds`: how long training waited for checkpoints.
+    """
 
     run: TrainRun
     checkpoint: Any
@@ -118,8 +121,10 @@ class TrainEngine(Protocol):
         ...
 
     def train(self, start: Start, prepare: Callable[[], TrainRun], progress: TrainProgress) -> Outcome:
-        """Start the workers, and train what `prepare` returns. It is called once, perhaps in another thread while the
-        workers start; what it raises is raised."""
+        """Start the workers, and train what `prepare` returns.
+
+        It is called once, perhaps in another thread while the workers start; what it raises is raised.
+        """
         ...
 
     def finish(self, checkpoint: Any, finishing: Finishing) -> dict[str, Any]:
@@ -147,7 +152,7 @@ def _run(config: TrainConfig, engine: TrainEngine) -> int:
         record = open_record(config, out, model, engine.num_workers())
         if out.exists(MODEL_FILE):
             check.cancel()
-            say(f"nothing to train: {shown(config.output.path)}/model is there")
+            notify(f"nothing to train: {shown(config.output.path)}/model is there")
             _push(config, out)
             return OK
         start = Start(config, out, model, archives, record)
@@ -158,7 +163,7 @@ def _run(config: TrainConfig, engine: TrainEngine) -> int:
             prepare = partial(_same, prepare())
         outcome = engine.train(start, prepare, progress)
         if outcome.stopped:
-            say(f"stopped at step {outcome.step}: {outcome.stopped}")
+            notify(f"stopped at step {outcome.step}: {outcome.stopped}")
         if outcome.stopped.startswith("the loss of"):
             raise TrainingError(
                 f"{outcome.stopped}; the last good checkpoint stays in {shown(config.output.path)}/checkpoints; "
@@ -221,7 +226,7 @@ def _resolve(config: TrainConfig) -> ModelRef:
     wanted = ModelConfig(
         name=config.model.name, revision=config.model.revision, max_new_tokens=config.model.max_new_tokens
     )
-    model = resolve(wanted, "float32", announce=say)
+    model = resolve(wanted, "float32", announce=notify)
     if model.family not in TRAINABLE:
         known = ", ".join(TRAINABLE)
         raise ModelError(
@@ -275,16 +280,16 @@ def _epoch_size(config: TrainConfig, pairs: Pairs) -> int:
 def _tell_pairs(pairs: Pairs) -> None:
     shares = ", ".join(f"{len(table):,} {name}" for name, table in pairs.tables.items())
     skipped = ", ".join(f"{count:,} {reason}" for reason, count in pairs.skipped.items())
-    say(f"{pairs.num_listed:,} pictures: {shares}" + (f"; left out: {skipped}" if skipped else ""))
+    notify(f"{pairs.num_listed:,} pictures: {shares}" + (f"; left out: {skipped}" if skipped else ""))
     if pairs.num_truncated:
-        say(f"{pairs.num_truncated:,} captions are longer than the model allows and are cut")
+        notify(f"{pairs.num_truncated:,} captions are longer than the model allows and are cut")
 
 
 def _push(config: TrainConfig, out: Directory) -> None:
     if config.output.push_to_hub:
         from captioner.training.push import push_to_hub
 
-        say(f"uploaded to {push_to_hub(out, str(config.output.hub_model_id))}")
+        notify(f"uploaded to {push_to_hub(out, str(config.output.hub_model_id))}")
 
 
 def _tell_result(config: TrainConfig, finished: dict[str, Any]) -> None:
@@ -292,8 +297,8 @@ def _tell_result(config: TrainConfig, finished: dict[str, Any]) -> None:
         wer, baseline = found["wer"], found["shuffled_wer"]
         if wer is not None:
             beside = "" if baseline is None else f" ({baseline:.3f} with the captions shuffled)"
-            say(f"WER {wer:.3f} on {found['num_pictures']:,} {name} pictures{beside}")
+            notify(f"WER {wer:.3f} on {found['num_pictures']:,} {name} pictures{beside}")
     before = finished["before"]["wer"]
     if before is not None:
-        say(f"before training it was {before:.3f} on the eval pictures")
-    say(f"the model: {shown(config.output.path).rstrip('/')}/model")
+        notify(f"before training it was {before:.3f} on the eval pictures")
+    notify(f"the model: {shown(config.output.path).rstrip('/')}/model")

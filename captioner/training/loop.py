@@ -40,8 +40,11 @@ GIVEN_UP: dict[str, Any] = {"step": 0, "history": [], "stopped": "its preparatio
 def train_worker(
     config: TrainConfig, model: ModelRef, worker: Worker, checkpoint: Path | None = None
 ) -> dict[str, Any]:
-    """Train up to the last step, from `checkpoint` where there is one. Returns `step`, `history`, `stopped`: why
-    the run ended before its last step, or "", and `checkpoint_seconds`: how long training waited for checkpoints."""
+    """Train up to the last step, from `checkpoint` where there is one.
+
+    Returns `step`, `history`, `stopped`: why the run ended before its last step, or "", and `checkpoint_seconds`: how
+    long training waited for checkpoints.
+    """
     settings = config.training
     eval_batch = settings.per_device_eval_batch_size or settings.per_device_train_batch_size
     _tell(worker, "loading weights")
@@ -91,8 +94,10 @@ def train_worker(
 
 
 def _start_decoding(worker: Worker, is_new: bool) -> tuple[Training | None, Iterator[pa.Table] | None]:
-    """Wait for what to train on, and for the first window of a new run's eval set: processes that decode start while
-    this one loads weights."""
+    """Wait for what to train on, and for the first window of a new run's eval set.
+
+    Processes that decode start while this one loads weights.
+    """
     work = worker.training()
     if work is None or not is_new:
         return work, None
@@ -136,10 +141,11 @@ def training_arguments(work: Training, folder: str, use_cpu: bool) -> TrainingAr
 
 
 class CaptionTrainer(Trainer):
-    """Trainer with our loss and our order. Checkpoints are model directories beside Trainer's files; random numbers
-    are in none: they follow from seed, step and rank, and a worker may come back under another rank.
+    """Trainer with our loss and our order of pairs.
 
-    `snapshot`: of the step that is to be saved, where this worker saves.
+    Checkpoints are model directories beside Trainer's files. They hold no state of random number generators, which
+    follow from seed, step and rank: a worker may come back under another rank. `snapshot`: of the step that is to be
+    saved; None on workers that save nothing.
     """
 
     def __init__(
@@ -185,8 +191,10 @@ class CaptionTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, torch.Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The sum over this worker's tokens, divided by all workers' tokens. Times the workers, because
-        DistributedDataParallel takes the mean of their gradients."""
+        """The sum over this worker's tokens, divided by all workers' tokens.
+
+        Times the workers, because DistributedDataParallel takes the mean of their gradients.
+        """
         assert num_items_in_batch is not None
         loss = model(**inputs) / num_items_in_batch * self._worker.world_size
         self.step_loss += loss.detach()
@@ -212,7 +220,7 @@ class _Nothing(torch.utils.data.IterableDataset):
 
 
 class _Batches:
-    """This worker's batches from the step where the trainer stands to its last. Made anew for each iteration."""
+    """The batches of a worker from the step where the trainer stands to its last. Made anew for each iteration."""
 
     def __init__(self, trainer: CaptionTrainer, order: GlobalOrder, share: Share, feed: Feed, collate: Collate) -> None:
         self._trainer, self._order, self._share, self._feed, self._collate = trainer, order, share, feed, collate

@@ -19,8 +19,11 @@ def check_installed() -> None:
 
 
 def add_adapters(network: Any, vision: Any, config: TrainModelConfig, saved: Path | None) -> None:
-    """Put adapters beside every linear layer of the network (not of `vision` with --freeze-vision), in place;
-    with the weights in `saved` where there are some. Everything else stops learning."""
+    """Put adapters beside every linear layer of the network, in place.
+
+    They hold the weights in `saved` where there are some. With --freeze-vision the layers of `vision` get none.
+    Everything else stops learning.
+    """
     import peft
     import torch
     from safetensors.torch import load_file

@@ -74,7 +74,7 @@ class GlobalOrder:
         return rows.append_column("caption", pa.array(chosen, pa.string()))
 
     def tables(self, share: Share, first_step: int, last_step: int) -> Iterator[pa.Table]:
-        """This worker's pairs of steps [first_step, last_step), about PICTURES_PER_TABLE at a time, in whole steps."""
+        """Yield the pairs of a worker for steps [first_step, last_step), in tables of whole steps."""
         steps = max(1, PICTURES_PER_TABLE // (share.batch_size * share.accumulation))
         for first in range(first_step, last_step, steps):
             yield self.take(np.concatenate([share.positions(s) for s in range(first, min(first + steps, last_step))]))

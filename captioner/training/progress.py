@@ -31,8 +31,10 @@ class TrainProgress(Progress):
         self._total, self._per_step = total, samples_per_step
 
     def watch(self, look: Look) -> None:
-        """Take from `look` what the workers told last: `step`, `loss`, `wer`, `samples_per_second`, and `doing`: what
-        they wait for, or ""."""
+        """Take the workers' latest state from `look`.
+
+        It holds `step`, `loss`, `wer`, `samples_per_second`, and `doing`: what they wait for, or "".
+        """
         self._look = look
 
     def line(self) -> str:

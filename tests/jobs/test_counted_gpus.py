@@ -147,7 +147,7 @@ def test_two_calls_of_a_gpu_worker_that_fail_together_end_the_run(
 def test_what_the_first_worker_says_while_it_starts_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = ("weights in 2.0 s", "batch size 64, tried out in 1.0 s")
     shown: queue.Queue[str] = queue.Queue()
-    monkeypatch.setattr(caption, "say", shown.put)
+    monkeypatch.setattr(caption, "notify", shown.put)
 
     with caption.shown_messages() as messages:
         for worker in ("first", "second"):

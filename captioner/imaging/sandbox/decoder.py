@@ -57,9 +57,11 @@ class GuardedDecoder:
         self.close()
 
     def __call__(self, images: Iterable[bytes]) -> Iterator[DecodedImage]:
-        """For each image of a chunk, in order, what `captioner.imaging.decode` returns, or `decoder_crashed` after
-        ATTEMPTS deaths, or `timeout`. Those that follow are decoded meanwhile. Raises RuntimeError where no decoder
-        can be started at all: that is no fault of an image."""
+        """Yield what `captioner.imaging.decode` returns for each image of a chunk, in order.
+
+        An image is `decoder_crashed` after ATTEMPTS deaths of its decoder, or `timeout`. Those that follow are decoded
+        meanwhile. Raises RuntimeError where no decoder can be started at all: that is no fault of an image.
+        """
         waiting: deque[bytes] = deque()
         hangs = 0
         try:
@@ -84,8 +86,10 @@ class GuardedDecoder:
             self._child = Child(self._settings, self._slots)
 
     def wait(self) -> None:
-        """Wait until a worker is ready for the first image; start it unless there is one. Raises RuntimeError where no
-        decoder can be started at all."""
+        """Wait until a worker is ready for the first image; start it unless there is one.
+
+        Raises RuntimeError where no decoder can be started at all.
+        """
         if self._worker is None:
             self._ask(deque())
 

@@ -94,8 +94,10 @@ class Stepper:
 
 
 class UnfinishedCount:
-    """Counts the unfinished images after each step. On a GPU the count is known one step late, so that the host need
-    not wait for the device."""
+    """Counts the unfinished images after each step.
+
+    On a GPU the count is known one step late, so that the host need not wait for the device.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._buffers: list[tuple[torch.Tensor, torch.cuda.Event]] = []

@@ -19,8 +19,10 @@ LEAST_ROWS = 16  # of a matrix product on tensor cores
 
 
 def can_run(device: torch.device) -> bool:
-    """Return whether a kernel can be compiled for `device` and run there: Triton needs a C compiler at that moment, and
-    a GPU that it knows."""
+    """Return whether a kernel can be compiled for `device` and run there.
+
+    Triton needs a C compiler at that moment, and a GPU that it knows.
+    """
     try:
         return bool((quick_gelu_(torch.zeros(1, device=device)) == 0).item())
     except Exception:  # of Triton, of the compiler, of the driver: each has its own

@@ -7,7 +7,7 @@ import getpass
 import sys
 import webbrowser
 
-from captioner.console.stopping import say, stoppable
+from captioner.console.stopping import notify, stoppable
 from captioner.console.text import printable
 from captioner.errors import OK, UsageError
 from captioner.publishing.review.previews import Previews
@@ -29,7 +29,7 @@ def run(out: str, port: int, reviewer: str | None, queue: QueueKind, open_page: 
     table = open_table(out)
     with stoppable("every decision is saved"), ReviewSession(table, name, queue) as session:
         if session.decisions.num_damaged:
-            say(f"{out}: ignored {session.decisions.num_damaged} damaged lines in its review journals")
+            notify(f"{out}: ignored {session.decisions.num_damaged} damaged lines in its review journals")
         previews = Previews(table)
         try:
             with _server(session, previews, port) as server:
