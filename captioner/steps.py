@@ -30,7 +30,7 @@ from captioner.run.dedupe import CaptionMemory, find_copies
 from captioner.scoring.flags import caption_flags
 from captioner.scoring.running_wer import Sample, score_sampled
 from captioner.sources.copies import KNOWN_SHA256
-from captioner.sources.reading import reads_at_once
+from captioner.sources.reading import read_images, reads_at_once
 from captioner.store.plan import read_planned
 from captioner.store.publish import commit_chunk
 from captioner.store.table import CaptionsTable
@@ -93,7 +93,7 @@ def read(work: Work, chunk: Chunk) -> ReadChunk:
         planned = read_planned(work.table, chunk)
         # A run that captions every copy must read every copy: the source must not share the bytes of the first one.
         names = [name for name in planned.column_names if work.dedupe or name != KNOWN_SHA256.name]
-        raws = work.source.read(planned.select(names))
+        raws = read_images(work.source, planned.select(names))
     return ReadChunk(chunk, planned, raws, time.perf_counter() - started)
 
 
@@ -168,7 +168,7 @@ def caption_or_reasons(captioner: Captioner, pixels: Pixels) -> list[Caption | s
     if not len(pixels):
         return []
     try:
-        return _as_list(captioner.caption(pixels))
+        return _as_list(captioner.caption(pixels), len(pixels))
     except Exception as error:
         if len(pixels) == 1:
             return [f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]]
@@ -176,7 +176,12 @@ def caption_or_reasons(captioner: Captioner, pixels: Pixels) -> list[Caption | s
         return caption_or_reasons(captioner, pixels[:half]) + caption_or_reasons(captioner, pixels[half:])
 
 
-def _as_list(captions: Captions) -> list[Caption | str]:
+def _as_list(captions: Captions, num_images: int) -> list[Caption | str]:
+    """Return the captions one by one. Raises ValueError, or an Arrow error, where they do not fit the table."""
+    pa.array(captions.texts, CAPTIONS_SCHEMA.field("caption").type)
+    pa.array(captions.num_tokens, CAPTIONS_SCHEMA.field("num_tokens").type)
+    if len(captions.texts) != num_images:
+        raise ValueError(f"the model gave {len(captions.texts)} captions for {num_images} images")
     columns = zip(captions.texts, captions.num_tokens, captions.logprob_mean, captions.finished, strict=True)
     return [
         Caption(text, tokens, logprob if math.isfinite(logprob) else None, caption_flags(text, logprob, finished))

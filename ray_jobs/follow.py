@@ -132,12 +132,11 @@ class Follower:
 @contextmanager
 def reaching(address: str) -> Iterator[None]:
     """What the client raises, as one line. Authentication is named as such."""
-    import requests
     from ray.exceptions import RayError
 
     try:
         yield
-    except (RuntimeError, OSError, RayError, requests.RequestException) as error:
+    except (RuntimeError, OSError, RayError) as error:
         text = " ".join(str(error).split())
         if any(word in text for word in ("401", "403", "Unauthenticated", "authentication")):
             raise ClusterError(

@@ -21,7 +21,8 @@ from captioner.data import Pixels, Source
 from captioner.errors import ClusterError
 from captioner.imaging.sandbox.decoder import GuardedDecoder
 from captioner.models import ModelRef, load
-from captioner.sources.reading import reads_at_once
+from captioner.sources.reading import read_images, reads_at_once
+from captioner.steps import Caption, caption_or_reasons
 from ray_jobs.cluster import Sizes
 from ray_jobs.gpus import cause_of, worker_device
 
@@ -69,7 +70,7 @@ class Preparer:
 
         started = time.perf_counter()
         with reads_at_once(self._settings.cluster.read_concurrency):
-            raws = self._source.read(rows)
+            raws = read_images(self._source, rows)
         batch = decode_images(raws, self._spec, self._settings.source.max_pixels, self._decoder)
         seconds = time.perf_counter() - started
         fine = [place for place, code in enumerate(batch.rows["error_code"].to_pylist()) if not code]
@@ -85,11 +86,12 @@ class Sampler:
 
     def measure(self, prepared: Prepared) -> Piece:
         started = time.perf_counter()
-        texts = self._captioner.caption(prepared.pixels).texts if len(prepared.pixels) else []
+        results = caption_or_reasons(self._captioner, prepared.pixels)
         seconds = time.perf_counter() - started
+        texts = [result.text for result in results if isinstance(result, Caption)]
         written = prepared.rows.append_column("caption", [texts + [""] * (prepared.rows.num_rows - len(texts))])
         size = _parquet_bytes(written) - _parquet_bytes(written.slice(0, 0))
-        return replace(prepared.piece, generate=seconds, output_bytes=size)
+        return replace(prepared.piece, num_ok=len(texts), generate=seconds, output_bytes=size)
 
 
 def measure(source: Source, rows: pa.Table, model: ModelRef, sizes: Sizes, config: CaptionConfig) -> list[Piece]:

@@ -1,11 +1,27 @@
-"""What is installed: every file of the package that is no module has to be named in pyproject.toml."""
+"""What is installed: the files of the package that are no modules, and the distributions that its modules import."""
 
 from __future__ import annotations
 
+import ast
+import re
+import sys
 import tomllib
+from collections import defaultdict
+from collections.abc import Iterable
+from functools import cache
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+OWN = ("captioner", "ray_jobs")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+EXTRAS = ("heif", "lora")
+IMPORTING_OPTIONAL = {  # the module that says what to install where it is missing
+    "pillow-heif": "captioner/imaging/formats.py",
+    "peft": "captioner/training/lora.py",
+    "triton": "captioner/models/git_fast/triton_kernels.py",
+}
+IMPORTED_BY_TRANSFORMERS = {"accelerate"}  # where a Trainer is made; transformers itself does not require it
 LEFT_BEHIND = {".py", ".pyc"}
 
 
@@ -18,3 +34,41 @@ def test_files_that_are_no_modules_are_installed_with_the_package() -> None:
 
     assert package / "report/page.html" in there
     assert there - installed == set()
+
+
+def test_dependencies_are_the_distributions_that_are_imported() -> None:
+    required = declared(PROJECT["dependencies"])
+    optional = {name for extra in EXTRAS for name in declared(PROJECT["optional-dependencies"][extra])}
+    importing = defaultdict(set)
+    for file in (file for package in OWN for file in (ROOT / package).rglob("*.py")):
+        for package in imported_packages(file):
+            importing[distribution_of(package)].add(str(file.relative_to(ROOT)))
+
+    assert required | optional == importing.keys() | IMPORTED_BY_TRANSFORMERS
+    assert not required & optional
+    for name in optional:
+        assert importing[name] == {IMPORTING_OPTIONAL[name]}
+
+
+def declared(requirements: Iterable[str]) -> set[str]:
+    return {normalised(re.split(r"[^\w.-]", requirement)[0]) for requirement in requirements}
+
+
+def distribution_of(package: str) -> str:
+    """The distribution that a top-level package comes from; its own name where it is not installed."""
+    return normalised(installed().get(package, [package])[0])
+
+
+installed = cache(packages_distributions)
+
+
+def normalised(distribution: str) -> str:
+    return re.sub(r"[-_.]+", "-", distribution).lower()
+
+
+def imported_packages(file: Path) -> set[str]:
+    """Top-level packages that a module imports anywhere, but for ours and Python's."""
+    nodes = list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
+    modules = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    modules |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
+    return {module.split(".")[0] for module in modules} - {*OWN, *sys.stdlib_module_names}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 import webbrowser
@@ -20,6 +21,8 @@ from captioner.report import FIGURES
 from captioner.report.terminal import print_check
 from captioner.run import quality
 from captioner.run.quality import enforce
+from captioner.sources.root import readable
+from captioner.steps import caption_or_reasons
 from captioner.store.table import open_table
 from captioner.store.verify import TableCounts, count_rows
 from captioner.store.verify import verify as verify_table
@@ -39,26 +42,34 @@ def try_images(files: Sequence[str], model: ModelConfig) -> int:
     codes = batch.rows["error_code"].to_pylist()
     messages = batch.rows["error_message"].to_pylist()
     decoded = [index for index, code in enumerate(codes) if not code]
+    captioned = 0
     if decoded:
         captioner = load(ref, str(device), model.batch_size)
         started = time.perf_counter()
-        captions = captioner.caption(batch.pixels[decoded])
+        captions = caption_or_reasons(captioner, batch.pixels[decoded])
         seconds = time.perf_counter() - started
-        for index, text in zip(decoded, captions.texts, strict=True):
-            print(f"{printable(files[index])}: {printable(text)}")
-        print(f"captioner: {len(decoded)} images in {seconds:.2f} s", file=sys.stderr)
+        for index, caption in zip(decoded, captions, strict=True):
+            if isinstance(caption, str):
+                codes[index], messages[index] = "generate_error", caption
+            else:
+                captioned += 1
+                print(f"{printable(files[index])}: {printable(caption.text)}")
+        print(f"captioner: {captioned} images in {seconds:.2f} s", file=sys.stderr)
     for name, code, message in zip(files, codes, messages, strict=True):
         if code:
             print(f"captioner: {printable(name)}: {code}: {printable(message)}", file=sys.stderr)
-    return OK if decoded else TOO_MANY_FAILED
+    return OK if captioned else TOO_MANY_FAILED
 
 
 def _read(name: str) -> RawImage:
+    label = readable(os.fsencode(name))
     try:
-        return RawImage(name, name, Path(name).read_bytes())
+        return RawImage(label, label, Path(name).read_bytes())
     except OSError as error:
         codes = {FileNotFoundError: "not_found", PermissionError: "permission"}
-        return RawImage(name, name, None, codes.get(type(error), "decode_error"), error.strerror or str(error))
+        return RawImage(label, label, None, codes.get(type(error), "decode_error"), error.strerror or str(error))
+    except MemoryError:
+        return RawImage(label, label, None, "decode_error", "the file does not fit into memory")
 
 
 def verify(out: str) -> int:

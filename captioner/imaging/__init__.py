@@ -34,6 +34,9 @@ from captioner.imaging.settings import decoding
 
 __all__ = ["IMAGE_SCHEMA", "ImageError", "UprightImage", "decode", "decode_images", "open_image", "squeeze"]
 
+Row = dict[str, str | int | None]  # by column
+
+_MAX_SIDE = 2**31 - 1  # of int32, the type of the columns
 _KNOWN_COLUMNS = ("image_id", "uri", "sha256", "width", "height", "format", "num_bytes")
 
 # The columns of ImageBatch.rows: types as in CAPTIONS_SCHEMA; the error columns are "" where an image is fine.
@@ -90,8 +93,8 @@ def decode_images(
     for index, raw in enumerate(raws):
         if raw.data is not None and not raw.error_code:
             first.setdefault(id(raw.data), index)
-    decoded = decode_each(raws[index].data or b"" for index in first.values())
-    rows: list[dict[str, str | int | None]] = []
+    decoded = _decode_all([raws[index].data or b"" for index in first.values()], decode_each)
+    rows: list[Row] = []
     for index, raw in enumerate(raws):
         has_bytes = raw.data is not None and not raw.error_code
         same = first[id(raw.data)] if has_bytes else index
@@ -100,10 +103,64 @@ def decode_images(
             rows.append(rows[same] | {"image_id": raw.image_id, "uri": raw.uri})
             continue
         one = next(decoded) if has_bytes else _without_bytes(raw)
-        if one.pixels is not None:
-            pixels[index] = one.pixels
+        one = _keep_pixels(pixels, index, one)
         rows.append(_row(raw, one))
-    return ImageBatch(pa.Table.from_pylist(rows, schema=IMAGE_SCHEMA), pixels)
+    return ImageBatch(_rows_table(rows), pixels)
+
+
+def _decode_all(
+    images: Sequence[bytes], decode_each: Callable[[Iterable[bytes]], Iterator[DecodedImage]]
+) -> Iterator[DecodedImage]:
+    """Yield what `decode_each` says of each image. Where it raises, the images left are decoded one by one, so that
+    only the one at fault fails. Raises RuntimeError where no image can be decoded at all."""
+    num_decoded = 0
+    try:
+        for decoded in decode_each(images):
+            yield decoded
+            num_decoded += 1
+    except RuntimeError:
+        raise
+    except Exception:
+        for data in images[num_decoded:]:
+            yield _decode_alone(data, decode_each)
+
+
+def _decode_alone(data: bytes, decode_each: Callable[[Iterable[bytes]], Iterator[DecodedImage]]) -> DecodedImage:
+    try:
+        (decoded,) = decode_each([data])
+    except RuntimeError:
+        raise
+    except Exception as error:
+        return DecodedImage(None, error_code="decode_error", error_message=one_line(error))
+    return decoded
+
+
+def _keep_pixels(pixels: Pixels, index: int, decoded: DecodedImage) -> DecodedImage:
+    """Put the pixels of an image at `index`; return the image, failed where they do not fit there."""
+    try:
+        if decoded.pixels is not None:
+            pixels[index] = decoded.pixels
+    except ValueError as error:
+        return replace(decoded, pixels=None, error_code="decode_error", error_message=one_line(error))
+    return decoded
+
+
+def _rows_table(rows: list[Row]) -> pa.Table:
+    """Return the rows as a table of IMAGE_SCHEMA. Values that do not fit it are found by halves: a failed row each."""
+    try:
+        return pa.Table.from_pylist(rows, schema=IMAGE_SCHEMA)
+    except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
+        if len(rows) == 1:
+            return pa.Table.from_pylist([_without_values(rows[0], error)], schema=IMAGE_SCHEMA)
+    half = len(rows) // 2
+    return pa.concat_tables([_rows_table(rows[:half]), _rows_table(rows[half:])])
+
+
+def _without_values(row: Row, error: Exception) -> Row:
+    """Return a failed row in place of one with values that are too large or of a wrong type for their columns."""
+    message = f"what the file says of itself does not fit the table: {one_line(error)}"
+    kept = {name: row[name] for name in ("image_id", "uri", "sha256", "num_bytes")}
+    return kept | {"error_code": "decode_error", "error_message": message}
 
 
 def _no_pixels(count: int, spec: PixelSpec) -> Pixels:
@@ -117,15 +174,21 @@ def _without_bytes(raw: RawImage) -> DecodedImage:
     return DecodedImage(None, error_code=code, error_message=one_line(message))
 
 
-def _row(raw: RawImage, decoded: DecodedImage) -> dict[str, str | int | None]:
+def _row(raw: RawImage, decoded: DecodedImage) -> Row:
     return {
         "image_id": raw.image_id,
         "uri": raw.uri,
         "sha256": hashlib.sha256(raw.data).hexdigest() if raw.data else None,
-        "width": decoded.width or None,
-        "height": decoded.height or None,
+        "width": _side(decoded.width),
+        "height": _side(decoded.height),
         "format": decoded.format or None,
         "num_bytes": None if raw.data is None else len(raw.data),
         "error_code": decoded.error_code,
         "error_message": decoded.error_message,
     }
+
+
+def _side(length: float) -> int | None:
+    """Return a width or height as the table holds it; None for what no image has: 0, NaN, 2^31 and more."""
+    is_number = isinstance(length, int | float)
+    return int(length) if is_number and 1 <= length <= _MAX_SIDE else None

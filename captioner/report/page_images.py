@@ -18,6 +18,7 @@ from captioner.data import Chunk
 from captioner.errors import CaptionerError
 from captioner.imaging.sandbox.decoder import GuardedDecoder
 from captioner.sources import open_source
+from captioner.sources.reading import read_images
 from captioner.store.plan import read_planned
 from captioner.store.table import CaptionsTable
 
@@ -41,7 +42,7 @@ def thumbnails(table: CaptionsTable, shown: Iterable[Mapping[str, Any]]) -> tupl
         with GuardedDecoder(SIDE, MAX_PIXELS, config.decode_timeout) as decoder:
             for chunk_id, rows in by_chunk.items():
                 planned = read_planned(table, _chunk(chunk_id)).take(pa.array(sorted(rows)))
-                readable = {raw.image_id: raw.data for raw in source.read(planned) if raw.data is not None}
+                readable = {raw.image_id: raw.data for raw in read_images(source, planned) if raw.data is not None}
                 for image_id, decoded in zip(readable, decoder(readable.values()), strict=True):
                     if decoded.pixels is not None:
                         uris[image_id] = _data_uri(decoded.pixels, decoded.width, decoded.height)

@@ -58,7 +58,10 @@ class CaptionBatches:
         """
         from captioner.imaging import decode_images
 
-        raws = [RawImage(str(row), "", bytes(data)) for row, data in enumerate(batch[self._column])]
+        raws = [
+            RawImage(str(row), "", None if data is None else bytes(data))
+            for row, data in enumerate(batch[self._column])
+        ]
         decoded = decode_images(raws, self._ref.spec, self._max_pixels, self._decoder)
         codes = decoded.rows["error_code"].to_pylist()
         messages = decoded.rows["error_message"].to_pylist()

@@ -170,6 +170,10 @@ def _plan(
     """Open table and source, and bring the plan up to date. `on_work` is called where workers may be needed."""
     config = _with_absolute_source(config)
     table = _existing_table(config)
+    replan = table is not None and _may_select_anew(config, table)
+    if replan:
+        say("no image is captioned yet: planning again with the changed --include and --exclude")
+        table = None
     if table is not None:
         _check_same_source(config, table)
     source = open_source(config.source)
@@ -177,7 +181,7 @@ def _plan(
         on_work()
     if table is None:
         settings = config.source.model_dump() | {"path": shown(config.source.path)}
-        table = create_table(config.output.path, settings, source.kept_fields(), config.output.overwrite)
+        table = create_table(config.output.path, settings, source.kept_fields(), config.output.overwrite or replan)
     else:
         table.directory.sweep("")
         remove_merged_chunks(table)
@@ -226,6 +230,20 @@ def _may_have_work(config: CaptionConfig, table: CaptionsTable | None) -> bool:
     """Return whether workers may be needed: a finished table needs none."""
     output = config.output
     return table is None or output.extend or output.retry_failed or bool(output.only) or bool(table.open_plans())
+
+
+def _may_select_anew(config: CaptionConfig, table: CaptionsTable) -> bool:
+    """Return whether only --include or --exclude differ from a plan of which no image is captioned yet."""
+    names = ("include", "exclude")
+    planned = SourceConfig.model_validate(table.info["source"])
+    changes = {name: getattr(planned, name) for name in names}
+    if config.output.extend or all(getattr(config.source, name) == value for name, value in changes.items()):
+        return False
+    if table.published_parts() or any(table.committed_chunks(plan.generation) for plan in table.plans()):
+        return False
+    same = config.model_copy(update={"source": config.source.model_copy(update=changes)})
+    _check_same_source(same, table)
+    return True
 
 
 def _check_same_source(config: CaptionConfig, table: CaptionsTable) -> None:

@@ -14,7 +14,7 @@ from captioner.config import SourceConfig
 from captioner.data import CAPTIONS_SCHEMA, PLAN_SCHEMA
 from captioner.errors import SourceError
 from captioner.sources.plan_rows import plan_table
-from captioner.sources.root import FETCH_FIRST
+from captioner.sources.root import FETCH_FIRST, readable
 
 REFERENCE_NAMES = ("captions", "caption", "text")
 IMAGE_NAMES = ("image", "jpg", "jpeg", "png", "webp", "img", "picture", "photo", "image_bytes", "bytes", "content")
@@ -122,6 +122,30 @@ def ids_of(batch: pa.Table, columns: Columns, label: str, rows: Iterable[Any]) -
     if columns.id is None:
         return generated
     return pc.coalesce(batch.column(columns.id).cast(pa.string()).combine_chunks(), generated)
+
+
+def with_valid_text(batch: pa.Table) -> pa.Table:
+    """Return the batch with text that is not UTF-8, which Parquet files may hold, as `readable` writes it."""
+    for index, column in enumerate(batch.columns):
+        try:
+            column.validate(full=True)
+        except pa.ArrowInvalid:
+            batch = batch.set_column(index, batch.schema.field(index), _as_valid_text(column))
+    return batch
+
+
+def _as_valid_text(column: pa.ChunkedArray) -> pa.Array:
+    """Return a column of text, or of lists of text, as UTF-8; null where it holds anything else."""
+    if not _is_text(column.type):
+        return pa.nulls(len(column), column.type)
+    as_bytes = pa.large_binary() if _is_string(column.type) else pa.large_list(pa.large_binary())
+    return pa.array([_readable(value) for value in column.cast(as_bytes).to_pylist()], column.type)
+
+
+def _readable(value: bytes | list[bytes | None] | None) -> Any:
+    if isinstance(value, list):
+        return [_readable(text) for text in value]
+    return None if value is None else readable(value)
 
 
 def _find_image(schema: pa.Schema, where: str) -> str:

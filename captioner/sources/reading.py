@@ -10,8 +10,8 @@ from functools import partial
 
 import pyarrow as pa
 
-from captioner.data import RawImage
-from captioner.errors import SourceError
+from captioner.data import RawImage, Source
+from captioner.errors import CaptionerError, SourceError
 from captioner.sources.root import Root, error_code_of, readable
 
 _concurrency = ContextVar("concurrency", default=32)
@@ -35,6 +35,25 @@ def reads_at_once(number: int) -> Iterator[None]:
         yield
     finally:
         _concurrency.reset(token)
+
+
+def read_images(source: Source, rows: pa.Table) -> list[RawImage]:
+    """Return one RawImage for each planned row, in order: `source.read`, whatever the rows hold.
+
+    Where that raises for a row, the row is found by halves and fails alone. Raises SourceError where the source is at
+    fault.
+    """
+    try:
+        return source.read(rows)
+    except CaptionerError:
+        raise
+    except Exception as error:  # of a library, for a name or a file that nobody thought of
+        if rows.num_rows == 1:
+            image_id = rows["image_id"][0].as_py()
+            message = " ".join(f"{type(error).__name__}: {error}".split())
+            return [RawImage(image_id, image_id, None, "decode_error", f"it cannot be read: {message}")]
+    half = rows.num_rows // 2
+    return read_images(source, rows.slice(0, half)) + read_images(source, rows.slice(half))
 
 
 def read_all(tasks: Sequence[Callable[[], RawImage]], root: Root, *, in_archives: bool = False) -> list[RawImage]:

@@ -219,6 +219,8 @@ class Root:
         if is_uri(os.fsdecode(path)):
             filesystem, inside = self._inside(path)
             return io.BufferedReader(cast(Any, filesystem.open_input_file(inside)), BUFFER_BYTES)
+        if b"\0" in path:
+            raise FileNotFoundError(errno.ENOENT, "no file name holds a null byte")
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe must not block
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)

@@ -13,7 +13,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from captioner.errors import SourceError
-from captioner.sources.columns import Columns
+from captioner.sources.columns import Columns, with_valid_text
 from captioner.sources.plan_rows import BATCH_ROWS
 from captioner.sources.root import Root, file_of_unit, unit_of_file
 
@@ -44,7 +44,7 @@ def open_table(root: Root, file: bytes) -> Table:
 def read_batches(root: Root, file: bytes, table: Table, columns: Sequence[str]) -> Iterator[pa.Table]:
     """Yield `table.batches`; raises SourceError where the file is damaged."""
     try:
-        yield from table.batches(columns)
+        yield from map(with_valid_text, table.batches(columns))
     except (OSError, pa.ArrowException) as error:
         raise _unreadable(root, file, error) from None
 
@@ -133,7 +133,16 @@ class JsonLinesTable:
             raise SourceError(f"{self.root.uri(self.file)}: line {number} is not JSON: {error}") from None
         if not isinstance(values, dict):
             raise SourceError(f"{self.root.uri(self.file)}: line {number} is not a JSON object")
-        return values
+        return _storable(values) if b"\\ud" in text.lower() else values
+
+
+def _storable(value: Any) -> Any:
+    """Return a JSON value in which halves of surrogate pairs, which no UTF-8 text may hold, are written as numbers."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "xmlcharrefreplace").decode()
+    if isinstance(value, list):
+        return [_storable(item) for item in value]
+    return {_storable(name): _storable(item) for name, item in value.items()} if isinstance(value, dict) else value
 
 
 def _column(values: list[Any], type_: pa.DataType | None = None) -> pa.Array:

@@ -11,6 +11,7 @@ from captioner.config import SourceConfig, TrainDataConfig
 from captioner.data import PLAN_SCHEMA, Listing, RawImage, Source
 from captioner.errors import SourceError, UsageError
 from captioner.sources import open_source
+from captioner.sources.reading import read_images
 from captioner.store.ids import IdIndex, digests_of
 from captioner.store.parallel_listing import list_units
 from captioner.store.table import open_table, plan_part_name, table_exists
@@ -89,7 +90,7 @@ class TableOfCaptions:
         yield Listing(rows.select(PLAN_SCHEMA.names), [])
 
     def read(self, rows: pa.Table) -> list[RawImage]:
-        return self.source.read(rows)
+        return read_images(self.source, rows)
 
 
 def list_pairs(archives: Archives, limit: int | None) -> Iterator[pa.Table]:

@@ -12,13 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from captioner.config import CaptionConfig, SourceConfig
+from captioner.config import CaptionConfig, ModelConfig, SourceConfig
+from captioner.models import resolve
 from captioner.sources import open_source
 from captioner.testing import make_folder
 from ray_jobs.cluster import Sizes
 from ray_jobs.doctor import Finding, findings
 from ray_jobs.estimate import Prediction, draw_sample, lines, predict, run
-from ray_jobs.sampling import Piece, cut
+from ray_jobs.sampling import Piece, Preparer, Sampler, cut
 
 
 def piece(prepare: float, generate: float, gap: float = 0.0) -> Piece:
@@ -51,6 +52,18 @@ def test_time_and_cost_are_told_with_their_intervals() -> None:
     assert "16.67 (13.33 to 20.83)" in told
     assert "340.0 MB" in told
     assert "GPU" not in "\n".join(lines(found, Sizes(4, 1.0, 0.0, 1, 8, 1), price_per_gpu_hour=1.5))
+
+
+def test_a_sampled_image_with_a_header_of_any_size_is_not_ok_and_costs_no_other(tmp_path: Path) -> None:
+    make_folder(tmp_path, 3)
+    (tmp_path / "zz.ppm").write_bytes(b"P6\n4294967296 1\n255\n")
+    source, config = open_source(SourceConfig(path=str(tmp_path))), CaptionConfig()
+    _, rows = draw_sample(source, None, 10, 0)
+    model = resolve(ModelConfig(name="fake"))
+
+    piece = Sampler(model, "cpu", 4, 1).measure(Preparer(source, model, config).prepare(rows))
+
+    assert (piece.num_rows, piece.num_ok) == (4, 3)
 
 
 SECONDS = st.floats(0.1, 10)

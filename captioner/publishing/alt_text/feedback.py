@@ -30,6 +30,7 @@ from captioner.publishing.alt_text.journal import latest_reviews, read_reviews
 from captioner.publishing.alt_text.schemas import Review
 from captioner.publishing.alt_text.texts import require_finished
 from captioner.sources import open_source
+from captioner.sources.reading import read_images
 from captioner.store.replan import generation_of_parts
 from captioner.store.table import CaptionsTable, captions_name, open_table, plan_part_name
 
@@ -166,7 +167,7 @@ def _pairs(
     feedback: Feedback,
 ) -> Iterator[dict[str, Any]]:
     source = open_source(SourceConfig.model_validate(table.info["source"]))
-    for raw, row in zip(source.read(planned), rows, strict=True):
+    for raw, row in zip(read_images(source, planned), rows, strict=True):
         if raw.data is None:
             feedback.left_out[raw.error_code] += 1
         elif sha256(raw.data).hexdigest() != row["sha256"]:

@@ -14,6 +14,7 @@ from captioner.config import SourceConfig
 from captioner.data import RawImage, Source
 from captioner.errors import SourceError
 from captioner.sources import open_source
+from captioner.sources.reading import read_images
 from captioner.store.table import CaptionsTable, plan_part_name
 
 _BATCH_SIZE = 32  # images in memory
@@ -40,7 +41,7 @@ class Originals:
         planned = self._planned(texts["image_id"])
         rows = texts.to_pylist()
         for first in range(0, len(rows), _BATCH_SIZE):
-            raws = self._source.read(planned.slice(first, _BATCH_SIZE))
+            raws = read_images(self._source, planned.slice(first, _BATCH_SIZE))
             yield from zip(rows[first : first + _BATCH_SIZE], raws, strict=True)
 
     def _planned(self, ids: pa.ChunkedArray) -> pa.Table:

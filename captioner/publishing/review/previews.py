@@ -17,6 +17,7 @@ from captioner.errors import CaptionerError
 from captioner.imaging.sandbox.decoder import GuardedDecoder
 from captioner.publishing.review.rows import Row
 from captioner.sources import open_source
+from captioner.sources.reading import read_images
 from captioner.store.plan import read_planned
 from captioner.store.table import CaptionsTable
 
@@ -73,7 +74,7 @@ class _Reader:
                 if self._source is None:
                     self._source = open_source(self._config)
             planned = read_planned(self._table, _chunk(row.chunk_id)).take(pa.array([row.chunk_row]))
-            (raw,) = self._source.read(planned)
+            (raw,) = read_images(self._source, planned)
             return raw
         except (CaptionerError, OSError) as error:
             return RawImage(row.image_id, row.uri, None, "not_found", f"the source cannot be read: {error}")
