@@ -111,8 +111,11 @@ def decode_images(
 def _decode_all(
     images: Sequence[bytes], decode_each: Callable[[Iterable[bytes]], Iterator[DecodedImage]]
 ) -> Iterator[DecodedImage]:
-    """Yield what `decode_each` says of each image. Where it raises, the images left are decoded one by one, so that
-    only the one at fault fails. Raises RuntimeError where no image can be decoded at all."""
+    """Yield the result of `decode_each` for each image.
+
+    Where it raises, the images left are decoded one by one, so that only the one at fault fails. Raises RuntimeError
+    where no image can be decoded at all.
+    """
     num_decoded = 0
     try:
         for decoded in decode_each(images):

@@ -172,7 +172,7 @@ def _plan(
     table = _existing_table(config)
     replan = table is not None and _may_select_anew(config, table)
     if replan:
-        say("no image is captioned yet: planning again with the changed --include and --exclude")
+        notify("no image is captioned yet: planning again with the changed --include and --exclude")
         table = None
     if table is not None:
         _check_same_source(config, table)
