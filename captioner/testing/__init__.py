@@ -13,11 +13,19 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from captioner.imaging.sandbox.poison import ABORT_MARKER, GATE_MARKER, HANG_MARKER
 from captioner.models.fake import FakeCaptioner
 from captioner.models.ref import ModelRef
 from captioner.starter.scenes import Scene, make_scenes
-from captioner.testing.faults import GatedDirectory, Killed, killed_at_write, sigkill_at_write
+from captioner.testing.faults import (
+    ABORT_MARKER,
+    GATE_MARKER,
+    HANG_MARKER,
+    GatedDirectory,
+    Killed,
+    decoder_faults,
+    killed_at_write,
+    sigkill_at_write,
+)
 from captioner.testing.tiny_models import make_tiny_model
 
 __all__ = [
@@ -28,6 +36,7 @@ __all__ = [
     "GatedDirectory",
     "Killed",
     "SmallGpu",
+    "decoder_faults",
     "killed_at_write",
     "make_folder",
     "make_parquet",

@@ -1,30 +1,43 @@
-"""Deaths on order, for tests of what survives them. `captioner.testing` exports them."""
+"""Fault injection for tests: decoders that crash or hang, processes that die at a chosen write.
+
+`captioner.testing` exports it.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from captioner.imaging.sandbox.poison import wait_at
+from captioner.data import DecodedImage
 from captioner.store.directory import Directory
+
+# In a process started with the environment of `decoder_faults`, an image whose bytes hold one of these kills its
+# decoder, keeps it busy for ever, or makes it wait at the gate whose path follows the marker (see `wait_at`; the pid is
+# that of the process which the decoder works for). Everywhere else they are bytes like any others.
+ABORT_MARKER, HANG_MARKER, GATE_MARKER = b"captioner-test: abort", b"captioner-test: hang", b"captioner-test: gate "
 
 _WRITES = ("write_bytes", "delete", "delete_folder")
 
 
 class Killed(BaseException):
-    """The process would be dead from here on."""
+    """Raised where a real fault would have killed the process."""
 
 
 @contextmanager
 def killed_at_write(number: int) -> Iterator[None]:
-    """Inside, the first `number - 1` writes and deletes in table directories happen; the next one and all after it do
-    not, and each raises Killed: what is on disk is what a process killed at that moment leaves there."""
+    """Raise Killed instead of the `number`-th write or delete in a table directory and all later ones.
+
+    The disk is then as a process killed at that moment leaves it.
+    """
 
     def die() -> None:
         raise Killed
@@ -35,21 +48,23 @@ def killed_at_write(number: int) -> Iterator[None]:
 
 @contextmanager
 def sigkill_at_write(number: int) -> Iterator[None]:
-    """Inside, this process kills itself with SIGKILL at its `number`-th write or delete in a table directory, before it
-    happens. Other processes, Ray's workers among them, live on."""
+    """Kill this process with SIGKILL just before its `number`-th write or delete in a table directory.
+
+    Other processes, Ray's workers among them, go on.
+    """
     with _at_write(number, lambda: os.kill(os.getpid(), signal.SIGKILL)):
         yield
 
 
 @contextmanager
 def _at_write(number: int, die: Callable[[], None]) -> Iterator[None]:
-    done = 0
+    num_writes = 0
 
     def counted(write: Callable[..., Any]) -> Callable[..., Any]:
         def wrapper(*args: Any, **kwargs: Any) -> Any:
-            nonlocal done
-            done += 1
-            if done >= number:
+            nonlocal num_writes
+            num_writes += 1
+            if num_writes >= number:
                 die()
             return write(*args, **kwargs)
 
@@ -67,11 +82,9 @@ def _at_write(number: int, die: Callable[[], None]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class GatedDirectory(Directory):
-    """A directory whose first write of a chunk waits, in whichever process does it, so that a test can end that process
-    at this very moment.
+    """A directory whose first write of a chunk waits at a gate, so that a test can kill the writing process there.
 
-    `gate`: a local directory. `pid` in it then holds the number of the process that waits; `open` lets it go on.
-    `moment`: "before" or "after" the file is in its place.
+    `gate`: a local directory (see `wait_at`). `moment`: wait "before" or "after" the file is written.
     """
 
     gate: str = ""
@@ -81,10 +94,55 @@ class GatedDirectory(Directory):
         return {"location": self.location, "gate": self.gate, "moment": self.moment}
 
     def write_bytes(self, name: str, data: bytes | pa.Buffer) -> None:
-        """As `Directory.write_bytes`, with the wait."""
+        """Do as `Directory.write_bytes`, and wait at the gate."""
         waits = name.startswith("chunks/")
         if waits and self.moment == "before":
             wait_at(self.gate)
         super().write_bytes(name, data)
         if waits and self.moment == "after":
             wait_at(self.gate)
+
+
+def decoder_faults() -> dict[str, str]:
+    """Return environment variables for a process whose decoders shall obey the markers.
+
+    Each Python process that starts with them imports `decoder_faults/sitecustomize.py`, which acts in decoders only.
+    """
+    paths = [str(Path(__file__).parent / "decoder_faults"), os.environ.get("PYTHONPATH", "")]
+    return {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
+def with_faults(decode: Callable[..., DecodedImage], caller: int) -> Callable[..., DecodedImage]:
+    """Return `decode(data, ...)` changed to obey the markers. `caller`: pid of the process that it works for."""
+
+    def decode_with_faults(data: bytes, **settings: Any) -> DecodedImage:
+        if ABORT_MARKER in data:
+            os.kill(os.getpid(), signal.SIGABRT)
+        while HANG_MARKER in data:
+            time.sleep(3600)
+        if GATE_MARKER in data:
+            wait_at(data.partition(GATE_MARKER)[2].decode(), caller)
+        return decode(data, **settings)
+
+    return decode_with_faults
+
+
+def wait_at(gate: str, pid: int | None = None) -> None:
+    """Write this process's pid (or `pid`) to `gate/pid` and wait for the file `gate/open`.
+
+    Only the first process that calls this for a gate waits; all others go on at once.
+    """
+    try:
+        os.link(_pid_file(gate, pid or os.getpid()), f"{gate}/pid")
+    except FileExistsError:
+        return
+    while not os.path.exists(f"{gate}/open"):
+        time.sleep(0.02)
+
+
+def _pid_file(gate: str, pid: int) -> str:
+    """Write a file of its own, so that the link to it is never seen half written."""
+    path = f"{gate}/{uuid.uuid4().hex}"
+    with open(path, "w") as file:
+        file.write(str(pid))
+    return path

@@ -21,6 +21,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from captioner.testing import decoder_faults
+
 STARTED_WITHIN_S = 600.0
 
 
@@ -177,7 +179,7 @@ def _wait_until_ready(head: Head, started: subprocess.Popen[bytes]) -> None:
 def cluster() -> Iterator:
     """A head without CPUs and a node of 3. Decoders obey the markers of `captioner.testing`."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CAPTIONER_TEST_POISON", "1")
+        patch.setenv("PYTHONPATH", decoder_faults()["PYTHONPATH"])
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_AUTH_MODE", "disabled")  # of this cluster: nodes that join later must know no other
         import ray

@@ -80,13 +80,13 @@ def node_of(cluster, process: psutil.Process):
     return next(node for node, raylets in infos.items() if raylet in [info.process.pid for info in raylets])
 
 
-def assert_whole(archive: Path, out: Path, poison: dict[str, str] | None = None) -> None:
-    """Every image has its row; those of `poison`, and no others, failed."""
+def assert_whole(archive: Path, out: Path, failures: dict[str, str] | None = None) -> None:
+    """Every image has its row; those of `failures`, and no others, failed."""
     rows = pa.concat_tables(read_parts(open_table(str(out)))).to_pylist()
     failed = {row["image_id"]: row["error_code"] for row in rows if row["status"] == "failed"}
-    found = verify(open_table(str(out)))
-    assert (found.lost, found.doubled, found.problems, found.proven) == (0, 0, [], True)
-    assert failed == (poison or {})
+    counts = verify(open_table(str(out)))
+    assert (counts.lost, counts.doubled, counts.problems, counts.proven) == (0, 0, [], True)
+    assert failed == (failures or {})
     assert len(rows) == 61 + len(failed)
     by_id = {row["image_id"]: row["caption"] for row in rows}
     assert by_id["000020x.png"] == by_id["000000.png"]  # the same pixels
@@ -94,7 +94,9 @@ def assert_whole(archive: Path, out: Path, poison: dict[str, str] | None = None)
 
 
 @pytest.mark.usefixtures("cluster")
-def test_poison_pictures_are_rows_and_the_job_ends_by_itself(tmp_path: Path, archive: Path) -> None:
+def test_images_that_crash_or_hang_their_decoder_are_rows_and_the_job_ends_by_itself(
+    tmp_path: Path, archive: Path
+) -> None:
     (tmp_path / "gate/open").touch()
     first = (archive / "000000.png").read_bytes()
     (archive / "000030x.png").write_bytes(first + ABORT_MARKER)

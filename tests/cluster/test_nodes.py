@@ -13,7 +13,7 @@ from captioner.config import ClusterConfig
 from captioner.errors import ClusterError
 from captioner.store.table import open_table
 from captioner.store.verify import verify
-from captioner.testing import GATE_MARKER, make_folder
+from captioner.testing import GATE_MARKER, decoder_faults, make_folder
 from ray_jobs.cluster import Resources, share_out
 from ray_jobs.metrics import STEPS
 
@@ -73,7 +73,8 @@ def grown(head, tmp_path_factory: pytest.TempPathFactory) -> Observed:
         last.write(GATE_MARKER + bytes(gate))
     head.add_node(num_cpus=2)
     flags = [*SLOW_MODEL, "--device", "cpu", "--num-workers", "1:3", "--decode-timeout", "3600"]
-    job = head.submit("--env", "CAPTIONER_TEST_POISON=1", "--", "caption", str(archive), str(root / "out"), *flags)
+    environment = f"PYTHONPATH={decoder_faults()['PYTHONPATH']}"
+    job = head.submit("--env", environment, "--", "caption", str(archive), str(root / "out"), *flags)
     head.add_node(num_cpus=2)
     run, deadline = Observed(root / "out"), time.monotonic() + DEADLINE_S
     while job.poll() is None:

@@ -20,7 +20,7 @@ import pytest
 
 from captioner.store.table import open_table
 from captioner.store.verify import verify
-from captioner.testing import GATE_MARKER, make_folder
+from captioner.testing import GATE_MARKER, decoder_faults, make_folder
 from ray_jobs.follow import Follower
 
 DEADLINE_S = 600.0
@@ -83,7 +83,7 @@ class Proxy:
 def caption(archive: Path, out: Path, *more: str) -> list[str]:
     words = ["--", "caption", str(archive), str(out), "--model", "fake", "--rows-per-file", "32", *more]
     words += ["--device", "cpu", "--gpus-per-worker", "1", "--num-workers", "1"]
-    return ["--env", "CAPTIONER_TEST_POISON=1", *words, "--decode-timeout", "600"]
+    return ["--env", f"PYTHONPATH={decoder_faults()['PYTHONPATH']}", *words, "--decode-timeout", "600"]
 
 
 def job_ids(head, prefix: str = "captioner-") -> list[str]:

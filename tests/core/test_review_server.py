@@ -31,7 +31,7 @@ from captioner.publishing.review.server import ReviewServer
 from captioner.publishing.review.session import DecisionRequest, ReviewSession
 from captioner.store.directory import Directory
 from captioner.store.table import open_table
-from captioner.testing import ABORT_MARKER
+from captioner.testing import ABORT_MARKER, decoder_faults
 from ray_jobs.cli import main
 
 JSON = {"Content-Type": "application/json"}
@@ -479,7 +479,7 @@ def test_an_image_that_has_gone_can_still_be_decided(make_reviewable, tmp_path: 
 def test_an_image_that_crashes_its_decoder_is_a_message(
     make_reviewable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("CAPTIONER_TEST_POISON", "1")
+    monkeypatch.setenv("PYTHONPATH", decoder_faults()["PYTHONPATH"])
     out = make_reviewable()
     with (tmp_path / "archive" / "000000.png").open("ab") as file:
         file.write(ABORT_MARKER)

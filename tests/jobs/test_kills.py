@@ -20,7 +20,7 @@ from captioner.config import CaptionConfig
 from captioner.store.read import read_parts
 from captioner.store.table import open_table
 from captioner.store.verify import verify
-from captioner.testing import GATE_MARKER, make_folder
+from captioner.testing import GATE_MARKER, decoder_faults, make_folder
 from ray_jobs.caption import run
 
 pytestmark = pytest.mark.usefixtures("ray_instance")
@@ -53,7 +53,7 @@ def gate(archive: Path) -> Iterator[dict[str, str]]:
     directory.mkdir(exist_ok=True)
     for name in ("pid", "open"):
         (directory / name).unlink(missing_ok=True)
-    yield {"CAPTIONER_TEST_POISON": "1"}
+    yield decoder_faults()
     (directory / "open").touch()  # a decoder that outlives its job ends
 
 

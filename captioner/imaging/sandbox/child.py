@@ -23,8 +23,6 @@ from captioner.data import DecodedImage, PixelSpec
 from captioner.imaging import decode, squeeze
 from captioner.imaging.sandbox.slots import NUM_SLOTS, Slots
 
-# Asks for an image whose bytes tell its decoder to die or to hang: see `captioner.imaging.sandbox.poison`.
-POISON_VARIABLE = "CAPTIONER_TEST_POISON"
 NUMBER = struct.Struct("<i")  # what is said over the control socket: 0 (ready), then each worker's pid and exit code
 
 _TOLD = [field.name for field in fields(DecodedImage) if field.name != "pixels"]
@@ -79,14 +77,9 @@ def serve(connection: socket.socket, decode_one: Callable[[bytes], DecodedImage]
 
 
 def main(argv: list[str]) -> None:
-    caller = os.getppid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the caller ends this process
     settings: dict[str, Any] = json.loads(argv[1])
     decode_one = _decoder_of(settings)
-    if POISON_VARIABLE in os.environ:
-        from captioner.imaging.sandbox.poison import poisoned
-
-        decode_one = poisoned(decode_one, caller)
     slots = Slots(settings["max_bytes"], settings["slots"])
     work = partial(serve, decode_one=decode_one, slots=slots, timeout=settings["timeout"])
     with suppress(ConnectionError):  # the caller was killed

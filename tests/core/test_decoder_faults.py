@@ -18,15 +18,16 @@ from captioner.imaging.sandbox.decoder import GuardedDecoder
 from captioner.store.read import read_parts
 from captioner.store.table import open_table
 from captioner.store.verify import verify
-from captioner.testing import ABORT_MARKER, HANG_MARKER, make_folder
+from captioner.testing import ABORT_MARKER, HANG_MARKER, decoder_faults, make_folder
 
 SPEC = PixelSpec(height=32, width=32)
 NO_LIMIT = 300_000_000
 
 
 @pytest.fixture
-def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CAPTIONER_TEST_POISON", "1")
+def faults(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in decoder_faults().items():
+        monkeypatch.setenv(name, value)
 
 
 @pytest.fixture(scope="module")
@@ -46,15 +47,15 @@ def another_png(number: int) -> bytes:
     return buffer.getvalue()
 
 
-def test_a_guarded_decoder_says_what_decode_says(decoder: GuardedDecoder, png: bytes) -> None:
+def test_a_guarded_decoder_returns_what_decode_returns(decoder: GuardedDecoder, png: bytes) -> None:
     images = [png, b"no image", png[:200], b"", *(another_png(number) for number in range(40))]
 
-    for data, there in zip(images, decoder(images), strict=True):
-        here = decode(data, SPEC, NO_LIMIT)
-        assert (there.error_code, there.error_message) == (here.error_code, here.error_message)
-        assert (there.width, there.height, there.format) == (here.width, here.height, here.format)
-        assert (there.pixels is None) == (here.pixels is None)
-        assert here.pixels is None or (there.pixels == here.pixels).all()
+    for data, guarded in zip(images, decoder(images), strict=True):
+        direct = decode(data, SPEC, NO_LIMIT)
+        assert (guarded.error_code, guarded.error_message) == (direct.error_code, direct.error_message)
+        assert (guarded.width, guarded.height, guarded.format) == (direct.width, direct.height, direct.format)
+        assert (guarded.pixels is None) == (direct.pixels is None)
+        assert direct.pixels is None or (guarded.pixels == direct.pixels).all()
 
 
 @pytest.mark.parametrize("spec", [SPEC, 16])
@@ -66,47 +67,47 @@ def test_workers_are_forked_from_a_process_with_one_thread(
         monkeypatch.setenv(name, "4")
 
     with GuardedDecoder(spec, NO_LIMIT, timeout=30.0) as decoder:
-        assert [one.error_code for one in decoder([png])] == [""]
+        assert [image.error_code for image in decoder([png])] == [""]
         (child,) = psutil.Process().children()
         assert child.children()
         assert [thread.id for thread in child.threads()] == [child.pid]
 
 
-@pytest.mark.usefixtures("poison")
+@pytest.mark.usefixtures("faults")
 def test_crashes_and_hangs_are_reasons_and_their_neighbours_are_fine(png: bytes) -> None:
     images = [another_png(number) for number in range(60)]
-    for place in (0, 7, 8, 9, 30, 59):
-        images[place] += ABORT_MARKER
+    for index in (0, 7, 8, 9, 30, 59):
+        images[index] += ABORT_MARKER
     images[20] += HANG_MARKER
     with GuardedDecoder(SPEC, NO_LIMIT, timeout=2.0) as decoder:
-        found = list(decoder(images))
+        decoded = list(decoder(images))
 
-    crashed, hanging = found[7], found[20]
+    crashed, hanging = decoded[7], decoded[20]
     assert (crashed.error_code, crashed.pixels) == ("decoder_crashed", None)
     assert "died 2 times, by signal SIGABRT" in crashed.error_message
     assert (hanging.error_code, hanging.pixels) == ("timeout", None)
     assert "2 s (decode_timeout)" in hanging.error_message
-    assert [place for place, one in enumerate(found) if one.error_code] == [0, 7, 8, 9, 20, 30, 59]
-    for number, one in enumerate(found):
+    assert [index for index, image in enumerate(decoded) if image.error_code] == [0, 7, 8, 9, 20, 30, 59]
+    for number, image in enumerate(decoded):
         expected = decode(another_png(number), SPEC, NO_LIMIT).pixels
-        assert one.pixels is None or (one.pixels == expected).all()
+        assert image.pixels is None or (image.pixels == expected).all()
 
 
-@pytest.mark.usefixtures("poison")
-def test_a_chunk_full_of_poison_loses_little_time_to_each(monkeypatch: pytest.MonkeyPatch, png: bytes) -> None:
+@pytest.mark.usefixtures("faults")
+def test_a_chunk_full_of_hanging_images_loses_little_time_to_each(monkeypatch: pytest.MonkeyPatch, png: bytes) -> None:
     monkeypatch.setattr("captioner.imaging.sandbox.decoder.HANGS_AT_FULL_TIME", 2)
     monkeypatch.setattr("captioner.imaging.sandbox.decoder.SHORT_TIMEOUT_S", 0.05)
     with GuardedDecoder(SPEC, NO_LIMIT, timeout=0.5) as decoder:
-        first = [one.error_message for one in decoder([png + HANG_MARKER] * 12)]
+        first = [image.error_message for image in decoder([png + HANG_MARKER] * 12)]
         second = next(decoder([png + HANG_MARKER])).error_message
-        crashes = {one.error_code for one in decoder([png + ABORT_MARKER] * 100)}
+        crashes = {image.error_code for image in decoder([png + ABORT_MARKER] * 100)}
 
     assert first == [f"not decoded within {time} s (decode_timeout)" for time in [0.5] * 2 + [0.05] * 10]
     assert second == first[0]  # each chunk has its own
     assert crashes == {"decoder_crashed"}
 
 
-def test_the_markers_mean_nothing_unless_asked(decoder: GuardedDecoder, png: bytes) -> None:
+def test_decoders_ignore_the_markers_by_default(decoder: GuardedDecoder, png: bytes) -> None:
     assert next(decoder([png + ABORT_MARKER + HANG_MARKER])).error_code == ""
 
 
@@ -119,14 +120,14 @@ def child_and_worker() -> tuple[psutil.Process, psutil.Process]:
 
 
 @pytest.mark.parametrize("victims", [[0], [1], [0, 1]])
-def test_a_decoder_killed_from_outside_costs_no_picture(decoder: GuardedDecoder, png: bytes, victims: list) -> None:
+def test_a_decoder_killed_from_outside_costs_no_image(decoder: GuardedDecoder, png: bytes, victims: list) -> None:
     assert next(decoder([png])).error_code == ""
     processes = child_and_worker()
     for victim in victims:
         processes[victim].kill()
         psutil.wait_procs([processes[victim]], timeout=60)
 
-    assert [one.error_code for one in decoder([png] * 3)] == [""] * 3
+    assert [image.error_code for image in decoder([png] * 3)] == [""] * 3
 
 
 def test_a_chunk_that_is_given_up_leaves_nothing_for_the_next(decoder: GuardedDecoder) -> None:
@@ -137,12 +138,12 @@ def test_a_chunk_that_is_given_up_leaves_nothing_for_the_next(decoder: GuardedDe
     assert (next(decoder([another_png(99)])).pixels == decode(another_png(99), SPEC, NO_LIMIT).pixels).all()
 
 
-@pytest.mark.usefixtures("poison")
-def test_a_large_picture_behind_one_that_hangs_waits_for_nothing(png: bytes) -> None:
+@pytest.mark.usefixtures("faults")
+def test_a_large_image_behind_one_that_hangs_waits_for_nothing(png: bytes) -> None:
     with GuardedDecoder(SPEC, NO_LIMIT, timeout=1.0) as decoder:
-        found = [one.error_code for one in decoder([png + HANG_MARKER, png + bytes(5_000_000)])]
+        error_codes = [image.error_code for image in decoder([png + HANG_MARKER, png + bytes(5_000_000)])]
 
-    assert found == ["timeout", ""]
+    assert error_codes == ["timeout", ""]
 
 
 def test_no_process_is_left(png: bytes) -> None:
@@ -153,7 +154,7 @@ def test_no_process_is_left(png: bytes) -> None:
     assert not any(process.is_running() for process in processes)
 
 
-def test_what_a_codec_says_does_not_reach_the_terminal(decoder: GuardedDecoder, capfd: pytest.CaptureFixture) -> None:
+def test_what_a_codec_prints_does_not_reach_the_terminal(decoder: GuardedDecoder, capfd: pytest.CaptureFixture) -> None:
     """libtiff prints to standard error, and may quote the file."""
     buffer = io.BytesIO()
     Image.new("RGB", (40, 40)).save(buffer, "TIFF", compression="tiff_lzw")
@@ -166,8 +167,8 @@ def test_what_a_codec_says_does_not_reach_the_terminal(decoder: GuardedDecoder, 
     assert capfd.readouterr().err == ""
 
 
-@pytest.mark.usefixtures("poison")
-def test_a_run_in_one_process_goes_on_past_poison(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("faults")
+def test_a_run_in_one_process_continues_after_crashes_and_hangs(tmp_path: Path) -> None:
     archive, out = make_folder(tmp_path / "archive", 20), tmp_path / "out"
     for name, marker in (("000005x.png", ABORT_MARKER), ("000011x.png", HANG_MARKER)):
         (archive / name).write_bytes((archive / "000005.png").read_bytes() + marker)
@@ -188,20 +189,20 @@ def test_a_run_in_one_process_goes_on_past_poison(tmp_path: Path) -> None:
     assert verify(open_table(str(out))).proven
 
 
-@pytest.mark.usefixtures("poison")
-def test_a_crash_is_no_crash_of_try_or_of_somebody_elses_pipeline(
+@pytest.mark.usefixtures("faults")
+def test_a_crashing_image_does_not_end_try_or_caption_batches(
     tmp_path: Path, png: bytes, capsys: pytest.CaptureFixture
 ) -> None:
-    images = {"fine.png": png, "poison.png": png + ABORT_MARKER}
+    images = {"fine.png": png, "crashing.png": png + ABORT_MARKER}
     for name, data in images.items():
         (tmp_path / name).write_bytes(data)
 
     code = try_images([str(tmp_path / name) for name in images], ModelConfig(name="fake"))
     batch = CaptionBatches("fake")({"bytes": list(images.values())})
 
-    said = capsys.readouterr()
+    output = capsys.readouterr()
     assert code == 0
-    assert "fine.png: " in said.out
-    assert "poison.png: decoder_crashed" in said.err
+    assert "fine.png: " in output.out
+    assert "crashing.png: decoder_crashed" in output.err
     assert list(batch["error_code"]) == ["", "decoder_crashed"]
     assert [caption is None for caption in batch["caption"]] == [False, True]
