@@ -281,7 +281,7 @@ def timed_loop(file: str):
         from accelerate.optimizer import AcceleratedOptimizer
 
         from captioner.training.loop import CaptionTrainer
-        from ray_jobs.train import RayWorker, train_loop
+        from ray_jobs.train_workers import RayWorker, train_loop
 
         spent = 0.0
 

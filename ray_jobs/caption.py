@@ -24,9 +24,10 @@ from captioner.models import is_small
 from captioner.steps import Work
 from captioner.store.table import TABLE_FILE
 from ray_jobs.cluster import Connection, Sizes, share_out
-from ray_jobs.gpus import cause_of, check_gpu_nodes, device_kind
+from ray_jobs.failures import cause_of
+from ray_jobs.gpus import device_kind
 from ray_jobs.metrics import DriverMetrics
-from ray_jobs.shared import check_shared
+from ray_jobs.nodes import check_gpu_nodes, check_shared
 from ray_jobs.stages import CaptionStage, CommitStage, DecodeStage, receipts_of
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from captioner.files import is_uri
 from captioner.models.devices import pick_device
 from ray_jobs.cluster import Resources, Sizes, connect, share_out
 from ray_jobs.gpus import worker_device
-from ray_jobs.node import facts
+from ray_jobs.nodes import alive_nodes, node_facts, only_on
 
 MIN_OPEN_FILES = 8_192
 MIN_OBJECT_STORE, MIN_FREE_DISK = 100e6, 5e9
@@ -57,8 +57,8 @@ def findings(config: CaptionConfig, out: str | None) -> Iterator[Finding]:
         "cluster", True, f"{resources.num_nodes} nodes, {resources.num_cpus:g} CPUs, {resources.num_gpus:g} GPUs"
     )
     yield _token()
-    here = facts()
-    for node, there, seconds in _on_every_node(facts):
+    here = node_facts()
+    for node, there, seconds in _on_every_node(node_facts):
         address, ahead = node["NodeManagerAddress"], there["time"] - (time.time() - seconds / 2)
         yield _versions(address, here["versions"], there["versions"])
         yield from _limits(address, there)
@@ -221,22 +221,15 @@ def _delete(out: str, name: str) -> None:
 
 
 def _on_every_node(function: Callable[..., Any], *arguments: Any) -> Iterator[tuple[dict[str, Any], Any, float]]:
-    """Yield the node as Ray describes it, what the function returned there, and the seconds that took."""
+    """Call a function on every node; yield the node as Ray describes it, the result, and the seconds it took."""
     import ray
 
-    for node in ray.nodes():
-        if node["Alive"]:
-            task = ray.remote(num_cpus=0, scheduling_strategy=_only_on(node))(function)
-            ray.get(task.remote(*arguments), timeout=TIMEOUT_S)  # the first call starts a process
-            started = time.time()
-            found = ray.get(task.remote(*arguments), timeout=TIMEOUT_S)
-            yield node, found, time.time() - started
-
-
-def _only_on(node: dict[str, Any]) -> Any:
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    return NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+    for node in alive_nodes():
+        task = ray.remote(num_cpus=0, scheduling_strategy=only_on(node))(function)
+        ray.get(task.remote(*arguments), timeout=TIMEOUT_S)  # the first call starts a process
+        started = time.time()
+        result = ray.get(task.remote(*arguments), timeout=TIMEOUT_S)
+        yield node, result, time.time() - started
 
 
 def _on_a_worker(
@@ -247,7 +240,7 @@ def _on_a_worker(
 
     options: dict[str, Any] = {"num_cpus": 0 if num_gpus else 1, "num_gpus": num_gpus, "max_retries": 0}
     if node is not None:
-        options["scheduling_strategy"] = _only_on(node)
+        options["scheduling_strategy"] = only_on(node)
     where = f"node {node['NodeManagerAddress']}: " if node else ""
     try:
         return Finding(

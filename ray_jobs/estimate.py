@@ -21,7 +21,8 @@ from captioner.models import is_small, resolve, settle_dtype
 from captioner.sources import open_source
 from captioner.store.parallel_listing import list_units
 from ray_jobs.cluster import Sizes, connect, share_out
-from ray_jobs.gpus import check_gpu_nodes, device_kind
+from ray_jobs.gpus import device_kind
+from ray_jobs.nodes import check_gpu_nodes
 from ray_jobs.sampling import Piece, measure
 
 RESAMPLES = 1_000

@@ -24,7 +24,8 @@ from captioner.models import ModelRef, load
 from captioner.sources.reading import read_images, reads_at_once
 from captioner.steps import Caption, caption_or_reasons
 from ray_jobs.cluster import Sizes
-from ray_jobs.gpus import cause_of, worker_device
+from ray_jobs.failures import cause_of
+from ray_jobs.gpus import worker_device
 
 BATCH = {"cpu": 16, "gpu": 128}  # pictures of a piece: those of a forward pass
 MIN_PIECES, PIECES_PER_WORKER = 16, 4  # a smaller sample is captioned again and again

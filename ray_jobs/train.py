@@ -11,21 +11,18 @@ import logging
 import os
 import signal
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
-from pyarrow.fs import LocalFileSystem
 
 from captioner.config import ClusterConfig, TrainConfig
-from captioner.errors import CaptionerError, ClusterError
+from captioner.errors import CaptionerError
 from captioner.models import ModelRef, weights_bytes
-from captioner.models.devices import pick_device, set_wait_policy
+from captioner.models.devices import set_wait_policy
 from captioner.models.loading import SMALL_MODEL_BYTES
 from captioner.run.prefetch import in_background
 from captioner.training import job
@@ -33,25 +30,21 @@ from captioner.training.job import Finishing, Outcome, Start, TrainRun
 from captioner.training.progress import TrainProgress
 from captioner.training.record import RUN_FILE
 from ray_jobs.cluster import Connection, Resources, Sizes, import_ray, share_out
-from ray_jobs.gpus import check_gpu_nodes, device_kind, training_device, worker_device
-from ray_jobs.map_tables import map_tables
-from ray_jobs.shared import check_shared
-
-if TYPE_CHECKING:
-    from captioner.training.collate import Decode
-    from captioner.training.evaluate import Feed
-    from captioner.training.worker import Training
+from ray_jobs.failures import cause_of
+from ray_jobs.gpus import device_kind
+from ray_jobs.nodes import check_gpu_nodes, check_shared
+from ray_jobs.train_workers import finish_model, make_board, map_tables, train_loop
 
 MAX_FAILURES = 3
 
 
 def run(config: TrainConfig) -> int:
-    """Train into OUT; returns the exit code. Raises CaptionerError."""
+    """Train a model into OUT; return the exit code. Raises CaptionerError."""
     return job.run(config, RayTrainEngine(config))
 
 
 class RayTrainEngine:
-    """Trains on the cluster. Connects when it is first needed. `loop`: what each worker runs."""
+    """Trains on the cluster. Connects when it is first needed. `loop`: run by each worker, `train_loop` by default."""
 
     def __init__(self, config: TrainConfig, loop: Callable[[dict[str, Any]], dict[str, Any]] | None = None) -> None:
         self._loop = loop or train_loop
@@ -62,7 +55,7 @@ class RayTrainEngine:
 
     def start(self) -> None:
         """Connect, and import what drives Ray Train, while pairs are listed."""
-        # How soon a checkpoint counts as kept: the default of 2 s loses one that a crash follows quickly.
+        # How often Ray registers checkpoints: with the default of 2 s a crash soon after a report loses one.
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
         set_wait_policy()  # read by the workers' torch
         if self._is_started:
@@ -90,7 +83,7 @@ class RayTrainEngine:
         import ray.train
 
         check_shared(start.out, RUN_FILE)
-        board = _board()
+        board = make_board()
         progress.watch(lambda: ray.get(board.latest.remote()))
         trainer = self._trainer(start, board)
         preparing = _Preparing(prepare, board, progress)
@@ -99,19 +92,19 @@ class RayTrainEngine:
                 result = trainer.fit()
         except ray.train.TrainingFailedError as error:
             raise preparing.error or _cause_of(error) from error
-        opened, ended = preparing.result(), result.return_value
+        prepared, ended = preparing.result(), result.return_value
         metric = f"eval_{start.config.training.metric_for_best_model}"
-        kept = result.best_checkpoints or []
-        if not kept:
-            return Outcome(opened, None, {}, **ended)
-        checkpoint, metrics = min(kept, key=lambda pair: (_number(pair[1][metric]), pair[1]["step"]))
-        return Outcome(opened, checkpoint, metrics, **ended)
+        checkpoints = result.best_checkpoints or []
+        if not checkpoints:
+            return Outcome(prepared, None, {}, **ended)
+        checkpoint, metrics = min(checkpoints, key=lambda pair: (_number(pair[1][metric]), pair[1]["step"]))
+        return Outcome(prepared, checkpoint, metrics, **ended)
 
     def finish(self, checkpoint: Any, finishing: Finishing) -> dict[str, Any]:
         import ray
 
         sizes = self._sizes()
-        task = ray.remote(num_cpus=1, num_gpus=sizes.gpus_per_worker or None, max_retries=1)(_finish)
+        task = ray.remote(num_cpus=1, num_gpus=sizes.gpus_per_worker or None, max_retries=1)(finish_model)
         try:
             results: dict[str, Any] = ray.get(
                 task.remote(checkpoint, finishing, self._device, self._threads(finishing.model))
@@ -156,7 +149,7 @@ class RayTrainEngine:
         )
 
     def _sizes(self) -> Sizes:
-        """The shares of the cluster; waits for it. Raises where a node's torch cannot use the node's GPUs."""
+        """Return the shares of the cluster; wait for it. Raises ModelError where torch cannot use a node's GPUs."""
         if self._checked_sizes is None:
             self.start()
             sizes = share_out(self._connection.resources(), self._cluster, device=self._device)
@@ -175,10 +168,10 @@ def _import_trainer(cluster: ClusterConfig) -> None:
 
 
 def num_threads(sizes: Sizes, resources: Resources, model_bytes: int) -> int:
-    """Return the number of CPU threads of torch in each worker.
+    """Return the number of torch's CPU threads in each worker.
 
-    Without a GPU workers compute on all CPUs: those that decode are idle most of the time, since a step takes far
-    longer than decoding its pictures. A small model is fastest on one.
+    Without a GPU workers compute on all CPUs, those for decoding included: they are idle most of the time, since a step
+    takes far longer than decoding its images. A small model is fastest on one thread.
     """
     if sizes.gpus_per_worker:
         return sizes.threads_per_worker
@@ -187,78 +180,12 @@ def num_threads(sizes: Sizes, resources: Resources, model_bytes: int) -> int:
     return max(1, int(min(resources.num_cpus / sizes.num_workers, resources.least_cpus)))
 
 
-def train_loop(config: dict[str, Any], kind: type[RayWorker] | None = None) -> dict[str, Any]:
-    """What a Ray Train worker runs, as a worker of that kind."""
-    import ray.train
-    import torch
-
-    from captioner.training.loop import train_worker
-
-    torch.set_num_threads(config["threads"])
-    settings, model = config["config"], config["model"]
-    worker = (kind or RayWorker)(config["board"], settings.model.device)
-    restored = ray.train.get_checkpoint()
-    if restored is None:
-        return train_worker(settings, model, worker)
-    with _as_directory(restored) as folder:
-        return train_worker(settings, model, worker, folder)
-
-
-@contextmanager
-def _as_directory(checkpoint: Any) -> Iterator[Path]:
-    """Provide a checkpoint as a local directory.
-
-    Ray's method of that name downloads into one directory for all workers of a node: the second one to come overwrites
-    the weights that the first one has mapped into memory, which kills it.
-    """
-    if isinstance(checkpoint.filesystem, LocalFileSystem):
-        yield Path(checkpoint.path)
-        return
-    with tempfile.TemporaryDirectory(prefix="captioner-checkpoint-") as folder:
-        yield Path(checkpoint.to_directory(folder))
-
-
-class RayWorker:
-    """A Ray Train worker, as `captioner.training.loop` sees it."""
-
-    def __init__(self, board: Any, device: str) -> None:
-        import ray.train
-
-        context = ray.train.get_context()
-        self.device = training_device(device)
-        self.rank, self.world_size, self._board = context.get_world_rank(), context.get_world_size(), board
-
-    def feed(self, decode: Decode) -> Feed:
-        return lambda tables: map_tables(decode, tables)
-
-    def training(self) -> Training | None:
-        import ray
-
-        reference = ray.get(self._board.training.remote())
-        work: Training | None = None if reference is None else ray.get(reference[0])
-        return work
-
-    def doing(self, text: str) -> None:
-        self._board.doing.remote(text)
-
-    def prepare(self, trainer: Any) -> Any:
-        from ray.train.huggingface.transformers import prepare_trainer
-
-        return prepare_trainer(trainer)
-
-    def report(self, metrics: dict[str, Any], checkpoint: Path | None) -> None:
-        import ray.train
-
-        kept = None if checkpoint is None else ray.train.Checkpoint.from_directory(checkpoint)
-        ray.train.report(metrics, checkpoint=kept, checkpoint_dir_name=f"step-{metrics['step']:08d}")
-
-    def tell(self, progress: dict[str, Any]) -> None:
-        self._board.tell.remote(progress)
-
-
 @contextmanager
 def _own_sigint() -> Iterator[None]:
-    """Ray Train replaces the handler of Ctrl-C by one that stops the workers and ends the process with code 0."""
+    """Keep this program's handling of Ctrl-C.
+
+    Ray Train replaces the handler by one that stops the workers and ends the process with code 0.
+    """
     before = signal.getsignal(signal.SIGINT)
     try:
         yield
@@ -269,48 +196,15 @@ def _own_sigint() -> Iterator[None]:
             signal.signal(signal.SIGINT, before)
 
 
-def _board() -> Any:
-    """An actor through which the driver and the workers hand things to each other."""
-    import asyncio
-
-    import ray
-
-    class Board:
-        def __init__(self) -> None:
-            self._latest: dict[str, Any] = {"step": 0, "samples_per_second": None, "doing": "starting workers"}
-            self._is_prepared = asyncio.Event()
-            self._training: list[Any] | None = None
-
-        async def give(self, training: list[Any] | None) -> None:
-            """Let the workers train what a reference in a list stands for; `None`: let them end."""
-            self._training = training
-            self._is_prepared.set()
-
-        async def training(self) -> list[Any] | None:
-            await self._is_prepared.wait()
-            return self._training
-
-        async def tell(self, progress: dict[str, Any]) -> None:
-            self._latest |= progress
-
-        async def doing(self, text: str) -> None:
-            self._latest["doing"] = text
-
-        async def latest(self) -> dict[str, Any]:
-            return self._latest
-
-    return ray.remote(num_cpus=0)(Board).remote()
-
-
 class _Preparing:
-    """Calls `prepare` in a thread while the workers start, and hands them what it returns.
+    """Calls `prepare` in a thread while the workers start, and gives its result to them through the board.
 
-    A context manager: at its end workers that still wait are let go.
+    A context manager: it waits for the thread, unless training itself failed. `error`: raised by `prepare`.
     """
 
     def __init__(self, prepare: Callable[[], TrainRun], board: Any, progress: TrainProgress) -> None:
         self._prepare, self._board, self._progress = prepare, board, progress
-        self._opened: TrainRun | None = None
+        self._prepared: TrainRun | None = None
         self.error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="preparing", daemon=True)
 
@@ -322,11 +216,11 @@ class _Preparing:
             self._thread.join()
 
     def result(self) -> TrainRun:
-        """The run that was prepared; raises what preparing raised."""
+        """Return the prepared run. Raises what `prepare` raised."""
         if self.error is not None:
             raise self.error
-        assert self._opened is not None
-        return self._opened
+        assert self._prepared is not None
+        return self._prepared
 
     def _run(self) -> None:
         import ray
@@ -334,44 +228,26 @@ class _Preparing:
         from captioner.training.worker import Training
 
         try:
-            opened = self._prepare()
-            start, tables = opened.start, opened.pairs.tables
-            work = Training(start.config, start.model, start.archives, opened.schedule, tables["train"], tables["eval"])
-            ray.get(self._board.give.remote([ray.put(work)]))
+            prepared = self._prepare()
+            start, tables = prepared.start, prepared.pairs.tables
+            training = Training(
+                start.config, start.model, start.archives, prepared.schedule, tables["train"], tables["eval"]
+            )
+            ray.get(self._board.give.remote([ray.put(training)]))
             self._progress.doing("")
-            opened.write_report()
-            self._opened = opened
+            prepared.write_report()
+            self._prepared = prepared
         except BaseException as error:  # raised by the thread that trains
             self.error = error
             self._board.give.remote(None)
-
-
-def _finish(checkpoint: Any, finishing: Finishing, device: str, num_threads: int) -> dict[str, Any]:
-    import torch
-
-    from captioner.training.finish import finish
-
-    torch.set_num_threads(num_threads)
-    with _as_directory(checkpoint) as folder:
-        return finish(folder, finishing, pick_device(worker_device(device)))
 
 
 def _number(value: float | None) -> float:
     return float("inf") if value is None else value
 
 
-def _cause_of(error: BaseException) -> BaseException:
-    """The CaptionerError a worker raised, or a ClusterError that says what the worker said."""
-    waiting: list[BaseException] = [error]
-    while waiting:
-        one = waiting.pop()
-        if isinstance(one, CaptionerError):
-            return type(one)(str(one).strip().splitlines()[-1]) if "\n" in str(one) else one
-        failures = getattr(one, "worker_failures", {}) or {}
-        inner = [*failures.values(), getattr(one, "cause", None), one.__cause__]
-        waiting += [cause for cause in inner if isinstance(cause, BaseException)]
-    last = str(error).strip().splitlines()[-1]
-    return ClusterError(f"a worker failed: {last}; checkpoints stay, the same command goes on")
+def _cause_of(error: BaseException) -> CaptionerError:
+    return cause_of(error, "checkpoints stay, the same command goes on")
 
 
 if __name__ == "__main__":  # the same arguments and exit code as `captioner train`

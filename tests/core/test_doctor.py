@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from ray_jobs import doctor
-from ray_jobs.node import code_digest, facts, torchvision_problem
+from ray_jobs.nodes import code_digest, node_facts, torchvision_problem
 
 STORE = {"object_store_memory": 6e9, "memory": 14e9}
 FINE = {"open_files": 65_536, "free_disk": 50e9, "torchvision": ""}
 
 
 def test_a_node_tells_what_is_asked_of_it() -> None:
-    found = facts()
+    found = node_facts()
 
     assert found["versions"]["python"] == f"{sys.version_info[0]}.{sys.version_info[1]}"
     assert found["versions"]["captioner code"] == code_digest()

@@ -18,8 +18,8 @@ from captioner.testing import make_folder, make_tiny_model
 from captioner.training import job
 from captioner.training.local import LocalEngine
 from ray_jobs.cluster import Resources, share_out
-from ray_jobs.map_tables import map_tables
 from ray_jobs.train import RayTrainEngine, num_threads
+from ray_jobs.train_workers import map_tables
 
 STEPS = 6
 
@@ -84,7 +84,7 @@ def signalling_loop(note: Path, out: str, victim: int | None, sent: int = signal
         import ray.train
 
         from captioner.store.directory import Directory
-        from ray_jobs.train import RayWorker, train_loop
+        from ray_jobs.train_workers import RayWorker, train_loop
 
         restored = ray.train.get_checkpoint()
         if ray.train.get_context().get_world_rank() == 0:

@@ -1,0 +1,41 @@
+"""Find the error that a worker raised in the error that Ray raises for it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from captioner import errors
+from captioner.errors import CaptionerError, ClusterError
+
+
+def cause_of(error: BaseException, what_stays: str = "committed rows stay, the same command goes on") -> CaptionerError:
+    """Return the CaptionerError that a worker raised; a ClusterError with the worker's message for any other error.
+
+    `what_stays`: the end of that message. Ray Train and tasks hand over the exception itself, Ray Data only the text
+    of its traceback.
+    """
+    causes = list(_causes(error))
+    for cause in causes:
+        if isinstance(cause, CaptionerError) and "\n" not in str(cause):
+            return cause
+    for cause in causes:
+        raised = re.findall(r"^captioner\.errors\.(\w+): (.+)$", str(cause), re.MULTILINE)
+        if raised:
+            name, message = raised[-1]
+            kind: type[CaptionerError] = getattr(errors, name, CaptionerError)
+            return kind(message)
+    lines = re.findall(r"^(?:[\w.]+\.)?(\w+(?:Error|Exception|Exit)\b.*)$", str(error), re.MULTILINE)
+    message = lines[0] if lines else str(error).strip().splitlines()[-1]
+    return ClusterError(f"a worker failed: {message}; {what_stays}")
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield the error and every error that it names as its cause."""
+    waiting = [error]
+    while waiting:
+        cause = waiting.pop()
+        yield cause
+        failures = getattr(cause, "worker_failures", {}) or {}
+        inner = [*failures.values(), getattr(cause, "cause", None), cause.__cause__]
+        waiting += [inner_cause for inner_cause in inner if isinstance(inner_cause, BaseException)]
