@@ -1,4 +1,4 @@
-"""Flags made from pydantic settings: `captioner.config` says what there is, typer reads the command line.
+"""Make typer's flags from the pydantic settings of `captioner.config`.
 
 typer checks names only; every value goes to pydantic as text, so a flag and a YAML key obey the same rule.
 """
@@ -9,8 +9,8 @@ import difflib
 import functools
 import inspect
 import types
-from collections.abc import Callable, Collection
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from collections.abc import Callable, Collection, Mapping
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 import yaml
@@ -19,103 +19,119 @@ from captioner.config import PoolSize, Setting, Settings, load_config, parse_yam
 from captioner.console.logs import log_as_json
 from captioner.errors import OK, UsageError
 
-KindT = TypeVar("KindT", bound=Settings)
 ConfigFile = Annotated[str | None, typer.Option(metavar="FILE.yaml", help="Settings of this run; flags win over it.")]
 SetValue = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="GROUP.KEY=VALUE", help="One setting by its YAML key; VALUE is YAML. Repeatable."),
 ]
 PrintConfig = Annotated[bool, typer.Option("--print-config", help="Show the resolved settings as YAML and stop.")]
-
 LogFormat = Annotated[Literal["text", "json"], typer.Option(help="json: a JSON object a line, for a log collector.")]
 
 
-def takes(
-    kind: type[KindT], groups: Collection[str] | None = None
-) -> Callable[[Callable[..., int]], Callable[..., int]]:
-    """Decorate `command(settings, **own)` so that typer gives it `kind`'s settings as arguments and flags.
+def _keyword(name: str, annotation: Any, default: Any = None) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
-    `groups`: only these groups become flags (`None`: all). `--config FILE.yaml`, `--set`, `--print-config` and
-    `--log-format` always
-    come with them; a flag wins over `--set`, and both over the file. The command is called with the validated settings
-    first, then its own parameters. The decorated command's `resolve(values)` gives both without calling it.
+
+COMMON_FLAGS = {  # of every command with settings
+    "config": _keyword("config", ConfigFile),
+    "set_": _keyword("set_", SetValue),
+    "print_config": _keyword("print_config", PrintConfig, False),
+    "log_format": _keyword("log_format", LogFormat, "text"),
+}
+
+
+class SettingsFlags:
+    """The flags of a command for the settings `kind`. `groups`: only these groups have flags; None: all."""
+
+    def __init__(self, kind: type[Settings], groups: Collection[str] | None = None) -> None:
+        self.kind, self.groups = kind, set(kind.model_fields) if groups is None else set(groups)
+        self._settings = {
+            f"{setting.group}__{setting.field}": setting
+            for setting in settings_of(kind)
+            if setting.group in self.groups
+        }
+
+    def parameters(self) -> list[inspect.Parameter]:
+        """Return what typer makes flags and arguments of."""
+        return [*(_parameter(name, setting) for name, setting in self._settings.items()), *COMMON_FLAGS.values()]
+
+    def resolve(self, values: Mapping[str, Any]) -> tuple[Settings, dict[str, Any]]:
+        """Split the values of a parsed command line into validated settings and the command's own values.
+
+        A flag wins over `--set`, and both win over the file of `--config`. Raises UsageError.
+        """
+        overrides: dict[str, dict[str, Any]] = {}
+        for text in values["set_"] or []:
+            group, field, value = parse_set(self.kind, text)
+            overrides.setdefault(group, {})[field] = value
+        for name, setting in self._settings.items():
+            if values[name] not in (None, False, []):  # the flag was given; its text may be empty
+                overrides.setdefault(setting.group, {})[setting.field] = _to_validate(setting, values[name])
+        own = {name: value for name, value in values.items() if name not in {*self._settings, *COMMON_FLAGS}}
+        return load_config(self.kind, values["config"], overrides), own
+
+
+def takes(
+    kind: type[Settings], groups: Collection[str] | None = None
+) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """Decorate `command(settings, **own)`: typer then gives it the flags of `kind` beside its own parameters.
+
+    The command is called with the validated settings first. `groups`: see `SettingsFlags`.
     """
-    settings = {f"{one.group}__{one.field}": one for one in settings_of(kind) if groups is None or one.group in groups}
+    flags = SettingsFlags(kind, groups)
 
     def decorate(command: Callable[..., int]) -> Callable[..., int]:
         @functools.wraps(command)
-        def run(print_config: bool = False, log_format: str = "text", **values: Any) -> int:
-            if log_format == "json":
+        def run(**values: Any) -> int:
+            if values["log_format"] == "json":
                 log_as_json()
-            resolved, values = resolve(values)
-            if print_config:
-                typer.echo(to_yaml(resolved, groups), nl=False)
+            settings, own = flags.resolve(values)
+            if values["print_config"]:
+                typer.echo(to_yaml(settings, flags.groups), nl=False)
                 return OK
-            return command(resolved, **values)
+            return command(settings, **own)
 
-        def resolve(values: dict[str, Any]) -> tuple[KindT, dict[str, Any]]:
-            values = dict(values)
-            given: dict[str, dict[str, Any]] = {}
-            for one in values.pop("set_", None) or []:
-                group, field, value = parse_set(kind, one)
-                given.setdefault(group, {})[field] = value
-            for name, setting in settings.items():
-                value = values.pop(name)
-                if value not in (None, False, []):  # was given; a text may be given empty
-                    given.setdefault(setting.group, {})[setting.field] = _to_validate(setting, value)
-            return load_config(kind, values.pop("config", None), given), values
-
-        own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
-        made = [_parameter(name, setting) for name, setting in settings.items()]
-        file = [
-            _keyword("config", ConfigFile),
-            _keyword("set_", SetValue),
-            _keyword("print_config", PrintConfig, False),
-        ]
-        parameters = [*own, *made, *file, _keyword("log_format", LogFormat, "text")]
-        run.resolve = resolve  # type: ignore[attr-defined]
-        run.groups = set(kind.model_fields) if groups is None else set(groups)  # type: ignore[attr-defined]
-        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        run.__annotations__ = {one.name: one.annotation for one in parameters}
+        # typer reads the signature: the settings are replaced by their flags.
+        _, *own = inspect.signature(command, eval_str=True).parameters.values()
+        vars(run)["flags"] = flags
+        vars(run)["__signature__"] = inspect.Signature([*own, *flags.parameters()])
         return run
 
     return decorate
 
 
-def settings_of_call(command: Any, values: dict[str, Any]) -> tuple[Settings, dict[str, Any]] | None:
-    """The settings a parsed command line has flags for, and its own parameters. None: it takes no settings."""
-    command = inspect.unwrap(command, stop=lambda one: hasattr(one, "resolve"))
-    if not hasattr(command, "resolve"):
+def settings_of_call(command: Any, values: Mapping[str, Any]) -> tuple[Settings, dict[str, Any]] | None:
+    """Return the settings of a parsed command line, and the command's own values; None for one without settings."""
+    command = inspect.unwrap(command, stop=lambda function: hasattr(function, "flags"))
+    if not hasattr(command, "flags"):
         return None
-    resolved, own = command.resolve(values)
-    own.pop("print_config", None)
-    if own.get("log_format") == "text":
-        del own["log_format"]
-    kept = {group: getattr(resolved, group) for group in command.groups}
-    return type(resolved).model_validate(kept), own
+    settings, own = command.flags.resolve(values)
+    if values["log_format"] != "text":
+        own["log_format"] = values["log_format"]
+    return type(settings).model_validate({group: getattr(settings, group) for group in command.flags.groups}), own
 
 
 def parse_set(kind: type[Settings], text: str) -> tuple[str, str, Any]:
-    """`model.num_beams=3` as (group, key, value). Raises UsageError naming the nearest known key."""
+    """Parse a text such as `model.num_beams=3` into (group, key, value). Raises UsageError naming the nearest key."""
     path, equals, value = text.partition("=")
-    known = {f"{one.group}.{one.field}": one for one in settings_of(kind)}
-    if not equals or path not in known:
-        near = difflib.get_close_matches(path, known, n=1) or [next(iter(known))]
+    settings = {f"{setting.group}.{setting.field}": setting for setting in settings_of(kind)}
+    if not equals or path not in settings:
+        near = difflib.get_close_matches(path, settings, n=1) or [next(iter(settings))]
         raise UsageError(f"--set {text}: should be GROUP.KEY=VALUE; did you mean {near[0]}=...?")
     try:
-        return known[path].group, known[path].field, parse_yaml(value)
+        return settings[path].group, settings[path].field, parse_yaml(value)
     except yaml.YAMLError as error:
         raise UsageError(f"--set {text}: the value is not YAML: {' '.join(str(error).split())}") from None
 
 
-def to_yaml(config: Settings, groups: Collection[str] | None = None) -> str:
-    """Settings as a file that --config reads."""
-    tree = config.model_dump(mode="json", include=None if groups is None else set(groups))
+def to_yaml(config: Settings, groups: Collection[str]) -> str:
+    """Return the settings of these groups as a file that --config reads."""
+    tree = config.model_dump(mode="json", include=set(groups))
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 
 def _parameter(name: str, setting: Setting) -> inspect.Parameter:
-    """A typer parameter whose value is `None` (`[]`, `False`) where the command line does not give it."""
+    """Return a typer parameter whose value is None (`[]`, False) where the command line does not give it."""
     help_text = setting.info.description or ""
     if setting.argument:
         info: Any = typer.Argument(metavar=setting.argument, help=help_text, show_default=False)
@@ -132,10 +148,6 @@ def _parameter(name: str, setting: Setting) -> inspect.Parameter:
     return _keyword(name, Annotated[list[str] | None if _is_list(setting) else str | None, info])
 
 
-def _keyword(name: str, annotation: Any, default: Any = None) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-
-
 def _to_validate(setting: Setting, value: Any) -> Any:
     return ",".join(value) if setting.is_comma_list else value
 
@@ -149,7 +161,7 @@ def _metavar(setting: Setting) -> str:
 
 
 def _type_name(annotation: Any) -> str:
-    """A type as help shows it: N, FRACTION, TEXT, or the choices."""
+    """Return a type as help shows it: N, F, TEXT, or the choices."""
     origin, parts = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         return "|".join(map(str, parts))
