@@ -9,9 +9,10 @@ import hypothesis
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers import caption_config
 
 from captioner import pipeline
-from captioner.config import AltTextConfig, CaptionConfig
+from captioner.config import AltTextConfig
 from captioner.publishing.alt_text.command import make_alt_texts
 from captioner.store.table import open_table
 from captioner.testing import make_folder
@@ -32,12 +33,7 @@ MakeReviewable = Callable[..., Path]
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `archive`, 30 images, and `out`, their finished table."""
     root = tmp_path_factory.mktemp("finished")
-    config = {
-        "source": {"path": str(make_folder(root / "archive", 30))},
-        "model": {"name": "fake"},
-        "output": {"path": str(root / "out")},
-    }
-    assert pipeline.run(CaptionConfig.model_validate(config)) == 0
+    assert pipeline.run(caption_config(make_folder(root / "archive", 30), root / "out", rows_per_file=100)) == 0
     return root
 
 

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from helpers import caption_config
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from captioner import pipeline
-from captioner.config import AltTextConfig, CaptionConfig
+from captioner.config import AltTextConfig
 from captioner.errors import OutputError, UsageError
 from captioner.publishing.alt_text.command import chosen_rules, make_alt_texts
 from captioner.publishing.alt_text.findings import CaptionedImage, findings
@@ -142,13 +143,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> CaptionsTable:
     archive = make_folder(tmp_path_factory.mktemp("alt") / "archive", 100)
     (archive / "000001.png").write_bytes(b"no picture")
     out = archive.with_name("out")
-    settings = {
-        "source": {"path": str(archive)},
-        "model": {"name": "fake"},
-        "output": {"path": str(out), "rows_per_file": 40},
-        "cluster": {"local": True},
-    }
-    pipeline.run(CaptionConfig.model_validate(settings))
+    pipeline.run(caption_config(archive, out, rows_per_file=40))
     return open_table(str(out))
 
 
@@ -222,12 +217,7 @@ def test_only_the_rules_that_are_wanted() -> None:
 
 
 def test_a_table_that_is_not_finished(tmp_path: Path) -> None:
-    settings = {
-        "source": {"path": str(make_folder(tmp_path / "archive", 3))},
-        "output": {"path": str(tmp_path / "out"), "plan_only": True},
-        "cluster": {"local": True},
-    }
-    pipeline.run(CaptionConfig.model_validate(settings))
+    pipeline.run(caption_config(make_folder(tmp_path / "archive", 3), tmp_path / "out", plan_only=True))
 
     with pytest.raises(OutputError, match="not finished"):
         make_alt_texts(open_table(str(tmp_path / "out")), AltTextConfig())

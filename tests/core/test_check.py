@@ -11,9 +11,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers import caption_config
 
 from captioner import pipeline
-from captioner.config import CaptionConfig, CheckConfig
+from captioner.config import CheckConfig
 from captioner.console.progress import Progress
 from captioner.data import Receipt
 from captioner.errors import CheckFailedError, SourceError, StoppedEarlyError, UsageError
@@ -33,21 +34,9 @@ from ray_jobs.cli import main
 Change = Callable[[int, dict[str, Any]], None]
 
 
-def settings(archive: Path, out: Path, rows_per_file: int = 50_000, **check: object) -> CaptionConfig:
-    return CaptionConfig.model_validate(
-        {
-            "source": {"path": str(archive)},
-            "model": {"name": "fake"},
-            "output": {"path": str(out), "rows_per_file": rows_per_file},
-            "cluster": {"local": True},
-            "check": check,
-        }
-    )
-
-
 def captioned(archive: Path, out: Path, change: Change | None = None, rows_per_file: int = 50_000) -> CaptionsTable:
     """A finished table; `change(number, row)` rewrites its rows."""
-    pipeline.run(settings(archive, out, rows_per_file))
+    pipeline.run(caption_config(archive, out, rows_per_file=rows_per_file))
     number = 0
     for part in sorted((out / "captions").iterdir()) if change else ():
         table = pq.read_table(part)
@@ -136,7 +125,7 @@ def test_rows_are_scored_where_they_are_written_in_any_order(tmp_path: Path, arc
                 receipts.append(receipt)
                 yield receipt
 
-    config = settings(archive, tmp_path / "out", sample=50)
+    config = caption_config(archive, tmp_path / "out", check={"sample": 50})
     pipeline.run(config, Recording(config))
     running = RunningWer(seed=0)
     for receipt in receipts:
@@ -157,7 +146,7 @@ def test_the_heartbeat_tells_the_wer_so_far(tmp_path: Path, archive: Path, monke
         lines.append(self.line())
 
     monkeypatch.setattr(Progress, "update", record)
-    pipeline.run(settings(archive, tmp_path / "out", sample=50))
+    pipeline.run(caption_config(archive, tmp_path / "out", check={"sample": 50}))
 
     assert len(lines) == 8
     assert re.search(r"failed 0  WER 1\.000 of 50  ETA", lines[-1])
@@ -230,7 +219,7 @@ def test_a_run_is_checked_against_the_references_it_is_given(tmp_path: Path, arc
     (bare / "metadata.jsonl").unlink()
     file = str(coco(tmp_path, dict(list(known.items())[:90])))
 
-    pipeline.run(settings(bare, tmp_path / "out", references=file, sample="all"))
+    pipeline.run(caption_config(bare, tmp_path / "out", check={"references": file, "sample": "all"}))
 
     check = open_table(str(tmp_path / "out")).directory.read_json("checks/check.json")
     assert (check["num_rows"], check["with_references"], check["references"]) == (90, 90, file)
@@ -268,7 +257,7 @@ def test_references_that_fit_nothing_are_an_error_before_any_image_is_captioned(
     with pytest.raises(UsageError, match=r"none of its 1 names, such as 'other.jpg'.*like '000000.png'"):
         quality.check(true_table, CheckConfig(references=file))
     with pytest.raises(UsageError, match=r"such as 'other.jpg'"):
-        pipeline.run(settings(archive, tmp_path / "out", references=file))
+        pipeline.run(caption_config(archive, tmp_path / "out", check={"references": file}))
     assert count_rows(open_table(str(tmp_path / "out"))).remaining == 120
     assert true_table.directory.exists("checks/check.json")  # the older check stays
 
@@ -430,7 +419,7 @@ def test_a_gate_without_data_fails(tmp_path: Path) -> None:
 
 def test_a_run_whose_captions_are_too_bad_is_whole_and_exits_2(tmp_path: Path, archive: Path) -> None:
     with pytest.raises(CheckFailedError, match=r"WER 1.000 of 30 captions is above --max-wer 0.9") as failed:
-        pipeline.run(settings(archive, tmp_path / "out", sample=30, max_wer=0.9))
+        pipeline.run(caption_config(archive, tmp_path / "out", check={"sample": 30, "max_wer": 0.9}))
 
     table = open_table(str(tmp_path / "out"))
     assert failed.value.exit_code == 2
@@ -440,7 +429,7 @@ def test_a_run_whose_captions_are_too_bad_is_whole_and_exits_2(tmp_path: Path, a
 
 
 def test_a_hopeless_run_stops_early_and_goes_on_when_asked_again(tmp_path: Path, archive: Path) -> None:
-    config = settings(archive, tmp_path / "out", max_wer=0.9, stop_early=True, sample="all")
+    config = caption_config(archive, tmp_path / "out", check={"max_wer": 0.9, "stop_early": True, "sample": "all"})
 
     with pytest.raises(StoppedEarlyError, match=r"stopped early: WER 1.000 of 64 captions .* --max-wer 0.9"):
         pipeline.run(config)
@@ -448,7 +437,7 @@ def test_a_hopeless_run_stops_early_and_goes_on_when_asked_again(tmp_path: Path,
     table = open_table(str(tmp_path / "out"))
     assert count_rows(table).ok == 64  # four chunks of 16: the first from 50 rows on
     assert table.directory.read_json("run.json")["state"].startswith("stopped: stopped early")
-    pipeline.run(settings(archive, tmp_path / "out"))
+    pipeline.run(caption_config(archive, tmp_path / "out"))
     assert verify(table).proven
 
 

@@ -10,15 +10,14 @@ import hypothesis
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers import caption_config, rows_of
 from hypothesis import given
 from hypothesis import strategies as st
 
 from captioner import pipeline
-from captioner.config import CaptionConfig
 from captioner.run.dedupe import CaptionMemory, find_copies
 from captioner.sources.copies import with_known_sha256
 from captioner.sources.root import Root
-from captioner.store.read import read_parts
 from captioner.store.table import open_table
 from captioner.store.verify import verify
 from captioner.testing import FakeCaptioner, make_folder
@@ -66,18 +65,8 @@ def captioner(monkeypatch) -> Counting:
 
 
 def run(archive: Path, out: Path, **output) -> list[dict]:
-    pipeline.run(settings(archive, out, **output))
-    return pa.concat_tables(read_parts(open_table(str(out)))).to_pylist()
-
-
-def settings(archive: Path, out: Path, **output) -> CaptionConfig:
-    groups = {
-        "source": {"path": str(archive)},
-        "model": {"name": "fake"},
-        "cluster": {"local": True},
-        "output": {"path": str(out), "rows_per_file": 8, **output},
-    }
-    return CaptionConfig.model_validate(groups)
+    pipeline.run(caption_config(archive, out, rows_per_file=8, **output))
+    return rows_of(out)
 
 
 def by_bytes(rows: list[dict]) -> dict[str, list[dict]]:
@@ -126,7 +115,7 @@ def test_captions_are_the_same_with_and_without(tmp_path, archive) -> None:
 def test_a_killed_run_still_ends_with_each_picture_once(tmp_path, archive, write) -> None:
     try:
         with killed_at_write(write):
-            pipeline.run(settings(archive, tmp_path / "out"))
+            pipeline.run(caption_config(archive, tmp_path / "out", rows_per_file=8))
     except Killed:
         pass
     rows = run(archive, tmp_path / "out")
@@ -255,7 +244,7 @@ def test_a_copy_of_what_cannot_be_read_is_read_itself(tmp_path, archive, caption
 def test_a_killed_run_over_such_a_manifest_ends_with_each_picture_once(tmp_path, manifest, write) -> None:
     try:
         with killed_at_write(write):
-            pipeline.run(settings(manifest, tmp_path / "out"))
+            pipeline.run(caption_config(manifest, tmp_path / "out", rows_per_file=8))
     except Killed:
         pass
     rows = run(manifest, tmp_path / "out")

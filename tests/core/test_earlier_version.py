@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from helpers import caption_config
 
 from captioner import pipeline
-from captioner.config import CaptionConfig, ExportConfig, ModelConfig, TrainConfig
+from captioner.config import ExportConfig, ModelConfig, TrainConfig
 from captioner.models import resolve
 from captioner.publishing.alt_text.journal import latest_reviews, read_reviews
 from captioner.publishing.exports.command import export_texts
@@ -39,12 +40,7 @@ def home(tmp_path: Path) -> Path:
 
 def caption(home: Path, out: str, **output: object) -> CaptionsTable:
     """Go on with the table, and return it."""
-    settings = {
-        "source": {"path": str(home / "archive")},
-        "model": {"name": "fake"},
-        "output": {"path": str(home / out), "rows_per_file": 4, **output},
-    }
-    assert pipeline.run(CaptionConfig.model_validate(settings)) == 0
+    assert pipeline.run(caption_config(home / "archive", home / out, rows_per_file=4, **output)) == 0
     return open_table(str(home / out))
 
 

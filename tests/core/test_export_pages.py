@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import caption_config
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from captioner import pipeline
-from captioner.config import AltTextConfig, CaptionConfig, ExportConfig
+from captioner.config import AltTextConfig, ExportConfig
 from captioner.publishing.alt_text.command import make_alt_texts
 from captioner.publishing.alt_text.journal import Journal
 from captioner.publishing.alt_text.schemas import Review
@@ -137,13 +138,7 @@ def test_a_page_that_is_no_text_is_no_page() -> None:
 def table(tmp_path: Path, decoding_here: None) -> CaptionsTable:
     """Twelve images, all approved but the last; a site shows some of them."""
     archive = make_folder(tmp_path / "archive", 12)
-    settings = {
-        "source": {"path": str(archive)},
-        "model": {"name": "fake"},
-        "output": {"path": str(tmp_path / "out")},
-        "cluster": {"local": True},
-    }
-    pipeline.run(CaptionConfig.model_validate(settings))
+    pipeline.run(caption_config(archive, tmp_path / "out"))
     table = open_table(str(tmp_path / "out"))
     make_alt_texts(table, AltTextConfig())
     with Journal(table.directory, "Ada") as journal:

@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers import caption_config
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
 from captioner import pipeline
-from captioner.config import AltTextConfig, CaptionConfig, ExportConfig
+from captioner.config import AltTextConfig, ExportConfig
 from captioner.errors import UsageError
 from captioner.publishing.alt_text.command import make_alt_texts
 from captioner.publishing.alt_text.journal import Journal
@@ -134,13 +135,7 @@ def test_what_is_no_sidecar_is_left_alone(data: bytes, message: str) -> None:
 @pytest.fixture
 def table(tmp_path: Path, decoding_here: None) -> CaptionsTable:
     archive = make_folder(tmp_path / "archive", 6)
-    settings = {
-        "source": {"path": str(archive)},
-        "model": {"name": "fake"},
-        "output": {"path": str(tmp_path / "out")},
-        "cluster": {"local": True},
-    }
-    pipeline.run(CaptionConfig.model_validate(settings))
+    pipeline.run(caption_config(archive, tmp_path / "out"))
     table = open_table(str(tmp_path / "out"))
     make_alt_texts(table, AltTextConfig(language="en"))
     decide(table, "approved", 0, 1, 2, 3)

@@ -16,12 +16,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+from helpers import caption_config
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
 from captioner import pipeline
-from captioner.config import AltTextConfig, CaptionConfig, ExportConfig, SourceConfig
+from captioner.config import AltTextConfig, ExportConfig, SourceConfig
 from captioner.errors import CaptionerError, OutputError
 from captioner.publishing.alt_text.command import make_alt_texts
 from captioner.publishing.alt_text.journal import Journal
@@ -45,13 +46,7 @@ STATUSES = {0: "approved", 1: "approved", 2: "edited", 3: "decorative", 4: "reje
 
 def captioned(archive: Path, out: Path) -> CaptionsTable:
     """A finished table of the archive in parts of 16, with alt texts."""
-    settings = {
-        "source": {"path": str(archive)},
-        "model": {"name": "fake"},
-        "output": {"path": str(out), "rows_per_file": 16},
-        "cluster": {"local": True},
-    }
-    pipeline.run(CaptionConfig.model_validate(settings))
+    pipeline.run(caption_config(archive, out))
     table = open_table(str(out))
     make_alt_texts(table, AltTextConfig(language="en"))
     return table

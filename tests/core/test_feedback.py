@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from helpers import caption_config
 
 from captioner import pipeline
-from captioner.config import CaptionConfig, SourceConfig, TrainConfig
+from captioner.config import SourceConfig, TrainConfig
 from captioner.errors import OutputError
 from captioner.publishing.alt_text.feedback import write_feedback
 from captioner.publishing.alt_text.journal import Journal
@@ -24,13 +25,7 @@ pytestmark = pytest.mark.usefixtures("decoding_here")
 
 
 def caption(archive: Path, out: Path, **output) -> None:
-    tree = {
-        "source": {"path": str(archive)},
-        "model": {"name": "starter"},
-        "output": {"path": str(out), **output},
-        "cluster": {"local": True},
-    }
-    pipeline.run(CaptionConfig.model_validate(tree))
+    pipeline.run(caption_config(archive, out, model={"name": "starter"}, **output))
 
 
 def review(out: Path, decision: Decision, *image_ids: str, text: str | None = None) -> None:
@@ -79,13 +74,8 @@ def test_train_takes_the_pairs_and_checks_leave_their_images_out(tmp_path: Path,
     }
     job.run(TrainConfig.model_validate(tree), LocalEngine())
 
-    tree = {
-        "source": {"path": str(captioned / "archive")},
-        "model": {"name": str(tmp_path / "trained/model")},
-        "output": {"path": str(tmp_path / "out")},
-        "cluster": {"local": True},
-    }
-    pipeline.run(CaptionConfig.model_validate(tree))
+    model = {"name": str(tmp_path / "trained/model")}
+    pipeline.run(caption_config(captioned / "archive", tmp_path / "out", model=model))
 
     check = json.loads((tmp_path / "out/checks/check.json").read_text())
     assert (check["trained_left_out"], check["num_rows"]) == (10, 10)

@@ -5,9 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import caption_config
 
 from captioner import pipeline
-from captioner.config import CaptionConfig
 from captioner.errors import OutputError
 from captioner.store.directory import LEASE_FILE, Directory
 from captioner.store.lease import Lease, leased, this_machine
@@ -85,8 +85,7 @@ def test_a_run_that_lost_its_table_leaves_it_to_the_other(
     tmp_path: Path, directory: Directory, slept: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     archive = make_folder(tmp_path / "archive", 20)
-    settings = {"source": {"path": str(archive)}, "model": {"name": "fake"}, "output": {"path": directory.location}}
-    config = CaptionConfig.model_validate(settings)
+    config = caption_config(archive, directory.location)
     with monkeypatch.context() as patch:
         patch.setattr(Lease, "check", _lost)
         with pytest.raises(OutputError, match="taken over"):
@@ -117,8 +116,7 @@ def test_another_process_that_holds_a_directory_without_locks(
     """As on a network file system that refuses flock. The other one lives: nothing is waited out; it dies: at once."""
     monkeypatch.setattr("captioner.store.lock._lock", lambda descriptor, location: False)
     archive, out = make_folder(tmp_path / "archive", 8), tmp_path / "out"
-    settings = {"source": {"path": str(archive)}, "model": {"name": "fake"}, "output": {"path": str(out)}}
-    config = CaptionConfig.model_validate(settings)
+    config = caption_config(archive, out)
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(out)], **pipes)
     assert holder.stdout is not None

@@ -5,20 +5,18 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-import pyarrow as pa
 import pytest
+from helpers import caption_config, rows_of
 from hypothesis import given
 from hypothesis import strategies as st
 
 from captioner import pipeline
-from captioner.config import CaptionConfig
 from captioner.errors import FingerprintError, OutputError, UsageError
 from captioner.publishing.alt_text.journal import Journal
 from captioner.publishing.alt_text.schemas import Review
 from captioner.run.selector import Selector, parse_selector
 from captioner.scoring.flags import CAPTION_FLAGS
 from captioner.store.directory import Directory
-from captioner.store.read import read_parts
 from captioner.store.table import open_table
 from captioner.store.verify import verify
 from captioner.testing import make_folder
@@ -37,24 +35,9 @@ def run(tmp_path: Path) -> Run:
     archive = make_folder(tmp_path / "archive", 20)
 
     def run(prompt: str = "a", **output) -> int:
-        return pipeline.run(settings(archive, tmp_path / "out", prompt, **output))
+        return pipeline.run(caption_config(archive, tmp_path / "out", model={"prompt": prompt}, **output))
 
     return run
-
-
-def settings(archive: Path, out: Path, prompt: str, **output) -> CaptionConfig:
-    return CaptionConfig.model_validate(
-        {
-            "source": {"path": str(archive)},
-            "model": {"name": "fake", "prompt": prompt},
-            "output": {"path": str(out), "rows_per_file": 16, **output},
-            "cluster": {"local": True},
-        }
-    )
-
-
-def rows_of(out: Path) -> list[dict]:
-    return pa.concat_tables(read_parts(open_table(str(out)))).to_pylist()
 
 
 def by_model(out: Path, prompt: str) -> list[str]:

@@ -12,10 +12,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers import caption_config
 from PIL import Image
 
 from captioner import pipeline
-from captioner.config import CaptionConfig, CheckConfig
+from captioner.config import CheckConfig
 from captioner.report import charts, facts
 from captioner.report.page import render, word_diff
 from captioner.report.verdict import verdict_of
@@ -72,8 +73,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     turned = Image.Exif()
     turned[0x0112] = 6
     Image.new("RGB", (300, 150), "red").save(archive / "turned.jpg", exif=turned)
-    config = {"source": {"path": str(archive)}, "model": {"name": "fake"}, "output": {"path": str(root / "out")}}
-    pipeline.run(CaptionConfig.model_validate({**config, "cluster": {"local": True}}))
+    pipeline.run(caption_config(archive, root / "out", rows_per_file=100))
     file = root / "out/captions/part-00000.parquet"
     table = pq.read_table(file)
     rows = table.to_pylist()
@@ -237,8 +237,7 @@ def test_a_page_of_large_images_stays_small(out: Path, figures: dict[str, Any]) 
 
 def test_a_report_without_its_images_says_so(tmp_path: Path) -> None:
     archive = make_folder(tmp_path / "archive", 5)
-    config = {"source": {"path": str(archive)}, "model": {"name": "fake"}, "output": {"path": str(tmp_path / "out")}}
-    pipeline.run(CaptionConfig.model_validate({**config, "cluster": {"local": True}}))
+    pipeline.run(caption_config(archive, tmp_path / "out"))
     archive.rename(tmp_path / "moved")
 
     with pytest.raises(SystemExit) as ended:
@@ -262,16 +261,14 @@ def test_the_page_is_opened_when_asked(out: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_a_report_is_made_of_the_rows_that_are_there_now(tmp_path: Path) -> None:
     archive = make_folder(tmp_path / "archive", 20)
-    config = {"source": {"path": str(archive)}, "model": {"name": "fake"}, "output": {"path": str(tmp_path / "out")}}
-    pipeline.run(CaptionConfig.model_validate({**config, "cluster": {"local": True}}))
+    pipeline.run(caption_config(archive, tmp_path / "out"))
     table: CaptionsTable = open_table(str(tmp_path / "out"))
     quality.check(table, CheckConfig(seed=4))
 
     quality.report(table)
     assert table.directory.read_json("report/report.json")["check"]["seed"] == 4  # not checked anew
     (archive / "new.png").write_bytes((archive / "000000.png").read_bytes() + b"\n")
-    extended = {**config, "output": {**config["output"], "extend": True}, "cluster": {"local": True}}
-    pipeline.run(CaptionConfig.model_validate(extended))
+    pipeline.run(caption_config(archive, tmp_path / "out", extend=True))
 
     assert table.directory.read_json("report/report.json")["check"]["survey"]["num_rows"] == 21
 

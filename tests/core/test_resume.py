@@ -5,6 +5,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers import caption_config, contents
 
 from captioner import pipeline
 from captioner.config import CaptionConfig
@@ -13,7 +14,6 @@ from captioner.publishing.alt_text.journal import Journal
 from captioner.publishing.alt_text.schemas import Review
 from captioner.store.directory import Directory
 from captioner.store.publish import publish
-from captioner.store.read import read_parts
 from captioner.store.table import Plan, open_table
 from captioner.store.verify import count_rows, verify
 from captioner.testing import make_folder
@@ -31,19 +31,6 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / name).parent.mkdir(exist_ok=True)
         (root / name).write_bytes(data)
     return root
-
-
-def settings(archive: Path, out: Path, **output) -> CaptionConfig:
-    output = {"path": str(out), "rows_per_file": 16, **output}
-    return CaptionConfig.model_validate(
-        {"source": {"path": str(archive)}, "model": {"name": "fake"}, "output": output, "cluster": {"local": True}}
-    )
-
-
-def contents(out: Path) -> list[dict]:
-    """What a person would compare: the rows in order, without what names the run."""
-    rows = pa.concat_tables(read_parts(open_table(str(out))))
-    return rows.drop_columns(["run_id", "created_at"]).to_pylist()
 
 
 def superseded(out: Path) -> list[dict]:
@@ -81,7 +68,7 @@ def run_with_kills(first: CaptionConfig, write: int, again: CaptionConfig | None
 
 
 def test_a_run_killed_at_any_write_resumes_to_the_same_table(tmp_path: Path, archive: Path) -> None:
-    pipeline.run(settings(archive, tmp_path / "undisturbed"))
+    pipeline.run(caption_config(archive, tmp_path / "undisturbed"))
     expected = contents(tmp_path / "undisturbed")
     assert len(expected) == 42
     assert len({row["caption"] for row in expected}) > 20
@@ -90,7 +77,7 @@ def test_a_run_killed_at_any_write_resumes_to_the_same_table(tmp_path: Path, arc
     while not lived:
         write += 1
         out = tmp_path / f"killed-{write}"
-        lived = run_with_kills(settings(archive, out), write)
+        lived = run_with_kills(caption_config(archive, out), write)
 
         assert verify(open_table(str(out))).proven
         assert contents(out) == expected
@@ -106,13 +93,13 @@ def test_a_retry_killed_at_any_write_resumes_to_the_same_table(tmp_path: Path, a
         for name in ("000003.png", "000017.png"):
             (source / name).write_bytes(b"")
         out = root / "out"
-        pipeline.run(settings(source, out))
+        pipeline.run(caption_config(source, out))
         assert count_rows(open_table(str(out))).failed_by_reason == {"empty_file": 2}
         before = contents(out)
         healed = make_folder(root / "healed", 20)
         (healed / "000003.png").replace(source / "000003.png")
 
-        lived = run_with_kills(settings(source, out, retry_failed=True), write)
+        lived = run_with_kills(caption_config(source, out, retry_failed=True), write)
 
         assert verify(open_table(str(out))).proven
         after = contents(out)
@@ -131,10 +118,10 @@ def test_a_recaptioning_killed_at_any_write_resumes_to_the_same_table(tmp_path: 
     """Weak rows with another model: the one change of fingerprint that a table allows."""
 
     def recaption(out: Path) -> CaptionConfig:
-        return with_prompt(settings(archive, out, only="logprob<25% or rejected or failed"), "another")
+        return with_prompt(caption_config(archive, out, only="logprob<25% or rejected or failed"), "another")
 
     def captioned(out: Path) -> Path:
-        pipeline.run(settings(archive, out))
+        pipeline.run(caption_config(archive, out))
         reject(out, ["000004.png", "000020.png"])
         return out
 
@@ -165,10 +152,10 @@ def test_an_overwrite_killed_at_any_write_never_mixes_tables(tmp_path: Path, arc
     while not lived:
         write += 1
         out = tmp_path / f"out-{write}"
-        pipeline.run(settings(archive, out))
+        pipeline.run(caption_config(archive, out))
 
-        lived = run_until_killed(settings(small, out, overwrite=True), write)
-        pipeline.run(settings(small, out, overwrite=not (out / "overwrite.json").exists()))
+        lived = run_until_killed(caption_config(small, out, overwrite=True), write)
+        pipeline.run(caption_config(small, out, overwrite=not (out / "overwrite.json").exists()))
 
         assert verify(open_table(str(out))).proven
         assert len(contents(out)) == 5
@@ -177,20 +164,20 @@ def test_an_overwrite_killed_at_any_write_never_mixes_tables(tmp_path: Path, arc
 
 def test_an_overwrite_that_was_cut_off_is_made_good_without_the_flag(tmp_path: Path, archive: Path) -> None:
     small, out = make_folder(tmp_path / "small", 5), tmp_path / "out"
-    pipeline.run(settings(archive, out))
-    assert not run_until_killed(settings(small, out, overwrite=True), 3)
+    pipeline.run(caption_config(archive, out))
+    assert not run_until_killed(caption_config(small, out, overwrite=True), 3)
     assert (out / "overwrite.json").exists()
 
-    pipeline.run(settings(small, out))
+    pipeline.run(caption_config(small, out))
 
     assert len(contents(out)) == 5
 
 
 def test_a_run_that_was_overwritten_publishes_nothing_into_the_new_table(tmp_path: Path, archive: Path) -> None:
     small, out = make_folder(tmp_path / "small", 5), tmp_path / "out"
-    run_until_killed(settings(archive, out), 14)
+    run_until_killed(caption_config(archive, out), 14)
     old = open_table(str(out))
-    pipeline.run(settings(small, out, overwrite=True))
+    pipeline.run(caption_config(small, out, overwrite=True))
     before = contents(out)
 
     with pytest.raises(OutputError, match="overwritten by another run"):
@@ -200,11 +187,11 @@ def test_a_run_that_was_overwritten_publishes_nothing_into_the_new_table(tmp_pat
 
 
 def test_rerunning_a_finished_job_changes_nothing_and_says_so(tmp_path: Path, archive: Path, capsys) -> None:
-    pipeline.run(settings(archive, tmp_path / "out"))
+    pipeline.run(caption_config(archive, tmp_path / "out"))
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out/captions").iterdir()}
     capsys.readouterr()
 
-    assert pipeline.run(settings(archive, tmp_path / "out")) == 0
+    assert pipeline.run(caption_config(archive, tmp_path / "out")) == 0
 
     assert "nothing to do" in capsys.readouterr().err
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out/captions").iterdir()} == before
@@ -212,14 +199,14 @@ def test_rerunning_a_finished_job_changes_nothing_and_says_so(tmp_path: Path, ar
 
 def test_an_extended_table_holds_old_and_new(tmp_path: Path) -> None:
     source, out = make_folder(tmp_path / "archive", 20), tmp_path / "out"
-    pipeline.run(settings(source, out))
+    pipeline.run(caption_config(source, out))
     before = contents(out)
     for number in range(3):
         (source / f"{number}-new.png").write_bytes((source / "000000.png").read_bytes())
 
-    pipeline.run(settings(source, out))
+    pipeline.run(caption_config(source, out))
     assert len(contents(out)) == 20  # without the flag the plan stays
-    pipeline.run(settings(source, out, extend=True))
+    pipeline.run(caption_config(source, out, extend=True))
 
     assert contents(out)[:20] == before
     assert [row["image_id"] for row in contents(out)[20:]] == [f"{n}-new.png" for n in range(3)]
@@ -227,10 +214,10 @@ def test_an_extended_table_holds_old_and_new(tmp_path: Path) -> None:
 
 
 def test_another_model_or_source_is_refused(tmp_path: Path, archive: Path) -> None:
-    config = settings(archive, tmp_path / "out")
+    config = caption_config(archive, tmp_path / "out")
     pipeline.run(config)
     other_beams = config.model_copy(update={"model": config.model.model_copy(update={"num_beams": 3})})
-    other_source = settings(make_folder(tmp_path / "other", 3), tmp_path / "out")
+    other_source = caption_config(make_folder(tmp_path / "other", 3), tmp_path / "out")
 
     with pytest.raises(FingerprintError, match=r"--num-beams 1 instead of 3.*--overwrite"):
         pipeline.run(other_beams)
@@ -240,7 +227,7 @@ def test_another_model_or_source_is_refused(tmp_path: Path, archive: Path) -> No
 
 def test_max_failed_keeps_the_table_and_fails_the_run(tmp_path: Path, archive: Path) -> None:
     with pytest.raises(TooManyFailedError, match="2 of 42 images failed"):
-        pipeline.run(settings(archive, tmp_path / "out", max_failed=0.01))
+        pipeline.run(caption_config(archive, tmp_path / "out", max_failed=0.01))
 
     assert verify(open_table(str(tmp_path / "out"))).proven
 
@@ -250,13 +237,13 @@ def test_an_archive_without_one_good_picture_fails_the_run(tmp_path: Path) -> No
     (tmp_path / "archive/a.jpg").write_bytes(b"")
 
     with pytest.raises(TooManyFailedError):
-        pipeline.run(settings(tmp_path / "archive", tmp_path / "out"))
+        pipeline.run(caption_config(tmp_path / "archive", tmp_path / "out"))
 
     assert contents(tmp_path / "out")[0]["error_code"] == "empty_file"
 
 
 def test_committed_rows_of_an_open_run_can_be_read(tmp_path: Path, archive: Path) -> None:
-    run_until_killed(settings(archive, tmp_path / "out"), 12)
+    run_until_killed(caption_config(archive, tmp_path / "out"), 12)
     table = open_table(str(tmp_path / "out"))
     counts = count_rows(table)
 
@@ -267,7 +254,7 @@ def test_committed_rows_of_an_open_run_can_be_read(tmp_path: Path, archive: Path
 
 def test_verify_finds_what_was_tampered_with(tmp_path: Path, archive: Path) -> None:
     out = tmp_path / "out"
-    pipeline.run(settings(archive, out))
+    pipeline.run(caption_config(archive, out))
     table = open_table(str(out))
     rows = table.directory.read_table("captions/part-00000.parquet")
 
@@ -278,4 +265,4 @@ def test_verify_finds_what_was_tampered_with(tmp_path: Path, archive: Path) -> N
     table.directory.delete("captions/part-00001.parquet")
     assert verify(table).lost == 1 + 16
     with pytest.raises(VerificationError):
-        pipeline.run(settings(archive, out))
+        pipeline.run(caption_config(archive, out))

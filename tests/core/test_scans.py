@@ -7,21 +7,20 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
+from helpers import caption_config, rows_of
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
 from captioner import pipeline
-from captioner.config import CaptionConfig, SourceConfig
+from captioner.config import SourceConfig
 from captioner.errors import OutputError, UsageError
 from captioner.imaging.error_codes import ImageError
 from captioner.imaging.opening import open_image
 from captioner.imaging.tiff import extract, page_offsets
 from captioner.sources import open_source
 from captioner.starter.scenes import make_scenes
-from captioner.store.read import read_parts
 from captioner.store.table import open_table
 from captioner.store.verify import verify
 from captioner.testing import make_parquet
@@ -51,21 +50,6 @@ def offsets(data: bytes) -> list[int]:
     return page_offsets(lambda start, size: data[start : start + size])
 
 
-def settings(source: Path, out: Path, pages: str = "all", **more) -> CaptionConfig:
-    return CaptionConfig.model_validate(
-        {
-            "source": {"path": str(source), "pages": pages, **more},
-            "model": {"name": "fake"},
-            "output": {"path": str(out)},
-            "cluster": {"local": True},
-        }
-    )
-
-
-def rows_of(out: Path) -> list[dict]:
-    return pa.concat_tables(read_parts(open_table(str(out)))).to_pylist()
-
-
 @pytest.fixture
 def archive(tmp_path: Path) -> Path:
     """A letter of three pages, a single page, an image, a damaged TIFF, and a pyramid."""
@@ -88,7 +72,7 @@ def _encoded(image: Image.Image, format: str, **options) -> bytes:
 def test_every_page_has_exactly_one_row(tmp_path: Path, archive: Path) -> None:
     (archive / "metadata.jsonl").write_text('{"file_name": "letter.TIF", "text": "a letter"}\n')
 
-    pipeline.run(settings(archive, tmp_path / "out"))
+    pipeline.run(caption_config(archive, tmp_path / "out", source={"pages": "all"}))
 
     rows = {row["image_id"]: row for row in rows_of(tmp_path / "out")}
     letter = [f"letter.TIF#page={number}" for number in (1, 2, 3)]
@@ -103,17 +87,21 @@ def test_every_page_has_exactly_one_row(tmp_path: Path, archive: Path) -> None:
 
 
 def test_by_default_a_tiff_is_its_first_page(tmp_path: Path, archive: Path) -> None:
-    pipeline.run(settings(archive, tmp_path / "out", pages="first"))
+    pipeline.run(caption_config(archive, tmp_path / "out", source={"pages": "first"}))
 
     rows = {row["image_id"]: row for row in rows_of(tmp_path / "out")}
     assert rows["letter.TIF"]["width"] == 64
     assert len(rows) == 5
     with pytest.raises(OutputError, match=r"source.pages='first', now it is 'all'"):
-        pipeline.run(settings(archive, tmp_path / "out"))
+        pipeline.run(caption_config(archive, tmp_path / "out", source={"pages": "all"}))
 
 
 def test_globs_match_the_file_and_the_page(tmp_path: Path, archive: Path) -> None:
-    pipeline.run(settings(archive, tmp_path / "out", include=["*.TIF"], exclude=["*#page=2"]))
+    pipeline.run(
+        caption_config(
+            archive, tmp_path / "out", source={"pages": "all", "include": ["*.TIF"], "exclude": ["*#page=2"]}
+        )
+    )
 
     assert [row["image_id"] for row in rows_of(tmp_path / "out")] == ["letter.TIF#page=1", "letter.TIF#page=3"]
 

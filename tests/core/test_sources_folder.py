@@ -8,13 +8,11 @@ import pickle
 import socket
 from dataclasses import replace
 
-import pyarrow as pa
 import pytest
+from helpers import listed, source_at
 
-from captioner.config import SourceConfig
 from captioner.data import PLAN_SCHEMA
 from captioner.errors import SourceError, UsageError
-from captioner.sources import open_source
 from captioner.sources.plan_rows import BATCH_ROWS
 from captioner.sources.root import Root, file_of_unit, is_ignored, readable, unit_of_file
 
@@ -27,26 +25,15 @@ def fill(root, *names, data=b"image"):
             file.write(data)
 
 
-def listed(source):
-    listings = [listing for unit in source.units() for listing in source.list_unit(unit)]
-    tables = [listing.rows for listing in listings]
-    rows = pa.concat_tables(tables) if tables else PLAN_SCHEMA.empty_table()
-    return rows, [name for listing in listings for name in listing.ignored]
-
-
 def ids(source):
     return listed(source)[0]["image_id"].to_pylist()
-
-
-def opened(path, **settings):
-    return open_source(SourceConfig(path=str(path), **settings))
 
 
 def test_every_file_is_a_row_but_documents_and_hidden_files(tmp_path):
     images = ["a.jpg", "no_suffix", "odd.xyz", "sub/b.PNG", "sub/deep/c.webp"]
     others = ["notes.TXT", "x.json", "x.xmp", "x.pdf", "x.html", "x.md", ".hidden.jpg", "._a.jpg", "sub/Thumbs.db"]
     fill(tmp_path, *images, *others, "@eaDir/a.jpg", "sub/.cache/b.jpg")
-    rows, ignored = listed(opened(tmp_path))
+    rows, ignored = listed(source_at(tmp_path))
     assert rows["image_id"].to_pylist() == images
     assert sorted(ignored) == sorted([*others, "@eaDir/a.jpg", "sub/.cache/b.jpg"])
     assert rows.schema.equals(PLAN_SCHEMA)
@@ -54,19 +41,19 @@ def test_every_file_is_a_row_but_documents_and_hidden_files(tmp_path):
 
 def test_units_are_the_root_and_each_first_folder(tmp_path):
     fill(tmp_path, "z.jpg", "b/1.jpg", "a/x/2.jpg", "100%/3.jpg", b"\xff/4.jpg")
-    source = opened(tmp_path)
+    source = source_at(tmp_path)
     assert [file_of_unit(unit) for unit in source.units()] == [b"", b"100%", b"a", b"b", b"\xff"]
     assert ids(source) == ["z.jpg", "100%/3.jpg", "a/x/2.jpg", "b/1.jpg", "%FF/4.jpg"]
 
 
 def test_order_is_that_of_bytes_and_the_same_each_time(tmp_path):
     fill(tmp_path, "é.jpg", "Z.jpg", "a.jpg", "10.jpg", "9.jpg")
-    assert ids(opened(tmp_path)) == ids(opened(tmp_path)) == ["10.jpg", "9.jpg", "Z.jpg", "a.jpg", "é.jpg"]
+    assert ids(source_at(tmp_path)) == ids(source_at(tmp_path)) == ["10.jpg", "9.jpg", "Z.jpg", "a.jpg", "é.jpg"]
 
 
 def test_names_that_are_not_utf8_are_escaped_and_still_read(tmp_path):
     fill(tmp_path, b"caf\xe9.jpg", "e\u0301.jpg", "\u00e9.jpg")
-    source = opened(tmp_path)
+    source = source_at(tmp_path)
     rows, _ = listed(source)
     assert rows["image_id"].to_pylist() == ["caf%E9.jpg", "e\u0301.jpg", "\u00e9.jpg"]
     images = source.read(rows)
@@ -76,7 +63,7 @@ def test_names_that_are_not_utf8_are_escaped_and_still_read(tmp_path):
 
 def test_batches_are_bounded(tmp_path):
     fill(tmp_path, *(f"{n}.jpg" for n in range(BATCH_ROWS + 10)), *(f"sub/{n % 7}/{n}.jpg" for n in range(50)))
-    sizes = [len(listing.rows) for unit in ("", "sub") for listing in opened(tmp_path).list_unit(unit)]
+    sizes = [len(listing.rows) for unit in ("", "sub") for listing in source_at(tmp_path).list_unit(unit)]
     assert sizes == [BATCH_ROWS, 10, 50]
 
 
@@ -87,7 +74,7 @@ def test_symlinks_are_followed_and_loops_end(tmp_path):
     (tmp_path / "link.jpg").symlink_to(tmp_path / "sub" / "a.jpg")
     (tmp_path / "gone.jpg").symlink_to(tmp_path / "nothing")
     (tmp_path / "self.jpg").symlink_to(tmp_path / "self.jpg")
-    source = opened(tmp_path)
+    source = source_at(tmp_path)
     rows, ignored = listed(source)
     assert rows["image_id"].to_pylist() == ["gone.jpg", "link.jpg", "self.jpg", "sub/a.jpg"]
     assert ignored == ["loop/", "sub/up/"]
@@ -100,7 +87,7 @@ def test_a_pipe_or_socket_is_no_picture_and_does_not_block(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     with socket.socket(socket.AF_UNIX) as server:
         server.bind("socket.jpg")
-        rows, ignored = listed(opened(tmp_path))
+        rows, ignored = listed(source_at(tmp_path))
     assert rows["image_id"].to_pylist() == ["a.jpg"]
     assert ignored == ["pipe.jpg", "socket.jpg"]
 
@@ -110,7 +97,7 @@ def test_metadata_gives_references(tmp_path, key):
     fill(tmp_path, "train/a.jpg", "train/b.jpg", "c.jpg")
     (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "train/a.jpg", key: "outer"}) + "\n")
     (tmp_path / "train" / "metadata.csv").write_text(f"file_name,{key}\nb.jpg,inner\n")
-    rows, ignored = listed(opened(tmp_path))
+    rows, ignored = listed(source_at(tmp_path))
     known = dict(zip(rows["image_id"].to_pylist(), rows["reference_captions"].to_pylist(), strict=True))
     assert known == {"c.jpg": None, "train/a.jpg": ["outer"], "train/b.jpg": ["inner"]}
     assert ignored == ["metadata.jsonl", "train/metadata.csv"]
@@ -121,34 +108,37 @@ def test_metadata_may_mix_texts_and_lists_and_changes_are_seen(tmp_path):
     lines = [{"file_name": "a.jpg", "said": "one"}, {"file_name": "b.jpg", "said": ["two", "", "three"]}]
     metadata = tmp_path / "metadata.jsonl"
     metadata.write_text("\n".join(map(json.dumps, lines)))
-    assert listed(opened(tmp_path, reference_column="said"))[0]["reference_captions"].to_pylist() == [
+    assert listed(source_at(tmp_path, reference_column="said"))[0]["reference_captions"].to_pylist() == [
         ["one"],
         ["two", "three"],
     ]
     metadata.write_text(json.dumps({"file_name": "b.jpg", "said": "another"}))
-    assert listed(opened(tmp_path, reference_column="said"))[0]["reference_captions"].to_pylist() == [None, ["another"]]
+    assert listed(source_at(tmp_path, reference_column="said"))[0]["reference_captions"].to_pylist() == [
+        None,
+        ["another"],
+    ]
 
 
 def test_metadata_that_is_broken_is_an_error_with_its_line(tmp_path):
     fill(tmp_path, "a.jpg")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.jpg"}\n{"file_name":')
     with pytest.raises(SourceError, match="line 2 is not JSON"):
-        listed(opened(tmp_path))
+        listed(source_at(tmp_path))
     (tmp_path / "metadata.jsonl").write_text('{"name": "a.jpg"}\n')
     with pytest.raises(SourceError, match="no column 'file_name'"):
-        listed(opened(tmp_path))
+        listed(source_at(tmp_path))
 
 
 def test_include_and_exclude_are_globs_over_ids(tmp_path):
     fill(tmp_path, "a/1.jpg", "a/2.png", "b/3.jpg")
-    assert ids(opened(tmp_path, include=["*.jpg"])) == ["a/1.jpg", "b/3.jpg"]
-    assert ids(opened(tmp_path, exclude=["b/*", "*.png"])) == ["a/1.jpg"]
-    assert ids(opened(tmp_path, include=["a/*"], exclude=["*1*"])) == ["a/2.png"]
+    assert ids(source_at(tmp_path, include=["*.jpg"])) == ["a/1.jpg", "b/3.jpg"]
+    assert ids(source_at(tmp_path, exclude=["b/*", "*.png"])) == ["a/1.jpg"]
+    assert ids(source_at(tmp_path, include=["a/*"], exclude=["*1*"])) == ["a/2.png"]
 
 
 def test_sources_are_picklable_and_read_alike(tmp_path):
     fill(tmp_path, "a.jpg")
-    source = opened(tmp_path, include=["*"])
+    source = source_at(tmp_path, include=["*"])
     copy = pickle.loads(pickle.dumps(source))
     rows, _ = listed(source)
     assert copy.read(rows) == source.read(rows)
@@ -157,7 +147,7 @@ def test_sources_are_picklable_and_read_alike(tmp_path):
 def test_an_empty_file_and_a_missing_one_are_rows(tmp_path):
     fill(tmp_path, "empty.jpg", data=b"")
     fill(tmp_path, "fine.jpg", "gone.jpg")
-    source = opened(tmp_path)
+    source = source_at(tmp_path)
     rows, _ = listed(source)
     (tmp_path / "gone.jpg").unlink()
     assert [image.error_code for image in source.read(rows)] == ["empty_file", "", "not_found"]
@@ -166,7 +156,7 @@ def test_an_empty_file_and_a_missing_one_are_rows(tmp_path):
 def test_a_root_that_is_gone_or_unmounted_is_an_error(tmp_path):
     root = tmp_path / "root"
     fill(root, "a.jpg", "b.jpg")
-    source = opened(root)
+    source = source_at(root)
     rows, _ = listed(source)
     for name in ("a.jpg", "b.jpg"):
         (root / name).unlink()
@@ -192,7 +182,7 @@ def failing(monkeypatch, errors):
 
 def test_what_may_pass_is_tried_again(tmp_path, monkeypatch):
     fill(tmp_path, "a.jpg")
-    source = opened(tmp_path)
+    source = source_at(tmp_path)
     rows, _ = listed(source)
     waited = failing(monkeypatch, [OSError(5, "Input/output error"), TimeoutError("timed out")])
     assert source.read(rows)[0].data == b"image"
@@ -201,7 +191,7 @@ def test_what_may_pass_is_tried_again(tmp_path, monkeypatch):
 
 def test_one_refused_picture_is_a_row_and_all_of_them_an_error(tmp_path, monkeypatch):
     fill(tmp_path, "a.jpg", "b.jpg", "c.jpg")
-    source = opened(tmp_path)
+    source = source_at(tmp_path)
     rows, _ = listed(source)
     waited = failing(monkeypatch, [PermissionError(13, "Permission denied")])
     assert sorted(image.error_code for image in source.read(rows)) == ["", "", "permission"]
@@ -213,7 +203,7 @@ def test_one_refused_picture_is_a_row_and_all_of_them_an_error(tmp_path, monkeyp
 
 def test_an_unreachable_store_is_an_error_after_the_retries(tmp_path, monkeypatch):
     fill(tmp_path, "a.jpg", "b.jpg")
-    source = opened(tmp_path)
+    source = source_at(tmp_path)
     rows, _ = listed(source)
     waited = failing(monkeypatch, [OSError(107, "Transport endpoint is not connected")] * 100)
     with pytest.raises(SourceError, match="Transport endpoint"):
@@ -225,7 +215,7 @@ def test_an_unreachable_store_is_an_error_after_the_retries(tmp_path, monkeypatc
 def test_a_folder_has_no_columns(tmp_path, setting):
     fill(tmp_path, "a.jpg")
     with pytest.raises(UsageError, match="has no columns"):
-        opened(tmp_path, **setting)
+        source_at(tmp_path, **setting)
 
 
 def test_a_folder_in_a_store_reads_like_a_local_one(tmp_path):
@@ -235,7 +225,7 @@ def test_a_folder_in_a_store_reads_like_a_local_one(tmp_path):
     for name in names:
         fill(tmp_path, name)
         store.pipe(f"/folder-test/{name}", b"image")
-    local, remote = opened(tmp_path), opened("memory://folder-test")
+    local, remote = source_at(tmp_path), source_at("memory://folder-test")
     rows, ignored = listed(remote)
     assert rows.equals(listed(local)[0])
     assert ignored == ["sub/notes.txt"]
@@ -246,13 +236,13 @@ def test_a_folder_in_a_store_reads_like_a_local_one(tmp_path):
 
 def test_what_is_not_there_or_not_ours_to_fetch_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(SourceError, match="/nowhere/at/all: no such file"):
-        opened("/nowhere/at/all")
+        source_at("/nowhere/at/all")
     with pytest.raises(SourceError, match="img2dataset"):
-        opened("https://example.org/images/")
+        source_at("https://example.org/images/")
     with pytest.raises(SourceError, match="no file matches"):
-        opened(tmp_path / "*.tar")
+        source_at(tmp_path / "*.tar")
     with pytest.raises(UsageError, match="no source"):
-        opened("")
+        source_at("")
 
 
 def test_credentials_and_options_stay_out_of_the_table():

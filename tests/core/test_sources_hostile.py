@@ -9,12 +9,11 @@ import tarfile
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers import listed_rows, source_at
 
-from captioner.config import SourceConfig
 from captioner.console.text import printable
 from captioner.data import ERROR_CODES
 from captioner.errors import SourceError
-from captioner.sources import open_source
 from captioner.store.plan import make_plan
 from captioner.store.table import create_table
 
@@ -35,14 +34,6 @@ NAMES = [
 ]
 
 
-def opened(path, **settings):
-    return open_source(SourceConfig(path=str(path), **settings))
-
-
-def listed(source):
-    return pa.concat_tables([listing.rows for unit in source.units() for listing in source.list_unit(unit)])
-
-
 def write_tar(path, names):
     with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
         for number, name in enumerate(names):
@@ -59,11 +50,11 @@ def test_any_name_is_an_id_and_is_read_back(tmp_path, kind):
     if kind == "folder":
         for number, name in enumerate(NAMES):
             (tmp_path / "a" / name).write_bytes(f"data {number}".encode())
-        source = opened(tmp_path / "a")
+        source = source_at(tmp_path / "a")
     else:
-        source = opened(write_tar(tmp_path / "a/x.tar", NAMES))
+        source = source_at(write_tar(tmp_path / "a/x.tar", NAMES))
 
-    rows = listed(source)
+    rows = listed_rows(source)
     images = source.read(rows)
 
     assert {i.removeprefix("x.tar/") for i in rows["image_id"].to_pylist()} == set(NAMES)
@@ -75,20 +66,20 @@ def test_any_name_is_an_id_and_is_read_back(tmp_path, kind):
 
 def test_a_name_of_10000_characters_in_a_tar_is_read_and_in_a_manifest_a_row(tmp_path):
     name = "d/" * 4000 + "n" * 2000 + ".jpg"
-    source = opened(write_tar(tmp_path / "x.tar", [name]))
-    rows = listed(source)
+    source = source_at(write_tar(tmp_path / "x.tar", [name]))
+    rows = listed_rows(source)
     assert rows["image_id"].to_pylist() == [f"x.tar/{name}"]
     assert source.read(rows)[0].data == b"data 0"
 
     (tmp_path / "there.jpg").write_bytes(b"x")
     (tmp_path / "list.csv").write_text(f"path\n{'n' * 10_000}.jpg\nthere.jpg\n")
-    manifest = opened(tmp_path / "list.csv")
-    images = manifest.read(listed(manifest))
+    manifest = source_at(tmp_path / "list.csv")
+    images = manifest.read(listed_rows(manifest))
     assert [image.error_code for image in images] == ["not_found", ""]
 
 
 def test_a_name_that_occurs_twice_in_a_tar_is_an_error_that_names_it(tmp_path):
-    source = opened(write_tar(tmp_path / "x.tar", ["a.jpg", "b.jpg", "a.jpg"]))
+    source = source_at(write_tar(tmp_path / "x.tar", ["a.jpg", "b.jpg", "a.jpg"]))
     table = create_table(str(tmp_path / "out"), {}, [])
 
     with pytest.raises(SourceError, match=r"x\.tar/a\.jpg"):
@@ -97,7 +88,7 @@ def test_a_name_that_occurs_twice_in_a_tar_is_an_error_that_names_it(tmp_path):
 
 def test_ids_that_occur_twice_in_a_table_are_an_error_that_names_them(tmp_path):
     pq.write_table(pa.table({"id": ["a", "b", "a"], "image": [b"1", b"2", b"3"]}), tmp_path / "t.parquet")
-    source = opened(tmp_path / "t.parquet", id_column="id")
+    source = source_at(tmp_path / "t.parquet", id_column="id")
     table = create_table(str(tmp_path / "out"), {}, [])
 
     with pytest.raises(SourceError, match="'a'"):
@@ -108,8 +99,8 @@ def test_nulls_in_a_table_are_rows(tmp_path):
     struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     values = [None, {"bytes": None, "path": None}, {"bytes": b"", "path": "x.jpg"}, {"bytes": b"data", "path": None}]
     pq.write_table(pa.table({"image": pa.array(values, struct), "id": [None, "", "2", "3"]}), tmp_path / "t.parquet")
-    source = opened(tmp_path / "t.parquet", id_column="id")
-    rows = listed(source)
+    source = source_at(tmp_path / "t.parquet", id_column="id")
+    rows = listed_rows(source)
 
     images = source.read(rows)
 
@@ -123,7 +114,7 @@ def test_a_picture_column_of_a_wrong_type_is_an_error_that_names_it(tmp_path, ty
     pq.write_table(pa.table({"image": pa.nulls(3, type_)}), tmp_path / "t.parquet")
 
     with pytest.raises(SourceError, match="'image'"):
-        opened(tmp_path / "t.parquet", image_column="image")
+        source_at(tmp_path / "t.parquet", image_column="image")
 
 
 @pytest.mark.parametrize("kind", ["tar", "parquet"])
@@ -140,8 +131,8 @@ def test_damaged_containers_are_rows_or_an_error_of_the_source(tmp_path, kind):
         folder.mkdir()
         (folder / f"x.{kind}").write_bytes(damaged(random.Random(case), whole))
         try:
-            source = opened(folder / f"x.{kind}")
-            rows = listed(source)
+            source = source_at(folder / f"x.{kind}")
+            rows = listed_rows(source)
             for image in source.read(rows):
                 assert image.data or image.error_code in ERROR_CODES, case
             outcomes.add("rows")

@@ -8,25 +8,15 @@ import pickle
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers import listed_rows, source_at
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from captioner.config import SourceConfig
 from captioner.data import PLAN_SCHEMA
 from captioner.errors import SourceError
-from captioner.sources import open_source
 
 STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-
-
-def opened(path, **settings):
-    return open_source(SourceConfig(path=str(path), **settings))
-
-
-def listed(source):
-    tables = [listing.rows for unit in source.units() for listing in source.list_unit(unit)]
-    return pa.concat_tables(tables) if tables else PLAN_SCHEMA.empty_table()
 
 
 def parquet(path, row_group_size=None, **columns):
@@ -36,8 +26,8 @@ def parquet(path, row_group_size=None, **columns):
 
 @pytest.mark.parametrize("type_", [pa.binary(), pa.large_binary()])
 def test_a_column_of_bytes(tmp_path, type_):
-    source = opened(parquet(tmp_path / "t.parquet", data=pa.array([b"a", None, b"", b"d"], type_)))
-    rows = listed(source)
+    source = source_at(parquet(tmp_path / "t.parquet", data=pa.array([b"a", None, b"", b"d"], type_)))
+    rows = listed_rows(source)
     assert rows["image_id"].to_pylist() == [f"t.parquet#{row}" for row in range(4)]
     images = source.read(rows)
     assert [image.data for image in images] == [b"a", None, None, b"d"]
@@ -50,8 +40,8 @@ def test_a_struct_holds_bytes_or_a_path_beside_the_table(tmp_path):
     (tmp_path / "sub" / "p.jpg").write_bytes(b"from a file")
     cells = [{"bytes": b"a", "path": "x.jpg"}, {"bytes": None, "path": "p.jpg"}, {"bytes": None, "path": None}, None]
     parquet(tmp_path / "sub" / "t.parquet", image=pa.array(cells, STRUCT))
-    source = opened(tmp_path / "*" / "t.parquet")
-    images = source.read(listed(source))
+    source = source_at(tmp_path / "*" / "t.parquet")
+    images = source.read(listed_rows(source))
     assert [image.data for image in images] == [b"a", b"from a file", None, None]
     assert [image.error_code for image in images] == ["", "", "not_found", "not_found"]
 
@@ -64,14 +54,14 @@ def test_ids_references_and_kept_columns(tmp_path):
         caption=["one", "", "three"],
         score=pa.array([0.5, 1.5, None], pa.float32()),
     )
-    source = opened(tmp_path, keep_columns=["score"])
-    rows = listed(source)
+    source = source_at(tmp_path, keep_columns=["score"])
+    rows = listed_rows(source)
     assert rows["image_id"].to_pylist() == ["7", "8", "t.parquet#2"]
     assert rows["reference_captions"].to_pylist() == [["one"], None, ["three"]]
     assert source.kept_fields() == [pa.field("score", pa.float32())]
     assert rows.schema.names == [*PLAN_SCHEMA.names, "score"]
     assert rows["score"].to_pylist() == [0.5, 1.5, None]
-    assert listed(opened(tmp_path, id_column="caption"))["image_id"].to_pylist() == ["one", "", "three"]
+    assert listed_rows(source_at(tmp_path, id_column="caption"))["image_id"].to_pylist() == ["one", "", "three"]
 
 
 def test_a_listing_never_reads_the_pictures(tmp_path):
@@ -82,8 +72,8 @@ def test_a_listing_never_reads_the_pictures(tmp_path):
     data = bytearray(file.read_bytes())
     data[start : start + chunk.total_compressed_size] = b"\xff" * chunk.total_compressed_size
     file.write_bytes(data)
-    source = opened(file)
-    rows = listed(source)
+    source = source_at(file)
+    rows = listed_rows(source)
     assert rows["image_id"].to_pylist() == ["a", "b"]
     assert {image.error_code for image in source.read(rows)} == {"decode_error"}
 
@@ -94,15 +84,15 @@ def test_any_rows_come_back_in_the_order_asked(tmp_path_factory, wanted):
     folder = tmp_path_factory.mktemp("table")
     parquet(folder / "a.parquet", row_group_size=7, image=[b"a%d" % n for n in range(100)])
     parquet(folder / "b.parquet", row_group_size=64, image=[b"b%d" % n for n in range(100)])
-    source = opened(folder)
+    source = source_at(folder)
     expected = [b"a%d" % n for n in range(100)] + [b"b%d" % n for n in range(100)]
-    images = source.read(listed(source).take(wanted))
+    images = source.read(listed_rows(source).take(wanted))
     assert [image.data for image in images] == [expected[n] for n in wanted]
 
 
 def test_a_table_that_is_gone_is_no_fault_of_its_pictures(tmp_path):
-    source = opened(parquet(tmp_path / "t.parquet", image=[b"x", b"y"]))
-    rows = listed(source)
+    source = source_at(parquet(tmp_path / "t.parquet", image=[b"x", b"y"]))
+    rows = listed_rows(source)
     parquet(tmp_path / "other.parquet", image=[b"x"])
     (tmp_path / "t.parquet").unlink()
     with pytest.raises(SourceError, match="the source is missing"):
@@ -111,11 +101,11 @@ def test_a_table_that_is_gone_is_no_fault_of_its_pictures(tmp_path):
 
 def test_the_picture_column_is_found_by_type_then_name(tmp_path):
     both = parquet(tmp_path / "a.parquet", thumb=[b"t"], jpg=[b"j"], caption=["c"])
-    assert opened(both).read(listed(opened(both)))[0].data == b"j"
-    assert opened(both, image_column="thumb").read(listed(opened(both)))[0].data == b"t"
+    assert source_at(both).read(listed_rows(source_at(both)))[0].data == b"j"
+    assert source_at(both, image_column="thumb").read(listed_rows(source_at(both)))[0].data == b"t"
     unclear = parquet(tmp_path / "b.parquet", one=[b"t"], two=[b"j"])
     with pytest.raises(SourceError, match="one or two; choose with --image-column"):
-        opened(unclear)
+        source_at(unclear)
 
 
 @pytest.mark.parametrize(
@@ -132,24 +122,24 @@ def test_the_picture_column_is_found_by_type_then_name(tmp_path):
 def test_wrong_columns_are_named(tmp_path, asked, message):
     table = parquet(tmp_path / "t.parquet", image=[b"x"], n=[1], list=[[1]], caption=["c"])
     with pytest.raises(SourceError, match=message.replace("image, n, list", "image, n, list, caption")):
-        opened(table, **asked)
+        source_at(table, **asked)
 
 
 def test_tables_that_hold_no_pictures(tmp_path):
     with pytest.raises(SourceError, match=r"no column of images among n \(int64\)"):
-        opened(parquet(tmp_path / "n.parquet", n=[1]))
+        source_at(parquet(tmp_path / "n.parquet", n=[1]))
     with pytest.raises(SourceError, match="img2dataset"):
-        opened(parquet(tmp_path / "u.parquet", URL=["http://x/y.jpg"]))
+        source_at(parquet(tmp_path / "u.parquet", URL=["http://x/y.jpg"]))
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 no more")
     with pytest.raises(SourceError, match=r"broken.parquet: cannot be read as a table"):
-        opened(tmp_path / "broken.parquet")
+        source_at(tmp_path / "broken.parquet")
 
 
 def test_a_second_file_without_the_columns_is_named(tmp_path):
     parquet(tmp_path / "a.parquet", image=[b"x"])
     parquet(tmp_path / "b.parquet", other=[b"x"])
     with pytest.raises(SourceError, match=r"b.parquet: column 'image': no such column"):
-        listed(opened(tmp_path))
+        listed_rows(source_at(tmp_path))
 
 
 def write_manifest(path, rows):
@@ -173,8 +163,10 @@ def test_a_manifest_names_files_anywhere(tmp_path, suffix):
     (tmp_path / "lists" / "b.jpg").write_bytes(b"relative")
     paths = [str(tmp_path / "a.jpg"), "b.jpg", "memory://manifest-test/r.jpg", "gone.jpg", None]
     rows = [{"path": path, "code": f"00{n}", "caption": "said"} for n, path in enumerate(paths)]
-    source = opened(write_manifest(tmp_path / "lists" / f"m.{suffix}", rows), id_column="code", keep_columns=["code"])
-    plan = listed(source)
+    source = source_at(
+        write_manifest(tmp_path / "lists" / f"m.{suffix}", rows), id_column="code", keep_columns=["code"]
+    )
+    plan = listed_rows(source)
     assert plan["image_id"].to_pylist() == plan["code"].to_pylist() == ["000", "001", "002", "003", "004"]
     assert plan["reference_captions"].to_pylist() == [["said"]] * 5
     images = pickle.loads(pickle.dumps(source)).read(plan)
@@ -186,25 +178,25 @@ def test_a_manifest_names_files_anywhere(tmp_path, suffix):
 
 def test_a_manifest_without_ids_counts_rows(tmp_path):
     manifest = write_manifest(tmp_path / "m.csv", [{"file_name": f"{n}.jpg"} for n in range(5000)])
-    source = opened(manifest)
+    source = source_at(manifest)
     assert [listing.rows.num_rows for listing in source.list_unit(source.units()[0])] == [4096, 904]
-    assert listed(source)["image_id"].to_pylist() == [f"m.csv#{n}" for n in range(5000)]
+    assert listed_rows(source)["image_id"].to_pylist() == [f"m.csv#{n}" for n in range(5000)]
 
 
 def test_a_manifest_that_breaks_off_is_an_error_with_its_name(tmp_path):
     lines = ["path,caption", *(f"{n}.jpg,said" for n in range(200_000)), "x.jpg,said,more"]
     (tmp_path / "m.csv").write_text("\n".join(lines))
     with pytest.raises(SourceError, match=r"m.csv: cannot be read as a table: .*Expected 2 columns, got 3"):
-        listed(opened(tmp_path / "m.csv"))
+        listed_rows(source_at(tmp_path / "m.csv"))
     (tmp_path / "m.jsonl").write_text("\n".join(['{"path": "a.jpg"}'] * 5000 + ['{"path": 7}']))
     with pytest.raises(SourceError, match=r"m.jsonl: lines 4097 to 5001, 'path'"):
-        listed(opened(tmp_path / "m.jsonl"))
+        listed_rows(source_at(tmp_path / "m.jsonl"))
 
 
 def test_a_manifest_of_web_addresses_is_refused(tmp_path):
     manifest = write_manifest(tmp_path / "m.csv", [{"path": "a.jpg"}, {"path": "https://x/y.jpg"}])
     with pytest.raises(SourceError, match=r"https://x/y.jpg; .*img2dataset"):
-        listed(opened(manifest))
+        listed_rows(source_at(manifest))
 
 
 @pytest.fixture
@@ -220,8 +212,8 @@ def saved(tmp_path):
 
 def test_a_saved_dataset(tmp_path, saved):
     saved.select(range(9, -1, -1)).save_to_disk(tmp_path / "d")
-    source = opened(tmp_path / "d", keep_columns=["label"])
-    rows = listed(source)
+    source = source_at(tmp_path / "d", keep_columns=["label"])
+    rows = listed_rows(source)
     assert rows["image_id"].to_pylist() == [f"train#{n}" for n in range(10)]
     assert rows["reference_captions"].to_pylist()[0] == ["number 9"]
     assert rows["label"].to_pylist() == list(range(9, -1, -1))
@@ -235,10 +227,10 @@ def test_splits_of_a_saved_dataset(tmp_path, saved):
     datasets = pytest.importorskip("datasets")
     images = saved.select_columns(["image"])  # nothing but images: no column to list
     datasets.DatasetDict(train=images, test=images.select(range(3))).save_to_disk(str(tmp_path / "d"))
-    rows = listed(opened(tmp_path / "d", split="test"))
+    rows = listed_rows(source_at(tmp_path / "d", split="test"))
     assert rows["image_id"].to_pylist() == ["test#0", "test#1", "test#2"]
     with pytest.raises(SourceError, match="no split 'dev'; choose one of train, test with --split"):
-        opened(tmp_path / "d", split="dev")
+        source_at(tmp_path / "d", split="dev")
 
 
 def test_a_hub_id_that_cannot_be_had_is_one_line(monkeypatch):
@@ -248,5 +240,5 @@ def test_a_hub_id_that_cannot_be_had_is_one_line(monkeypatch):
         with pytest.raises(
             SourceError, match=r"^nobody/nothing: no such file or directory, and cannot be loaded"
         ) as error:
-            opened(path)
+            source_at(path)
         assert "\n" not in str(error.value)

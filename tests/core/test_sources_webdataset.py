@@ -7,13 +7,10 @@ import io
 import json
 import tarfile
 
-import pyarrow as pa
 import pytest
+from helpers import listed, source_at
 
-from captioner.config import SourceConfig
-from captioner.data import PLAN_SCHEMA
 from captioner.errors import SourceError, UsageError
-from captioner.sources import open_source
 
 
 def write_tar(path, *members, format=tarfile.PAX_FORMAT):
@@ -26,20 +23,9 @@ def write_tar(path, *members, format=tarfile.PAX_FORMAT):
     return path
 
 
-def opened(path, **settings):
-    return open_source(SourceConfig(path=str(path), **settings))
-
-
-def listed(source):
-    listings = [listing for unit in source.units() for listing in source.list_unit(unit)]
-    tables = [listing.rows for listing in listings]
-    rows = pa.concat_tables(tables) if tables else PLAN_SCHEMA.empty_table()
-    return rows, [name for listing in listings for name in listing.ignored]
-
-
 def test_members_are_read_by_one_seek_and_nothing_is_extracted(tmp_path):
     tar = write_tar(tmp_path / "x.tar", ("1.jpg", b"one"), ("../2.png", b"two"), ("/etc/3.webp", b"three"))
-    source = opened(tar)
+    source = source_at(tar)
     rows, _ = listed(source)
     assert rows["image_id"].to_pylist() == ["x.tar/1.jpg", "x.tar/../2.png", "x.tar//etc/3.webp"]
     images = source.read(rows)
@@ -51,7 +37,7 @@ def test_members_are_read_by_one_seek_and_nothing_is_extracted(tmp_path):
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_long_names_of_every_tar_format(tmp_path, format):
     name = "/".join(["d" * 60, "e" * 60, "f" * 50]) + ".jpg"
-    rows, _ = listed(opened(write_tar(tmp_path / "x.tar", (name, b"data"), format=format)))
+    rows, _ = listed(source_at(write_tar(tmp_path / "x.tar", (name, b"data"), format=format)))
     assert rows["image_id"].to_pylist() == [f"x.tar/{name}"]
 
 
@@ -60,16 +46,16 @@ def test_text_beside_a_picture_is_its_reference(tmp_path):
     members = [("1.txt", b" a cat \n"), ("1.jpg", b"x"), ("2.jpg", b"x"), ("2.json", said), ("2.txt", b"second")]
     members += [("3.jpg", b"x"), ("3.cls", b"7"), ("4.txt", b"alone"), ("5.json", b"{broken"), ("5.jpg", b"x")]
     tar = write_tar(tmp_path / "x.tar", *members)
-    rows, ignored = listed(opened(tar))
+    rows, ignored = listed(source_at(tar))
     assert rows["reference_captions"].to_pylist() == [["a cat"], ["first", "second"], None, None]
     assert ignored == ["x.tar/3.cls", "x.tar/4.txt", "x.tar/5.json"]
-    asked, _ = listed(opened(tar, reference_column="alt"))
+    asked, _ = listed(source_at(tar, reference_column="alt"))
     assert asked["reference_captions"].to_pylist() == [None, ["other"], None, None]
 
 
 def test_several_pictures_of_a_sample_are_each_a_row(tmp_path):
     members = [("s/1.left.jpg", b"l"), ("s/1.right.jpg", b"r"), ("s/1.bin2", b"?"), ("s/1.txt", b"both")]
-    rows, ignored = listed(opened(write_tar(tmp_path / "x.tar", *members, ("t/1.odd", b"o"), ("bare", b"b"))))
+    rows, ignored = listed(source_at(write_tar(tmp_path / "x.tar", *members, ("t/1.odd", b"o"), ("bare", b"b"))))
     ids = ["x.tar/s/1.left.jpg", "x.tar/s/1.right.jpg", "x.tar/t/1.odd", "x.tar/bare"]
     assert rows["image_id"].to_pylist() == ids
     assert rows["reference_captions"].to_pylist() == [["both"], ["both"], None, None]
@@ -78,7 +64,7 @@ def test_several_pictures_of_a_sample_are_each_a_row(tmp_path):
 
 def test_hidden_members_do_not_part_a_sample(tmp_path):
     members = [("._1.jpg", b"apple"), ("1.jpg", b"x"), ("._1.txt", b"apple"), ("1.txt", b"said")]
-    rows, ignored = listed(opened(write_tar(tmp_path / "x.tar", *members)))
+    rows, ignored = listed(source_at(write_tar(tmp_path / "x.tar", *members)))
     assert rows["image_id"].to_pylist() == ["x.tar/1.jpg"]
     assert "said" in rows["reference_captions"].to_pylist()[0]
     assert "x.tar/._1.jpg" in ignored
@@ -88,7 +74,7 @@ def test_links_and_devices_are_never_followed(tmp_path):
     link, device = tarfile.TarInfo("1.jpg"), tarfile.TarInfo("2.jpg")
     link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
     device.type = tarfile.CHRTYPE
-    rows, ignored = listed(opened(write_tar(tmp_path / "x.tar", (link, b""), (device, b""), ("3.jpg", b"x"))))
+    rows, ignored = listed(source_at(write_tar(tmp_path / "x.tar", (link, b""), (device, b""), ("3.jpg", b"x"))))
     assert rows["image_id"].to_pylist() == ["x.tar/3.jpg"]
     assert ignored == ["x.tar/1.jpg", "x.tar/2.jpg"]
 
@@ -96,7 +82,7 @@ def test_links_and_devices_are_never_followed(tmp_path):
 def test_a_tar_that_is_cut_gives_the_rows_whose_header_is_there(tmp_path):
     tar = write_tar(tmp_path / "x.tar", ("1.jpg", b"a" * 600), ("2.jpg", b"b" * 600), ("3.jpg", b"c" * 600))
     tar.write_bytes(tar.read_bytes()[: 1536 + 512 + 100])
-    source = opened(tar)
+    source = source_at(tar)
     rows, ignored = listed(source)
     assert rows["image_id"].to_pylist() == ["x.tar/1.jpg", "x.tar/2.jpg"]
     assert [image.error_code for image in source.read(rows)] == ["", "truncated"]
@@ -106,7 +92,7 @@ def test_a_tar_that_is_cut_gives_the_rows_whose_header_is_there(tmp_path):
 
 def test_empty_members_and_names_that_are_not_utf8(tmp_path):
     tar = write_tar(tmp_path / "x.tar", ("caf\udce9.jpg", b"x"), ("e.jpg", b""), format=tarfile.GNU_FORMAT)
-    source = opened(tar)
+    source = source_at(tar)
     rows, _ = listed(source)
     assert rows["image_id"].to_pylist() == ["x.tar/caf%E9.jpg", "x.tar/e.jpg"]
     images = source.read(rows)
@@ -117,7 +103,7 @@ def test_empty_members_and_names_that_are_not_utf8(tmp_path):
 def test_a_tar_that_is_gone_is_no_fault_of_its_pictures(tmp_path):
     write_tar(tmp_path / "a.tar", ("1.jpg", b"x"))
     write_tar(tmp_path / "b.tar", ("1.jpg", b"x"))
-    source = opened(tmp_path)
+    source = source_at(tmp_path)
     rows, _ = listed(source)
     (tmp_path / "a.tar").unlink()
     with pytest.raises(SourceError, match="the source is missing"):
@@ -129,7 +115,7 @@ def test_a_folder_and_a_glob_of_tars(tmp_path):
     write_tar(tmp_path / "b" / "1.tar", ("1.jpg", b"x"))
     write_tar(tmp_path / "a" / "0.tar", ("1.jpg", b"x"))
     (tmp_path / "stats.json").write_text("{}")
-    for source in (opened(tmp_path), opened(tmp_path / "*" / "*.tar")):
+    for source in (source_at(tmp_path), source_at(tmp_path / "*" / "*.tar")):
         assert source.units() == ["a/0.tar", "b/1.tar"]
         assert listed(source)[0]["image_id"].to_pylist() == ["a/0.tar/1.jpg", "b/1.tar/1.jpg"]
 
@@ -137,7 +123,7 @@ def test_a_folder_and_a_glob_of_tars(tmp_path):
 def test_a_folder_with_tars_and_pictures_is_a_folder(tmp_path):
     write_tar(tmp_path / "1.tar", ("1.jpg", b"x"))
     (tmp_path / "a.jpg").write_bytes(b"x")
-    assert listed(opened(tmp_path))[0]["image_id"].to_pylist() == ["1.tar", "a.jpg"]
+    assert listed(source_at(tmp_path))[0]["image_id"].to_pylist() == ["1.tar", "a.jpg"]
 
 
 @pytest.mark.parametrize("name", ["x.tar.gz", "x.tar"])
@@ -145,15 +131,15 @@ def test_compressed_tars_are_refused(tmp_path, name):
     tar = write_tar(tmp_path / "plain.tar", ("1.jpg", b"x"))
     (tmp_path / name).write_bytes(gzip.compress(tar.read_bytes()))
     with pytest.raises(SourceError, match="decompress it first"):
-        listed(opened(tmp_path / name))
+        listed(source_at(tmp_path / name))
 
 
 def test_what_is_no_tar_is_an_error(tmp_path):
     (tmp_path / "x.tar").write_bytes(b"not a tar at all" * 100)
     with pytest.raises(SourceError, match="not a tar"):
-        listed(opened(tmp_path))
+        listed(source_at(tmp_path))
     with pytest.raises(UsageError, match="has no columns"):
-        opened(tmp_path, keep_columns=["a"])
+        source_at(tmp_path, keep_columns=["a"])
 
 
 def test_tars_in_a_store(tmp_path):
@@ -162,7 +148,7 @@ def test_tars_in_a_store(tmp_path):
     tar = write_tar(tmp_path / "x.tar", *members)
     fsspec.filesystem("memory").pipe("/tar-test/x.tar", tar.read_bytes())
     for path in ("memory://tar-test", "memory://tar-test/x.tar", "memory://tar-test/*.tar"):
-        source = opened(path)
+        source = source_at(path)
         rows, _ = listed(source)
-        assert rows.equals(listed(opened(tar))[0])
+        assert rows.equals(listed(source_at(tar))[0])
         assert [image.data for image in source.read(rows)] == [data for _, data in members]

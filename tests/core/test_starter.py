@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from helpers import caption_config
 from hypothesis import given
 from hypothesis import strategies as st
 
 import captioner.starter
 from captioner import pipeline
-from captioner.config import CaptionConfig
 from captioner.scoring.wer import corpus_wer
 from captioner.starter.scenes import BACKGROUNDS, COLOURS, SHAPES, SIZES, describes_scene, make_scenes
 from captioner.store.read import read_parts
@@ -21,8 +21,7 @@ HELD_OUT_SEED = 7_654_321
 
 
 def run_starter(source: Path, out: Path) -> dict:
-    config = {"source": {"path": str(source)}, "model": {"name": "starter"}, "output": {"path": str(out)}}
-    pipeline.run(CaptionConfig.model_validate(config))
+    pipeline.run(caption_config(source, out, model={"name": "starter"}))
     return open_table(str(out)).directory.read_json("run.json")
 
 

@@ -10,16 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import fsspec
-import pyarrow as pa
 import pyarrow.fs
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
+from helpers import caption_config, contents
 
 from captioner import pipeline
-from captioner.config import CaptionConfig
 from captioner.errors import OutputError
 from captioner.store.directory import Directory
-from captioner.store.read import read_parts
 from captioner.store.table import open_table
 from captioner.store.verify import verify
 from captioner.testing import Killed, killed_at_write, make_folder
@@ -61,36 +59,27 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_folder(tmp_path_factory.mktemp("archive"), 40)
 
 
-def settings(archive: Path, out: str | Path) -> CaptionConfig:
-    output = {"path": str(out), "rows_per_file": 16}
-    return CaptionConfig.model_validate({"source": {"path": str(archive)}, "model": {"name": "fake"}, "output": output})
-
-
-def contents(out: str | Path) -> list[dict]:
-    return pa.concat_tables(read_parts(open_table(str(out)))).drop_columns(["run_id", "created_at"]).to_pylist()
-
-
 def test_a_busy_store_is_asked_again(tmp_path: Path, archive: Path, waits: list[float]) -> None:
     out = f"failing://bucket{tmp_path}"
     FailingFileSystem.failures = [BUSY, BUSY, BUSY]
 
-    assert pipeline.run(settings(archive, out)) == 0
+    assert pipeline.run(caption_config(archive, out)) == 0
 
     assert waits == [0.5, 2.0, 8.0]
     assert verify(open_table(out)).proven
 
 
 def test_a_store_that_stays_busy_stops_the_run_and_it_resumes(tmp_path: Path, archive: Path) -> None:
-    pipeline.run(settings(archive, tmp_path / "undisturbed"))
+    pipeline.run(caption_config(archive, tmp_path / "undisturbed"))
     FailingFileSystem.puts = 0
-    pipeline.run(settings(archive, f"failing://count{tmp_path}"))
+    pipeline.run(caption_config(archive, f"failing://count{tmp_path}"))
     total = FailingFileSystem.puts
 
     for number in range(0, total, 3):
         out = f"failing://bucket{tmp_path}/{number}"
         with pytest.raises(OutputError, match="SLOW_DOWN"), outage_at(number):
-            pipeline.run(settings(archive, out))
-        assert pipeline.run(settings(archive, out)) == 0
+            pipeline.run(caption_config(archive, out))
+        assert pipeline.run(caption_config(archive, out)) == 0
         assert verify(open_table(out)).proven
         assert contents(out) == contents(tmp_path / "undisturbed")
 
@@ -108,16 +97,16 @@ def test_a_permission_that_is_revoked_is_not_asked_for_again(tmp_path: Path, wai
 def test_a_full_or_closed_disk_stops_the_run_and_it_resumes(
     tmp_path: Path, archive: Path, monkeypatch: pytest.MonkeyPatch, waits: list[float], number: int
 ) -> None:
-    pipeline.run(settings(archive, tmp_path / "undisturbed"))
+    pipeline.run(caption_config(archive, tmp_path / "undisturbed"))
     for good in (0, 5, 14, 22, 28):
         out = tmp_path / f"out-{good}"
         with monkeypatch.context() as patch:
             patch.setattr(os, "fsync", full_after(good, number))
             with pytest.raises(OutputError, match=os.strerror(number)):
-                pipeline.run(settings(archive, out))
+                pipeline.run(caption_config(archive, out))
         assert list(out.rglob("*.tmp")) == []
 
-        assert pipeline.run(settings(archive, out)) == 0
+        assert pipeline.run(caption_config(archive, out)) == 0
         assert verify(open_table(str(out))).proven
         assert contents(out) == contents(tmp_path / "undisturbed")
     assert waits == []
@@ -198,13 +187,13 @@ def bucket() -> Iterator[str]:
 
 
 def test_a_table_on_s3_is_written_killed_resumed_and_verified(tmp_path: Path, archive: Path, bucket: str) -> None:
-    pipeline.run(settings(archive, tmp_path / "local"))
+    pipeline.run(caption_config(archive, tmp_path / "local"))
 
     for write in (3, 8, 12, 15, 18):
         out = bucket.format(f"out-{write}")
         with pytest.raises(Killed), killed_at_write(write):
-            pipeline.run(settings(archive, out))
-        assert pipeline.run(settings(archive, out)) == 0
+            pipeline.run(caption_config(archive, out))
+        assert pipeline.run(caption_config(archive, out)) == 0
         assert verify(open_table(out)).proven
         assert contents(out) == contents(tmp_path / "local")
 
@@ -221,7 +210,7 @@ def test_a_process_killed_with_a_table_on_s3_leaves_what_resumes(
     assert killed.returncode == -signal.SIGKILL
     assert not found.proven
     assert found.counts.ok > 0  # some of it was done
-    pipeline.run(settings(archive, tmp_path / "local"))
-    assert pipeline.run(settings(archive, out)) == 0
+    pipeline.run(caption_config(archive, tmp_path / "local"))
+    assert pipeline.run(caption_config(archive, out)) == 0
     assert verify(open_table(out)).proven
     assert contents(out) == contents(tmp_path / "local")

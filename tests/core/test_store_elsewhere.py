@@ -2,14 +2,12 @@
 
 from pathlib import Path
 
-import pyarrow as pa
 import pytest
+from helpers import caption_config, contents
 
 from captioner import pipeline
-from captioner.config import CaptionConfig
 from captioner.errors import OutputError
 from captioner.store.directory import Directory
-from captioner.store.read import read_parts
 from captioner.store.table import open_table
 from captioner.store.verify import verify
 from captioner.testing import Killed, killed_at_write, make_folder
@@ -17,24 +15,15 @@ from captioner.testing import Killed, killed_at_write, make_folder
 pytestmark = pytest.mark.usefixtures("decoding_here")
 
 
-def settings(source: Path, out: str) -> CaptionConfig:
-    output = {"path": out, "rows_per_file": 16}
-    return CaptionConfig.model_validate({"source": {"path": str(source)}, "model": {"name": "fake"}, "output": output})
-
-
-def contents(out: str) -> list[dict]:
-    return pa.concat_tables(read_parts(open_table(out))).drop_columns(["run_id", "created_at"]).to_pylist()
-
-
 def test_a_table_in_an_object_store_survives_kills(tmp_path: Path) -> None:
     archive = make_folder(tmp_path / "archive", 40)
-    pipeline.run(settings(archive, str(tmp_path / "local")))
+    pipeline.run(caption_config(archive, str(tmp_path / "local")))
 
     for write in (4, 9, 12, 14, 17):
         out = f"memory://bucket/{tmp_path.name}/{write}"
         with pytest.raises(Killed), killed_at_write(write):
-            pipeline.run(settings(archive, out))
-        pipeline.run(settings(archive, out))
+            pipeline.run(caption_config(archive, out))
+        pipeline.run(caption_config(archive, out))
 
         assert verify(open_table(out)).proven
         assert contents(out) == contents(str(tmp_path / "local"))
@@ -42,7 +31,7 @@ def test_a_table_in_an_object_store_survives_kills(tmp_path: Path) -> None:
 
 def test_keys_in_a_uri_stay_out_of_the_records(tmp_path: Path) -> None:
     out = f"memory://key:secret@bucket/{tmp_path.name}/out?region=x"
-    pipeline.run(settings(make_folder(tmp_path / "archive", 3), out))
+    pipeline.run(caption_config(make_folder(tmp_path / "archive", 3), out))
 
     directory = open_table(out).directory
     written = [directory.read_bytes(name).decode() for name in ("run.json", "table.json")]
@@ -90,7 +79,7 @@ def test_an_out_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("a file")
 
     with pytest.raises(OutputError, match=r"out cannot be used as a directory"):
-        pipeline.run(settings(archive, str(tmp_path / "out")))
+        pipeline.run(caption_config(archive, str(tmp_path / "out")))
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:

@@ -5,9 +5,9 @@ from pathlib import Path
 import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
+from helpers import caption_config
 
 from captioner import pipeline
-from captioner.config import CaptionConfig
 from captioner.sources.root import Root
 from captioner.store.table import open_table
 from captioner.store.verify import verify
@@ -39,9 +39,8 @@ def test_an_archive_and_a_table_without_folders(tmp_path: Path, monkeypatch: pyt
     for number, file in enumerate(sorted(archive.glob("*.png"))):
         store.pipe_file(f"{source}/{'sub/' * (number % 3)}{file.name}", file.read_bytes())
     monkeypatch.setattr(Root, "without_folders", ("py::fsspec+flat",))
-    settings = {"source": {"path": source}, "model": {"name": "fake"}, "output": {"path": out}}
 
-    assert pipeline.run(CaptionConfig.model_validate(settings)) == 0
+    assert pipeline.run(caption_config(source, out)) == 0
 
     found = verify(open_table(out))
     assert found.proven

@@ -7,11 +7,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers import caption_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from captioner import pipeline
-from captioner.config import CaptionConfig, TrainDataConfig
+from captioner.config import TrainDataConfig
 from captioner.data import PixelSpec
 from captioner.errors import SourceError, UsageError
 from captioner.testing import make_folder, make_parquet, make_tar
@@ -62,8 +63,7 @@ def saved_dataset(root: Path) -> Path:
 
 def captions_table(root: Path) -> Path:
     source, out = make_folder(root / "archive", 12), root / "captions"
-    settings = {"source": {"path": str(source)}, "model": {"name": "fake"}, "output": {"path": str(out)}}
-    pipeline.run(CaptionConfig.model_validate(settings))
+    pipeline.run(caption_config(source, out))
     return out
 
 

@@ -8,14 +8,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from helpers import caption_config, rows_of
 
 from captioner import pipeline
-from captioner.config import CaptionConfig, ModelConfig, TrainConfig
+from captioner.config import ModelConfig, TrainConfig
 from captioner.errors import FingerprintError, ModelError, OutputError, SourceError, TrainingError, UsageError
 from captioner.models import load, resolve
 from captioner.scoring.wer import corpus_wer
-from captioner.store.read import read_parts
-from captioner.store.table import open_table
 from captioner.testing import make_folder, make_tiny_model
 from captioner.testing.tiny_models import TINY_SIDE
 from captioner.training import job
@@ -62,10 +61,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
 
 
 def test_the_trained_model_captions_and_the_table_names_it(tmp_path: Path, trained: Path, data: Path) -> None:
-    config = {"source": {"path": str(data), "limit": 5}, "model": {"name": str(trained / "model")}}
-    pipeline.run(CaptionConfig.model_validate(config | {"output": {"path": str(tmp_path / "captions")}}))
+    model = {"name": str(trained / "model")}
+    pipeline.run(caption_config(data, tmp_path / "captions", source={"limit": 5}, model=model))
 
-    rows = [row for part in read_parts(open_table(str(tmp_path / "captions"))) for row in part.to_pylist()]
+    rows = rows_of(tmp_path / "captions")
 
     record = json.loads((trained / "model" / "training_run.json").read_text())
     assert [row["status"] for row in rows] == ["ok"] * 5

@@ -7,14 +7,13 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from helpers import caption_config, contents
 
 from captioner import pipeline
-from captioner.config import CaptionConfig
 from captioner.errors import OutputError
 from captioner.run.job import open_job
 from captioner.store.lock import sole_writer
 from captioner.store.publish import commit_chunk, publish
-from captioner.store.read import read_parts
 from captioner.store.table import CaptionsTable, open_table
 from captioner.store.verify import verify
 from captioner.testing import make_folder
@@ -27,19 +26,9 @@ def archive(tmp_path: Path) -> Path:
     return make_folder(tmp_path / "archive", 40)
 
 
-def settings(archive: Path, out: Path, **output) -> CaptionConfig:
-    output = {"path": str(out), "rows_per_file": 16, **output}
-    return CaptionConfig.model_validate({"source": {"path": str(archive)}, "model": {"name": "fake"}, "output": output})
-
-
-def contents(out: Path) -> list[dict]:
-    rows = pa.concat_tables(read_parts(open_table(str(out))))
-    return rows.drop_columns(["run_id", "created_at"]).to_pylist()
-
-
 def captioned_but_not_published(archive: Path, out: Path) -> CaptionsTable:
     """Every chunk committed, none published: where a driver may be when it dies."""
-    config = settings(archive, out)
+    config = caption_config(archive, out)
     engine = pipeline.ThisProcess(config)
     job = open_job(config, engine, lambda line: None)
     assert len(list(engine.caption_chunks(job.work, job.missing_chunks(job.table.open_plans()[0])))) == 3
@@ -54,7 +43,7 @@ def commit_late(table: CaptionsTable, rows: dict[str, pa.Table]) -> None:
 
 def test_a_late_commit_during_and_after_publish_doubles_nothing(tmp_path: Path, archive: Path) -> None:
     out, undisturbed = tmp_path / "out", tmp_path / "undisturbed"
-    pipeline.run(settings(archive, undisturbed))
+    pipeline.run(caption_config(archive, undisturbed))
     table = captioned_but_not_published(archive, out)
     plan = table.plans()[0]
     rows = {chunk.chunk_id: table.directory.read_table(table.chunk_name(chunk.chunk_id)) for chunk in plan.chunks()}
@@ -64,7 +53,7 @@ def test_a_late_commit_during_and_after_publish_doubles_nothing(tmp_path: Path, 
 
     assert contents(out) == contents(undisturbed)
     assert verify(table).proven
-    assert pipeline.run(settings(archive, out)) == 0
+    assert pipeline.run(caption_config(archive, out)) == 0
     assert table.committed_chunks(0) == set()  # the next start has cleared them away
     assert contents(out) == contents(undisturbed)
     assert verify(table).proven
@@ -76,7 +65,7 @@ def test_a_late_commit_after_an_overwrite_does_not_reach_the_new_table(tmp_path:
     plan = table.plans()[0]
     rows = {chunk.chunk_id: table.directory.read_table(table.chunk_name(chunk.chunk_id)) for chunk in plan.chunks()}
     small = make_folder(tmp_path / "small", 5, seed=1)
-    pipeline.run(settings(small, out, overwrite=True))
+    pipeline.run(caption_config(small, out, overwrite=True))
     expected = contents(out)
 
     for chunk in plan.chunks():
@@ -100,7 +89,7 @@ def test_a_second_driver_on_one_out_is_refused(tmp_path: Path, archive: Path) ->
     holding.wait()
     try:
         with pytest.raises(OutputError, match="another run is writing to it"):
-            pipeline.run(settings(archive, out))
+            pipeline.run(caption_config(archive, out))
         words = ["caption", str(archive), str(out), "--model", "fake", "--local"]
         second = subprocess.run([sys.executable, "-m", "ray_jobs.cli", *words], capture_output=True, text=True)
     finally:
@@ -109,7 +98,7 @@ def test_a_second_driver_on_one_out_is_refused(tmp_path: Path, archive: Path) ->
 
     assert second.returncode == 1
     assert "another run is writing to it" in second.stderr
-    assert pipeline.run(settings(archive, out)) == 0
+    assert pipeline.run(caption_config(archive, out)) == 0
 
 
 def test_a_run_that_comes_to_nothing_leaves_no_directory(tmp_path: Path) -> None:
@@ -121,7 +110,7 @@ def test_a_run_that_comes_to_nothing_leaves_no_directory(tmp_path: Path) -> None
 
 
 def test_an_out_that_can_only_be_read_is_refused(archive: Path) -> None:
-    config = settings(archive, Path("out"))
+    config = caption_config(archive, Path("out"))
     output = config.output.model_copy(update={"path": "hf://datasets/someone/captions"})
     with pytest.raises(OutputError, match="hf:// can only be read"):
         pipeline.run(config.model_copy(update={"output": output}))

@@ -8,13 +8,13 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from helpers import caption_config, rows_of
 
 from captioner import pipeline
-from captioner.config import CaptionConfig, ClusterConfig
+from captioner.config import ClusterConfig
 from captioner.errors import ModelError
 from captioner.run.job import open_job
 from captioner.steps import ChunkRows
-from captioner.store.read import read_parts
 from captioner.store.table import open_table
 from captioner.store.verify import verify
 from captioner.testing import make_folder
@@ -26,6 +26,8 @@ from ray_jobs.stages import CaptionStage, _put
 
 pytestmark = pytest.mark.usefixtures("ray_instance")
 
+ONE_GPU = {"num_workers": 1, "gpus_per_worker": 1}
+
 
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -34,26 +36,14 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def settings(archive: Path, out: Path, **cluster: Any) -> CaptionConfig:
-    return CaptionConfig.model_validate(
-        {
-            "source": {"path": str(archive)},
-            "model": {"name": "fake", "device": "cpu"},
-            "cluster": {"decode_cpus": 1, **cluster},
-            "output": {"path": str(out), "rows_per_file": 16},
-        }
-    )
-
-
 def captions(out: Path) -> list[tuple]:
-    rows = pa.concat_tables(read_parts(open_table(str(out)))).to_pylist()
-    return [(row["image_id"], row["status"], row["error_code"], row["caption"]) for row in rows]
+    return [(row["image_id"], row["status"], row["error_code"], row["caption"]) for row in rows_of(out)]
 
 
 @pytest.fixture(scope="module")
 def local_captions(tmp_path_factory: pytest.TempPathFactory, archive: Path) -> list[tuple]:
     out = tmp_path_factory.mktemp("local") / "out"
-    pipeline.run(settings(archive, out))
+    pipeline.run(caption_config(archive, out, model={"device": "cpu"}))
     return captions(out)
 
 
@@ -101,7 +91,7 @@ def test_workers_hold_the_gpus_that_were_asked_for_and_a_chunk_stays_whole(
     notes.mkdir()
     monkeypatch.setattr(caption, "CaptionStage", noting_stage(notes, num_workers))
 
-    code = caption.run(settings(archive, tmp_path / "out", **cluster))
+    code = caption.run(caption_config(archive, tmp_path / "out", model={"device": "cpu"}, cluster=cluster))
 
     assert code == 0
     gpus = [note.read_text() for note in notes.iterdir()]
@@ -134,7 +124,7 @@ def failing_stage() -> type[CaptionStage]:
 def test_two_calls_of_a_gpu_worker_that_fail_together_end_the_run(
     tmp_path: Path, archive: Path, local_captions: list[tuple], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = settings(archive, tmp_path / "out", num_workers=1, gpus_per_worker=1)
+    config = caption_config(archive, tmp_path / "out", model={"device": "cpu"}, cluster=ONE_GPU)
     with monkeypatch.context() as patched:
         patched.setattr(caption, "CaptionStage", failing_stage())
         with pytest.raises(ModelError, match="model: gone"):
@@ -163,7 +153,7 @@ def test_a_run_goes_on_and_retries_on_gpus(tmp_path: Path) -> None:
     archive, out = make_folder(tmp_path / "archive", 60), tmp_path / "out"
     whole = (archive / "000007.png").read_bytes()
     (archive / "000007.png").write_bytes(b"no image")
-    config = settings(archive, out, num_workers=1, gpus_per_worker=1)
+    config = caption_config(archive, out, model={"device": "cpu"}, cluster=ONE_GPU)
     engine = caption.RayEngine(config)
     job = open_job(config, engine, lambda line: None)
     (plan,) = job.table.open_plans()

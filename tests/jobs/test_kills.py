@@ -11,13 +11,11 @@ from pathlib import Path
 from types import MappingProxyType
 
 import psutil
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers import caption_config, rows_of
 
 from captioner import pipeline
-from captioner.config import CaptionConfig
-from captioner.store.read import read_parts
 from captioner.store.table import open_table
 from captioner.store.verify import verify
 from captioner.testing import GATE_MARKER, decoder_faults, make_folder
@@ -26,6 +24,7 @@ from ray_jobs.caption import run
 pytestmark = pytest.mark.usefixtures("ray_instance")
 
 PICTURES = 640
+SETTINGS = {"model": {"device": "cpu"}, "rows_per_file": 100}
 DEADLINE_S = 600.0
 KILLED_AT_WRITE = """
 import sys
@@ -60,23 +59,12 @@ def gate(archive: Path) -> Iterator[dict[str, str]]:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, archive: Path) -> list[tuple]:
     out = tmp_path_factory.mktemp("undisturbed") / "out"
-    run(settings(archive, out))
+    run(caption_config(archive, out, **SETTINGS))
     return rows(out)
 
 
-def settings(archive: Path, out: Path, **output) -> CaptionConfig:
-    return CaptionConfig.model_validate(
-        {
-            "source": {"path": str(archive)},
-            "model": {"name": "fake", "device": "cpu"},
-            "output": {"path": str(out), "rows_per_file": 100, **output},
-        }
-    )
-
-
 def rows(out: Path) -> list[tuple]:
-    table = pa.concat_tables(read_parts(open_table(str(out)))).to_pylist()
-    return [(row["image_id"], row["status"], row["caption"], row["chunk_id"]) for row in table]
+    return [(row["image_id"], row["status"], row["caption"], row["chunk_id"]) for row in rows_of(out)]
 
 
 def start_job(
@@ -124,7 +112,7 @@ def kill_tree(job: subprocess.Popen[bytes]) -> None:
 
 
 def assert_resumes(archive: Path, out: Path, undisturbed: list[tuple]) -> None:
-    assert run(settings(archive, out)) == 0
+    assert run(caption_config(archive, out, **SETTINGS)) == 0
     found = verify(open_table(str(out)))
     assert (found.lost, found.doubled, found.problems, found.proven) == (0, 0, [], True)
     assert rows(out) == undisturbed
@@ -169,7 +157,7 @@ def test_the_driver_killed_while_it_publishes_a_retry(tmp_path: Path, archive: P
     """The failed image is mended meanwhile: its older row must end in history/, its new one in the table, once."""
     out, ours = tmp_path / "out", tmp_path / "archive"
     shutil.copytree(archive, ours)
-    assert pipeline.run(settings(ours, out)) == 0
+    assert pipeline.run(caption_config(ours, out, **SETTINGS)) == 0
     (ours / "broken.png").write_bytes((ours / "000000.png").read_bytes())
     # Its writes before publishing: plan part, plan, two records, a chunk by a worker; then history, part, published.
     job = start_job(ours, out, "-c", KILLED_AT_WRITE, "7", more=["--retry-failed"])
@@ -177,7 +165,7 @@ def test_the_driver_killed_while_it_publishes_a_retry(tmp_path: Path, archive: P
     assert list(out.glob("history/*/*.parquet"))
     assert not open_table(str(out)).is_published(1)
 
-    assert run(settings(ours, out, retry_failed=True)) == 0
+    assert run(caption_config(ours, out, **SETTINGS, retry_failed=True)) == 0
     found = verify(open_table(str(out)))
     assert (found.lost, found.doubled, found.problems, found.proven) == (0, 0, [], True)
     assert [row[1] for row in rows(out)] == ["ok"] * (PICTURES + 1)
@@ -190,7 +178,7 @@ def test_the_driver_killed_while_it_overwrites(
 ) -> None:
     """In the middle of deleting the old table, and while the new one is planned: no row of the old one is left."""
     out, small = tmp_path / "out", make_folder(tmp_path / "small", 20, seed=1)
-    assert pipeline.run(settings(small, out)) == 0
+    assert pipeline.run(caption_config(small, out, **SETTINGS)) == 0
     job = start_job(archive, out, "-c", KILLED_AT_WRITE, str(write), more=["--overwrite"])
     assert job.wait() == -signal.SIGKILL
 

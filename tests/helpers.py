@@ -1,0 +1,69 @@
+"""What tests of several files need: settings of runs, the rows of a table, what a source lists."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import pyarrow as pa
+
+from captioner.config import CaptionConfig, SourceConfig
+from captioner.data import PLAN_SCHEMA, Source
+from captioner.sources import open_source
+from captioner.store.read import read_parts
+from captioner.store.table import open_table
+
+Settings = Mapping[str, Any]
+DEFAULTS: Settings = MappingProxyType({})
+
+
+def caption_config(
+    archive: Path | str,
+    out: Path | str,
+    /,
+    *,
+    source: Settings = DEFAULTS,
+    model: Settings = DEFAULTS,
+    cluster: Settings = DEFAULTS,
+    check: Settings = DEFAULTS,
+    **output: Any,
+) -> CaptionConfig:
+    """Of a run with the fake model, in parts of 16 rows. `output` and the groups: what differs."""
+    return CaptionConfig.model_validate(
+        {
+            "source": {"path": str(archive), **source},
+            "model": {"name": "fake", **model},
+            "cluster": cluster,
+            "check": check,
+            "output": {"path": str(out), "rows_per_file": 16, **output},
+        }
+    )
+
+
+def rows_of(out: Path | str) -> list[dict[str, Any]]:
+    """The current rows of a table, in order."""
+    return pa.concat_tables(read_parts(open_table(str(out)))).to_pylist()
+
+
+def contents(out: Path | str) -> list[dict[str, Any]]:
+    """What a person would compare: the rows without what names the run."""
+    return [
+        {name: value for name, value in row.items() if name not in ("run_id", "created_at")} for row in rows_of(out)
+    ]
+
+
+def source_at(path: Path | str, **settings: Any) -> Source:
+    return open_source(SourceConfig(path=str(path), **settings))
+
+
+def listed(source: Source) -> tuple[pa.Table, list[str]]:
+    """All rows that the source lists, and the names that it ignores."""
+    listings = [listing for unit in source.units() for listing in source.list_unit(unit)]
+    rows = pa.concat_tables([listing.rows for listing in listings] or [PLAN_SCHEMA.empty_table()])
+    return rows, [name for listing in listings for name in listing.ignored]
+
+
+def listed_rows(source: Source) -> pa.Table:
+    return listed(source)[0]
