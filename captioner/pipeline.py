@@ -29,6 +29,7 @@ from captioner.errors import (
 from captioner.files import shown
 from captioner.models import load
 from captioner.models.devices import pick_device
+from captioner.publishing.alt_text.journal import read_latest_reviews
 from captioner.run.job import Engine, Job, open_job, plan_images
 from captioner.run.prefetch import one_ahead
 from captioner.run.quality import ROWS_AT_THE_END, SpotCheck, check, enforce, report
@@ -48,7 +49,7 @@ def run(config: CaptionConfig, engine: Engine | None = None) -> int:
             plan_images(config, notify)
             notify(f"planned; run without --plan-only to caption into {shown(out)}")
             return OK
-        job = open_job(config, engine, notify)
+        job = open_job(config, engine, notify, read_latest_reviews)
         with recorded(job) as tally:
             spot_check = SpotCheck(config.check)
             for plan in job.generations():

@@ -21,7 +21,7 @@ LAYERS = """
     config files imaging starter
     sources models store console
     scoring
-    steps report publishing.alt_text starter.build
+    steps report starter.build
     run publishing
     pipeline training testing console.commands
 """

@@ -21,7 +21,7 @@ from captioner.errors import OutputError, UsageError
 from captioner.files import is_uri, local_path, shown
 from captioner.models import ModelRef, resolve, weights_bytes
 from captioner.run.fingerprint import bind, facts_of, rebind
-from captioner.run.selector import make_recaption_plan, parse_selector
+from captioner.run.selector import ReadReviews, make_recaption_plan, no_reviews, parse_selector
 from captioner.sources import open_source
 from captioner.starter.scenes import describes_scene
 from captioner.steps import Work
@@ -91,6 +91,7 @@ class Job:
     notify: Notify
     started: float
     notes: list[str] = field(default_factory=list)
+    read_reviews: ReadReviews = no_reviews
 
     @property
     def table(self) -> CaptionsTable:
@@ -113,7 +114,12 @@ class Job:
         """Plan the rows that --only selects; from then on the table belongs to this model."""
         model, selector = self.work.model, parse_selector(only)
         plan, selection = make_recaption_plan(
-            self.table, selector, model.fingerprint, facts_of(model), self.rows_per_chunk()
+            self.table,
+            selector,
+            model.fingerprint,
+            facts_of(model),
+            self.rows_per_chunk(),
+            self.read_reviews(self.table.directory),
         )
         if selection.settled:
             self.notify(f"{selection.settled:,} more match --only, but a reviewer has settled their text")
@@ -131,8 +137,11 @@ class Job:
         return [chunk for chunk in plan.chunks() if chunk.part not in published and chunk.chunk_id not in committed]
 
 
-def open_job(config: CaptionConfig, engine: Engine, notify: Notify) -> Job:
-    """Plan the images and open a run that captions them. Raises CaptionerError."""
+def open_job(config: CaptionConfig, engine: Engine, notify: Notify, read_reviews: ReadReviews = no_reviews) -> Job:
+    """Plan the images and open a run that captions them. Raises CaptionerError.
+
+    `read_reviews`: reads the decisions that --only needs.
+    """
     check_settings(config)
     started = time.perf_counter()
     model = resolve(config.model, None, announce=notify)
@@ -151,7 +160,7 @@ def open_job(config: CaptionConfig, engine: Engine, notify: Notify) -> Job:
         device=config.model.device,
     )
     notify(model.told)
-    job = Job(planned.config, work, rows_per_chunk, notify, started, planned.notes)
+    job = Job(planned.config, work, rows_per_chunk, notify, started, planned.notes, read_reviews)
     if model.name == "starter" and not _holds_scenes(table):
         job.notes.append(STARTER_NOTE)
         notify(STARTER_NOTE)

@@ -20,8 +20,10 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -30,10 +32,8 @@ import pyarrow.compute as pc
 
 from captioner.data import STATUS_FAILED
 from captioner.errors import UsageError
-from captioner.publishing.alt_text.journal import latest_reviews, read_reviews
-from captioner.publishing.alt_text.schemas import SETTLED, Review
-from captioner.publishing.alt_text.texts import still_applies
 from captioner.scoring.flags import CAPTION_FLAGS, RUN_FLAGS
+from captioner.store.directory import Directory
 from captioner.store.replan import RowIndices, generation_of_parts, plan_rows_again
 from captioner.store.table import CaptionsTable, Plan, Recaption, captions_name
 
@@ -42,6 +42,33 @@ _LOGPROB = re.compile(r"logprob(?:<|below)(-?\d+(?:\.\d+)?)(%?)")
 # Log-probabilities are counted by the upper bits of their float32: the width of a bin is 1/2048 of its value.
 _BIN_BITS = 12
 _COLUMNS = ["image_id", "status", "flags", "logprob_mean", "fingerprint", "created_at"]
+
+
+class Review(Protocol):
+    """A reviewer's latest decision about an image, as `captioner.publishing.alt_text.schemas.Review`."""
+
+    @property
+    def decision(self) -> str:
+        """The name of the decision: "rejected", "expert", ..."""
+        ...
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the decision also applies to later captions of the image."""
+        ...
+
+    def applies_to(self, created_at: datetime) -> bool:
+        """Return whether the decision applies to a caption created at `created_at`."""
+        ...
+
+
+# Reads the latest review of each image of a table, by image id.
+ReadReviews = Callable[[Directory], Mapping[str, Review]]
+
+
+def no_reviews(out: Directory) -> Mapping[str, Review]:
+    """Return no reviews, for runs on tables that nobody reviews."""
+    return {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,25 +137,31 @@ class Selection:
 
 
 def make_recaption_plan(
-    table: CaptionsTable, selector: Selector, fingerprint: str, model: dict[str, object], rows_per_chunk: int
+    table: CaptionsTable,
+    selector: Selector,
+    fingerprint: str,
+    model: dict[str, object],
+    rows_per_chunk: int,
+    reviews: Mapping[str, Review],
 ) -> tuple[Plan | None, Selection]:
     """Freeze the weak rows of other models as a generation of this model; `None` where there are none.
 
     Every plan of the table must be published.
     """
-    selection = select(table, selector, fingerprint)
+    selection = select(table, selector, fingerprint, reviews)
     recaption = Recaption(selector.text, fingerprint, dict(model), selection.logprob_below)
     return plan_rows_again(table, "recaption", selection.indices, rows_per_chunk, recaption), selection
 
 
-def select(table: CaptionsTable, selector: Selector, fingerprint: str) -> Selection:
+def select(table: CaptionsTable, selector: Selector, fingerprint: str, reviews: Mapping[str, Review]) -> Selection:
     """Return the rows that match, for a model of that fingerprint. Reads the table once, or twice for a share."""
     selection = Selection(logprob_below=_logprob_below(table, selector, fingerprint))
-    reviews = latest_reviews(read_reviews(table.directory)[0])
+    selected = {image_id: review for image_id, review in reviews.items() if review.decision in selector.decisions}
+    settled_reviews = {image_id: review for image_id, review in reviews.items() if review.is_settled}
     for part, rows in _parts(table):
-        weak = _is_weak(rows, selector, selection.logprob_below, reviews)
+        weak = _is_weak(rows, selector, selection.logprob_below) | _reviewed(rows, selected)
         weak &= pc.not_equal(rows["fingerprint"], fingerprint).to_numpy()
-        settled = weak & _decided(rows, reviews, frozenset(SETTLED))
+        settled = weak & _reviewed(rows, settled_reviews)
         selection.settled += int(settled.sum())
         selection.indices[part] = np.flatnonzero(weak & ~settled)
     return selection
@@ -139,10 +172,8 @@ def _parts(table: CaptionsTable) -> Iterator[tuple[int, pa.Table]]:
         yield part, table.directory.read_table(captions_name(part), _COLUMNS)
 
 
-def _is_weak(
-    rows: pa.Table, selector: Selector, logprob_below: float | None, reviews: dict[str, Review]
-) -> npt.NDArray[np.bool_]:
-    weak = _decided(rows, reviews, selector.decisions)
+def _is_weak(rows: pa.Table, selector: Selector, logprob_below: float | None) -> npt.NDArray[np.bool_]:
+    weak = np.zeros(len(rows), bool)
     if selector.failed:
         weak |= pc.equal(rows["status"], STATUS_FAILED).to_numpy()
     if selector.flags:
@@ -152,20 +183,16 @@ def _is_weak(
     return weak
 
 
-def _decided(rows: pa.Table, reviews: dict[str, Review], decisions: frozenset[str]) -> npt.NDArray[np.bool_]:
-    """Return for each row whether one of the decisions applies to it; bool [N].
-
-    A decision about an earlier caption does not apply, unless it is a lasting one.
-    """
-    is_decided = np.zeros(len(rows), bool)
-    if not reviews or not decisions:
-        return is_decided
+def _reviewed(rows: pa.Table, reviews: Mapping[str, Review]) -> npt.NDArray[np.bool_]:
+    """Return for each row whether its review, if it has one, applies to its caption; bool [N]."""
+    is_reviewed = np.zeros(len(rows), bool)
+    if not reviews:
+        return is_reviewed
     created = rows["created_at"]
     for index, image_id in enumerate(rows["image_id"].to_pylist()):
-        review = reviews.get(image_id)
-        if review and review.decision in decisions:
-            is_decided[index] = still_applies(review, created[index].as_py())
-    return is_decided
+        if image_id in reviews:
+            is_reviewed[index] = reviews[image_id].applies_to(created[index].as_py())
+    return is_reviewed
 
 
 def _logprob_below(table: CaptionsTable, selector: Selector, fingerprint: str) -> float | None:

@@ -93,6 +93,11 @@ def latest_reviews(reviews: list[Review]) -> dict[str, Review]:
     return {image_id: review for review in reviews if review.decision != "skipped" for image_id in review.image_ids}
 
 
+def read_latest_reviews(out: Directory) -> dict[str, Review]:
+    """Return the latest decision about each image from the journals, by image id."""
+    return latest_reviews(read_reviews(out)[0])
+
+
 def parse_lines(data: bytes) -> Iterator[Review | None]:
     """Yield the decision of every line of a journal; `None` for a damaged line."""
     for line in data.splitlines():

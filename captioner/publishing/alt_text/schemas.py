@@ -51,6 +51,15 @@ class Review:
     reviewed_at: datetime = field(default_factory=lambda: datetime.now(UTC))
     review_id: str = field(default_factory=lambda: uuid4().hex)
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether the decision also applies to later captions of the image."""
+        return self.decision in SETTLED
+
+    def applies_to(self, created_at: datetime) -> bool:
+        """Return whether the decision applies to a caption created at `created_at`, not only to an earlier one."""
+        return self.is_settled or created_at <= self.reviewed_at
+
 
 # The published texts, one row for each captioned image: captions, alt texts and reviews joined.
 TEXTS_SCHEMA = pa.schema(

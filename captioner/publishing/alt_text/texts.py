@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from datetime import datetime
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from captioner.errors import OutputError
-from captioner.publishing.alt_text.journal import latest_reviews, read_reviews
-from captioner.publishing.alt_text.schemas import SETTLED, TEXTS_SCHEMA, UNREVIEWED, Review
+from captioner.publishing.alt_text.journal import read_latest_reviews
+from captioner.publishing.alt_text.schemas import TEXTS_SCHEMA, UNREVIEWED, Review
 from captioner.store.read import read_parts
 from captioner.store.table import CaptionsTable
 
@@ -37,7 +36,7 @@ def read_texts(table: CaptionsTable) -> Iterator[pa.Table]:
     All reviews are kept in memory. Raises OutputError when the table is not finished, or its alt texts are missing or
     outdated.
     """
-    reviews = latest_reviews(read_reviews(table.directory)[0])
+    reviews = read_latest_reviews(table.directory)
     language = read_settings(table)["language"]
     for _, rows, alt_texts in read_alt_texts(table, [*_FROM_CAPTIONS, "flags"]):
         yield _join(rows, alt_texts, reviews, language)
@@ -65,11 +64,6 @@ def read_alt_texts(table: CaptionsTable, columns: list[str]) -> Iterator[tuple[i
                 f"{table.directory.location} has newer captions than alt texts; run `captioner alt-text` on it again"
             )
         yield part, rows, alt_texts
-
-
-def still_applies(review: Review, created_at: datetime) -> bool:
-    """Return whether a decision applies to a caption created at `created_at`, and not only to an earlier caption."""
-    return review.decision in SETTLED or created_at <= review.reviewed_at
 
 
 def _join(rows: pa.Table, alt_texts: pa.Table, reviews: dict[str, Review], language: str | None) -> pa.Table:
@@ -107,5 +101,5 @@ def _applicable_reviews(rows: pa.Table, reviews: dict[str, Review]) -> Iterator[
     created = rows["created_at"]
     for index, image_id in enumerate(rows["image_id"].to_pylist()):
         review = reviews.get(image_id)
-        if review and still_applies(review, created[index].as_py()):
+        if review and review.applies_to(created[index].as_py()):
             yield index, review

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from captioner.publishing.alt_text.schemas import Review
-from captioner.publishing.alt_text.texts import read_alt_texts, still_applies
+from captioner.publishing.alt_text.texts import read_alt_texts
 from captioner.publishing.review.standing_flags import flagged_rows
 from captioner.scoring.sample import rank
 from captioner.store.table import CaptionsTable
@@ -55,7 +55,7 @@ class Queue:
             parts.append(keys)
             for row, image_id in enumerate(ids) if reviews else ():
                 review = reviews.get(image_id)
-                if review and still_applies(review, _timestamp(keys["created"][row])):
+                if review and review.applies_to(_timestamp(keys["created"][row])):
                     self._decided[first + row] = review
         self._keys = np.concatenate(parts) if parts else np.empty(0, _FIELDS)
         self._open = np.ones(len(self._keys), bool)
@@ -80,7 +80,7 @@ class Queue:
 
     def set_decision(self, index: int, review: Review | None) -> None:
         """Set the decision about an image; `None` opens it again. A decision about an earlier caption is ignored."""
-        if review is not None and still_applies(review, _timestamp(self._keys["created"][index])):
+        if review is not None and review.applies_to(_timestamp(self._keys["created"][index])):
             self._decided[index] = review
         else:
             self._decided.pop(index, None)
