@@ -132,6 +132,13 @@ class CheckConfig(Settings):
     min_lift: float | None = Field(
         None, le=1, description="Exit 2 when the lift over shuffled captions, 1 - WER / shuffled WER, is lower."
     )
+    max_flagged: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Exit 2 when a larger share of the captions is empty, cut off, repetitive, the same for many "
+        "images, in another language, or has special tokens or a term of --terms.",
+    )
     terms: str | None = Field(None, description="File with a word or phrase a line; captions with one are flagged.")
 
 

@@ -287,6 +287,8 @@ class Receipt:
     generate_seconds: float = 0.0
     commit_seconds: float = 0.0
     num_duplicates: int = 0  # rows that took the caption of a byte-equal image
+    flags: dict[str, int] = field(default_factory=dict)  # captions by flag (see `captioner.scoring.flags`)
+    commonest: tuple[str, int] = ("", 0)  # the most frequent caption of different images, and its number
     engine: str = ""  # "fast" or "generic", of a model
     device: str = ""  # "cpu", "mps", or a GPU's name and memory
     scored: Sequence[Sequence[int]] = ()  # (edits, words) of each row that was spot-checked

@@ -51,7 +51,7 @@ def run(config: CaptionConfig, engine: Engine | None = None) -> int:
             return OK
         job = open_job(config, engine, notify, read_latest_reviews)
         with recorded(job) as tally:
-            spot_check = SpotCheck(config.check)
+            spot_check = SpotCheck(config.check, notify)
             for plan in job.generations():
                 chunks = job.missing_chunks(plan)
                 num_committed = tally.skip(plan, chunks)
@@ -68,6 +68,7 @@ def run(config: CaptionConfig, engine: Engine | None = None) -> int:
                     tally.slots = engine.slots()
                 check_held()
                 publish(job.table, plan, on_part=lambda part: check_held())
+            job.notes.extend(spot_check.notes())
             return close_job(job, tally)
 
 
@@ -120,5 +121,5 @@ def close_job(job: Job, tally: Tally) -> int:
             f"{counts.failed:,} of {counts.planned:,} images failed (--max-failed {limit:g}); the table is complete, "
             "the reasons are in its error_code column, --retry-failed does them again"
         )
-    enforce(result.scores, job.config.check)
+    enforce(result, job.config.check)
     return OK

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -129,7 +130,9 @@ def commit(work: Work, captioned: ChunkRows) -> Receipt:
     commit_chunk(work.table, captioned.chunk, captioned.rows)
     reasons = captioned.rows["error_code"].drop_null().value_counts().to_pylist()
     failed = {item["values"]: item["counts"] for item in reasons}
-    spent = captioned.seconds
+    spent, captions = captioned.seconds, _column_of(captioned, "caption")
+    is_copy = captioned.rows["duplicate_of"].is_valid().to_pylist()
+    different = Counter(text for text, copy in zip(captions, is_copy, strict=True) if text is not None and not copy)
     return Receipt(
         chunk_id=captioned.chunk.chunk_id,
         num_rows=captioned.chunk.num_rows,
@@ -140,9 +143,11 @@ def commit(work: Work, captioned: ChunkRows) -> Receipt:
         generate_seconds=spent["generate"],
         commit_seconds=time.perf_counter() - started,
         num_duplicates=captioned.chunk.num_rows - captioned.rows["duplicate_of"].null_count,
+        flags=dict(Counter(flag for flags in _column_of(captioned, "flags") for flag in flags)),
+        commonest=max(different.items(), key=lambda item: item[1], default=("", 0)),
         engine=captioned.engine,
         device=captioned.device,
-        scored=score_sampled(work.sample, _column_of(captioned, "image_id"), _column_of(captioned, "caption")),
+        scored=score_sampled(work.sample, _column_of(captioned, "image_id"), captions),
     )
 
 

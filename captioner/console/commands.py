@@ -116,7 +116,7 @@ def check(out: str, settings: CheckConfig, against: str | None = None) -> int:
     page = quality.report(table)
     print_check(table.directory.read_json(FIGURES))
     print(f"the report: {printable(page)}")
-    enforce(result.scores, settings)
+    enforce(result, settings)
     return OK
 
 

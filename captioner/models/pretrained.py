@@ -17,10 +17,14 @@ UNREADABLE = (OSError, ValueError, RuntimeError, LookupError, TypeError, Attribu
 
 
 def open_tokenizer(path: str) -> Any:
+    """Return the tokenizer of a model directory. Raises ModelError where it has none with a vocabulary."""
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except UNREADABLE as error:
         raise ModelError(f"{path}: the tokenizer cannot be loaded: {' '.join(str(error).split())}") from None
+    if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):  # made by transformers where files are missing
+        raise ModelError(f"{path}: the tokenizer has no vocabulary; save the model's own with save_pretrained")
+    return tokenizer
 
 
 def decode_all(tokenizer: Any, rows: list[list[int]]) -> list[str]:

@@ -111,6 +111,11 @@ def _describe(directory: Path, revision: str | None, settings: dict[str, Any], p
     max_positions = _max_positions(family, config)
     settings = settings | {"prompt": _prompt(directory, family, settings["prompt"])}
     _check_length(directory, max_positions, settings["max_new_tokens"])
+    if not any((directory / name).is_file() for name in weights.VOCABULARY_FILES):
+        raise ModelError(
+            f"{directory}: no tokenizer ({', '.join(weights.VOCABULARY_FILES)}); save the model's processor or"
+            " tokenizer there with save_pretrained"
+        )
     files = weights.weight_files(directory)
     for file in files:
         weights.check_header(file)

@@ -33,6 +33,17 @@ SETTINGS_FILES = (
 )
 
 
+# A directory with none of these has no vocabulary: transformers makes an empty tokenizer of it, whose texts are empty.
+VOCABULARY_FILES = (
+    "sentencepiece.bpe.model",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+)
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """The JSON object in a model's file; {} where there is no such file.
 

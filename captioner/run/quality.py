@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
 from hashlib import sha256
 from typing import Any
 
@@ -18,12 +20,21 @@ from captioner.scoring.compare import compare_tables
 from captioner.scoring.eligible_rows import CheckSpec, no_match_message
 from captioner.scoring.references import read_references
 from captioner.scoring.running_wer import RunningWer, Sample, draw_sample
-from captioner.scoring.scores import Scores
 from captioner.scoring.terms import read_terms
 from captioner.store.table import CaptionsTable, open_table
 
 # The most rows that are checked at the end of a run: a minute or two, whatever the size of the table.
 ROWS_AT_THE_END = 2_000_000
+MIN_TO_WARN = 64  # captions of the first chunks, before a fault of most of them is reported
+MIN_SAME = 10  # images with the same caption: a few may be alike
+# Flags that, on most captions, mean that the run as a whole is wrong: the fault in words, and what to do.
+COMMON_FAULTS = {
+    "empty": ("are empty", "check that the model's directory is complete"),
+    "no_logprob": ("have no finite log-probability", "try --dtype float32"),
+    "special_tokens": ("contain special tokens", "check that the tokenizer is the model's own"),
+    "repeated": ("repeat a word or phrase", "try another model or --num-beams"),
+    "truncated": ("are cut off at the token limit", "raise --max-new-tokens"),
+}
 MAX_SPOT_CHECKED = 5_000  # rows scored while captioning: they travel to every worker
 
 
@@ -45,8 +56,8 @@ def check(
         result.comparison = compare_tables(table, other, spec)
     result.changes = find_changes(table, spec)
     figures = result.to_json() | {
-        "gates": {"max_wer": settings.max_wer, "min_lift": settings.min_lift},
-        "failed_gates": failed_gates(result.scores, settings),
+        "gates": {name: getattr(settings, name) for name in ("max_wer", "min_lift", "max_flagged")},
+        "failed_gates": failed_gates(result, settings),
         "made_of": _state_of(table),
     }
     table.directory.write_json(CHECK_FILE, figures)
@@ -64,11 +75,16 @@ def report(table: CaptionsTable) -> str:
 
 
 class SpotCheck:
-    """The check while captioning: workers score a sample of the rows they write, the driver adds the scores up."""
+    """The check while captioning: workers score a sample of the rows they write, the driver adds the scores up.
 
-    def __init__(self, settings: SpotCheckConfig) -> None:
-        self._settings = settings
+    `notify`: called with one line where most captions of the first chunks have the same fault.
+    """
+
+    def __init__(self, settings: SpotCheckConfig, notify: Callable[[str], None] = lambda line: None) -> None:
+        self._settings, self._notify = settings, notify
         self._running = RunningWer(settings.seed)
+        self._faults = _CommonFaults()
+        self._has_warned = False
 
     def draw(self, table: CaptionsTable) -> Sample:
         """Return the rows to score, for `Work.sample`. Raises UsageError where references match no image."""
@@ -86,6 +102,10 @@ class SpotCheck:
         Raises StoppedEarlyError where --stop-early is given and the captions so far cannot pass --max-wer.
         """
         running, settings = self._running, self._settings
+        self._faults.add(receipt)
+        if not self._has_warned and self._faults.num_captions >= MIN_TO_WARN and (fault := self._faults.commonest()):
+            self._has_warned = True
+            self._notify(f"{fault} so far")
         running.add((edits, words) for edits, words in receipt.scored)
         if settings.stop_early and settings.max_wer is not None and running.is_hopeless(settings.max_wer):
             low, high = running.interval() or (0.0, 0.0)
@@ -94,6 +114,38 @@ class SpotCheck:
                 f"{high:.3f}) cannot come down to --max-wer {settings.max_wer:g}; committed rows stay"
             )
         return "" if running.wer is None else f"WER {running.wer:.3f} of {running.num_rows}"
+
+    def notes(self) -> list[str]:
+        """Return what is wrong with most captions of the run, for its record."""
+        fault = self._faults.commonest()
+        return [fault] if fault else []
+
+
+class _CommonFaults:
+    """Counts the faults of captions by their flags, to find one that most captions share."""
+
+    def __init__(self) -> None:
+        self.num_captions = 0
+        self._num_different = 0
+        self._flags: Counter[str] = Counter()
+        self._captions: Counter[str] = Counter()  # the most frequent of each chunk
+
+    def add(self, receipt: Receipt) -> None:
+        self.num_captions += receipt.num_ok
+        self._num_different += receipt.num_ok - receipt.num_duplicates
+        self._flags.update(receipt.flags)
+        caption, count = receipt.commonest
+        self._captions[caption] += count
+
+    def commonest(self) -> str:
+        """Return a sentence about the fault of at least half of the captions, "" where there is none."""
+        for flag, (fault, advice) in COMMON_FAULTS.items():
+            if 2 * self._flags[flag] >= self.num_captions > 0:
+                return f"{self._flags[flag]:,} of {self.num_captions:,} captions {fault} ({advice})"
+        caption, count = max(self._captions.items(), key=lambda item: item[1], default=("", 0))
+        if count >= MIN_SAME and 2 * count >= self._num_different:
+            return f"{count:,} of {self._num_different:,} images have the same caption, {caption!r} (check the model)"
+        return ""
 
 
 def _state_of(table: CaptionsTable) -> dict[str, Any]:
@@ -111,12 +163,17 @@ def _digest(names: list[str]) -> str:
     return sha256("\n".join(names).encode()).hexdigest()
 
 
-def failed_gates(scores: Scores, settings: CheckConfig) -> list[str]:
-    """Return a sentence for each of --max-wer and --min-lift that the scores miss.
+def failed_gates(result: Check, settings: CheckConfig) -> list[str]:
+    """Return a sentence for each of --max-wer, --min-lift and --max-flagged that the result misses.
 
     A limit fails where there is no data for its score: nothing shows that the captions are good enough.
     """
+    scores, num_faulty, num_captions = result.scores, result.num_faulty, result.stats.num_ok
     failed = []
+    if settings.max_flagged is not None and num_faulty > settings.max_flagged * num_captions:
+        failed.append(
+            f"{num_faulty:,} of {num_captions:,} captions are flagged, more than --max-flagged {settings.max_flagged:g}"
+        )
     if settings.max_wer is not None:
         if scores.wer is None:
             failed.append(f"--max-wer {settings.max_wer:g} cannot be judged: no caption has a reference to score it by")
@@ -136,8 +193,8 @@ def failed_gates(scores: Scores, settings: CheckConfig) -> list[str]:
     return failed
 
 
-def enforce(scores: Scores, settings: CheckConfig) -> None:
-    """Raise CheckFailedError where the scores miss --max-wer or --min-lift."""
-    failed = failed_gates(scores, settings)
+def enforce(result: Check, settings: CheckConfig) -> None:
+    """Raise CheckFailedError where the result misses --max-wer, --min-lift or --max-flagged."""
+    failed = failed_gates(result, settings)
     if failed:
         raise CheckFailedError("the captions are not good enough: " + "; ".join(failed))

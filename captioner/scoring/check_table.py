@@ -30,11 +30,16 @@ _SLICE_ROWS = 2_000
 
 @dataclass
 class Check:
-    """The result of a check. `shown`: rows for the report, by the reason why they are shown."""
+    """The result of a check.
+
+    `num_faulty`: captions with at least one flag of `captioner.scoring.flags.FAULTS`. `shown`: rows for the report, by
+    the reason why they are shown.
+    """
 
     scores: Scores
     stats: TableStats
     flags: Counter[str]
+    num_faulty: int
     with_references: int
     trained_left_out: int
     references: str | None
@@ -65,6 +70,7 @@ class Check:
             "references_unmatched": self.unmatched[0],
             "references_unmatched_examples": self.unmatched[1],
             "flags": dict(self.flags.most_common()),
+            "num_faulty": self.num_faulty,
             "wer_histogram": self.wer_histogram,
             "wer_by_confidence": self.wer_by_confidence,
             "survey": self.stats.to_json(),
@@ -114,6 +120,7 @@ def _result(spec: CheckSpec, stats: TableStats, selector: RowSelector, checker: 
         scores=checker.sums.scores(),
         stats=stats,
         flags=checker.flags,
+        num_faulty=checker.num_faulty,
         with_references=selector.num_eligible,
         trained_left_out=selector.num_trained,
         references=references.name if references else _OWN_REFERENCES if selector.num_eligible else None,

@@ -25,6 +25,11 @@ RUN_FLAGS = {
 }
 ALL_FLAGS = CAPTION_FLAGS | RUN_FLAGS
 
+# Flags that say a caption is wrong whatever the image shows; the others are a matter of style, length or rank.
+FAULTS = frozenset(
+    {"empty", "truncated", "no_logprob", "repeated", "special_tokens", "same_caption", "other_language", "listed_term"}
+)
+
 _SPECIAL = re.compile(
     r"\[(?:unused\d+|unk|pad|cls|sep|mask)\]|<(?:/?s|pad|unk|bos|eos|mask|image|\|[^|>]*\|)>|\ufffd", re.I
 )

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from captioner.data import STATUS_OK
 from captioner.scoring.eligible_rows import CheckSpec, EligibleRow
-from captioner.scoring.flags import ALL_FLAGS, RUN_FLAGS
+from captioner.scoring.flags import ALL_FLAGS, FAULTS, RUN_FLAGS
 from captioner.scoring.language import language_of
 from captioner.scoring.sample import LowestRanks, rank
 from captioner.scoring.scores import ScoreSums
@@ -75,6 +75,7 @@ class RowChecker:
         self._contains_term = term_finder(spec.terms)
         self.sums = ScoreSums(spec.seed)
         self.flags: Counter[str] = Counter()
+        self.num_faulty = 0  # captions with at least one flag of FAULTS
         self._by_logprob: dict[int, list[int]] = {}  # log-probability in hundredths -> rows, edits, words
         self._random: LowestRanks[dict[str, Any]] = LowestRanks(SHOWN_RANDOM)
         self._flagged = {flag: LowestRanks[dict[str, Any]](SHOWN_FLAGGED) for flag in ALL_FLAGS}
@@ -92,6 +93,7 @@ class RowChecker:
             if row.caption is not None:
                 row.flags += self._run_flags(row.caption, row.logprob_mean)
                 self.flags.update(row.flags)
+                self.num_faulty += not FAULTS.isdisjoint(row.flags)
                 self._offer(row)
         return _checks_table(checked)
 

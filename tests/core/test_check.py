@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -13,12 +14,13 @@ import pyarrow.parquet as pq
 import pytest
 from helpers import caption_config
 
-from captioner import pipeline
-from captioner.config import CheckConfig
+from captioner import pipeline, steps
+from captioner.config import CaptionConfig, CheckConfig
 from captioner.console.progress import Progress
-from captioner.data import Receipt
+from captioner.data import Captions, Receipt
 from captioner.errors import CheckFailedError, SourceError, StoppedEarlyError, UsageError
 from captioner.run import quality
+from captioner.run.job import open_job
 from captioner.scoring.eligible_rows import TRAINING_IMAGES
 from captioner.scoring.flags import caption_flags
 from captioner.scoring.language import language_of
@@ -426,6 +428,85 @@ def test_a_run_whose_captions_are_too_bad_is_whole_and_exits_2(tmp_path: Path, a
     assert verify(table).proven
     assert table.directory.read_json("run.json")["state"] == "finished"
     assert (tmp_path / "out/report/index.html").exists()
+
+
+def receipt(num_ok: int, num_duplicates: int = 0, **fields: Any) -> Receipt:
+    return Receipt("0-0-0", num_ok, num_ok, {}, num_duplicates=num_duplicates, **fields)
+
+
+@pytest.mark.parametrize(
+    ("receipts", "line"),
+    [
+        ([receipt(32, flags={"empty": 20}), receipt(32, flags={"empty": 12})], r"32 of 64 captions are empty \(.*\)"),
+        ([receipt(64, flags={"truncated": 64, "over_250": 64})], r"64 of 64 captions are cut off at the token limit"),
+        ([receipt(64, flags={"special_tokens": 33})], "33 of 64 captions contain special tokens"),
+        ([receipt(64, flags={"repeated": 60})], "60 of 64 captions repeat"),
+        ([receipt(64, flags={"no_logprob": 60})], "60 of 64 captions have no finite log-probability"),
+        ([receipt(40, commonest=("a dog", 30)), receipt(40, commonest=("a dog", 20))], "50 of 80 images .*'a dog'"),
+        ([receipt(90, num_duplicates=70, commonest=("a dog", 12))], "12 of 20 images have the same caption"),
+    ],
+)
+def test_a_fault_of_most_captions_is_said_once_while_running_and_at_the_end(receipts: list[Receipt], line: str) -> None:
+    lines: list[str] = []
+    spot_check = quality.SpotCheck(CaptionConfig().check, lines.append)
+
+    for one in [*receipts, receipt(0), receipt(0)]:
+        spot_check.add(one)
+
+    (while_running,), (at_the_end,) = lines, spot_check.notes()
+    assert re.match(line, at_the_end)
+    assert while_running.endswith(" so far")
+
+
+@pytest.mark.parametrize(
+    "receipts",
+    [
+        [receipt(63, flags={"empty": 31}), receipt(63, flags={"truncated": 31})],
+        [receipt(64, flags={"over_125": 64, "image_of": 64})],
+        [receipt(90, num_duplicates=80, commonest=("a dog", 9))],
+        [receipt(0)],
+    ],
+)
+def test_a_run_with_some_faults_is_no_senseless_run(receipts: list[Receipt]) -> None:
+    lines: list[str] = []
+    spot_check = quality.SpotCheck(CaptionConfig().check, lines.append)
+
+    for one in receipts:
+        spot_check.add(one)
+
+    assert (lines, spot_check.notes()) == ([], [])
+
+
+def test_a_receipt_counts_flags_and_the_most_frequent_caption(tmp_path: Path) -> None:
+    archive = make_folder(tmp_path / "archive", 4)
+    shutil.copy(archive / "000001.png", archive / "copy.png")
+
+    class SameForAll:
+        def caption(self, pixels: Any) -> Captions:
+            count = len(pixels)
+            return Captions(["a dog a dog a dog"] * count, [6] * count, [-1.0] * count, [False] * count)
+
+    config = caption_config(archive, tmp_path / "out")
+    job = open_job(config, pipeline.ThisProcess(config), print)
+    (plan,) = job.generations()
+    (chunk,) = job.missing_chunks(plan)
+    with job.work.decoder() as decoder:
+        decoded = steps.decode(job.work, steps.read(job.work, chunk), decoder)
+    counted = steps.commit(job.work, steps.caption(job.work, SameForAll(), decoded, job.work.new_memory()))
+
+    assert counted.flags == {"truncated": 5, "repeated": 5}
+    assert counted.commonest == ("a dog a dog a dog", 4)
+    assert counted.num_duplicates == 1
+
+
+def test_too_many_flagged_captions_are_exit_code_2(tmp_path: Path, archive: Path) -> None:
+    def empty_every_third(number: int, row: dict[str, Any]) -> None:
+        row["caption"], row["flags"] = ("", ["empty"]) if number % 3 == 0 else (f"image {number}", [])
+
+    captioned(archive, tmp_path / "out", empty_every_third)
+
+    assert exit_code("check", str(tmp_path / "out"), "--max-flagged", "0.4") == 0
+    assert exit_code("check", str(tmp_path / "out"), "--max-flagged", "0.3") == 2
 
 
 def test_a_hopeless_run_stops_early_and_goes_on_when_asked_again(tmp_path: Path, archive: Path) -> None:

@@ -70,6 +70,7 @@ def example(setting: Setting) -> tuple[list[str], object]:
         "gpus_per_worker": (["0.5"], 0.5),
         "max_wer": (["0.5"], 0.5),
         "min_lift": (["0.5"], 0.5),
+        "max_flagged": (["0.5"], 0.5),
     }
     annotation = str(setting.info.annotation)
     if setting.field in known:

@@ -124,6 +124,7 @@ def only_pickles(model) -> None:
         (remove("model.safetensors"), "no weights; it needs model.safetensors"),
         (only_pickles, r"only pickled weights \(pytorch_model.bin\).*convert them"),
         (remove("processor_config.json"), "no image processor settings"),
+        (remove("tokenizer.json"), "no tokenizer .*save the model's processor or tokenizer"),
         (lambda model: truncate(model / "model.safetensors", 5000), "model.safetensors: is not a safetensors file"),
         (lambda model: truncate(model / "model.safetensors", 100_000), "holds 100,000 bytes where its header promises"),
         (lambda model: truncate(model / "model.safetensors", 0), "model.safetensors: is not a safetensors file"),
