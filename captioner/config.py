@@ -54,7 +54,7 @@ class SourceConfig(Settings):
     limit: int | None = Field(None, ge=1, description="Plan only the first N images.")
     pages: Literal["first", "all"] = Field("first", description="Of a TIFF: its first page, or each page an image.")
     max_pixels: int = Field(
-        300_000_000, ge=1, description="Pictures that are larger even when read reduced fail as too_many_pixels."
+        300_000_000, ge=1, description="Images that are larger even when read reduced fail as too_many_pixels."
     )
     decode_timeout: float = Field(60.0, gt=0, description="Seconds; an image that takes longer fails as timeout.")
 
@@ -77,7 +77,7 @@ class ModelConfig(Settings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Weights and arithmetic; auto is bfloat16 with CUDA, else float32."
     )
-    batch_size: AutoInt = Field("auto", description="Pictures for each forward pass.")
+    batch_size: AutoInt = Field("auto", description="Images for each forward pass.")
     preprocess: Literal["fast", "processor"] = Field(
         "fast", description="Pixels resized the fast way, or exactly as the model's own image processor does."
     )
@@ -225,7 +225,7 @@ class TrainDataConfig(Settings):
 
     path: str = Field(
         "",
-        description="Pictures with captions: a folder with metadata.jsonl, tars, Parquet, a dataset or captions table.",
+        description="Images with captions: a folder with metadata.jsonl, tars, Parquet, a dataset or captions table.",
         json_schema_extra={"argument": "DATA"},
     )
     split: str = Field("train", description="Split of a Hugging Face dataset.")

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from ray.data import Dataset
     from ray.util.queue import Queue
 
-# One Ray Data execution takes this many chunks (a million pictures). The driver keeps a record of every block of an
+# One Ray Data execution takes this many chunks (a million images). The driver keeps a record of every block of an
 # execution; windows keep its memory flat at the price of filling the pipeline anew for each.
 CHUNKS_PER_EXECUTION = 2_048
 

@@ -17,7 +17,7 @@ from ray_jobs.options import takes
 EXIT_CODE_TABLE = "\n".join(["\b", "Exit codes:", *(f"  {code:<4} {meaning}" for code, meaning in EXIT_CODES.items())])
 
 app = typer.Typer(
-    help="Caption image archives on Ray: every picture ends in exactly one row.",
+    help="Caption image archives on Ray: every image ends in exactly one row.",
     epilog=EXIT_CODE_TABLE,
     add_completion=False,
     rich_markup_mode=None,  # plain help: nothing in it is markup
@@ -77,7 +77,7 @@ def doctor(
 @takes(CaptionConfig, groups=["source", "model", "cluster"])
 def estimate(
     config: CaptionConfig,
-    sample: Annotated[int, typer.Option(min=16, metavar="N", help="Pictures to caption for it.")] = 256,
+    sample: Annotated[int, typer.Option(min=16, metavar="N", help="Images to caption for it.")] = 256,
     seed: Annotated[int, typer.Option(min=0, metavar="S", help="Another seed draws another sample.")] = 0,
     price_per_gpu_hour: Annotated[float | None, typer.Option(min=0, metavar="X", help="Adds what it costs.")] = None,
 ) -> int:
@@ -135,19 +135,19 @@ def submit(
 @takes(CaptionConfig, groups=["model"])
 def try_images(
     config: CaptionConfig,
-    pictures: Annotated[list[str], typer.Argument(metavar="PICTURE...", help="Picture files.")],
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Image files.")],
 ) -> int:
-    """Caption a few pictures on the terminal, without Ray."""
+    """Caption a few images on the terminal, without Ray."""
     from captioner.console import commands
 
-    return commands.try_images(pictures, config.model)
+    return commands.try_images(images, config.model)
 
 
 @app.command()
 def verify(out: Out) -> int:
-    """Prove that every planned picture has exactly one row.
+    """Prove that every planned image has exactly one row.
 
-    Every planned picture has exactly one current row, and the files match their commits.
+    Every planned image has exactly one current row, and the files match their commits.
     """
     from captioner.console import commands
 
@@ -251,7 +251,7 @@ def feedback(
 ) -> int:
     """Turn approved and edited texts into training pairs.
 
-    Other decisions are left out and counted. Checks of a model trained on the pairs leave their pictures out.
+    Other decisions are left out and counted. Checks of a model trained on the pairs leave their images out.
     """
     from captioner.publishing.alt_text.feedback import run
 
@@ -270,7 +270,7 @@ def models() -> int:
 @app.command()
 def render_scenes(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty directory.")],
-    count: Annotated[int, typer.Option(min=1, metavar="N", help="How many pictures.")],
+    count: Annotated[int, typer.Option(min=1, metavar="N", help="How many images.")],
     seed: Annotated[int, typer.Option(metavar="S", help="Other seeds draw other scenes.")] = 0,
     format: Annotated[
         Literal["folder", "webdataset", "parquet"], typer.Option(help="folder is Hugging Face's ImageFolder.")
@@ -287,7 +287,7 @@ def render_scenes(
 @app.command()
 @takes(TrainConfig)
 def train(config: TrainConfig) -> int:
-    """Fine-tune a model on pictures with captions.
+    """Fine-tune a model on images with captions.
 
     OUT/model is what `captioner caption --model` takes.
 

@@ -44,7 +44,7 @@ class Resources:
 class Sizes:
     """The numbers of workers and decoders, and the resources of each.
 
-    The CPUs of the workers leave at least one for decoding: a graph whose actors hold every CPU never decodes a picture
+    The CPUs of the workers leave at least one for decoding: a graph whose actors hold every CPU never decodes an image
     and never ends.
     """
 
@@ -221,7 +221,7 @@ def share_out(resources: Resources, config: ClusterConfig, one_thread: bool = Fa
     """Workers and decoders for a cluster. Raises ClusterError where a request cannot be met.
 
     `device`: a --device; workers on the CPU reserve no GPU unless told otherwise.
-    `one_thread`: the model captions on one thread where there is no GPU, about as fast as one CPU prepares pictures.
+    `one_thread`: the model captions on one thread where there is no GPU, about as fast as one CPU prepares images.
     """
     if config.gpus_per_worker is None:
         gpus = 1.0 if resources.num_gpus and device != "cpu" else 0.0
@@ -241,7 +241,7 @@ def share_out(resources: Resources, config: ClusterConfig, one_thread: bool = Fa
             f"{workers} workers and {decode} decode CPUs do not fit {resources.num_cpus:g} CPUs; "
             "each needs a share: lower --num-workers or --decode-cpus"
         )
-    # A large model takes far more of the CPUs than preparing its pictures does: it gets a thread on each, the decoders'
+    # A large model takes far more of the CPUs than preparing its images does: it gets a thread on each, the decoders'
     # as well, which idle most of the time.
     threads = max(1, round(cpus if gpus or one_thread else cpus + decode * per_decoder / workers))
     cpus = min(cpus, 1.0) if gpus else cpus

@@ -1,4 +1,4 @@
-"""`captioner demo train`: the starter model learns pictures and a wording that it has never seen."""
+"""`captioner demo train`: the starter model learns images and a wording that it has never seen."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from pathlib import Path
 
 from captioner.config import TrainConfig
 
-PICTURES, SEED = 2_000, 3
+IMAGES, SEED = 2_000, 3
 
 
 def train(directory: Path) -> int:
-    """Render posters into DIR/pictures, train on them with two workers and print what changed.
+    """Render posters into DIR/images, train on them with two workers and print what changed.
 
     The posters are those of `captioner.starter.scenes`.
     """
     from captioner.starter.render import render_scenes
     from ray_jobs import train
 
-    pictures, out = directory / "pictures", directory / "run"
-    if not (pictures / "metadata.jsonl").exists():
-        render_scenes(pictures, PICTURES, SEED, width=64, family="poster")
-    config = demo_config(pictures, out)
+    images, out = directory / "images", directory / "run"
+    if not (images / "metadata.jsonl").exists():
+        render_scenes(images, IMAGES, SEED, width=64, family="poster")
+    config = demo_config(images, out)
     code = train.run(config)
     measured = json.loads((out / "train.json").read_text(encoding="utf-8"))
     before, after = measured["before"]["wer"], measured["measured"]["eval"]["wer"]
@@ -31,11 +31,11 @@ def train(directory: Path) -> int:
     return code
 
 
-def demo_config(pictures: Path, out: Path) -> TrainConfig:
+def demo_config(images: Path, out: Path) -> TrainConfig:
     """About two minutes on two cores."""
     return TrainConfig.model_validate(
         {
-            "data": {"path": str(pictures), "max_eval_samples": 100},
+            "data": {"path": str(images), "max_eval_samples": 100},
             "model": {"name": "starter"},
             "cluster": {"num_workers": 2, "gpus_per_worker": 0},
             "training": {

@@ -159,7 +159,7 @@ def _see_gpu(name: str) -> str:
 
 
 def _caption_one(model: ModelConfig) -> str:
-    """Load the model and caption one grey picture."""
+    """Load the model and caption one grey image."""
     import numpy as np
 
     from captioner.models import load, resolve, settle_dtype

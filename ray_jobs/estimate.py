@@ -31,7 +31,7 @@ LOW, HIGH = 0.05, 0.95  # a 90 % interval
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """`rate`: pictures a second, with the bounds of a 90 % interval. Sizes in bytes, of the whole archive."""
+    """`rate`: images a second, with the bounds of a 90 % interval. Sizes in bytes, of the whole archive."""
 
     num_pictures: int
     rate: float
@@ -50,8 +50,8 @@ def run(config: CaptionConfig, sample: int, seed: int, price_per_gpu_hour: float
     source = open_source(config.source)
     total, rows = draw_sample(source, config.source.limit, sample, seed)
     if not total:
-        raise SourceError(f"{config.source.path}: no pictures found")
-    notify(f"{total:,} pictures listed; captioning a sample of {rows.num_rows:,}")
+        raise SourceError(f"{config.source.path}: no images found")
+    notify(f"{total:,} images listed; captioning a sample of {rows.num_rows:,}")
     resources = connect(config.cluster)
     model, device = resolve(config.model, announce=notify), config.model.device
     sizes = share_out(resources, config.cluster, is_small(model), device=device)
@@ -65,7 +65,7 @@ def run(config: CaptionConfig, sample: int, seed: int, price_per_gpu_hour: float
 
 
 def draw_sample(source: Source, limit: int | None, size: int, seed: int) -> tuple[int, pa.Table]:
-    """(pictures in the source, a uniform sample of their planned rows): each row draws a number, the lowest stay."""
+    """(images in the source, a uniform sample of their planned rows): each row draws a number, the lowest stay."""
     random = np.random.default_rng(seed)
     total, kept, keys = 0, None, np.empty(0)
     for _, listing in list_units(source, list(source.units())):
@@ -92,8 +92,8 @@ def predict(pieces: Sequence[Piece], total: int, num_workers: int, decoders: int
         return rows[random.integers(len(rows), size=(RESAMPLES, len(rows)))].sum(axis=1)
 
     def capacities(sums: Any) -> tuple[Any, Any]:
-        pictures, prepare, generate = sums[..., 0], sums[..., 1], sums[..., 2]
-        return pictures * decoders / np.maximum(prepare, 1e-9), pictures * num_workers / np.maximum(generate, 1e-9)
+        images, prepare, generate = sums[..., 0], sums[..., 1], sums[..., 2]
+        return images * decoders / np.maximum(prepare, 1e-9), images * num_workers / np.maximum(generate, 1e-9)
 
     sums = table.sum(axis=0)
     decoding, captioning = capacities(sums)
@@ -120,7 +120,7 @@ def lines(found: Prediction, sizes: Sizes, price_per_gpu_hour: float | None) -> 
     seconds = [found.num_pictures / rate for rate in (found.rate, found.high, found.low)]
     middle, least, most = (_span(one) for one in seconds)
     told = [
-        f"pictures        {found.num_pictures:,}, {_size(found.source_bytes)}",
+        f"images        {found.num_pictures:,}, {_size(found.source_bytes)}",
         f"images/s        {found.rate:,.1f} ({found.low:,.1f} to {found.high:,.1f}), bound by {found.bound_by}",
         f"time            {middle} ({least} to {most})",
         f"captioned       {found.share_ok:.1%} of the sample",

@@ -22,18 +22,18 @@ class RunMetrics:
     def __init__(self) -> None:
         from ray.util.metrics import Counter, Gauge, Histogram
 
-        self._pictures = Counter(
-            "captioner_pictures", "Committed pictures; reason is the error code of failed ones.", ("status", "reason")
+        self._images = Counter(
+            "captioner_pictures", "Committed images; reason is the error code of failed ones.", ("status", "reason")
         )
         self._seconds = Counter("captioner_seconds", "Seconds spent in each step, over all workers.", ("step",))
         self._chunk_seconds = Histogram("captioner_chunk_seconds", "Seconds of a chunk.", BOUNDARIES_S, ("step",))
-        self._chunk_pictures = Gauge("captioner_chunk_pictures", "Pictures of the latest committed chunk.")
+        self._chunk_pictures = Gauge("captioner_chunk_pictures", "Images of the latest committed chunk.")
 
     def add(self, receipt: Receipt) -> None:
         """Count a committed chunk."""
         for reason, number in [("", receipt.num_ok), *receipt.failed_by_reason.items()]:
             if number:
-                self._pictures.inc(number, {"status": "failed" if reason else "ok", "reason": reason})
+                self._images.inc(number, {"status": "failed" if reason else "ok", "reason": reason})
         for step in STEPS:
             seconds = float(getattr(receipt, f"{step}_seconds"))
             self._chunk_seconds.observe(seconds, {"step": step})
@@ -49,7 +49,7 @@ class DeviceMetrics:
         from ray.util.metrics import Gauge
 
         self._busy = Gauge("captioner_device_busy_share", "Share of the time a caption worker captioned, 0 to 1.")
-        self._batch = Gauge("captioner_batch_size", "Pictures of a forward pass, at most.")
+        self._batch = Gauge("captioner_batch_size", "Images of a forward pass, at most.")
         self._clock = clock
         self._since = clock()
         self._lock = threading.Lock()
@@ -75,7 +75,7 @@ class DriverMetrics:
     def __init__(self, num_rows: int) -> None:
         from ray.util.metrics import Gauge
 
-        self._queue = Gauge("captioner_queue_pictures", "Planned pictures that are not committed yet.")
+        self._queue = Gauge("captioner_queue_pictures", "Planned images that are not committed yet.")
         self._wer = Gauge("captioner_running_wer", "WER of the spot-checked captions of this start so far.")
         self._left, self._edits, self._words = num_rows, 0, 0
         self._queue.set(num_rows)

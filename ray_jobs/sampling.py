@@ -27,7 +27,7 @@ from ray_jobs.cluster import Sizes
 from ray_jobs.failures import cause_of
 from ray_jobs.gpus import worker_device
 
-BATCH = {"cpu": 16, "gpu": 128}  # pictures of a piece: those of a forward pass
+BATCH = {"cpu": 16, "gpu": 128}  # images of a piece: those of a forward pass
 MIN_PIECES, PIECES_PER_WORKER = 16, 4  # a smaller sample is captioned again and again
 AHEAD = 2  # decoded pieces that wait, for each caption worker
 TIMEOUT_S = 900.0
@@ -35,7 +35,7 @@ TIMEOUT_S = 900.0
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What was measured on some of the sampled pictures.
+    """What was measured on some of the sampled images.
 
     `prepare`: seconds between two pieces of one decode worker. `generate`: seconds of a caption worker. `gap`: seconds
     since the piece before came out of the full pipeline; 0 while it fills.

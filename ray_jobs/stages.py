@@ -34,7 +34,7 @@ _ERROR = "error"
 
 
 class DecodeStage:
-    """A block with one chunk's description -> its pictures, decoded."""
+    """A block with one chunk's description -> its images, decoded."""
 
     def __init__(self, work: Work) -> None:
         self.work = work
@@ -47,7 +47,7 @@ class DecodeStage:
 
 
 class CaptionStage:
-    """Blocks of decoded pictures -> blocks of caption rows; holds the model.
+    """Blocks of decoded images -> blocks of caption rows; holds the model.
 
     On a GPU `AT_ONCE` calls run at once: while one's images are searched, the next one's are on their way to the device
     and the rows of the one before are made. Of such calls two that raise together may both be lost, and the run waits

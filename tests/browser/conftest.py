@@ -50,7 +50,7 @@ def open_page(browser) -> Iterator[Open]:
     yield open_it
     for context in contexts:
         context.close()
-    # A refused decision, a picture or a server that has gone: the page tells the person.
+    # A refused decision, an image or a server that has gone: the page tells the person.
     assert [trouble for trouble in troubles if not trouble.startswith("Failed to load resource")] == []
 
 

@@ -22,7 +22,7 @@ from captioner.training.local import LocalEngine
 from ray_jobs.cli import main
 
 pytestmark = pytest.mark.browser
-PICTURES = 32
+IMAGES = 32
 # What the reviewer does, image by image; "edited" writes what is known of the image.
 DECISIONS = ["edited"] * 13 + ["approved", "rejected", "decorative", "expert", "rejected", "edited", "approved"]
 FORMATS = ("xmp", "html", "csv", "jsonl", "txt", "coco", "imagefolder", "webdataset", "parquet")
@@ -32,7 +32,7 @@ KEYS = {"approved": "a", "rejected": "r", "decorative": "d", "expert": "x"}
 @pytest.fixture
 def archive(tmp_path: Path) -> Path:
     """Posters: the starter has never seen any, so a person has much to write."""
-    render_scenes(tmp_path / "archive", PICTURES, seed=8, width=64, family="poster")
+    render_scenes(tmp_path / "archive", IMAGES, seed=8, width=64, family="poster")
     return tmp_path / "archive"
 
 

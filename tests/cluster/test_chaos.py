@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.chaos, pytest.mark.timeout(0)]
 
 KILLS = int(os.environ.get("CHAOS_KILLS", "10"))
 SEED = int(os.environ.get("CHAOS_SEED", "0"))
-PICTURES = 3_000
+IMAGES = 3_000
 
 
 def start(archive: Path, out: Path) -> subprocess.Popen[bytes]:
@@ -65,8 +65,8 @@ def state(out: Path) -> str:
 
 
 def test_a_driver_killed_at_random_moments(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    archive = make_folder(tmp_path / "archive", PICTURES, width=32)
-    (archive / "broken.png").write_bytes(b"no picture")
+    archive = make_folder(tmp_path / "archive", IMAGES, width=32)
+    (archive / "broken.png").write_bytes(b"no image")
     assert start(archive, tmp_path / "quiet").wait() == 0
     expected = rows(tmp_path / "quiet")
     rng, out, lines = random.Random(SEED), tmp_path / "out", []
@@ -84,7 +84,7 @@ def test_a_driver_killed_at_random_moments(tmp_path: Path, capfd: pytest.Capture
     assert start(archive, out).wait() == 0
     verdict = judged(out, expected)
     with capfd.disabled():
-        print(f"\nseed {SEED}, {PICTURES + 1} pictures in 31 chunks\nkill  of what     found")
+        print(f"\nseed {SEED}, {IMAGES + 1} images in 31 chunks\nkill  of what     found")
         print("\n".join(lines))
         print(f"after the last resume: {verdict}")
 

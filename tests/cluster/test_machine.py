@@ -69,7 +69,7 @@ def hold_memory_until_a_worker_is_killed(out: Path, killed: list[int]) -> None:
     del memory
 
 
-def test_memory_that_runs_out_for_a_while_costs_workers_and_no_picture(tmp_path: Path) -> None:
+def test_memory_that_runs_out_for_a_while_costs_workers_and_no_image(tmp_path: Path) -> None:
     archive, out, killed = make_folder(tmp_path / "archive", 3_000, width=32), tmp_path / "out", []
     memory = psutil.virtual_memory()
     limit = (memory.total - memory.available + MARGIN) / memory.total

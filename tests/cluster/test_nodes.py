@@ -17,13 +17,13 @@ from captioner.testing import GATE_MARKER, decoder_faults, make_folder
 from ray_jobs.cluster import Resources, share_out
 from ray_jobs.metrics import STEPS
 
-PICTURES = 240
+IMAGES = 240
 # With a real model and many beams: a pool grows where captioning is what takes the time.
 SLOW_MODEL = ["--model", "starter", "--num-beams", "8"]
 DEADLINE_S = 600.0
 METRICS = [  # name, lowest and highest value
     ("running_wer", 0, 1),
-    ("queue_pictures", 0, PICTURES),
+    ("queue_pictures", 0, IMAGES),
     ("batch_size", 1, 512),
     ("device_busy_share", 0, 1),
     ("chunk_pictures", 1, 512),
@@ -67,9 +67,9 @@ class Observed:
 def grown(head, tmp_path_factory: pytest.TempPathFactory) -> Observed:
     """A run on two nodes that a third joins. It does not end before it was seen to grow: its last image waits."""
     root = tmp_path_factory.mktemp("grown")
-    archive, gate = make_folder(root / "archive", PICTURES, width=32), root / "gate"
+    archive, gate = make_folder(root / "archive", IMAGES, width=32), root / "gate"
     gate.mkdir()
-    with (archive / f"{PICTURES - 1:06d}.png").open("ab") as last:
+    with (archive / f"{IMAGES - 1:06d}.png").open("ab") as last:
         last.write(GATE_MARKER + bytes(gate))
     head.add_node(num_cpus=2)
     flags = [*SLOW_MODEL, "--device", "cpu", "--num-workers", "1:3", "--decode-timeout", "3600"]
@@ -108,7 +108,7 @@ def test_nodes_that_join_are_used_by_a_pool_that_grows(grown: Observed) -> None:
 def test_a_running_job_is_counted_on_the_metrics_endpoint(grown: Observed) -> None:
     ok = sum(value for name, value in grown.metrics.items() if "pictures_total" in name and 'status="ok"' in name)
 
-    assert 0 < ok <= PICTURES
+    assert 0 < ok <= IMAGES
     for name, low, high in METRICS:
         values = grown.values(name)
         assert values, name

@@ -24,20 +24,20 @@ from captioner.testing import GATE_MARKER, decoder_faults, make_folder
 from ray_jobs.follow import Follower
 
 DEADLINE_S = 600.0
-PICTURES = 320
+IMAGES = 320
 
 
 @pytest.fixture
 def gate(tmp_path: Path) -> Path:
-    """Where the last picture of the archive waits, once, until `open` is there: a job that gets to it does not end."""
+    """Where the last image of the archive waits, once, until `open` is there: a job that gets to it does not end."""
     (tmp_path / "gate").mkdir()
     return tmp_path / "gate"
 
 
 @pytest.fixture
 def archive(tmp_path: Path, gate: Path) -> Path:
-    made = make_folder(tmp_path / "archive", PICTURES, width=32)
-    with (made / f"{PICTURES - 1:06d}.png").open("ab") as last:
+    made = make_folder(tmp_path / "archive", IMAGES, width=32)
+    with (made / f"{IMAGES - 1:06d}.png").open("ab") as last:
         last.write(GATE_MARKER + str(gate).encode())
     return made
 
@@ -132,12 +132,12 @@ def _stop_half_way(head, proxy: Proxy, first, job_id: str, archive: Path, out: P
     logs = [first.communicate()[0], second.communicate()[0]]
     assert (first.returncode, second.returncode) == (143, 143), logs
     assert not verify(open_table(str(out))).proven
-    assert logs[0].count(f"planned {PICTURES} images") == 1  # followed over two connections, each line once
+    assert logs[0].count(f"planned {IMAGES} images") == 1  # followed over two connections, each line once
 
 
 def test_the_exit_code_is_that_of_the_command(head, tmp_path: Path) -> None:
     (tmp_path / "archive").mkdir()
-    (tmp_path / "archive" / "broken.png").write_bytes(b"no picture")
+    (tmp_path / "archive" / "broken.png").write_bytes(b"no image")
 
     job = head.submit(*caption(tmp_path / "archive", tmp_path / "out"))
     log, _ = job.communicate()

@@ -139,9 +139,9 @@ def test_a_spacer_may_be_decorative() -> None:
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> CaptionsTable:
-    """Three parts; the second picture has a broken file."""
+    """Three parts; the second image has a broken file."""
     archive = make_folder(tmp_path_factory.mktemp("alt") / "archive", 100)
-    (archive / "000001.png").write_bytes(b"no picture")
+    (archive / "000001.png").write_bytes(b"no image")
     out = archive.with_name("out")
     pipeline.run(caption_config(archive, out, rows_per_file=40))
     return open_table(str(out))

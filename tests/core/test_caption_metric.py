@@ -15,14 +15,14 @@ def metric():
     return evaluate.load(metric_module.__file__, keep_in_memory=True)
 
 
-def test_the_best_reference_of_each_picture_counts(metric) -> None:
+def test_the_best_reference_of_each_image_counts(metric) -> None:
     found = metric.compute(predictions=CAPTIONS, references=REFERENCES)
 
     assert (found["edits"], found["words"]) == (1, 8)
     assert found["wer"] == pytest.approx(1 / 8)
 
 
-def test_captions_of_other_pictures_are_worse_and_sums_of_parts_are_the_whole(metric) -> None:
+def test_captions_of_other_images_are_worse_and_sums_of_parts_are_the_whole(metric) -> None:
     whole = metric.compute(predictions=CAPTIONS * 2, references=REFERENCES * 2)
     part = metric.compute(predictions=CAPTIONS, references=REFERENCES)
 

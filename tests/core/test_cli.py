@@ -113,7 +113,7 @@ def test_help_shows_choices_and_defaults(capsys: pytest.CaptureFixture[str]) -> 
     shown = " ".join(capsys.readouterr().out.split())
     assert "--dtype auto|float32|bfloat16|float16 " in shown
     assert "--max-new-tokens N Longest caption, in tokens. [default: 40]" in shown
-    assert "--batch-size N|auto Pictures for each forward pass. [default: auto]" in shown
+    assert "--batch-size N|auto Images for each forward pass. [default: auto]" in shown
 
 
 def test_a_setting_that_is_not_given_is_left_to_the_file(tmp_path: Path, configs: list[CaptionConfig]) -> None:
@@ -187,7 +187,7 @@ def test_the_command_line_of_settings_makes_the_same_settings(tree: dict[str, An
         (["caption", "a", "b", "--num-beams", "0"], ["--num-beams", "'0'", "greater"]),
         (["caption", "a", "b", "--dtype", "float8"], ["--dtype", "'float8'", "'bfloat16'"]),
         (["caption", "--config", "nowhere.yaml"], ["nowhere.yaml", "no such file"]),
-        (["try", "--model", "starter"], ["PICTURE"]),
+        (["try", "--model", "starter"], ["IMAGE"]),
         (["try", "a.jpg", "--num-workers", "2"], ["--num-workers"]),
         (["verify"], ["OUT"]),
         (["status", "a", "b"], ["b"]),

@@ -97,7 +97,7 @@ def test_the_record_counts_what_was_saved(tmp_path, archive, captioner) -> None:
     assert record["counts"]["duplicates"] == DISTINCT * (COPIES - 1)
 
 
-def test_no_dedupe_captions_every_picture(tmp_path, archive, captioner) -> None:
+def test_no_dedupe_captions_every_image(tmp_path, archive, captioner) -> None:
     rows = run(archive, tmp_path / "out", no_dedupe=True)
 
     assert captioner.asked == DISTINCT * COPIES
@@ -112,7 +112,7 @@ def test_captions_are_the_same_with_and_without(tmp_path, archive) -> None:
 
 
 @pytest.mark.parametrize("write", range(4, 30, 3))
-def test_a_killed_run_still_ends_with_each_picture_once(tmp_path, archive, write) -> None:
+def test_a_killed_run_still_ends_with_each_image_once(tmp_path, archive, write) -> None:
     try:
         with killed_at_write(write):
             pipeline.run(caption_config(archive, tmp_path / "out", rows_per_file=8))
@@ -241,7 +241,7 @@ def test_a_copy_of_what_cannot_be_read_is_read_itself(tmp_path, archive, caption
 
 
 @pytest.mark.parametrize("write", range(4, 30, 5))
-def test_a_killed_run_over_such_a_manifest_ends_with_each_picture_once(tmp_path, manifest, write) -> None:
+def test_a_killed_run_over_such_a_manifest_ends_with_each_image_once(tmp_path, manifest, write) -> None:
     try:
         with killed_at_write(write):
             pipeline.run(caption_config(manifest, tmp_path / "out", rows_per_file=8))

@@ -190,10 +190,8 @@ needs_exiftool = pytest.mark.skipif(shutil.which("exiftool") is None, reason="Ex
 
 @needs_exiftool
 def test_embedding_goes_into_copies_and_changes_no_pixel(table: CaptionsTable, tmp_path: Path) -> None:
-    picture = tmp_path / "archive/000000.png"
-    with_xmp = subprocess.run(
-        ["exiftool", "-overwrite_original", "-XMP-xmp:Rating=4", str(picture)], capture_output=True
-    )
+    image = tmp_path / "archive/000000.png"
+    with_xmp = subprocess.run(["exiftool", "-overwrite_original", "-XMP-xmp:Rating=4", str(image)], capture_output=True)
     assert with_xmp.returncode == 0
     signed = tmp_path / "archive/000001.png"
     signed.write_bytes(signed.read_bytes() + b"....jumb....c2pa")

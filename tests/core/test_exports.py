@@ -166,8 +166,8 @@ def test_presets_of_publishing_systems(finished: Path, home: Path, tmp_path: Pat
     assert (tmp_path / "wordpress.csv").read_text().splitlines()[0] == "filename,alt_text"
     with (tmp_path / "wagtail.csv").open(newline="") as file:
         rows = {row["filename"]: row for row in csv.DictReader(file)}
-    picture = (finished / "archive/000002.png").read_bytes()
-    assert rows["000002.png"]["file_hash"] == hashlib.sha1(picture).hexdigest()
+    image = (finished / "archive/000002.png").read_bytes()
+    assert rows["000002.png"]["file_hash"] == hashlib.sha1(image).hexdigest()
     assert [name for name, _ in tally.problems] == ["000001.png"]
     assert sorted(rows) == ["000000.png", "000002.png", "000003.png"]
 

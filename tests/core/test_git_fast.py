@@ -31,7 +31,7 @@ def tiny(tmp_path_factory) -> Path:
     return make_tiny_model("git", tmp_path_factory.mktemp("tiny"))
 
 
-def pictures(side: int, count: int) -> np.ndarray:
+def images(side: int, count: int) -> np.ndarray:
     """Half scenes, half noise, of which the starter says long and various things."""
     scenes = np.stack([np.asarray(scene.render(side)) for scene in make_scenes(count // 2, seed=5)])
     noise = np.random.default_rng(0).integers(0, 256, scenes.shape, dtype=np.uint8)
@@ -44,7 +44,7 @@ def open_fast(directory: Path, batch_size: int = 32, **settings):
 
 
 def both(directory: Path, pixels: np.ndarray, generate=None, **settings) -> tuple[list[list[int]], list[list[int]]]:
-    """New token ids of each picture, end token included: by our search, and by transformers on a model of its own."""
+    """New token ids of each image, end token included: by our search, and by transformers on a model of its own."""
     captioner = open_fast(directory, **settings)
     assert captioner.engine == "fast"
     plain = AutoModelForImageTextToText.from_pretrained(directory, attn_implementation="eager").eval()
@@ -69,7 +69,7 @@ def caption_of(tokens: torch.Tensor, end: int = 2) -> list[int]:
 
 @pytest.mark.parametrize("num_beams", [1, 3, 5])
 def test_token_ids_of_the_starter_are_those_of_generate(num_beams) -> None:
-    ours, theirs = both(STARTER, pictures(64, 200), num_beams=num_beams)
+    ours, theirs = both(STARTER, images(64, 200), num_beams=num_beams)
 
     assert ours == theirs
     assert len({len(row) for row in theirs}) >= 3  # rows leave the search at different steps
@@ -77,7 +77,7 @@ def test_token_ids_of_the_starter_are_those_of_generate(num_beams) -> None:
 
 @pytest.mark.parametrize("num_beams", [1, 3, 5])
 def test_token_ids_of_a_tiny_model_are_those_of_generate(num_beams, tiny) -> None:
-    ours, theirs = both(tiny, pictures(32, 200), num_beams=num_beams)
+    ours, theirs = both(tiny, images(32, 200), num_beams=num_beams)
 
     assert ours == theirs
     assert {row[-1] == 2 for row in theirs} == {True, False}
@@ -85,7 +85,7 @@ def test_token_ids_of_a_tiny_model_are_those_of_generate(num_beams, tiny) -> Non
 
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_a_prompt_begins_the_search(num_beams, tiny) -> None:
-    ours, theirs = both(tiny, pictures(32, 40), num_beams=num_beams, prompt="a small red")
+    ours, theirs = both(tiny, images(32, 40), num_beams=num_beams, prompt="a small red")
 
     assert ours == theirs
 
@@ -108,7 +108,7 @@ def test_a_prompt_begins_the_search(num_beams, tiny) -> None:
 def test_settings_of_the_checkpoint_are_followed(settings, tmp_path) -> None:
     model = write_settings(make_tiny_model("git", tmp_path), **settings)
 
-    ours, theirs = both(model, pictures(32, 64), num_beams=3)
+    ours, theirs = both(model, images(32, 64), num_beams=3)
 
     assert ours == theirs
 
@@ -117,14 +117,14 @@ def test_settings_of_the_checkpoint_are_followed(settings, tmp_path) -> None:
 def test_greedy_search_follows_them_too(settings, tmp_path) -> None:
     model = write_settings(make_tiny_model("git", tmp_path), **settings)
 
-    ours, theirs = both(model, pictures(32, 64))
+    ours, theirs = both(model, images(32, 64))
 
     assert ours == theirs
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_batches_and_numbers_beside_the_captions_are_those_of_the_generic_search(num_beams, tiny) -> None:
-    pixels = pictures(32, 50)
+    pixels = images(32, 50)
     fast = open_fast(tiny, batch_size=7, num_beams=num_beams).caption(pixels)
     captioner = open_fast(tiny, num_beams=num_beams)
     captioner._fast = None
@@ -138,7 +138,7 @@ def test_batches_and_numbers_beside_the_captions_are_those_of_the_generic_search
 @pytest.mark.parametrize("limit", [1, 2])
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_the_shortest_limits(limit, num_beams, tiny) -> None:
-    pixels = pictures(32, 20)
+    pixels = images(32, 20)
     captioner = open_fast(tiny, num_beams=num_beams, max_new_tokens=limit)
     values = captioner.normalise(torch.from_numpy(pixels))
     with torch.inference_mode():
@@ -155,7 +155,7 @@ def test_what_only_generate_can_do_is_left_to_it(tmp_path) -> None:
     captioner = open_fast(model)
 
     assert captioner.engine == "generic"
-    assert len(set(captioner.caption(pictures(32, 20)).texts)) >= 10
+    assert len(set(captioner.caption(images(32, 20)).texts)) >= 10
 
 
 def test_settings_that_change_nothing_need_no_generate() -> None:

@@ -74,7 +74,7 @@ def test_captured_steps_give_the_same_captions_again_and_again(tiny, pixels, cap
 def test_only_full_batches_and_their_halves_are_kept(tiny, pixels, captured) -> None:
     captioner = opened(tiny, 1, with_graphs=True)
 
-    for count in (59, 45, 39, 30):  # the last batches are of 11, 13, 7 and 14 pictures
+    for count in (59, 45, 39, 30):  # the last batches are of 11, 13, 7 and 14 images
         captioner.caption(pixels[:count])
 
     sizes = set(captioner._fast.stepper._kept)

@@ -79,7 +79,7 @@ def exif(orientation: int) -> Image.Exif:
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_the_picture_is_upright(orientation, format):
+def test_the_image_is_upright(orientation, format):
     if format == "AVIF" and not features.check("avif"):
         pytest.skip("Pillow without AVIF")
     data = encode(stored(quadrants(), orientation), format, exif=exif(orientation), quality=95)
@@ -200,7 +200,7 @@ def test_a_file_cut_off_in_its_header_is_truncated_not_unknown(name):
     assert decoded.format == name.lower()
 
 
-def test_size_and_format_of_a_truncated_picture_are_kept():
+def test_size_and_format_of_a_truncated_image_are_kept():
     decoded = decode(FILES["PNG"][:2000], SPEC, NO_LIMIT)
 
     assert (decoded.error_code, decoded.width, decoded.height, decoded.format) == ("truncated", 60, 50, "png")
@@ -289,7 +289,7 @@ def test_the_limit_is_exact(name):
     assert decode(FILES[name], SPEC, 60 * 50 - 1).error_code == "too_many_pixels"
 
 
-def test_a_picture_inside_an_icon_counts():
+def test_an_image_inside_an_icon_counts():
     inside = encode(noise(width=200, height=200), "PNG")
     entry = struct.pack("<BBBBHHII", 16, 16, 0, 0, 1, 32, len(inside), 22)
 
@@ -326,7 +326,7 @@ UNSUPPORTED = {
     "svg": b'<?xml version="1.0"?>\n<!-- drawn -->\n<svg xmlns="http://www.w3.org/2000/svg"/>',
     "jpeg xl": b"\xff\x0a\x00\x10" + bytes(30),
 }
-NO_PICTURES = {
+NO_IMAGES = {
     "html": b"<!DOCTYPE html><html><body><svg></svg>404 Not Found</body></html>",
     "text": b"a plain sentence, nothing more\n" * 5,
     "json": b'{"error": "no such key"}',
@@ -348,9 +348,9 @@ def test_formats_of_outside_programs_are_never_opened(monkeypatch, name):
     assert started == []
 
 
-@pytest.mark.parametrize("name", NO_PICTURES)
-def test_what_is_no_picture_is_said_to_be_none(name):
-    assert decode(NO_PICTURES[name], SPEC, NO_LIMIT).error_code == "not_an_image"
+@pytest.mark.parametrize("name", NO_IMAGES)
+def test_what_is_no_image_is_said_to_be_none(name):
+    assert decode(NO_IMAGES[name], SPEC, NO_LIMIT).error_code == "not_an_image"
 
 
 def test_an_empty_file_is_said_to_be_empty():
@@ -415,7 +415,7 @@ def test_importing_loads_nothing_heavy():
 # --- batches ----------------------------------------------------------------------------------------------------
 
 
-def test_a_batch_has_one_row_for_each_picture_in_order():
+def test_a_batch_has_one_row_for_each_image_in_order():
     raws = [
         RawImage("a", "/a", FILES["JPEG"]),
         RawImage("b", "/b", b""),

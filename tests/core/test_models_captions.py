@@ -54,7 +54,7 @@ def generate_with_transformers(family, directory, pixels, **inputs):
     """Token ids, start token first, and the model, by transformers' own image processor and `generate`."""
     model = AutoModelForImageTextToText.from_pretrained(directory).eval()
     processor = PROCESSORS[family].from_pretrained(directory)
-    images = [Image.fromarray(picture) for picture in pixels]
+    images = [Image.fromarray(image) for image in pixels]
     values = processor(images, return_tensors="pt").pixel_values
     with torch.inference_mode():
         ids = model.generate(pixel_values=values, do_sample=False, **({"max_new_tokens": LIMIT} | inputs))
@@ -231,20 +231,20 @@ def test_a_model_without_an_end_token_never_finishes() -> None:
     assert token_counts(torch.tensor([[3, 2, 1]]), []) == ([3], [False])
 
 
-def test_the_fake_names_pictures_by_their_pixels(pixels) -> None:
+def test_the_fake_names_images_by_their_pixels(pixels) -> None:
     captions = load(resolve(ModelConfig(name="fake"))).caption(pixels)
 
     assert captions == FakeCaptioner().caption(pixels)
     assert captions.texts[0] == f"picture {zlib.crc32(pixels[0].tobytes()):08x}"
-    assert len(set(captions.texts)) == len({picture.tobytes() for picture in pixels})
+    assert len(set(captions.texts)) == len({image.tobytes() for image in pixels})
     assert captions.num_tokens == [3] * len(pixels)
-    assert captions.logprob_mean == [-(zlib.crc32(picture.tobytes()) % 1000) / 1000 for picture in pixels]
+    assert captions.logprob_mean == [-(zlib.crc32(image.tobytes()) % 1000) / 1000 for image in pixels]
     assert all(captions.finished)
 
 
 def test_the_starter_loads_and_captions() -> None:
-    pictures = np.stack([np.asarray(scene.render(64)) for scene in make_scenes(3, seed=5)])
+    images = np.stack([np.asarray(scene.render(64)) for scene in make_scenes(3, seed=5)])
 
-    captions = load(resolve(ModelConfig(name="starter")), device="cpu").caption(pictures)
+    captions = load(resolve(ModelConfig(name="starter")), device="cpu").caption(images)
 
     assert len(captions.texts) == 3

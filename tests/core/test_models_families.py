@@ -42,7 +42,7 @@ def model(tmp_path_factory):
 
 
 @cache
-def pictures() -> list[Image.Image]:
+def images() -> list[Image.Image]:
     """Of many sizes: below, at and above what the tiny models take."""
     sizes = [(20 + 7 * place % 31, 18 + 5 * place % 29) for place in range(24)]
     return [scene.render(64).resize(size) for scene, size in zip(make_scenes(24, seed=5), sizes, strict=True)]
@@ -58,19 +58,19 @@ def as_files(images: list[Image.Image]) -> list[RawImage]:
 
 
 def caption(directory: Path, batch_size: int = 16, **settings):
-    """Captions of the pictures, from their files."""
+    """Captions of the images, from their files."""
     config = ModelConfig(name=str(directory), **({"max_new_tokens": LIMIT, "preprocess": "processor"} | settings))
     ref = resolve(config)
-    decoded = decode_images(as_files(pictures()), ref.spec, max_pixels=10**6)
+    decoded = decode_images(as_files(images()), ref.spec, max_pixels=10**6)
     return load(ref, device="cpu", batch_size=batch_size).caption(decoded.pixels)
 
 
 def by_hand(family: str, directory: Path, prompt: str | None = None) -> list[str]:
-    """`generate` on one picture after the other, each through transformers' own classes."""
+    """`generate` on one image after the other, each through transformers' own classes."""
     model = AutoModelForImageTextToText.from_pretrained(directory).eval()
     tokenizer = AutoTokenizer.from_pretrained(directory)
     texts = []
-    for image in pictures():
+    for image in images():
         inputs = INPUTS[family](directory, tokenizer, image, prompt)
         with torch.inference_mode():
             ids = model.generate(**inputs, do_sample=False, max_new_tokens=LIMIT)[0]
@@ -222,7 +222,7 @@ def test_a_model_without_a_chat_template_is_an_error_of_one_line(tmp_path) -> No
 
 
 @pytest.mark.parametrize("prompt", ["<|image_pad|> What is this?", None])
-def test_a_question_without_one_place_for_the_picture_is_an_error(prompt, tmp_path) -> None:
+def test_a_question_without_one_place_for_the_image_is_an_error(prompt, tmp_path) -> None:
     make_tiny_model("qwen2_vl", tmp_path)
     if prompt is None:
         (tmp_path / "chat_template.jinja").write_text("{{ messages[0]['content'][1]['text'] }}")
@@ -231,10 +231,10 @@ def test_a_question_without_one_place_for_the_picture_is_an_error(prompt, tmp_pa
         load(resolve(ModelConfig(name=str(tmp_path), prompt=prompt)), device="cpu")
 
 
-def test_a_picture_the_processor_refuses_fails_alone(model) -> None:
+def test_an_image_the_processor_refuses_fails_alone(model) -> None:
     ref = resolve(ModelConfig(name=str(model("qwen2_vl")), max_new_tokens=LIMIT))
     strip = Image.new("RGB", (900, 2))  # Qwen takes no aspect above 200
-    decoded = decode_images(as_files([*pictures()[:3], strip]), ref.spec, max_pixels=10**6)
+    decoded = decode_images(as_files([*images()[:3], strip]), ref.spec, max_pixels=10**6)
 
     results = caption_or_reasons(load(ref, device="cpu", batch_size=4), decoded.pixels)
 
@@ -242,9 +242,9 @@ def test_a_picture_the_processor_refuses_fails_alone(model) -> None:
     assert "aspect ratio" in str(results[3])
 
 
-def test_what_does_not_fit_the_memory_is_halved_and_no_picture_lost(model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_does_not_fit_the_memory_is_halved_and_no_image_lost(model, monkeypatch: pytest.MonkeyPatch) -> None:
     captioner = load(resolve(ModelConfig(name=str(model("smolvlm")), max_new_tokens=LIMIT)), device="cpu", batch_size=9)
-    decoded = decode_images(as_files(pictures()), captioner.ref.spec, max_pixels=10**6)
+    decoded = decode_images(as_files(images()), captioner.ref.spec, max_pixels=10**6)
     expected = captioner.caption(decoded.pixels)
     search = captioner.search
 

@@ -1,4 +1,4 @@
-"""Pictures that travel in their own sizes: no larger than their model's processor makes use of, through a whole run."""
+"""Images that travel in their own sizes: no larger than their model's processor makes use of, through a whole run."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ FILE = Path("preprocessor_config.json")
 
 @settings(max_examples=300, deadline=None)
 @given(height=SIDES, width=SIDES, edge=st.sampled_from([364, 1456, 2048]))
-def test_a_tiled_picture_is_made_as_small_as_its_processor_makes_it(height, width, edge) -> None:
+def test_a_tiled_image_is_made_as_small_as_its_processor_makes_it(height, width, edge) -> None:
     spec = own_spec("idefics3", FILE, {"size": {"longest_edge": edge}})
 
     size = resized((height, width), spec)
@@ -53,7 +53,7 @@ def test_a_tiled_picture_is_made_as_small_as_its_processor_makes_it(height, widt
 @settings(max_examples=300, deadline=None)
 @example(height=36, width=5615, area=200_704)
 @given(height=SIDES, width=SIDES, area=st.sampled_from([200_704, 1_003_520, 12_845_056]))
-def test_a_picture_for_qwen_is_made_as_small_as_its_processor_makes_it(height, width, area) -> None:
+def test_an_image_for_qwen_is_made_as_small_as_its_processor_makes_it(height, width, area) -> None:
     spec = own_spec("qwen2_5_vl", FILE, {"min_pixels": 3136, "max_pixels": area})
 
     size = resized((height, width), spec)
@@ -89,13 +89,13 @@ def test_a_guarded_decoder_hands_over_any_size() -> None:
     with GuardedDecoder(spec, 10**6, 60) as decoder:
         there = list(decoder(files))
 
-    assert [picture.shape for picture in here.pixels] == [(30, 20, 3), (16, 40, 3)]
-    assert all((decoded.pixels == picture).all() for decoded, picture in zip(there, here.pixels, strict=True))
+    assert [image.shape for image in here.pixels] == [(30, 20, 3), (16, 40, 3)]
+    assert all((decoded.pixels == image).all() for decoded, image in zip(there, here.pixels, strict=True))
 
 
 def test_pixels_of_any_size_pass_from_stage_to_stage(tmp_path) -> None:
     ref = resolve(ModelConfig(name=str(make_tiny_model("qwen2_vl", tmp_path))))
-    raws = [RawImage("0", "", as_file(Image.new("RGB", (20, 30), "red"))), RawImage("1", "", b"no picture")]
+    raws = [RawImage("0", "", as_file(Image.new("RGB", (20, 30), "red"))), RawImage("1", "", b"no image")]
     batch = decode_images(raws, ref.spec, 10**6)
     rows = ChunkRows(Chunk(0, 0, 0, 2), batch.rows, batch.pixels, {"read": 0.0, "decode": 0.0})
     work = Work(None, None, 10**6, ref, "run", 60.0)  # type: ignore[arg-type]
@@ -103,11 +103,11 @@ def test_pixels_of_any_size_pass_from_stage_to_stage(tmp_path) -> None:
     passed = from_block(to_block(rows), work)
 
     assert passed.rows.equals(rows.rows)
-    assert [picture.tolist() for picture in passed.pixels] == [picture.tolist() for picture in rows.pixels]
+    assert [image.tolist() for image in passed.pixels] == [image.tolist() for image in rows.pixels]
 
 
-def test_a_run_captions_pictures_of_many_sizes(tmp_path, decoding_here) -> None:
-    folder = tmp_path / "pictures"
+def test_a_run_captions_images_of_many_sizes(tmp_path, decoding_here) -> None:
+    folder = tmp_path / "images"
     folder.mkdir()
     for place, scene in enumerate(make_scenes(12, seed=3)):
         scene.render(64).resize((15 + 7 * place, 60 - 3 * place)).save(folder / f"{place:02d}.png")
@@ -125,7 +125,7 @@ def test_a_run_captions_pictures_of_many_sizes(tmp_path, decoding_here) -> None:
 
 
 def test_an_unknown_processor_is_used_itself(tmp_path) -> None:
-    """A VisionEncoderDecoder whose pictures Donut's processor turns, shrinks and pads."""
+    """A VisionEncoderDecoder whose images Donut's processor turns, shrinks and pads."""
     model = make_tiny_model("vision-encoder-decoder", tmp_path)
     processor = DonutImageProcessorPil(size={"height": 32, "width": 32}, do_align_long_axis=True)
     processor.save_pretrained(model)

@@ -1,4 +1,4 @@
-"""PixelSpec from an image processor's settings: as the class of transformers would treat a picture, or refused."""
+"""PixelSpec from an image processor's settings: as the class of transformers would treat an image, or refused."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ def normalised(spec: PixelSpec, pixels: np.ndarray) -> np.ndarray:
 def test_absent_settings_are_the_defaults_of_their_class(name, tmp_path) -> None:
     spec = read_pixel_spec(write(tmp_path, image_processor_type=name), "git")
     processor = CLASSES[name]()
-    picture = np.random.default_rng(0).integers(0, 256, (spec.height, spec.width, 3), dtype=np.uint8)
+    image = np.random.default_rng(0).integers(0, 256, (spec.height, spec.width, 3), dtype=np.uint8)
 
-    expected = processor(Image.fromarray(picture), return_tensors="np").pixel_values[0]
+    expected = processor(Image.fromarray(image), return_tensors="np").pixel_values[0]
 
-    np.testing.assert_allclose(normalised(spec, picture), expected, atol=1e-5)
+    np.testing.assert_allclose(normalised(spec, image), expected, atol=1e-5)
     assert RESAMPLE[spec.resample] == processor.resample
     assert spec.shortest_edge == (dict(processor.size).get("shortest_edge") or 0)
 
@@ -71,12 +71,12 @@ def test_any_scale_comes_out_as_transformers_has_it(
     flags = {"do_rescale": do_rescale, "do_normalize": do_normalize, "rescale_factor": rescale_factor}
     values = {"image_mean": mean, "image_std": [0.25, 0.5, 0.75], "size": {"height": 8, "width": 8}}
     directory = write(tmp_path_factory.mktemp("any"), image_processor_type="ViTImageProcessor", **flags, **values)
-    picture = np.random.default_rng(1).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    image = np.random.default_rng(1).integers(0, 256, (8, 8, 3), dtype=np.uint8)
 
-    expected = ViTImageProcessorPil(**flags, **values)(Image.fromarray(picture), return_tensors="np").pixel_values[0]
+    expected = ViTImageProcessorPil(**flags, **values)(Image.fromarray(image), return_tensors="np").pixel_values[0]
 
     np.testing.assert_allclose(
-        normalised(read_pixel_spec(directory, "vision-encoder-decoder", "vit"), picture), expected, rtol=1e-4, atol=1e-4
+        normalised(read_pixel_spec(directory, "vision-encoder-decoder", "vit"), image), expected, rtol=1e-4, atol=1e-4
     )
 
 
@@ -123,7 +123,7 @@ def test_the_section_of_the_processor_comes_first(tmp_path) -> None:
         ({"image_std": [0.5, 0, 0.5]}, "image_std="),
     ],
 )
-def test_what_no_batch_of_pictures_can_have_is_refused_by_name(settings, key, tmp_path) -> None:
+def test_what_no_batch_of_images_can_have_is_refused_by_name(settings, key, tmp_path) -> None:
     with pytest.raises(ModelError) as raised:
         read_pixel_spec(write(tmp_path, **settings), "git")
 
@@ -198,24 +198,24 @@ def test_pixels_are_those_of_the_processor(chosen, size, data, tmp_path_factory)
     directory = write(tmp_path_factory.mktemp("any"), image_processor_type="ViTImageProcessor", **chosen)
     spec = replace(read_pixel_spec(directory, "vision-encoder-decoder", "vit", preprocess), preprocess=preprocess)
     processor = ViTImageProcessorPil(**chosen)
-    picture = smooth_picture(*size)
+    image = smooth_image(*size)
 
-    (decoded,) = decode_images([RawImage("0", "", as_png(picture))], spec, 10**6).pixels
+    (decoded,) = decode_images([RawImage("0", "", as_png(image))], spec, 10**6).pixels
     if spec.own_sizes:
-        assert (decoded == np.asarray(picture)).all()
+        assert (decoded == np.asarray(image)).all()
     else:
-        expected = processor(picture, return_tensors="np").pixel_values[0]
+        expected = processor(image, return_tensors="np").pixel_values[0]
         difference = np.abs(normalised(spec, decoded) - expected).mean() * 0.5 * 255  # the deviation is 0.5
         assert difference <= (0.01 if preprocess == "processor" else 1)
 
 
-def smooth_picture(height: int, width: int) -> Image.Image:
+def smooth_image(height: int, width: int) -> Image.Image:
     y, x = np.mgrid[0:height, 0:width]
     waves = np.stack([np.sin(x / 9 + y / 17), np.cos(x / 7), (x // 20 + y // 15) % 2 * 1.6 - 0.8], axis=-1)
     return Image.fromarray((128 + 120 * waves).astype(np.uint8))
 
 
-def as_png(picture: Image.Image) -> bytes:
+def as_png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG", compress_level=1)
+    image.save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()

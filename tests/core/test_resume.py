@@ -232,7 +232,7 @@ def test_max_failed_keeps_the_table_and_fails_the_run(tmp_path: Path, archive: P
     assert verify(open_table(str(tmp_path / "out"))).proven
 
 
-def test_an_archive_without_one_good_picture_fails_the_run(tmp_path: Path) -> None:
+def test_an_archive_without_one_good_image_fails_the_run(tmp_path: Path) -> None:
     (tmp_path / "archive").mkdir()
     (tmp_path / "archive/a.jpg").write_bytes(b"")
 

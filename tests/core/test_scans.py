@@ -129,7 +129,7 @@ def test_pages_in_tars_and_manifests(tmp_path: Path, archive: Path) -> None:
         assert last.uri.count("#page=") == 1
 
 
-def test_pages_of_pictures_in_a_table_are_refused(tmp_path: Path) -> None:
+def test_pages_of_images_in_a_table_are_refused(tmp_path: Path) -> None:
     table = make_parquet(tmp_path / "table.parquet", 2)
 
     with pytest.raises(UsageError, match=r"--pages all: .* in a table"):

@@ -81,7 +81,7 @@ def test_symlinks_are_followed_and_loops_end(tmp_path):
     assert [image.error_code for image in source.read(rows)] == ["not_found", "", "not_found", ""]
 
 
-def test_a_pipe_or_socket_is_no_picture_and_does_not_block(tmp_path, monkeypatch):
+def test_a_pipe_or_socket_is_no_image_and_does_not_block(tmp_path, monkeypatch):
     fill(tmp_path, "a.jpg")
     os.mkfifo(tmp_path / "pipe.jpg")
     monkeypatch.chdir(tmp_path)
@@ -189,7 +189,7 @@ def test_what_may_pass_is_tried_again(tmp_path, monkeypatch):
     assert waited == [0.2, 0.8]
 
 
-def test_one_refused_picture_is_a_row_and_all_of_them_an_error(tmp_path, monkeypatch):
+def test_one_refused_image_is_a_row_and_all_of_them_an_error(tmp_path, monkeypatch):
     fill(tmp_path, "a.jpg", "b.jpg", "c.jpg")
     source = source_at(tmp_path)
     rows, _ = listed(source)

@@ -110,7 +110,7 @@ def test_nulls_in_a_table_are_rows(tmp_path):
 
 
 @pytest.mark.parametrize("type_", [pa.int64(), pa.float32(), pa.list_(pa.binary()), pa.bool_(), pa.date32()])
-def test_a_picture_column_of_a_wrong_type_is_an_error_that_names_it(tmp_path, type_):
+def test_an_image_column_of_a_wrong_type_is_an_error_that_names_it(tmp_path, type_):
     pq.write_table(pa.table({"image": pa.nulls(3, type_)}), tmp_path / "t.parquet")
 
     with pytest.raises(SourceError, match="'image'"):

@@ -64,7 +64,7 @@ def test_ids_references_and_kept_columns(tmp_path):
     assert listed_rows(source_at(tmp_path, id_column="caption"))["image_id"].to_pylist() == ["one", "", "three"]
 
 
-def test_a_listing_never_reads_the_pictures(tmp_path):
+def test_a_listing_never_reads_the_images(tmp_path):
     """The bytes of the image column are wiped on disk: only listing still works."""
     file = parquet(tmp_path / "t.parquet", image=[b"x" * 1000, b"y" * 1000], image_id=["a", "b"])
     chunk = pq.read_metadata(file).row_group(0).column(0)
@@ -90,7 +90,7 @@ def test_any_rows_come_back_in_the_order_asked(tmp_path_factory, wanted):
     assert [image.data for image in images] == [expected[n] for n in wanted]
 
 
-def test_a_table_that_is_gone_is_no_fault_of_its_pictures(tmp_path):
+def test_a_table_that_is_gone_is_no_fault_of_its_images(tmp_path):
     source = source_at(parquet(tmp_path / "t.parquet", image=[b"x", b"y"]))
     rows = listed_rows(source)
     parquet(tmp_path / "other.parquet", image=[b"x"])
@@ -99,7 +99,7 @@ def test_a_table_that_is_gone_is_no_fault_of_its_pictures(tmp_path):
         source.read(rows)
 
 
-def test_the_picture_column_is_found_by_type_then_name(tmp_path):
+def test_the_image_column_is_found_by_type_then_name(tmp_path):
     both = parquet(tmp_path / "a.parquet", thumb=[b"t"], jpg=[b"j"], caption=["c"])
     assert source_at(both).read(listed_rows(source_at(both)))[0].data == b"j"
     assert source_at(both, image_column="thumb").read(listed_rows(source_at(both)))[0].data == b"t"
@@ -125,7 +125,7 @@ def test_wrong_columns_are_named(tmp_path, asked, message):
         source_at(table, **asked)
 
 
-def test_tables_that_hold_no_pictures(tmp_path):
+def test_tables_that_hold_no_images(tmp_path):
     with pytest.raises(SourceError, match=r"no column of images among n \(int64\)"):
         source_at(parquet(tmp_path / "n.parquet", n=[1]))
     with pytest.raises(SourceError, match="img2dataset"):

@@ -41,7 +41,7 @@ def test_long_names_of_every_tar_format(tmp_path, format):
     assert rows["image_id"].to_pylist() == [f"x.tar/{name}"]
 
 
-def test_text_beside_a_picture_is_its_reference(tmp_path):
+def test_text_beside_an_image_is_its_reference(tmp_path):
     said = json.dumps({"captions": ["first", "second"], "text": "unused", "alt": "other"}).encode()
     members = [("1.txt", b" a cat \n"), ("1.jpg", b"x"), ("2.jpg", b"x"), ("2.json", said), ("2.txt", b"second")]
     members += [("3.jpg", b"x"), ("3.cls", b"7"), ("4.txt", b"alone"), ("5.json", b"{broken"), ("5.jpg", b"x")]
@@ -53,7 +53,7 @@ def test_text_beside_a_picture_is_its_reference(tmp_path):
     assert asked["reference_captions"].to_pylist() == [None, ["other"], None, None]
 
 
-def test_several_pictures_of_a_sample_are_each_a_row(tmp_path):
+def test_several_images_of_a_sample_are_each_a_row(tmp_path):
     members = [("s/1.left.jpg", b"l"), ("s/1.right.jpg", b"r"), ("s/1.bin2", b"?"), ("s/1.txt", b"both")]
     rows, ignored = listed(source_at(write_tar(tmp_path / "x.tar", *members, ("t/1.odd", b"o"), ("bare", b"b"))))
     ids = ["x.tar/s/1.left.jpg", "x.tar/s/1.right.jpg", "x.tar/t/1.odd", "x.tar/bare"]
@@ -100,7 +100,7 @@ def test_empty_members_and_names_that_are_not_utf8(tmp_path):
     assert images[0].uri == f"{tar}/caf%E9.jpg"
 
 
-def test_a_tar_that_is_gone_is_no_fault_of_its_pictures(tmp_path):
+def test_a_tar_that_is_gone_is_no_fault_of_its_images(tmp_path):
     write_tar(tmp_path / "a.tar", ("1.jpg", b"x"))
     write_tar(tmp_path / "b.tar", ("1.jpg", b"x"))
     source = source_at(tmp_path)
@@ -120,7 +120,7 @@ def test_a_folder_and_a_glob_of_tars(tmp_path):
         assert listed(source)[0]["image_id"].to_pylist() == ["a/0.tar/1.jpg", "b/1.tar/1.jpg"]
 
 
-def test_a_folder_with_tars_and_pictures_is_a_folder(tmp_path):
+def test_a_folder_with_tars_and_images_is_a_folder(tmp_path):
     write_tar(tmp_path / "1.tar", ("1.jpg", b"x"))
     (tmp_path / "a.jpg").write_bytes(b"x")
     assert listed(source_at(tmp_path))[0]["image_id"].to_pylist() == ["1.tar", "a.jpg"]

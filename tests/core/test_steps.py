@@ -36,21 +36,21 @@ EXPECTED = texts(caption_or_reasons(FakeCaptioner(), PIXELS))
 
 
 @pytest.mark.parametrize("unbearable", [[0], [15], [3, 4], [0, 7, 15], list(range(16))])
-def test_a_picture_the_model_cannot_bear_fails_alone(unbearable: list[int]) -> None:
+def test_an_image_the_model_cannot_bear_fails_alone(unbearable: list[int]) -> None:
     results = texts(caption_or_reasons(Failing(unbearable), PIXELS))
 
     for place, text in enumerate(results):
         assert text == ("RuntimeError: CUDA error: device-side assert" if place in unbearable else EXPECTED[place])
 
 
-def test_memory_that_is_too_small_for_a_batch_costs_no_picture() -> None:
+def test_memory_that_is_too_small_for_a_batch_costs_no_image() -> None:
     captioner = Failing([], largest=5, error=MemoryError("out of memory"))
 
     assert texts(caption_or_reasons(captioner, PIXELS)) == EXPECTED
     assert captioner.batches == [16, 8, 4, 4, 8, 4, 4]
 
 
-def test_one_bad_picture_costs_a_few_calls_and_not_one_for_each() -> None:
+def test_one_bad_image_costs_a_few_calls_and_not_one_for_each() -> None:
     captioner = Failing([9])
 
     caption_or_reasons(captioner, PIXELS)
@@ -58,7 +58,7 @@ def test_one_bad_picture_costs_a_few_calls_and_not_one_for_each() -> None:
     assert len(captioner.batches) == 1 + 2 * int(math.log2(16))
 
 
-def test_no_pictures_are_no_call() -> None:
+def test_no_images_are_no_call() -> None:
     captioner = Failing([])
 
     assert caption_or_reasons(captioner, PIXELS[:0]) == []

@@ -46,7 +46,7 @@ def archive(tmp_path: Path) -> Path:
     return make_archive(tmp_path / "archive", names)
 
 
-def test_every_picture_is_planned_once_in_a_stable_order(tmp_path: Path, archive: Path) -> None:
+def test_every_image_is_planned_once_in_a_stable_order(tmp_path: Path, archive: Path) -> None:
     first, second = make_table(tmp_path / "one"), make_table(tmp_path / "two")
     plan = plan_folder_of(first, archive)
     plan_folder_of(second, archive)

@@ -26,7 +26,7 @@ class Known:
 
 
 def test_the_same_command_has_the_same_id_and_another_has_another() -> None:
-    words = ["caption", "s3://b/pictures", "s3://b/out", "--model", "m"]
+    words = ["caption", "s3://b/images", "s3://b/out", "--model", "m"]
 
     first, again, other = (make_submission(one).submission_id for one in (words, words, [*words, "--num-beams", "3"]))
 
@@ -45,24 +45,24 @@ def test_a_config_file_is_read_here_and_local_paths_become_absolute(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     (tmp_path / "run.yaml").write_text("model: {name: org/model, num_beams: 3}\n")
 
-    sent = make_submission(["caption", "pictures", "out", "--config", "run.yaml"]).arguments
+    sent = make_submission(["caption", "images", "out", "--config", "run.yaml"]).arguments
 
     here = str(tmp_path)
-    assert sent == ["caption", f"{here}/pictures", f"{here}/out", "--model", "org/model", "--num-beams", "3"]
+    assert sent == ["caption", f"{here}/images", f"{here}/out", "--model", "org/model", "--num-beams", "3"]
 
 
 def test_what_lies_in_the_working_dir_stays_relative_and_out_does_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
 
-    sent = make_submission(["caption", "pictures", "out", "--model", "m"], working_dir=".").arguments
+    sent = make_submission(["caption", "images", "out", "--model", "m"], working_dir=".").arguments
 
-    assert sent[1:3] == ["pictures", str(tmp_path / "out")]
+    assert sent[1:3] == ["images", str(tmp_path / "out")]
 
 
 def test_only_the_two_packages_are_uploaded_by_default() -> None:

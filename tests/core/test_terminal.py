@@ -16,10 +16,10 @@ CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = make_folder(tmp_path_factory.mktemp("archive") / f"pictures {HOSTILE.strip()}", 3)
-    picture = (root / "000000.png").read_bytes()
-    (root / f"{HOSTILE}.png").write_bytes(picture)
-    (root / f"bad {HOSTILE}.png").write_bytes(f"no picture {HOSTILE}".encode())
+    root = make_folder(tmp_path_factory.mktemp("archive") / f"images {HOSTILE.strip()}", 3)
+    image = (root / "000000.png").read_bytes()
+    (root / f"{HOSTILE}.png").write_bytes(image)
+    (root / f"bad {HOSTILE}.png").write_bytes(f"no image {HOSTILE}".encode())
     return root
 
 

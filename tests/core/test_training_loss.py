@@ -36,7 +36,7 @@ def opened(path: Path, **settings) -> TransformersCaptioner:
     return open_trainable(ref, TrainModelConfig(**settings), torch.device("cpu"), 4, None)
 
 
-def pictures(count: int) -> torch.Tensor:
+def images(count: int) -> torch.Tensor:
     rng = np.random.default_rng(0)
     return torch.from_numpy(rng.integers(0, 256, (count, TINY_SIDE, TINY_SIDE, 3), dtype=np.uint8))
 
@@ -57,14 +57,14 @@ def logits_by_hand(captioner: TransformersCaptioner, pixels: torch.Tensor, ids: 
 def test_the_loss_is_the_cross_entropy_of_each_caption_token(models, family: str) -> None:
     captioner = models[family]
     loss, collate = CaptionLoss(captioner).eval(), make_collate(captioner)
-    pixels = pictures(len(CAPTIONS))
+    pixels = images(len(CAPTIONS))
 
     with torch.no_grad():
         found = loss(pixels, **collate.texts(CAPTIONS)).item()
         expected, num_tokens = 0.0, 0
-        for picture, caption in zip(pixels, CAPTIONS, strict=True):
+        for image, caption in zip(pixels, CAPTIONS, strict=True):
             text = [captioner.prefix[0], *captioner.tokenizer(caption, add_special_tokens=False).input_ids, collate.end]
-            log_probs = logits_by_hand(captioner, picture, torch.tensor(text[:-1])).float().log_softmax(-1)
+            log_probs = logits_by_hand(captioner, image, torch.tensor(text[:-1])).float().log_softmax(-1)
             expected -= sum(log_probs[place, token].item() for place, token in enumerate(text[1:]))
             num_tokens += len(text) - 1
 
@@ -91,7 +91,7 @@ def same_gradients(found: dict[str, torch.Tensor], expected: dict[str, torch.Ten
 def test_git_learns_as_through_its_own_forward_pass(models) -> None:
     """Ours leaves out work whose result nobody reads; what is left must have the same gradients."""
     captioner = models["git"]
-    loss, pixels = CaptionLoss(captioner).eval(), pictures(1)
+    loss, pixels = CaptionLoss(captioner).eval(), images(1)
     texts = make_collate(captioner).texts(CAPTIONS[:1])
 
     logits = logits_by_hand(captioner, pixels[0], texts["input_ids"][0])
@@ -107,11 +107,11 @@ def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path: Path, famil
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     loss, texts = CaptionLoss(captioner).train(), make_collate(captioner).texts(CAPTIONS)
-    value, all_kept = with_size_kept(lambda: loss(pictures(3), **texts))
+    value, all_kept = with_size_kept(lambda: loss(images(3), **texts))
     expected = gradients(captioner, value)
 
     captioner.model.activation_checkpointing_enable({"use_reentrant": False})
-    value, kept = with_size_kept(lambda: loss(pictures(3), **texts))
+    value, kept = with_size_kept(lambda: loss(images(3), **texts))
 
     assert kept < all_kept / 2
     same_gradients(gradients(captioner, value), expected)
@@ -139,7 +139,7 @@ def test_what_fills_up_shorter_captions_has_no_influence(models, family: str) ->
     assert not predicting.all()
 
     with torch.no_grad():
-        assert loss(pictures(3), **other).item() == pytest.approx(loss(pictures(3), **texts).item(), rel=1e-5)
+        assert loss(images(3), **other).item() == pytest.approx(loss(images(3), **texts).item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -148,7 +148,7 @@ def test_every_weight_that_captions_use_learns(models, family: str) -> None:
     loss = CaptionLoss(captioner).train()
     loss.zero_grad()
 
-    loss(pictures(3), **make_collate(captioner).texts(CAPTIONS)).backward()
+    loss(images(3), **make_collate(captioner).texts(CAPTIONS)).backward()
 
     without = {name for name, weight in loss.named_parameters() if weight.grad is None}
     assert not {name for name in without if "pooler" not in name and "post_layernorm" not in name}

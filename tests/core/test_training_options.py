@@ -207,7 +207,7 @@ def test_a_finished_run_is_uploaded_by_the_same_command(
     assert "uploaded to https://hub.example/someone/model" in capsys.readouterr().err
 
 
-def test_evaluation_holds_one_window_of_pictures_however_many_there_are(tiny: Path) -> None:
+def test_evaluation_holds_one_window_of_images_however_many_there_are(tiny: Path) -> None:
     captioner = open_trainable(
         resolve(ModelConfig(name=str(tiny), max_new_tokens=2)), TrainModelConfig(), torch.device("cpu"), 64, None
     )

@@ -88,9 +88,9 @@ def test_every_form_of_archive_gives_its_pairs(tmp_path: Path, form: str) -> Non
     assert pairs.skipped == {}
 
 
-def test_unusable_pictures_are_left_out_and_counted_by_reason(tmp_path: Path) -> None:
+def test_unusable_images_are_left_out_and_counted_by_reason(tmp_path: Path) -> None:
     root = make_folder(tmp_path, 12)
-    (root / "000003.png").write_bytes(b"no picture")
+    (root / "000003.png").write_bytes(b"no image")
     (root / "000004.png").write_bytes(b"")
     (root / "000005.png").unlink()
     shutil.copy(root / "000000.png", root / "without.png")
@@ -102,15 +102,15 @@ def test_unusable_pictures_are_left_out_and_counted_by_reason(tmp_path: Path) ->
     assert any(line.startswith("without.png: no_caption") for line in pairs.examples)
 
 
-def test_too_many_unusable_pictures_are_an_error(tmp_path: Path) -> None:
+def test_too_many_unusable_images_are_an_error(tmp_path: Path) -> None:
     root = make_folder(tmp_path, 5)
-    (root / "000003.png").write_bytes(b"no picture")
+    (root / "000003.png").write_bytes(b"no image")
 
     with pytest.raises(SourceError, match=r"1 of 5 pictures are unusable \(1 not_an_image\).*--max-failed"):
         pairs_of(path=str(root))
 
 
-def test_pictures_without_captions_are_no_pairs(tmp_path: Path) -> None:
+def test_images_without_captions_are_no_pairs(tmp_path: Path) -> None:
     root = make_folder(tmp_path, 3)
     (root / "metadata.jsonl").unlink()
 
@@ -148,7 +148,7 @@ def test_an_eval_set_of_zero_is_an_error(tmp_path: Path) -> None:
         pairs_of(path=str(make_folder(tmp_path, 1)), eval_fraction=0.5)
 
 
-def test_eval_pictures_that_are_training_pictures_too_are_taken_out_of_training(tmp_path: Path) -> None:
+def test_eval_images_that_are_training_images_too_are_taken_out_of_training(tmp_path: Path) -> None:
     train, held_out = make_folder(tmp_path / "train", 10), make_folder(tmp_path / "eval", 3, seed=9)
     shutil.copy(train / "000004.png", held_out / "000000.png")
 
@@ -158,8 +158,8 @@ def test_eval_pictures_that_are_training_pictures_too_are_taken_out_of_training(
     assert pairs.skipped == {"also_in_another_split": 1}
 
 
-def test_eval_and_test_pictures_of_their_own_are_on_one_side_each(tmp_path: Path) -> None:
-    """The second archive's last pictures are the third's first ones: those count as test pictures."""
+def test_eval_and_test_images_of_their_own_are_on_one_side_each(tmp_path: Path) -> None:
+    """The second archive's last images are the third's first ones: those count as test images."""
     roots = [make_folder(tmp_path / name, 8, seed=seed) for name, seed in (("train", 1), ("eval", 2), ("test", 3))]
     for number in range(3):
         shutil.copy(roots[2] / f"00000{number}.png", roots[1] / f"00000{5 + number}.png")
@@ -172,7 +172,7 @@ def test_eval_and_test_pictures_of_their_own_are_on_one_side_each(tmp_path: Path
     assert pairs.skipped == {"also_in_another_split": 3}
 
 
-def test_max_eval_samples_takes_the_same_pictures_each_time(tmp_path: Path) -> None:
+def test_max_eval_samples_takes_the_same_images_each_time(tmp_path: Path) -> None:
     root = str(make_folder(tmp_path, 40))
     whole = pairs_of(path=root, eval_fraction=0.5).tables["eval"]["image_id"].to_pylist()
 
@@ -190,7 +190,7 @@ def test_max_eval_samples_takes_the_same_pictures_each_time(tmp_path: Path) -> N
     test_fraction=st.one_of(st.just(0.0), st.floats(0.05, 0.3)),
     seed=st.integers(0, 5),
 )
-def test_no_picture_and_no_copy_of_it_is_on_two_sides(shas, eval_fraction, test_fraction, seed) -> None:
+def test_no_image_and_no_copy_of_it_is_on_two_sides(shas, eval_fraction, test_fraction, seed) -> None:
     table = table_of([f"{sha:064d}" for sha in shas])
     config = TrainDataConfig(eval_fraction=eval_fraction, test_fraction=test_fraction)
 

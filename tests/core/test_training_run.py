@@ -101,7 +101,7 @@ def test_the_measured_wer_is_that_of_the_saved_model(trained: Path) -> None:
     assert record["measured"]["test"]["wer"] == corpus_wer(captions, [row["reference_captions"] for row in rows])
 
 
-def test_the_model_lists_the_pictures_it_has_seen(trained: Path) -> None:
+def test_the_model_lists_the_images_it_has_seen(trained: Path) -> None:
     seen = pq.read_table(trained / "model" / "training_images.parquet").to_pylist()
     sides = {name: pq.read_table(trained / "pairs" / f"{name}.parquet") for name in ("train", "eval", "test")}
 

@@ -143,7 +143,7 @@ def test_a_worker_that_cannot_load_the_model_stops_the_run_with_one_line(tmp_pat
     assert verify(open_table(str(out))).proven
 
 
-def test_a_chunk_of_pictures_that_hang_is_no_stall() -> None:
+def test_a_chunk_of_images_that_hang_is_no_stall() -> None:
     for timeout in (1.0, 60.0, 600.0):
         most = decoder.HANGS_AT_FULL_TIME * timeout + ROWS_PER_CHUNK * min(timeout, decoder.SHORT_TIMEOUT_S)
         assert no_progress_timeout(timeout) > most

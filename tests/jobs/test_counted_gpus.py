@@ -211,11 +211,11 @@ def test_a_worker_looks_at_its_own_gpu_and_without_one_takes_the_cpu() -> None:
 
 
 def test_the_demo_trains_on_a_cluster_with_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = demo.demo_config(tmp_path / "pictures", tmp_path / "run")
+    config = demo.demo_config(tmp_path / "images", tmp_path / "run")
     short = {"max_steps": 2, "eval_steps": 1, "per_device_train_batch_size": 4}
     config = config.model_copy(update={"training": config.training.model_copy(update=short)})
-    monkeypatch.setattr(demo, "PICTURES", 40)
-    monkeypatch.setattr(demo, "demo_config", lambda pictures, out: config)
+    monkeypatch.setattr(demo, "IMAGES", 40)
+    monkeypatch.setattr(demo, "demo_config", lambda images, out: config)
 
     assert demo.train(tmp_path) == 0
     assert (tmp_path / "run/model/model.safetensors").exists()

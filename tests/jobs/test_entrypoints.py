@@ -28,8 +28,8 @@ def uv(tmp_path: Path) -> list[str]:
 
 
 def test_a_job_under_uv_run_works_where_it_is_started(tmp_path: Path, uv: list[str]) -> None:
-    make_folder(tmp_path / "pictures", 20, width=32)
-    words = [sys.executable, "-m", "ray_jobs.caption", "pictures", "out", "--model", "fake", "--num-workers", "1"]
+    make_folder(tmp_path / "images", 20, width=32)
+    words = [sys.executable, "-m", "ray_jobs.caption", "images", "out", "--model", "fake", "--num-workers", "1"]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     environment |= {"PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"}
 

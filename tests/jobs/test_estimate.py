@@ -145,7 +145,7 @@ def test_the_sample_is_captioned_on_the_cluster_and_nothing_is_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     archive = make_folder(tmp_path / "archive", 40, width=32)
-    (archive / "broken.png").write_bytes(b"no picture")
+    (archive / "broken.png").write_bytes(b"no image")
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.chdir(tmp_path)
 
@@ -158,7 +158,7 @@ def test_the_sample_is_captioned_on_the_cluster_and_nothing_is_written(
 
     shown = capsys.readouterr().out
     assert code == 0
-    assert re.search(r"pictures +41", shown)
+    assert re.search(r"images +41", shown)
     assert "captioned       97.6% of the sample" in shown
     assert "on 0.5 GPUs" in shown
     assert re.search(r"cost +\d", shown)

@@ -23,7 +23,7 @@ from ray_jobs.caption import run
 
 pytestmark = pytest.mark.usefixtures("ray_instance")
 
-PICTURES = 640
+IMAGES = 640
 SETTINGS = {"model": {"device": "cpu"}, "rows_per_file": 100}
 DEADLINE_S = 600.0
 KILLED_AT_WRITE = """
@@ -38,9 +38,9 @@ with sigkill_at_write(int(sys.argv[1])):
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its last good image waits at the gate of a job that asks for it (see `gate`)."""
-    root = make_folder(tmp_path_factory.mktemp("archive") / "archive", PICTURES, width=32)
+    root = make_folder(tmp_path_factory.mktemp("archive") / "archive", IMAGES, width=32)
     (root / "broken.png").write_bytes(b"no image")
-    with (root / f"{PICTURES - 1:06d}.png").open("ab") as last:
+    with (root / f"{IMAGES - 1:06d}.png").open("ab") as last:
         last.write(GATE_MARKER + bytes(root.parent / "gate"))
     return root
 
@@ -126,7 +126,7 @@ def test_everything_killed_while_captioning(
     kill_tree(job)
     committed = num_chunks(tmp_path / "out")
 
-    assert 3 <= committed < -(-(PICTURES + 1) // 16)
+    assert 3 <= committed < -(-(IMAGES + 1) // 16)
     assert not verify(open_table(str(tmp_path / "out"))).proven
     assert_resumes(archive, tmp_path / "out", undisturbed)
 
@@ -168,7 +168,7 @@ def test_the_driver_killed_while_it_publishes_a_retry(tmp_path: Path, archive: P
     assert run(caption_config(ours, out, **SETTINGS, retry_failed=True)) == 0
     found = verify(open_table(str(out)))
     assert (found.lost, found.doubled, found.problems, found.proven) == (0, 0, [], True)
-    assert [row[1] for row in rows(out)] == ["ok"] * (PICTURES + 1)
+    assert [row[1] for row in rows(out)] == ["ok"] * (IMAGES + 1)
     assert sum(pq.read_table(file).num_rows for file in out.glob("history/*/*.parquet")) == 1
 
 

@@ -1,7 +1,7 @@
-"""Make the pictures of the README and of docs/alt-text.md.
+"""Make the images of the README and of docs/alt-text.md.
 
-python docs/make_pictures.py OUT ARCHIVE   contact-sheet.png, from a captioned table
-python docs/make_pictures.py alt-text      review-*.png and recaptioned.png: goes the whole way of docs/alt-text.md on
+python docs/make_images.py OUT ARCHIVE   contact-sheet.png, from a captioned table
+python docs/make_images.py alt-text      review-*.png and recaptioned.png: goes the whole way of docs/alt-text.md on
                                            rendered posters, in a minute or two; needs playwright and a Chromium
 """
 
@@ -31,13 +31,13 @@ COLOURS = 96  # of a screenshot: text on plain grounds, and small
 
 
 def contact_sheet(rows: list[dict], archive: Path) -> Image.Image:
-    """Pictures with the captions that the table holds for them."""
+    """Images with the captions that the table holds for them."""
     sheet = Image.new("RGB", (COLUMNS * (SIDE + 16) + 16, ROWS * (SIDE + TEXT) + 16), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
     for number, row in enumerate(rows[: COLUMNS * ROWS]):
         left, top = 16 + number % COLUMNS * (SIDE + 16), 16 + number // COLUMNS * (SIDE + TEXT)
-        with Image.open(archive / row["image_id"]) as picture:
-            sheet.paste(picture.resize((SIDE, SIDE)), (left, top))
+        with Image.open(archive / row["image_id"]) as image:
+            sheet.paste(image.resize((SIDE, SIDE)), (left, top))
         draw.rectangle((left, top, left + SIDE - 1, top + SIDE - 1), outline="#888888")
         text = "\n".join(textwrap.wrap(row["caption"], 36))
         draw.multiline_text((left, top + SIDE + 4), text, fill="black", font=font)
@@ -76,8 +76,8 @@ def review_page(out: Path) -> Iterator[str]:
 
 
 def wait_for_card(page: Any) -> None:
-    page.wait_for_selector("#card[data-state=ready][data-picture=shown]")
-    page.locator("#picture").evaluate("picture => picture.decode()")
+    page.wait_for_selector("#card[data-state=ready][data-image=shown]")
+    page.locator("#image").evaluate("image => image.decode()")
 
 
 def save(png: bytes, name: str) -> None:
@@ -85,7 +85,7 @@ def save(png: bytes, name: str) -> None:
 
 
 def review(browser: Any, address: str, decisions: str, known: dict[str, str]) -> None:
-    """Decide by keyboard; the letters are those of the page, "e" writes what is known of the picture."""
+    """Decide by keyboard; the letters are those of the page, "e" writes what is known of the image."""
     page = browser.new_page(viewport={"width": 1100, "height": 720})
     page.goto(address)
     for number, key in enumerate(decisions):
@@ -107,7 +107,7 @@ def review(browser: Any, address: str, decisions: str, known: dict[str, str]) ->
     save(page.screenshot(), "review-phone.png")
 
 
-def alt_text_pictures() -> None:
+def alt_text_images() -> None:
     """In an empty working directory."""
     from playwright.sync_api import sync_playwright
 
@@ -133,11 +133,11 @@ def alt_text_pictures() -> None:
 
 def main(words: list[str]) -> None:
     if words == ["alt-text"]:
-        museum = Path(tempfile.gettempdir()) / "museum"  # its name is seen in the pictures
+        museum = Path(tempfile.gettempdir()) / "museum"  # its name is seen in the images
         museum.mkdir()
         try:
             with contextlib.chdir(museum):
-                alt_text_pictures()
+                alt_text_images()
         finally:
             shutil.rmtree(museum)
         return
