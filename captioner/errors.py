@@ -6,6 +6,7 @@
     +-- ModelError                 the model: not there, no weights, a missing tensor, an unknown kind
     +-- OutputError                OUT: unreadable, another run's, damaged
     |   +-- FingerprintError       OUT holds captions made with other weights or settings
+    |   +-- DamagedFileError       a file in OUT is damaged or missing
     |   +-- VerificationError      rows lost or doubled: the promise of the table does not hold
     +-- ClusterError               Ray: not reachable, or without the resources asked for
     +-- TrainingError              training cannot go on: a loss that is no number
@@ -63,6 +64,10 @@ class OutputError(CaptionerError):
 
 class FingerprintError(OutputError):
     """OUT was made with other weights or settings."""
+
+
+class DamagedFileError(OutputError):
+    """A file in OUT is missing, or its bytes are not those that were written."""
 
 
 class VerificationError(OutputError):

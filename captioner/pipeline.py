@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from captioner.config import CaptionConfig
@@ -37,7 +37,10 @@ from captioner.run.record import Tally, make_record, recorded, write_record
 from captioner.steps import Work, caption, commit, decode, read
 from captioner.store.lock import sole_writer
 from captioner.store.publish import publish
+from captioner.store.table import Plan
 from captioner.store.verify import count_rows
+
+MAX_ROUNDS = 3  # in which chunks that were damaged before they were published are captioned again
 
 
 def run(config: CaptionConfig, engine: Engine | None = None) -> int:
@@ -53,23 +56,38 @@ def run(config: CaptionConfig, engine: Engine | None = None) -> int:
         with recorded(job) as tally:
             spot_check = SpotCheck(config.check, notify)
             for plan in job.generations():
-                chunks = job.missing_chunks(plan)
-                num_committed = tally.skip(plan, chunks)
-                if chunks:
-                    work = replace(job.work, sample=spot_check.draw(job.table))
-                    write_record(job, make_record(job, "running", tally))
-                    with Progress(total=plan.num_rows, already=num_committed) as progress:
-                        for receipt in engine.caption_chunks(work, chunks):
-                            check_held()
-                            if tally.first_at is None:
-                                notify(f"first images after {time.perf_counter() - job.started:.1f} s")
-                            tally.add(receipt, job.started)
-                            progress.update(receipt, note=spot_check.add(receipt))
-                    tally.slots = engine.slots()
-                check_held()
-                publish(job.table, plan, on_part=lambda part: check_held())
+                _caption_and_publish(job, engine, plan, tally, spot_check, check_held)
             job.notes.extend(spot_check.notes())
             return close_job(job, tally)
+
+
+def _caption_and_publish(
+    job: Job, engine: Engine, plan: Plan, tally: Tally, spot_check: SpotCheck, check_held: Callable[[], None]
+) -> None:
+    """Caption the missing chunks of a plan and publish it; chunks that were damaged before that, once more."""
+    chunks = job.missing_chunks(plan)
+    tally.skip(plan, chunks)
+    for _ in range(MAX_ROUNDS):
+        if chunks:
+            work = replace(job.work, sample=spot_check.draw(job.table))
+            write_record(job, make_record(job, "running", tally))
+            num_committed = plan.num_rows - sum(chunk.num_rows for chunk in chunks)
+            with Progress(total=plan.num_rows, already=num_committed) as progress:
+                for receipt in engine.caption_chunks(work, chunks):
+                    check_held()
+                    if tally.first_at is None:
+                        notify(f"first images after {time.perf_counter() - job.started:.1f} s")
+                    tally.add(receipt, job.started)
+                    progress.update(receipt, note=spot_check.add(receipt))
+            tally.slots = engine.slots()
+        check_held()
+        damaged = publish(job.table, plan, on_part=lambda part: check_held())
+        if not damaged:
+            return
+        for problem in damaged:
+            notify(problem)
+        chunks = job.missing_chunks(plan)
+    raise VerificationError(f"{damaged[-1]}: damaged {MAX_ROUNDS} times in a row; check the disk")
 
 
 class ThisProcess:

@@ -147,7 +147,10 @@ def try_images(
 def verify(out: Out) -> int:
     """Prove that every planned image has exactly one row.
 
-    Every planned image has exactly one current row, and the files match their commits.
+    Proves that each planned image has exactly one current row, and that every file holds the bytes that were written.
+
+    Cannot prove that captions are right (see check), that source images are still the same, or that files of an
+    earlier version, which hold no checksums, have not changed.
     """
     from captioner.console import commands
 

@@ -81,6 +81,8 @@ def verify(out: str) -> int:
     if result.open_generations:
         unfinished = f"{counts.remaining:,} images remain" if counts.remaining else "rows are not published yet"
         print(f"captioner: the run is not finished: {unfinished}; run the same command again", file=sys.stderr)
+    if result.unchecked:
+        print(f"captioner: no checksums recorded for {result.unchecked:,} files, written by an earlier version")
     verdict = "proven" if result.proven else "NOT proven"
     print(
         f"{printable(out)}: {verdict}: {counts.planned:,} planned, {counts.ok + counts.failed:,} rows, "
@@ -97,6 +99,8 @@ def status(out: str) -> int:
     lines += [(f"  {reason}", number) for reason, number in counts.failed_by_reason.items()]
     for name, number in [*lines, ("remaining", counts.remaining)]:
         print(f"{name:<22}{number:>14,}")
+    for problem in counts.damaged:
+        print(f"captioner: {printable(problem)}", file=sys.stderr)
     models = table.info.get("models", {})
     for fingerprint, number in counts.by_fingerprint.items() if len(models) > 1 else ():
         name = models.get(fingerprint, {}).get("name", fingerprint[:12])

@@ -26,7 +26,8 @@ from captioner.sources import open_source
 from captioner.starter.scenes import describes_scene
 from captioner.steps import Work
 from captioner.store.plan import compare_with_source, make_plan, read_planned
-from captioner.store.publish import remove_merged_chunks
+from captioner.store.publish import missing_chunks, remove_merged_chunks
+from captioner.store.repair import reopen_damaged_parts
 from captioner.store.replan import make_retry_plan
 from captioner.store.table import CaptionsTable, Plan, create_table, open_table, table_exists
 
@@ -132,9 +133,7 @@ class Job:
 
     def missing_chunks(self, plan: Plan) -> list[Chunk]:
         """Return the chunks of a plan that are neither committed nor published."""
-        committed = self.table.committed_chunks(plan.generation)
-        published = self.table.published_parts() if plan.adds_parts else set()
-        return [chunk for chunk in plan.chunks() if chunk.part not in published and chunk.chunk_id not in committed]
+        return missing_chunks(self.table, plan)
 
 
 def open_job(config: CaptionConfig, engine: Engine, notify: Notify, read_reviews: ReadReviews = no_reviews) -> Job:
@@ -185,6 +184,8 @@ def _plan(
         table = None
     if table is not None:
         _check_same_source(config, table)
+        for problem in reopen_damaged_parts(table):
+            say(problem)
     source = open_source(config.source)
     if _may_have_work(config, table):
         on_work()

@@ -8,7 +8,8 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,8 +19,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
 
-from captioner.errors import OutputError
+from captioner.errors import DamagedFileError, OutputError
 from captioner.files import Retry, open_filesystem, shown
+from captioner.store.checksum import (
+    PARSE_ERRORS,
+    from_parquet,
+    parquet_matches,
+    to_parquet,
+    with_checksum,
+    without_checksum,
+)
 
 _TEMPORARY = ".tmp"
 ROW_GROUP_ROWS = 2_048
@@ -33,6 +42,17 @@ _REFUSED = re.compile(
     r"(?i:access.?denied|access_key_id|signature|expired.?token|permission|forbidden|unauthorized|credentials|"
     r"no.?such.?bucket|invalid.?bucket)"
 )
+
+# What to do about a damaged or missing file, by its folder.
+_WAYS_OUT = {
+    "plan": "run the same `captioner caption` command again, which makes it anew",
+    "chunks": "run the same `captioner caption` command again, which captions its images anew",
+    "captions": "run the same `captioner caption` command again, which captions its images anew",
+    "alt_text": "run `captioner alt-text` again",
+    "checks": "run `captioner check` again",
+    "report": "run `captioner report` again",
+}
+_NO_WAY_OUT = "restore it from a backup, or give another OUT"
 
 P = ParamSpec("P")
 ResultT = TypeVar("ResultT")
@@ -48,11 +68,19 @@ def is_transient(error: OSError) -> bool:
 def _retried(
     method: Callable[Concatenate[Directory, P], ResultT],
 ) -> Callable[Concatenate[Directory, P], ResultT]:
-    """Call the method of a Directory with its `retry`."""
+    """Call the method of a Directory with its `retry`; its first argument is the name of a file or folder.
+
+    The method then raises DamagedFileError for a missing file, and OutputError for any other error of the store.
+    """
 
     @functools.wraps(method)
     def wrapper(self: Directory, /, *args: P.args, **kwargs: P.kwargs) -> ResultT:
-        return self.retry(lambda: method(self, *args, **kwargs))
+        try:
+            return self.retry(lambda: method(self, *args, **kwargs))
+        except FileNotFoundError as error:
+            raise self.damage(str(args[0]), "is missing") from error
+        except OSError as error:
+            raise OutputError(f"{self.shown(str(args[0]))} cannot be read: {error}; fix it and run again") from error
 
     return wrapper
 
@@ -93,7 +121,11 @@ class Directory:
 
     def shown(self, name: str) -> str:
         """Return the location of a file for messages: without the keys and options that a URI may hold."""
-        return f"{shown(self.location)}/{name}"
+        return f"{shown(self.location)}/{name}" if name else shown(self.location)
+
+    def damage(self, name: str, what: str) -> DamagedFileError:
+        """Return the error for a damaged or missing file. `what`: "is missing", "is damaged: ..."."""
+        return DamagedFileError(f"{self.shown(name)} {what}; {_WAYS_OUT.get(name.partition('/')[0], _NO_WAY_OUT)}")
 
     @_retried
     def exists(self, name: str) -> bool:
@@ -131,18 +163,17 @@ class Directory:
 
     @_retried
     def read_bytes(self, name: str) -> bytes:
-        """Return the content of a file. Raises FileNotFoundError where there is none."""
+        """Return the content of a file. Raises DamagedFileError where there is none."""
         with self.filesystem.open_input_stream(self.path(name)) as stream:
             return bytes(stream.read())
 
     def write_bytes(self, name: str, data: bytes | pa.Buffer) -> None:
         """Write a file atomically. Raises OutputError naming the file and the cause."""
         try:
-            self._put(name, data)
+            self.retry(lambda: self._put(name, data))
         except OSError as error:
             raise OutputError(f"cannot write {self.shown(name)}: {error}; fix it and run again") from error
 
-    @_retried
     def _put(self, name: str, data: bytes | pa.Buffer) -> None:
         if self.is_local:
             self._write_local(name, data)
@@ -168,53 +199,68 @@ class Directory:
         sync_folder(folder)
 
     def read_json(self, name: str) -> dict[str, Any]:
-        """Return the object in a JSON file. Raises OutputError where it holds something else."""
-        value = json.loads(self.read_bytes(name))
-        if not isinstance(value, dict):
-            raise OutputError(f"{self.shown(name)} does not hold a JSON object")
-        return value
+        """Return the object in a JSON file, without its checksum. Raises DamagedFileError where it holds none."""
+        try:
+            value = json.loads(self.read_bytes(name))
+            if not isinstance(value, dict):
+                raise ValueError("it does not hold a JSON object")
+            return without_checksum(value)
+        except (ValueError, RecursionError) as error:
+            raise self.damage(name, f"is damaged: {error}") from error
 
-    def write_json(self, name: str, value: dict[str, Any]) -> None:
+    def write_json(self, name: str, value: dict[str, Any], checksum: bool = False) -> None:
         """Write an object as an indented JSON file, atomically."""
+        value = with_checksum(value) if checksum else value
         self.write_bytes(name, json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n")
 
-    def open_parquet(self, name: str) -> pq.ParquetFile:
-        """Open a Parquet file. Raises OutputError where it is damaged, FileNotFoundError where there is none."""
+    @contextmanager
+    def open_parquet(self, name: str) -> Iterator[pq.ParquetFile]:
+        """Open a Parquet file for reading some of its row groups, whose pages are checked.
+
+        Raises DamagedFileError where there is no such file, or what is read of it is damaged.
+        """
         try:
-            return pq.ParquetFile(self.filesystem.open_input_file(self.path(name)))
-        except (pa.ArrowInvalid, pa.ArrowException) as error:
-            raise OutputError(f"{self.shown(name)} is damaged: {error}") from error
+            with pq.ParquetFile(self._open(name), page_checksum_verification=True) as file:
+                yield file
+        except PARSE_ERRORS as error:
+            raise self.damage(name, f"is damaged: {error}") from error
 
     @_retried
-    def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
-        """Return a Parquet file as a table: these columns, or all. Raises as `open_parquet`."""
-        with self.open_parquet(name) as file:
-            return file.read(columns, use_threads=False)
+    def _open(self, name: str) -> pa.NativeFile:
+        return self.filesystem.open_input_file(self.path(name))
 
-    def write_table(self, name: str, table: pa.Table, row_group_size: int | None = None) -> pa.Buffer:
+    def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
+        """Return a Parquet file as a table: these columns, or all.
+
+        All its bytes are read and compared with its checksum. Raises DamagedFileError.
+        """
+        try:
+            return from_parquet(self.read_bytes(name), columns)
+        except ValueError as error:
+            raise self.damage(name, f"is damaged: {error}") from error
+
+    def read_checked(self, name: str) -> bytes:
+        """Return the bytes of a Parquet file. Raises DamagedFileError where they are not those that were written."""
+        data = self.read_bytes(name)
+        try:
+            if not parquet_matches(data):
+                from_parquet(data)  # which raises, or reads every page of a file without checksum
+        except ValueError as error:
+            raise self.damage(name, f"is damaged: {error}") from error
+        return data
+
+    def write_table(self, name: str, table: pa.Table, row_group_size: int | None = None) -> bytes:
         """Write `table` as one Parquet file, atomically, and return the bytes written."""
-        sink = pa.BufferOutputStream()
-        pq.write_table(table, sink, compression="zstd", row_group_size=row_group_size)
-        data = sink.getvalue()
+        data = to_parquet(table.schema, [table], row_group_size)
         self.write_bytes(name, data)
         return data
 
-    def write_tables(self, name: str, schema: pa.Schema, tables: Iterable[pa.Table]) -> pa.Buffer:
+    def write_tables(self, name: str, schema: pa.Schema, tables: Iterable[pa.Table]) -> bytes:
         """Write a stream of tables as one Parquet file, atomically, and return the bytes written.
 
         Row groups have about 2,000 rows.
         """
-        sink, waiting, num_waiting = pa.BufferOutputStream(), list[pa.Table](), 0
-        with pq.ParquetWriter(sink, schema, compression="zstd") as writer:
-            for table in tables:
-                waiting.append(table)
-                num_waiting += table.num_rows
-                if num_waiting >= ROW_GROUP_ROWS:
-                    writer.write_table(pa.concat_tables(waiting), row_group_size=num_waiting)
-                    waiting, num_waiting = [], 0
-            if waiting:
-                writer.write_table(pa.concat_tables(waiting), row_group_size=num_waiting)
-        data = sink.getvalue()
+        data = to_parquet(schema, _row_groups(tables))
         self.write_bytes(name, data)
         return data
 
@@ -231,18 +277,37 @@ class Directory:
         """Delete a folder with its content; a missing folder is no error."""
         try:
             self.filesystem.delete_dir(self.path(name))
-        except OSError:
+        except OSError as error:
             if self.list_names(name) or self.list_folders(name):
-                raise
+                raise OutputError(f"{self.shown(name)} cannot be deleted: {error}; fix it and run again") from error
 
     def sweep(self, folder: str) -> None:
         """Delete the temporary files that killed writers left in `folder`. No running writer may use it."""
         if not self.is_local:
             return
+        for name in self._temporary_files(folder):
+            try:
+                os.unlink(name)
+            except OSError as error:
+                raise OutputError(f"{name} cannot be deleted: {error.strerror}; fix it and run again") from error
+
+    @_retried
+    def _temporary_files(self, folder: str) -> list[str]:
         infos = self.filesystem.get_file_info(FileSelector(self.path(folder), allow_not_found=True, recursive=True))
-        for info in infos:
-            if info.is_file and info.base_name.endswith(_TEMPORARY):
-                os.unlink(info.path)
+        return [info.path for info in infos if info.is_file and info.base_name.endswith(_TEMPORARY)]
+
+
+def _row_groups(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """Join a stream of tables into tables of at least ROW_GROUP_ROWS rows."""
+    waiting, num_waiting = list[pa.Table](), 0
+    for table in tables:
+        waiting.append(table)
+        num_waiting += table.num_rows
+        if num_waiting >= ROW_GROUP_ROWS:
+            yield pa.concat_tables(waiting)
+            waiting, num_waiting = [], 0
+    if waiting:
+        yield pa.concat_tables(waiting)
 
 
 def sync_folder(folder: str | Path) -> None:

@@ -71,7 +71,7 @@ def make_plan(
         return None
     if not plan.num_rows:
         raise SourceError(_no_images_message(source, plan))
-    table.directory.write_json(f"{plan_folder(generation)}/plan.json", plan.to_json())
+    table.write_plan(plan)
     return plan
 
 

@@ -2,58 +2,121 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from captioner.data import Chunk
-from captioner.store.publish import replace_rows
+from captioner.errors import DamagedFileError
 from captioner.store.table import CaptionsTable, Plan, captions_name, plan_part_name
 
+OnDamage = Callable[[DamagedFileError], None]
 
-def read_parts(table: CaptionsTable, columns: Sequence[str] | None = None, every: int = 1) -> Iterator[pa.Table]:
+
+def _raise(error: DamagedFileError) -> None:
+    raise error
+
+
+def read_parts(
+    table: CaptionsTable, columns: Sequence[str] | None = None, every: int = 1, on_damage: OnDamage = _raise
+) -> Iterator[pa.Table]:
     """Yield the committed rows, one part of the table (about --rows-per-file rows) at a time, in plan order.
 
     `every`: yield only one of so many parts. Of a run that is not finished, images without a committed row are left
-    out; committed rows of an unfinished `--retry-failed` replace the older ones.
+    out; committed rows of an unfinished `--retry-failed` replace the older ones. `on_damage` is called for each file
+    that is damaged or missing; where it returns, the rows of that file are left out.
     """
     plans = table.plans()
     published = table.published_parts()
     retries = [plan for plan in plans if not plan.adds_parts and not table.is_published(plan.generation)]
     for plan in plans:
-        committed = set() if table.is_published(plan.generation) else table.committed_chunks(plan.generation)
+        is_published = table.is_published(plan.generation)
+        committed = set() if is_published else table.committed_chunks(plan.generation)
         for part in sorted(plan.parts)[::every] if plan.adds_parts else ():
-            if part in published:
-                rows = table.directory.read_table(captions_name(part), _list(columns))
-                yield _with_newer_rows(table, rows, part, retries, columns)
-            else:
-                yield _read_chunks(table, plan.part_chunks(part), committed, columns)
+            try:
+                if part in published or is_published:
+                    rows = table.directory.read_table(captions_name(part), _list(columns))
+                    yield _with_newer_rows(table, rows, part, retries, columns, on_damage)
+                else:
+                    yield _read_chunks(table, plan.part_chunks(part), committed, columns, on_damage)
+            except DamagedFileError as error:
+                on_damage(error)
+
+
+def read_chunk(table: CaptionsTable, chunk: Chunk, columns: Sequence[str] | None = None) -> pa.Table:
+    """Return the committed rows of a chunk: these columns, or all.
+
+    Raises DamagedFileError where its file is damaged, missing, or that of another chunk or table.
+    """
+    name = table.chunk_name(chunk.chunk_id)
+    schema = table.schema if columns is None else pa.schema([table.schema.field(column) for column in columns])
+    rows = table.directory.read_table(name, sorted({*schema.names, "chunk_id"}))
+    if rows.num_rows != chunk.num_rows or not pc.all(pc.equal(rows["chunk_id"], chunk.chunk_id)).as_py():
+        raise table.directory.damage(name, "is damaged: it holds the rows of another chunk")
+    rows = rows.select(schema.names)
+    if not rows.schema.equals(schema):
+        raise table.directory.damage(name, "is damaged: its columns are not those of this table")
+    return rows
 
 
 def _with_newer_rows(
-    table: CaptionsTable, rows: pa.Table, part: int, retries: list[Plan], columns: Sequence[str] | None
+    table: CaptionsTable,
+    rows: pa.Table,
+    part: int,
+    retries: list[Plan],
+    columns: Sequence[str] | None,
+    on_damage: OnDamage,
 ) -> pa.Table:
     for plan in retries:
         if part not in plan.parts:
             continue
-        indices = table.directory.read_table(plan_part_name(plan.generation, part), ["part_row"])["part_row"].to_numpy()
         committed = table.committed_chunks(plan.generation)
-        chunks = [chunk for chunk in plan.part_chunks(part) if chunk.chunk_id in committed]
-        for chunk in chunks:
-            first = chunk.index * plan.rows_per_chunk
-            newer = _read_chunks(table, [chunk], committed, columns)
-            rows = replace_rows(rows, np.asarray(indices[first : first + chunk.num_rows]), newer)
+        for chunk in plan.part_chunks(part):
+            if chunk.chunk_id in committed:
+                try:
+                    newer = read_chunk(table, chunk, columns)
+                    indices = superseded_rows(table, plan, part)
+                except DamagedFileError as error:
+                    on_damage(error)
+                    continue
+                first = chunk.index * plan.rows_per_chunk
+                rows = replace_rows(rows, indices[first : first + chunk.num_rows], newer)
     return rows
 
 
+def superseded_rows(table: CaptionsTable, plan: Plan, part: int) -> npt.NDArray[np.int64]:
+    """Return the indices, in the published part, of the rows that a plan captions again."""
+    planned = table.directory.read_table(plan_part_name(plan.generation, part), ["part_row"])
+    indices: npt.NDArray[np.int64] = planned["part_row"].to_numpy()
+    return indices
+
+
+def replace_rows(rows: pa.Table, indices: npt.NDArray[np.int64], newer: pa.Table) -> pa.Table:
+    """Return `rows` with the row at `indices[i]` replaced by row i of `newer`."""
+    order = np.arange(rows.num_rows)
+    order[indices] = rows.num_rows + np.arange(len(indices))
+    return pa.concat_tables([rows, newer.cast(rows.schema)]).take(order).combine_chunks()
+
+
 def _read_chunks(
-    table: CaptionsTable, chunks: list[Chunk], committed: set[str], columns: Sequence[str] | None
+    table: CaptionsTable,
+    chunks: list[Chunk],
+    committed: set[str],
+    columns: Sequence[str] | None,
+    on_damage: OnDamage,
 ) -> pa.Table:
-    names = [table.chunk_name(chunk.chunk_id) for chunk in chunks if chunk.chunk_id in committed]
     schema = table.schema if columns is None else pa.schema([table.schema.field(name) for name in columns])
-    chunk_tables = [table.directory.read_table(name, _list(columns)) for name in names]
-    return pa.concat_tables([schema.empty_table(), *chunk_tables])
+    chunk_tables = [schema.empty_table()]
+    for chunk in chunks:
+        if chunk.chunk_id in committed:
+            try:
+                chunk_tables.append(read_chunk(table, chunk, columns))
+            except DamagedFileError as error:
+                on_damage(error)
+    return pa.concat_tables(chunk_tables)
 
 
 def _list(columns: Sequence[str] | None) -> list[str] | None:

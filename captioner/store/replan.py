@@ -42,7 +42,7 @@ def plan_rows_again(
         rows = rows.append_column(pa.field("part_row", pa.int64()), pa.array(indices[part], pa.int64()))
         table.directory.write_table(plan_part_name(generation, part), rows, rows_per_chunk)
     plan = Plan(generation, kind, rows_per_chunk, parts, recaption=recaption)
-    table.directory.write_json(f"{plan_folder(generation)}/plan.json", plan.to_json())
+    table.write_plan(plan)
     return plan
 
 

@@ -16,6 +16,7 @@ is finished and what is missing.
 
 from __future__ import annotations
 
+import re
 import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -32,6 +33,13 @@ TABLE_FILE = "table.json"
 _OVERWRITE_FILE = "overwrite.json"
 # The decisions of reviewers (reviews/) are not among them: no flag deletes those.
 _OWN_FOLDERS = ("plan", "chunks", "captions", "history", "runs", "checks", "report", "alt_text")
+_INFO = ("table_id", "source", "kept_schema", "fingerprint", "model")  # keys of table.json
+_PLAN_FOLDER = re.compile(r"g(\d{3,})")
+_PART = re.compile(r"part-(\d{5,})\.parquet")
+_CHUNK = re.compile(r"g\d{3,}-\d{5,}-\d{4,}\.parquet")
+_FILE_FACTS = ("sha256", "num_bytes")  # of a published file
+_MALFORMED = (AttributeError, KeyError, TypeError, ValueError)  # of JSON that lacks what it should hold
+_KINDS = ("archive", "extend", "retry", "recaption")
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,14 +137,49 @@ class CaptionsTable:
     def plans(self) -> list[Plan]:
         """Return the complete generations, in order; without a listing that was interrupted."""
         plans = []
-        for folder in self.directory.list_folders("plan"):
-            name = f"plan/{folder}/plan.json"
+        for generation in self.generations():
+            name = plan_name(generation)
             if self.directory.exists(name):
-                plans.append(_plan_from_json(int(folder.removeprefix("g")), self.directory.read_json(name)))
+                plans.append(self.read_plan(generation))
         return plans
+
+    def generations(self) -> list[int]:
+        """Return the numbers of the folders in plan/, also those of a listing that was interrupted."""
+        matches = (_PLAN_FOLDER.fullmatch(folder) for folder in self.directory.list_folders("plan"))
+        return [int(match[1]) for match in matches if match]
+
+    def read_plan(self, generation: int) -> Plan:
+        """Return the plan of a generation. Raises DamagedFileError."""
+        name = plan_name(generation)
+        value = self.directory.read_json(name)
+        try:
+            return _plan_from_json(generation, value)
+        except _MALFORMED as error:
+            raise self.directory.damage(name, f"is damaged: {error!r}") from error
+
+    def write_plan(self, plan: Plan) -> None:
+        """Write plan.json: from then on the list is complete."""
+        self.directory.write_json(plan_name(plan.generation), plan.to_json(), checksum=True)
 
     def is_published(self, generation: int) -> bool:
         return self.directory.exists(published_name(generation))
+
+    def published_files(self, generation: int) -> dict[int, dict[str, Any]]:
+        """Return "sha256" and "num_bytes" of each part that a generation wrote, from its published.json.
+
+        Raises DamagedFileError.
+        """
+        name = published_name(generation)
+        record = self.directory.read_json(name)
+        try:
+            return {int(part): {key: file[key] for key in _FILE_FACTS} for part, file in record["files"].items()}
+        except _MALFORMED as error:
+            raise self.directory.damage(name, f"is damaged: {error!r}") from error
+
+    def write_published(self, generation: int, files: dict[int, dict[str, Any]]) -> None:
+        """Write published.json of a generation: from then on its rows are in captions/."""
+        record = {"files": {str(part): file for part, file in sorted(files.items())}}
+        self.directory.write_json(published_name(generation), record, checksum=True)
 
     def open_plans(self) -> list[Plan]:
         """Return the generations whose rows are not all in captions/ yet."""
@@ -146,11 +189,24 @@ class CaptionsTable:
         """Return the ids of the chunks of a generation that are committed and not merged into captions/ yet."""
         names = self.directory.list_names(self.chunk_folder)
         prefix = f"g{generation:03d}-"
-        return {name.removesuffix(".parquet") for name in names if name.startswith(prefix)}
+        return {name.removesuffix(".parquet") for name in names if _CHUNK.fullmatch(name) and name.startswith(prefix)}
 
     def published_parts(self) -> set[int]:
-        names = self.directory.list_names("captions")
-        return {int(name.removeprefix("part-").removesuffix(".parquet")) for name in names}
+        """Return the numbers of the files in captions/; other files there are passed over."""
+        return set(part_numbers(self.directory.list_names("captions")))
+
+    def parquet_files(self) -> Iterator[str]:
+        """Yield the names of all Parquet files of this table."""
+        for folder in ("plan", "history"):
+            for below in self.directory.list_folders(folder):
+                yield from self._parquet_files_in(f"{folder}/{below}")
+        for folder in (self.chunk_folder, "captions", "alt_text", "checks"):
+            yield from self._parquet_files_in(folder)
+
+    def _parquet_files_in(self, folder: str) -> Iterator[str]:
+        for name in self.directory.list_names(folder):
+            if _PART.fullmatch(name) or _CHUNK.fullmatch(name):
+                yield f"{folder}/{name}"
 
     @property
     def chunk_folder(self) -> str:
@@ -168,12 +224,21 @@ class CaptionsTable:
     def update(self, **changes: Any) -> CaptionsTable:
         """Write changed values to table.json, and return the table with them."""
         info = {**self.info, **changes}
-        self.directory.write_json(TABLE_FILE, info)
+        self.directory.write_json(TABLE_FILE, info, checksum=True)
         return CaptionsTable(self.directory, info)
+
+
+def part_numbers(names: list[str]) -> list[int]:
+    """Return the part numbers of those files that are named like parts."""
+    return [int(match[1]) for match in map(_PART.fullmatch, names) if match]
 
 
 def plan_folder(generation: int) -> str:
     return f"plan/g{generation:03d}"
+
+
+def plan_name(generation: int) -> str:
+    return f"{plan_folder(generation)}/plan.json"
 
 
 def plan_part_name(generation: int, part: int) -> str:
@@ -195,19 +260,17 @@ def history_name(generation: int, part: int) -> str:
 def open_table(location: str) -> CaptionsTable:
     """Open the table at `location`. Raises OutputError where there is none."""
     directory = Directory(location)
-    try:
-        if not directory.exists(TABLE_FILE):
-            raise OutputError(f"{location} holds no captions table (no {TABLE_FILE}); give the OUT of a caption run")
-        info = directory.read_json(TABLE_FILE)
-    except OSError as error:
-        raise OutputError(f"{location} cannot be read: {error}") from error
-    except ValueError as error:
-        raise OutputError(f"{location}/{TABLE_FILE} is damaged: {error}") from error
+    if not directory.exists(TABLE_FILE):
+        raise OutputError(f"{location} holds no captions table (no {TABLE_FILE}); give the OUT of a caption run")
+    info = directory.read_json(TABLE_FILE)
     if info.get("schema_version") != SCHEMA_VERSION:
         version = info.get("schema_version")
         raise OutputError(
             f"{location} has table version {version}, this program reads {SCHEMA_VERSION}; use another OUT"
         )
+    missing = [name for name in _INFO if name not in info]
+    if missing:
+        raise directory.damage(TABLE_FILE, f"is damaged: it has no {missing[0]!r}")
     return CaptionsTable(directory, info)
 
 
@@ -239,8 +302,9 @@ def create_table(
         "fingerprint": None,
         "model": None,
         "models": {},
+        "checksums": True,  # every file is written with one: one without was damaged
     }
-    directory.write_json(TABLE_FILE, info)
+    directory.write_json(TABLE_FILE, info, checksum=True)
     directory.delete(_OVERWRITE_FILE)
     return CaptionsTable(directory, info)
 
@@ -251,14 +315,13 @@ def table_exists(location: str) -> bool:
     Raises OutputError where OUT cannot be read.
     """
     directory = Directory(location)
-    try:
-        return directory.exists(TABLE_FILE) and not directory.exists(_OVERWRITE_FILE)
-    except OSError as error:
-        raise OutputError(f"{location} cannot be read: {error}") from error
+    return directory.exists(TABLE_FILE) and not directory.exists(_OVERWRITE_FILE)
 
 
 def _plan_from_json(generation: int, value: dict[str, Any]) -> Plan:
     recaption = value.get("recaption")
+    if value["kind"] not in _KINDS or value["rows_per_chunk"] < 1:
+        raise ValueError(value["kind"])
     return Plan(
         generation=generation,
         kind=value["kind"],

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
 
@@ -10,22 +12,29 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from captioner.data import ERROR_CODES, STATUS_FAILED, STATUS_OK
+from captioner.errors import DamagedFileError
+from captioner.store.checksum import parquet_matches
 from captioner.store.ids import IdIndex
-from captioner.store.read import read_parts
-from captioner.store.table import CaptionsTable, Plan, captions_name, history_name, plan_part_name, published_name
+from captioner.store.read import read_chunk, read_parts
+from captioner.store.repair import recorded_digests
+from captioner.store.table import CaptionsTable, Plan, captions_name, history_name, part_numbers, plan_part_name
 
 MAX_PROBLEMS = 20
 
 
 @dataclass
 class TableCounts:
-    """The current rows of a table by status. `remaining`: planned images without a committed row."""
+    """The current rows of a table by status. `remaining`: planned images without a committed row.
+
+    `damaged`: why files could not be read; their rows are not counted.
+    """
 
     planned: int = 0
     ok: int = 0
     failed: int = 0
     failed_by_reason: dict[str, int] = field(default_factory=dict)
     by_fingerprint: dict[str, int] = field(default_factory=dict)
+    damaged: list[str] = field(default_factory=list)
 
     @property
     def remaining(self) -> int:
@@ -34,11 +43,16 @@ class TableCounts:
 
 @dataclass
 class Verification:
-    """The result of `verify`. `problems`: sentences for a person, at most MAX_PROBLEMS."""
+    """The result of `verify`.
+
+    `problems`: sentences for a person, at most MAX_PROBLEMS. `unchecked`: files of an earlier version, which hold no
+    checksum.
+    """
 
     counts: TableCounts
     lost: int = 0
     doubled: int = 0
+    unchecked: int = 0
     open_generations: list[int] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
@@ -47,16 +61,25 @@ class Verification:
         return not self.problems and not self.open_generations and not self.lost and not self.doubled
 
     def add_problem(self, problem: str) -> None:
-        if len(self.problems) < MAX_PROBLEMS:
+        if len(self.problems) < MAX_PROBLEMS and problem not in self.problems:
             self.problems.append(problem)
+
+    @contextmanager
+    def noting_damage(self) -> Iterator[None]:
+        """Note a damaged or missing file as a problem, and go on with the next step."""
+        try:
+            yield
+        except DamagedFileError as error:
+            self.add_problem(str(error))
 
 
 def count_rows(table: CaptionsTable) -> TableCounts:
-    """Count the committed rows by status and by fingerprint. Reads three columns of the table."""
+    """Count the committed rows by status and by fingerprint. Reads each file of the table."""
     counts = TableCounts(planned=sum(plan.num_rows for plan in table.plans() if plan.adds_parts))
     reasons: Counter[str] = Counter()
     fingerprints: Counter[str] = Counter()
-    for rows in read_parts(table, ["status", "error_code", "fingerprint"]):
+    columns = ["status", "error_code", "fingerprint"]
+    for rows in read_parts(table, columns, on_damage=lambda error: counts.damaged.append(str(error))):
         failed = rows.filter(pc.equal(rows["status"], STATUS_FAILED))
         counts.ok += rows.num_rows - failed.num_rows
         counts.failed += failed.num_rows
@@ -69,19 +92,16 @@ def count_rows(table: CaptionsTable) -> TableCounts:
 
 
 def verify(table: CaptionsTable) -> Verification:
-    """Compare every row with the plan. Needs memory for one part and one bucket of ids."""
+    """Compare every row with the plan and every file with its checksum.
+
+    Needs memory for one part and one bucket of ids.
+    """
     result = Verification(counts=count_rows(table))
+    for problem in result.counts.damaged:
+        result.add_problem(problem)
     with IdIndex() as planned:
         for plan in table.plans():
-            if not table.is_published(plan.generation):
-                result.open_generations.append(plan.generation)
-            elif plan.adds_parts:
-                _verify_parts(table, plan, result)
-            else:
-                _verify_history(table, plan, result)
-            _verify_chunks(table, plan, result)
-            for part in sorted(plan.parts) if plan.adds_parts else ():
-                planned.add(_plan_ids(table, plan, part))
+            _verify_plan(table, plan, result, planned)
         duplicates = len(planned.duplicates())
     if duplicates:
         result.doubled += duplicates
@@ -90,36 +110,51 @@ def verify(table: CaptionsTable) -> Verification:
     return result
 
 
-def _plan_ids(table: CaptionsTable, plan: Plan, part: int) -> list[str]:
-    planned = table.directory.read_table(plan_part_name(plan.generation, part), ["image_id"])
-    return list(planned["image_id"].to_pylist())
-
-
-def _verify_parts(table: CaptionsTable, plan: Plan, result: Verification) -> None:
+def _verify_plan(table: CaptionsTable, plan: Plan, result: Verification, planned: IdIndex) -> None:
+    is_published = table.is_published(plan.generation)
+    if not is_published:
+        result.open_generations.append(plan.generation)
     published = table.published_parts()
+    committed = set() if is_published else table.committed_chunks(plan.generation)
     for part in sorted(plan.parts):
-        name = captions_name(part)
-        if part not in published:
-            result.lost += plan.parts[part]
-            result.add_problem(f"{name} is missing: {plan.parts[part]} images have no row")
-            continue
-        rows = table.directory.read_table(name, ["image_id", "status", "error_code"])
-        _compare(name, Counter(_plan_ids(table, plan, part)), Counter(rows["image_id"].to_pylist()), result)
-        wrong = rows.filter(pc.invert(_has_known_status(rows)))["image_id"]
-        if len(wrong):
-            result.add_problem(f"{name}: {len(wrong)} rows have an unknown status or reason, e.g. {wrong[0].as_py()!r}")
+        with result.noting_damage():
+            name = plan_part_name(plan.generation, part)
+            ids = table.directory.read_table(name, ["image_id"])["image_id"].to_pylist()
+            if len(ids) != plan.parts[part]:
+                raise table.directory.damage(name, f"is damaged: {len(ids)} rows for {plan.parts[part]} images")
+            if plan.adds_parts:
+                planned.add(ids)
+            if is_published and plan.adds_parts:
+                _verify_part(table, part, ids, part in published, result)
+            elif is_published:
+                _verify_history(table, plan, part, ids)
+            for chunk in plan.part_chunks(part):
+                if chunk.chunk_id in committed:
+                    with result.noting_damage():
+                        first = chunk.index * plan.rows_per_chunk
+                        committed_ids = read_chunk(table, chunk, ["image_id"])["image_id"].to_pylist()
+                        expected = Counter(ids[first : first + chunk.num_rows])
+                        _compare(table.chunk_name(chunk.chunk_id), expected, Counter(committed_ids), result)
 
 
-def _verify_history(table: CaptionsTable, plan: Plan, result: Verification) -> None:
+def _verify_part(table: CaptionsTable, part: int, ids: list[str], is_there: bool, result: Verification) -> None:
+    name = captions_name(part)
+    if not is_there:
+        result.lost += len(ids)
+        result.add_problem(f"{name} is missing: {len(ids)} images have no row")
+        return
+    rows = table.directory.read_table(name, ["image_id", "status", "error_code"])
+    _compare(name, Counter(ids), Counter(rows["image_id"].to_pylist()), result)
+    wrong = rows.filter(pc.invert(_has_known_status(rows)))["image_id"]
+    if len(wrong):
+        result.add_problem(f"{name}: {len(wrong)} rows have an unknown status or reason, e.g. {wrong[0].as_py()!r}")
+
+
+def _verify_history(table: CaptionsTable, plan: Plan, part: int, ids: list[str]) -> None:
     """Verify that the rows which a generation superseded are all in history/, in its order."""
-    for part in sorted(plan.parts):
-        name = history_name(plan.generation, part)
-        if not table.directory.exists(name):
-            result.add_problem(f"{name} is missing: the rows that generation {plan.generation} superseded")
-            continue
-        older = table.directory.read_table(name, ["image_id"])
-        if older["image_id"].to_pylist() != _plan_ids(table, plan, part):
-            result.add_problem(f"{name} does not hold the rows that generation {plan.generation} superseded")
+    name = history_name(plan.generation, part)
+    if table.directory.read_table(name, ["image_id"])["image_id"].to_pylist() != ids:
+        raise table.directory.damage(name, f"does not hold the rows that generation {plan.generation} superseded")
 
 
 def _has_known_status(rows: pa.Table) -> pa.ChunkedArray:
@@ -127,21 +162,6 @@ def _has_known_status(rows: pa.Table) -> pa.ChunkedArray:
     is_ok = pc.and_(pc.equal(rows["status"], STATUS_OK), pc.is_null(rows["error_code"]))
     has_error_code = pc.is_in(rows["error_code"], pa.array(ERROR_CODES))
     return pc.or_(is_ok, pc.and_(pc.equal(rows["status"], STATUS_FAILED), has_error_code))
-
-
-def _verify_chunks(table: CaptionsTable, plan: Plan, result: Verification) -> None:
-    """Verify that the committed chunks of an unpublished generation hold the planned images."""
-    if table.is_published(plan.generation):
-        return
-    committed = table.committed_chunks(plan.generation)
-    for part in sorted(plan.parts):
-        ids = _plan_ids(table, plan, part)
-        for chunk in plan.part_chunks(part):
-            if chunk.chunk_id in committed:
-                name = table.chunk_name(chunk.chunk_id)
-                first = chunk.index * plan.rows_per_chunk
-                committed_ids = table.directory.read_table(name, ["image_id"])["image_id"].to_pylist()
-                _compare(name, Counter(ids[first : first + chunk.num_rows]), Counter(committed_ids), result)
 
 
 def _compare(name: str, planned: Counter[str], actual: Counter[str], result: Verification) -> None:
@@ -155,20 +175,29 @@ def _compare(name: str, planned: Counter[str], actual: Counter[str], result: Ver
 
 
 def _verify_files(table: CaptionsTable, result: Verification) -> None:
-    """Verify that captions/ holds the files that were published, byte for byte, and no others."""
-    digests: dict[int, str] = {}
+    """Verify every Parquet file against its checksum, and captions/ against the record of what was published."""
+    digests: dict[int, dict[str, str | int]] = {}
     planned: set[int] = set()
+    with result.noting_damage():
+        digests = recorded_digests(table)
     for plan in table.plans():
         planned |= set(plan.parts) if plan.adds_parts else set()
-        if table.is_published(plan.generation):
-            record = table.directory.read_json(published_name(plan.generation))
-            digests |= {int(part): entry["sha256"] for part, entry in record["files"].items()}
-        elif not plan.adds_parts:  # its publish may have been killed while it replaced these
-            digests = {part: digest for part, digest in digests.items() if part not in plan.parts}
-    published = table.published_parts()
-    for part in sorted(published - planned):
-        result.add_problem(f"{captions_name(part)} belongs to no plan")
-    for part in sorted(published & set(digests)):
-        digest = sha256(table.directory.read_bytes(captions_name(part))).hexdigest()
-        if digest != digests[part]:
-            result.add_problem(f"{captions_name(part)} is not the file that was published (sha256 {digest[:12]})")
+    names = table.directory.list_names("captions")
+    for part in sorted(set(part_numbers(names)) - planned):
+        result.add_problem(f"{captions_name(part)} belongs to no plan; move it elsewhere")
+    for name in names:
+        if name.endswith(".parquet") and not part_numbers([name]):
+            result.add_problem(f"captions/{name} is no file of this table, but is read with it; move it elsewhere")
+    for name in table.parquet_files():
+        with result.noting_damage():
+            data = table.directory.read_checked(name)
+            if parquet_matches(data) is None:
+                if table.info.get("checksums"):
+                    raise table.directory.damage(name, "is damaged: its checksum is gone")
+                result.unchecked += 1
+            folder, _, file = name.rpartition("/")
+            (part,) = part_numbers([file]) or (-1,)
+            if folder == "captions" and part in digests:
+                digest = sha256(data).hexdigest()
+                if digest != digests[part]["sha256"]:
+                    result.add_problem(f"{name} is not the file that was published (sha256 {digest[:12]})")

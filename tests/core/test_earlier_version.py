@@ -66,6 +66,7 @@ def test_a_finished_table_is_proven(home: Path) -> None:
     result = verify(open_table(str(home / "finished")))
 
     assert result.proven
+    assert result.unchecked == 4 + 4 + 4 + 4  # captions, plan, alt texts and checks: it recorded no checksums
     assert (result.counts.ok, result.counts.failed_by_reason) == (12, {"not_an_image": 1})
 
 
@@ -81,6 +82,22 @@ def test_a_stopped_run_goes_on_where_it_stopped(home: Path) -> None:
     assert rows[:8] == before
     assert [(row["image_id"], row["caption"], row["error_code"]) for row in rows] == [
         (row["image_id"], row["caption"], row["error_code"]) for row in finished
+    ]
+
+
+def test_damage_to_a_published_part_is_noticed_and_repaired(home: Path) -> None:
+    finished = rows_of(open_table(str(home / "finished")))
+    file = home / "finished/captions/part-00001.parquet"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 3] ^= 1
+    file.write_bytes(data)
+
+    assert not verify(open_table(str(home / "finished"))).proven
+    table = caption(home, "finished")
+
+    assert verify(table).proven
+    assert [(row["image_id"], row["caption"]) for row in rows_of(table)] == [
+        (row["image_id"], row["caption"]) for row in finished
     ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from captioner.errors import OutputError
+from captioner.errors import DamagedFileError, OutputError
 from captioner.publishing.alt_text.texts import alt_text_name
 from captioner.publishing.review.standing_flags import standing_flags
 from captioner.store.directory import Directory
@@ -52,7 +52,7 @@ def _read_row_of(directory: Directory, name: str, row: int, columns: list[str]) 
                     values: dict[str, Any] = file.read_row_group(group, columns).slice(row, 1).to_pylist()[0]
                     return values
                 row -= size
-    except FileNotFoundError:
+    except DamagedFileError:
         pass
     raise _changed(directory)
 

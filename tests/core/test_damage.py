@@ -1,0 +1,261 @@
+"""Files of OUT that were damaged or deleted: noticed, said in one line, and made again by the same command."""
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from captioner import pipeline
+from captioner.config import CaptionConfig
+from captioner.errors import VerificationError
+from captioner.run.job import open_job
+from captioner.store.directory import Directory
+from captioner.store.read import read_parts
+from captioner.store.table import CaptionsTable, open_table
+from captioner.store.verify import count_rows, verify
+from captioner.testing import Killed, killed_at_write, make_folder
+
+pytestmark = pytest.mark.usefixtures("decoding_here")
+
+Injury = Callable[[bytes], bytes | None]
+INJURIES: dict[str, Injury] = {
+    "a bit flipped": lambda data: (
+        data[: len(data) // 3] + bytes([data[len(data) // 3] ^ 4]) + data[len(data) // 3 + 1 :]
+    ),
+    "a bit of the footer flipped": lambda data: data[:-90] + bytes([data[-90] ^ 1]) + data[-89:],
+    "cut": lambda data: data[: len(data) // 2],
+    "empty": lambda data: b"",
+    "zeros": lambda data: bytes(len(data)),
+    "random bytes": lambda data: random.Random(0).randbytes(len(data)),
+    "longer": lambda data: data + b"x",
+    "deleted": lambda data: None,
+}
+
+
+def config_of(archive: Path, out: Path | str, **output: object) -> CaptionConfig:
+    settings = {
+        "source": {"path": str(archive)},
+        "model": {"name": "fake"},
+        "output": {"path": str(out), "rows_per_file": 16, **output},
+    }
+    return CaptionConfig.model_validate(settings)
+
+
+def contents(out: Path | str) -> list[dict]:
+    rows = pa.concat_tables(read_parts(open_table(str(out))))
+    return rows.drop_columns(["run_id", "created_at", "generation", "chunk_id", "chunk_row"]).to_pylist()
+
+
+def captioned_but_not_published(config: CaptionConfig) -> CaptionsTable:
+    """Every chunk committed, none published: where a driver may be when it dies."""
+    engine = pipeline.ThisProcess(config)
+    job = open_job(config, engine, lambda line: None)
+    list(engine.caption_chunks(job.work, job.missing_chunks(job.table.open_plans()[0])))
+    return job.table
+
+
+def injure(directory: Directory, name: str, injury: Injury) -> None:
+    data = injury(directory.read_bytes(name))
+    if data is None:
+        directory.delete(name)
+    else:
+        directory.write_bytes(name, data)
+
+
+def named(problems: list[str], name: str) -> bool:
+    return any(name in problem for problem in problems)
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = make_folder(tmp_path_factory.mktemp("archive"), 40)
+    for name in ("000003.png", "000017.png"):
+        (root / name).write_bytes(b"")
+    return root
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, archive: Path) -> Path:
+    """A table with a superseded generation: published, retried, published again. Tests copy it."""
+    out = tmp_path_factory.mktemp("finished") / "out"
+    pipeline.run(config_of(archive, out))
+    make_folder(archive / "healed", 4)
+    (archive / "healed/000003.png").replace(archive / "000003.png")
+    shutil.rmtree(archive / "healed")
+    pipeline.run(config_of(archive, out, retry_failed=True))
+    assert verify(open_table(str(out))).proven
+    return out
+
+
+@pytest.fixture(scope="module")
+def unpublished(tmp_path_factory: pytest.TempPathFactory, archive: Path, finished: Path) -> Path:
+    out = tmp_path_factory.mktemp("unpublished") / "out"
+    captioned_but_not_published(config_of(archive, out))
+    return out
+
+
+@pytest.mark.parametrize("injury", INJURIES)
+def test_a_chunk_that_was_damaged_is_captioned_again_and_said(
+    tmp_path: Path, archive: Path, finished: Path, unpublished: Path, capsys: pytest.CaptureFixture[str], injury: str
+) -> None:
+    out = shutil.copytree(unpublished, tmp_path / "out")
+    table = open_table(str(out))
+    name = table.chunk_name("g000-00001-0000")
+    injure(table.directory, name, INJURIES[injury])
+    capsys.readouterr()
+
+    assert count_rows(table).remaining == 16
+    assert injury == "deleted" or named(verify(table).problems, name)
+    assert pipeline.run(config_of(archive, out)) == 0
+
+    lines = [line for line in capsys.readouterr().err.splitlines() if name in line]
+    assert lines == [] if injury == "deleted" else len(lines) == 1 and "16 images are captioned again" in lines[0]
+    assert verify(table).proven
+    assert contents(out) == contents(finished)
+
+
+@pytest.mark.parametrize("injury", INJURIES)
+def test_a_published_part_that_was_damaged_is_captioned_again_and_said(
+    tmp_path: Path, archive: Path, finished: Path, capsys: pytest.CaptureFixture[str], injury: str
+) -> None:
+    out = shutil.copytree(finished, tmp_path / "out")
+    table = open_table(str(out))
+    untouched = {path: path.read_bytes() for path in (out / "captions").glob("part-0000[12].parquet")}
+    injure(table.directory, "captions/part-00000.parquet", INJURIES[injury])
+
+    assert named(verify(table).problems, "captions/part-00000.parquet")
+    capsys.readouterr()
+    assert pipeline.run(config_of(archive, out)) == 0
+
+    lines = [line for line in capsys.readouterr().err.splitlines() if "captions/part-00000.parquet" in line]
+    assert len(lines) == 1
+    assert "its 16 images are captioned again" in lines[0]
+    assert {path: path.read_bytes() for path in untouched} == untouched
+    assert verify(table).proven
+    assert contents(out) == contents(finished)
+
+
+def test_chunks_and_parts_in_each_others_place_are_damage(
+    tmp_path: Path, archive: Path, finished: Path, unpublished: Path
+) -> None:
+    running, done = (shutil.copytree(out, tmp_path / out.parent.name) for out in (unpublished, finished))
+    (chunks,) = (running / "chunks").iterdir()
+    shutil.copy(chunks / "g000-00000-0000.parquet", chunks / "g000-00001-0000.parquet")
+    shutil.copy(done / "captions/part-00000.parquet", done / "captions/part-00001.parquet")
+
+    for out in (running, done):
+        assert not verify(open_table(str(out))).proven
+        assert pipeline.run(config_of(archive, out)) == 0
+        assert verify(open_table(str(out))).proven
+        assert contents(out) == contents(finished)
+
+
+def test_a_store_without_renames_is_repaired_alike(tmp_path: Path, archive: Path, finished: Path) -> None:
+    out = f"memory://bucket{tmp_path}"
+    table = captioned_but_not_published(config_of(archive, out))
+    injure(table.directory, table.chunk_name("g000-00002-0000"), INJURIES["a bit flipped"])
+    pipeline.run(config_of(archive, out))
+    assert contents(out) == contents(finished)
+
+    injure(table.directory, "captions/part-00002.parquet", INJURIES["a bit flipped"])
+    assert not verify(table).proven
+    pipeline.run(config_of(archive, out))
+
+    assert verify(table).proven
+    assert contents(out) == contents(finished)
+
+
+def test_a_repair_killed_at_any_write_is_completed(tmp_path: Path, archive: Path, finished: Path) -> None:
+    write, lived = 0, False
+    while not lived:
+        write += 1
+        out = shutil.copytree(finished, tmp_path / str(write))
+        injure(Directory(str(out)), "captions/part-00001.parquet", INJURIES["cut"])
+        try:
+            with killed_at_write(write):
+                pipeline.run(config_of(archive, out))
+            lived = True
+        except Killed:
+            pipeline.run(config_of(archive, out))
+
+        assert verify(open_table(str(out))).proven
+        assert contents(out) == contents(finished)
+    assert write > 5
+
+
+def test_a_disk_that_damages_what_is_written_ends_the_run(
+    tmp_path: Path, archive: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = Directory.write_bytes
+
+    def damaging(self: Directory, name: str, data: bytes) -> None:
+        write(self, name, data[:-1] if name.endswith("-00001-0000.parquet") else data)
+
+    monkeypatch.setattr(Directory, "write_bytes", damaging)
+    with pytest.raises(VerificationError, match=r"g000-00001-0000.parquet is damaged.*check the disk"):
+        pipeline.run(config_of(archive, tmp_path / "out"))
+
+
+def test_a_part_that_somebody_wrote_anew_is_named_and_left_alone(tmp_path: Path, archive: Path, finished: Path) -> None:
+    out = shutil.copytree(finished, tmp_path / "out")
+    file = out / "captions/part-00000.parquet"
+    rows = pq.read_table(file)
+    pq.write_table(
+        rows.set_column(rows.schema.get_field_index("caption"), rows.schema.field("caption"), [["mine"] * 16]), file
+    )
+    before = file.read_bytes()
+
+    pipeline.run(config_of(archive, out))
+
+    assert named(verify(open_table(str(out))).problems, "captions/part-00000.parquet")
+    assert file.read_bytes() == before
+
+
+def files_with_rows(out: Path) -> list[Path]:
+    return sorted(path for path in out.rglob("*.parquet") if path.parts[-2] not in ("checks",))
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_verify_notices_any_bit_that_flips(finished: Path, unpublished: Path, data: st.DataObject) -> None:
+    out = data.draw(st.sampled_from([finished, unpublished]))
+    file = data.draw(st.sampled_from(files_with_rows(out)))
+    before = file.read_bytes()
+    position = data.draw(st.integers(0, 8 * len(before) - 1))
+    damaged = bytearray(before)
+    damaged[position // 8] ^= 1 << position % 8
+    file.write_bytes(damaged)
+    try:
+        result = verify(open_table(str(out)))
+    finally:
+        file.write_bytes(before)
+
+    assert not result.proven
+    assert named(result.problems, str(file.relative_to(out)))
+
+
+def test_any_reader_of_parquet_can_check_the_pages(finished: Path) -> None:
+    file = finished / "captions/part-00000.parquet"
+    column = pq.ParquetFile(file).metadata.row_group(0).column(0)
+    data = bytearray(file.read_bytes())
+    data[(column.dictionary_page_offset or column.data_page_offset) + column.total_compressed_size - 4] ^= 1
+
+    with pytest.raises(OSError, match="could not verify page integrity"):
+        pq.ParquetFile(pa.BufferReader(bytes(data)), page_checksum_verification=True).read()
+
+
+def test_records_notice_what_was_changed_in_them(tmp_path: Path, finished: Path) -> None:
+    directory = Directory(str(shutil.copytree(finished, tmp_path / "out")))
+    for name in ("table.json", "plan/g000/plan.json", "plan/g000/published.json"):
+        value = json.loads(directory.read_bytes(name))
+        value[next(iter(value))] = "changed"
+        directory.write_bytes(name, json.dumps(value).encode())
+        with pytest.raises(Exception, match="is damaged: its content is not what was written"):
+            directory.read_json(name)
