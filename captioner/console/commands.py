@@ -13,7 +13,7 @@ from pathlib import Path
 from captioner.config import CheckConfig, ModelConfig, SourceConfig
 from captioner.console.text import printable
 from captioner.data import RawImage
-from captioner.errors import ERROR, OK, TOO_MANY_FAILED
+from captioner.errors import ERROR, OK, TOO_MANY_FAILED, DamagedFileError
 from captioner.imaging.sandbox.decoder import GuardedDecoder
 from captioner.models import load, resolve, settle_dtype
 from captioner.models.devices import pick_device
@@ -94,13 +94,14 @@ def verify(out: str) -> int:
 def status(out: str) -> int:
     """Print the progress of a table: planned, ok, failed by reason, remaining, and the rate of the latest start."""
     table = open_table(out)
-    counts: TableCounts = count_rows(table)
+    damaged: list[DamagedFileError] = []
+    counts: TableCounts = count_rows(table, damaged.append)
     lines = [("planned", counts.planned), ("ok", counts.ok), ("failed", counts.failed)]
     lines += [(f"  {reason}", number) for reason, number in counts.failed_by_reason.items()]
     for name, number in [*lines, ("remaining", counts.remaining)]:
         print(f"{name:<22}{number:>14,}")
-    for problem in counts.damaged:
-        print(f"captioner: {printable(problem)}", file=sys.stderr)
+    for problem in damaged:
+        print(f"captioner: {printable(str(problem))}", file=sys.stderr)
     models = table.info.get("models", {})
     for fingerprint, number in counts.by_fingerprint.items() if len(models) > 1 else ():
         name = models.get(fingerprint, {}).get("name", fingerprint[:12])

@@ -16,12 +16,13 @@ from captioner.store.table import CaptionsTable, Plan, captions_name, plan_part_
 OnDamage = Callable[[DamagedFileError], None]
 
 
-def _raise(error: DamagedFileError) -> None:
+def raise_damage(error: DamagedFileError) -> None:
+    """Raise the error: what readers do that were not told otherwise."""
     raise error
 
 
 def read_parts(
-    table: CaptionsTable, columns: Sequence[str] | None = None, every: int = 1, on_damage: OnDamage = _raise
+    table: CaptionsTable, columns: Sequence[str] | None = None, every: int = 1, on_damage: OnDamage = raise_damage
 ) -> Iterator[pa.Table]:
     """Yield the committed rows, one part of the table (about --rows-per-file rows) at a time, in plan order.
 

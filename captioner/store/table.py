@@ -33,7 +33,7 @@ TABLE_FILE = "table.json"
 _OVERWRITE_FILE = "overwrite.json"
 # The decisions of reviewers (reviews/) are not among them: no flag deletes those.
 _OWN_FOLDERS = ("plan", "chunks", "captions", "history", "runs", "checks", "report", "alt_text")
-_INFO = ("table_id", "source", "kept_schema", "fingerprint", "model")  # keys of table.json
+_TABLE_ID = re.compile(r"[0-9a-f]+")
 _PLAN_FOLDER = re.compile(r"g(\d{3,})")
 _PART = re.compile(r"part-(\d{5,})\.parquet")
 _CHUNK = re.compile(r"g\d{3,}-\d{5,}-\d{4,}\.parquet")
@@ -224,7 +224,7 @@ class CaptionsTable:
     def update(self, **changes: Any) -> CaptionsTable:
         """Write changed values to table.json, and return the table with them."""
         info = {**self.info, **changes}
-        self.directory.write_json(TABLE_FILE, info, checksum=True)
+        self.directory.write_json(TABLE_FILE, info)
         return CaptionsTable(self.directory, info)
 
 
@@ -268,10 +268,24 @@ def open_table(location: str) -> CaptionsTable:
         raise OutputError(
             f"{location} has table version {version}, this program reads {SCHEMA_VERSION}; use another OUT"
         )
-    missing = [name for name in _INFO if name not in info]
-    if missing:
-        raise directory.damage(TABLE_FILE, f"is damaged: it has no {missing[0]!r}")
-    return CaptionsTable(directory, info)
+    table = CaptionsTable(directory, info)
+    try:
+        _check_info(table)
+    except (pa.ArrowException, OSError, *_MALFORMED) as error:
+        raise directory.damage(TABLE_FILE, f"is damaged: {error!r}") from error
+    return table
+
+
+def _check_info(table: CaptionsTable) -> None:
+    """Raise an error where table.json, which people may edit, lacks what is read of it."""
+    info = table.info
+    if not _TABLE_ID.fullmatch(info["table_id"]):
+        raise ValueError(info["table_id"])
+    if len(set(table.schema.names)) != len(table.schema):
+        raise ValueError("a column occurs twice")
+    dict(info["source"]), info["fingerprint"]
+    for model in [*info.get("models", {}).values(), *([info["model"]] if info["model"] else [])]:
+        str(model["name"]), str(model["sha256"]), str(model["dtype"])
 
 
 def create_table(
@@ -304,7 +318,7 @@ def create_table(
         "models": {},
         "checksums": True,  # every file is written with one: one without was damaged
     }
-    directory.write_json(TABLE_FILE, info, checksum=True)
+    directory.write_json(TABLE_FILE, info)
     directory.delete(_OVERWRITE_FILE)
     return CaptionsTable(directory, info)
 

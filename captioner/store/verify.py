@@ -15,7 +15,7 @@ from captioner.data import ERROR_CODES, STATUS_FAILED, STATUS_OK
 from captioner.errors import DamagedFileError
 from captioner.store.checksum import parquet_matches
 from captioner.store.ids import IdIndex
-from captioner.store.read import read_chunk, read_parts
+from captioner.store.read import OnDamage, raise_damage, read_chunk, read_parts
 from captioner.store.repair import recorded_digests
 from captioner.store.table import CaptionsTable, Plan, captions_name, history_name, part_numbers, plan_part_name
 
@@ -24,17 +24,13 @@ MAX_PROBLEMS = 20
 
 @dataclass
 class TableCounts:
-    """The current rows of a table by status. `remaining`: planned images without a committed row.
-
-    `damaged`: why files could not be read; their rows are not counted.
-    """
+    """The current rows of a table by status. `remaining`: planned images without a committed row."""
 
     planned: int = 0
     ok: int = 0
     failed: int = 0
     failed_by_reason: dict[str, int] = field(default_factory=dict)
     by_fingerprint: dict[str, int] = field(default_factory=dict)
-    damaged: list[str] = field(default_factory=list)
 
     @property
     def remaining(self) -> int:
@@ -73,13 +69,12 @@ class Verification:
             self.add_problem(str(error))
 
 
-def count_rows(table: CaptionsTable) -> TableCounts:
-    """Count the committed rows by status and by fingerprint. Reads each file of the table."""
+def count_rows(table: CaptionsTable, on_damage: OnDamage = raise_damage) -> TableCounts:
+    """Count the committed rows by status and by fingerprint. `on_damage`: see `read_parts`."""
     counts = TableCounts(planned=sum(plan.num_rows for plan in table.plans() if plan.adds_parts))
     reasons: Counter[str] = Counter()
     fingerprints: Counter[str] = Counter()
-    columns = ["status", "error_code", "fingerprint"]
-    for rows in read_parts(table, columns, on_damage=lambda error: counts.damaged.append(str(error))):
+    for rows in read_parts(table, ["status", "error_code", "fingerprint"], on_damage=on_damage):
         failed = rows.filter(pc.equal(rows["status"], STATUS_FAILED))
         counts.ok += rows.num_rows - failed.num_rows
         counts.failed += failed.num_rows
@@ -96,9 +91,8 @@ def verify(table: CaptionsTable) -> Verification:
 
     Needs memory for one part and one bucket of ids.
     """
-    result = Verification(counts=count_rows(table))
-    for problem in result.counts.damaged:
-        result.add_problem(problem)
+    result = Verification(counts=TableCounts())
+    result.counts = count_rows(table, on_damage=lambda error: result.add_problem(str(error)))
     with IdIndex() as planned:
         for plan in table.plans():
             _verify_plan(table, plan, result, planned)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from captioner import pipeline
 from captioner.config import CaptionConfig
-from captioner.errors import VerificationError
+from captioner.errors import DamagedFileError, VerificationError
 from captioner.run.job import open_job
 from captioner.store.directory import Directory
 from captioner.store.read import read_parts
@@ -111,7 +111,7 @@ def test_a_chunk_that_was_damaged_is_captioned_again_and_said(
     injure(table.directory, name, INJURIES[injury])
     capsys.readouterr()
 
-    assert count_rows(table).remaining == 16
+    assert count_rows(table, on_damage=lambda error: None).remaining == 16
     assert injury == "deleted" or named(verify(table).problems, name)
     assert pipeline.run(config_of(archive, out)) == 0
 
@@ -253,9 +253,9 @@ def test_any_reader_of_parquet_can_check_the_pages(finished: Path) -> None:
 
 def test_records_notice_what_was_changed_in_them(tmp_path: Path, finished: Path) -> None:
     directory = Directory(str(shutil.copytree(finished, tmp_path / "out")))
-    for name in ("table.json", "plan/g000/plan.json", "plan/g000/published.json"):
+    for name in ("plan/g000/plan.json", "plan/g000/published.json"):
         value = json.loads(directory.read_bytes(name))
         value[next(iter(value))] = "changed"
         directory.write_bytes(name, json.dumps(value).encode())
-        with pytest.raises(Exception, match="is damaged: its content is not what was written"):
+        with pytest.raises(DamagedFileError, match="is damaged: its content is not what was written"):
             directory.read_json(name)
