@@ -185,7 +185,7 @@ def _plan(
     if table is not None:
         _check_same_source(config, table)
         for problem in reopen_damaged_parts(table):
-            say(problem)
+            notify(problem)
     source = open_source(config.source)
     if _may_have_work(config, table):
         on_work()

@@ -17,10 +17,10 @@ from captioner.config import CaptionConfig
 from captioner.errors import DamagedFileError, VerificationError
 from captioner.run.job import open_job
 from captioner.store.directory import Directory
-from captioner.store.read import read_parts
 from captioner.store.table import CaptionsTable, open_table
 from captioner.store.verify import count_rows, verify
 from captioner.testing import Killed, killed_at_write, make_folder
+from tests.helpers import caption_config, rows_of
 
 pytestmark = pytest.mark.usefixtures("decoding_here")
 
@@ -39,18 +39,10 @@ INJURIES: dict[str, Injury] = {
 }
 
 
-def config_of(archive: Path, out: Path | str, **output: object) -> CaptionConfig:
-    settings = {
-        "source": {"path": str(archive)},
-        "model": {"name": "fake"},
-        "output": {"path": str(out), "rows_per_file": 16, **output},
-    }
-    return CaptionConfig.model_validate(settings)
-
-
 def contents(out: Path | str) -> list[dict]:
-    rows = pa.concat_tables(read_parts(open_table(str(out))))
-    return rows.drop_columns(["run_id", "created_at", "generation", "chunk_id", "chunk_row"]).to_pylist()
+    """What a person would compare: the rows without what names the run that wrote them."""
+    names = {"run_id", "created_at", "generation", "chunk_id", "chunk_row"}
+    return [{name: value for name, value in row.items() if name not in names} for row in rows_of(out)]
 
 
 def captioned_but_not_published(config: CaptionConfig) -> CaptionsTable:
@@ -85,11 +77,11 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished(tmp_path_factory: pytest.TempPathFactory, archive: Path) -> Path:
     """A table with a superseded generation: published, retried, published again. Tests copy it."""
     out = tmp_path_factory.mktemp("finished") / "out"
-    pipeline.run(config_of(archive, out))
+    pipeline.run(caption_config(archive, out))
     make_folder(archive / "healed", 4)
     (archive / "healed/000003.png").replace(archive / "000003.png")
     shutil.rmtree(archive / "healed")
-    pipeline.run(config_of(archive, out, retry_failed=True))
+    pipeline.run(caption_config(archive, out, retry_failed=True))
     assert verify(open_table(str(out))).proven
     return out
 
@@ -97,7 +89,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, archive: Path) -> Path:
 @pytest.fixture(scope="module")
 def unpublished(tmp_path_factory: pytest.TempPathFactory, archive: Path, finished: Path) -> Path:
     out = tmp_path_factory.mktemp("unpublished") / "out"
-    captioned_but_not_published(config_of(archive, out))
+    captioned_but_not_published(caption_config(archive, out))
     return out
 
 
@@ -113,7 +105,7 @@ def test_a_chunk_that_was_damaged_is_captioned_again_and_said(
 
     assert count_rows(table, on_damage=lambda error: None).remaining == 16
     assert injury == "deleted" or named(verify(table).problems, name)
-    assert pipeline.run(config_of(archive, out)) == 0
+    assert pipeline.run(caption_config(archive, out)) == 0
 
     lines = [line for line in capsys.readouterr().err.splitlines() if name in line]
     assert lines == [] if injury == "deleted" else len(lines) == 1 and "16 images are captioned again" in lines[0]
@@ -132,7 +124,7 @@ def test_a_published_part_that_was_damaged_is_captioned_again_and_said(
 
     assert named(verify(table).problems, "captions/part-00000.parquet")
     capsys.readouterr()
-    assert pipeline.run(config_of(archive, out)) == 0
+    assert pipeline.run(caption_config(archive, out)) == 0
 
     lines = [line for line in capsys.readouterr().err.splitlines() if "captions/part-00000.parquet" in line]
     assert len(lines) == 1
@@ -152,21 +144,21 @@ def test_chunks_and_parts_in_each_others_place_are_damage(
 
     for out in (running, done):
         assert not verify(open_table(str(out))).proven
-        assert pipeline.run(config_of(archive, out)) == 0
+        assert pipeline.run(caption_config(archive, out)) == 0
         assert verify(open_table(str(out))).proven
         assert contents(out) == contents(finished)
 
 
 def test_a_store_without_renames_is_repaired_alike(tmp_path: Path, archive: Path, finished: Path) -> None:
     out = f"memory://bucket{tmp_path}"
-    table = captioned_but_not_published(config_of(archive, out))
+    table = captioned_but_not_published(caption_config(archive, out))
     injure(table.directory, table.chunk_name("g000-00002-0000"), INJURIES["a bit flipped"])
-    pipeline.run(config_of(archive, out))
+    pipeline.run(caption_config(archive, out))
     assert contents(out) == contents(finished)
 
     injure(table.directory, "captions/part-00002.parquet", INJURIES["a bit flipped"])
     assert not verify(table).proven
-    pipeline.run(config_of(archive, out))
+    pipeline.run(caption_config(archive, out))
 
     assert verify(table).proven
     assert contents(out) == contents(finished)
@@ -180,10 +172,10 @@ def test_a_repair_killed_at_any_write_is_completed(tmp_path: Path, archive: Path
         injure(Directory(str(out)), "captions/part-00001.parquet", INJURIES["cut"])
         try:
             with killed_at_write(write):
-                pipeline.run(config_of(archive, out))
+                pipeline.run(caption_config(archive, out))
             lived = True
         except Killed:
-            pipeline.run(config_of(archive, out))
+            pipeline.run(caption_config(archive, out))
 
         assert verify(open_table(str(out))).proven
         assert contents(out) == contents(finished)
@@ -200,7 +192,7 @@ def test_a_disk_that_damages_what_is_written_ends_the_run(
 
     monkeypatch.setattr(Directory, "write_bytes", damaging)
     with pytest.raises(VerificationError, match=r"g000-00001-0000.parquet is damaged.*check the disk"):
-        pipeline.run(config_of(archive, tmp_path / "out"))
+        pipeline.run(caption_config(archive, tmp_path / "out"))
 
 
 def test_a_part_that_somebody_wrote_anew_is_named_and_left_alone(tmp_path: Path, archive: Path, finished: Path) -> None:
@@ -212,7 +204,7 @@ def test_a_part_that_somebody_wrote_anew_is_named_and_left_alone(tmp_path: Path,
     )
     before = file.read_bytes()
 
-    pipeline.run(config_of(archive, out))
+    pipeline.run(caption_config(archive, out))
 
     assert named(verify(open_table(str(out))).problems, "captions/part-00000.parquet")
     assert file.read_bytes() == before
