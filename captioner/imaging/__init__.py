@@ -1,15 +1,15 @@
-"""File bytes -> the model's pixels, or the reason why not. Never an exception.
+"""Decode the bytes of an image file to the model's pixels, or to an error code. Never raises.
 
-    formats.py   bytes -> a Pillow file, told by content
+    formats.py   bytes -> a Pillow file, identified by content
     opening.py   bytes -> an upright RGB image
-    reducing.py  reading it smaller where its format allows; tiff.py the pages and overviews of TIFFs
+    reducing.py  decoding at a smaller size where the format allows it; tiff.py: pages and overviews of TIFFs
     colour.py    any Pillow mode -> RGB over white
     sizes.py     the size of an image -> the size its model wants
     fitting.py   upright image -> uint8 pixels of that size
-    descriptions.py  what people already wrote about the image in its file
-    error_codes.py  what went wrong -> an error code
-    settings.py  Pillow's process-wide settings meanwhile
-    sandbox/     the same in a process of its own, which an image may crash or stop
+    descriptions.py  descriptions that people wrote into the file
+    error_codes.py  an exception -> an error code
+    settings.py  Pillow's process-wide settings while an image is decoded
+    sandbox/     decoding in a child process, which an image may crash or hang
 
 Nothing here loads torch before the first image is resized.
 """
@@ -37,17 +37,17 @@ __all__ = ["IMAGE_SCHEMA", "ImageError", "UprightImage", "decode", "decode_image
 Row = dict[str, str | int | None]  # by column
 
 _MAX_SIDE = 2**31 - 1  # of int32, the type of the columns
-_KNOWN_COLUMNS = ("image_id", "uri", "sha256", "width", "height", "format", "num_bytes")
+_IMAGE_COLUMNS = ("image_id", "uri", "sha256", "width", "height", "format", "num_bytes")
 
 # The columns of ImageBatch.rows: types as in CAPTIONS_SCHEMA; the error columns are "" where an image is fine.
 IMAGE_SCHEMA = pa.schema(
-    [CAPTIONS_SCHEMA.field(name) for name in _KNOWN_COLUMNS]
+    [CAPTIONS_SCHEMA.field(name) for name in _IMAGE_COLUMNS]
     + [CAPTIONS_SCHEMA.field(name).with_nullable(False) for name in ("error_code", "error_message")]
 )
 
 
 def decode(data: bytes, spec: PixelSpec, max_pixels: int) -> DecodedImage:
-    """One file's bytes as uint8 pixels (see `PixelSpec`), or an error code. Never raises."""
+    """Decode one file to uint8 pixels (see `PixelSpec`), or to an error code. Never raises."""
     return _decoded(data, max_pixels, needed_side(spec), partial(fit, spec=spec))
 
 
@@ -80,16 +80,16 @@ def decode_images(
     max_pixels: int,
     decode_each: Callable[[Iterable[bytes]], Iterator[DecodedImage]] | None = None,
 ) -> ImageBatch:
-    """Images of one chunk, one row each, in order.
+    """Decode the images of one chunk to a batch with one row for each, in order.
 
-    `rows` has IMAGE_SCHEMA. `decode_each`: `decode` in this process unless given.
+    `rows` of the batch has IMAGE_SCHEMA. `decode_each`: by default `decode` in this process.
 
     Holds one full-size image at a time: each is shrunk as far as the model allows before the next is opened. Rows
     that share one bytes object are decoded once.
     """
     pixels = _no_pixels(len(raws), spec)
     decode_each = decode_each or partial(map, partial(decode, spec=spec, max_pixels=max_pixels))
-    first: dict[int, int] = {}
+    first: dict[int, int] = {}  # id of a bytes object -> index of the first row that holds it
     for index, raw in enumerate(raws):
         if raw.data is not None and not raw.error_code:
             first.setdefault(id(raw.data), index)
@@ -97,14 +97,13 @@ def decode_images(
     rows: list[Row] = []
     for index, raw in enumerate(raws):
         has_bytes = raw.data is not None and not raw.error_code
-        same = first[id(raw.data)] if has_bytes else index
-        if same < index:
-            pixels[index] = pixels[same]
-            rows.append(rows[same] | {"image_id": raw.image_id, "uri": raw.uri})
+        first_index = first[id(raw.data)] if has_bytes else index
+        if first_index < index:
+            pixels[index] = pixels[first_index]
+            rows.append(rows[first_index] | {"image_id": raw.image_id, "uri": raw.uri})
             continue
-        one = next(decoded) if has_bytes else _without_bytes(raw)
-        one = _keep_pixels(pixels, index, one)
-        rows.append(_row(raw, one))
+        image = next(decoded) if has_bytes else _without_bytes(raw)
+        rows.append(_row(raw, _keep_pixels(pixels, index, image)))
     return ImageBatch(_rows_table(rows), pixels)
 
 
@@ -113,8 +112,8 @@ def _decode_all(
 ) -> Iterator[DecodedImage]:
     """Yield the result of `decode_each` for each image.
 
-    Where it raises, the images left are decoded one by one, so that only the one at fault fails. Raises RuntimeError
-    where no image can be decoded at all.
+    Where it raises, the remaining images are decoded one at a time, so that only the image at fault fails. Raises
+    RuntimeError where no image can be decoded.
     """
     num_decoded = 0
     try:
@@ -149,7 +148,7 @@ def _keep_pixels(pixels: Pixels, index: int, decoded: DecodedImage) -> DecodedIm
 
 
 def _rows_table(rows: list[Row]) -> pa.Table:
-    """Return the rows as a table of IMAGE_SCHEMA. Values that do not fit it are found by halves: a failed row each."""
+    """Return the rows as a table of IMAGE_SCHEMA. Rows with values that do not fit it are failed rows."""
     try:
         return pa.Table.from_pylist(rows, schema=IMAGE_SCHEMA)
     except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
@@ -161,9 +160,9 @@ def _rows_table(rows: list[Row]) -> pa.Table:
 
 def _without_values(row: Row, error: Exception) -> Row:
     """Return a failed row in place of one with values that are too large or of a wrong type for their columns."""
-    message = f"what the file says of itself does not fit the table: {one_line(error)}"
-    kept = {name: row[name] for name in ("image_id", "uri", "sha256", "num_bytes")}
-    return kept | {"error_code": "decode_error", "error_message": message}
+    message = f"the file's metadata does not fit the table: {one_line(error)}"
+    id_columns = {name: row[name] for name in ("image_id", "uri", "sha256", "num_bytes")}
+    return id_columns | {"error_code": "decode_error", "error_message": message}
 
 
 def _no_pixels(count: int, spec: PixelSpec) -> Pixels:

@@ -1,4 +1,4 @@
-"""Any Pillow mode -> RGB, what is transparent shown over white.
+"""Convert an image of any Pillow mode to RGB, with transparent parts over white.
 
 Colours are taken as they are stored; embedded ICC profiles are not applied, as image processors do not apply
 them either. Values that 8 bits cannot hold are scaled, never clipped (Pillow's own `convert` clips):

@@ -1,6 +1,6 @@
-"""What people already wrote about an image inside its file: XMP, IPTC-IIM and EXIF descriptions.
+"""Read the descriptions that people have written into an image file: XMP, IPTC-IIM and EXIF.
 
-Read for a person to see; never a reason to fail, and nothing here is ever written.
+They are shown to reviewers. Damaged metadata is ignored, and no file is changed.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ _XMP_PROPERTIES = {
 
 
 def descriptions_of(data: bytes, max_pixels: int) -> dict[str, str]:
-    """Where in the file it stands -> what it says, as one line; empty ones are left out. Damaged metadata says nothing.
+    """Return the descriptions in the file by field, each as one line, without empty ones and damaged metadata.
 
     XMP: alt text, extended description, description; IPTC caption; EXIF and PNG description.
     """
-    found: dict[str, str] = {}
+    descriptions: dict[str, str] = {}
     try:
         with decoding(max_pixels):
             file = identify(data)
             for read in (_from_xmp, _from_iptc, _from_exif, _from_png_text):
                 with contextlib.suppress(Exception):
-                    found |= read(file)
+                    descriptions |= read(file)
     except ImageError:
         return {}
-    lines = {place: printable(text).strip()[:_MAX_LENGTH] for place, text in found.items()}
-    return {place: line for place, line in lines.items() if line}
+    lines = {field: printable(text).strip()[:_MAX_LENGTH] for field, text in descriptions.items()}
+    return {field: line for field, line in lines.items() if line}
 
 
 def _from_xmp(file: ImageFile) -> dict[str, str]:
@@ -57,12 +57,12 @@ def _from_xmp(file: ImageFile) -> dict[str, str]:
     if len(data) > _MAX_XMP or b"<!DOCTYPE" in data or b"<!ENTITY" in data:  # XMP has none; entities can explode
         return {}
     root = ElementTree.fromstring(data.strip(b"\0 \r\n\t"))
-    texts = {place: _language_alternative(root, name) for place, name in _XMP_PROPERTIES.items()}
-    return {place: text for place, text in texts.items() if text}
+    texts = {field: _language_alternative(root, name) for field, name in _XMP_PROPERTIES.items()}
+    return {field: text for field, text in texts.items() if text}
 
 
 def _language_alternative(root: ElementTree.Element, name: str) -> str:
-    """The text of an XMP property: of several languages the default one, else the first."""
+    """Return the text of an XMP property in the default language, else in the first."""
     for element in root.iter(name):
         items = list(element.iter(f"{_RDF}li"))
         default = [item for item in items if item.get(_XML_LANG) == "x-default"]
@@ -90,7 +90,7 @@ def _from_png_text(file: ImageFile) -> dict[str, str]:
 
 
 def _decoded(data: bytes) -> str:
-    """IPTC-IIM and EXIF texts say their encoding rarely and wrongly: UTF-8 where it is, else Latin-1."""
+    """Decode a text as UTF-8, else as Latin-1: the encoding that IPTC-IIM and EXIF name is often missing or wrong."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError:

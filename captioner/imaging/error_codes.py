@@ -1,4 +1,4 @@
-"""Why an image cannot be used: Pillow's many exceptions as one, with a code of `captioner.data.ERROR_CODES`."""
+"""Turn Pillow's many exceptions into one, with a code of `captioner.data.ERROR_CODES`."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _SAYS_UNSUPPORTED = re.compile(
 
 
 class ImageError(Exception):
-    """An image that cannot be used.
+    """Raised for an image that cannot be used.
 
-    `code` is one of ERROR_CODES. `width`, `height`, `format`: what the header told; 0 and "" where it told nothing.
+    `code` is one of ERROR_CODES. `width`, `height`, `format`: from the header; 0 and "" where it cannot be read.
     """
 
     def __init__(self, code: str, message: str, width: int = 0, height: int = 0, format: str = "") -> None:
@@ -28,29 +28,29 @@ class ImageError(Exception):
 
 
 def code_of(error: BaseException, data: bytes) -> str:
-    """The code for what a Pillow plugin raised on `data`.
+    """Return the error code for an exception that a Pillow plugin raised on `data`.
 
-    Pillow tells missing bytes from damaged ones by the kind of exception, by its cause, or only by its words.
+    Missing and damaged bytes differ by the type of exception, by its cause, or only by its message.
     """
     causes = [error]
     while causes[-1].__cause__ is not None:
         causes.append(causes[-1].__cause__)
-    words = " ".join(str(cause) for cause in causes).lower()
+    message = " ".join(str(cause) for cause in causes).lower()
     if isinstance(error, Image.DecompressionBombError):
         return "too_many_pixels"
     if any(isinstance(cause, EOFError | IndexError | struct.error) for cause in causes) or _SAYS_TRUNCATED.search(
-        words
+        message
     ):
         return "truncated"
     if data.startswith(b"RIFF") and int.from_bytes(data[4:8], "little") + 8 > len(data):
-        return "truncated"  # WebP: its decoder only says that it failed
-    if isinstance(error, NotImplementedError) or _SAYS_UNSUPPORTED.search(words):
+        return "truncated"  # the message of the WebP decoder does not tell
+    if isinstance(error, NotImplementedError) or _SAYS_UNSUPPORTED.search(message):
         return "unsupported_format"
     return "decode_error"
 
 
 def one_line(error: BaseException | str) -> str:
-    """What went wrong, for a table cell: no control characters, at most 200 characters."""
+    """Return the message for a table cell: one line without control characters, at most 200 characters."""
     text = _OBJECT_ADDRESS.sub("file", str(error) or type(error).__name__)
     text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return text if len(text) <= _MESSAGE_LENGTH else text[: _MESSAGE_LENGTH - 1] + "…"

@@ -1,7 +1,7 @@
-"""Upright image -> uint8 pixels of the model's size, as transformers' image processors resize and crop.
+"""Resize and crop an upright image to uint8 pixels of the model's size, as transformers' image processors do.
 
 Normalising is left to the device. torch resizes a photo of 640 x 480 three times as fast as Pillow and differs from it
-by at most 2/255; Pillow takes what is large, extremely long or not aligned with its pixels. With
+by at most 2/255; Pillow resizes images that are large, extremely long or not aligned with its pixels. With
 `PixelSpec.preprocess` "processor" Pillow resizes the whole image, which is what those processors do.
 """
 
@@ -17,20 +17,20 @@ from captioner.imaging.opening import UprightImage
 from captioner.imaging.sizes import resized
 
 # An image is first made smaller in a cheap way (JPEG: while it is decoded; Pillow: averages of whole blocks) as long
-# as this many pixels are left for each one wanted. Mean difference from resizing the whole image, for 113 photos
-# scaled down 2, 4 or 8 times while decoded: 1.5 to 2.2 of 255 at 1, 0.6 to 0.9 at 2, 0.3 to 0.5 at 3.
+# as this many pixels are left for each pixel of the result. Mean difference from resizing the whole image, for 113
+# photos scaled down 2, 4 or 8 times while decoded: 1.5 to 2.2 of 255 at 1, 0.6 to 0.9 at 2, 0.3 to 0.5 at 3.
 _MARGIN = 3
 _LARGE_PIXELS = 4_000_000  # from about here Pillow, which averages first, is faster than torch, which does not
 _EXTREME_ASPECT = 8
 
 _TORCH_FILTERS = ("bicubic", "bilinear")
-_STEPPED_FILTERS = ("nearest", "box")  # a rounding error makes them take another pixel: they see the whole image
+_STEPPED_FILTERS = ("nearest", "box")  # a rounding error makes them take another pixel: they get the whole image
 
 Box = tuple[int, int, int, int]  # top, left, bottom, right
 
 
 def needed_side(spec: PixelSpec) -> int:
-    """The shorter side, in pixels, below which an image should not be made smaller while it is decoded; 0: never."""
+    """Return the shorter side in pixels below which decoding must not shrink an image; 0: it must not shrink any."""
     if spec.preprocess == "processor" or spec.resize == "none" or spec.resample in _STEPPED_FILTERS:
         return 0
     return _MARGIN * max(spec.shortest_edge, spec.height, spec.width, *spec.resized)
@@ -56,7 +56,7 @@ def fit(upright: UprightImage, spec: PixelSpec) -> npt.NDArray[np.uint8]:
 
 
 def fit_square(upright: UprightImage, side: int) -> npt.NDArray[np.uint8]:
-    """uint8 [side, side, 3]: all of the image, whatever its aspect; by Pillow."""
+    """Return the whole image as uint8 [side, side, 3], whatever its aspect; by Pillow."""
     return _resize_with_pillow(upright, (side, side), (0, 0, side, side), PixelSpec(side, side))
 
 
@@ -85,7 +85,7 @@ def _resize_with_torch(
 
 
 def _three_channels(values: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """A copy of [H, W, 3 or 4] without the fourth, made plane by plane: numpy copies threes out of fours slowly."""
+    """Return a copy of [H, W, 3 or 4] without the fourth channel, made plane by plane, which numpy does faster."""
     copy = np.empty((*values.shape[:2], 3), np.uint8)
     for channel in range(3):
         copy[..., channel] = values[..., channel]
@@ -93,7 +93,7 @@ def _three_channels(values: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
 
 
 def _as_array(image: Image.Image) -> npt.NDArray[np.uint8]:
-    """[H, W, 4], Pillow's own memory (the fourth channel is filler), or [H, W, 3], a copy, where it is in pieces."""
+    """Return [H, W, 4], a view of Pillow's memory with an unused channel, or where it is split a copy [H, W, 3]."""
     try:
         values = pa.array(image)
     except ValueError:
@@ -105,7 +105,7 @@ def _as_array(image: Image.Image) -> npt.NDArray[np.uint8]:
 def _resize_with_pillow(
     upright: UprightImage, size: tuple[int, int], window: Box, spec: PixelSpec
 ) -> npt.NDArray[np.uint8]:
-    """Only the window is computed, so that a strip of 10000 x 1 pixels costs no more than its centre."""
+    """Compute only the window, so that a strip of 10000 x 1 pixels costs no more than its centre."""
     top, left, bottom, right = window
     x0, y0, x1, y1 = upright.box
     across, down = (x1 - x0) / size[1], (y1 - y0) / size[0]
@@ -113,6 +113,6 @@ def _resize_with_pillow(
     resample = Image.Resampling[spec.resample.upper()]
     if spec.preprocess == "fast" and spec.resample not in _STEPPED_FILTERS:
         return np.array(upright.rgb.resize((right - left, bottom - top), resample, source, _MARGIN))
-    if size[0] * size[1] > _LARGE_PIXELS:  # such a strip that resized whole it would fill the memory
+    if size[0] * size[1] > _LARGE_PIXELS:  # a strip so long that resizing all of it would fill the memory
         return np.array(upright.rgb.resize((right - left, bottom - top), resample, source))
     return np.array(upright.rgb.resize((size[1], size[0]), resample))[top:bottom, left:right]

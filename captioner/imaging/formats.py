@@ -1,4 +1,4 @@
-"""Which formats are decoded, and how a file's bytes tell its format."""
+"""Identify the format of a file by its bytes, among the formats that are decoded."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from PIL import Image, ImageFile
 
 from captioner.imaging.error_codes import ImageError, code_of, one_line
 
-# What Pillow decodes by itself, in the order it is tried: frequent ones first, those without a signature last.
-# Left out: EPS and WMF start outside programs; IPTC opens what it holds as any format, EPS too; BUFR, GRIB, HDF5 and
-# MPEG are recognised but have no decoder.
+# Formats that Pillow decodes without other programs, in the order they are tried: frequent ones first, those without a
+# signature last. Left out: EPS and WMF start other programs; IPTC opens its content as any format, EPS too; BUFR, GRIB,
+# HDF5 and MPEG are recognised but have no decoder.
 FORMATS = (
     *("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "HEIF", "JPEG2000"),
     *("ICO", "CUR", "ICNS", "PPM", "PSD", "DIB", "DDS", "QOI", "SGI", "SUN", "PCX", "DCX", "MSP", "XBM", "XPM"),
@@ -20,7 +20,7 @@ FORMATS = (
     *("TGA", "IM", "IMT", "PCD", "SPIDER"),
 )
 
-# Files that a person would call an image and that are not decoded here: name, offset of the signature, signature.
+# Image formats that are not decoded: name, offset of the signature, signature.
 _UNSUPPORTED = (
     ("EPS", 0, b"%!PS"),
     ("EPS", 0, b"\xc5\xd0\xd3\xc6"),
@@ -43,19 +43,19 @@ _PDF_HEAD, _SVG_HEAD = 1024, 4096
 
 
 def identify(data: bytes) -> ImageFile.ImageFile:
-    """Open by content; only headers are read. Raises ImageError.
+    """Open a file by its content, reading headers only. Raises ImageError.
 
-    This is the loop of `Image.open`, but it remembers what the format whose signature matched had to say: a file cut
-    off in its header is truncated, not unknown.
+    This is the loop of `Image.open`, but it keeps the error of the format whose signature matched: a file cut off in
+    its header is truncated, not unknown.
     """
     failure: tuple[str, Exception] | None = None
     for name in available_formats():
         factory, accepts = Image.OPEN[name]
         try:
-            verdict = True if accepts is None else accepts(data[:_PREFIX])
-            if isinstance(verdict, str):
-                raise NotImplementedError(verdict)
-            if verdict:
+            is_accepted = True if accepts is None else accepts(data[:_PREFIX])
+            if isinstance(is_accepted, str):  # why the format is not supported
+                raise NotImplementedError(is_accepted)
+            if is_accepted:
                 return factory(io.BytesIO(data), "")
         except Image.DecompressionBombError as error:
             raise ImageError("too_many_pixels", one_line(error), format=name.lower()) from error
@@ -67,10 +67,10 @@ def identify(data: bytes) -> ImageFile.ImageFile:
 
 @functools.cache
 def available_formats() -> tuple[str, ...]:
-    """Those of FORMATS that this installation of Pillow decodes; HEIF with the extra `heif`."""
+    """Return the FORMATS that this installation of Pillow decodes; HEIF with the extra `heif`."""
     logging.getLogger("PIL").addHandler(
         logging.NullHandler()
-    )  # else its errors go to stderr where nobody set up logging
+    )  # else its errors go to stderr where logging is not set up
     Image.init()
     try:
         import pillow_heif

@@ -1,4 +1,4 @@
-"""File bytes -> an upright RGB image, or an ImageError."""
+"""Open the bytes of a file as an upright RGB image, or raise ImageError."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from captioner.imaging.reducing import Reduced, open_reduced
 from captioner.imaging.settings import decoding
 
 _EXIF_ORIENTATION = 0x0112
-_UPRIGHT, _TURNED = 1, (5, 6, 7, 8)  # turned: width and height change places
+_UPRIGHT, _TURNED = 1, (5, 6, 7, 8)  # turned: width and height are swapped
 _RIGHT_TO_LEFT, _BOTTOM_TO_TOP = (2, 3, 6, 7), (3, 4, 7, 8)  # where a stored image's right and bottom edges end up
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
@@ -24,8 +24,8 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
 class UprightImage:
     """An upright RGB image.
 
-    `width`, `height`: of the image in the file. `rgb` is smaller where a smaller one would do; the image then
-    fills its `box`, which need not end on a whole pixel. Else `box` is all of `rgb`.
+    `width`, `height`: of the image in the file. `rgb` is smaller where the model needs no more; the image then fills
+    the part `box` of it, which need not end on a whole pixel. Else `box` is all of `rgb`.
     """
 
     rgb: Image.Image
@@ -36,11 +36,11 @@ class UprightImage:
 
 
 def open_image(data: bytes, max_pixels: int, needed_side: int = 0) -> UprightImage:
-    """The first frame or page of a file, as a person sees it: EXIF orientation applied, transparency over white.
+    """Return the first frame or page of a file, with EXIF orientation applied and transparency over white.
 
-    `max_pixels` is compared with the header before the image is allocated. With `needed_side` some formats come out
-    smaller, each side still >= needed_side, which saves most of their decoding, and `max_pixels` is then compared with
-    what that takes (see `captioner.imaging.reducing`). Raises ImageError for every fault of the file.
+    `max_pixels` is compared with the header before the image is allocated. With `needed_side` some formats are decoded
+    at a smaller size, each side still >= needed_side, which saves most of the time, and `max_pixels` is then compared
+    with the pixels held for that (see `captioner.imaging.reducing`). Raises ImageError for every fault of the file.
     """
     if not data:
         raise ImageError("empty_file", "the file has no bytes")
@@ -64,7 +64,7 @@ def _open(data: bytes, max_pixels: int, needed_side: int) -> UprightImage:
         else:
             _check_pixels(width, height, max_pixels)
             _load_first(file)
-            width, height = file.size  # ICO and TIFF know better once loaded
+            width, height = file.size  # ICO and TIFF know their size only when loaded
             _check_pixels(width, height, max_pixels)
         orientation = _make_upright(file)
         if orientation in _TURNED:
@@ -86,7 +86,7 @@ def _check_pixels(width: int, height: int, max_pixels: int) -> None:
 
 
 def _load_reduced(file: ImageFile.ImageFile, data: bytes, max_pixels: int, needed_side: int) -> Reduced | None:
-    """Decode at a smaller size; `None` where the format or the file does not let us, and where that is too large."""
+    """Decode at a smaller size; return None where the file does not allow it or is too large even so."""
     reduced = open_reduced(file, data, needed_side)
     if reduced is None or reduced.in_memory > max_pixels:
         return None
@@ -95,19 +95,19 @@ def _load_reduced(file: ImageFile.ImageFile, data: bytes, max_pixels: int, neede
     except Exception:
         if reduced.file is file:
             raise
-        return None  # read whole, it may still be fine
+        return None  # the whole image may still be decodable
     return reduced
 
 
 def _load_first(file: ImageFile.ImageFile) -> None:
     """Decode the first frame."""
     if getattr(file, "default_image", False) and getattr(file, "n_frames", 1) > 1:
-        file.seek(1)  # APNG whose frame 0 is a stand-in for viewers that cannot animate
+        file.seek(1)  # APNG: frame 0 is for viewers that cannot animate
     file.load()
 
 
 def _make_upright(file: ImageFile.ImageFile) -> int:
-    """Apply the orientation in EXIF or XMP and return it; malformed EXIF is none."""
+    """Apply the orientation in EXIF or XMP and return it; malformed EXIF counts as none."""
     try:
         orientation: int = file.getexif().get(_EXIF_ORIENTATION, _UPRIGHT)
         ImageOps.exif_transpose(file, in_place=True)
@@ -117,7 +117,7 @@ def _make_upright(file: ImageFile.ImageFile) -> int:
 
 
 def _upright_box(extent: tuple[float, float], orientation: int, image: Image.Image) -> Box:
-    """Where in `image` the image lies: it may leave a fraction of the last stored column and row unfilled."""
+    """Return the part of `image` that is filled: a fraction of the last stored column and row may be empty."""
     width, height = reversed(extent) if orientation in _TURNED else extent
     left, right = (image.width - width, image.width) if orientation in _RIGHT_TO_LEFT else (0, width)
     top, bottom = (image.height - height, image.height) if orientation in _BOTTOM_TO_TOP else (0, height)
@@ -125,7 +125,7 @@ def _upright_box(extent: tuple[float, float], orientation: int, image: Image.Ima
 
 
 def _without_png_text(data: bytes) -> bytes:
-    """A PNG without its texts and colour profile: they may be too long for Pillow while the image is fine."""
+    """Return a PNG without its texts and colour profile, which may be too long for Pillow while the image is fine."""
     kept, position = [data[:8]], 8
     while position + 8 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, position)

@@ -1,10 +1,10 @@
-"""Opening an image at a smaller size than it has, where its format lets a part of the file give all of the image.
+"""Open an image at a smaller size, where its format allows to decode that from a part of the file.
 
     JPEG        2, 4 or 8 times smaller, from the first coefficients of each block
     JPEG 2000   2, 4, 8 ... times smaller: its lower resolution levels
     TIFF        the copies that pyramids and cloud-optimised files hold
 
-Memory and most of the time are then those of the small image, so `max_pixels` is held against that. But a
+Memory and most of the time are then those of the small image, so `max_pixels` is compared with its size. But a
 progressive JPEG keeps all its coefficients until its end, whatever the size it is read at.
 """
 
@@ -36,9 +36,9 @@ class Reduced:
 
 
 def open_reduced(file: ImageFile.ImageFile, data: bytes, needed_side: int) -> Reduced | None:
-    """As small as can be with both sides >= needed_side; `None` where the file only loads whole.
+    """Open the smallest size with both sides >= needed_side; return None where there is only the whole image.
 
-    Of a JPEG it is `file` itself; else another, and `file` is as before.
+    Of a JPEG the result holds `file` itself, changed; of other formats another file.
     """
     if file.format == "JPEG":
         return _open_jpeg(file, needed_side)
@@ -52,8 +52,8 @@ def _open_jpeg(file: ImageFile.ImageFile, needed_side: int) -> Reduced | None:
     drafted = file.draft("RGB", (needed_side, needed_side))
     if not drafted or file.size == whole:
         return None
-    held = whole if file.info.get("progressive") else file.size
-    return Reduced(file, drafted[1][2:], math.prod(held))
+    held_size = whole if file.info.get("progressive") else file.size
+    return Reduced(file, drafted[1][2:], math.prod(held_size))
 
 
 def _open_jpeg2000(data: bytes, needed_side: int) -> Reduced | None:
@@ -64,19 +64,19 @@ def _open_jpeg2000(data: bytes, needed_side: int) -> Reduced | None:
         return None
     power = 1 << halvings
     size = -(-width // power), -(-height // power)
-    # The standard rounds up, Pillow to the nearest: as it is told a size that both round alike, it finds the same.
+    # The standard rounds up, Pillow to the nearest: this size is rounded alike by both.
     file._size = size[0] * power, size[1] * power
     file.reduce = halvings  # type: ignore[method-assign, assignment]
     return Reduced(file, (width / power, height / power), math.prod(size))
 
 
 def _resolution_levels(data: bytes) -> int:
-    """How often a JPEG 2000 image can be halved: of its main header (ISO 15444-1, A.6.1)."""
-    place = data.find(_CODESTREAM, 0, 1 << 20) + 2
-    while place >= 2 and place + 10 <= len(data) and data[place] == 0xFF:
-        if data[place + 1] == _CODING_STYLE:
-            return data[place + 9]
-        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    """Return how often a JPEG 2000 image can be halved, from its main header (ISO 15444-1, A.6.1)."""
+    offset = data.find(_CODESTREAM, 0, 1 << 20) + 2
+    while offset >= 2 and offset + 10 <= len(data) and data[offset] == 0xFF:
+        if data[offset + 1] == _CODING_STYLE:
+            return data[offset + 9]
+        offset += 2 + int.from_bytes(data[offset + 2 : offset + 4], "big")
     return 0
 
 
@@ -87,5 +87,5 @@ def _open_tiff(data: bytes, needed_side: int) -> Reduced | None:
     try:
         file = identify(extract(data, overview.offset, like_first=True))
     except (ImageError, ValueError):
-        return None  # the page itself may be fine
+        return None  # the whole page may still be decodable
     return Reduced(file, None, math.prod(file.size))

@@ -1,4 +1,7 @@
-"""How large transformers' image processors make an image, in their own rounding: sides in pixels, (height, width)."""
+"""Compute the size to which transformers' image processors resize an image, with their rounding.
+
+Sizes are (height, width) in pixels.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ _QWEN_ASPECT = 200
 
 
 def resized(size: Size, spec: PixelSpec) -> Size:
-    """Size of an image after resizing and before any crop or padding."""
+    """Return the size of an image after resizing and before any crop or padding."""
     match spec.resize:
         case "exact":
             return spec.resized if any(spec.resized) else (spec.height, spec.width)
@@ -34,13 +37,13 @@ def _shortest_edge(size: Size, edge: int) -> Size:
 
 
 def _inside(size: Size, box: Size) -> Size:
-    """`get_image_size_for_max_height_width` of transformers; at least one pixel, where that gives none."""
+    """Return the size by transformers' `get_image_size_for_max_height_width`, with sides of at least one pixel."""
     scale = min(box[0] / size[0], box[1] / size[1])
     return max(1, int(size[0] * scale)), max(1, int(size[1] * scale))
 
 
 def _at_most_edge(size: Size, edge: int, multiple: int) -> Size:
-    """As Idefics3 and SmolVLM round (`_resize_output_size_rescale_to_max_len`): so their processor leaves it so."""
+    """Round as Idefics3 and SmolVLM do (`_resize_output_size_rescale_to_max_len`), so that their processor keeps it."""
     height, width = size
     if max(size) <= edge:
         return size
@@ -53,12 +56,13 @@ def _at_most_edge(size: Size, edge: int, multiple: int) -> Size:
 def _at_most_area(size: Size, area: int, multiple: int) -> Size:
     """Round sides as Qwen-VL does (`smart_resize`), so that its processor leaves them as they are.
 
-    A strip that it refuses stays one, and one that it takes never becomes one that it refuses.
+    The processor refuses strips by their aspect. Resizing changes no aspect so much that a refused strip is accepted or
+    an accepted one refused.
     """
     if max(size) > _QWEN_ASPECT * min(size):
         return _rounded_to_area(size, area, 1)
-    found = _rounded_to_area(size, area, multiple)
-    return size if max(found) > _QWEN_ASPECT * min(found) else found
+    rounded = _rounded_to_area(size, area, multiple)
+    return size if max(rounded) > _QWEN_ASPECT * min(rounded) else rounded
 
 
 def _rounded_to_area(size: Size, area: int, multiple: int) -> Size:

@@ -1,7 +1,7 @@
 """The directories of a TIFF: its pages, and smaller copies of them. TIFF 6.0 and BigTIFF.
 
-A TIFF is a chain of directories, each with the size, the settings and the places of the pixels of one image. Only
-they are read here; Pillow decodes.
+A TIFF is a chain of directories, each with the size, the settings and the offsets of the pixels of one image. Only
+the directories are read here; Pillow decodes the pixels.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ MAX_DIRECTORIES = 65_535
 SUFFIXES = (".tif", ".tiff", ".btf", ".tf8")
 
 _SUBFILE, _WIDTH, _HEIGHT, _COMPRESSION, _ORIENTATION, _PROFILE = 254, 256, 257, 259, 274, 34675
-_PLACES = {273: 279, 324: 325}  # offsets of strips or tiles -> their lengths
-_SUB_DIRECTORIES, _ELSEWHERE = 330, (330, 34665, 34853, 40965)  # what points to directories of its own
+_OFFSETS = {273: 279, 324: 325}  # offsets of strips or tiles -> their lengths
+_SUB_DIRECTORIES, _POINTERS = 330, (330, 34665, 34853, 40965)  # pointers: tags that hold offsets of directories
 _OLD_JPEG = 6
 _REDUCED, _MASK = 1, 4  # bits of NewSubfileType
 _TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 _INTEGERS = {1: "B", 3: "H", 4: "I", 13: "I", 16: "Q", 18: "Q"}
 
-Read = Callable[[int, int], bytes]  # (offset, size) -> that much of the file, less at its end
+Read = Callable[[int, int], bytes]  # (offset, size) -> the bytes there, fewer at the end of the file
 
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """How numbers are written: byte order, and whether the file is a BigTIFF."""
+    """How numbers are stored: byte order, and whether the file is a BigTIFF."""
 
     order: str
     big: bool
@@ -50,7 +50,7 @@ class _Layout:
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """One tag of a directory, its values as they stand in the file."""
+    """One tag of a directory, with its values as stored in the file."""
 
     tag: int
     type: int
@@ -66,7 +66,7 @@ class _Entry:
 class TiffDirectory:
     """One image of a TIFF.
 
-    `reduced`: a smaller copy of another, or a mask. `children`: offsets of its own directories, smaller copies mostly.
+    `reduced`: a smaller copy of another, or a mask. `children`: offsets of its sub-directories, mostly smaller copies.
     A directory that cannot be read has no size.
     """
 
@@ -79,21 +79,20 @@ class TiffDirectory:
 
 
 def page_offsets(read: Read) -> list[int]:
-    """Where the directories of the pages are, in order; smaller copies and masks are no pages.
+    """Return the offset of each page's directory, in order, without smaller copies and masks.
 
-    Empty where the file is no TIFF. A chain that is broken ends with the offset that leads nowhere: that page will fail
-    to decode.
+    Empty where the file is no TIFF. A broken chain ends with the invalid offset: that page will fail to decode.
     """
     chain = []
     for directory in _chain(read):
         chain.append(directory)
         if len(chain) > MAX_DIRECTORIES:
             return []
-    return [one.offset for one in chain if not one.reduced and not one.mask]
+    return [directory.offset for directory in chain if not directory.reduced and not directory.mask]
 
 
 def find_overview(data: bytes, needed_side: int) -> TiffDirectory | None:
-    """The smallest copy of the first page whose sides are both >= needed_side; `None` where there is none."""
+    """Return the smallest copy of the first page whose sides are both >= needed_side; None where there is none."""
 
     def read(offset: int, size: int) -> bytes:
         return data[offset : offset + size]
@@ -107,19 +106,19 @@ def find_overview(data: bytes, needed_side: int) -> TiffDirectory | None:
         if not directory.reduced:
             break
         copies.append(directory)
-    fitting = [one for one in copies if one.reduced and not one.mask and _same_shape(one, first)]
+    overviews = [copy for copy in copies if copy.reduced and not copy.mask and _same_shape(copy, first)]
     return min(
-        (one for one in fitting if needed_side <= min(one.width, one.height) and one.width < first.width),
-        key=lambda one: one.width,
+        (copy for copy in overviews if needed_side <= min(copy.width, copy.height) and copy.width < first.width),
+        key=lambda copy: copy.width,
         default=None,
     )
 
 
 def extract(data: bytes, offset: int, like_first: bool = False) -> bytes:
-    """The image of one directory as a TIFF of its own.
+    """Return the image of one directory as a new TIFF file.
 
-    `like_first`: the first page's orientation and colour profile are its own too. Raises ValueError where the directory
-    cannot be read.
+    `like_first`: take orientation and colour profile of the first page where it has none. Raises ValueError where the
+    directory cannot be read.
     """
 
     def read(start: int, size: int) -> bytes:
@@ -128,9 +127,9 @@ def extract(data: bytes, offset: int, like_first: bool = False) -> bytes:
     layout = _layout(read)
     if layout is None:
         raise ValueError("no TIFF header")
-    entries = {entry.tag: entry for entry in _entries(read, layout, offset) if entry.tag not in _ELSEWHERE}
+    entries = {entry.tag: entry for entry in _entries(read, layout, offset) if entry.tag not in _POINTERS}
     if _COMPRESSION in entries and entries[_COMPRESSION].integers(layout) == (_OLD_JPEG,):
-        return _starting_at(data, layout, offset)  # its pixels' places are in tags of its own
+        return _starting_at(data, layout, offset)  # such files store the offsets of pixels in other tags
     if like_first:
         first = {entry.tag: entry for entry in _entries(read, layout, _first_offset(read, layout))}
         entries = {tag: first[tag] for tag in (_ORIENTATION, _PROFILE) if tag in first} | entries
@@ -138,18 +137,18 @@ def extract(data: bytes, offset: int, like_first: bool = False) -> bytes:
 
 
 def _written(entries: dict[int, _Entry], layout: _Layout, read: Read) -> bytes:
-    """A file with one directory: header, pixels, values, directory."""
+    """Return a file with one directory: header, pixels, values, directory."""
     out = bytearray(_header(layout, 0))
-    for places, lengths in _PLACES.items():
-        if places in entries and lengths in entries:
-            pairs = zip(entries[places].integers(layout), entries[lengths].integers(layout), strict=False)
+    for offsets, lengths in _OFFSETS.items():
+        if offsets in entries and lengths in entries:
+            pairs = zip(entries[offsets].integers(layout), entries[lengths].integers(layout), strict=False)
             moved = []
             for start, size in pairs:
                 moved.append(len(out))
                 out += read(start, size)
             kind = 16 if layout.big else 4
             packed = struct.pack(f"{layout.order}{len(moved)}{_INTEGERS[kind]}", *moved)
-            entries[places] = _Entry(places, kind, len(moved), packed)
+            entries[offsets] = _Entry(offsets, kind, len(moved), packed)
     fields = []
     for tag in sorted(entries):
         entry, size = entries[tag], layout.pointer_bytes
@@ -192,12 +191,12 @@ def _first_offset(read: Read, layout: _Layout) -> int:
 
 
 def _pointer(read: Read, layout: _Layout, offset: int) -> int:
-    found = read(offset, layout.pointer_bytes)
-    return struct.unpack(layout.pointer, found)[0] if len(found) == layout.pointer_bytes else 0
+    data = read(offset, layout.pointer_bytes)
+    return struct.unpack(layout.pointer, data)[0] if len(data) == layout.pointer_bytes else 0
 
 
 def _chain(read: Read) -> Iterator[TiffDirectory]:
-    """The directories of a file, first to last; one that comes again ends it."""
+    """Yield the directories of a file, first to last, up to one that comes a second time."""
     layout = _layout(read)
     offset = _first_offset(read, layout) if layout else 0
     seen: set[int] = set()
@@ -217,19 +216,19 @@ def _end_of(read: Read, layout: _Layout, offset: int) -> int:
 
 
 def _directory(read: Read, layout: _Layout, offset: int) -> TiffDirectory:
-    wanted = (_SUBFILE, _WIDTH, _HEIGHT, _SUB_DIRECTORIES)
+    tags = (_SUBFILE, _WIDTH, _HEIGHT, _SUB_DIRECTORIES)
     try:
-        found = {one.tag: one.integers(layout) for one in _entries(read, layout, offset, wanted)}
-        width, height = found[_WIDTH][0], found[_HEIGHT][0]
+        values = {entry.tag: entry.integers(layout) for entry in _entries(read, layout, offset, tags)}
+        width, height = values[_WIDTH][0], values[_HEIGHT][0]
     except (ValueError, KeyError, IndexError, struct.error):
         return TiffDirectory(offset)
-    kind = (found.get(_SUBFILE) or (0,))[0]
-    children = found.get(_SUB_DIRECTORIES, ())
+    kind = (values.get(_SUBFILE) or (0,))[0]
+    children = values.get(_SUB_DIRECTORIES, ())
     return TiffDirectory(offset, width, height, bool(kind & _REDUCED), bool(kind & _MASK), children)
 
 
-def _entries(read: Read, layout: _Layout, offset: int, wanted: tuple[int, ...] = ()) -> Iterator[_Entry]:
-    """Tags of a directory, only the wanted ones if any are named. Raises ValueError where the file ends before."""
+def _entries(read: Read, layout: _Layout, offset: int, tags: tuple[int, ...] = ()) -> Iterator[_Entry]:
+    """Yield the tags of a directory, only `tags` if given. Raises ValueError where the file is cut off."""
     size = struct.calcsize(layout.count)
     start = read(offset, size)
     if len(start) < size:
@@ -238,12 +237,12 @@ def _entries(read: Read, layout: _Layout, offset: int, wanted: tuple[int, ...] =
     table = read(offset + size, min(count, MAX_DIRECTORIES) * layout.entry_bytes)
     if len(table) < count * layout.entry_bytes:
         raise ValueError(f"the directory at byte {offset} is cut off")
-    for place in range(0, len(table), layout.entry_bytes):
-        tag, kind, number = struct.unpack_from(layout.order + ("HHQ" if layout.big else "HHI"), table, place)
-        if kind not in _TYPE_BYTES or (wanted and tag not in wanted):
+    for position in range(0, len(table), layout.entry_bytes):
+        tag, kind, number = struct.unpack_from(layout.order + ("HHQ" if layout.big else "HHI"), table, position)
+        if kind not in _TYPE_BYTES or (tags and tag not in tags):
             continue
         length = number * _TYPE_BYTES[kind]
-        value = table[place + layout.entry_bytes - layout.pointer_bytes : place + layout.entry_bytes]
+        value = table[position + layout.entry_bytes - layout.pointer_bytes : position + layout.entry_bytes]
         if length > layout.pointer_bytes:
             value = read(struct.unpack(layout.pointer, value)[0], length)
         if len(value) < length:
@@ -252,5 +251,5 @@ def _entries(read: Read, layout: _Layout, offset: int, wanted: tuple[int, ...] =
 
 
 def _same_shape(copy: TiffDirectory, whole: TiffDirectory) -> bool:
-    """Whether the sides shrank alike, but for rounding."""
+    """Return whether both sides are shrunk by the same factor, except for rounding."""
     return copy.width > 0 and abs(copy.height - whole.height * copy.width / whole.width) <= 2

@@ -1,1 +1,1 @@
-"""Decoding in a process of its own, which an image may crash or stop: `decoder.py` is the caller's side."""
+"""Decode images in a child process, which an image may crash or hang; `decoder.py` is the caller's side."""

@@ -1,7 +1,7 @@
-"""`python -m captioner.imaging.sandbox.child CONTROL SETTINGS`: the processes behind `decoder.py`.
+"""The child process of `decoder.py`: `python -m captioner.imaging.sandbox.child CONTROL SETTINGS`.
 
-This one loads what decoding needs, opens no image, and forks a worker whenever its caller asks for one: a worker that
-an image ended is replaced within milliseconds.
+It imports what decoding needs, opens no image, and forks a worker whenever its caller asks for one, so that a worker
+which an image has crashed is replaced within milliseconds.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ from captioner.data import DecodedImage, PixelSpec
 from captioner.imaging import decode, squeeze
 from captioner.imaging.sandbox.slots import NUM_SLOTS, Slots
 
-NUMBER = struct.Struct("<i")  # what is said over the control socket: 0 (ready), then each worker's pid and exit code
+# Sent over the control socket: 0 when ready, then the pid and the exit code of each worker.
+NUMBER = struct.Struct("<i")
 
-_TOLD = [field.name for field in fields(DecodedImage) if field.name != "pixels"]
+_ANSWER_FIELDS = [field.name for field in fields(DecodedImage) if field.name != "pixels"]
 
 
 def fork_workers(control: socket.socket, work: Callable[[socket.socket], None]) -> None:
-    """A worker for each socket that comes over `control`, one at a time, until the caller is gone."""
+    """Fork a worker for each socket received over `control`, one at a time, until the caller is gone."""
     control.sendall(NUMBER.pack(0))
     while True:
         _, descriptors, _, _ = socket.recv_fds(control, 1, 1)
@@ -47,7 +48,7 @@ def fork_workers(control: socket.socket, work: Callable[[socket.socket], None]) 
 
 
 def _end_with(work: Callable[[], None]) -> None:
-    """Do it and end the process, past whatever the process it was forked from would do at its end."""
+    """Call `work` and end the process without the exit handlers of the process it was forked from."""
     try:
         work()
     except ConnectionError:  # the caller is gone
@@ -59,10 +60,10 @@ def _end_with(work: Callable[[], None]) -> None:
 
 
 def serve(connection: socket.socket, decode_one: Callable[[bytes], DecodedImage], slots: Slots, timeout: float) -> None:
-    """Answer a line for each line, until the caller is gone."""
-    # What C code says of an image may hold the image's own text; it is not for the terminal.
+    """Decode an image and answer with a line for each line received, until the caller is gone."""
+    # Messages of C code may quote text of the image, which must not reach the terminal.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
-    # The caller kills what takes too long; where the caller is dead, this signal does, even inside C code.
+    # The caller kills a worker that takes too long; where the caller is dead, this signal does, even inside C code.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     for number, line in enumerate(connection.makefile("rb")):
         slot = number % NUM_SLOTS
@@ -71,9 +72,9 @@ def serve(connection: socket.socket, decode_one: Callable[[bytes], DecodedImage]
         signal.setitimer(signal.ITIMER_REAL, 0)
         if decoded.pixels is not None:
             slots.put_pixels(slot, decoded.pixels)
-        told = {name: getattr(decoded, name) for name in _TOLD}
-        told["shape"] = None if decoded.pixels is None else decoded.pixels.shape
-        connection.sendall(json.dumps(told).encode() + b"\n")
+        answer = {name: getattr(decoded, name) for name in _ANSWER_FIELDS}
+        answer["shape"] = None if decoded.pixels is None else decoded.pixels.shape
+        connection.sendall(json.dumps(answer).encode() + b"\n")
 
 
 def main(argv: list[str]) -> None:
@@ -90,7 +91,7 @@ def _decoder_of(settings: dict[str, Any]) -> Callable[[bytes], DecodedImage]:
     spec, max_pixels = settings["spec"], settings["max_pixels"]
     if isinstance(spec, int):
         return partial(squeeze, side=spec, max_pixels=max_pixels)
-    import torch  # noqa: F401  # images are resized with it: loaded before the first one's time runs
+    import torch  # noqa: F401  # resizes images: imported before the time of the first image starts
 
     spec |= {name: tuple(value) for name, value in spec.items() if isinstance(value, list)}
     return partial(decode, spec=PixelSpec(**spec), max_pixels=max_pixels)

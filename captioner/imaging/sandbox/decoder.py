@@ -1,12 +1,12 @@
-"""Decoding in a process of its own, so that an image can end or stop its decoder and nothing else.
+"""Decode images in a child process, so that an image can crash or hang its decoder and nothing else.
 
     the caller  --length of an image-->             a worker of child.py
-                <--size, format or reason, a line--
+                <--size, format or error, a line--
                 <==bytes and pixels in shared slots==>
 
-Decoders are C code that reads other people's files. One that crashes takes its process along, one that never returns
-keeps it; both are rows here (`decoder_crashed`, `timeout`). The worker holds no credentials of ours that it does not
-inherit, and its answers are JSON and plain bytes: nothing it says is ever unpickled.
+Decoders are C code that reads untrusted files. One that crashes ends its process, one that never returns blocks it;
+both become failed rows (`decoder_crashed`, `timeout`). The worker has no credentials but those it inherits, and its
+answers are JSON and plain bytes: they are never unpickled.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from captioner.data import DecodedImage, PixelSpec
 from captioner.imaging.sandbox.processes import Child, Worker
 from captioner.imaging.sandbox.slots import NUM_SLOTS, Slots
 
-ATTEMPTS = 2  # a decoder may also die of something else: memory that a neighbour took, say
-# However many of its images hang, a chunk must not take as long as a run waits for progress: after so many, its
-# others have this long. Most images take some milliseconds.
+ATTEMPTS = 2  # a decoder may also die of another cause, such as a shortage of memory
+# However many of its images hang, a chunk must not take as long as a run waits for progress: after this number of
+# hangs, the other images of the chunk have only SHORT_TIMEOUT_S each. Most images take some milliseconds.
 HANGS_AT_FULL_TIME, SHORT_TIMEOUT_S = 8, 1.0
 
 
 class GuardedDecoder:
     """Decodes images in a child process; a context manager, used by one thread.
 
-    `spec`: of the model, for `captioner.imaging.decode`; or the side of the squares that `squeeze` makes there.
+    `spec`: of the model, for `captioner.imaging.decode`; or the side in pixels, for `captioner.imaging.squeeze`.
     `timeout`: seconds an image may take. The child starts with the first image, or with `start`; it ends with
     `close`, with this object and with this process.
     """
 
     def __init__(self, spec: PixelSpec | int, max_pixels: int, timeout: float) -> None:
         self._max_bytes = 3 * spec * spec if isinstance(spec, int) else spec.max_bytes
-        told = spec if isinstance(spec, int) else asdict(spec)
-        self._settings = {"spec": told, "max_bytes": self._max_bytes, "max_pixels": max_pixels, "timeout": timeout}
+        fields = spec if isinstance(spec, int) else asdict(spec)
+        self._settings = {"spec": fields, "max_bytes": self._max_bytes, "max_pixels": max_pixels, "timeout": timeout}
         self._timeout = timeout
         self._slots: Slots | None = None
         self._child: Child | None = None
@@ -59,8 +59,8 @@ class GuardedDecoder:
     def __call__(self, images: Iterable[bytes]) -> Iterator[DecodedImage]:
         """Yield what `captioner.imaging.decode` returns for each image of a chunk, in order.
 
-        An image is `decoder_crashed` after ATTEMPTS deaths of its decoder, or `timeout`. Those that follow are decoded
-        meanwhile. Raises RuntimeError where no decoder can be started at all: that is no fault of an image.
+        An image fails as `decoder_crashed` after its decoder died ATTEMPTS times, or as `timeout`. The next images are
+        decoded meanwhile. Raises RuntimeError where no decoder can be started, which is not the fault of an image.
         """
         waiting: deque[bytes] = deque()
         hangs = 0
@@ -75,7 +75,7 @@ class GuardedDecoder:
                 yield (decoded := self._answer(waiting, hangs))
                 hangs += decoded.error_code == "timeout"
         finally:
-            if waiting:  # nobody wants these answers any more
+            if waiting:  # the caller stopped early: these answers are not needed
                 self._end_worker()
 
     def start(self) -> None:
@@ -88,7 +88,7 @@ class GuardedDecoder:
     def wait(self) -> None:
         """Wait until a worker is ready for the first image; start it unless there is one.
 
-        Raises RuntimeError where no decoder can be started at all.
+        Raises RuntimeError where no decoder can be started.
         """
         if self._worker is None:
             self._ask(deque())
@@ -103,7 +103,7 @@ class GuardedDecoder:
         self._child = self._slots = None
 
     def _ask(self, waiting: deque[bytes]) -> None:
-        """Hand the last of `waiting` over; all of them where the worker is new."""
+        """Send the last of `waiting` to the worker; all of them to a new worker."""
         if self._worker is not None:
             self._worker.ask(waiting[-1])
             return
@@ -117,7 +117,7 @@ class GuardedDecoder:
             self._worker.ask(data)
 
     def _answer(self, waiting: deque[bytes], hangs: int) -> DecodedImage:
-        """What became of the first of `waiting`, which leaves it."""
+        """Remove the first of `waiting` and return its result."""
         timeout = self._timeout if hangs < HANGS_AT_FULL_TIME else min(self._timeout, SHORT_TIMEOUT_S)
         for _ in range(ATTEMPTS):
             if self._worker is None:
@@ -131,13 +131,13 @@ class GuardedDecoder:
                 self._end_worker()
                 break
             except ConnectionError:
-                death = self._end_worker()
-                decoded = _failed("decoder_crashed", f"the decoder process died {ATTEMPTS} times, {death}")
+                cause = self._end_worker()
+                decoded = _failed("decoder_crashed", f"the decoder process died {ATTEMPTS} times, {cause}")
         waiting.popleft()
         return decoded
 
     def _end_worker(self) -> str:
-        """Returns what it died of."""
+        """End the worker; return the cause of its death."""
         worker, self._worker = self._worker, None
         return worker.end() if worker is not None else ""
 

@@ -1,4 +1,4 @@
-"""The caller's side of the processes in `captioner.imaging.sandbox.child`."""
+"""Start, use and end the processes of `captioner.imaging.sandbox.child`."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from captioner.imaging.sandbox.child import NUMBER
 from captioner.imaging.sandbox.slots import NUM_SLOTS, Slots
 
 START_TIMEOUT_S = 300.0
-# The process that forks must have one thread: a lock that another thread holds in that moment stays locked in the
+# The process that forks must have one thread: a lock that another thread holds at that moment stays locked in the
 # worker for ever. torch, numpy and pyarrow's allocator would each start threads when they are imported. And the other
-# cores have work of their own.
+# cores are used by other decoders.
 ONE_THREAD = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
@@ -29,49 +29,55 @@ ONE_THREAD = {
 
 
 class Child:
-    """The process that forks workers. It starts here; nobody waits until it is ready before a worker is needed."""
+    """The process that forks workers. `__init__` starts it and does not wait until it is ready."""
 
     def __init__(self, settings: dict[str, Any], slots: Slots) -> None:
         self._slots = slots
         self._is_ready = False
-        self._control, theirs = socket.socketpair()
+        self._control, child_end = socket.socketpair()
         self._control.settimeout(START_TIMEOUT_S)
         root = str(Path(__file__).parents[3])
         search_path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
         settings = settings | {"slots": slots.descriptors}
-        with theirs:
+        with child_end:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "captioner.imaging.sandbox.child", str(theirs.fileno()), json.dumps(settings)],
+                [
+                    sys.executable,
+                    "-m",
+                    "captioner.imaging.sandbox.child",
+                    str(child_end.fileno()),
+                    json.dumps(settings),
+                ],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno(), *slots.descriptors],
+                pass_fds=[child_end.fileno(), *slots.descriptors],
                 env=os.environ | ONE_THREAD | {"PYTHONPATH": search_path},
             )
 
     def fork(self) -> Worker:
-        """Raises RuntimeError where there is no child to do it."""
+        """Return a new worker. Raises RuntimeError where the child is dead or did not start."""
         try:
             if not self._is_ready:
-                self._is_ready = self.hear() == 0
-            ours, theirs = socket.socketpair()
-            with theirs:
-                socket.send_fds(self._control, [b"w"], [theirs.fileno()])
-            return Worker(self, ours, self.hear(), self._slots)
+                self._is_ready = self.receive() == 0
+            connection, worker_end = socket.socketpair()
+            with worker_end:
+                socket.send_fds(self._control, [b"w"], [worker_end.fileno()])
+            return Worker(self, connection, self.receive(), self._slots)
         except OSError:
             self.close()
-            ended = _cause_of(self._process.returncode)
-            raise RuntimeError(f"the decoder process did not start, {ended}; its words are in the log") from None
+            cause = _cause_of_death(self._process.returncode)
+            raise RuntimeError(f"the decoder process did not start, {cause}; its messages are in the log") from None
 
-    def hear(self) -> int:
-        """The next number the child says. Raises OSError where it is dead."""
-        said = self._control.recv(NUMBER.size, socket.MSG_WAITALL)
-        if len(said) < NUMBER.size:
+    def receive(self) -> int:
+        """Return the next number that the child sends. Raises OSError where it is dead."""
+        data = self._control.recv(NUMBER.size, socket.MSG_WAITALL)
+        if len(data) < NUMBER.size:
             raise ConnectionResetError
-        number: int = NUMBER.unpack(said)[0]
+        number: int = NUMBER.unpack(data)[0]
         return number
 
-    def has_said(self) -> bool:
-        """Whether there is a number to hear."""
+    def has_sent(self) -> bool:
+        """Return whether a number waits to be received."""
         return bool(select.select([self._control], [], [], 0)[0])
 
     def is_alive(self) -> bool:
@@ -84,7 +90,7 @@ class Child:
 
 
 class Worker:
-    """A process that decodes images in the order they are asked for. `pid`: its number."""
+    """A process that decodes images in the order in which it gets them."""
 
     def __init__(self, child: Child, connection: socket.socket, pid: int, slots: Slots) -> None:
         self._child, self._pid, self._slots = child, pid, slots
@@ -92,36 +98,36 @@ class Worker:
         self._asked = self._answered = 0
 
     def ask(self, data: bytes) -> None:
-        """Hand an image over; at most NUM_SLOTS may be without an answer. A dead worker takes them too."""
+        """Send an image to the worker, dead or alive; at most NUM_SLOTS images may be without an answer."""
         self._slots.put(self._asked % NUM_SLOTS, data)
         self._asked += 1
         with suppress(ConnectionError):
             self._connection.sendall(b"%d\n" % len(data))
 
     def answer(self, timeout: float) -> DecodedImage:
-        """The next image. Raises TimeoutError, or ConnectionError where the worker is dead."""
+        """Return the next decoded image. Raises TimeoutError, or ConnectionError where the worker is dead."""
         self._connection.settimeout(timeout)
         line = self._lines.readline()
         if not line.endswith(b"\n"):
             raise ConnectionResetError
-        told = json.loads(line)
-        shape = told.pop("shape")
+        fields = json.loads(line)
+        shape = fields.pop("shape")
         pixels = None if shape is None else self._slots.get_pixels(self._answered % NUM_SLOTS, shape)
         self._answered += 1
-        return DecodedImage(pixels, **told)
+        return DecodedImage(pixels, **fields)
 
     def end(self) -> str:
-        """End it if it lives; returns what it died of, in words."""
+        """End the worker if it lives; return the cause of its death for a message."""
         self._lines.close()
         self._connection.close()
-        if not self._child.has_said():
+        if not self._child.has_sent():
             with suppress(ProcessLookupError):
                 os.kill(self._pid, signal.SIGKILL)
         try:
-            return _cause_of(self._child.hear())
+            return _cause_of_death(self._child.receive())
         except OSError:
-            return "with the process it was forked from"
+            return "with the process that forked it"
 
 
-def _cause_of(code: int) -> str:
+def _cause_of_death(code: int) -> str:
     return f"by signal {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"

@@ -1,4 +1,4 @@
-"""Memory that a decoder process shares with its caller: in each slot the bytes of one image, and its pixels."""
+"""Memory that a decoder process shares with its caller: each slot holds the bytes and the pixels of one image."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from contextlib import ExitStack
 import numpy as np
 import numpy.typing as npt
 
-NUM_SLOTS = 8  # so many images are handed over ahead: a decoder need not wait for its caller
+NUM_SLOTS = 8  # images sent ahead, so that a decoder does not wait for its caller
 
 
 class Slots:
-    """Files without a name, one for the bytes in each slot and a last one for all pixels.
+    """Unnamed files: one for the bytes in each slot, and one for the pixels of all slots.
 
-    Unlike a pipe they take an image of any size at once: handing one over never waits for a decoder that hangs.
-    `max_bytes`: of the pixels of one image. `descriptors`: of the files, where another process made them.
+    Unlike a pipe they take an image of any size at once: sending one never waits for a decoder that hangs. `max_bytes`:
+    of the pixels of one image. `descriptors`: of the files, where another process has created them.
     """
 
     def __init__(self, max_bytes: int, descriptors: Sequence[int] = ()) -> None:
@@ -38,7 +38,7 @@ class Slots:
         file = self._files[slot]
         file.seek(0)
         file.write(data)
-        file.truncate()  # what a larger image took is given back
+        file.truncate()  # frees the memory of a larger image before it
         file.flush()
 
     def get(self, slot: int, num_bytes: int) -> bytes:
@@ -48,7 +48,7 @@ class Slots:
         self._pixels[slot, : pixels.size] = pixels.reshape(-1)
 
     def get_pixels(self, slot: int, shape: Sequence[int]) -> npt.NDArray[np.uint8]:
-        """A copy: the slot is used again."""
+        """Return a copy, since the slot is used again."""
         return self._pixels[slot, : math.prod(shape)].reshape(shape).copy()
 
     def close(self) -> None:
@@ -59,7 +59,7 @@ class Slots:
 
 
 def _new_files(count: int) -> list[int]:
-    """In memory where the system has such files."""
+    """Create files, in memory where the system supports it."""
     if hasattr(os, "memfd_create"):
         return [os.memfd_create("captioner") for _ in range(count)]
     with ExitStack() as stack:
