@@ -48,20 +48,20 @@ def ours(args: argparse.Namespace) -> dict:
     from captioner.config import ModelConfig, TrainDataConfig, TrainModelConfig
     from captioner.models import resolve
     from captioner.run.prefetch import one_ahead
-    from captioner.training.archives import list_pairs, open_archives
     from captioner.training.collate import Decode, Upload
     from captioner.training.loop import make_collate
     from captioner.training.loss import CaptionLoss
     from captioner.training.order import GlobalOrder, Share
+    from captioner.training.pair_sources import list_pairs, open_pair_sources
     from captioner.training.pairs import Examine, make_pairs
     from captioner.training.trainable import open_trainable
 
     ref, config = resolve(ModelConfig(name=args.model)), TrainDataConfig(path=args.data, max_failed=1.0)
-    archives = open_archives(config)
-    listed = list_pairs(archives, 200)
-    train = make_pairs(config, map(Examine(archives, ref.spec, ref.path, None), listed), 0).tables["train"]
+    sources = open_pair_sources(config)
+    listed = list_pairs(sources, 200)
+    train = make_pairs(config, map(Examine(sources, ref.spec, ref.path, None), listed), 0).tables["train"]
     captioner = open_trainable(ref, TrainModelConfig(), device(), args.batch_size, None)
-    loss, collate, decode = CaptionLoss(captioner).train(), make_collate(captioner), Decode(archives, ref.spec)
+    loss, collate, decode = CaptionLoss(captioner).train(), make_collate(captioner), Decode(sources, ref.spec)
     order, share = GlobalOrder(train, 0, "first"), Share(0, 1, args.batch_size)
     upload = Upload(device())
 
@@ -85,11 +85,11 @@ def ours(args: argparse.Namespace) -> dict:
         with ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 2) - 1))) as threads:
             decoded = _ahead(threads, decode, tables(), count)
             with one_ahead(map(upload, map(collate, decoded))) as batches:
-                yield from map(upload.used, batches)
+                yield from map(upload.mark_used, batches)
 
     def from_memory(count: int) -> Iterator[dict]:
         with one_ahead(map(upload, islice(cycle(ready), count))) as batches:
-            yield from map(upload.used, batches)
+            yield from map(upload.mark_used, batches)
 
     return measure(args, loss, run, {"step": from_memory, "": from_images})
 
@@ -303,8 +303,8 @@ def timed_loop(file: str):
         timed(AcceleratedOptimizer, "step")
 
         class Timed(RayWorker):
-            def tell(self, progress: dict) -> None:
-                super().tell(progress)
+            def show_progress(self, progress: dict) -> None:
+                super().show_progress(progress)
                 with open(file, "a") as stream:
                     stream.write(f"{time.perf_counter()} {spent}\n")
 

@@ -162,12 +162,12 @@ def _caption_one(model: ModelConfig) -> str:
     """Load the model and caption one grey image."""
     import numpy as np
 
-    from captioner.models import load, resolve, settle_dtype
+    from captioner.models import load, resolve, resolve_dtype
 
     started = time.perf_counter()
     ref = resolve(model)
     device = pick_device(worker_device(model.device))
-    ref = settle_dtype(ref, model.dtype, device.type)
+    ref = resolve_dtype(ref, model.dtype, device.type)
     captioner = load(ref, str(device), model.batch_size)
     loaded = time.perf_counter()
     shape = (512, 512) if ref.spec.own_sizes else (ref.spec.height, ref.spec.width)

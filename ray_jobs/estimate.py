@@ -17,7 +17,7 @@ from captioner.config import CaptionConfig
 from captioner.console.stopping import notify
 from captioner.data import Source
 from captioner.errors import OK, SourceError, UsageError
-from captioner.models import is_small, resolve, settle_dtype
+from captioner.models import is_small, resolve, resolve_dtype
 from captioner.sources import open_source
 from captioner.store.parallel_listing import list_units
 from ray_jobs.cluster import Sizes, connect, share_out
@@ -53,10 +53,10 @@ def run(config: CaptionConfig, sample: int, seed: int, price_per_gpu_hour: float
         raise SourceError(f"{config.source.path}: no images found")
     notify(f"{total:,} images listed; captioning a sample of {rows.num_rows:,}")
     resources = connect(config.cluster)
-    model, device = resolve(config.model, announce=notify), config.model.device
+    model, device = resolve(config.model, notify=notify), config.model.device
     sizes = share_out(resources, config.cluster, is_small(model), device=device)
     check_gpu_nodes(device, sizes)
-    model = settle_dtype(model, config.model.dtype, device_kind(resources, sizes, device))
+    model = resolve_dtype(model, config.model.dtype, device_kind(resources, sizes, device))
     pieces = measure(source, rows, model, sizes, config)
     prediction = predict(pieces, total, sizes.num_workers, sizes.decode_cpus, seed)
     for line in lines(prediction, sizes, price_per_gpu_hour):

@@ -26,7 +26,7 @@ from captioner.models.devices import set_wait_policy
 from captioner.models.loading import SMALL_MODEL_BYTES
 from captioner.run.prefetch import in_background
 from captioner.training import job
-from captioner.training.job import Finishing, Outcome, Start, TrainRun
+from captioner.training.job import FinishInputs, PreparedRun, TrainOutcome, TrainSetup
 from captioner.training.progress import TrainProgress
 from captioner.training.record import RUN_FILE
 from ray_jobs.cluster import Connection, Resources, Sizes, import_ray, share_out
@@ -79,13 +79,13 @@ class RayTrainEngine:
         except ray.exceptions.RayError as error:
             raise _cause_of(error) from error
 
-    def train(self, start: Start, prepare: Callable[[], TrainRun], progress: TrainProgress) -> Outcome:
+    def train(self, setup: TrainSetup, prepare: Callable[[], PreparedRun], progress: TrainProgress) -> TrainOutcome:
         import ray.train
 
-        check_shared(start.out, RUN_FILE)
+        check_shared(setup.out, RUN_FILE)
         board = make_board()
         progress.watch(lambda: ray.get(board.latest.remote()))
-        trainer = self._trainer(start, board)
+        trainer = self._trainer(setup, board)
         preparing = _Preparing(prepare, board, progress)
         try:
             with _own_sigint(), preparing:
@@ -93,40 +93,40 @@ class RayTrainEngine:
         except ray.train.TrainingFailedError as error:
             raise preparing.error or _cause_of(error) from error
         prepared, ended = preparing.result(), result.return_value
-        metric = f"eval_{start.config.training.metric_for_best_model}"
+        metric = f"eval_{setup.config.training.metric_for_best_model}"
         checkpoints = result.best_checkpoints or []
         if not checkpoints:
-            return Outcome(prepared, None, {}, **ended)
+            return TrainOutcome(prepared, None, {}, **ended)
         checkpoint, metrics = min(checkpoints, key=lambda pair: (_number(pair[1][metric]), pair[1]["step"]))
-        return Outcome(prepared, checkpoint, metrics, **ended)
+        return TrainOutcome(prepared, checkpoint, metrics, **ended)
 
-    def finish(self, checkpoint: Any, finishing: Finishing) -> dict[str, Any]:
+    def finish(self, checkpoint: Any, inputs: FinishInputs) -> dict[str, Any]:
         import ray
 
         sizes = self._sizes()
         task = ray.remote(num_cpus=1, num_gpus=sizes.gpus_per_worker or None, max_retries=1)(finish_model)
         try:
             results: dict[str, Any] = ray.get(
-                task.remote(checkpoint, finishing, self._device, self._threads(finishing.model))
+                task.remote(checkpoint, inputs, self._device, self._threads(inputs.model))
             )
         except ray.exceptions.RayError as error:
             raise _cause_of(error) from error
         return results
 
-    def _trainer(self, start: Start, board: Any) -> Any:
+    def _trainer(self, setup: TrainSetup, board: Any) -> Any:
         from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer
 
         from ray_jobs.process_group import ProcessGroup
 
         logging.getLogger("ray.train").setLevel(logging.ERROR)
-        sizes, settings = self._sizes(), start.config.training
+        sizes, settings = self._sizes(), setup.config.training
         resources = {"CPU": sizes.cpus_per_worker} | ({"GPU": sizes.gpus_per_worker} if sizes.gpus_per_worker else {})
         config = {
-            "config": start.config,
-            "model": start.model,
+            "config": setup.config,
+            "model": setup.model,
             "board": board,
-            "threads": self._threads(start.model),
+            "threads": self._threads(setup.model),
         }
         return TorchTrainer(
             self._loop,
@@ -136,9 +136,9 @@ class RayTrainEngine:
                 num_workers=sizes.num_workers, use_gpu=bool(sizes.gpus_per_worker), resources_per_worker=resources
             ),
             run_config=RunConfig(
-                name=start.name,
-                storage_path=start.out.path("checkpoints"),
-                storage_filesystem=start.out.filesystem,
+                name=setup.name,
+                storage_path=setup.out.path("checkpoints"),
+                storage_filesystem=setup.out.filesystem,
                 checkpoint_config=CheckpointConfig(
                     num_to_keep=settings.save_total_limit,
                     checkpoint_score_attribute=f"eval_{settings.metric_for_best_model}",
@@ -202,9 +202,9 @@ class _Preparing:
     A context manager: it waits for the thread, unless training itself failed. `error`: raised by `prepare`.
     """
 
-    def __init__(self, prepare: Callable[[], TrainRun], board: Any, progress: TrainProgress) -> None:
+    def __init__(self, prepare: Callable[[], PreparedRun], board: Any, progress: TrainProgress) -> None:
         self._prepare, self._board, self._progress = prepare, board, progress
-        self._prepared: TrainRun | None = None
+        self._prepared: PreparedRun | None = None
         self.error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="preparing", daemon=True)
 
@@ -215,7 +215,7 @@ class _Preparing:
         if kind is None or self.error is not None:
             self._thread.join()
 
-    def result(self) -> TrainRun:
+    def result(self) -> PreparedRun:
         """Return the prepared run. Raises what `prepare` raised."""
         if self.error is not None:
             raise self.error
@@ -225,21 +225,15 @@ class _Preparing:
     def _run(self) -> None:
         import ray
 
-        from captioner.training.worker import Training
-
         try:
             prepared = self._prepare()
-            start, tables = prepared.start, prepared.pairs.tables
-            training = Training(
-                start.config, start.model, start.archives, prepared.schedule, tables["train"], tables["eval"]
-            )
-            ray.get(self._board.give.remote([ray.put(training)]))
-            self._progress.doing("")
+            ray.get(self._board.set_task.remote([ray.put(prepared.worker_task())]))
+            self._progress.show_status("")
             prepared.write_report()
             self._prepared = prepared
         except BaseException as error:  # raised by the thread that trains
             self.error = error
-            self._board.give.remote(None)
+            self._board.set_task.remote(None)
 
 
 def _number(value: float | None) -> float:

@@ -13,13 +13,13 @@ import pyarrow as pa
 from pyarrow.fs import LocalFileSystem
 
 from captioner.models.devices import pick_device
-from captioner.training.job import Finishing
+from captioner.training.job import FinishInputs
 from ray_jobs.gpus import training_device, worker_device
 
 if TYPE_CHECKING:
     from captioner.training.collate import Decode
-    from captioner.training.evaluate import Feed
-    from captioner.training.worker import Training
+    from captioner.training.evaluate import TableDecoder
+    from captioner.training.worker import WorkerTask
 
 MIN_TASKS, MAX_TASKS = 4, 32  # of `map_tables` at once, whatever the number of CPUs
 
@@ -51,18 +51,18 @@ class RayWorker:
         self.device = training_device(device)
         self.rank, self.world_size, self._board = context.get_world_rank(), context.get_world_size(), board
 
-    def feed(self, decode: Decode) -> Feed:
+    def table_decoder(self, decode: Decode) -> TableDecoder:
         return lambda tables: map_tables(decode, tables)
 
-    def training(self) -> Training | None:
+    def task(self) -> WorkerTask | None:
         import ray
 
-        reference = ray.get(self._board.training.remote())
-        training: Training | None = None if reference is None else ray.get(reference[0])
-        return training
+        reference = ray.get(self._board.task.remote())
+        task: WorkerTask | None = None if reference is None else ray.get(reference[0])
+        return task
 
-    def doing(self, text: str) -> None:
-        self._board.doing.remote(text)
+    def show_status(self, text: str) -> None:
+        self._board.show_status.remote(text)
 
     def prepare(self, trainer: Any) -> Any:
         from ray.train.huggingface.transformers import prepare_trainer
@@ -75,11 +75,11 @@ class RayWorker:
         uploaded = None if checkpoint is None else ray.train.Checkpoint.from_directory(checkpoint)
         ray.train.report(metrics, checkpoint=uploaded, checkpoint_dir_name=f"step-{metrics['step']:08d}")
 
-    def tell(self, progress: dict[str, Any]) -> None:
-        self._board.tell.remote(progress)
+    def show_progress(self, progress: dict[str, Any]) -> None:
+        self._board.show_progress.remote(progress)
 
 
-def finish_model(checkpoint: Any, finishing: Finishing, device: str, num_threads: int) -> dict[str, Any]:
+def finish_model(checkpoint: Any, inputs: FinishInputs, device: str, num_threads: int) -> dict[str, Any]:
     """Make OUT/model of a checkpoint, in a task on a worker node; return its record."""
     import torch
 
@@ -87,7 +87,7 @@ def finish_model(checkpoint: Any, finishing: Finishing, device: str, num_threads
 
     torch.set_num_threads(num_threads)
     with as_directory(checkpoint) as directory:
-        return finish(directory, finishing, pick_device(worker_device(device)))
+        return finish(directory, inputs, pick_device(worker_device(device)))
 
 
 def make_board() -> Any:
@@ -98,24 +98,24 @@ def make_board() -> Any:
 
     class Board:
         def __init__(self) -> None:
-            self._latest: dict[str, Any] = {"step": 0, "samples_per_second": None, "doing": "starting workers"}
+            self._latest: dict[str, Any] = {"step": 0, "samples_per_second": None, "status": "starting workers"}
             self._is_prepared = asyncio.Event()
-            self._training: list[Any] | None = None
+            self._task: list[Any] | None = None
 
-        async def give(self, training: list[Any] | None) -> None:
-            """Hand over the Training as an object reference in a list; with None the workers end."""
-            self._training = training
+        async def set_task(self, task: list[Any] | None) -> None:
+            """Hand over the WorkerTask as an object reference in a list; with None the workers end."""
+            self._task = task
             self._is_prepared.set()
 
-        async def training(self) -> list[Any] | None:
+        async def task(self) -> list[Any] | None:
             await self._is_prepared.wait()
-            return self._training
+            return self._task
 
-        async def tell(self, progress: dict[str, Any]) -> None:
+        async def show_progress(self, progress: dict[str, Any]) -> None:
             self._latest |= progress
 
-        async def doing(self, text: str) -> None:
-            self._latest["doing"] = text
+        async def show_status(self, text: str) -> None:
+            self._latest["status"] = text
 
         async def latest(self) -> dict[str, Any]:
             return self._latest

@@ -15,7 +15,7 @@ from captioner.console.text import printable
 from captioner.data import RawImage
 from captioner.errors import ERROR, OK, TOO_MANY_FAILED, DamagedFileError
 from captioner.imaging.sandbox.decoder import GuardedDecoder
-from captioner.models import load, resolve, settle_dtype
+from captioner.models import load, resolve, resolve_dtype
 from captioner.models.devices import pick_device
 from captioner.report import FIGURES
 from captioner.report.terminal import print_check
@@ -34,8 +34,8 @@ def try_images(files: Sequence[str], model: ModelConfig) -> int:
 
     ref = resolve(model)
     device = pick_device(model.device)
-    ref = settle_dtype(ref, model.dtype, device.type)
-    print(f"captioner: {printable(ref.told)}", file=sys.stderr)
+    ref = resolve_dtype(ref, model.dtype, device.type)
+    print(f"captioner: {printable(ref.summary)}", file=sys.stderr)
     limits = SourceConfig()
     with GuardedDecoder(ref.spec, limits.max_pixels, limits.decode_timeout) as decoder:
         batch = decode_images([_read(name) for name in files], ref.spec, limits.max_pixels, decoder)

@@ -6,7 +6,7 @@
 from captioner.models.checking import PendingCheck, check, check_in_subprocess
 from captioner.models.fake import FakeCaptioner
 from captioner.models.families import FAMILIES
-from captioner.models.loading import is_small, load, settle_dtype, weights_bytes
+from captioner.models.loading import is_small, load, resolve_dtype, weights_bytes
 from captioner.models.ref import PREPROCESSING_VERSION, ModelRef
 from captioner.models.resolving import resolve
 
@@ -21,6 +21,6 @@ __all__ = [
     "is_small",
     "load",
     "resolve",
-    "settle_dtype",
+    "resolve_dtype",
     "weights_bytes",
 ]

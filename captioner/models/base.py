@@ -20,7 +20,7 @@ from captioner.data import Captions, Pixels, object_array
 from captioner.errors import ModelError
 from captioner.models import native_batches
 from captioner.models.logprobs import ScoreRecorder, mean_logprobs, token_counts
-from captioner.models.native_batches import OwnBatch
+from captioner.models.native_batches import ProcessedBatch
 from captioner.models.pretrained import decode_all, open_model, open_tokenizer, quiet
 from captioner.models.processors import open_image_processor
 from captioner.models.ref import ModelRef
@@ -173,7 +173,9 @@ class TransformersCaptioner:
             min(side, _USUAL_SIDE if own else side) for side in (self.ref.spec.height, self.ref.spec.width)
         )
         noise = np.random.default_rng(0).integers(0, 256, (size, height, width, 3), dtype=np.uint8)
-        batch = OwnBatch(object_array(list(noise)), self.process) if own else torch.from_numpy(noise).to(self.device)
+        batch = (
+            ProcessedBatch(object_array(list(noise)), self.process) if own else torch.from_numpy(noise).to(self.device)
+        )
         self.search_batch(batch)
 
     @property
@@ -191,7 +193,7 @@ class TransformersCaptioner:
 
     @torch.inference_mode()
     def search_batch(self, values: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Search captions for uint8 pixels [N, height, width, 3] on the device, or an OwnBatch, in one piece.
+        """Search captions for uint8 pixels [N, height, width, 3] on the device, or an ProcessedBatch, in one piece.
 
         Raises torch.OutOfMemoryError.
         """

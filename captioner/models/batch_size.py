@@ -49,7 +49,7 @@ class Batched(Protocol):
         ...
 
 
-def settle_batch_size(
+def choose_batch_size(
     captioner: Batched,
     on_cpu: int,
     clock: Callable[[], float] = time.perf_counter,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from captioner.models.families import BY_NAME, QUESTION
+from captioner.models.families import FAMILY_BY_NAME, QUESTION
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +19,7 @@ class Checkpoint:
 
 # Sizes and licences as the checkpoints' own pages gave them in 2026; what sources disagree about is not repeated here.
 _SEE_CARD = "see its card"
-_TASKS = BY_NAME["florence2"].tasks
+_TASKS = FAMILY_BY_NAME["florence2"].tasks
 CATALOGUE: dict[str, tuple[Checkpoint, ...]] = {
     "git": (
         Checkpoint("starter", "English", "Apache-2.0", 0.005),
@@ -74,7 +74,7 @@ def table() -> str:
     row = "{:<23}{:<8}{:<7}{:<9}{:<43}{:<9}{:<14}{:>7}".format
     lines = [row("family", "search", "pixels", "prompt", "checkpoint", "language", "licence", "size")]
     for name, checkpoints in CATALOGUE.items():
-        family = BY_NAME[name]
+        family = FAMILY_BY_NAME[name]
         for one in checkpoints:
             size = f"{one.size:g} GB" if one.size >= 0.1 else f"{one.size * 1000:g} MB"
             facts = (family.name, family.search, family.pixels, family.prompt)

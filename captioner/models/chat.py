@@ -16,8 +16,8 @@ from transformers import Idefics3Processor, ProcessorMixin, Qwen2_5_VLProcessor,
 from captioner.data import Pixels
 from captioner.errors import ModelError
 from captioner.models.base import TransformersCaptioner
-from captioner.models.native_batches import OwnBatch
-from captioner.models.pretrained import UNREADABLE
+from captioner.models.native_batches import ProcessedBatch
+from captioner.models.pretrained import LOADING_ERRORS
 from captioner.models.processors import open_processor
 from captioner.models.ref import ModelRef
 
@@ -63,7 +63,7 @@ class ChatCaptioner(TransformersCaptioner):
         )
         return dict(made)
 
-    def prepare(self, values: OwnBatch) -> dict[str, torch.Tensor]:
+    def prepare(self, values: ProcessedBatch) -> dict[str, torch.Tensor]:
         made = {name: value.to(self.device, non_blocking=True) for name, value in values.result().items()}
         if self._unnormalised:
             made["pixel_values"] = self._normalised(made["pixel_values"], made["pixel_attention_mask"])
@@ -91,7 +91,7 @@ def _written_out(processor: Any, ref: ModelRef) -> str:
     content = [{"type": "image"}, {"type": "text", "text": ref.prompt}]
     try:
         question = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    except UNREADABLE as error:
+    except LOADING_ERRORS as error:
         reason = " ".join(str(error).split())
         raise ModelError(f"{ref.path}: its chat template cannot be used: {reason}") from None
     places = question.count(processor.image_token)

@@ -19,7 +19,7 @@ from captioner.models.weights import weight_files
 HUB_PATTERNS = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors")
 
 
-def from_hub(name: str, revision: str | None, announce: Callable[[str], None]) -> tuple[Path, str]:
+def from_hub(name: str, revision: str | None, notify: Callable[[str], None]) -> tuple[Path, str]:
     """The snapshot of a hub id in Hugging Face's own cache, and its commit. Nothing is asked when HF_HUB_OFFLINE=1."""
     from huggingface_hub import constants, snapshot_download
 
@@ -27,7 +27,7 @@ def from_hub(name: str, revision: str | None, announce: Callable[[str], None]) -
         return _from_hub_cache(name, revision)
     commit = _commit_of(name, revision)
     if not _has_weights(_cached(name, commit)):
-        announce(f"downloading {name} at {commit} from {constants.ENDPOINT}")
+        notify(f"downloading {name} at {commit} from {constants.ENDPOINT}")
     try:
         # By its branch's name, not by the commit: then the branch is known offline too.
         directory = Path(
@@ -86,7 +86,7 @@ def _commit_of(name: str, revision: str | None) -> str:
         ) from None
 
 
-def from_uri(uri: str, announce: Callable[[str], None]) -> Path:
+def from_uri(uri: str, notify: Callable[[str], None]) -> Path:
     """A copy of a model directory of a store in the user's cache; made anew when a file there changes."""
     try:
         filesystem, root = open_filesystem(uri)
@@ -99,7 +99,7 @@ def from_uri(uri: str, announce: Callable[[str], None]) -> Path:
     state = repr((uri, [(info.base_name, info.size, _version(filesystem, info)) for info in files]))
     target = cache_dir() / "models" / hashlib.sha256(state.encode()).hexdigest()[:32]
     if not os.path.isdir(target):
-        announce(f"downloading {uri} ({sum(info.size or 0 for info in files) / 1e6:,.0f} MB) to {target}")
+        notify(f"downloading {uri} ({sum(info.size or 0 for info in files) / 1e6:,.0f} MB) to {target}")
         _copy(uri, filesystem, files, target)
     return target
 

@@ -49,5 +49,5 @@ _ALL = (
     _chat("qwen2_vl"),
     _chat("qwen2_5_vl"),
 )
-BY_NAME = {family.name: family for family in _ALL}
-FAMILIES = tuple(BY_NAME)
+FAMILY_BY_NAME = {family.name: family for family in _ALL}
+FAMILIES = tuple(FAMILY_BY_NAME)

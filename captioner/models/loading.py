@@ -14,7 +14,7 @@ from captioner.data import Captioner
 from captioner.models.devices import auto_dtype, pick_device, set_wait_policy
 from captioner.models.fake import FakeCaptioner
 from captioner.models.ref import ModelRef
-from captioner.models.resolving import on_this_machine
+from captioner.models.resolving import ensure_local
 
 if TYPE_CHECKING:
     from captioner.models.base import TransformersCaptioner
@@ -54,7 +54,7 @@ def load(
         return FakeCaptioner(prompt=ref.prompt)
     notify, started = notify or (lambda line: None), time.perf_counter()
     with ThreadPoolExecutor(2) as threads:
-        here = threads.submit(on_this_machine, ref)  # which hashes the weights
+        here = threads.submit(ensure_local, ref)  # which hashes the weights
         torch_device = pick_device(device)
         import torch
 
@@ -63,7 +63,7 @@ def load(
         ref = here.result()
     imported = time.perf_counter()
     notify(f"torch and transformers imported in {imported - started:.1f} s")
-    from captioner.models.batch_size import CPU_SIZE, SMALL_CPU_SIZE, settle_batch_size
+    from captioner.models.batch_size import CPU_SIZE, SMALL_CPU_SIZE, choose_batch_size
 
     if torch_device.type == "cpu" and is_small(ref):
         num_threads = 1
@@ -72,11 +72,11 @@ def load(
     captioner = family(ref, torch_device, 1 if batch_size == "auto" else batch_size)
     notify(f"weights on {captioner.device_name} in {time.perf_counter() - imported:.1f} s")
     if batch_size == "auto":
-        settle_batch_size(captioner, SMALL_CPU_SIZE if is_small(ref) else CPU_SIZE, notify=notify)
+        choose_batch_size(captioner, SMALL_CPU_SIZE if is_small(ref) else CPU_SIZE, notify=notify)
     return captioner
 
 
-def settle_dtype(ref: ModelRef, dtype: str, device: str) -> ModelRef:
+def resolve_dtype(ref: ModelRef, dtype: str, device: str) -> ModelRef:
     """Return `ref` in the dtype that a value of --dtype stands for on a kind of device."""
     return replace(ref, dtype=auto_dtype(device) if dtype == "auto" else dtype)
 

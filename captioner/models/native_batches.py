@@ -12,7 +12,7 @@ from captioner.run.prefetch import one_ahead
 
 
 @dataclass(frozen=True)
-class OwnBatch:
+class ProcessedBatch:
     """Images, and what the processor made of them all; a slice of it is made anew."""
 
     pictures: Pixels
@@ -22,15 +22,17 @@ class OwnBatch:
     def __len__(self) -> int:
         return len(self.pictures)
 
-    def __getitem__(self, piece: slice) -> OwnBatch:
-        return OwnBatch(self.pictures[piece], self.make)
+    def __getitem__(self, piece: slice) -> ProcessedBatch:
+        return ProcessedBatch(self.pictures[piece], self.make)
 
     def result(self) -> Any:
         """What `make` gave."""
         return self.make(self.pictures) if self.made is None else self.made
 
 
-def batches(pictures: Pixels, size: int, make: Callable[[Pixels], Any]) -> AbstractContextManager[Iterator[OwnBatch]]:
+def batches(
+    pictures: Pixels, size: int, make: Callable[[Pixels], Any]
+) -> AbstractContextManager[Iterator[ProcessedBatch]]:
     """`size` images in each; one is made ahead, the first at once."""
     pieces = (pictures[first : first + size] for first in range(0, len(pictures), size))
-    return one_ahead(OwnBatch(piece, make, make(piece)) for piece in pieces)
+    return one_ahead(ProcessedBatch(piece, make, make(piece)) for piece in pieces)

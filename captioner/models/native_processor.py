@@ -3,8 +3,8 @@
 Such a processor gets each picture in its own size, and resizes, splits, pads and normalises in the model's process. A
 picture so large that it would make it smaller first is made smaller where it is decoded, by the processor's own rule
 and filter, which leaves the processor nothing more to shrink: with `--preprocess processor` its pixels are the same to
-the bit. Only of a processor unknown here (`any_spec`) they may differ, for pictures with a side above 2048 pixels and
-above twice what the processor's settings name.
+the bit. Only of a processor unknown here (`default_native_spec`) they may differ, for pictures with a side above 2048
+pixels and above twice what the processor's settings name.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ LARGEST_EDGE = 4096  # `MAX_IMAGE_SIZE` of Idefics3 and SmolVLM
 _ANY_EDGE = 2048
 
 
-def own_spec(family: str, file: Path, settings: dict[str, Any]) -> PixelSpec:
+def native_spec(family: str, file: Path, settings: dict[str, Any]) -> PixelSpec:
     """Of a family whose processor is known. Raises ModelError where a size is no number."""
     return _qwen(file, settings) if family.startswith("qwen") else _tiled(file, settings)
 
 
-def any_spec(settings: dict[str, Any]) -> PixelSpec:
+def default_native_spec(settings: dict[str, Any]) -> PixelSpec:
     """Of any processor: twice the largest side its settings name, and at least 2048 pixels, are enough."""
     named = [_largest(settings.get(name)) for name in ("size", "crop_size", "pad_size", "max_image_size")]
     return _at_most_edge(max(_ANY_EDGE, *(2 * side for side in named)), 1, _filter(settings, "bicubic"))
@@ -36,7 +36,7 @@ def _tiled(file: Path, settings: dict[str, Any]) -> PixelSpec:
     """Idefics3 and SmolVLM: the longer side becomes `size["longest_edge"]`, then the picture is cut into tiles."""
     size = settings.get("size") or {"longest_edge": 4 * 364}
     if not settings.get("do_resize", True) or not isinstance(size, dict) or "longest_edge" not in size:
-        return any_spec(settings)
+        return default_native_spec(settings)
     edge = min(_side(file, "size", size["longest_edge"]), LARGEST_EDGE)
     return _at_most_edge(edge, 2, _filter(settings, "lanczos"))
 
@@ -46,7 +46,7 @@ def _qwen(file: Path, settings: dict[str, Any]) -> PixelSpec:
     size = settings["size"] if isinstance(settings.get("size"), dict) else {}
     area = settings.get("max_pixels") or size.get("longest_edge") or size.get("max_pixels") or 28 * 28 * 1280
     if not settings.get("do_resize", True):
-        return any_spec(settings)
+        return default_native_spec(settings)
     limit = _side(file, "max_pixels", area)
     multiple = _side(file, "patch_size", settings.get("patch_size") or 14)
     multiple *= _side(file, "merge_size", settings.get("merge_size") or 2)

@@ -15,8 +15,8 @@ from typing import Any
 
 from captioner.data import PixelSpec
 from captioner.errors import ModelError
-from captioner.models.families import BY_NAME
-from captioner.models.native_processor import FILTERS, any_spec, own_spec
+from captioner.models.families import FAMILY_BY_NAME
+from captioner.models.native_processor import FILTERS, default_native_spec, native_spec
 from captioner.models.weights import read_json
 
 _CLIP_MEAN, _CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
@@ -69,14 +69,14 @@ def read_pixel_spec(directory: Path, family: str, vision: str = "", preprocess: 
     """
     file, settings = _read_settings(directory)
     settings = {key: value for key, value in settings.items() if value is not None}
-    if BY_NAME[family].pixels == "own":
-        return own_spec(family, file, settings)
+    if FAMILY_BY_NAME[family].pixels == "own":
+        return native_spec(family, file, settings)
     kind = _class_of(settings, vision or family)
     if kind not in _CLASSES:
-        return any_spec(settings)
+        return default_native_spec(settings)
     always = {"do_resize": True, "do_rescale": True, "do_normalize": True, "rescale_factor": 1 / 255, "do_pad": False}
     reader = _Reader(str(file), always | _CLASSES[kind] | settings)
-    return any_spec(settings) if reader.is_beyond_a_spec(exact=preprocess == "processor") else reader.spec()
+    return default_native_spec(settings) if reader.is_beyond_a_spec(exact=preprocess == "processor") else reader.spec()
 
 
 def _read_settings(directory: Path) -> tuple[Path, dict[str, Any]]:

@@ -13,14 +13,14 @@ from transformers.utils import logging as transformers_logging
 from captioner.errors import ModelError
 
 # What transformers raises for directories it cannot make a model or a tokenizer of.
-UNREADABLE = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError)
+LOADING_ERRORS = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError)
 
 
 def open_tokenizer(path: str) -> Any:
     """Return the tokenizer of a model directory. Raises ModelError where it has none with a vocabulary."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    except UNREADABLE as error:
+    except LOADING_ERRORS as error:
         raise ModelError(f"{path}: the tokenizer cannot be loaded: {' '.join(str(error).split())}") from None
     if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):  # made by transformers where files are missing
         raise ModelError(f"{path}: the tokenizer has no vocabulary; save the model's own with save_pretrained")
@@ -61,7 +61,7 @@ def open_model(path: str, dtype: torch.dtype, device: torch.device | str, attent
                 ignore_mismatched_sizes=True,
                 **options,
             )
-    except UNREADABLE as error:
+    except LOADING_ERRORS as error:
         raise ModelError(f"{path}: the model cannot be loaded: {' '.join(str(error).split())}") from None
     _check_loading_info(path, info)
     return model.to(device).eval()

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import AutoImageProcessor, ProcessorMixin
 
 from captioner.errors import ModelError
-from captioner.models.pretrained import UNREADABLE, open_tokenizer, quiet
+from captioner.models.pretrained import LOADING_ERRORS, open_tokenizer, quiet
 
 _OPTIONS = {"trust_remote_code": False, "local_files_only": True}
 
@@ -22,7 +22,7 @@ def open_image_processor(path: str) -> Any:
     try:
         with quiet():
             return AutoImageProcessor.from_pretrained(path, backend="pil", **_OPTIONS)
-    except UNREADABLE as error:
+    except LOADING_ERRORS as error:
         raise ModelError(f"{path}: the image processor cannot be loaded: {' '.join(str(error).split())}") from None
 
 
@@ -33,7 +33,7 @@ def open_processor(path: str, kind: type[ProcessorMixin]) -> Any:
         with quiet():
             settings, _ = kind.get_processor_dict(path, local_files_only=True)
             processor = without_video(kind).from_args_and_dict(parts, settings)
-    except UNREADABLE as error:
+    except LOADING_ERRORS as error:
         raise ModelError(f"{path}: the processor cannot be loaded: {' '.join(str(error).split())}") from None
     processor.tokenizer.padding_side = "left"
     return processor

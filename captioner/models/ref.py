@@ -44,7 +44,7 @@ class ModelRef:
         return self.spec.preprocess
 
     @property
-    def told(self) -> str:
+    def summary(self) -> str:
         """What a person should know of it before a run: its family, who prepares the pictures, the prompt."""
         prompt = "" if self.prompt is None else f"; prompt {self.prompt!r}"
         by = "its own image processor" if self.spec.own_sizes else f"--preprocess {self.preprocess}"

@@ -16,7 +16,7 @@ from captioner.data import PixelSpec
 from captioner.errors import ModelError
 from captioner.files import is_uri, local_path
 from captioner.models import weights
-from captioner.models.families import BY_NAME, FAMILIES
+from captioner.models.families import FAMILIES, FAMILY_BY_NAME
 from captioner.models.pixels import read_pixel_spec
 from captioner.models.ref import ModelRef
 
@@ -25,10 +25,10 @@ FAKE_SPEC = PixelSpec(height=32, width=32)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def resolve(config: ModelConfig, dtype: str | None = None, announce: Callable[[str], None] = print) -> ModelRef:
+def resolve(config: ModelConfig, dtype: str | None = None, notify: Callable[[str], None] = print) -> ModelRef:
     """The model a person asked for, found (downloaded where need be), read and hashed, but not loaded.
 
-    `dtype`: what `config.dtype` "auto" means here. `announce`: told one line before a download starts.
+    `dtype`: what `config.dtype` "auto" means here. `notify`: told one line before a download starts.
     Raises ModelError where there is no such model or it cannot be used.
     """
     settings: dict[str, Any] = {
@@ -43,12 +43,12 @@ def resolve(config: ModelConfig, dtype: str | None = None, announce: Callable[[s
             path="", family=FAKE, sha256=_sha256(FAKE), settings_sha256=_sha256(""), spec=FAKE_SPEC, **settings
         )
     else:
-        directory, revision = locate(config.name, config.revision, announce)
+        directory, revision = locate(config.name, config.revision, notify)
         ref = _describe(directory, revision, settings, config.preprocess)
     return dataclasses.replace(ref, spec=dataclasses.replace(ref.spec, preprocess=config.preprocess))
 
 
-def locate(name: str, revision: str | None, announce: Callable[[str], None]) -> tuple[Path, str | None]:
+def locate(name: str, revision: str | None, notify: Callable[[str], None]) -> tuple[Path, str | None]:
     """The local directory of a model, and its commit where it came from the hub."""
     if not name.strip():
         raise ModelError("no model given; add --model starter|DIR|HUB_ID|URI")
@@ -62,7 +62,7 @@ def locate(name: str, revision: str | None, announce: Callable[[str], None]) -> 
     if is_uri(name):
         from captioner.models.download import from_uri
 
-        return from_uri(name, announce), None
+        return from_uri(name, notify), None
     path = Path(local_path(name))
     if path.is_dir():
         return path, None
@@ -71,7 +71,7 @@ def locate(name: str, revision: str | None, announce: Callable[[str], None]) -> 
     if on_hub:
         from captioner.models.download import from_hub
 
-        return from_hub(name, revision, announce)
+        return from_hub(name, revision, notify)
     raise ModelError(
         f"--model {name}: no such directory; use starter, a model directory, a hub id (owner/name) or a URI"
     )
@@ -82,7 +82,7 @@ def _is_hub_id(name: str) -> bool:
     return bool(_HUB_ID.fullmatch(name)) and not name.startswith((".", "~")) and not Path(local_path(name)).exists()
 
 
-def on_this_machine(ref: ModelRef) -> ModelRef:
+def ensure_local(ref: ModelRef) -> ModelRef:
     """`ref` with the model's directory on this machine, which need not be the one that resolved it.
 
     Raises ModelError where it is not here, or holds other weights or settings than `ref` says.
@@ -147,7 +147,7 @@ def _family(config_file: Path, config: dict[str, Any]) -> str:
 
 def _max_positions(family: str, config: dict[str, Any]) -> int | None:
     """How many text tokens the decoder has positions for, where its configuration says so."""
-    place = BY_NAME[family].text
+    place = FAMILY_BY_NAME[family].text
     section = config if place == "." else config.get(place)
     section = section if isinstance(section, dict) else {}
     positions = section.get("max_position_embeddings", section.get("n_positions"))
@@ -156,7 +156,7 @@ def _max_positions(family: str, config: dict[str, Any]) -> int | None:
 
 def _prompt(directory: Path, family: str, prompt: str | None) -> str | None:
     """The prompt given, or the default of a family that needs one."""
-    known = BY_NAME[family]
+    known = FAMILY_BY_NAME[family]
     if prompt is None:
         return known.default_prompt
     if known.prompt == "none":

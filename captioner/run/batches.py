@@ -18,7 +18,7 @@ import numpy as np
 from captioner.config import ModelConfig, SourceConfig
 from captioner.data import RawImage
 from captioner.imaging.sandbox.decoder import GuardedDecoder
-from captioner.models import load, resolve, settle_dtype
+from captioner.models import load, resolve, resolve_dtype
 from captioner.models.devices import pick_device
 from captioner.steps import caption_or_reasons
 
@@ -46,7 +46,7 @@ class CaptionBatches:
         self._decoder = GuardedDecoder(ref.spec, self._max_pixels, decode_timeout or SourceConfig().decode_timeout)
         self._decoder.start()
         device = pick_device(config.device)
-        self._ref = settle_dtype(ref, config.dtype, device.type)
+        self._ref = resolve_dtype(ref, config.dtype, device.type)
         self._captioner = load(self._ref, str(device), config.batch_size)
         self._column = column
 

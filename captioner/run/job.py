@@ -143,7 +143,7 @@ def open_job(config: CaptionConfig, engine: Engine, notify: Notify, read_reviews
     """
     check_settings(config)
     started = time.perf_counter()
-    model = resolve(config.model, None, announce=notify)
+    model = resolve(config.model, None, notify=notify)
     rows_per_chunk = partial(_rows_per_chunk, model, engine)
     planned = _plan(config, notify, rows_per_chunk, engine.start)
     table, model = bind(planned.table, config, model, engine.device)
@@ -158,7 +158,7 @@ def open_job(config: CaptionConfig, engine: Engine, notify: Notify, read_reviews
         dedupe=not config.output.no_dedupe,
         device=config.model.device,
     )
-    notify(model.told)
+    notify(model.summary)
     job = Job(planned.config, work, rows_per_chunk, notify, started, planned.notes, read_reviews)
     if model.name == "starter" and not _holds_scenes(table):
         job.notes.append(STARTER_NOTE)

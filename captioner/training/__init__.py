@@ -1,20 +1,21 @@
-"""Fine-tuning: from pairs of pictures and captions to a model that captions. Never imports ray.
+"""Fine-tuning: from pairs of images and captions to a model that captions. Never imports ray.
 
-    archives.py   DATA, opened, listed and read
-    pairs.py      what of it is usable, split by picture
-    order.py      which pair is read when, and which of its captions is drawn
-    collate.py    tables of pairs -> decoded pixels -> device batches
-    loss.py       cross-entropy over caption tokens, for each family of models; GIT's layers in git_layers.py
-    evaluate.py   WER of generated captions and loss on the eval set, summed over workers
-    loop.py       what each worker does: transformers' Trainer with our loss and order
-    callback.py   around its steps: evaluation, early stopping; tensorboard.py writes what was measured
-    checkpoints.py  written beside the training
-    worker.py     what every worker knows of a run and must be able to do
-    trainable.py  opening a model so that its weights can learn; lora.py its adapters
-    job.py        a run from the first check to the finished model
-    record.py     which run an OUT holds
-    finish.py     the best checkpoint -> OUT/model, its card, history.json and report.html
-    progress.py   how far it has come
+    job.py            a run, from the first check to the finished model
+    record.py         which run an OUT holds
+    pair_sources.py   open, list and read DATA
+    pairs.py          which pairs are usable, and their split into train, eval and test sets
+    schedule.py       how many steps, when to evaluate and save
+    worker.py         what a worker receives and must be able to do; local.py the engine without Ray
+    loop.py           the training loop of a worker: transformers' Trainer with our loss and data order
+    order.py          which pair is read at which step, with which of its captions
+    collate.py        from pairs to decoded pixels to batches on a device
+    trainable.py      open a model for training; lora.py its adapters
+    loss.py           cross-entropy over caption tokens; git_layers.py GIT's layers for it
+    callback.py       evaluation and early stopping; tensorboard.py writes the figures
+    checkpoints.py    checkpoints, written in a thread while training continues
+    evaluate.py       WER of generated captions and loss on the eval set
+    progress.py       the progress line
+    finish.py         from the best checkpoint to OUT/model; hub.py its card and upload; report.py report.html
 
-`ray_jobs/train.py` runs the workers on Ray Train and the decoding as Ray tasks.
+`ray_jobs/train.py` runs the workers on Ray Train and the decoding in Ray tasks.
 """

@@ -1,4 +1,4 @@
-"""What happens around the training steps of a worker: evaluation, checkpoints, early stopping, progress."""
+"""Evaluation, checkpoints, early stopping and progress of a worker, as a callback of transformers' Trainer."""
 
 from __future__ import annotations
 
@@ -17,73 +17,71 @@ from captioner.training.checkpoints import Checkpoints, Snapshot
 from captioner.training.evaluate import Evaluator
 from captioner.training.schedule import best_of, evaluations, is_stale
 from captioner.training.tensorboard import write_events
-from captioner.training.worker import Training, Worker
+from captioner.training.worker import Worker, WorkerTask
 
 
-class Stepping(Protocol):
-    """What the callback needs of the trainer.
+class TrainerState(Protocol):
+    """The attributes of `CaptionTrainer` that the callback reads.
 
-    `step_loss`: this worker's part of the loss of the step that just ended, times the number of workers. `snapshot`: of
-    the step that is to be saved; None on workers that save nothing.
+    `step_loss`: this worker's part of the loss of the latest step, times the number of workers. `snapshot`: of the step
+    to be saved; None on workers that save nothing.
     """
 
     step_loss: torch.Tensor
     snapshot: Snapshot | None
 
 
-class Conductor(TrainerCallback):
-    """Evaluates, keeps checkpoints, stops early, watches for a loss that is no number, and tells how far it is.
+class TrainingCallback(TrainerCallback):
+    """Evaluates, saves checkpoints, shows progress, and stops early or when the loss is not finite.
 
-    `windows`: the decoded eval set of the first evaluation, where there is one.
+    `windows`: the decoded eval set for the first evaluation, where decoding has started already. `stopped`: why the run
+    ended before its last step, or "".
     """
 
     def __init__(
         self,
-        work: Training,
+        task: WorkerTask,
         worker: Worker,
         evaluator: Evaluator,
-        trainer: Stepping,
+        trainer: TrainerState,
         checkpoints: Checkpoints,
         windows: Iterator[pa.Table] | None,
     ) -> None:
-        self._work, self._worker, self._evaluate = work, worker, evaluator
+        self._task, self._worker, self._evaluator = task, worker, evaluator
         self._trainer, self._checkpoints = trainer, checkpoints
         self.stopped = ""
         self._first_windows = windows
-        self._num_told = 0  # entries of the history that --report-to has
+        self._num_written = 0  # entries of the history already written for --report-to
         self._started = time.perf_counter()
         self._first_step = 0
         self._losses = StepLosses()
-        self._loss: float | None = None  # of the latest step whose loss is here
+        self._loss: float | None = None  # of the latest step whose loss was read
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._seed(state)
-        self._first_step, self._num_told = state.global_step, len(state.log_history)
+        self._first_step, self._num_written = state.global_step, len(state.log_history)
         if not evaluations(state.log_history):
-            self._run_evaluation(state, self._first_windows)
+            self._evaluate(state, self._first_windows)
         self._first_windows = None
         self._started = time.perf_counter()
-        self._tell(state)
-        if state.global_step >= self._work.schedule.max_steps:
+        self._show_progress(state)
+        if state.global_step >= self._task.schedule.max_steps:
             control.should_training_stop = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        schedule, step = self._work.schedule, state.global_step
+        schedule, step = self._task.schedule, state.global_step
         self._losses.add(step, sum_over_workers(self._trainer.step_loss.detach().clone(), args.device))
-        is_kept = control.should_log or schedule.is_evaluated(step) or schedule.is_saved(step)
-        for of_step, total in self._losses.read(all_of_them=is_kept):
-            self._loss = total / self._worker.world_size
-            if not math.isfinite(self._loss):
-                self.stopped = f"the loss of step {of_step} is {self._loss}"
-                control.should_training_stop = True
-                control.should_log = False
-                return
+        needs_loss = control.should_log or schedule.is_evaluated(step) or schedule.is_saved(step)
+        if not self._read_losses(include_latest=needs_loss):
+            control.should_training_stop = True
+            control.should_log = False
+            return
         state.epoch = step * schedule.global_batch_size / schedule.epoch_size
-        self._tell(state)
+        self._show_progress(state)
         if schedule.is_evaluated(step):
-            self._run_evaluation(state)
-            self._tell(state)
-            if is_stale(state.log_history, self._work.config.training):
+            self._evaluate(state)
+            self._show_progress(state)
+            if is_stale(state.log_history, self._task.config.training):
                 self.stopped = f"no better evaluation since step {best_of(state.log_history, self._metric)['step']}"
                 control.should_training_stop = True
         control.should_save = schedule.is_saved(step) or control.should_training_stop
@@ -92,43 +90,52 @@ class Conductor(TrainerCallback):
         latest = evaluations(state.log_history)[-1]
         metrics = {"step": state.global_step, "eval_wer": latest["eval_wer"], "eval_loss": latest["eval_loss"]}
         snapshot, self._trainer.snapshot = self._trainer.snapshot, None
-        self._checkpoints.keep(snapshot, metrics)
-        if self._worker.rank == 0 and self._work.config.training.report_to == "tensorboard":
-            write_events(Directory(self._work.config.output.path), state.log_history[self._num_told :])
-            self._num_told = len(state.log_history)
+        self._checkpoints.save(snapshot, metrics)
+        if self._worker.rank == 0 and self._task.config.training.report_to == "tensorboard":
+            write_events(Directory(self._task.config.output.path), state.log_history[self._num_written :])
+            self._num_written = len(state.log_history)
 
     @property
     def _metric(self) -> str:
-        return f"eval_{self._work.config.training.metric_for_best_model}"
+        return f"eval_{self._task.config.training.metric_for_best_model}"
 
-    def _run_evaluation(self, state: Any, windows: Iterator[pa.Table] | None = None) -> None:
-        found = self._evaluate(self._work.eval, windows)
-        state.log_history.append({"step": state.global_step, **{f"eval_{k}": v for k, v in found.items()}})
+    def _read_losses(self, include_latest: bool) -> bool:
+        """Read the losses that have arrived; return False, and set `stopped`, where one is not finite."""
+        for step, total in self._losses.read(include_latest):
+            self._loss = total / self._worker.world_size
+            if not math.isfinite(self._loss):
+                self.stopped = f"the loss of step {step} is {self._loss}"
+                return False
+        return True
+
+    def _evaluate(self, state: Any, windows: Iterator[pa.Table] | None = None) -> None:
+        result = self._evaluator(self._task.eval, windows)
+        state.log_history.append({"step": state.global_step, **{f"eval_{name}": v for name, v in result.items()}})
         self._seed(state)
 
     def _seed(self, state: Any) -> None:
-        """Dropout after a restart at a step is what it would have been after the evaluation at that step."""
-        torch.manual_seed(hash((self._work.config.training.seed, state.global_step, self._worker.rank)) % 2**63)
+        """Seed dropout from the step, so that a run restarted here draws what it would have drawn without a restart."""
+        torch.manual_seed(hash((self._task.config.training.seed, state.global_step, self._worker.rank)) % 2**63)
 
-    def _tell(self, state: Any) -> None:
+    def _show_progress(self, state: Any) -> None:
         if self._worker.rank:
             return
         step, seconds = state.global_step, time.perf_counter() - self._started
-        samples = (step - self._first_step) * self._work.schedule.global_batch_size
-        known = evaluations(state.log_history)
-        self._worker.tell(
+        num_samples = (step - self._first_step) * self._task.schedule.global_batch_size
+        evaluated = evaluations(state.log_history)
+        self._worker.show_progress(
             {
                 "step": step,
-                "total": self._work.schedule.max_steps,
+                "total": self._task.schedule.max_steps,
                 "loss": self._loss,
-                "wer": known[-1]["eval_wer"] if known else None,
-                "samples_per_second": samples / seconds if samples else None,
+                "wer": evaluated[-1]["eval_wer"] if evaluated else None,
+                "samples_per_second": num_samples / seconds if num_samples else None,
             }
         )
 
 
 class StepLosses:
-    """The losses of the latest steps on their way from the device.
+    """The losses of the latest steps while they are copied from the device.
 
     Reading a loss at the end of its step would wait for the device, which then waits for the next step to be queued. So
     each is copied when its step ends and read when the next one has been queued.
@@ -138,29 +145,29 @@ class StepLosses:
         self._copies: deque[tuple[int, torch.Tensor, torch.cuda.Event | None]] = deque()
 
     def add(self, step: int, loss: torch.Tensor) -> None:
-        """Start the copy of a step's loss, a scalar that nothing else writes to."""
+        """Start to copy the loss of a step, a scalar that nothing else writes to."""
         if loss.device.type != "cuda":
             self._copies.append((step, loss, None))
             return
         copy = torch.empty((), dtype=loss.dtype, pin_memory=True).copy_(loss, non_blocking=True)
-        arrived = torch.cuda.Event()
-        arrived.record()
-        self._copies.append((step, copy, arrived))
+        copied = torch.cuda.Event()
+        copied.record()
+        self._copies.append((step, copy, copied))
 
-    def read(self, all_of_them: bool) -> Iterator[tuple[int, float]]:
-        """(step, loss) of all steps that were not read yet; of the latest one only with `all_of_them`."""
-        while len(self._copies) > (0 if all_of_them else 1):
-            step, copy, arrived = self._copies.popleft()
-            if arrived is not None:
-                arrived.synchronize()
+    def read(self, include_latest: bool) -> Iterator[tuple[int, float]]:
+        """Yield (step, loss) of the steps that were not read yet; of the latest one only with `include_latest`."""
+        while len(self._copies) > (0 if include_latest else 1):
+            step, copy, copied = self._copies.popleft()
+            if copied is not None:
+                copied.synchronize()
             yield step, copy.item()
 
 
 def sum_over_workers(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return the sum over the workers, on `device` where there are several."""
+    """Return the sum of a tensor over all workers, on `device` where there is more than one worker."""
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()):
         return values
-    summed = values.to(device)
-    distributed.all_reduce(summed)
-    return summed
+    total = values.to(device)
+    distributed.all_reduce(total)
+    return total

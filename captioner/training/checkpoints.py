@@ -1,4 +1,4 @@
-"""Write checkpoints beside the training: a step waits only for copies of weights and optimizer state."""
+"""Write checkpoints in a thread: training waits only for copies of weights and optimizer state."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Checkpoints:
         self._worker = worker
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
-        self.held_seconds = 0.0  # how long training waited for copies and for earlier checkpoints
+        self.waited_seconds = 0.0  # how long training waited for copies and for earlier checkpoints
 
     def __enter__(self) -> Self:
         return self
@@ -50,23 +50,23 @@ class Checkpoints:
         if kind is None:
             self._wait()
 
-    def keep(self, snapshot: Snapshot | None, metrics: dict[str, Any]) -> None:
-        """Start to write a snapshot; None where another worker writes it. Raises what the checkpoint before raised."""
+    def save(self, snapshot: Snapshot | None, metrics: dict[str, Any]) -> None:
+        """Start to write a snapshot; None where another worker writes it. Raises an error of the previous one."""
         self._wait()
         self._writing = self._thread.submit(self._write, snapshot, metrics)
 
     @contextmanager
-    def holding(self) -> Iterator[None]:
-        """Count the time that training waits meanwhile."""
+    def waiting(self) -> Iterator[None]:
+        """Add the time spent in the context to `waited_seconds`."""
         started = time.perf_counter()
         try:
             yield
         finally:
-            self.held_seconds += time.perf_counter() - started
+            self.waited_seconds += time.perf_counter() - started
 
     def _wait(self) -> None:
         if self._writing is not None:
-            with self.holding():
+            with self.waiting():
                 self._writing.result()
 
     def _write(self, snapshot: Snapshot | None, metrics: dict[str, Any]) -> None:
@@ -89,15 +89,15 @@ class Snapshot:
         self._network, self._with_adapters = network, with_adapters
         self._weights, self._states = copies_on_host((weights, states))
         self._trainer_state = json.dumps(dataclasses.asdict(trainer.state), indent=2, sort_keys=True)
-        self._arrived = None
+        self._copied = None
         if trainer.args.device.type == "cuda":
-            self._arrived = torch.cuda.Event()
-            self._arrived.record()
+            self._copied = torch.cuda.Event()
+            self._copied.record()
 
     def write(self, folder: Path) -> None:
         """Write the files of a Trainer checkpoint, and the network as a model directory, or only its adapters."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
+        if self._copied is not None:
+            self._copied.synchronize()
         if self._with_adapters:
             save_adapters(self._weights, folder / ADAPTERS)
         else:
@@ -108,9 +108,9 @@ class Snapshot:
 
 
 def copies_on_host(value: Any, copied: dict[Any, torch.Tensor] | None = None) -> Any:
-    """Return nested dicts and lists with copies of their tensors on the CPU; two that share their memory share a copy.
+    """Return nested dicts and lists with copies of their tensors on the CPU; tensors that share memory share a copy.
 
-    From a GPU the copies are under way when this returns, in the order of the current stream.
+    Copies from a GPU may still be running when this returns, in the order of the current stream.
     """
     copied = {} if copied is None else copied
     if isinstance(value, dict):
@@ -129,7 +129,7 @@ def copies_on_host(value: Any, copied: dict[Any, torch.Tensor] | None = None) ->
 def save_network(network: Any, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
     """Write the network as a model directory, without tokenizer and processor.
 
-    `weights`: what to write in place of the network's own. The network is not changed: other threads may use it.
+    `weights`: written instead of the network's own. The network is not changed, as other threads may use it.
     """
     saved = copy.copy(network)
     settings = network.generation_config.to_dict() | {"return_dict_in_generate": False}

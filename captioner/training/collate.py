@@ -1,4 +1,4 @@
-"""Tables of pairs -> decoded pixels -> batches for a model."""
+"""From tables of pairs to decoded pixels and to batches on a device."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ import torch
 
 from captioner.data import PixelSpec
 from captioner.errors import SourceError
-from captioner.training.archives import Archives
+from captioner.training.pair_sources import PairSources
 
 _PIXELS = "_pixels"
 
 
 @dataclass(frozen=True)
 class Decode:
-    """Table of pairs -> the same with a column of pixels, uint8. Runs on any machine.
+    """Adds a column of pixels, uint8, to a table of pairs. Picklable.
 
-    Raises SourceError for a picture that could be read when the run was prepared and cannot any more.
+    Raises SourceError for an image that could be read when the run was prepared and cannot be read now.
     """
 
-    archives: Archives
+    sources: PairSources
     spec: PixelSpec
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         from captioner.imaging import decode_images
 
-        batch = decode_images(self.archives.read(rows), self.spec, self.archives.max_pixels)
+        batch = decode_images(self.sources.read(rows), self.spec, self.sources.max_pixels)
         for row in batch.rows.to_pylist():
             if row["error_code"]:
                 raise SourceError(
                     f"{row['uri']}: could be read before and cannot now: {row['error_code']}: {row['error_message']}; "
-                    "bring the picture back and run the same command"
+                    "restore the image and run the same command"
                 )
         flat = np.ascontiguousarray(batch.pixels).reshape(len(rows), -1)
         pixels = pa.FixedSizeBinaryArray.from_buffers(pa.binary(flat.shape[1]), len(flat), [None, pa.py_buffer(flat)])
@@ -44,7 +44,7 @@ class Decode:
 
 
 def pixels_of(rows: pa.Table, spec: PixelSpec) -> npt.NDArray[np.uint8]:
-    """The pixels of decoded rows, uint8 [N, height, width, 3]; a view where that can be."""
+    """Return the pixels of decoded rows, uint8 [N, height, width, 3]; a view where the column is one chunk."""
     column = rows[_PIXELS].combine_chunks()
     column = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
     size = spec.height * spec.width * 3
@@ -54,16 +54,15 @@ def pixels_of(rows: pa.Table, spec: PixelSpec) -> npt.NDArray[np.uint8]:
 
 @dataclass(frozen=True)
 class Collate:
-    """Make a batch of decoded pairs.
+    """Makes a batch of decoded pairs, on the CPU.
 
-    It holds `pixels` uint8 [N, H, W, 3]; `input_ids` int64 [N, T] from the start token to the last but one token;
-    `positions` int64 [K], which of the N x T tokens predict one of a caption, and `labels` int64 [K], the token that
-    each of them should predict.
+    The batch: `pixels` uint8 [N, H, W, 3]; `input_ids` int64 [N, T], each caption from its start token to its last
+    token but one; `positions` int64 [K], which of the N x T tokens predict a caption token; `labels` int64 [K], the
+    tokens that they should predict. Positions are computed here because selecting tokens by a mask on a GPU would wait
+    for the GPU.
 
-    Positions are made here, on the CPU: picking tokens by a mask on a GPU would wait for the GPU.
-
-    `start`: ids every caption starts from; `end`: of its end; `padding`: of what fills up shorter captions, only to
-    the longest of the batch. `max_tokens`: of a caption; longer ones are cut (and still end).
+    `start`: ids that every caption starts with. `end`: id of the end token. `padding`: id that pads shorter captions to
+    the longest of the batch. `max_tokens`: of a caption; longer ones are cut, and still get an end token.
     """
 
     tokenizer: Any
@@ -78,7 +77,7 @@ class Collate:
         return {"pixels": pixels, **self.texts(rows["caption"].to_pylist())}
 
     def texts(self, captions: list[str]) -> dict[str, torch.Tensor]:
-        """`input_ids`, `positions` and `labels` of captions."""
+        """Return `input_ids`, `positions` and `labels` of captions."""
         tokens = self.tokenizer(captions, add_special_tokens=False).input_ids
         rows = [[*self.start, *ids[: self.max_tokens], self.end] for ids in tokens]
         length = max(map(len, rows)) - 1
@@ -90,17 +89,16 @@ class Collate:
 
 
 def batches_of(tables: Iterable[pa.Table], batch_size: int, collate: Collate) -> Iterator[dict[str, torch.Tensor]]:
-    """Decoded tables cut into batches; a table's rows are whole batches, but for the last of an eval set."""
+    """Yield batches of decoded tables. Only the last batch of a table may be smaller than `batch_size`."""
     for table in tables:
         for first in range(0, len(table), batch_size):
             yield collate(table.slice(first, batch_size))
 
 
 class Upload:
-    """Copies batches to a device.
+    """Copies batches to a device; to be called in a thread of its own.
 
-    Meant for a thread of its own: it returns when the copy has arrived, and the device computes on an earlier batch
-    meanwhile.
+    A call returns when the copy is complete; meanwhile the device computes on an earlier batch.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -115,8 +113,11 @@ class Upload:
         self._stream.synchronize()
         return copied
 
-    def used(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The batch, for the thread that computes on it: its memory is free for other copies only after that."""
+    def mark_used(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return the batch, after telling torch that the calling thread's stream uses its memory.
+
+        Without it the memory could be reused for the next copy while the device still reads it.
+        """
         if self._stream is not None:
             for values in batch.values():
                 values.record_stream(torch.cuda.current_stream(self._device))

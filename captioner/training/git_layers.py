@@ -1,8 +1,8 @@
-"""GIT's text layers for training: only what the caption tokens need, in one pass over picture and text.
+"""GIT's text layers for training: only what the caption tokens need, in one pass over image and text.
 
-In GIT image tokens attend to each other and never to text, and text tokens to the whole picture and to the text before
-them. So no mask over all pairs of tokens is needed, and in the last layer only text tokens ask: nobody reads what image
-tokens would become.
+In GIT, image tokens attend to each other and never to text; text tokens attend to all image tokens and to the text
+before them. So the attention needs no mask over all pairs of tokens, and the last layer needs no queries of image
+tokens, because nothing reads their output.
 """
 
 from __future__ import annotations
@@ -20,32 +20,35 @@ def text_hidden(model: Any, features: torch.Tensor, ids: torch.Tensor) -> torch.
     `features`: of its image encoder, [N, I, width]; `ids`: int64 [N, T].
     """
     git = model.git
-    picture = git.visual_projection(features)
-    tokens, length = picture.shape[1], ids.shape[1]
-    hidden = torch.cat([picture, git.embeddings(input_ids=ids)], dim=1)
-    seen = torch.ones(length, tokens + length, dtype=torch.bool, device=ids.device).tril(tokens)
-    saves_memory = model.training and model.is_activation_checkpointing
+    image = git.visual_projection(features)
+    image_tokens, length = image.shape[1], ids.shape[1]
+    hidden = torch.cat([image, git.embeddings(input_ids=ids)], dim=1)
+    mask = torch.ones(length, image_tokens + length, dtype=torch.bool, device=ids.device).tril(image_tokens)
+    use_checkpointing = model.training and model.is_activation_checkpointing
     for layer in git.encoder.layer[:-1]:
-        if saves_memory:
-            hidden = checkpoint(_layer, layer, hidden, seen, use_reentrant=False)
+        if use_checkpointing:
+            hidden = checkpoint(_layer, layer, hidden, mask, use_reentrant=False)
         else:
-            hidden = _layer(layer, hidden, seen)
-    return _layer(git.encoder.layer[-1], hidden, seen, text_only=True)
+            hidden = _layer(layer, hidden, mask)
+    return _layer(git.encoder.layer[-1], hidden, mask, text_only=True)
 
 
-def _layer(layer: Any, hidden: torch.Tensor, seen: torch.Tensor, text_only: bool = False) -> torch.Tensor:
-    """One layer on picture and text [N, I + T, hidden]; `seen` bool [T, I + T]: what each text token attends to."""
-    length, tokens = len(seen), seen.shape[1] - len(seen)
-    own = layer.attention.self
-    heads = own.num_attention_heads, own.attention_head_size
-    asking = hidden[:, tokens:] if text_only else hidden
-    queries, keys, values = (
-        part.unflatten(2, heads).transpose(1, 2) for part in (own.query(asking), own.key(hidden), own.value(hidden))
-    )
-    dropout = own.dropout.p if own.training else 0.0
-    mixed = scaled_dot_product_attention(queries[:, :, -length:], keys, values, attn_mask=seen, dropout_p=dropout)
+def _layer(layer: Any, hidden: torch.Tensor, mask: torch.Tensor, text_only: bool = False) -> torch.Tensor:
+    """Return the output of one layer for image and text, float [N, I + T, hidden]; with `text_only` [N, T, hidden].
+
+    `mask`: bool [T, I + T], which tokens each text token attends to.
+    """
+    length, image_tokens = len(mask), mask.shape[1] - len(mask)
+    attention = layer.attention.self
+    heads = attention.num_attention_heads, attention.attention_head_size
+    inputs = hidden[:, image_tokens:] if text_only else hidden
+    projected = (attention.query(inputs), attention.key(hidden), attention.value(hidden))
+    queries, keys, values = (part.unflatten(2, heads).transpose(1, 2) for part in projected)
+    dropout = attention.dropout.p if attention.training else 0.0
+    outputs = scaled_dot_product_attention(queries[:, :, -length:], keys, values, attn_mask=mask, dropout_p=dropout)
     if not text_only:
-        ask, offer, give = (part[:, :, :tokens] for part in (queries, keys, values))
-        mixed = torch.cat([scaled_dot_product_attention(ask, offer, give, dropout_p=dropout), mixed], dim=2)
-    result: torch.Tensor = layer.feed_forward_chunk(layer.attention.output(mixed.transpose(1, 2).flatten(2), asking))
+        query, key, value = (part[:, :, :image_tokens] for part in (queries, keys, values))
+        of_image = scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+        outputs = torch.cat([of_image, outputs], dim=2)
+    result: torch.Tensor = layer.feed_forward_chunk(layer.attention.output(outputs.transpose(1, 2).flatten(2), inputs))
     return result

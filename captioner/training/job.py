@@ -1,9 +1,9 @@
-"""A training run on one OUT, from the first check to the finished model. The engine says where the work is done.
+"""A training run in one OUT, from the first check to the finished model. The engine runs the work.
 
 OUT/
-  train.json          which run this is: id, settings, fingerprint, counts; its state at the end
-  pairs/              the usable pairs, split and frozen; pairs.json is written last
-  checkpoints/        Ray Train's; the best ones and the latest
+  train.json          id, settings, fingerprint and base model of the run; its state at the end
+  pairs/              the usable pairs, split; fixed once pairs.json is written, which comes last
+  checkpoints/        Ray Train's: the best ones and the latest
   model/              the finished model; training_run.json is written last
   history.json, report.html
 """
@@ -26,24 +26,28 @@ from captioner.models import ModelRef, check_in_subprocess, resolve
 from captioner.models.checking import PendingCheck
 from captioner.run.prefetch import in_background
 from captioner.store.directory import Directory
-from captioner.training.archives import Archives, list_pairs, open_archives
+from captioner.training.pair_sources import PairSources, list_pairs, open_pair_sources
 from captioner.training.pairs import SPLITS, TRAINABLE, Examine, Pairs, make_pairs, max_caption_tokens
 from captioner.training.progress import TrainProgress
 from captioner.training.record import RUN_FILE, open_record
 from captioner.training.schedule import Schedule, make_schedule
+from captioner.training.worker import WorkerTask
 
 PAIRS_FILE, MODEL_FILE = "pairs/pairs.json", "model/training_run.json"
-# So many pairs are examined while the workers start. More take longer than that start, and want its CPUs.
-EXAMINED_BESIDE = 10_000
+# Up to this many pairs are examined while the workers start. More take longer than that start and need its CPUs.
+MAX_EXAMINED_DURING_START = 10_000
 
 
 @dataclass(frozen=True)
-class Finishing:
-    """What is needed to make OUT/model from a checkpoint. Picklable."""
+class FinishInputs:
+    """What is needed, beside a checkpoint, to make OUT/model. Picklable.
+
+    `metrics`: reported with the checkpoint. `history`: Trainer's log entries, evaluations among them.
+    """
 
     config: TrainConfig
     model: ModelRef
-    archives: Archives
+    sources: PairSources
     schedule: Schedule
     tables: dict[str, pa.Table]
     record: dict[str, Any]
@@ -53,46 +57,50 @@ class Finishing:
 
 
 @dataclass(frozen=True)
-class Start:
-    """What is known of a run before its pairs are."""
+class TrainSetup:
+    """A run before its pairs are prepared."""
 
     config: TrainConfig
     out: Directory
     model: ModelRef
-    archives: Archives
+    sources: PairSources
     record: dict[str, Any]
 
     @property
     def name(self) -> str:
-        """Of the run's checkpoints: another configuration never finds them."""
+        """Return the name of the run's checkpoints, which differs for every configuration."""
         return str(self.record["fingerprint"])[:16]
 
 
 @dataclass(frozen=True)
-class TrainRun:
-    """An open run: its pairs are frozen, its steps counted."""
+class PreparedRun:
+    """A run whose pairs are fixed and whose steps are counted."""
 
-    start: Start
+    setup: TrainSetup
     pairs: Pairs
     schedule: Schedule
 
+    def worker_task(self) -> WorkerTask:
+        setup, tables = self.setup, self.pairs.tables
+        return WorkerTask(setup.config, setup.model, setup.sources, self.schedule, tables["train"], tables["eval"])
+
     def write_report(self) -> None:
-        """OUT/report.html before training: what the model will be shown."""
+        """Write OUT/report.html before training: the pairs that the model will be trained on."""
         from captioner.training.report import write_report
 
-        start, pairs = self.start, self.pairs
-        write_report(start.out, start.record, start.archives, pairs.tables, pairs.counts(), [], {})
+        setup, pairs = self.setup, self.pairs
+        write_report(setup.out, setup.record, setup.sources, pairs.tables, pairs.counts(), [], {})
 
 
 @dataclass
-class Outcome:
-    """How the workers ended.
+class TrainOutcome:
+    """How training ended. `checkpoint`: of the best model, in the form that the engine's `finish` takes.
 
-    `checkpoint`: of the best model, opened by the engine; `stopped`: why before the last step, or "";
+    `metrics`: reported with the checkpoint. `stopped`: why the run ended before its last step, or "".
     `checkpoint_seconds`: how long training waited for checkpoints.
     """
 
-    run: TrainRun
+    run: PreparedRun
     checkpoint: Any
     metrics: dict[str, Any]
     step: int
@@ -100,40 +108,54 @@ class Outcome:
     stopped: str
     checkpoint_seconds: float
 
+    def finish_inputs(self) -> FinishInputs:
+        setup, run = self.run.setup, self.run
+        return FinishInputs(
+            setup.config,
+            setup.model,
+            setup.sources,
+            run.schedule,
+            run.pairs.tables,
+            setup.record,
+            self.metrics,
+            self.history,
+            setup.out,
+        )
+
 
 class TrainEngine(Protocol):
-    """Where training runs: Ray, or this process in tests."""
+    """Runs the work of a training run: on Ray, or in this process."""
 
     def start(self) -> None:
-        """Begin to get ready, in threads; called first. It cannot fail: what follows waits, and raises."""
+        """Start in threads what the other methods need. It does not fail: they wait for it and raise its errors."""
         ...
 
     def num_workers(self) -> int:
-        """How many workers will train; raises ClusterError where a request cannot be met."""
+        """Return how many workers will train. Raises ClusterError where a request cannot be met."""
         ...
 
     def device(self) -> str:
-        """The kind of device that workers train on: "cpu", "cuda", ..."""
+        """Return the kind of device that workers train on: "cpu", "cuda", ..."""
         ...
 
     def map_tables(self, function: Callable[[pa.Table], pa.Table], tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-        """`function` on each table, in order."""
+        """Yield the result of `function` for each table, in order."""
         ...
 
-    def train(self, start: Start, prepare: Callable[[], TrainRun], progress: TrainProgress) -> Outcome:
-        """Start the workers, and train what `prepare` returns.
+    def train(self, setup: TrainSetup, prepare: Callable[[], PreparedRun], progress: TrainProgress) -> TrainOutcome:
+        """Start the workers and train the run that `prepare` returns.
 
-        It is called once, perhaps in another thread while the workers start; what it raises is raised.
+        `prepare` is called once, perhaps in another thread while the workers start; what it raises is raised.
         """
         ...
 
-    def finish(self, checkpoint: Any, finishing: Finishing) -> dict[str, Any]:
-        """Call `captioner.training.finish.finish` where a model can be loaded; returns its record."""
+    def finish(self, checkpoint: Any, inputs: FinishInputs) -> dict[str, Any]:
+        """Call `captioner.training.finish.finish` where a model can be loaded, and return its result."""
         ...
 
 
 def run(config: TrainConfig, engine: TrainEngine) -> int:
-    """Train a model into OUT/model; returns the exit code. Raises CaptionerError."""
+    """Train a model into OUT/model and return the exit code. Raises CaptionerError."""
     with stoppable(f"checkpoints stay in {shown(config.output.path)}"):
         return _run(config, engine)
 
@@ -142,67 +164,75 @@ def _run(config: TrainConfig, engine: TrainEngine) -> int:
     started = time.perf_counter()
     _check_settings(config)
     engine.start()
-    out, model, archives = Directory(config.output.path), _resolve(config), open_archives(config.data)
+    out, model, sources = Directory(config.output.path), _resolve(config), open_pair_sources(config.data)
     with TrainProgress() as progress:
-        listed = in_background(partial(_list_new_pairs, config, out, archives))
+        listing = in_background(partial(_list_new_pairs, config, out, sources))
         check = check_in_subprocess(model)
-        progress.doing("starting Ray")
+        progress.show_status("starting Ray")
         if config.training.fp16 and engine.device() == "cpu":
             raise UsageError("--fp16: there is no GPU to compute in float16 on; --bf16 works on CPUs as well")
-        record = open_record(config, out, model, engine.num_workers())
+        setup = TrainSetup(config, out, model, sources, open_record(config, out, model, engine.num_workers()))
         if out.exists(MODEL_FILE):
             check.cancel()
             notify(f"nothing to train: {shown(config.output.path)}/model is there")
             _push(config, out)
             return OK
-        start = Start(config, out, model, archives, record)
-        progress.doing("reading pairs")
-        tables = listed.result()
-        prepare = partial(_prepare, start, tables, engine, check, progress)
-        if sum(map(len, tables or [])) > EXAMINED_BESIDE:
-            prepare = partial(_same, prepare())
-        outcome = engine.train(start, prepare, progress)
-        if outcome.stopped:
-            notify(f"stopped at step {outcome.step}: {outcome.stopped}")
-        if outcome.stopped.startswith("the loss of"):
-            raise TrainingError(
-                f"{outcome.stopped}; the last good checkpoint stays in {shown(config.output.path)}/checkpoints; "
-                "train with a lower --learning-rate into another OUT"
-            )
-        progress.doing("making OUT/model")
-        opened = outcome.run
-        finishing = Finishing(
-            config, model, archives, opened.schedule, opened.pairs.tables, record, outcome.metrics, outcome.history, out
-        )
-        finished = engine.finish(outcome.checkpoint, finishing)
-        progress.doing("")
+        progress.show_status("reading pairs")
+        outcome = _train(setup, listing.result(), engine, check, progress)
+        progress.show_status("making OUT/model")
+        result = engine.finish(outcome.checkpoint, outcome.finish_inputs())
+        progress.show_status("")
     seconds = {"seconds": round(time.perf_counter() - started, 1), "checkpoint_seconds": outcome.checkpoint_seconds}
-    out.write_json(RUN_FILE, record | {"state": "finished", **seconds, **finished})
+    out.write_json(RUN_FILE, setup.record | {"state": "finished", **seconds, **result})
     _push(config, out)
-    _tell_result(config, finished)
+    _notify_result(config, result)
     return OK
 
 
-def _list_new_pairs(config: TrainConfig, out: Directory, archives: Archives) -> list[pa.Table] | None:
-    """What DATA lists, or None where an earlier start has frozen the pairs."""
-    return None if out.exists(PAIRS_FILE) else list(list_pairs(archives, config.data.limit))
+def _train(
+    setup: TrainSetup,
+    listed: list[pa.Table] | None,
+    engine: TrainEngine,
+    check: PendingCheck,
+    progress: TrainProgress,
+) -> TrainOutcome:
+    """Prepare the pairs and train. Raises TrainingError where the loss is not finite."""
+    prepare = partial(_prepare, setup, listed, engine, check, progress)
+    if sum(map(len, listed or [])) > MAX_EXAMINED_DURING_START:
+        prepared = prepare()
+        outcome = engine.train(setup, lambda: prepared, progress)
+    else:
+        outcome = engine.train(setup, prepare, progress)
+    if outcome.stopped:
+        notify(f"stopped at step {outcome.step}: {outcome.stopped}")
+    if outcome.stopped.startswith("the loss of"):
+        raise TrainingError(
+            f"{outcome.stopped}; the last good checkpoint stays in {shown(setup.config.output.path)}/checkpoints; "
+            "train with a lower --learning-rate into another OUT"
+        )
+    return outcome
+
+
+def _list_new_pairs(config: TrainConfig, out: Directory, sources: PairSources) -> list[pa.Table] | None:
+    """Return everything DATA lists, or None where an earlier start has fixed the pairs."""
+    return None if out.exists(PAIRS_FILE) else list(list_pairs(sources, config.data.limit))
 
 
 def _prepare(
-    start: Start, listed: list[pa.Table] | None, engine: TrainEngine, check: PendingCheck, progress: TrainProgress
-) -> TrainRun:
-    config, record = start.config, start.record
-    pairs = _frozen_pairs(start.out) if listed is None else _examine(start, listed, engine, progress)
-    _tell_pairs(pairs)
+    setup: TrainSetup,
+    listed: list[pa.Table] | None,
+    engine: TrainEngine,
+    check: PendingCheck,
+    progress: TrainProgress,
+) -> PreparedRun:
+    config, record = setup.config, setup.record
+    pairs = _read_pairs(setup.out) if listed is None else _examine(setup, listed, engine, progress)
+    _notify_pairs(pairs)
     check.result()
     schedule = make_schedule(config.training, _epoch_size(config, pairs), record["num_workers"])
-    start.out.write_json(RUN_FILE, record | {"state": "running"})
-    progress.expect(schedule.max_steps, schedule.global_batch_size)
-    return TrainRun(start, pairs, schedule)
-
-
-def _same(opened: TrainRun) -> TrainRun:
-    return opened
+    setup.out.write_json(RUN_FILE, record | {"state": "running"})
+    progress.set_total(schedule.max_steps, schedule.global_batch_size)
+    return PreparedRun(setup, pairs, schedule)
 
 
 def _check_settings(config: TrainConfig) -> None:
@@ -223,82 +253,80 @@ def _check_settings(config: TrainConfig) -> None:
 
 
 def _resolve(config: TrainConfig) -> ModelRef:
-    wanted = ModelConfig(
-        name=config.model.name, revision=config.model.revision, max_new_tokens=config.model.max_new_tokens
-    )
-    model = resolve(wanted, "float32", announce=notify)
+    settings = config.model
+    model_config = ModelConfig(name=settings.name, revision=settings.revision, max_new_tokens=settings.max_new_tokens)
+    model = resolve(model_config, "float32", notify=notify)
     if model.family not in TRAINABLE:
-        known = ", ".join(TRAINABLE)
         raise ModelError(
-            f"--model {shown(config.model.name)}: a {model.family} model cannot be trained here; {known} can"
+            f"--model {shown(settings.name)}: a {model.family} model cannot be trained here; {', '.join(TRAINABLE)} can"
         )
     if model.spec.own_sizes:
         raise ModelError(
-            f"--model {shown(config.model.name)}: cannot be trained here, because only its own image processor can"
-            " prepare its pictures; save it with one that resizes to one size"
+            f"--model {shown(settings.name)}: cannot be trained here, because only its own image processor can"
+            " prepare its images; save it with one that resizes to one size"
         )
     return model
 
 
-def _frozen_pairs(out: Directory) -> Pairs:
-    """The pairs as an earlier start froze them."""
+def _read_pairs(out: Directory) -> Pairs:
+    """Return the pairs that an earlier start has fixed."""
     facts = out.read_json(PAIRS_FILE)
     tables = {name: out.read_table(f"pairs/{name}.parquet") for name in facts["splits"]}
     return Pairs(tables, facts["skipped"], facts["examples"], facts["truncated_captions"], facts["listed"])
 
 
-def _examine(start: Start, listed: list[pa.Table], engine: TrainEngine, progress: TrainProgress) -> Pairs:
-    """The usable pairs among those listed, split and frozen."""
-    config, out, model = start.config, start.out, start.model
+def _examine(setup: TrainSetup, listed: list[pa.Table], engine: TrainEngine, progress: TrainProgress) -> Pairs:
+    """Return the usable pairs among those listed, split, after writing them to OUT/pairs."""
+    config, out, model = setup.config, setup.out, setup.model
     total, num_examined = sum(map(len, listed)), 0
 
     def counted(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
         nonlocal num_examined
         for table in tables:
             num_examined += len(table)
-            progress.doing(f"examined {num_examined:,} of {total:,} pairs")
+            progress.show_status(f"examined {num_examined:,} of {total:,} pairs")
             yield table
 
-    progress.doing(f"examining {total:,} pairs")
-    examine = Examine(start.archives, model.spec, model.path, max_caption_tokens(model))
+    progress.show_status(f"examining {total:,} pairs")
+    examine = Examine(setup.sources, model.spec, model.path, max_caption_tokens(model))
     pairs = make_pairs(config.data, counted(engine.map_tables(examine, listed)), config.training.seed)
     for name, table in pairs.tables.items():
         out.write_table(f"pairs/{name}.parquet", table)
-    facts = {**pairs.counts(), "splits": [n for n in SPLITS if n in pairs.tables], "fingerprint": pairs.fingerprint}
-    out.write_json(PAIRS_FILE, facts)
+    splits = [name for name in SPLITS if name in pairs.tables]
+    out.write_json(PAIRS_FILE, {**pairs.counts(), "splits": splits, "fingerprint": pairs.fingerprint})
     return pairs
 
 
 def _epoch_size(config: TrainConfig, pairs: Pairs) -> int:
-    """Pairs of one pass: pictures, or captions where each is a pair of its own."""
+    """Return the number of pairs in an epoch: images, or captions where each caption is a pair of its own."""
     table = pairs.tables["train"]
     if config.data.caption_choice != "all":
         return len(table)
     return sum(len(captions) for captions in table["reference_captions"].to_pylist())
 
 
-def _tell_pairs(pairs: Pairs) -> None:
-    shares = ", ".join(f"{len(table):,} {name}" for name, table in pairs.tables.items())
+def _notify_pairs(pairs: Pairs) -> None:
+    sizes = ", ".join(f"{len(table):,} {name}" for name, table in pairs.tables.items())
     skipped = ", ".join(f"{count:,} {reason}" for reason, count in pairs.skipped.items())
-    notify(f"{pairs.num_listed:,} pictures: {shares}" + (f"; left out: {skipped}" if skipped else ""))
+    notify(f"{pairs.num_listed:,} images: {sizes}" + (f"; left out: {skipped}" if skipped else ""))
     if pairs.num_truncated:
         notify(f"{pairs.num_truncated:,} captions are longer than the model allows and are cut")
 
 
 def _push(config: TrainConfig, out: Directory) -> None:
     if config.output.push_to_hub:
-        from captioner.training.push import push_to_hub
+        from captioner.training.hub import push_to_hub
 
         notify(f"uploaded to {push_to_hub(out, str(config.output.hub_model_id))}")
 
 
-def _tell_result(config: TrainConfig, finished: dict[str, Any]) -> None:
-    for name, found in finished["measured"].items():
-        wer, baseline = found["wer"], found["shuffled_wer"]
+def _notify_result(config: TrainConfig, result: dict[str, Any]) -> None:
+    for name, figures in result["measured"].items():
+        wer, baseline = figures["wer"], figures["shuffled_wer"]
         if wer is not None:
-            beside = "" if baseline is None else f" ({baseline:.3f} with the captions shuffled)"
-            notify(f"WER {wer:.3f} on {found['num_pictures']:,} {name} pictures{beside}")
-    before = finished["before"]["wer"]
+            shuffled = "" if baseline is None else f" ({baseline:.3f} with the captions shuffled)"
+            notify(f"WER {wer:.3f} on {figures['num_pictures']:,} {name} images{shuffled}")
+    before = result["before"]["wer"]
     if before is not None:
-        notify(f"before training it was {before:.3f} on the eval pictures")
+        notify(f"before training it was {before:.3f} on the eval images")
     notify(f"the model: {shown(config.output.path).rstrip('/')}/model")

@@ -1,4 +1,4 @@
-"""Training in this process, with one worker and without Ray: for tests, and for looking at a run in a debugger."""
+"""Training in this process, with one worker and without Ray: for tests and for debugging."""
 
 from __future__ import annotations
 
@@ -11,19 +11,22 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from captioner.models.devices import pick_device
-from captioner.training.job import Finishing, Outcome, Start, TrainRun
+from captioner.training.job import FinishInputs, PreparedRun, TrainOutcome, TrainSetup
 from captioner.training.progress import TrainProgress
 
 if TYPE_CHECKING:
     from captioner.training.collate import Decode
-    from captioner.training.evaluate import Feed
-    from captioner.training.worker import Training
+    from captioner.training.evaluate import TableDecoder
+    from captioner.training.worker import WorkerTask
 
 _METRICS = "metrics.json"
 
 
 class LocalEngine:
-    """The engine of one process. OUT must be a local directory; every checkpoint is kept. `device`: a --device."""
+    """The engine that trains in this process. OUT must be a local directory; every checkpoint is kept.
+
+    `device`: a value of --device.
+    """
 
     def __init__(self, device: str = "auto") -> None:
         self._device = device
@@ -40,54 +43,51 @@ class LocalEngine:
     def map_tables(self, function: Callable[[pa.Table], pa.Table], tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
         return map(function, tables)
 
-    def train(self, start: Start, prepare: Callable[[], TrainRun], progress: TrainProgress) -> Outcome:
+    def train(self, setup: TrainSetup, prepare: Callable[[], PreparedRun], progress: TrainProgress) -> TrainOutcome:
         from captioner.training.loop import train_worker
-        from captioner.training.worker import Training
 
-        opened = prepare()
-        opened.write_report()
-        tables = opened.pairs.tables
-        work = Training(start.config, start.model, start.archives, opened.schedule, tables["train"], tables["eval"])
-        worker = LocalWorker(Path(start.out.path("checkpoints")) / start.name, work, self._device)
-        progress.doing("")
-        progress.watch(lambda: worker.told[-1] if worker.told else None)
-        ended = train_worker(start.config, start.model, worker, worker.latest())
-        kept = [(folder, json.loads((folder / _METRICS).read_text())) for folder in worker.kept()]
-        metric = f"eval_{start.config.training.metric_for_best_model}"
-        best, metrics = min(kept, key=lambda pair: (pair[1][metric], pair[1]["step"]), default=(None, {}))
-        return Outcome(opened, best, metrics, **ended)
+        run = prepare()
+        run.write_report()
+        worker = LocalWorker(Path(setup.out.path("checkpoints")) / setup.name, run.worker_task(), self._device)
+        progress.show_status("")
+        progress.watch(lambda: worker.progress[-1] if worker.progress else None)
+        ended = train_worker(setup.config, setup.model, worker, worker.latest_checkpoint())
+        checkpoints = [(folder, json.loads((folder / _METRICS).read_text())) for folder in worker.checkpoints()]
+        metric = f"eval_{setup.config.training.metric_for_best_model}"
+        best, metrics = min(checkpoints, key=lambda pair: (pair[1][metric], pair[1]["step"]), default=(None, {}))
+        return TrainOutcome(run, best, metrics, **ended)
 
-    def finish(self, checkpoint: Any, finishing: Finishing) -> dict[str, Any]:
+    def finish(self, checkpoint: Any, inputs: FinishInputs) -> dict[str, Any]:
         from captioner.training.finish import finish
 
-        return finish(checkpoint, finishing, pick_device(self._device))
+        return finish(checkpoint, inputs, pick_device(self._device))
 
 
 class LocalWorker:
-    """The only worker; checkpoints go to `folder`."""
+    """The only worker of a run. `folder`: where its checkpoints go."""
 
     rank, world_size = 0, 1
 
-    def __init__(self, folder: Path, work: Training, device: str = "auto") -> None:
-        self._work = work
+    def __init__(self, folder: Path, task: WorkerTask, device: str = "auto") -> None:
+        self._task = task
         self.device = pick_device(device)
         self.folder = folder
-        self.told: list[dict[str, Any]] = []
+        self.progress: list[dict[str, Any]] = []
 
-    def kept(self) -> list[Path]:
-        """The checkpoints, oldest first."""
+    def checkpoints(self) -> list[Path]:
+        """Return the directories of the complete checkpoints, oldest first."""
         return sorted(folder for folder in self.folder.glob("step-*") if (folder / _METRICS).exists())
 
-    def latest(self) -> Path | None:
-        return max(self.kept(), default=None)
+    def latest_checkpoint(self) -> Path | None:
+        return max(self.checkpoints(), default=None)
 
-    def feed(self, decode: Decode) -> Feed:
+    def table_decoder(self, decode: Decode) -> TableDecoder:
         return lambda tables: map(decode, tables)
 
-    def training(self) -> Training | None:
-        return self._work
+    def task(self) -> WorkerTask | None:
+        return self._task
 
-    def doing(self, text: str) -> None:
+    def show_status(self, text: str) -> None:
         pass
 
     def prepare(self, trainer: Any) -> Any:
@@ -99,5 +99,5 @@ class LocalWorker:
         shutil.copytree(checkpoint, folder, dirs_exist_ok=True)
         (folder / _METRICS).write_text(json.dumps(metrics))
 
-    def tell(self, progress: dict[str, Any]) -> None:
-        self.told.append(progress)
+    def show_progress(self, progress: dict[str, Any]) -> None:
+        self.progress.append(progress)

@@ -1,6 +1,6 @@
-"""What each worker does: transformers' Trainer steps, evaluation and checkpoints around it. Free of Ray.
+"""The training loop of each worker: transformers' Trainer with our loss, data order and checkpoints. Free of Ray.
 
-Trainer only trains. When to evaluate, what is best and where checkpoints go is decided by `Conductor`.
+Trainer only trains. `TrainingCallback` decides when to evaluate, what is best and where checkpoints go.
 """
 
 from __future__ import annotations
@@ -24,17 +24,37 @@ from captioner.models.base import TransformersCaptioner
 from captioner.models.pretrained import quiet
 from captioner.models.ref import ModelRef
 from captioner.run.prefetch import one_ahead
-from captioner.training.callback import Conductor, sum_over_workers
+from captioner.training.callback import TrainingCallback, sum_over_workers
 from captioner.training.checkpoints import Checkpoints, Snapshot
 from captioner.training.collate import Collate, Decode, Upload, batches_of
-from captioner.training.evaluate import Evaluator, Feed, windows_of
+from captioner.training.evaluate import Evaluator, TableDecoder, windows_of
 from captioner.training.loss import CaptionLoss
 from captioner.training.order import GlobalOrder, Share
 from captioner.training.pairs import max_caption_tokens
 from captioner.training.trainable import open_trainable
-from captioner.training.worker import Training, Worker
+from captioner.training.worker import Worker, WorkerTask
 
-GIVEN_UP: dict[str, Any] = {"step": 0, "history": [], "stopped": "its preparation failed", "checkpoint_seconds": 0.0}
+PREPARATION_FAILED: dict[str, Any] = {
+    "step": 0,
+    "history": [],
+    "stopped": "its preparation failed",
+    "checkpoint_seconds": 0.0,
+}
+
+# Settings with the same name and meaning in TrainingArguments.
+_TRAINER_SETTINGS = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "bf16",
+    "fp16",
+    "logging_steps",
+    "seed",
+)
 
 
 def train_worker(
@@ -45,73 +65,95 @@ def train_worker(
     Returns `step`, `history`, `stopped`: why the run ended before its last step, or "", and `checkpoint_seconds`: how
     long training waited for checkpoints.
     """
-    settings = config.training
-    eval_batch = settings.per_device_eval_batch_size or settings.per_device_train_batch_size
-    _tell(worker, "loading weights")
+    _show_status(worker, "loading weights")
     with ThreadPoolExecutor(1, "decoding") as thread:
         started = thread.submit(_start_decoding, worker, is_new=checkpoint is None)
         try:
-            captioner = open_trainable(model, config.model, worker.device, eval_batch, checkpoint)
+            captioner, loss = _open_model(config, model, worker.device, checkpoint)
         except ModelError:
-            if started.result()[0] is None:  # why the run was given up is known; Ray need not start this worker again
-                return GIVEN_UP
+            if started.result()[0] is None:  # the driver reports why, and Ray need not restart this worker
+                return PREPARATION_FAILED
             raise
-        if settings.gradient_checkpointing:
-            captioner.model.activation_checkpointing_enable({"use_reentrant": False})
-        loss = CaptionLoss(captioner)
-        loss.train()
-        _tell(worker, "waiting for pairs" if not started.done() else "preparing the first step")
-        work, windows = started.result()
-    if work is None:
-        return GIVEN_UP
-    _tell(worker, "preparing the first step")
+        _show_status(worker, "waiting for pairs" if not started.done() else "preparing the first step")
+        task, windows = started.result()
+    if task is None:
+        return PREPARATION_FAILED
+    _show_status(worker, "preparing the first step")
+    return _train(task, worker, captioner, loss, windows, checkpoint)
+
+
+def _start_decoding(worker: Worker, is_new: bool) -> tuple[WorkerTask | None, Iterator[pa.Table] | None]:
+    """Wait for the task and, in a new run, for the first decoded window of its eval set.
+
+    So the processes that decode start while this one loads weights.
+    """
+    task = worker.task()
+    if task is None or not is_new:
+        return task, None
+    decode = worker.table_decoder(Decode(task.sources, task.model.spec))
+    windows = decode(windows_of(task.eval, worker.rank, worker.world_size))
+    first = list(islice(windows, 1))
+    return task, chain(first, windows)
+
+
+def _open_model(
+    config: TrainConfig, model: ModelRef, device: torch.device, checkpoint: Path | None
+) -> tuple[TransformersCaptioner, CaptionLoss]:
+    captioner = open_trainable(model, config.model, device, eval_batch_size(config), checkpoint)
+    if config.training.gradient_checkpointing:
+        captioner.model.activation_checkpointing_enable({"use_reentrant": False})
+    loss = CaptionLoss(captioner)
+    loss.train()
+    return captioner, loss
+
+
+def _train(
+    task: WorkerTask,
+    worker: Worker,
+    captioner: TransformersCaptioner,
+    loss: CaptionLoss,
+    windows: Iterator[pa.Table] | None,
+    checkpoint: Path | None,
+) -> dict[str, Any]:
     collate = make_collate(captioner)
-    decode = Decode(work.archives, work.model.spec)
     evaluator = Evaluator(
         captioner,
         loss,
         collate,
-        worker.feed(decode),
-        eval_batch,
+        worker.table_decoder(Decode(task.sources, task.model.spec)),
+        eval_batch_size(task.config),
         worker.rank,
         worker.world_size,
-        lambda sums: sum_over_workers(sums, captioner.device),
-        partial(_tell, worker),
+        all_reduce=lambda sums: sum_over_workers(sums, captioner.device),
+        show_status=partial(_show_status, worker),
     )
     with tempfile.TemporaryDirectory(prefix="captioner-train-") as folder, quiet(), Checkpoints(worker) as checkpoints:
-        arguments = training_arguments(work, folder, captioner.device.type == "cpu")
-        trainer = CaptionTrainer(work, worker, loss, collate, checkpoints, args=arguments)
-        conductor = Conductor(work, worker, evaluator, trainer, checkpoints, windows)
-        trainer.add_callback(conductor)
+        arguments = training_arguments(task, folder, captioner.device.type == "cpu")
+        trainer = CaptionTrainer(task, worker, loss, collate, checkpoints, args=arguments)
+        callback = TrainingCallback(task, worker, evaluator, trainer, checkpoints, windows)
+        trainer.add_callback(callback)
         trainer = worker.prepare(trainer)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     return {
         "step": trainer.state.global_step,
         "history": trainer.state.log_history,
-        "stopped": conductor.stopped,
-        "checkpoint_seconds": round(checkpoints.held_seconds, 2),
+        "stopped": callback.stopped,
+        "checkpoint_seconds": round(checkpoints.waited_seconds, 2),
     }
 
 
-def _start_decoding(worker: Worker, is_new: bool) -> tuple[Training | None, Iterator[pa.Table] | None]:
-    """Wait for what to train on, and for the first window of a new run's eval set.
-
-    Processes that decode start while this one loads weights.
-    """
-    work = worker.training()
-    if work is None or not is_new:
-        return work, None
-    windows = worker.feed(Decode(work.archives, work.model.spec))(windows_of(work.eval, worker.rank, worker.world_size))
-    first = list(islice(windows, 1))
-    return work, chain(first, windows)
-
-
-def _tell(worker: Worker, text: str) -> None:
+def _show_status(worker: Worker, text: str) -> None:
     if worker.rank == 0:
-        worker.doing(text)
+        worker.show_status(text)
+
+
+def eval_batch_size(config: TrainConfig) -> int:
+    """Return the number of images in a batch of an evaluation."""
+    return config.training.per_device_eval_batch_size or config.training.per_device_train_batch_size
 
 
 def make_collate(captioner: TransformersCaptioner) -> Collate:
+    """Return the Collate for the tokenizer and the special tokens of a captioner."""
     settings, ref = captioner.settings, captioner.ref
     end = settings.eos_token_id
     end_id = end[0] if isinstance(end, list) else end
@@ -119,81 +161,79 @@ def make_collate(captioner: TransformersCaptioner) -> Collate:
     return Collate(captioner.tokenizer, tuple(captioner.prefix), end_id, padding, ref.spec, max_caption_tokens(ref))
 
 
-def training_arguments(work: Training, folder: str, use_cpu: bool) -> TrainingArguments:
-    settings = work.config.training
-    same = (
-        "learning_rate lr_scheduler_type warmup_steps weight_decay max_grad_norm per_device_train_batch_size "
-        "gradient_accumulation_steps bf16 fp16 logging_steps seed"
-    )
+def training_arguments(task: WorkerTask, folder: str, use_cpu: bool) -> TrainingArguments:
+    """Return the arguments of Trainer, which is left to do nothing but train."""
+    settings = task.config.training
     return TrainingArguments(
         output_dir=folder,
-        max_steps=work.schedule.max_steps,
+        max_steps=task.schedule.max_steps,
         use_cpu=use_cpu,
         save_strategy="no",
         eval_strategy="no",
-        report_to=[],  # Conductor reports
+        report_to=[],  # TrainingCallback reports
         logging_nan_inf_filter=False,
-        ignore_data_skip=True,  # the order starts at the restored step by itself
+        ignore_data_skip=True,  # the data order itself starts at the restored step
         remove_unused_columns=False,
         disable_tqdm=True,
-        **{name: getattr(settings, name) for name in same.split()},
+        **{name: getattr(settings, name) for name in _TRAINER_SETTINGS},
     )
 
 
 class CaptionTrainer(Trainer):
-    """Trainer with our loss and our order of pairs.
+    """Trainer with our loss and our data order.
 
-    Checkpoints are model directories beside Trainer's files. They hold no state of random number generators, which
-    follow from seed, step and rank: a worker may come back under another rank. `snapshot`: of the step that is to be
+    Its checkpoints are model directories with Trainer's state. They hold no state of random number generators, which
+    are seeded from seed, step and rank, because a worker may restart under another rank. `snapshot`: of the step to be
     saved; None on workers that save nothing.
     """
 
     def __init__(
         self,
-        work: Training,
+        task: WorkerTask,
         worker: Worker,
         loss: CaptionLoss,
         collate: Collate,
         checkpoints: Checkpoints,
         **kwargs: Any,
     ) -> None:
-        super().__init__(model=loss, train_dataset=_Nothing(), **kwargs)
-        # The loss below is divided by the tokens of all workers and of all accumulated batches already.
+        super().__init__(model=loss, train_dataset=_EmptyDataset(), **kwargs)
+        # `compute_loss` already divides by the tokens of all workers and of all accumulated batches.
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
-        self._work, self._worker, self._collate, self._checkpoints = work, worker, collate, checkpoints
+        self._task, self._worker, self._collate, self._checkpoints = task, worker, collate, checkpoints
         self.snapshot: Snapshot | None = None
         self.step_loss = torch.zeros((), device=self.args.device)
 
     def get_train_dataloader(self) -> Any:
-        settings = self._work.config.training
+        """Return the batches of this worker."""
+        settings = self._task.config.training
         share = Share(
             self._worker.rank,
             self._worker.world_size,
             settings.per_device_train_batch_size,
             settings.gradient_accumulation_steps,
         )
-        order = GlobalOrder(self._work.train, settings.seed, self._work.config.data.caption_choice)
-        feed = self._worker.feed(Decode(self._work.archives, self._work.model.spec))
-        return _Batches(self, order, share, feed, self._collate)
+        order = GlobalOrder(self._task.train, settings.seed, self._task.config.data.caption_choice)
+        decode = self._worker.table_decoder(Decode(self._task.sources, self._task.model.spec))
+        return _TrainBatches(self, order, share, decode, self._collate)
 
-    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> Any:
-        """The batches of one step, and the number of their caption tokens over all workers."""
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        """Return the batches of one step, and the number of their caption tokens over all workers."""
         self.step_loss.zero_()
         batches = list(islice(epoch_iterator, num_batches))
         count = sum(len(batch["labels"]) for batch in batches)
         if self._worker.world_size == 1:
             return batches, count
-        # `full` runs on the device; a copy of a tensor of this process would wait for the device.
+        # `full` runs on the device; copying a tensor from the CPU would wait for the device.
         return batches, self.accelerator.reduce(torch.full((), count, device=device), "sum")
 
     def compute_loss(
         self, model: Any, inputs: dict[str, torch.Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The sum over this worker's tokens, divided by all workers' tokens.
+        """Return the sum over this worker's tokens, divided by all workers' tokens, times the number of workers.
 
-        Times the workers, because DistributedDataParallel takes the mean of their gradients.
+        The last factor is there because DistributedDataParallel takes the mean of the workers' gradients.
         """
         assert num_items_in_batch is not None
         loss = model(**inputs) / num_items_in_batch * self._worker.world_size
@@ -201,35 +241,37 @@ class CaptionTrainer(Trainer):
         return loss
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Trainer would write files here, and every step would wait for them."""
+        """Copy what a checkpoint holds; `Checkpoints` writes it in its thread, where Trainer would write it here."""
         self.store_flos()
-        with self._checkpoints.holding():
+        with self._checkpoints.waiting():
             if self.args.should_save:
-                with_adapters = self._work.config.model.lora_rank is not None
+                with_adapters = self._task.config.model.lora_rank is not None
                 self.snapshot = Snapshot(self, self.model.network, with_adapters)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """The network was opened with the checkpoint's weights."""
+        """Do nothing: the network was opened with the checkpoint's weights."""
 
 
-class _Nothing(torch.utils.data.IterableDataset):
-    """Trainer wants a dataset; what is read when is the order's business."""
+class _EmptyDataset(torch.utils.data.IterableDataset[Any]):
+    """A dataset without items: Trainer requires one, but `_TrainBatches` yields the batches."""
 
     def __iter__(self) -> Iterator[Any]:
         return iter(())
 
 
-class _Batches:
-    """The batches of a worker from the step where the trainer stands to its last. Made anew for each iteration."""
+class _TrainBatches:
+    """A worker's batches from the trainer's current step to its last, on the device."""
 
-    def __init__(self, trainer: CaptionTrainer, order: GlobalOrder, share: Share, feed: Feed, collate: Collate) -> None:
-        self._trainer, self._order, self._share, self._feed, self._collate = trainer, order, share, feed, collate
+    def __init__(
+        self, trainer: CaptionTrainer, order: GlobalOrder, share: Share, decode: TableDecoder, collate: Collate
+    ) -> None:
+        self._trainer, self._order, self._share, self._decode, self._collate = trainer, order, share, decode, collate
         self.dataset = trainer.train_dataset
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         state = self._trainer.state
         tables = self._order.tables(self._share, state.global_step, state.max_steps)
-        batches = batches_of(self._feed(tables), self._share.batch_size, self._collate)
+        batches = batches_of(self._decode(tables), self._share.batch_size, self._collate)
         upload = Upload(self._trainer.args.device)
-        with one_ahead(map(upload, batches)) as ahead:
-            yield from map(upload.used, ahead)
+        with one_ahead(map(upload, batches)) as uploaded:
+            yield from map(upload.mark_used, uploaded)

@@ -1,4 +1,4 @@
-"""LoRA adapters by peft (the extra `lora`): small matrices learn, the network's own stay; merged into it at the end."""
+"""LoRA adapters by peft (the extra `lora`): only the adapters are trained, and merged into the network at the end."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ _WEIGHTS = "adapters.safetensors"
 
 
 def check_installed() -> None:
-    """Raise UsageError where peft is not there."""
+    """Raise UsageError where peft is not installed."""
     if find_spec("peft") is None:
         raise UsageError("--lora-rank: peft is not installed; pip install 'captioner[lora]'")
 
 
 def add_adapters(network: Any, vision: Any, config: TrainModelConfig, saved: Path | None) -> None:
-    """Put adapters beside every linear layer of the network, in place.
+    """Add an adapter to every linear layer of the network, in place, and freeze all other weights.
 
-    They hold the weights in `saved` where there are some. With --freeze-vision the layers of `vision` get none.
-    Everything else stops learning.
+    With --freeze-vision the layers of `vision` get none. `saved`: a directory with the adapters' weights.
     """
     import peft
     import torch
     from safetensors.torch import load_file
 
     frozen = {id(module) for module in vision.modules()} if config.freeze_vision else set()
+    head = network.get_output_embeddings()
     linear = [
         name
         for name, module in network.named_modules()
-        if isinstance(module, torch.nn.Linear) and id(module) not in frozen and module is not _head(network)
+        if isinstance(module, torch.nn.Linear) and id(module) not in frozen and module is not head
     ]
     assert config.lora_rank is not None
     rank = config.lora_rank
@@ -51,7 +51,7 @@ def adapter_weights(network: Any) -> dict[str, Any]:
 
 
 def save_adapters(weights: dict[str, Any], folder: Path) -> None:
-    """Write what `adapter_weights` returned."""
+    """Write the result of `adapter_weights` into `folder`."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -59,14 +59,10 @@ def save_adapters(weights: dict[str, Any], folder: Path) -> None:
 
 
 def merge_adapters(network: Any) -> None:
-    """Add each adapter's product to the layer beside it and take the adapter away, in place."""
+    """Add each adapter's product to its layer and remove the adapter, in place."""
     from peft.tuners.lora import LoraLayer
 
     for name, layer in [(n, m) for n, m in network.named_modules() if isinstance(m, LoraLayer)]:
         layer.merge(safe_merge=True)
         parent, _, child = name.rpartition(".")
         setattr(network.get_submodule(parent), child, layer.get_base_layer())
-
-
-def _head(network: Any) -> Any:
-    return network.get_output_embeddings()

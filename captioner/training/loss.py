@@ -1,7 +1,7 @@
-"""Cross-entropy over caption tokens: position t predicts token t + 1, pads count nothing, pictures get no logits.
+"""Cross-entropy over caption tokens: position t predicts token t + 1; padding and image positions have no labels.
 
-The loss is computed here and not by the models: transformers' GIT computes logits for every image position, and
-releases of 2025 shifted its labels twice.
+The loss is computed here and not by the models because transformers' GIT computes logits for every image position, and
+its releases of 2025 shift the labels twice.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from captioner.training.trainable import vision_part
 
 
 class CaptionLoss(torch.nn.Module):
-    """A captioner's network as a module whose forward pass is the loss, so that DistributedDataParallel sees it."""
+    """A captioner's network in a module whose forward pass returns the loss, as DistributedDataParallel requires."""
 
     mean: torch.Tensor
     std: torch.Tensor
@@ -37,9 +37,8 @@ class CaptionLoss(torch.nn.Module):
     ) -> torch.Tensor:
         """Return the sum of the cross-entropies (nats) of the labels; a float32 scalar.
 
-        `pixels` uint8 [N, H, W, 3], `input_ids` int64 [N, T], `positions` and `labels` int64 [K] as in `Collate`. What
-        follows a caption's last token in `input_ids` has no label and, decoders being causal, no influence: it needs no
-        attention mask.
+        `pixels` uint8 [N, H, W, 3], `input_ids` int64 [N, T], `positions` and `labels` int64 [K] as in `Collate`. No
+        attention mask is needed: padding follows the caption, has no labels, and decoders are causal.
         """
         images = (pixels.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
         features = vision_part(self.network, self._family)(images).last_hidden_state
@@ -59,14 +58,15 @@ def _blip_hidden(model: Any, features: torch.Tensor, ids: torch.Tensor) -> torch
     return hidden
 
 
-def _pair_hidden(model: Any, features: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Decoders differ in what lies between their layers and their logits: these are logits already."""
+def _encoder_decoder_logits(model: Any, features: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Return the logits: what decoders compute between their last layer and the logits differs too much."""
     encoded = BaseModelOutput(last_hidden_state=features)
     logits: torch.Tensor = model(encoder_outputs=encoded, decoder_input_ids=ids, use_cache=False).logits
     return logits
 
 
-_HIDDEN = {"git": text_hidden, "blip": _blip_hidden, "vision-encoder-decoder": _pair_hidden}
+# What each family computes at the text positions, float [N, T, X], and the module that turns it into logits.
+_HIDDEN = {"git": text_hidden, "blip": _blip_hidden, "vision-encoder-decoder": _encoder_decoder_logits}
 _HEADS: dict[str, Any] = {
     "git": lambda model: model.output,
     "blip": lambda model: model.text_decoder.cls,

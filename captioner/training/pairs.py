@@ -1,4 +1,4 @@
-"""DATA -> usable pairs: pictures that decode and have captions, split by picture into train, eval and test."""
+"""From listed pairs to usable ones: images that decode and have captions, split into train, eval and test sets."""
 
 from __future__ import annotations
 
@@ -19,14 +19,17 @@ from captioner.data import PixelSpec
 from captioner.errors import SourceError, UsageError
 from captioner.files import shown
 from captioner.models.ref import ModelRef
-from captioner.training.archives import PAIRS_SCHEMA, Archives
+from captioner.training.pair_sources import PAIRS_SCHEMA, PairSources
 
 SPLITS = ("train", "eval", "test")
 
 
 @dataclass
 class Pairs:
-    """The tables of a run (PAIRS_SCHEMA), and what was left out and why."""
+    """The usable pairs of a run by set (tables of PAIRS_SCHEMA), and how many were skipped for which reason.
+
+    `examples`: lines about the first skipped pairs. `num_truncated`: captions longer than the model allows.
+    """
 
     tables: dict[str, pa.Table]
     skipped: dict[str, int] = field(default_factory=dict)
@@ -36,7 +39,7 @@ class Pairs:
 
     @property
     def fingerprint(self) -> str:
-        """Hex sha256 over every pair and its side of the split."""
+        """Return the hex sha256 over every pair and its set."""
         digest = hashlib.sha256()
         for name in SPLITS:
             digest.update(name.encode())
@@ -46,6 +49,7 @@ class Pairs:
         return digest.hexdigest()
 
     def counts(self) -> dict[str, Any]:
+        """Return the figures that pairs.json and the report have."""
         return {
             "listed": self.num_listed,
             **{name: len(table) for name, table in self.tables.items()},
@@ -57,42 +61,49 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Examine:
-    """Table of listed pictures -> PAIRS_SCHEMA: hashed, decoded once, captions measured. Runs on any machine.
+    """Completes a table of listed images to PAIRS_SCHEMA: hashes, decodes and measures each pair once. Picklable.
 
-    `tokenizer`: the model's directory; `max_tokens`: of a caption, start and end token left out.
+    `tokenizer`: the model's directory. `max_tokens`: of a caption, without start and end token; None for no limit.
     """
 
-    archives: Archives
+    sources: PairSources
     spec: PixelSpec
     tokenizer: str
     max_tokens: int | None
 
     def __call__(self, rows: pa.Table) -> pa.Table:
+        results = self._decode(rows)
+        columns = {name: rows[name] for name in rows.column_names}
+        for name in ("sha256", "error_code", "error_message"):
+            columns[name] = [result[name] for result in results]
+        columns["num_truncated"] = self._num_truncated(rows["reference_captions"].to_pylist())
+        return pa.table({name: columns[name] for name in PAIRS_SCHEMA.names}, schema=PAIRS_SCHEMA)
+
+    def _decode(self, rows: pa.Table) -> list[dict[str, Any]]:
+        """Return `sha256`, `error_code` and `error_message` of each row; images without captions are not read."""
         from captioner.imaging import decode_images
 
-        known = pc.fill_null(pc.list_value_length(rows["reference_captions"]), 0).to_pylist()
-        with_captions = [place for place, count in enumerate(known) if count]
-        found = {}
-        if with_captions:
-            raws = self.archives.read(rows.take(with_captions))
-            decoded = decode_images(raws, self.spec, self.archives.max_pixels).rows
-            found = dict(zip(with_captions, decoded.to_pylist(), strict=True))
-        none = {"sha256": None, "error_code": "no_caption", "error_message": "the picture has no caption"}
-        looks = [found.get(place, none) for place in range(len(rows))]
-        columns = {name: rows[name] for name in rows.column_names}
-        columns |= {name: [look[name] for look in looks] for name in ("sha256", "error_code", "error_message")}
-        columns["num_truncated"] = self._too_long(rows["reference_captions"].to_pylist())
-        return pa.table({one.name: columns[one.name] for one in PAIRS_SCHEMA}, schema=PAIRS_SCHEMA)
+        counts = pc.fill_null(pc.list_value_length(rows["reference_captions"]), 0).to_pylist()
+        without_caption = {"sha256": None, "error_code": "no_caption", "error_message": "the image has no caption"}
+        results: list[dict[str, Any]] = [without_caption] * len(rows)
+        indices = [index for index, count in enumerate(counts) if count]
+        if indices:
+            images = self.sources.read(rows.take(indices))
+            decoded = decode_images(images, self.spec, self.sources.max_pixels).rows
+            for index, result in zip(indices, decoded.to_pylist(), strict=True):
+                results[index] = result
+        return results
 
-    def _too_long(self, captions: list[list[str] | None]) -> list[int]:
+    def _num_truncated(self, captions: list[list[str] | None]) -> list[int]:
+        """Return for each image how many of its captions are longer than `max_tokens`."""
         if self.max_tokens is None:
             return [0] * len(captions)
-        flat = [text for some in captions for text in some or []]
-        if all(len(text.encode()) <= self.max_tokens for text in flat):  # no token is less than a byte
+        flat = [text for texts in captions for text in texts or []]
+        if all(len(text.encode()) <= self.max_tokens for text in flat):  # a token has at least one byte
             return [0] * len(captions)
         ids = _tokenizer(self.tokenizer)(flat, add_special_tokens=False).input_ids
         lengths = iter(map(len, ids))
-        return [sum(next(lengths) > self.max_tokens for _ in some or []) for some in captions]
+        return [sum(next(lengths) > self.max_tokens for _ in texts or []) for texts in captions]
 
 
 @lru_cache(maxsize=1)
@@ -103,102 +114,110 @@ def _tokenizer(path: str) -> Any:
 
 
 def make_pairs(config: TrainDataConfig, examined: Iterable[pa.Table], seed: int) -> Pairs:
-    """Sort out what is usable, and split it. Raises SourceError, or UsageError where a split comes out empty."""
-    pairs, kept, num_failed = Pairs({}), [], 0
+    """Select the usable pairs and split them.
+
+    Raises SourceError where too few are usable, UsageError where the eval or test set would be empty.
+    """
+    pairs, usable_tables, num_failed = Pairs({}), [PAIRS_SCHEMA.empty_table()], 0
     for table in examined:
         pairs.num_listed += len(table)
-        fine = pc.equal(table["error_code"], "")
-        bad = table.filter(pc.invert(fine))
-        num_failed += len(bad)
-        _note_skipped(pairs, bad)
-        kept.append(table.filter(fine))
+        is_usable = pc.equal(table["error_code"], "")
+        failed = table.filter(pc.invert(is_usable))
+        num_failed += len(failed)
+        _count_skipped(pairs, failed)
+        usable_tables.append(table.filter(is_usable))
     if not pairs.num_listed:
-        raise SourceError(f"{shown(config.path)}: no pictures")
-    usable = pa.concat_tables([PAIRS_SCHEMA.empty_table(), *kept]).combine_chunks()
-    _check_share(config, pairs, num_failed, len(usable))
+        raise SourceError(f"{shown(config.path)}: no images")
+    usable = pa.concat_tables(usable_tables).combine_chunks()
+    _check_num_failed(config, pairs, num_failed, len(usable))
     pairs.num_truncated = pc.sum(usable["num_truncated"]).as_py() or 0
     pairs.tables = split(usable, config, seed)
-    dropped = len(usable) - sum(map(len, pairs.tables.values()))
-    if dropped:
-        pairs.skipped["also_in_another_split"] = dropped
+    num_overlapping = len(usable) - sum(map(len, pairs.tables.values()))
+    if num_overlapping:
+        pairs.skipped["also_in_another_split"] = num_overlapping
     _limit_eval(pairs, config, seed)
     _refuse_empty(pairs, config)
     return pairs
 
 
-def _note_skipped(pairs: Pairs, bad: pa.Table) -> None:
-    counted = Counter(pairs.skipped) + Counter(bad["error_code"].to_pylist())
-    pairs.skipped = dict(counted.most_common())
-    for row in bad.slice(0, max(0, 20 - len(pairs.examples))).to_pylist():
+def _count_skipped(pairs: Pairs, failed: pa.Table) -> None:
+    counts = Counter(pairs.skipped) + Counter(failed["error_code"].to_pylist())
+    pairs.skipped = dict(counts.most_common())
+    for row in failed.slice(0, max(0, 20 - len(pairs.examples))).to_pylist():
         pairs.examples.append(f"{row['image_id']}: {row['error_code']}: {row['error_message']}")
 
 
-def _check_share(config: TrainDataConfig, pairs: Pairs, num_failed: int, num_usable: int) -> None:
+def _check_num_failed(config: TrainDataConfig, pairs: Pairs, num_failed: int, num_usable: int) -> None:
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in pairs.skipped.items())
     if not num_usable:
         raise SourceError(
-            f"{shown(config.path)}: no pairs: {pairs.num_listed:,} pictures ({reasons}); captions come from "
+            f"{shown(config.path)}: no pairs: {pairs.num_listed:,} images ({reasons}); captions come from "
             "metadata.jsonl, .csv, .parquet (file_name and text, caption or captions), a column (--reference-column), "
             "or .txt or .json members"
         )
     if num_failed / pairs.num_listed > config.max_failed:
         raise SourceError(
-            f"{shown(config.path)}: {num_failed:,} of {pairs.num_listed:,} pictures are unusable ({reasons}), for "
-            f"instance {pairs.examples[0]}; mend them, or allow more with --max-failed"
+            f"{shown(config.path)}: {num_failed:,} of {pairs.num_listed:,} images are unusable ({reasons}), for "
+            f"instance {pairs.examples[0]}; fix them, or allow more with --max-failed"
         )
 
 
 def split(pairs: pa.Table, config: TrainDataConfig, seed: int) -> dict[str, pa.Table]:
-    """Train, eval and perhaps test. By the pictures' sha256, so that no picture and no copy of it is on two sides.
+    """Split pairs into train, eval and, where one is asked for, test set by their images' sha256.
 
-    Test and eval take the pictures with the smallest seeded hashes; pictures of --eval-data and --test-data that are
-    in DATA as well are taken out of train (and out of eval where they are test pictures).
+    No image and no copy of it is in two sets. Test and eval sets take the images with the smallest seeded hashes;
+    images of --eval-data and --test-data that are in DATA as well are removed from train (and from eval where they are
+    test images).
     """
-    shas, data = pairs["sha256"].to_pylist(), pairs["data"].to_pylist()
-    ranked = sorted({sha for sha, number in zip(shas, data, strict=True) if number == 0}, key=_hash_with(seed))
-    numbers = {"eval": 1 if config.eval_data else None, "test": (2 if config.eval_data else 1)}
-    if not config.test_data:
-        numbers["test"] = None
+    shas, numbers = pairs["sha256"].to_pylist(), pairs["data"].to_pylist()
+    shas_by_source: dict[int, set[str]] = {}
+    for sha, number in zip(shas, numbers, strict=True):
+        shas_by_source.setdefault(number, set()).add(sha)
+    ranked = sorted(shas_by_source.get(0, set()), key=_hash_with(seed))
     taken: set[str] = set()
     tables = {}
-    for name, fraction in (("test", config.test_fraction), ("eval", config.eval_fraction)):
-        if numbers[name] is not None:
-            own = {sha for sha, number in zip(shas, data, strict=True) if number == numbers[name]} - taken
-            tables[name] = _rows_with(pairs, own, numbers[name] or 0)
+    for name, number, fraction in _held_out_sets(config):
+        if number:
+            chosen = shas_by_source.get(number, set()) - taken
         else:
             count = min(max(1, round(fraction * len(ranked))), len(ranked) - 1) if fraction else 0
-            own = set([sha for sha in ranked if sha not in taken][:count])
-            tables[name] = _rows_with(pairs, own, 0)
-        taken |= own
+            chosen = set([sha for sha in ranked if sha not in taken][:count])
+        tables[name] = _rows_with(pairs, chosen, number)
+        taken |= chosen
     tables["train"] = _rows_with(pairs, set(ranked) - taken, 0)
-    wants_test = config.test_fraction or config.test_data
-    return {name: tables[name] for name in SPLITS if name != "test" or wants_test}
+    has_test = config.test_fraction or config.test_data
+    return {name: tables[name] for name in SPLITS if name != "test" or has_test}
 
 
-def _rows_with(pairs: pa.Table, shas: set[str], data: int) -> pa.Table:
-    wanted = pa.array(list(shas), pa.string())
-    mask = pc.and_(pc.is_in(pairs["sha256"], value_set=wanted), pc.equal(pairs["data"], data))
-    return pairs.filter(mask).combine_chunks()
+def _held_out_sets(config: TrainDataConfig) -> list[tuple[str, int, float]]:
+    """Return (set, number of its source, fraction of DATA): 0 is DATA itself. The test set is chosen first."""
+    eval_source = 1 if config.eval_data else 0
+    test_source = eval_source + 1 if config.test_data else 0
+    return [("test", test_source, config.test_fraction), ("eval", eval_source, config.eval_fraction)]
+
+
+def _rows_with(pairs: pa.Table, shas: set[str], number: int) -> pa.Table:
+    """Return the pairs of one source whose images have one of these hashes."""
+    has_sha = pc.is_in(pairs["sha256"], value_set=pa.array(list(shas), pa.string()))
+    return pairs.filter(pc.and_(has_sha, pc.equal(pairs["data"], number))).combine_chunks()
 
 
 def _limit_eval(pairs: Pairs, config: TrainDataConfig, seed: int) -> None:
-    """Keep the --max-eval-samples pictures with the smallest hashes, in their order."""
-    table, most = pairs.tables["eval"], config.max_eval_samples
-    if most is not None and len(table) > most:
+    """Keep the --max-eval-samples images with the smallest hashes, in their order."""
+    table, limit = pairs.tables["eval"], config.max_eval_samples
+    if limit is not None and len(table) > limit:
         key, shas, ids = _hash_with(seed), table["sha256"].to_pylist(), table["image_id"].to_pylist()
-        places = sorted(range(len(table)), key=lambda place: (key(shas[place]), ids[place]))[:most]
-        pairs.tables["eval"] = table.take(sorted(places))
+        indices = sorted(range(len(table)), key=lambda index: (key(shas[index]), ids[index]))[:limit]
+        pairs.tables["eval"] = table.take(sorted(indices))
 
 
 def _refuse_empty(pairs: Pairs, config: TrainDataConfig) -> None:
     if not len(pairs.tables["train"]):
-        raise SourceError(
-            f"{shown(config.path)}: no pictures are left to train on; every one is in the eval or test set"
-        )
+        raise SourceError(f"{shown(config.path)}: no images are left to train on; every one is in the eval or test set")
     for name in ("eval", "test"):
         if name in pairs.tables and not len(pairs.tables[name]):
             raise UsageError(
-                f"the {name} set is empty: {len(pairs.tables['train']):,} pictures to train on, --{name}-fraction "
+                f"the {name} set is empty: {len(pairs.tables['train']):,} images to train on, --{name}-fraction "
                 f"{getattr(config, f'{name}_fraction'):g}; raise it, or give --{name}-data"
             )
 
@@ -207,9 +226,9 @@ def _hash_with(seed: int) -> Callable[[str], bytes]:
     return lambda text: blake2b(f"{seed}:{text}".encode(), digest_size=16).digest()
 
 
-TRAINABLE = ("git", "blip", "vision-encoder-decoder")  # families whose loss is in loss.py
+TRAINABLE = ("git", "blip", "vision-encoder-decoder")  # the families that `CaptionLoss` supports
 
 
 def max_caption_tokens(ref: ModelRef) -> int | None:
-    """The longest caption the model has text positions for: start and end token take one each."""
+    """Return how many tokens a caption may have: the text positions less one each for start and end token."""
     return None if ref.max_positions is None else ref.max_positions - 2

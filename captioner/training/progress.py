@@ -1,4 +1,4 @@
-"""How far a training run has come: one live display on a terminal, lines in a log."""
+"""Progress of a training run: one live line on a terminal, lines in a log."""
 
 from __future__ import annotations
 
@@ -7,63 +7,63 @@ from typing import Any, TextIO
 
 from captioner.console.progress import HEARTBEAT_S, Progress, duration
 
-START_HEARTBEAT_S = 2.0  # in a log, until the first step
+START_HEARTBEAT_S = 2.0  # seconds between lines in a log, until the first step
 
-Look = Callable[[], dict[str, Any] | None]
+ReadProgress = Callable[[], dict[str, Any] | None]
 
 
 class TrainProgress(Progress):
-    """Shows what the run waits for until its first step, then what the workers told last."""
+    """Shows what the run waits for until its first step, then the latest figures of the workers."""
 
     def __init__(self, *, stream: TextIO | None = None) -> None:
         super().__init__(0, stream=stream, interval=START_HEARTBEAT_S)
-        self._look: Look = lambda: None
-        self._per_step = 0
-        self._doing = ""
-        self._told: dict[str, Any] = {}
+        self._read: ReadProgress = lambda: None
+        self._samples_per_step = 0
+        self._status = ""
+        self._latest: dict[str, Any] = {}
 
-    def doing(self, text: str) -> None:
-        """Say what the run waits for: "reading pairs"; "" once it waits for nothing but its workers."""
-        self._doing = text
+    def show_status(self, text: str) -> None:
+        """Set what the run waits for, such as "reading pairs"; "" while it waits only for its workers."""
+        self._status = text
 
-    def expect(self, total: int, samples_per_step: int) -> None:
-        """Say how many steps there will be, and of how many samples each."""
-        self._total, self._per_step = total, samples_per_step
+    def set_total(self, total: int, samples_per_step: int) -> None:
+        """Set the number of steps of the run, and of samples in each step."""
+        self._total, self._samples_per_step = total, samples_per_step
 
-    def watch(self, look: Look) -> None:
-        """Take the workers' latest state from `look`.
+    def watch(self, read: ReadProgress) -> None:
+        """Set the function that returns the latest figures of the workers.
 
-        It holds `step`, `loss`, `wer`, `samples_per_second`, and `doing`: what they wait for, or "".
+        Its keys: `step`, `loss`, `wer`, `samples_per_second`, and `status`, what the workers wait for or "".
         """
-        self._look = look
+        self._read = read
 
     def line(self) -> str:
-        """The state as one line of plain text."""
-        told = self._told = self._look() or self._told
-        self._done = told.get("step", 0)
-        waits = "; ".join(filter(None, [self._doing, told.get("doing")]))
-        rate = told.get("samples_per_second")
+        """Return the state as one line of plain text."""
+        latest = self._latest = self._read() or self._latest
+        self._done = latest.get("step", 0)
+        status = "; ".join(filter(None, [self._status, latest.get("status")]))
+        rate = latest.get("samples_per_second")
         self._interval = HEARTBEAT_S if rate else START_HEARTBEAT_S
-        if not rate:  # a live display shows the time beside it
-            since = "" if self._live else f", {duration(self._clock() - self._started)} so far"
-            return f"{self._count()}  {waits or 'starting'}{since}"
-        loss = "" if told["loss"] is None else f"  loss {told['loss']:.4f}"
-        wer = "" if told["wer"] is None else f"  WER {told['wer']:.3f}"
-        left = f"  ETA {duration(self._left(rate))}" if self._done < self._total else ""
-        return f"{self._count()}{loss}{wer}  {rate:,.1f} samples/s{left}" + (f"  {waits}" if waits else "")
+        if not rate:  # a live display shows the elapsed time itself
+            elapsed = "" if self._live else f", {duration(self._clock() - self._started)} so far"
+            return f"{self._count()}  {status or 'starting'}{elapsed}"
+        loss = "" if latest["loss"] is None else f"  loss {latest['loss']:.4f}"
+        wer = "" if latest["wer"] is None else f"  WER {latest['wer']:.3f}"
+        eta = f"  ETA {duration(self._seconds_left(rate))}" if self._done < self._total else ""
+        return f"{self._count()}{loss}{wer}  {rate:,.1f} samples/s{eta}" + (f"  {status}" if status else "")
 
     def fields(self) -> dict[str, Any]:
-        """What the workers told last, as figures."""
-        return self._told | {"total": self._total, "elapsed_seconds": round(self._clock() - self._started, 1)}
+        """Return the latest figures for a structured log."""
+        return self._latest | {"total": self._total, "elapsed_seconds": round(self._clock() - self._started, 1)}
 
-    def _left(self, rate: float) -> float:
-        return (self._total - self._done) * self._per_step / rate
+    def _seconds_left(self, rate: float) -> float:
+        return (self._total - self._done) * self._samples_per_step / rate
 
     def _count(self) -> str:
         return f"step {self._done:,}/{self._total:,}" if self._total else "training"
 
     def last_line(self) -> str:
         line = self.line()
-        if not self._done:  # the run ended before its first step, and says why itself
+        if not self._done:  # the run ended before its first step; the error says why
             return ""
         return f"{line}  in {duration(self._clock() - self._started)}"

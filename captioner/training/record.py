@@ -1,4 +1,4 @@
-"""OUT/train.json: which run an OUT holds, and whether a command may go on with it."""
+"""OUT/train.json: which training run an OUT holds, and whether a command may resume it."""
 
 from __future__ import annotations
 
@@ -17,20 +17,23 @@ from captioner.store.directory import Directory
 
 RUN_FILE = "train.json"
 
-# What may differ when a run goes on: where it runs and who is told.
-_FREE = {
+# Settings that may differ when a run is resumed: where it runs and what it reports.
+UNBOUND_SETTINGS = {
     "cluster": {"address", "gpus_per_worker", "num_workers"},
     "training": {"logging_steps", "per_device_eval_batch_size", "report_to", "save_total_limit"},
     "output": {"path", "push_to_hub", "hub_model_id"},
     "data": {"max_failed"},
     "model": {"device"},
 }
-# Settings that are places: a URI may hold keys, which belong in no record.
-_PLACES = {"data": ("path", "eval_data", "test_data"), "model": ("name",), "output": ("path",)}
+# Settings that may be URIs, whose credentials must not be written to a record.
+_URI_SETTINGS = {"data": ("path", "eval_data", "test_data"), "model": ("name",), "output": ("path",)}
 
 
 def open_record(config: TrainConfig, out: Directory, model: ModelRef, num_workers: int) -> dict[str, Any]:
-    """The record of the run in OUT, or a new one. Raises FingerprintError where OUT is of another configuration."""
+    """Return the record of the run in OUT, or a new one.
+
+    Raises FingerprintError where OUT holds a run with another configuration.
+    """
     bound = {group: settings for group, settings in _bound_settings(config).items() if settings}
     bound["model"]["sha256"] = model.sha256
     bound["cluster"] = {"num_workers": num_workers}
@@ -56,28 +59,29 @@ def open_record(config: TrainConfig, out: Directory, model: ModelRef, num_worker
 
 def _bound_settings(config: TrainConfig) -> dict[str, dict[str, Any]]:
     return {
-        group: {name: value for name, value in settings.items() if name not in _FREE[group]}
+        group: {name: value for name, value in settings.items() if name not in UNBOUND_SETTINGS[group]}
         for group, settings in _settings(config).items()
     }
 
 
 def _settings(config: TrainConfig) -> dict[str, dict[str, Any]]:
     settings = config.model_dump()
-    for group, names in _PLACES.items():
+    for group, names in _URI_SETTINGS.items():
         settings[group] |= {name: shown(settings[group][name]) for name in names if settings[group][name]}
     return settings
 
 
-def _refuse_difference(path: str, before: dict[str, Any], now: dict[str, Any]) -> None:
-    for group, settings in now.items():
+def _refuse_difference(path: str, recorded: dict[str, Any], given: dict[str, Any]) -> None:
+    for group, settings in given.items():
         for name, value in settings.items():
-            old = before.get(group, {}).get(name)
-            if old != value:
+            before = recorded.get(group, {}).get(name)
+            if before != value:
                 raise FingerprintError(
-                    f"{path} was started with {group}.{name} = {_short(old)}, now it is {_short(value)}; "
-                    "give the same to go on, or another OUT"
+                    f"{path} was started with {group}.{name} = {_shorten(before)}, now it is {_shorten(value)}; "
+                    "give the same value to resume the run, or another OUT"
                 )
 
 
-def _short(value: Any) -> str:
+def _shorten(value: Any) -> str:
+    """Return the repr of a setting, of a sha256 its first 12 digits."""
     return repr(value[:12] if isinstance(value, str) and len(value) == 64 else value)

@@ -1,4 +1,4 @@
-"""How many steps a run has, when it evaluates and saves, and what its history says is best."""
+"""How many steps a run has, when it evaluates and saves, and which evaluation of its history is best."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from captioner.errors import UsageError
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """Steps are those of the optimiser."""
+    """When a run evaluates, saves and ends, in steps of the optimiser.
+
+    `global_batch_size`: pairs of one step, over all workers. `epoch_size`: pairs of one epoch.
+    """
 
     max_steps: int
     eval_steps: int
@@ -28,33 +31,39 @@ class Schedule:
 
 
 def make_schedule(config: TrainingConfig, epoch_size: int, num_workers: int) -> Schedule:
-    """The schedule for an epoch of that many pairs. Raises UsageError where --save-steps would save unevaluated."""
-    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * num_workers
-    steps = config.max_steps or max(1, math.ceil(config.num_train_epochs * epoch_size / batch))
-    evaluate = min(config.eval_steps or max(1, round(epoch_size / batch)), steps)
-    save = config.save_steps or evaluate
-    if save % evaluate and save < steps:
-        raise UsageError(f"--save-steps {save}: must be a multiple of --eval-steps ({evaluate}): the best is kept")
-    return Schedule(steps, evaluate, save, batch, epoch_size)
+    """Return the schedule for epochs of `epoch_size` pairs.
+
+    Raises UsageError where --save-steps is not a multiple of --eval-steps.
+    """
+    batch_size = config.per_device_train_batch_size * config.gradient_accumulation_steps * num_workers
+    max_steps = config.max_steps or max(1, math.ceil(config.num_train_epochs * epoch_size / batch_size))
+    eval_steps = min(config.eval_steps or max(1, round(epoch_size / batch_size)), max_steps)
+    save_steps = config.save_steps or eval_steps
+    if save_steps % eval_steps and save_steps < max_steps:
+        raise UsageError(
+            f"--save-steps {save_steps}: must be a multiple of --eval-steps ({eval_steps}), because the best of the"
+            " evaluated checkpoints is kept"
+        )
+    return Schedule(max_steps, eval_steps, save_steps, batch_size, epoch_size)
 
 
 def evaluations(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The evaluations in a history, in order."""
+    """Return the evaluations in a history, in order."""
     return [entry for entry in history if "eval_loss" in entry]
 
 
 def best_of(history: list[dict[str, Any]], metric: str) -> dict[str, Any]:
-    """The first evaluation with the lowest value of "eval_wer" or "eval_loss"."""
+    """Return the first evaluation with the lowest value of "eval_wer" or "eval_loss"."""
     return min(evaluations(history), key=lambda entry: (_value(entry, metric), entry["step"]))
 
 
 def is_stale(history: list[dict[str, Any]], config: TrainingConfig) -> bool:
-    """Whether --early-stopping-patience evaluations have passed since the best one."""
+    """Return whether --early-stopping-patience evaluations have followed the best one."""
     if config.early_stopping_patience is None:
         return False
     best = best_of(history, f"eval_{config.metric_for_best_model}")
-    since = [entry for entry in evaluations(history) if entry["step"] > best["step"]]
-    return len(since) >= config.early_stopping_patience
+    later = [entry for entry in evaluations(history) if entry["step"] > best["step"]]
+    return len(later) >= config.early_stopping_patience
 
 
 def _value(entry: dict[str, Any], metric: str) -> float:

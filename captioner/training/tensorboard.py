@@ -1,4 +1,4 @@
-"""What was measured, as TensorBoard events in OUT/tensorboard."""
+"""Write training and evaluation figures as TensorBoard events into OUT/tensorboard."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from captioner.store.directory import Directory
 
 
 def write_events(out: Directory, entries: list[dict[str, Any]]) -> None:
-    """Write entries of a history, each with its `step`: "train/loss", "eval/wer" and so on, as Trainer names them.
+    """Write entries of a history, each with its `step`, under Trainer's names: "train/loss", "eval/wer" and so on.
 
-    Called at each checkpoint. The file is named after its last step, so a run that goes on replaces what it does again.
+    Called at each checkpoint. The file is named after its last step, so a resumed run replaces the events of steps that
+    it repeats.
     """
     from tensorboardX import SummaryWriter
 

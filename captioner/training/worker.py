@@ -1,4 +1,4 @@
-"""What every worker needs to know of a run, and what it must be able to do. Light: torch is not imported."""
+"""What each worker of a training run receives and must be able to do. Does not import torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from captioner.config import TrainConfig
 from captioner.models import ModelRef
-from captioner.training.archives import Archives
+from captioner.training.pair_sources import PairSources
 from captioner.training.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
     from captioner.training.collate import Decode
-    from captioner.training.evaluate import Feed
+    from captioner.training.evaluate import TableDecoder
 
 
 @dataclass(frozen=True)
-class Training:
-    """A run as its workers see it. Picklable. `train`, `eval`: tables of PAIRS_SCHEMA."""
+class WorkerTask:
+    """What a worker trains and on which pairs. Picklable. `train`, `eval`: tables of PAIRS_SCHEMA."""
 
     config: TrainConfig
     model: ModelRef
-    archives: Archives
+    sources: PairSources
     schedule: Schedule
     train: pa.Table
     eval: pa.Table
@@ -40,26 +40,26 @@ class Worker(Protocol):
     world_size: int
     device: torch.device
 
-    def feed(self, decode: Decode) -> Feed:
-        """What decodes tables of pairs for this worker."""
+    def table_decoder(self, decode: Decode) -> TableDecoder:
+        """Return the function that applies `decode` to tables of pairs for this worker."""
         ...
 
-    def training(self) -> Training | None:
-        """What to train on, once the pairs are there; None where the run was given up before."""
+    def task(self) -> WorkerTask | None:
+        """Wait until the pairs are prepared and return the task; None where their preparation failed."""
         ...
 
-    def doing(self, text: str) -> None:
-        """Show what the run waits for; called by rank 0 only. "" ends it."""
+    def show_status(self, text: str) -> None:
+        """Show what the run waits for, "" for nothing; called by rank 0 only."""
         ...
 
     def prepare(self, trainer: Trainer) -> Trainer:
-        """The trainer, made fit for where it runs."""
+        """Return the trainer adapted to the framework that runs the workers."""
         ...
 
     def report(self, metrics: dict[str, Any], checkpoint: Path | None) -> None:
-        """Keep a checkpoint (rank 0 has one, the others `None`) under these metrics. Every worker calls it."""
+        """Store a checkpoint with these metrics. Every worker calls it; only rank 0 passes a checkpoint."""
         ...
 
-    def tell(self, progress: dict[str, Any]) -> None:
-        """Show how far the run is; called by rank 0 only."""
+    def show_progress(self, progress: dict[str, Any]) -> None:
+        """Show the latest step and its figures; called by rank 0 only."""
         ...

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from captioner.config import ModelConfig
 from captioner.models import load, resolve
-from captioner.models.batch_size import BUDGET_S, SIZES, START, WORTH, fastest_size, settle_batch_size
+from captioner.models.batch_size import BUDGET_S, SIZES, START, WORTH, choose_batch_size, fastest_size
 from captioner.models.ref import ModelRef
 from captioner.testing import SmallGpu
 
@@ -42,7 +42,7 @@ def ref() -> ModelRef:
 def test_sizes_go_up_while_they_fit_and_are_worth_it(ref, room, each, expected) -> None:
     gpu = SmallGpu(ref, room, each=each)
 
-    settle_batch_size(gpu, 16, gpu.clock)
+    choose_batch_size(gpu, 16, gpu.clock)
 
     assert gpu.batch_size == expected
 
@@ -51,13 +51,13 @@ def test_what_was_found_is_remembered_for_model_and_device(ref, cache) -> None:
     first, again, other = SmallGpu(ref, 100), SmallGpu(ref, 100), SmallGpu(ref, 40)
     other.device_name = "another GPU, 2 GiB"
     for gpu in (first, again, other):
-        settle_batch_size(gpu, 16, gpu.clock)
+        choose_batch_size(gpu, 16, gpu.clock)
 
     assert (first.batch_size, again.batch_size, other.batch_size) == (64, 64, 32)
     assert again.tried == []
     assert other.tried != []
     more_beams = SmallGpu(resolve(ModelConfig(name="starter", num_beams=3)), 100)
-    settle_batch_size(more_beams, 16, more_beams.clock)
+    choose_batch_size(more_beams, 16, more_beams.clock)
     assert more_beams.tried != []
     assert len(json.loads(cache.read_text())) == 3
 
@@ -68,7 +68,7 @@ def test_a_damaged_memory_is_made_anew(ref, cache, left_there) -> None:
     cache.write_text(left_there)
     gpu = SmallGpu(ref, 100)
 
-    settle_batch_size(gpu, 16, gpu.clock)
+    choose_batch_size(gpu, 16, gpu.clock)
 
     assert gpu.batch_size == 64
     assert list(json.loads(cache.read_text()).values()) == [64]
@@ -78,7 +78,7 @@ def test_a_home_that_cannot_be_written_to_is_no_error(ref, cache) -> None:
     cache.parent.write_text("a file where the directory should be")
     gpu = SmallGpu(ref, 100)
 
-    settle_batch_size(gpu, 16, gpu.clock)
+    choose_batch_size(gpu, 16, gpu.clock)
 
     assert gpu.batch_size == 64
 
@@ -103,7 +103,7 @@ def test_a_person_is_told_before_and_after(ref) -> None:
     gpu, lines = SmallGpu(ref, 100), list[tuple[str, int]]()
 
     for _ in range(2):
-        settle_batch_size(gpu, 16, gpu.clock, lambda line: lines.append((line, len(gpu.tried))))
+        choose_batch_size(gpu, 16, gpu.clock, lambda line: lines.append((line, len(gpu.tried))))
 
     (before, none_tried), (after, all_tried) = lines
     assert "trying out batch sizes on small GPU" in before
@@ -116,7 +116,7 @@ def test_fast_batches_are_repeated_and_slow_ones_are_not(ref) -> None:
     fast, slow = SmallGpu(ref, 64, start=0.05), SmallGpu(ref, 64, start=3.0)
     for gpu in (fast, slow):
         gpu.device_name = f"GPU {id(gpu)}"
-        settle_batch_size(gpu, 16, gpu.clock)
+        choose_batch_size(gpu, 16, gpu.clock)
 
     assert fast.tried.count(64) == 3
     assert slow.tried.count(64) == 1
@@ -125,7 +125,7 @@ def test_fast_batches_are_repeated_and_slow_ones_are_not(ref) -> None:
 def test_trying_out_ends_after_its_time(ref) -> None:
     gpu = SmallGpu(ref, 10_000, start=0.9 * BUDGET_S)
 
-    settle_batch_size(gpu, 16, gpu.clock)
+    choose_batch_size(gpu, 16, gpu.clock)
 
     assert gpu.tried == [64, 128]
     assert gpu.batch_size == 128

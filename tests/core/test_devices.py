@@ -10,9 +10,9 @@ import torch
 
 from captioner.config import ModelConfig
 from captioner.errors import ModelError
-from captioner.models import devices, resolve, settle_dtype
+from captioner.models import devices, resolve, resolve_dtype
 from captioner.models.devices import auto_dtype, check_build, cpu_only_build, pick_device
-from captioner.training.record import _FREE
+from captioner.training.record import UNBOUND_SETTINGS
 
 
 @pytest.fixture
@@ -104,9 +104,9 @@ def test_auto_dtype_is_bfloat16_with_cuda_alone_and_a_dtype_that_was_given_stays
     ref = resolve(ModelConfig(name="fake"))
 
     assert [auto_dtype(device) for device in ("cuda", "cpu", "mps", "xpu")] == ["bfloat16", *["float32"] * 3]
-    assert settle_dtype(ref, "auto", "cuda").dtype == "bfloat16"
-    assert settle_dtype(ref, "float16", "cuda").dtype == "float16"
+    assert resolve_dtype(ref, "auto", "cuda").dtype == "bfloat16"
+    assert resolve_dtype(ref, "float16", "cuda").dtype == "float16"
 
 
 def test_a_training_run_may_go_on_on_another_device() -> None:
-    assert "device" in _FREE["model"]
+    assert "device" in UNBOUND_SETTINGS["model"]

@@ -160,7 +160,7 @@ def test_a_stopped_training_run_goes_on_with_its_pairs(home: Path) -> None:
 
 def test_a_finished_training_run_has_nothing_to_do(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     class NoTraining(LocalEngine):
-        def train(self, opened: job.TrainRun) -> job.Outcome:
+        def train(self, opened: job.PreparedRun) -> job.TrainOutcome:
             raise AssertionError("the run is finished")
 
     assert job.run(training(home, "training_finished"), NoTraining()) == 0

@@ -69,7 +69,7 @@ def test_the_heartbeat_of_training_carries_its_figures_too() -> None:
     log = io.StringIO()
     told = {"step": 30, "total": 100, "loss": 1.25, "wer": None, "samples_per_second": 8.0}
     with TrainProgress(stream=JsonLines(log)) as progress:
-        progress.expect(100, samples_per_step=4)
+        progress.set_total(100, samples_per_step=4)
         progress.watch(lambda: told)
 
     (entry,) = map(json.loads, log.getvalue().splitlines())

@@ -6,7 +6,7 @@ import pytest
 
 from captioner.models import FAMILIES
 from captioner.models.catalogue import CATALOGUE
-from captioner.models.families import BY_NAME
+from captioner.models.families import FAMILY_BY_NAME
 from captioner.models.loading import CLASSES
 from ray_jobs import cli
 
@@ -23,5 +23,5 @@ def test_the_command_prints_them(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     assert end.value.code == 0
     assert all(one.name in shown and one.licence in shown for listed in CATALOGUE.values() for one in listed)
-    assert all(task in shown for task in BY_NAME["florence2"].tasks)
+    assert all(task in shown for task in FAMILY_BY_NAME["florence2"].tasks)
     assert max(map(len, shown.splitlines())) <= 120

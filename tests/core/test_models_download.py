@@ -162,8 +162,8 @@ def store(model, tmp_path, monkeypatch) -> str:
 def test_a_uri_is_copied_once(store, model, tmp_path) -> None:
     lines: list[str] = []
 
-    first = resolve(ModelConfig(name=store), announce=lines.append)
-    second = resolve(ModelConfig(name=store), announce=lines.append)
+    first = resolve(ModelConfig(name=store), notify=lines.append)
+    second = resolve(ModelConfig(name=store), notify=lines.append)
 
     assert len(lines) == 1
     assert lines[0].startswith(f"downloading {store} (0 MB) to {tmp_path}")
@@ -174,18 +174,18 @@ def test_a_uri_is_copied_once(store, model, tmp_path) -> None:
 
 
 def test_a_changed_uri_is_copied_again(store, tmp_path) -> None:
-    before = resolve(ModelConfig(name=store), announce=len)
+    before = resolve(ModelConfig(name=store), notify=len)
     other = make_tiny_model("git", tmp_path / "other", seed=1)
     path = f"/models/{tmp_path.name}/model.safetensors"
     fsspec.filesystem("memory").pipe_file(path, (other / "model.safetensors").read_bytes())
 
-    after = resolve(ModelConfig(name=store), announce=len)
+    after = resolve(ModelConfig(name=store), notify=len)
 
     assert after.sha256 == resolve(ModelConfig(name=str(other))).sha256 != before.sha256
 
 
 def test_a_machine_without_the_copy_fetches_it(store, tmp_path, monkeypatch) -> None:
-    ref = resolve(ModelConfig(name=store), announce=len)
+    ref = resolve(ModelConfig(name=store), notify=len)
     Path(ref.path).rename(tmp_path / "gone")
 
     assert load(ref, device="cpu")

@@ -22,7 +22,7 @@ from captioner.data import RawImage
 from captioner.errors import ModelError
 from captioner.imaging import decode_images
 from captioner.models import load, resolve
-from captioner.models.families import BY_NAME, QUESTION
+from captioner.models.families import FAMILY_BY_NAME, QUESTION
 from captioner.starter.scenes import make_scenes
 from captioner.steps import caption_or_reasons
 from captioner.testing import make_tiny_model
@@ -160,7 +160,7 @@ def test_the_prompt_is_known_before_the_run_and_in_the_fingerprint(family, model
     plain, other = (resolve(ModelConfig(name=str(model(family)), prompt=prompt)) for prompt in (None, "What is this?"))
 
     assert plain.prompt == {"blip-2": None, "florence2": "<CAPTION>"}.get(family, QUESTION)
-    assert repr(plain.prompt) in plain.told or plain.prompt is None
+    assert repr(plain.prompt) in plain.summary or plain.prompt is None
     assert plain.fingerprint != other.fingerprint
     assert plain.fingerprint == resolve(ModelConfig(name=str(model(family)), prompt=plain.prompt)).fingerprint
 
@@ -260,4 +260,6 @@ def test_what_does_not_fit_the_memory_is_halved_and_no_image_lost(model, monkeyp
 
 
 def test_every_family_has_a_way_to_be_asked() -> None:
-    assert all((family.default_prompt is None) == (family.prompt in ("none", "start")) for family in BY_NAME.values())
+    assert all(
+        (family.default_prompt is None) == (family.prompt in ("none", "start")) for family in FAMILY_BY_NAME.values()
+    )

@@ -23,7 +23,7 @@ from captioner.imaging import decode_images
 from captioner.imaging.sandbox.decoder import GuardedDecoder
 from captioner.imaging.sizes import resized
 from captioner.models import load, resolve
-from captioner.models.native_processor import own_spec
+from captioner.models.native_processor import native_spec
 from captioner.starter.scenes import make_scenes
 from captioner.steps import ChunkRows, Work
 from captioner.testing import make_tiny_model
@@ -36,7 +36,7 @@ FILE = Path("preprocessor_config.json")
 @settings(max_examples=300, deadline=None)
 @given(height=SIDES, width=SIDES, edge=st.sampled_from([364, 1456, 2048]))
 def test_a_tiled_image_is_made_as_small_as_its_processor_makes_it(height, width, edge) -> None:
-    spec = own_spec("idefics3", FILE, {"size": {"longest_edge": edge}})
+    spec = native_spec("idefics3", FILE, {"size": {"longest_edge": edge}})
 
     size = resized((height, width), spec)
 
@@ -54,7 +54,7 @@ def test_a_tiled_image_is_made_as_small_as_its_processor_makes_it(height, width,
 @example(height=36, width=5615, area=200_704)
 @given(height=SIDES, width=SIDES, area=st.sampled_from([200_704, 1_003_520, 12_845_056]))
 def test_an_image_for_qwen_is_made_as_small_as_its_processor_makes_it(height, width, area) -> None:
-    spec = own_spec("qwen2_5_vl", FILE, {"min_pixels": 3136, "max_pixels": area})
+    spec = native_spec("qwen2_5_vl", FILE, {"min_pixels": 3136, "max_pixels": area})
 
     size = resized((height, width), spec)
 
@@ -68,11 +68,11 @@ def test_an_image_for_qwen_is_made_as_small_as_its_processor_makes_it(height, wi
 
 
 def test_what_the_settings_say_is_the_limit() -> None:
-    assert own_spec("smolvlm", FILE, {"size": {"longest_edge": 2048}}).max_bytes == 2048 * 2048 * 3
-    assert own_spec("idefics3", FILE, {"size": {"longest_edge": 9999}}).limit == 4096
-    assert own_spec("idefics3", FILE, {"size": {"height": 980, "width": 980}}).limit == 2048
-    assert own_spec("qwen2_vl", FILE, {"size": {"shortest_edge": 3136, "longest_edge": 784}}).limit == 784
-    assert own_spec("qwen2_vl", FILE, {"patch_size": 16}).multiple == 32
+    assert native_spec("smolvlm", FILE, {"size": {"longest_edge": 2048}}).max_bytes == 2048 * 2048 * 3
+    assert native_spec("idefics3", FILE, {"size": {"longest_edge": 9999}}).limit == 4096
+    assert native_spec("idefics3", FILE, {"size": {"height": 980, "width": 980}}).limit == 2048
+    assert native_spec("qwen2_vl", FILE, {"size": {"shortest_edge": 3136, "longest_edge": 784}}).limit == 784
+    assert native_spec("qwen2_vl", FILE, {"patch_size": 16}).multiple == 32
 
 
 def as_file(image: Image.Image) -> bytes:
@@ -82,7 +82,7 @@ def as_file(image: Image.Image) -> bytes:
 
 
 def test_a_guarded_decoder_hands_over_any_size() -> None:
-    spec = own_spec("qwen2_vl", FILE, {"max_pixels": 32 * 32, "patch_size": 4})
+    spec = native_spec("qwen2_vl", FILE, {"max_pixels": 32 * 32, "patch_size": 4})
     files = [as_file(Image.effect_noise(size, 50)) for size in [(20, 30), (90, 50)]]
     here = decode_images([RawImage("0", "", file) for file in files], spec, 10**6)
 
@@ -144,4 +144,4 @@ def test_an_unknown_processor_is_used_itself(tmp_path) -> None:
     expected = [tokenizer.decode(row[1:], skip_special_tokens=True).strip() for row in ids]
     assert len(set(expected)) >= 5
     assert captions.texts == expected
-    assert "its own image processor" in ref.told
+    assert "its own image processor" in ref.summary

@@ -36,7 +36,7 @@ def into(config: TrainConfig, out: Path) -> TrainConfig:
 def test_steps_go_on_while_a_checkpoint_is_written(
     tmp_path: Path, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    report, tell, step_3 = LocalWorker.report, LocalWorker.tell, threading.Event()
+    report, tell, step_3 = LocalWorker.report, LocalWorker.show_progress, threading.Event()
 
     def slow_report(worker: LocalWorker, metrics: dict[str, Any], checkpoint: Path | None) -> None:
         assert step_3.wait(120), "step 3 waits for the checkpoint of step 2"
@@ -48,7 +48,7 @@ def test_steps_go_on_while_a_checkpoint_is_written(
             step_3.set()
 
     monkeypatch.setattr(LocalWorker, "report", slow_report)
-    monkeypatch.setattr(LocalWorker, "tell", noting_tell)
+    monkeypatch.setattr(LocalWorker, "show_progress", noting_tell)
     job.run(into(config, tmp_path / "out"), LocalEngine())
 
     folders = sorted((tmp_path / "out" / "checkpoints").glob("*/step-*"))

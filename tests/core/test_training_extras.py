@@ -11,9 +11,9 @@ from captioner.models import resolve
 from captioner.store.directory import Directory
 from captioner.testing import make_tiny_model
 from captioner.testing.tiny_models import TINY_SIDE
+from captioner.training.hub import push_to_hub
 from captioner.training.loop import make_collate
 from captioner.training.loss import CaptionLoss
-from captioner.training.push import push_to_hub
 from captioner.training.trainable import ADAPTERS, open_trainable
 
 

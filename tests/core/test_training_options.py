@@ -157,7 +157,7 @@ def ctrl_c() -> Iterator[None]:
 def test_a_stopped_run_says_how_to_go_on_and_does(
     tmp_path: Path, data: Path, tiny: Path, plain: list[float], monkeypatch: pytest.MonkeyPatch, stop, error, code
 ) -> None:
-    tell, out = LocalWorker.tell, tmp_path / "out"
+    tell, out = LocalWorker.show_progress, tmp_path / "out"
 
     def stop_at_step_3(worker: LocalWorker, progress: dict) -> None:
         tell(worker, progress)
@@ -166,7 +166,7 @@ def test_a_stopped_run_says_how_to_go_on_and_does(
 
     given = settings(data, out, tiny, eval_steps=2)
     with monkeypatch.context() as patch:
-        patch.setattr(LocalWorker, "tell", stop_at_step_3)
+        patch.setattr(LocalWorker, "show_progress", stop_at_step_3)
         with pytest.raises(error, match=rf"checkpoints stay in {out}, the same command goes on") as raised:
             job.run(given, LocalEngine())
     assert raised.value.exit_code == code

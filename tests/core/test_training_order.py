@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from captioner.config import TrainingConfig
 from captioner.errors import UsageError
-from captioner.training.order import GlobalOrder, Share, drawn
+from captioner.training.order import GlobalOrder, Share, caption_index
 from captioner.training.schedule import best_of, is_stale, make_schedule
 
 
@@ -79,7 +79,7 @@ def test_epochs_differ_in_order_and_in_captions_drawn() -> None:
 
 
 def test_every_caption_is_drawn_about_as_often() -> None:
-    numbers = [drawn(3, epoch, f"picture-{n}", 4) for epoch in range(20) for n in range(100)]
+    numbers = [caption_index(3, epoch, f"picture-{n}", 4) for epoch in range(20) for n in range(100)]
 
     assert all(400 < numbers.count(k) < 600 for k in range(4))
 

@@ -16,7 +16,7 @@ from captioner.config import TrainDataConfig
 from captioner.data import PixelSpec
 from captioner.errors import SourceError, UsageError
 from captioner.testing import make_folder, make_parquet, make_tar
-from captioner.training.archives import PAIRS_SCHEMA, list_pairs, open_archives
+from captioner.training.pair_sources import PAIRS_SCHEMA, list_pairs, open_pair_sources
 from captioner.training.pairs import Examine, Pairs, make_pairs, split
 
 SPEC = PixelSpec(32, 32)
@@ -25,8 +25,8 @@ TOKENIZER = str(Path(__file__).parents[2] / "captioner" / "starter" / "model")
 
 def pairs_of(max_tokens: int | None = None, seed: int = 0, **given) -> Pairs:
     config = TrainDataConfig(**given)
-    archives = open_archives(config)
-    examined = map(Examine(archives, SPEC, TOKENIZER, max_tokens), list_pairs(archives, config.limit))
+    sources = open_pair_sources(config)
+    examined = map(Examine(sources, SPEC, TOKENIZER, max_tokens), list_pairs(sources, config.limit))
     return make_pairs(config, examined, seed)
 
 
@@ -106,7 +106,7 @@ def test_too_many_unusable_images_are_an_error(tmp_path: Path) -> None:
     root = make_folder(tmp_path, 5)
     (root / "000003.png").write_bytes(b"no image")
 
-    with pytest.raises(SourceError, match=r"1 of 5 pictures are unusable \(1 not_an_image\).*--max-failed"):
+    with pytest.raises(SourceError, match=r"1 of 5 images are unusable \(1 not_an_image\).*--max-failed"):
         pairs_of(path=str(root))
 
 
@@ -114,12 +114,12 @@ def test_images_without_captions_are_no_pairs(tmp_path: Path) -> None:
     root = make_folder(tmp_path, 3)
     (root / "metadata.jsonl").unlink()
 
-    with pytest.raises(SourceError, match=r"no pairs: 3 pictures \(3 no_caption\)"):
+    with pytest.raises(SourceError, match=r"no pairs: 3 images \(3 no_caption\)"):
         pairs_of(path=str(root))
 
 
 def test_an_empty_folder_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="no pictures"):
+    with pytest.raises(SourceError, match="no images"):
         pairs_of(path=str(tmp_path))
 
 

@@ -11,9 +11,9 @@ def told(step: int, **more: object) -> dict:
 
 def shown(latest: dict | None, doing: str = "", stream: io.StringIO | None = None) -> TrainProgress:
     progress = TrainProgress(stream=stream or io.StringIO())
-    progress.expect(40, samples_per_step=8)
+    progress.set_total(40, samples_per_step=8)
     progress.watch(lambda: latest)
-    progress.doing(doing)
+    progress.show_status(doing)
     return progress
 
 
@@ -25,13 +25,13 @@ def test_before_its_pairs_are_known_a_run_says_what_it_waits_for() -> None:
     progress = TrainProgress(stream=io.StringIO())
     assert progress.line().startswith("training  starting, ")
 
-    progress.doing("examined 64 of 113 pairs")
+    progress.show_status("examined 64 of 113 pairs")
 
     assert progress.line().startswith("training  examined 64 of 113 pairs, ")
 
 
 def test_until_the_first_step_it_says_what_the_workers_wait_for() -> None:
-    waiting = told(0, loss=None, wer=None, samples_per_second=None, doing="loading weights")
+    waiting = told(0, loss=None, wer=None, samples_per_second=None, status="loading weights")
 
     assert shown(waiting).line().startswith("step 0/40  loading weights, ")
     assert (
@@ -42,7 +42,7 @@ def test_until_the_first_step_it_says_what_the_workers_wait_for() -> None:
 
 
 def test_an_evaluation_between_steps_is_shown_beside_them() -> None:
-    line = shown(told(10, doing="evaluated 64 of 128 images")).line()
+    line = shown(told(10, status="evaluated 64 of 128 images")).line()
 
     assert line == "step 10/40  loss 0.2500  WER 0.500  16.0 samples/s  ETA 00:15  evaluated 64 of 128 images"
 

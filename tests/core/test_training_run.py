@@ -151,7 +151,7 @@ def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(
 ) -> None:
     given = {"max_steps": 6, "eval_steps": 2, "learning_rate": 1e-3}
     job.run(settings(data, tmp_path / "whole", tiny, **given), LocalEngine())
-    tell = LocalWorker.tell
+    tell = LocalWorker.show_progress
 
     def die_at_step_5(worker: LocalWorker, progress: dict) -> None:
         tell(worker, progress)
@@ -159,7 +159,7 @@ def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(
             raise Stopped
 
     with monkeypatch.context() as patch:
-        patch.setattr(LocalWorker, "tell", die_at_step_5)
+        patch.setattr(LocalWorker, "show_progress", die_at_step_5)
         with pytest.raises(Stopped):
             job.run(settings(data, tmp_path / "killed", tiny, **given), LocalEngine())
     assert not (tmp_path / "killed" / "model").exists()

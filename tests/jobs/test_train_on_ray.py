@@ -98,8 +98,8 @@ def signalling_loop(note: Path, out: str, victim: int | None, sent: int = signal
             return any(checkpoint.encode() in directory.read_bytes(file) for file in files)
 
         class Signalling(RayWorker):
-            def tell(self, progress: dict) -> None:
-                super().tell(progress)
+            def show_progress(self, progress: dict) -> None:
+                super().show_progress(progress)
                 if progress["step"] == 5 and not note.exists():
                     while not is_kept("step-00000004"):
                         time.sleep(0.05)

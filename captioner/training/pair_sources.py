@@ -1,4 +1,4 @@
-"""DATA as archives of pictures with captions: opened, listed and read."""
+"""Open DATA as sources of images with captions, list their pairs and read their images."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from captioner.store.table import open_table, plan_part_name, table_exists
 
 ROWS_PER_TABLE = 64
 
-# What the run keeps of each pair: enough to read the picture again, its captions, and which DATA it is of.
+# What a run stores of each pair: where its image is read from, its captions, and what examining it showed.
 PAIRS_SCHEMA = pa.schema(
     [
         *PLAN_SCHEMA,
-        pa.field("data", pa.int8(), nullable=False),  # index into `Archives`
+        pa.field("data", pa.int8(), nullable=False),  # index into `PairSources.sources`
         pa.field("sha256", pa.string()),
         pa.field("num_truncated", pa.int32(), nullable=False),  # captions longer than the model allows
         pa.field("error_code", pa.string(), nullable=False),  # "" = usable
@@ -32,52 +32,52 @@ PAIRS_SCHEMA = pa.schema(
 
 
 @dataclass(frozen=True)
-class Archives:
-    """The opened DATA of a run: train, then eval and test where they are archives of their own. Picklable."""
+class PairSources:
+    """The sources of a run: DATA, then --eval-data and --test-data where they are given. Picklable."""
 
     sources: tuple[Source, ...]
     max_pixels: int
 
     def read(self, rows: pa.Table) -> list[RawImage]:
-        """The pictures of PAIRS_SCHEMA rows, in order."""
-        raws: list[RawImage | None] = [None] * len(rows)
+        """Return the images of PAIRS_SCHEMA rows, in order."""
+        images: list[RawImage | None] = [None] * len(rows)
         plan = rows.select(PLAN_SCHEMA.names)
-        places_of: dict[int, list[int]] = {}
-        for place, number in enumerate(rows["data"].to_pylist()):
-            places_of.setdefault(number, []).append(place)
-        for number, places in places_of.items():
-            for place, raw in zip(places, self.sources[number].read(plan.take(places)), strict=True):
-                raws[place] = raw
-        return [raw for raw in raws if raw is not None]
+        indices_by_source: dict[int, list[int]] = {}
+        for index, number in enumerate(rows["data"].to_pylist()):
+            indices_by_source.setdefault(number, []).append(index)
+        for number, indices in indices_by_source.items():
+            for index, image in zip(indices, self.sources[number].read(plan.take(indices)), strict=True):
+                images[index] = image
+        return [image for image in images if image is not None]
 
 
-def open_archives(config: TrainDataConfig) -> Archives:
+def open_pair_sources(config: TrainDataConfig) -> PairSources:
     """Open DATA and, where they are given, --eval-data and --test-data. Raises SourceError or UsageError."""
     if not config.path:
         raise UsageError("no DATA given; name a folder with metadata.jsonl, tars, Parquet, a dataset or captions table")
     paths = [config.path, *(path for path in (config.eval_data, config.test_data) if path)]
-    return Archives(tuple(_open(path, config) for path in paths), config.max_pixels)
+    return PairSources(tuple(_open(path, config) for path in paths), config.max_pixels)
 
 
 def _open(path: str, config: TrainDataConfig) -> Source:
     if table_exists(path):
         table = open_table(path)
-        return TableOfCaptions(path, open_source(SourceConfig.model_validate(table.info["source"])))
-    wanted = {"split", "image_column", "id_column", "reference_column"}
-    return open_source(SourceConfig(path=path, **config.model_dump(include=wanted)))
+        return CaptionsTableSource(path, open_source(SourceConfig.model_validate(table.info["source"])))
+    settings = config.model_dump(include={"split", "image_column", "id_column", "reference_column"})
+    return open_source(SourceConfig(path=path, **settings))
 
 
 @dataclass(frozen=True, slots=True)
-class TableOfCaptions:
-    """A captions table as a source of pairs: its pictures, read where its own source has them, and their references."""
+class CaptionsTableSource:
+    """A captions table as a source of pairs: its references, with the images of the source it was made from."""
 
     name: str
     source: Source
 
     def units(self) -> list[str]:
         table = open_table(self.name)
-        founding = [plan for plan in table.plans() if plan.adds_parts]
-        return [plan_part_name(plan.generation, part) for plan in founding for part in sorted(plan.parts)]
+        plans = [plan for plan in table.plans() if plan.adds_parts]
+        return [plan_part_name(plan.generation, part) for plan in plans for part in sorted(plan.parts)]
 
     def kept_fields(self) -> list[pa.Field]:
         return []
@@ -93,22 +93,22 @@ class TableOfCaptions:
         return read_images(self.source, rows)
 
 
-def list_pairs(archives: Archives, limit: int | None) -> Iterator[pa.Table]:
-    """Everything the archives list, ROWS_PER_TABLE rows at a time. `limit` is for DATA itself.
+def list_pairs(sources: PairSources, limit: int | None) -> Iterator[pa.Table]:
+    """Yield everything the sources list, ROWS_PER_TABLE rows at a time. `limit`: rows taken of DATA.
 
-    Raises SourceError for an id that occurs twice in one archive.
+    Raises SourceError for an id that occurs twice in one source.
     """
-    for number, source in enumerate(archives.sources):
-        left = limit if number == 0 else None
-        with IdIndex() as seen:
+    for number, source in enumerate(sources.sources):
+        remaining = limit if number == 0 else None
+        with IdIndex() as ids:
             for rows in _tables_of(source):
-                rows = rows if left is None else rows.slice(0, left)
-                left = None if left is None else left - len(rows)
-                seen.add(rows["image_id"].to_pylist())
+                rows = rows if remaining is None else rows.slice(0, remaining)
+                remaining = None if remaining is None else remaining - len(rows)
+                ids.add(rows["image_id"].to_pylist())
                 yield rows.append_column(PAIRS_SCHEMA.field("data"), pa.array([number] * len(rows), pa.int8()))
-                if left == 0:
+                if remaining == 0:
                     break
-            _refuse_duplicates(source, seen)
+            _refuse_duplicates(source, ids)
 
 
 def _tables_of(source: Source) -> Iterator[pa.Table]:
@@ -118,12 +118,12 @@ def _tables_of(source: Source) -> Iterator[pa.Table]:
             yield rows.slice(first, ROWS_PER_TABLE).combine_chunks()
 
 
-def _refuse_duplicates(source: Source, seen: IdIndex) -> None:
-    doubled = seen.duplicates()
-    if not len(doubled):
+def _refuse_duplicates(source: Source, listed: IdIndex) -> None:
+    duplicates = listed.duplicates()
+    if not len(duplicates):
         return
     for rows in _tables_of(source):
         ids = rows["image_id"].to_pylist()
         for image_id, digest in zip(ids, digests_of(ids), strict=True):
-            if digest in doubled:
+            if digest in duplicates:
                 raise SourceError(f"{source.name}: the id {image_id!r} occurs more than once; make ids unique")
