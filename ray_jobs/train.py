@@ -26,9 +26,10 @@ from captioner.models.devices import set_wait_policy
 from captioner.models.loading import SMALL_MODEL_BYTES
 from captioner.run.prefetch import in_background
 from captioner.training import job
-from captioner.training.job import FinishInputs, PreparedRun, TrainOutcome, TrainSetup
+from captioner.training.job import PreparedRun, TrainOutcome, TrainSetup
 from captioner.training.progress import TrainProgress
 from captioner.training.record import RUN_FILE
+from captioner.training.worker import FinishInputs
 from ray_jobs.cluster import Connection, Resources, Sizes, import_ray, share_out
 from ray_jobs.failures import cause_of
 from ray_jobs.gpus import device_kind

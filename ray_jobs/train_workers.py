@@ -13,7 +13,7 @@ import pyarrow as pa
 from pyarrow.fs import LocalFileSystem
 
 from captioner.models.devices import pick_device
-from captioner.training.job import FinishInputs
+from captioner.training.worker import FinishInputs
 from ray_jobs.gpus import training_device, worker_device
 
 if TYPE_CHECKING:

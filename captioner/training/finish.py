@@ -20,12 +20,13 @@ from captioner.training.checkpoints import save_network
 from captioner.training.collate import Decode
 from captioner.training.evaluate import Evaluator
 from captioner.training.hub import model_card
-from captioner.training.job import MODEL_FILE, FinishInputs
+from captioner.training.job import MODEL_FILE
 from captioner.training.loop import eval_batch_size, make_collate
 from captioner.training.loss import CaptionLoss
 from captioner.training.report import write_report
 from captioner.training.schedule import best_of, evaluations
 from captioner.training.trainable import open_trainable
+from captioner.training.worker import FinishInputs
 
 # Settings files that the trained network writes itself.
 _NETWORK_FILES = ("config.json", "generation_config.json")

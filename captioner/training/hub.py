@@ -11,7 +11,7 @@ from captioner.errors import OutputError
 from captioner.store.directory import Directory
 
 if TYPE_CHECKING:
-    from captioner.training.job import FinishInputs
+    from captioner.training.worker import FinishInputs
 
 _CARD = """---
 library_name: transformers

@@ -31,29 +31,11 @@ from captioner.training.pairs import SPLITS, TRAINABLE, Examine, Pairs, make_pai
 from captioner.training.progress import TrainProgress
 from captioner.training.record import RUN_FILE, open_record
 from captioner.training.schedule import Schedule, make_schedule
-from captioner.training.worker import WorkerTask
+from captioner.training.worker import FinishInputs, WorkerTask
 
 PAIRS_FILE, MODEL_FILE = "pairs/pairs.json", "model/training_run.json"
 # Up to this many pairs are examined while the workers start. More take longer than that start and need its CPUs.
 MAX_EXAMINED_DURING_START = 10_000
-
-
-@dataclass(frozen=True)
-class FinishInputs:
-    """What is needed, beside a checkpoint, to make OUT/model. Picklable.
-
-    `metrics`: reported with the checkpoint. `history`: Trainer's log entries, evaluations among them.
-    """
-
-    config: TrainConfig
-    model: ModelRef
-    sources: PairSources
-    schedule: Schedule
-    tables: dict[str, pa.Table]
-    record: dict[str, Any]
-    metrics: dict[str, Any]
-    history: list[dict[str, Any]]
-    out: Directory
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from captioner.models.devices import pick_device
-from captioner.training.job import FinishInputs, PreparedRun, TrainOutcome, TrainSetup
+from captioner.training.job import PreparedRun, TrainOutcome, TrainSetup
 from captioner.training.progress import TrainProgress
+from captioner.training.worker import FinishInputs
 
 if TYPE_CHECKING:
     from captioner.training.collate import Decode

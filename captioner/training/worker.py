@@ -1,4 +1,4 @@
-"""What each worker of a training run receives and must be able to do. Does not import torch."""
+"""What the processes of a training run receive, and what a worker must be able to do. Does not import torch."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from captioner.config import TrainConfig
 from captioner.models import ModelRef
+from captioner.store.directory import Directory
 from captioner.training.pair_sources import PairSources
 from captioner.training.schedule import Schedule
 
@@ -31,6 +32,24 @@ class WorkerTask:
     schedule: Schedule
     train: pa.Table
     eval: pa.Table
+
+
+@dataclass(frozen=True)
+class FinishInputs:
+    """What is needed, beside a checkpoint, to make OUT/model. Picklable.
+
+    `metrics`: reported with the checkpoint. `history`: Trainer's log entries, evaluations among them.
+    """
+
+    config: TrainConfig
+    model: ModelRef
+    sources: PairSources
+    schedule: Schedule
+    tables: dict[str, pa.Table]
+    record: dict[str, Any]
+    metrics: dict[str, Any]
+    history: list[dict[str, Any]]
+    out: Directory
 
 
 class Worker(Protocol):
