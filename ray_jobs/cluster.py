@@ -24,8 +24,10 @@ from typing import Any
 from captioner.config import ClusterConfig
 from captioner.console.stopping import notify
 from captioner.errors import ClusterError
+from ray_jobs.address import check_gcs
 
 MIN_CPU_SHARE = 0.05
+JOIN_TIMEOUT_S = 30.0  # for a cluster that answers; a local Ray may start slowly and has no limit
 EXIT_TIMEOUT_S = 10.0  # for a Ray that is just being started when the program ends
 
 
@@ -62,8 +64,12 @@ class Sizes:
 def connect(config: ClusterConfig) -> Resources:
     """Join the cluster at --address (or of the Ray job this runs in), or start a local one.
 
-    Raises ClusterError naming the address.
+    Raises ClusterError naming the address and what answers there.
     """
+    return Connection(config).resources()
+
+
+def _join(config: ClusterConfig) -> Resources:
     address = import_ray(config)
     import ray
 
@@ -90,7 +96,7 @@ def accelerator_of(resources: Iterable[str]) -> str:
 
 
 class Connection:
-    """`connect` in a thread of its own, so that other work goes on meanwhile."""
+    """Connects in a thread, so that other work goes on meanwhile and signals are obeyed: Ray's core waits in C++."""
 
     def __init__(self, config: ClusterConfig) -> None:
         self._config = config
@@ -106,7 +112,14 @@ class Connection:
         """What the cluster has; waits for it. Raises ClusterError as `connect` does."""
         self.start()
         assert self._resources is not None
-        return self._resources.result()
+        address = cluster_address(self._config)
+        try:
+            return self._resources.result(None if address == "local" else JOIN_TIMEOUT_S)
+        except TimeoutError:
+            raise ClusterError(
+                f"{address}: Ray answers but could not be joined within {JOIN_TIMEOUT_S:g} s; is this machine one of "
+                "the cluster's nodes, and are its ports open? `captioner submit` needs only the dashboard"
+            ) from None
 
     def _connect(self, resources: Future[Resources]) -> None:
         started = time.perf_counter()
@@ -114,7 +127,7 @@ class Connection:
             import_ray(self._config)
             # Before Ray's own work at the exit, which would meet a Ray that is half started.
             atexit.register(lambda: wait([resources], timeout=EXIT_TIMEOUT_S))
-            connected = connect(self._config)
+            connected = _join(self._config)
             gpus = f" and {connected.num_gpus:g} GPUs" if connected.num_gpus else ""
             notify(f"Ray has {connected.num_cpus:g} CPUs{gpus}; connected in {time.perf_counter() - started:.1f} s")
             resources.set_result(connected)
@@ -124,19 +137,23 @@ class Connection:
         threading.Event().wait()
 
 
+def cluster_address(config: ClusterConfig) -> str:
+    """Return HOST:PORT, "auto", or "local" where a Ray of its own is to be started."""
+    return config.address or os.environ.get("RAY_ADDRESS") or "local"
+
+
 def import_ray(config: ClusterConfig) -> str:
     """Import ray, with the environment that it reads then; returns the address to connect to."""
-    address = config.address or os.environ.get("RAY_ADDRESS") or "local"
+    address = cluster_address(config)
     if address.startswith("ray://"):
         raise ClusterError(f"{address}: Ray Client is not supported; submit a job to the cluster or give HOST:PORT")
-    if address == "local" and "ray" not in sys.modules:
-        # Read when ray is imported. The log level hides a warning about actor arguments at every start.
-        if os.environ.setdefault("RAY_AUTH_MODE", "token") == "token":
+    if "ray" not in sys.modules:  # it reads these variables when it is imported
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # hides a warning about actor arguments at every start
+        if address == "local" and os.environ.setdefault("RAY_AUTH_MODE", "token") == "token":
             _keep_token_private()
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ and "ray" not in sys.modules:
-        # Under `uv run` Ray would upload the current folder and run workers in the copy; a job has a folder of its own.
-        os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+        if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
+            # Under `uv run` Ray would upload the current folder and run workers in the copy; a job has its own folder.
+            os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     import ray  # noqa: F401
 
     return address
@@ -168,6 +185,7 @@ def _init(address: str) -> None:
         import ray_jobs
 
         settings["runtime_env"] = {"py_modules": [captioner, ray_jobs]}
+    check_gcs(address)
     try:
         with _quiet_stderr(), _own_sigterm():
             ray.init(**settings)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from captioner.console.stopping import notify
 from captioner.errors import ERROR, INTERRUPTED, OK, TERMINATED, ClusterError
+from ray_jobs.address import is_refused, needs_token
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -138,8 +139,6 @@ def reaching(address: str) -> Iterator[None]:
         yield
     except (RuntimeError, OSError, RayError) as error:
         text = " ".join(str(error).split())
-        if any(word in text for word in ("401", "403", "Unauthenticated", "authentication")):
-            raise ClusterError(
-                f"{address} refuses: it needs its token; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
-            ) from error
+        if is_refused(text):
+            raise needs_token(address) from error
         raise ClusterError(f"{address}: {text[-400:]}") from error

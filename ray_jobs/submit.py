@@ -19,6 +19,7 @@ from captioner.config import Settings, command_line, settings_of
 from captioner.console.stopping import notify
 from captioner.errors import OK, ClusterError, UsageError
 from captioner.files import is_uri, local_path
+from ray_jobs.address import check_dashboard
 from ray_jobs.follow import ENDED, Follower, reaching
 from ray_jobs.options import settings_of_call
 
@@ -204,6 +205,7 @@ def connect_client(address: str | None) -> JobSubmissionClient:
     address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or "http://127.0.0.1:8265"
     if not address.startswith(("http://", "https://")):
         raise UsageError(f"--address {address}: must be the dashboard's, http://HEAD:8265")
+    check_dashboard(address)
     with reaching(address):
         return JobSubmissionClient(address)
 

@@ -32,6 +32,7 @@ class Head:
 
     url: str
     gcs: str
+    client_server: str
     metrics_ports: list[int]
     token: str
     home: Path
@@ -153,7 +154,9 @@ def head() -> Iterator[Head]:
         *settings,
         *(f"--{key}={value}" for key, value in flags.items()),
     )
-    head = Head(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{gcs}", [metrics], token, home, environment)
+    head = Head(
+        f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{gcs}", f"127.0.0.1:{client}", [metrics], token, home, environment
+    )
     try:
         _wait_until_ready(head, started)
         yield head
