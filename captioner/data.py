@@ -1,9 +1,9 @@
-"""The nouns of the flow, their columns, and the schema of the captions table.
+"""The data types that the steps exchange, and the schema of the captions table.
 
     Chunk --read--> RawImage --decode--> ImageBatch --caption--> rows of CAPTIONS_SCHEMA --commit--> Receipt
 
-Between stages travel Arrow tables and uint8 pixels of the model's own input size, or of the largest that its image
-processor would make use of: never full images, never floats.
+Steps exchange Arrow tables and uint8 pixels of the model's input size, or of the largest size that its image processor
+makes use of: never full images, never floats.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import pyarrow as pa
 
 STATUS_OK, STATUS_FAILED = "ok", "failed"
 
-# The closed list of reasons why an image has no caption.
+# All reasons why an image can have no caption.
 ERROR_CODES = (
     "not_found",
     "permission",
@@ -33,7 +33,7 @@ ERROR_CODES = (
     "generate_error",
 )
 
-# What the frozen plan keeps of each image: enough to read it again without listing the source.
+# The columns of the frozen plan: enough to read an image again without listing the source.
 PLAN_SCHEMA = pa.schema(
     [
         pa.field("image_id", pa.string(), nullable=False),
@@ -41,7 +41,7 @@ PLAN_SCHEMA = pa.schema(
         pa.field("offset", pa.int64()),  # of a tar member's data; null: the whole file
         pa.field("size", pa.int64()),  # bytes from offset; null: the whole file
         pa.field("row", pa.int64()),  # row in a table; null: not from a table
-        pa.field("reference_captions", pa.list_(pa.string())),  # null: none known
+        pa.field("reference_captions", pa.list_(pa.string())),  # null: there are none
         pa.field("page_at", pa.int64()),  # byte of a TIFF page's directory; null: the whole file
     ]
 )
@@ -49,7 +49,7 @@ PAGE = "#page="  # between the name of a TIFF and the number of its page, from 1
 
 
 def names_of(image_id: str) -> tuple[str, ...]:
-    """What a glob may match: the id, and of a page the id without its number."""
+    """Return the names that a glob may match: the id, and for a page also the id without its number."""
     file, mark, page = image_id.rpartition(PAGE)
     return (image_id, file) if mark and page.isdecimal() else (image_id,)
 
@@ -91,8 +91,8 @@ CAPTIONS_SCHEMA = pa.schema(
 class Chunk:
     """The unit of work, of commit and of resume: one row group of one plan file.
 
-    A generation is a frozen plan and the rows made for it: the archive as first listed, what `--extend` added, what
-    `--retry-failed` does again. `part` numbers the plan file and the file of the published table alike.
+    A generation is a frozen plan and its rows: the first listing of the source, an addition by `--extend`, or the rows
+    repeated by `--retry-failed` or `--only`. `part`: the number of the plan file and of the published file.
     """
 
     generation: int
@@ -107,10 +107,10 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """A batch of a source's listing: planned images, and what was passed over.
+    """One batch of the listing of a source.
 
-    `rows`: PLAN_SCHEMA plus the source's kept columns. `ignored`: names of the files that are no images by their
-    name (documents, hidden files).
+    `rows`: images, with PLAN_SCHEMA and the kept columns of the source. `ignored`: names of files that are not images
+    by their name, such as documents and hidden files.
     """
 
     rows: pa.Table
@@ -119,7 +119,7 @@ class Listing:
 
 @dataclass(frozen=True, slots=True)
 class RawImage:
-    """One planned image as its source gives it: the file's bytes, or the reason why there are none."""
+    """The bytes of one planned image's file, or an error code where they cannot be read."""
 
     image_id: str
     uri: str
@@ -128,36 +128,36 @@ class RawImage:
     error_message: str = ""
 
 
-# Images as a model takes them: uint8 [N, height, width, 3]; or, of a model that takes them in their own sizes, an
-# object array [N] of uint8 [height, width, 3].
+# Images for a model: uint8 [N, height, width, 3]; for a model of variable-size images an object array [N] of uint8
+# [height, width, 3].
 Pixels = npt.NDArray[np.uint8] | npt.NDArray[np.object_]
 
 
 def object_array(images: Sequence[npt.NDArray[np.uint8]]) -> npt.NDArray[np.object_]:
-    """Images of any sizes as one array [N], which numpy would stack where their sizes are equal."""
+    """Return images of any sizes as an object array [N]; `numpy.array` would stack images of equal sizes."""
     array = np.empty(len(images), object)
-    for place, image in enumerate(images):
-        array[place] = image
+    for index, image in enumerate(images):
+        array[index] = image
     return array
 
 
 @dataclass(frozen=True, slots=True)
 class PixelSpec:
-    """What pixels a model wants: its image processor's settings, readable without loading the model.
+    """How to make pixels for a model: its image processor's settings, read without loading the model.
 
     `resize`, before the centre is cropped to `height` x `width`, or padded to it with black:
         "exact"          to `resized` (height, width; (0, 0): `height` x `width`), whatever the aspect
         "shortest_edge"  the shorter side to `shortest_edge`
         "inside"         as large as fits into `resized`; padded at the right and below with the colour `fill`
         "none"           not at all
-    Models whose own image processor does more take images in their own sizes, and only those too large to be worth
-    carrying are made smaller first, the sides rounded to multiples of `multiple`:
+    Models with an image processor that does more take variable-size images. Only images larger than that processor can
+    make use of are shrunk before, their sides rounded to multiples of `multiple`:
         "own_edge"       so that the longer side is `limit` pixels
         "own_area"       so that there are at most `limit` pixels
 
-    `height`, `width`: of the "own_..." kinds the largest an image is likely to be. `mean`, `std`: for values scaled to
-    0..1, applied on the device. `preprocess`: "processor" gives the pixels of the model's own image processor, to the
-    bit; "fast" takes shorter ways to nearly the same ones.
+    `height`, `width`: with "own_edge" and "own_area" the likely maximum. `mean`, `std`: for values scaled to 0..1,
+    applied on the device. `preprocess`: "processor" gives exactly the pixels of the model's image processor; "fast"
+    computes nearly the same pixels in less time.
     """
 
     height: int
@@ -174,13 +174,13 @@ class PixelSpec:
     multiple: int = 1
 
     @property
-    def own_sizes(self) -> bool:
-        """Whether images travel in sizes of their own, for the model's own image processor."""
+    def variable_size(self) -> bool:
+        """Whether images keep their sizes, for the model's own image processor."""
         return self.resize in ("own_edge", "own_area")
 
     @property
     def max_bytes(self) -> int:
-        """Of the pixels of one image."""
+        """The most bytes that the pixels of one image can have."""
         return 3 * self.height * self.width
 
 
@@ -188,9 +188,8 @@ class PixelSpec:
 class DecodedImage:
     """One image ready for the model, or the reason why not (`error_code`; "" = fine).
 
-    `pixels`: uint8 [height, width, 3] as the PixelSpec says, `None` on failure. `width`, `height`: of the image
-    as a person sees it (EXIF orientation applied), 0 where unknown. `descriptions`: what people wrote about it in the
-    file, where that was asked for.
+    `pixels`: uint8 [height, width, 3] by the PixelSpec, None on failure. `width`, `height`: of the image with EXIF
+    orientation applied, 0 where unknown. `descriptions`: texts that people wrote into the file, where they are read.
     """
 
     pixels: npt.NDArray[np.uint8] | None
@@ -206,8 +205,8 @@ class DecodedImage:
 class ImageBatch:
     """Decoded images of one chunk, in chunk order.
 
-    `rows`: Arrow table [N] with the columns of CAPTIONS_SCHEMA known before captioning (and the kept columns).
-    `pixels`: of N images; zeros, or of own sizes a single black pixel, where `error_code` is set.
+    `rows`: Arrow table [N] with the columns of CAPTIONS_SCHEMA that do not need a caption. `pixels`: of N images; where
+    `error_code` is set, zeros, or for variable-size images a single black pixel.
     """
 
     rows: pa.Table
@@ -216,10 +215,10 @@ class ImageBatch:
 
 @dataclass(frozen=True, slots=True)
 class Captions:
-    """What a model says about N images, in order.
+    """The captions of N images, in order.
 
     `num_tokens`: generated tokens, the end token included. `logprob_mean`: mean natural-log probability of
-    those tokens; NaN where there are none. `finished`: the end token was reached within the limit.
+    those tokens; NaN where there are none. `finished`: whether the end token was reached within the limit.
     """
 
     texts: list[str]
@@ -229,54 +228,52 @@ class Captions:
 
 
 class Captioner(Protocol):
-    """Anything that turns pixels into captions: a model of `captioner.models`, or the fake of `captioner.testing`."""
+    """Turns pixels into captions: a model of `captioner.models`, or the fake of `captioner.testing`."""
 
     def caption(self, pixels: Pixels) -> Captions:
-        """Caption N >= 1 images."""
+        """Return the captions of N >= 1 images."""
         ...
 
 
 class Source(Protocol):
-    """An archive of images. Cheap to make and picklable: every worker opens its own.
+    """A collection of images. Cheap to create and picklable: every worker has its own copy.
 
-    Listing is cut into independent `units` so that it runs in parallel and resumes; their order, and the
-    order of the rows in each, is the same at every listing of an unchanged archive.
+    It is listed in independent `units`, so that listing runs in parallel and resumes. Their order, and the order of the
+    rows in each, is the same at every listing of an unchanged collection.
     """
 
     @property
     def name(self) -> str:
-        """As the user wrote it."""
+        """The location as the user wrote it."""
         ...
 
     def units(self) -> Sequence[str]:
-        """Names of the pieces the listing is made of: sub-folders, tars, tables."""
+        """Return the names of the parts that are listed independently: sub-folders, tars, tables."""
         ...
 
     def kept_fields(self) -> list[pa.Field]:
-        """The source's own columns that go into the captions table (`--keep-columns`)."""
+        """Return the columns of the source that are copied to the captions table (`--keep-columns`)."""
         ...
 
     def list_unit(self, unit: str) -> Iterator[Listing]:
-        """The images of one piece, in batches of a few thousand.
+        """Yield the images of one unit, in batches of a few thousand.
 
         Never opens an image; with --pages all it reads the directories of TIFFs, to count their pages.
         """
         ...
 
     def read(self, rows: pa.Table) -> list[RawImage]:
-        """One RawImage for each planned row (a slice of the plan), in order.
+        """Return one RawImage for each planned row (a slice of the plan), in order.
 
-        An image that cannot be read is a RawImage with an error code.
-
-        Raises SourceError where the archive as a whole has a fault (root gone, credentials expired): such
-        a fault must never become rows.
+        An image that cannot be read is a RawImage with an error code. Raises SourceError for a fault of the whole
+        collection (root gone, credentials expired), which must never become failed rows.
         """
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """What the driver learns of a committed chunk: counts and seconds, never rows."""
+    """Counts and seconds of a committed chunk, for the driver."""
 
     chunk_id: str
     num_rows: int

@@ -1,23 +1,23 @@
-"""What can go wrong with a run, and the exit code of each.
+"""The errors of a run, and their exit codes.
 
     CaptionerError                 exit 1
-    +-- UsageError                 a flag, YAML key or value that makes no sense
-    +-- SourceError                the archive: missing, empty, unreadable as a whole
-    +-- ModelError                 the model: not there, no weights, a missing tensor, an unknown kind
-    +-- OutputError                OUT: unreadable, another run's, damaged
+    +-- UsageError                 an invalid flag, YAML key or value
+    +-- SourceError                the source: missing, empty, unreadable as a whole
+    +-- ModelError                 the model: missing, without weights or tensors, of an unknown kind
+    +-- OutputError                OUT: unreadable, damaged, or of another run
     |   +-- FingerprintError       OUT holds captions made with other weights or settings
     |   +-- DamagedFileError       a file in OUT is damaged or missing
-    |   +-- VerificationError      rows lost or doubled: the promise of the table does not hold
-    +-- ClusterError               Ray: not reachable, or without the resources asked for
-    +-- TrainingError              training cannot go on: a loss that is no number
-    +-- TooManyFailedError         exit 2: the table is whole, but too many images failed
-    +-- CheckFailedError           exit 2: the table is whole, but its captions are worse than --max-wer or --min-lift
-    |   +-- StoppedEarlyError      exit 2: the run was stopped (--stop-early): its captions cannot pass --max-wer
+    |   +-- VerificationError      the table has lost or doubled rows
+    +-- ClusterError               Ray: not reachable, or without the requested resources
+    +-- TrainingError              training cannot continue, such as with a loss of NaN
+    +-- TooManyFailedError         exit 2: the table is complete, but too many images failed
+    +-- CheckFailedError           exit 2: the table is complete, but its captions fail a limit such as --max-wer
+    |   +-- StoppedEarlyError      exit 2: the run was stopped (--stop-early), since it would fail --max-wer
     +-- InterruptedRunError        exit 130: Ctrl-C; committed work stays
         +-- TerminatedRunError     exit 143: SIGTERM; committed work stays
 
-A bad image is a row and never an exception: see `captioner.data.ERROR_CODES`. Every error here is one line that
-says what, which value, and the way out; it is made from that line alone, so it survives pickling between processes.
+A bad image is a row and never an exception: see `captioner.data.ERROR_CODES`. The message of an error is one line that
+says what happened, with which value, and what to do. The message is the only argument, so that errors survive pickling.
 """
 
 from __future__ import annotations
@@ -41,70 +41,70 @@ EXIT_CODES = {
 
 
 class CaptionerError(Exception):
-    """Base of every error this package raises on purpose. `str(error)` is the line to show a person."""
+    """Base class of the errors of this package. `str(error)` is the line to show to the user."""
 
     exit_code = ERROR
 
 
 class UsageError(CaptionerError):
-    """A setting is unknown or out of range."""
+    """Raised for a setting that is unknown or out of range."""
 
 
 class SourceError(CaptionerError):
-    """The archive as a whole cannot be listed or read. Never a single image."""
+    """Raised where the source as a whole cannot be listed or read; never for a single image."""
 
 
 class ModelError(CaptionerError):
-    """The model cannot be used: absent, without weights, with missing tensors, of an unknown kind."""
+    """Raised where the model cannot be used: missing, without weights or tensors, of an unknown kind."""
 
 
 class OutputError(CaptionerError):
-    """OUT cannot be used."""
+    """Raised where OUT cannot be used."""
 
 
 class FingerprintError(OutputError):
-    """OUT was made with other weights or settings."""
+    """Raised where OUT was made with other weights or settings."""
 
 
 class DamagedFileError(OutputError):
-    """A file in OUT is missing, or its bytes are not those that were written."""
+    """Raised where a file in OUT is missing or was changed."""
 
 
 class VerificationError(OutputError):
-    """The table does not hold exactly one current row for each planned image."""
+    """Raised where the table does not have exactly one current row for each planned image."""
 
 
 class ClusterError(CaptionerError):
-    """Ray cannot be reached or lacks what the run asks for."""
+    """Raised where Ray cannot be reached or lacks the requested resources."""
 
 
 class TrainingError(CaptionerError):
-    """Training cannot go on with these settings."""
+    """Raised where training cannot continue with its settings."""
 
 
 class TooManyFailedError(CaptionerError):
-    """The table is complete, but its share of failed images is above the limit."""
+    """Raised where a complete table has a larger share of failed images than --max-failed allows."""
 
     exit_code = TOO_MANY_FAILED
 
 
 class CheckFailedError(CaptionerError):
-    """The captions are worse than was asked for. The table is complete."""
+    """Raised where the captions of a complete table fail a limit such as --max-wer."""
 
     exit_code = TOO_MANY_FAILED
 
 
 class StoppedEarlyError(CheckFailedError):
-    """The captions so far are so much worse than was asked for that the run was not finished."""
+    """Raised where a run was stopped because its captions would fail a limit."""
 
 
 class InterruptedRunError(CaptionerError):
-    """The run was stopped from outside."""
+    """Raised where the run was stopped from outside."""
 
     exit_code = INTERRUPTED
 
 
 class TerminatedRunError(InterruptedRunError):
-    """The run was stopped by SIGTERM."""
+    """Raised where the run was stopped by SIGTERM."""
 
     exit_code = TERMINATED

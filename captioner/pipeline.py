@@ -44,7 +44,7 @@ MAX_ROUNDS = 3  # in which chunks that were damaged before they were published a
 
 
 def run(config: CaptionConfig, engine: Engine | None = None) -> int:
-    """Caption an archive into OUT; returns the exit code. Raises CaptionerError (see `captioner.errors`)."""
+    """Caption a source into OUT; return the exit code. Raises CaptionerError (see `captioner.errors`)."""
     engine = engine or ThisProcess(config)
     out = config.output.path
     with stoppable(f"committed rows stay in {shown(out)}"), sole_writer(out) as check_held:

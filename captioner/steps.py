@@ -47,10 +47,10 @@ class Work:
     model: ModelRef
     run_id: str
     decode_timeout: float
-    sample: Sample = field(default_factory=dict)  # the rows whose captions are scored at once
+    sample: Sample = field(default_factory=dict)  # rows whose captions are scored when they are committed
     read_concurrency: int = 32
     dedupe: bool = True  # byte-equal images are captioned once
-    device: str = "auto"  # what captions (see `captioner.models.devices`)
+    device: str = "auto"  # a --device (see `captioner.models.devices`)
 
     def new_memory(self) -> CaptionMemory[Caption] | None:
         """Return the memory in which a worker looks up copies; None where every image is captioned."""

@@ -170,7 +170,7 @@ def _caption_one(model: ModelConfig) -> str:
     ref = resolve_dtype(ref, model.dtype, device.type)
     captioner = load(ref, str(device), model.batch_size)
     loaded = time.perf_counter()
-    shape = (512, 512) if ref.spec.own_sizes else (ref.spec.height, ref.spec.width)
+    shape = (512, 512) if ref.spec.variable_size else (ref.spec.height, ref.spec.width)
     captioner.caption(np.full((1, *shape, 3), 128, np.uint8))
     return f"{model.name} loads in {loaded - started:.1f} s, first caption in {time.perf_counter() - loaded:.2f} s"
 

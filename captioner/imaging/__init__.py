@@ -166,7 +166,7 @@ def _without_values(row: Row, error: Exception) -> Row:
 
 
 def _no_pixels(count: int, spec: PixelSpec) -> Pixels:
-    if not spec.own_sizes:
+    if not spec.variable_size:
         return np.zeros((count, spec.height, spec.width, 3), np.uint8)
     return object_array([np.zeros((1, 1, 3), np.uint8)] * count)
 

@@ -42,7 +42,7 @@ def fit(upright: UprightImage, spec: PixelSpec) -> npt.NDArray[np.uint8]:
     A crop that reaches beyond the image is black there.
     """
     height, width = resized((upright.height, upright.width), spec)
-    if spec.own_sizes:
+    if spec.variable_size:
         return _resize(upright, (height, width), (0, 0, height, width), spec)
     padded_at_end = spec.resize == "inside"
     top, left = (0, 0) if padded_at_end else ((height - spec.height) // 2, (width - spec.width) // 2)

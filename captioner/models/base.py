@@ -72,7 +72,7 @@ class TransformersCaptioner:
         self.settings = self.generator().generation_config = self.search_settings()
         self.mean = torch.tensor(ref.spec.mean, device=device).view(1, 3, 1, 1)
         self.std = torch.tensor(ref.spec.std, device=device).view(1, 3, 1, 1)
-        self.processor: Any = self.open_own_processor() if ref.spec.own_sizes else None
+        self.processor: Any = self.open_own_processor() if ref.spec.variable_size else None
 
     def start_ids(self) -> list[int]:
         """The token ids every caption starts from: start token and prompt. They are no part of the caption."""

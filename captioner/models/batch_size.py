@@ -21,7 +21,7 @@ from captioner.files import cache_dir
 from captioner.models.ref import ModelRef
 
 SIZES = (16, 32, 64, 128, 256, 512)
-START, OWN_SIZES_START = 64, 16  # a GPU captions faster in batches of so many at least
+START, VARIABLE_SIZE_START = 64, 16  # a GPU captions faster in batches of so many at least
 BUDGET_S = 10.0  # no further size is tried after so long
 LONG_S = 1.0  # of so long a batch, what the first one of its size takes beside it does not matter
 WORTH = 1.05  # twice the memory is taken only for so many times the pictures a second
@@ -68,7 +68,7 @@ def choose_batch_size(
     if key not in known:
         notify(f"trying out batch sizes on {captioner.device_name}, once for this model and device")
         started = clock()
-        deadline, start = started + BUDGET_S, OWN_SIZES_START if captioner.ref.spec.own_sizes else START
+        deadline, start = started + BUDGET_S, VARIABLE_SIZE_START if captioner.ref.spec.variable_size else START
         known[key] = fastest_size(lambda size: seconds_for(captioner, size, clock, deadline), start)
         notify(f"batch size {known[key]}, tried out in {clock() - started:.1f} s")
         _remember(file, known)

@@ -47,7 +47,7 @@ class ModelRef:
     def summary(self) -> str:
         """What a person should know of it before a run: its family, who prepares the pictures, the prompt."""
         prompt = "" if self.prompt is None else f"; prompt {self.prompt!r}"
-        by = "its own image processor" if self.spec.own_sizes else f"--preprocess {self.preprocess}"
+        by = "its own image processor" if self.spec.variable_size else f"--preprocess {self.preprocess}"
         return f"model {shown(self.name)}: {self.family}; images prepared by {by}{prompt}"
 
     @cached_property

@@ -180,7 +180,7 @@ def _pixel_spec(directory: Path, family: str, config: dict[str, Any], preprocess
     vision = str(encoder.get("model_type")) if family == "vision-encoder-decoder" else ""
     spec = read_pixel_spec(directory, family, vision, preprocess)
     side = encoder.get("image_size")
-    checked = not spec.own_sizes and vision != "swin" and isinstance(side, int)
+    checked = not spec.variable_size and vision != "swin" and isinstance(side, int)
     if checked and (spec.height, spec.width) != (side, side):
         raise ModelError(
             f"{directory}: its image processor makes {spec.width}x{spec.height} pixels, its model wants"

@@ -322,7 +322,7 @@ def _holds_scenes(table: CaptionsTable) -> bool:
 
 def _rows_per_chunk(model: ModelRef, engine: Engine) -> int:
     slow = weights_bytes(model) > LARGE_MODEL_BYTES and engine.device() == "cpu"
-    max_bytes = VARIABLE_SIZE_CHUNK_BYTES if model.spec.own_sizes else CHUNK_PIXEL_BYTES
+    max_bytes = VARIABLE_SIZE_CHUNK_BYTES if model.spec.variable_size else CHUNK_PIXEL_BYTES
     return max(1, min(ROWS_PER_CHUNK_SLOW if slow else ROWS_PER_CHUNK, max_bytes // model.spec.max_bytes))
 
 

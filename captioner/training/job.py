@@ -242,7 +242,7 @@ def _resolve(config: TrainConfig) -> ModelRef:
         raise ModelError(
             f"--model {shown(settings.name)}: a {model.family} model cannot be trained here; {', '.join(TRAINABLE)} can"
         )
-    if model.spec.own_sizes:
+    if model.spec.variable_size:
         raise ModelError(
             f"--model {shown(settings.name)}: cannot be trained here, because only its own image processor can"
             " prepare its images; save it with one that resizes to one size"

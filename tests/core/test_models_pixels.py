@@ -144,7 +144,7 @@ def test_what_no_batch_of_images_can_have_is_refused_by_name(settings, key, tmp_
 def test_what_only_the_processor_can_do_is_left_to_it(settings, side, tmp_path) -> None:
     spec = read_pixel_spec(write(tmp_path, **settings), "vision-encoder-decoder", "vit")
 
-    assert spec.own_sizes
+    assert spec.variable_size
     assert (spec.resize, spec.limit) == ("own_edge", side)
 
 
@@ -160,7 +160,7 @@ def test_padding_to_the_bit_is_left_to_the_processor(tmp_path) -> None:
     write(tmp_path, **PADDED)
 
     assert read_pixel_spec(tmp_path, "vision-encoder-decoder").resize == "inside"
-    assert read_pixel_spec(tmp_path, "vision-encoder-decoder", preprocess="processor").own_sizes
+    assert read_pixel_spec(tmp_path, "vision-encoder-decoder", preprocess="processor").variable_size
 
 
 def settings_of_processors() -> st.SearchStrategy[dict[str, Any]]:
@@ -201,7 +201,7 @@ def test_pixels_are_those_of_the_processor(chosen, size, data, tmp_path_factory)
     image = smooth_image(*size)
 
     (decoded,) = decode_images([RawImage("0", "", as_png(image))], spec, 10**6).pixels
-    if spec.own_sizes:
+    if spec.variable_size:
         assert (decoded == np.asarray(image)).all()
     else:
         expected = processor(image, return_tensors="np").pixel_values[0]
