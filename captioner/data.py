@@ -31,6 +31,8 @@ ERROR_CODES = (
     "decode_error",
     "decoder_crashed",
     "generate_error",
+    "changed",  # the file that holds the image is not the one that was planned
+    "damaged",  # a part of a tar, or a whole tar or table, in which there is nothing to read
 )
 
 # The columns of the frozen plan: enough to read an image again without listing the source.
@@ -110,11 +112,13 @@ class Listing:
     """One batch of the listing of a source.
 
     `rows`: images, with PLAN_SCHEMA and the kept columns of the source. `ignored`: names of files that are not images
-    by their name, such as documents and hidden files.
+    by their name, such as documents and hidden files. `notes`: what a person
+    should know about the source as it was listed, one line each.
     """
 
     rows: pa.Table
     ignored: list[str]
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,17 +13,19 @@ from pathlib import Path
 from captioner.config import CheckConfig, ModelConfig, SourceConfig
 from captioner.console.text import printable
 from captioner.data import RawImage
-from captioner.errors import ERROR, OK, TOO_MANY_FAILED, DamagedFileError
+from captioner.errors import ERROR, OK, TOO_MANY_FAILED, CaptionerError, DamagedFileError
 from captioner.imaging.sandbox.decoder import GuardedDecoder
 from captioner.models import load, resolve, resolve_dtype
 from captioner.models.devices import pick_device
 from captioner.report import FIGURES
 from captioner.report.terminal import print_check
 from captioner.run import quality
+from captioner.run.changed import COMPARE_UP_TO, find_changed
 from captioner.run.quality import enforce
+from captioner.sources import open_source
 from captioner.sources.root import readable
 from captioner.steps import caption_or_reasons
-from captioner.store.table import open_table
+from captioner.store.table import CaptionsTable, open_table
 from captioner.store.verify import TableCounts, count_rows
 from captioner.store.verify import verify as verify_table
 
@@ -78,6 +80,13 @@ def verify(out: str) -> int:
     counts = result.counts
     for problem in result.problems:
         print(f"captioner: {printable(problem)}", file=sys.stderr)
+    damaged = counts.failed_by_reason.get("damaged", 0)
+    if damaged:
+        print(
+            f"captioner: {damaged:,} rows stand for damaged places in the source, not for images (error code damaged): "
+            "what images were there is lost, and is in no row",
+            file=sys.stderr,
+        )
     if result.open_generations:
         unfinished = f"{counts.remaining:,} images remain" if counts.remaining else "rows are not published yet"
         print(f"captioner: the run is not finished: {unfinished}; run the same command again", file=sys.stderr)
@@ -106,12 +115,26 @@ def status(out: str) -> int:
     for fingerprint, number in counts.by_fingerprint.items() if len(models) > 1 else ():
         name = models.get(fingerprint, {}).get("name", fingerprint[:12])
         print(f"{number:,} rows made by {printable(name)} (fingerprint {fingerprint[:12]})")
+    for note in _notes_of(table, counts.planned):
+        print(printable(note))
     if table.directory.exists("run.json"):
         record = table.directory.read_json("run.json")
         rate, when = record["images_per_second"], datetime.fromisoformat(record["written_at"])
         print(f"{'images a second':<22}{'-' if rate is None else format(rate, ',.1f'):>14}")
         print(f"latest start {printable(record['run_id'])}: {printable(record['state'])} at {when:%Y-%m-%d %H:%M} UTC")
     return OK
+
+
+def _notes_of(table: CaptionsTable, num_planned: int) -> list[str]:
+    """Return what a person should know of the source, as it was listed and as it is now."""
+    notes = [note for plan in table.plans() for note in plan.notes]
+    if num_planned > COMPARE_UP_TO:
+        return notes
+    try:
+        changed = find_changed(table, open_source(SourceConfig.model_validate(table.info["source"]))).note
+    except (CaptionerError, OSError) as error:
+        return [*notes, f"the source was not compared with its captions: {error}"]
+    return [*notes, changed] if changed else notes
 
 
 def check(out: str, settings: CheckConfig, against: str | None = None) -> int:

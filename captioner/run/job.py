@@ -15,11 +15,14 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Protocol
 
+import pyarrow as pa
+
 from captioner.config import CaptionConfig, SourceConfig
 from captioner.data import Chunk, Receipt, Source
 from captioner.errors import OutputError, UsageError
 from captioner.files import is_uri, local_path, shown
 from captioner.models import ModelRef, resolve, weights_bytes
+from captioner.run.changed import COMPARE_UP_TO, find_changed, refreshed
 from captioner.run.fingerprint import bind, facts_of, rebind
 from captioner.run.selector import ReadReviews, make_recaption_plan, no_reviews, parse_selector
 from captioner.sources import open_source
@@ -39,8 +42,6 @@ VARIABLE_SIZE_CHUNK_BYTES = 400_000_000
 ROWS_PER_CHUNK_SLOW = 64
 LARGE_MODEL_BYTES = 50_000_000
 MODES = ("overwrite", "only", "retry_failed", "extend")  # fields of OutputConfig; some exclude each other
-# The source is not compared with a finished plan of more images than this: it would take minutes.
-COMPARE_UP_TO = 1_000_000
 STARTER_NOTE = (
     "the starter model was trained on rendered scenes only: its captions of other images are meaningless; "
     "give --model your own model or a hub id"
@@ -102,14 +103,23 @@ class Job:
         """Yield every plan with missing rows, oldest first; then that of --retry-failed or --only."""
         yield from self.table.open_plans()
         if self.config.output.retry_failed:
-            retry = make_retry_plan(self.table)
+            retry = make_retry_plan(self.table, self._refresh)
             if retry is None:
                 self.notify("nothing to retry: no image has failed")
             else:
                 self.notify(f"retrying {retry.num_rows:,} failed images")
                 yield retry
+        elif self.config.output.extend:
+            changed = find_changed(self.table, self.work.source, compare_up_to=None)
+            retry = make_retry_plan(self.table, self._refresh, changed.indices)
+            if retry is not None:
+                self.notify(f"captioning {retry.num_rows:,} images again that have changed since they were planned")
+                yield retry
         if self.config.output.only:
             yield from self._recaption(self.config.output.only)
+
+    def _refresh(self, rows: pa.Table, error_codes: list[str | None]) -> pa.Table:
+        return refreshed(self.work.source, rows, error_codes)
 
     def _recaption(self, only: str) -> Iterator[Plan]:
         """Plan the rows that --only selects; from then on the table belongs to this model."""
@@ -121,6 +131,7 @@ class Job:
             facts_of(model),
             self.rows_per_chunk(),
             self.read_reviews(self.table.directory),
+            self._refresh,
         )
         if selection.settled:
             self.notify(f"{selection.settled:,} more match --only, but a reviewer has settled their text")
@@ -197,6 +208,7 @@ def _plan(
         remove_merged_chunks(table)
     planned = Planned(config, table, source)
     _bring_plan_up_to_date(planned, notify, rows_per_chunk)
+    planned.notes.extend(note for plan in table.plans() for note in plan.notes)
     return planned
 
 
@@ -293,16 +305,22 @@ def _bring_plan_up_to_date(planned: Planned, notify: Notify, rows_per_chunk: Cal
     ignored = f", {plan.num_ignored:,} other files passed over" if plan.num_ignored else ""
     seconds = time.perf_counter() - started
     notify(f"planned {plan.num_rows:,} images in {plan.num_chunks:,} chunks{ignored} in {seconds:.1f} s")
+    for note in plan.notes:
+        notify(note)
 
 
 def _note_changes(planned: Planned, notify: Notify, num_planned: int) -> None:
     """Note how the source has changed since it was planned."""
-    if planned.config.source.limit is not None:
-        return
     if num_planned > COMPARE_UP_TO:
         planned.notes.append(
             f"the source was not compared with the plan of {num_planned:,} images; --extend lists it again"
         )
+        return
+    changed = find_changed(planned.table, planned.source).note
+    if changed and not (planned.config.output.retry_failed or planned.config.output.only):
+        planned.notes.append(changed)
+        notify(changed)
+    if planned.config.source.limit is not None:
         return
     change = compare_with_source(planned.table, planned.source)
     if change.num_new or change.num_gone:

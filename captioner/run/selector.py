@@ -34,7 +34,7 @@ from captioner.data import STATUS_FAILED
 from captioner.errors import UsageError
 from captioner.scoring.flags import CAPTION_FLAGS, RUN_FLAGS
 from captioner.store.directory import Directory
-from captioner.store.replan import RowIndices, generation_of_parts, plan_rows_again
+from captioner.store.replan import Refresh, RowIndices, generation_of_parts, plan_rows_again
 from captioner.store.table import CaptionsTable, Plan, Recaption, captions_name
 
 _EXAMPLES = ("flags", "logprob<10%", "rejected", "expert", "failed", *(f"flag:{name}" for name in CAPTION_FLAGS))
@@ -143,6 +143,7 @@ def make_recaption_plan(
     model: dict[str, object],
     rows_per_chunk: int,
     reviews: Mapping[str, Review],
+    refresh: Refresh | None = None,
 ) -> tuple[Plan | None, Selection]:
     """Freeze the weak rows of other models as a generation of this model; `None` where there are none.
 
@@ -150,7 +151,7 @@ def make_recaption_plan(
     """
     selection = select(table, selector, fingerprint, reviews)
     recaption = Recaption(selector.text, fingerprint, dict(model), selection.logprob_below)
-    return plan_rows_again(table, "recaption", selection.indices, rows_per_chunk, recaption), selection
+    return plan_rows_again(table, "recaption", selection.indices, rows_per_chunk, recaption, refresh), selection
 
 
 def select(table: CaptionsTable, selector: Selector, fingerprint: str, reviews: Mapping[str, Review]) -> Selection:

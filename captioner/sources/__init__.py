@@ -6,6 +6,7 @@ import glob
 import os
 import re
 
+import pyarrow as pa
 from pyarrow.fs import FileType
 
 from captioner.config import SourceConfig
@@ -21,7 +22,7 @@ from captioner.sources.pages import PagedSource
 from captioner.sources.parquet import ParquetSource
 from captioner.sources.plan_rows import FilteredSource
 from captioner.sources.root import FETCH_FIRST, Root
-from captioner.sources.tables import TABLE_SUFFIXES, open_table
+from captioner.sources.tables import TABLE_SUFFIXES, UnreadableTableError, open_table
 from captioner.sources.webdataset import COMPRESSED_SUFFIXES, WebDatasetSource
 
 __all__ = ["open_source"]
@@ -87,10 +88,20 @@ def _open_files(config: SourceConfig, root: Root, files: list[bytes]) -> Source:
     if len(suffixes) != 1 or not suffixes <= set(TABLE_SUFFIXES):
         names = b", ".join(sorted(suffixes)).decode("utf-8", "replace")
         raise SourceError(f"{config.path}: expected files of one kind, but there are {names}")
-    schema = open_table(root, files[0]).schema
-    columns = choose_columns(schema, config, root.uri(files[0]))
+    file, schema = _first_schema(root, files)
+    columns = choose_columns(schema, config, root.uri(file))
     kind = ManifestSource if columns.kind == "path" else ParquetSource
     return kind(config.path, root, tuple(files), columns)
+
+
+def _first_schema(root: Root, files: list[bytes]) -> tuple[bytes, pa.Schema]:
+    """Return the first table that can be opened, and its schema. Raises SourceError where none can."""
+    for file in files[:-1]:
+        try:
+            return file, open_table(root, file).schema
+        except UnreadableTableError:
+            continue
+    return files[-1], open_table(root, files[-1]).schema
 
 
 def _refuse_column_flags(config: SourceConfig, kind: str) -> None:

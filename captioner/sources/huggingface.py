@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from hashlib import blake2b
 from typing import Any
 
 import pyarrow as pa
@@ -16,6 +17,7 @@ from captioner.errors import SourceError
 from captioner.sources.cells import make_cell, read_cells
 from captioner.sources.columns import Columns, choose_columns, table_rows
 from captioner.sources.plan_rows import BATCH_ROWS
+from captioner.sources.reading import changed_image, have_changed, with_stamp
 from captioner.sources.root import Root
 
 UNIT_ROWS = 64 * BATCH_ROWS
@@ -46,21 +48,37 @@ class HuggingFaceSource:
     def list_unit(self, unit: str) -> Iterator[Listing]:
         start, stop = map(int, unit.split("-"))
         dataset = load_split(self.location, self.split)
+        stamp = self.stamp(os.fsencode(self.split))
         columns = _arrow(dataset.select_columns(self.columns.described))
         for first in range(start, stop, BATCH_ROWS):
             batch = columns[first : min(first + BATCH_ROWS, stop)]
             if not self.columns.described:  # the batch has rows but no column, and so no length
                 batch = pa.table({"": pa.nulls(min(first + BATCH_ROWS, stop) - first)})
-            yield Listing(table_rows(batch, self.columns, os.fsencode(self.split), self.split, first), [])
+            rows = table_rows(batch, self.columns, os.fsencode(self.split), self.split, first)
+            yield Listing(with_stamp(rows, stamp), [])
 
     def read(self, rows: pa.Table) -> list[RawImage]:
         row_numbers = rows.column("row").to_pylist()
-        images = _arrow(load_split(self.location, self.split).select_columns([self.columns.image]))
+        dataset = load_split(self.location, self.split)
+        images = _arrow(dataset.select_columns([self.columns.image]))
         existing = [row for row in dict.fromkeys(row_numbers) if row < len(images)]
         values = dict(zip(existing, images[existing].column(0).to_pylist(), strict=True)) if existing else {}
         cells = [make_cell(values.get(row)) for row in row_numbers]
         uris = [f"{self.location}/{self.split}#{row}" for row in row_numbers]
-        return read_cells(rows, cells, uris, Root(self.location if os.path.isdir(self.location) else "/"))
+        raws = read_cells(rows, cells, uris, Root(self.location if os.path.isdir(self.location) else "/"))
+        return [
+            changed_image(raw, f"{self.location} is not the dataset that was planned") if has_changed else raw
+            for raw, has_changed in zip(raws, have_changed(rows, self.stamp), strict=True)
+        ]
+
+    def stamp(self, split: bytes) -> str | None:
+        """Return what identifies a dataset that was saved to disk; None of one from the hub, which has its revision."""
+        if not os.path.isdir(self.location):
+            return None
+        dataset = load_split(self.location, os.fsdecode(split))
+        files = [cached["filename"] for cached in dataset.cache_files]
+        stamps = " ".join(Root("/").stamp(os.fsencode(file)) or "-" for file in files)
+        return blake2b(f"{len(dataset)} {stamps}".encode(), digest_size=16).hexdigest()
 
 
 def _arrow(dataset: Any) -> Any:

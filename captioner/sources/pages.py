@@ -33,7 +33,7 @@ class PagedSource(WrappedSource):
 
     def list_unit(self, unit: str) -> Iterator[Listing]:
         for listing in self.source.list_unit(unit):
-            yield Listing(self._with_pages(listing.rows), listing.ignored)
+            yield replace(listing, rows=self._with_pages(listing.rows))
 
     def read(self, rows: pa.Table) -> list[RawImage]:
         """Read each file once, whatever the number of its pages."""

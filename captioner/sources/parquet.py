@@ -7,7 +7,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -16,9 +16,10 @@ import pyarrow.parquet as pq
 from captioner.data import Listing, RawImage
 from captioner.sources.cells import Cell, make_cell, read_cells
 from captioner.sources.columns import table_rows
-from captioner.sources.reading import concurrency
-from captioner.sources.root import readable
-from captioner.sources.tables import TableFiles, open_parquet, read_batches
+from captioner.sources.plan_rows import plan_table
+from captioner.sources.reading import as_planned, concurrency, with_stamp
+from captioner.sources.root import file_of_unit, readable
+from captioner.sources.tables import TableFiles, UnreadableTableError, open_parquet, read_batches
 
 # Rows of an image column that are in memory at the same time while the wanted ones of a row group are read.
 READ_ROWS = 64
@@ -29,12 +30,29 @@ class ParquetSource(TableFiles):
     """Tables that hold the images themselves."""
 
     def list_unit(self, unit: str) -> Iterator[Listing]:
-        """Read the columns of ids, captions and kept values; never that of the images."""
-        file, table = self.open_unit(unit)
-        first_row = 0
-        for batch in read_batches(self.root, file, table, self.columns.described):
-            yield Listing(table_rows(batch, self.columns, file, readable(file), first_row), [])
-            first_row += batch.num_rows
+        """Read the columns of ids, captions and kept values; never that of the images.
+
+        One of several tables that is damaged, or refused, is a single row that will fail, or one after its good rows.
+        """
+        file, first_row = file_of_unit(unit), 0
+        stamp = self.root.stamp(file)
+        try:
+            _, table = self.open_unit(unit)
+            for batch in read_batches(self.root, file, table, self.columns.described):
+                rows = table_rows(batch, self.columns, file, readable(file), first_row)
+                yield Listing(with_stamp(rows, stamp), [])
+                first_row += batch.num_rows
+        except UnreadableTableError as error:
+            if len(self.files) == 1:
+                raise
+            yield Listing(with_stamp(self._damaged_row(file, first_row), stamp), [], [str(error)])
+
+    def _damaged_row(self, file: bytes, first_row: int) -> pa.Table:
+        """Return what stands in the plan for the rows that cannot be listed: a row that fails, with a negative size."""
+        image_id = f"{readable(file)}/[damaged from row {first_row}]"
+        kept = pa.schema(self.columns.kept)
+        nulls = pa.Table.from_arrays([pa.nulls(1, field.type) for field in kept], schema=kept)
+        return plan_table([image_id], [file], size=[-1], row=[first_row], kept=nulls)
 
     def read(self, rows: pa.Table) -> list[RawImage]:
         """Read the image column of the row groups that hold these rows."""
@@ -48,7 +66,12 @@ class ParquetSource(TableFiles):
             for group, group_cells in zip(groups, pool.map(self._read_group, groups), strict=True):
                 cells |= {(group.file, row): cell for row, cell in group_cells.items()}
         uris = [f"{self.root.uri(file)}#{row}" for file, row in locations]
-        return read_cells(rows, [cells.get(location) for location in locations], uris, self.root)
+        images = read_cells(rows, [cells.get(location) for location in locations], uris, self.root)
+        images = [
+            _damaged(image) if size is not None else image
+            for image, size in zip(images, rows.column("size").to_pylist(), strict=True)
+        ]
+        return as_planned(images, rows, self.root)
 
     def _groups(self, file: bytes, rows: Sequence[int]) -> list[_Group]:
         """Return the row groups of a file that hold these rows."""
@@ -86,6 +109,11 @@ class ParquetSource(TableFiles):
                 start += len(batch)
                 if start > last:
                     return
+
+
+def _damaged(image: RawImage) -> RawImage:
+    message = "the table is damaged, or could not be opened: the rows from here on could not be listed"
+    return replace(image, data=None, error_code="damaged", error_message=message)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pyarrow as pa
 
@@ -81,7 +81,7 @@ class FilteredSource(WrappedSource):
     def list_unit(self, unit: str) -> Iterator[Listing]:
         for listing in self.source.list_unit(unit):
             ids = listing.rows.column("image_id").to_pylist()
-            yield Listing(listing.rows.filter(pa.array(self._is_selected(ids), pa.bool_())), listing.ignored)
+            yield replace(listing, rows=listing.rows.filter(pa.array(self._is_selected(ids), pa.bool_())))
 
     def read(self, rows: pa.Table) -> list[RawImage]:
         return self.source.read(rows)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from functools import partial
 
 import pyarrow as pa
@@ -13,6 +14,9 @@ import pyarrow as pa
 from captioner.data import RawImage, Source
 from captioner.errors import CaptionerError, SourceError
 from captioner.sources.root import Root, error_code_of, readable
+from captioner.sources.tar_members import header_room, is_member
+
+STAMP = pa.field("stamp", pa.string())  # a column of the plan beside PLAN_SCHEMA, of images that share a file
 
 _concurrency = ContextVar("concurrency", default=32)
 
@@ -72,9 +76,45 @@ def run_reads(tasks: Sequence[Callable[[], RawImage]]) -> list[RawImage]:
         return list(pool.map(lambda task: task(), tasks))
 
 
+def with_stamp(rows: pa.Table, stamp: str | None) -> pa.Table:
+    """Add the STAMP column: what `Root.stamp` said of the file that holds these images when it was listed."""
+    return rows.append_column(STAMP, pa.repeat(pa.scalar(stamp, STAMP.type), rows.num_rows))
+
+
+def have_changed(rows: pa.Table, stamp_of: Callable[[bytes], str | None]) -> list[bool]:
+    """Return for each row whether its file is not any more what it was when the row was planned.
+
+    `stamp_of`: what the stamp of a file is now, asked once for each file. A file that is gone or does not answer has
+    not changed.
+    """
+    if STAMP.name not in rows.column_names:
+        return [False] * rows.num_rows  # a plan of an earlier version, or of files that each are one image
+    files, stamps = rows["file"].to_pylist(), rows[STAMP.name].to_pylist()
+    now = {file: stamp_of(file) for file, stamp in set(zip(files, stamps, strict=True)) if stamp}
+    return [bool(stamp) and now[file] not in (None, stamp) for file, stamp in zip(files, stamps, strict=True)]
+
+
+def as_planned(images: Sequence[RawImage], rows: pa.Table, root: Root) -> list[RawImage]:
+    """Return the images, those of files that changed after they were planned without their bytes.
+
+    To be called after reading: a file that is replaced meanwhile is noticed too.
+    """
+    return [
+        changed_image(image, f"{readable(file)} is not the file that was planned") if has_changed else image
+        for image, file, has_changed in zip(
+            images, rows["file"].to_pylist(), have_changed(rows, root.stamp), strict=True
+        )
+    ]
+
+
+def changed_image(image: RawImage, reason: str) -> RawImage:
+    return replace(image, data=None, error_code="changed", error_message=f"{reason}; --retry-failed plans it anew")
+
+
 def read_rows(rows: pa.Table, root: Root) -> list[RawImage]:
     """Read the images of PLAN_SCHEMA rows that are files, or parts of files (members of tars)."""
-    return read_all(reads_of(rows, root), root, in_archives=rows.column("offset").null_count == 0)
+    images = read_all(reads_of(rows, root), root, in_archives=rows.column("offset").null_count == 0)
+    return as_planned(images, rows, root)
 
 
 def reads_of(rows: pa.Table, root: Root) -> list[Callable[[], RawImage]]:
@@ -89,13 +129,33 @@ def _read_file(root: Root, image_id: str, file: bytes, offset: int | None, size:
         uri += image_id.removeprefix(readable(file))  # the name of the tar member
     if not file:
         return RawImage(image_id, uri, None, "not_found", "the table names no file here")
+    if size is not None and offset is not None:
+        return _read_member(root, RawImage(image_id, uri, None), file, offset, size)
     try:
-        data = root.retry(lambda: root.read(file, offset, size))
+        data = root.retry(lambda: root.read(file))
     except OSError as error:
         return failed_read(image_id, uri, error)
-    if size is not None and len(data) < size:
-        return RawImage(image_id, uri, None, "truncated", f"the tar ends {size - len(data)} bytes before the image")
     return raw_image(image_id, uri, data)
+
+
+def _read_member(root: Root, image: RawImage, file: bytes, offset: int, size: int) -> RawImage:
+    """Read a member of a tar together with its header, which tells whether it is still the member that was planned."""
+    name = image.image_id.removeprefix(f"{readable(file)}/")
+    if size < 0:
+        message = f"the tar is damaged: no readable member from byte {offset} to {offset - size}"
+        return replace(image, error_code="damaged", error_message=message)
+    room = header_room(name, offset)
+    try:
+        data = root.retry(lambda: root.read(file, offset - room, room + size))
+    except OSError as error:
+        return failed_read(image.image_id, image.uri, error)
+    if not is_member(data[:room], name, size):
+        return changed_image(image, "the tar has another member at this place, or none")
+    missing = room + size - len(data)
+    if missing:
+        message = f"the tar ends {missing} bytes before the image"
+        return replace(image, error_code="truncated", error_message=message)
+    return raw_image(image.image_id, image.uri, data[room:])
 
 
 def raw_image(image_id: str, uri: str, data: bytes) -> RawImage:

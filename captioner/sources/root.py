@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, BinaryIO, ClassVar, cast
 from urllib.parse import unquote_to_bytes
 
-from pyarrow.fs import FileSelector, FileSystem, FileType
+from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType
 
 from captioner.errors import SourceError
 from captioner.files import Retry, is_uri, local_path, open_filesystem
@@ -158,15 +158,31 @@ class Root:
             return FileType.Directory
         return FileType.File if os.path.lexists(path) else FileType.NotFound
 
-    def stamp(self, file: bytes) -> object:
-        """Return a value that changes when the file does."""
+    def stamp(self, file: bytes) -> str | None:
+        """Return the size and time of change of a file, as text; None where it cannot be asked for."""
         path = self.join(file)
-        if is_uri(os.fsdecode(path)):
-            filesystem, inside = self._inside(path)
-            info = filesystem.get_file_info(inside)
-            return info.mtime_ns, info.size
-        status = os.stat(path)
-        return status.st_mtime_ns, status.st_size
+        try:
+            if is_uri(os.fsdecode(path)):
+                filesystem, inside = self._inside(path)
+                info = filesystem.get_file_info(inside)
+                return None if info.type == FileType.NotFound else _stamp(info)
+            status = os.stat(path)
+        except (OSError, ValueError):
+            return None
+        return f"{status.st_size} {status.st_mtime_ns}"
+
+    def is_in_store(self, file: bytes) -> bool:
+        """Return whether the file is not on a local disk."""
+        return is_uri(os.fsdecode(self.join(file)))
+
+    def stamps_in(self, folder: bytes) -> dict[bytes, str]:
+        """Return the stamp of each file in a folder of a store, by name; none where it cannot be listed."""
+        filesystem, inside = self._inside(self.join(folder))
+        try:
+            infos = filesystem.get_file_info(FileSelector(inside))
+        except OSError:
+            return {}
+        return {info.base_name.encode(): _stamp(info) for info in infos if info.type == FileType.File}
 
     def has_anything(self) -> bool:
         """Return whether the root exists and is not empty: an unmounted disk leaves an empty directory behind."""
@@ -268,6 +284,10 @@ class Root:
         for info in filesystem.get_file_info(FileSelector(inside)):
             if info.base_name:
                 yield info.base_name.encode(), info.type
+
+
+def _stamp(info: FileInfo) -> str:
+    return f"{info.size} {info.mtime_ns or '-'}"
 
 
 def _scan_flat(filesystem: FileSystem, folder: str) -> Iterator[tuple[bytes, FileType]]:

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from captioner.errors import SourceError
 from captioner.sources.columns import Columns, with_valid_text
 from captioner.sources.plan_rows import BATCH_ROWS
-from captioner.sources.root import Root, file_of_unit, unit_of_file
+from captioner.sources.root import Root, file_of_unit, is_transient, unit_of_file
 
 TABLE_SUFFIXES = (b".parquet", b".csv", b".jsonl", b".ndjson")
 
@@ -49,8 +49,14 @@ def read_batches(root: Root, file: bytes, table: Table, columns: Sequence[str]) 
         raise _unreadable(root, file, error) from None
 
 
+class UnreadableTableError(SourceError):
+    """A table that is missing, refused or damaged, for good."""
+
+
 def _unreadable(root: Root, file: bytes, error: Exception) -> SourceError:
-    return SourceError(f"{root.uri(file)}: cannot be read as a table: {' '.join(str(error).split())}")
+    message = f"{root.uri(file)}: cannot be read as a table: {' '.join(str(error).split())}"
+    is_for_good = isinstance(error, pa.ArrowInvalid) or (isinstance(error, OSError) and not is_transient(error))
+    return UnreadableTableError(message) if is_for_good else SourceError(message)
 
 
 class ParquetTable:

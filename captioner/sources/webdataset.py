@@ -9,6 +9,7 @@ import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
+from typing import BinaryIO
 
 import pyarrow as pa
 
@@ -16,8 +17,9 @@ from captioner.data import Listing, RawImage
 from captioner.errors import SourceError
 from captioner.sources.columns import REFERENCE_NAMES, as_captions
 from captioner.sources.plan_rows import BATCH_ROWS, plan_table
-from captioner.sources.reading import read_rows
-from captioner.sources.root import Root, file_of_unit, is_hidden, readable, unit_of_file
+from captioner.sources.reading import read_rows, with_stamp
+from captioner.sources.root import Root, file_of_unit, is_hidden, is_transient, readable, unit_of_file
+from captioner.sources.tar_members import Damage, EndMark, walk
 
 IMAGE_SUFFIXES = frozenset(
     b"jpg jpeg jpe jfif png apng webp gif bmp dib tif tiff avif avifs heic heif jp2 j2k jpx "
@@ -29,6 +31,7 @@ OTHER_SUFFIXES = frozenset(
     b"npy npz pth pt pyd pickle pkl msgpack mp bin ten tb safetensors mp3 wav flac ogg m4a mp4 webm mkv avi mov".split()
 )
 COMPRESSED_SUFFIXES = (b".tar.gz", b".tgz", b".tar.bz2", b".tar.xz", b".tar.zst", b".tar.lz4")
+MAX_TEXT_BYTES = 16 << 20  # of a .txt or .json member; a longer one holds no captions
 _COMPRESSED_STARTS = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18")
 
 
@@ -48,15 +51,26 @@ class WebDatasetSource:
         return []
 
     def list_unit(self, unit: str) -> Iterator[Listing]:
+        """List the images of a tar; damage is a row that will fail.
+
+        One of several tars that cannot be opened, or is no tar, is a single row that will fail.
+        """
         tar = file_of_unit(unit)
-        batch = _Batch(tar)
-        # The members of a sample follow each other in the tar: the format requires it.
-        for _, members in itertools.groupby(_members(self.root, tar), key=attrgetter("key")):
-            batch.add_sample(list(members), self.reference_column)
-            if len(batch) >= BATCH_ROWS:
-                yield batch.listing()
-                batch = _Batch(tar)
-        if len(batch):
+        batch = _Batch(tar, self.root.stamp(tar))
+        try:
+            # The members of a sample follow each other in the tar: the format requires it.
+            for _, members in itertools.groupby(_members(self.root, tar, batch.notes), key=attrgetter("key")):
+                batch.add_sample(list(members), self.reference_column)
+                if len(batch) >= BATCH_ROWS:
+                    yield batch.listing()
+                    batch = _Batch(tar, batch.stamp)
+        except _UnreadableTarError as error:
+            if len(self.tars) == 1:
+                raise SourceError(str(error)) from None
+            batch = _Batch(tar, batch.stamp, notes=[str(error)])
+            batch.add_sample([_damaged_member(Damage(0, error.size), None, error.size)], None)
+            yield batch.listing()
+        else:
             yield batch.listing()
 
     def read(self, rows: pa.Table) -> list[RawImage]:
@@ -72,6 +86,7 @@ class _Member:
     size: int
     is_file: bool
     text: bytes | None = None
+    is_damage: bool = False  # no member, but bytes without any; `size` is then negative
 
     @property
     def key(self) -> bytes:
@@ -93,9 +108,11 @@ class _Batch:
     """The rows of a batch of samples."""
 
     tar: bytes
+    stamp: str | None  # see `Root.stamp`
     images: list[_Member] = field(default_factory=list)
     references: list[list[str] | None] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.images) + len(self.ignored)
@@ -104,6 +121,7 @@ class _Batch:
         """Add a row for each image of a sample. Where members have known image suffixes, others are no images."""
         candidates = [member for member in members if member.may_be_image]
         images = [member for member in candidates if member.suffix in IMAGE_SUFFIXES] or candidates
+        images += [member for member in members if member.is_damage]
         captions = _captions(members, reference_column) if images else None
         self.images += images
         self.references += [captions] * len(images)
@@ -119,7 +137,7 @@ class _Batch:
             size=[member.size for member in self.images],
             references=self.references,
         )
-        return Listing(rows, self.ignored)
+        return Listing(with_stamp(rows, self.stamp), self.ignored, self.notes)
 
     def _label(self, name: bytes) -> str:
         return f"{readable(self.tar)}/{readable(name)}"
@@ -149,36 +167,88 @@ def _captions_in_json(text: bytes, reference_column: str | None) -> list[str] | 
     return next((captions for name in names if (captions := as_captions(values.get(name)))), None)
 
 
-def _members(root: Root, tar: bytes) -> Iterator[_Member]:
-    """Yield every entry of a tar except directories. A tar that is truncated or damaged ends there.
+class _UnreadableTarError(Exception):
+    """A file that cannot be opened, or is not a tar. `size`: its bytes, 0 where not known."""
 
-    Raises SourceError where the file is not a tar at all, or cannot be opened.
+    def __init__(self, message: str, size: int = 0) -> None:
+        super().__init__(message)
+        self.size = size
+
+
+def _members(root: Root, tar: bytes, notes: list[str]) -> Iterator[_Member]:
+    """Yield every entry of a tar except directories, and damage. Adds to `notes` where the tar is empty or cut.
+
+    Raises _UnreadableTarError, or SourceError where the store does not answer.
     """
-    position = 0
     try:
         with root.open(tar) as stream:
             _refuse_compressed(root, tar, stream.read(8))
-            stream.seek(0)
-            with tarfile.open(fileobj=stream, mode="r:") as archive:
-                while header := archive.next():
-                    position = archive.offset
-                    archive.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them all
-                    if not header.isdir():
-                        yield _member(header, archive)
-    except tarfile.TarError as error:
-        if not position:
-            raise SourceError(f"{root.uri(tar)}: not a tar: {error}; repair it or remove it") from None
-        yield _Member(f"[damaged at byte {position}]".encode(), position, 0, is_file=False)
+            yield from _walk(stream, readable(tar), root.uri(tar), notes)
     except OSError as error:
-        raise SourceError(f"{root.uri(tar)}: cannot be read: {error.strerror or error}") from None
+        message = f"{root.uri(tar)}: cannot be read: {error.strerror or error}"
+        if is_transient(error):
+            raise SourceError(message) from None
+        raise _UnreadableTarError(message) from None
+
+
+def _walk(stream: BinaryIO, name: str, uri: str, notes: list[str]) -> Iterator[_Member]:
+    size = stream.seek(0, os.SEEK_END)
+    is_empty, has_end_mark = True, False
+    last: _Member | None = None  # held back, because damage may cut it short
+    for entry in walk(stream):
+        if isinstance(entry, EndMark):
+            has_end_mark = True
+            continue
+        if isinstance(entry, Damage):
+            if is_empty and (entry.start, entry.end) == (0, size):
+                raise _UnreadableTarError(f"{uri}: not a tar; repair it or remove it", size)
+            notes.append(f"{name}: damaged from byte {entry.start:,} to {entry.end:,}; what images were there is lost")
+            member = _damaged_member(entry, last, size)
+            last = None if last is not None and last.offset == member.offset else last
+        else:
+            member = _member(*entry)
+        if last is not None:
+            yield last
+        is_dir = not isinstance(entry, Damage) and entry[0].isdir()
+        is_empty, last = False, None if is_dir else member
+    if last is not None:
+        yield last
+    if not size:
+        raise _UnreadableTarError(f"{uri}: not a tar: the file is empty; repair it or remove it")
+    if is_empty:
+        notes.append(f"{name}: an empty tar: it has no member")
+    elif not has_end_mark:
+        notes.append(f"{name}: it has no end mark; it may have been cut off")
+
+
+def _damaged_member(damage: Damage, last: _Member | None, size: int) -> _Member:
+    """Return what stands in the plan for bytes without a member: a row that fails, with a negative size.
+
+    Where damage cuts an image short, that is the row of the image; where the tar ends within an image, that row fails
+    without help, and the damage is only counted.
+    """
+    is_after_image = last is not None and last.may_be_image
+    if is_after_image and damage.start == damage.end == size:
+        return _Member(f"[damaged at byte {size}]".encode(), size, 0, is_file=False)
+    name = last.name if last and is_after_image and damage.start == last.offset else None
+    name = name or f"[damaged from byte {damage.start}]".encode()
+    return _Member(name, damage.start, -max(1, damage.end - damage.start), is_file=False, is_damage=True)
 
 
 def _member(header: tarfile.TarInfo, archive: tarfile.TarFile) -> _Member:
     name = os.fsencode(header.name)
     is_file = header.isreg() and not header.issparse()
-    is_text = is_file and name.lower().endswith((b".txt", b".json"))
-    stream = archive.extractfile(header) if is_text else None
-    return _Member(name, header.offset_data, header.size, is_file, stream.read() if stream else None)
+    is_text = is_file and name.lower().endswith((b".txt", b".json")) and header.size <= MAX_TEXT_BYTES
+    return _Member(name, header.offset_data, header.size, is_file, _text(header, archive) if is_text else None)
+
+
+def _text(header: tarfile.TarInfo, archive: tarfile.TarFile) -> bytes | None:
+    """Return the content of a member; None where the tar ends before it does."""
+    try:
+        stream = archive.extractfile(header)
+        return stream.read() if stream else None
+    except tarfile.TarError:
+        return None
 
 
 def _refuse_compressed(root: Root, tar: bytes, start: bytes) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,7 @@ from captioner.store.parallel_listing import list_units
 from captioner.store.table import CaptionsTable, Plan, plan_folder, plan_part_name
 
 MAX_EXAMPLES = 5
+MAX_NOTES = 20
 MIN_ROWS_PER_CHUNK = 16
 _POSITION = b"captioner.listing"  # schema metadata of a plan part: a _Position as JSON
 
@@ -31,6 +32,7 @@ class _Position:
     taken: int = 0
     num_ignored: int = 0
     ignored_examples: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def make_plan(
@@ -62,7 +64,7 @@ def make_plan(
                 rows = rows.filter(pa.array(~planned.contains(rows["image_id"].to_pylist())))
             if limit is not None:
                 rows = rows.slice(0, limit - writer.num_rows)
-            writer.add(unit, rows, listing.ignored)
+            writer.add(unit, rows, listing)
             on_progress(writer.num_rows)
             if limit is not None and writer.num_rows >= limit:
                 break
@@ -126,6 +128,7 @@ class _PlanWriter:
         self._position = _Position()
         self._num_ignored = 0
         self._examples: list[str] = []
+        self._notes: list[str] = []
 
     @property
     def num_rows(self) -> int:
@@ -146,13 +149,16 @@ class _PlanWriter:
                 self._position = _Position(**json.loads(position))
         _index_ids(self._table, self._generation, sorted(self._parts), self._ids)
         self._num_ignored, self._examples = self._position.num_ignored, list(self._position.ignored_examples)
+        self._notes = list(self._position.notes)
         return self._position
 
-    def add(self, unit: str, rows: pa.Table, ignored: list[str]) -> None:
+    def add(self, unit: str, rows: pa.Table, listing: Listing) -> None:
+        """Take `rows`, which are those of the listing that the plan needs."""
         if unit != self._position.unit:
-            self._position = _Position(unit, 0, self._num_ignored, list(self._examples))
-        self._num_ignored += len(ignored)
-        self._examples += ignored[: MAX_EXAMPLES - len(self._examples)]
+            self._position = _Position(unit, 0, self._num_ignored, list(self._examples), list(self._notes))
+        self._num_ignored += len(listing.ignored)
+        self._examples += listing.ignored[: MAX_EXAMPLES - len(self._examples)]
+        self._notes += listing.notes[: MAX_NOTES - len(self._notes)]
         self._ids.add(rows["image_id"].to_pylist())
         self._pending.append((unit, rows))
         self._num_pending += rows.num_rows
@@ -173,13 +179,22 @@ class _PlanWriter:
                 f"{source.name}: {len(duplicates)} image ids occur more than once, among them "
                 f"{', '.join(repr(name) for name in names)}; every image needs its own id (see --id-column)"
             )
-        return Plan(self._generation, kind, self._rows_per_chunk, self._parts, self._num_ignored, list(self._examples))
+        return Plan(
+            self._generation,
+            kind,
+            self._rows_per_chunk,
+            self._parts,
+            self._num_ignored,
+            list(self._examples),
+            notes=list(self._notes),
+        )
 
     def _write_part(self, num_rows: int) -> None:
         part_rows, rest = _split(self._pending, num_rows)
         unit, last = part_rows[-1]
         before = self._position
-        position = _Position(unit, last["_row"][-1].as_py() + 1, before.num_ignored, before.ignored_examples)
+        taken = last["_row"][-1].as_py() + 1
+        position = _Position(unit, taken, before.num_ignored, before.ignored_examples, before.notes)
         rows = pa.concat_tables([rows for _, rows in part_rows]).drop_columns(["_row"])
         rows = rows.replace_schema_metadata({_POSITION: json.dumps(asdict(position)).encode()})
         part = max(self._parts, default=self._first_part - 1) + 1
@@ -219,7 +234,7 @@ def _listings_from(source: Source, position: _Position) -> Iterator[tuple[str, L
         first = rows_listed.get(unit, 0)
         rows_listed[unit] = first + listing.rows.num_rows
         skip = max(0, min(listing.rows.num_rows, position.taken - first)) if unit == position.unit else 0
-        yield unit, Listing(listing.rows.slice(skip), listing.ignored), first + skip
+        yield unit, replace(listing, rows=listing.rows.slice(skip)), first + skip
 
 
 def _numbered(rows: pa.Table, first: int) -> pa.Table:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -14,20 +16,32 @@ from captioner.store.table import CaptionsTable, Plan, Recaption, captions_name,
 RowIndices = dict[int, npt.NDArray[np.int64]]  # rows of the published table: part -> ascending indices in it
 
 
-def make_retry_plan(table: CaptionsTable) -> Plan | None:
-    """Plan a generation of the images whose current row is failed; `None` where there are none.
+# Plan rows and their error codes -> the rows as the source lists them now.
+Refresh = Callable[[pa.Table, list[str | None]], pa.Table]
+
+
+def make_retry_plan(
+    table: CaptionsTable, refresh: Refresh | None = None, indices: RowIndices | None = None
+) -> Plan | None:
+    """Plan a generation of the images whose current row is failed, or of `indices`; `None` where there are none.
 
     Every plan of the table must be published.
     """
-    failed = {}
-    for part in generation_of_parts(table):
-        status = table.directory.read_table(captions_name(part), ["status"])["status"]
-        failed[part] = np.flatnonzero(pc.equal(status, STATUS_FAILED).to_numpy())
-    return plan_rows_again(table, "retry", failed, table.plans()[0].rows_per_chunk)
+    if indices is None:
+        indices = {}
+        for part in generation_of_parts(table):
+            status = table.directory.read_table(captions_name(part), ["status"])["status"]
+            indices[part] = np.flatnonzero(pc.equal(status, STATUS_FAILED).to_numpy())
+    return plan_rows_again(table, "retry", indices, table.plans()[0].rows_per_chunk, refresh=refresh)
 
 
 def plan_rows_again(
-    table: CaptionsTable, kind: str, indices: RowIndices, rows_per_chunk: int, recaption: Recaption | None = None
+    table: CaptionsTable,
+    kind: str,
+    indices: RowIndices,
+    rows_per_chunk: int,
+    recaption: Recaption | None = None,
+    refresh: Refresh | None = None,
 ) -> Plan | None:
     """Freeze the rows at `indices` as the next generation; `None` where there are none. Few rows get small chunks."""
     generation = table.plans()[-1].generation + 1
@@ -36,14 +50,36 @@ def plan_rows_again(
     if not parts:
         return None
     rows_per_chunk = min(rows_per_chunk, max(MIN_ROWS_PER_CHUNK, -(-sum(parts.values()) // 64)))
-    generation_of = generation_of_parts(table)
     for part in parts:
-        rows = table.directory.read_table(plan_part_name(generation_of[part], part)).take(indices[part])
+        rows = current_plan_rows(table, part).take(indices[part])
+        if refresh is not None:
+            codes = table.directory.read_table(captions_name(part), ["error_code"])["error_code"].take(indices[part])
+            rows = refresh(rows, codes.to_pylist())
         rows = rows.append_column(pa.field("part_row", pa.int64()), pa.array(indices[part], pa.int64()))
         table.directory.write_table(plan_part_name(generation, part), rows, rows_per_chunk)
     plan = Plan(generation, kind, rows_per_chunk, parts, recaption=recaption)
     table.write_plan(plan)
     return plan
+
+
+def current_plan_rows(table: CaptionsTable, part: int) -> pa.Table:
+    """Return the plan rows of a part, each as the latest generation has it: it may have been planned anew."""
+    rows = table.directory.read_table(plan_part_name(generation_of_parts(table)[part], part))
+    for plan in table.plans():
+        if not plan.adds_parts and part in plan.parts:
+            newer = table.directory.read_table(plan_part_name(plan.generation, part))
+            rows = with_newer_values(rows, newer["part_row"].to_numpy(), newer.drop_columns("part_row"))
+    return rows
+
+
+def with_newer_values(rows: pa.Table, indices: npt.NDArray[np.int64], newer: pa.Table) -> pa.Table:
+    """Return `rows` with the row at `indices[i]` replaced by row i of `newer`, which may have more columns."""
+    both = pa.concat_tables(
+        [rows.replace_schema_metadata(), newer.replace_schema_metadata()], promote_options="default"
+    )
+    order = np.arange(rows.num_rows)
+    order[indices] = rows.num_rows + np.arange(len(indices))
+    return both.take(order).combine_chunks()
 
 
 def generation_of_parts(table: CaptionsTable) -> dict[int, int]:

@@ -72,6 +72,7 @@ class Plan:
     num_ignored: int = 0
     ignored_examples: list[str] = field(default_factory=list)
     recaption: Recaption | None = None
+    notes: list[str] = field(default_factory=list)  # what a person should know of the source, as it was listed
 
     @property
     def num_rows(self) -> int:
@@ -107,6 +108,7 @@ class Plan:
             "num_ignored": self.num_ignored,
             "ignored_examples": self.ignored_examples,
             "recaption": self.recaption and asdict(self.recaption),
+            "notes": self.notes,
         }
 
 
@@ -344,4 +346,5 @@ def _plan_from_json(generation: int, value: dict[str, Any]) -> Plan:
         num_ignored=value["num_ignored"],
         ignored_examples=value["ignored_examples"],
         recaption=recaption and Recaption(**recaption),
+        notes=value.get("notes", []),
     )

@@ -59,7 +59,7 @@ def test_ids_references_and_kept_columns(tmp_path):
     assert rows["image_id"].to_pylist() == ["7", "8", "t.parquet#2"]
     assert rows["reference_captions"].to_pylist() == [["one"], None, ["three"]]
     assert source.kept_fields() == [pa.field("score", pa.float32())]
-    assert rows.schema.names == [*PLAN_SCHEMA.names, "score"]
+    assert rows.schema.names == [*PLAN_SCHEMA.names, "score", "stamp"]
     assert rows["score"].to_pylist() == [0.5, 1.5, None]
     assert listed_rows(source_at(tmp_path, id_column="caption"))["image_id"].to_pylist() == ["one", "", "three"]
 

@@ -31,8 +31,8 @@ from captioner.publishing.alt_text.schemas import Review
 from captioner.publishing.alt_text.texts import require_finished
 from captioner.sources import open_source
 from captioner.sources.reading import read_images
-from captioner.store.replan import generation_of_parts
-from captioner.store.table import CaptionsTable, captions_name, open_table, plan_part_name
+from captioner.store.replan import current_plan_rows, generation_of_parts
+from captioner.store.table import CaptionsTable, captions_name, open_table
 
 PAIRS_FILE, RECORD_FILE = "pairs.parquet", "feedback.json"
 _BATCH_SIZE = 64  # images in memory
@@ -147,13 +147,13 @@ def _write(table: CaptionsTable, texts: dict[str, Review], file: Path, feedback:
 def _reviewed_rows(table: CaptionsTable, texts: dict[str, Review]) -> Iterator[tuple[pa.Table, list[dict[str, Any]]]]:
     """Yield the plan rows and the captions of reviewed images, a batch at a time, in table order."""
     columns = ["image_id", "sha256", "caption", "model_sha256"]
-    for part, generation in generation_of_parts(table).items():
+    for part in generation_of_parts(table):
         rows = table.directory.read_table(captions_name(part), columns)
         ids = rows["image_id"].to_pylist()
         reviewed = np.array([index for index, image_id in enumerate(ids) if image_id in texts], int)
         if not len(reviewed):
             continue
-        planned = table.directory.read_table(plan_part_name(generation, part))
+        planned = current_plan_rows(table, part)
         for first in range(0, len(reviewed), _BATCH_SIZE):
             batch = reviewed[first : first + _BATCH_SIZE]
             yield planned.take(batch), rows.take(batch).to_pylist()

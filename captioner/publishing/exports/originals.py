@@ -15,6 +15,7 @@ from captioner.data import RawImage, Source
 from captioner.errors import SourceError
 from captioner.sources import open_source
 from captioner.sources.reading import read_images
+from captioner.store.replan import current_plan_rows, generation_of_parts
 from captioner.store.table import CaptionsTable, plan_part_name
 
 _BATCH_SIZE = 32  # images in memory
@@ -47,15 +48,14 @@ class Originals:
     def _planned(self, ids: pa.ChunkedArray) -> pa.Table:
         """Return the plan rows of these ids, in their order. All ids are of one part, and parts come in table order."""
         while self._remaining_parts:
-            name = self._remaining_parts[0]
-            part_ids = self.table.directory.read_table(name, ["image_id"])["image_id"]
+            generation, part = self._remaining_parts[0]
+            part_ids = self.table.directory.read_table(plan_part_name(generation, part), ["image_id"])["image_id"]
             indices = pc.index_in(ids, part_ids)
             if indices.null_count == 0:
-                return self.table.directory.read_table(name).take(indices)
+                return current_plan_rows(self.table, part).take(indices)
             self._remaining_parts.pop(0)
         raise SourceError(f"{self.table.directory.location}: its plan does not hold {ids[0].as_py()!r}")
 
     @cached_property
-    def _remaining_parts(self) -> list[str]:
-        plans = [plan for plan in self.table.plans() if plan.adds_parts]
-        return [plan_part_name(plan.generation, part) for plan in plans for part in sorted(plan.parts)]
+    def _remaining_parts(self) -> list[tuple[int, int]]:
+        return [(generation, part) for part, generation in generation_of_parts(self.table).items()]

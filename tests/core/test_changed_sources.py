@@ -1,0 +1,206 @@
+"""What was planned is what is read: a source that changed meanwhile gives failed rows, and never another caption."""
+
+from __future__ import annotations
+
+import io
+import os
+import random
+import shutil
+import tarfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from captioner import pipeline
+from captioner.config import CaptionConfig
+from captioner.console.commands import status
+from captioner.store.read import read_parts
+from captioner.store.table import open_table
+from captioner.store.verify import verify
+
+pytestmark = pytest.mark.usefixtures("decoding_here")
+COUNT = 24
+
+
+def image(number: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (number, 100, 255 - number)).save(buffer, "BMP")  # of one size, whatever the colour
+    return buffer.getvalue()
+
+
+def write(path: Path, numbers: list[int], kind: str, names: list[int] | None = None) -> None:
+    """A source of the images `numbers`, whose ids are `names` (the same numbers unless given)."""
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir()
+    named = list(zip(names or numbers, numbers, strict=True))
+    if kind == "folder":
+        for name, number in named:
+            (path / f"{name:03d}.bmp").write_bytes(image(number))
+    elif kind == "parquet":
+        table = pa.table({"id": [f"{name:03d}" for name, _ in named], "image": [image(number) for _, number in named]})
+        pq.write_table(table, path / "x.parquet")
+    elif kind == "saved":
+        import datasets
+
+        rows = {"id": [f"{name:03d}" for name, _ in named], "image": [image(number) for _, number in named]}
+        datasets.Dataset.from_dict(rows).save_to_disk(str(path))
+    else:
+        with tarfile.open(path / "x.tar", "w") as tar:
+            for name, number in named:
+                header = tarfile.TarInfo(f"{name:03d}.bmp" if kind == "tar" else f"{name:03d}-{'é' * 90}.bmp")
+                header.size = len(image(number))
+                tar.addfile(header, io.BytesIO(image(number)))
+
+
+def run(root: Path, **output: object) -> int:
+    source = {"path": str(root / "images")}
+    if not list((root / "images").glob("*.[tb][am][rp]")):
+        source["id_column"] = "id"
+    settings = {"source": source, "model": {"name": "fake"}, "output": {"path": str(root / "out"), **output}}
+    return pipeline.run(CaptionConfig.model_validate(settings))
+
+
+def rows_of(root: Path) -> dict[str, dict]:
+    """The rows by number of the image's name."""
+    rows = pa.concat_tables(read_parts(open_table(str(root / "out")))).to_pylist()
+    return {row["image_id"].rpartition("/")[2][:3]: row for row in rows}
+
+
+def captions_of(root: Path) -> dict[str, str | None]:
+    return {name: row["caption"] for name, row in rows_of(root).items()}
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str | None]:
+    """The caption of each image."""
+    root = tmp_path_factory.mktemp("expected")
+    write(root / "images", list(range(COUNT)), "folder")
+    settings = {
+        "source": {"path": str(root / "images")},
+        "model": {"name": "fake"},
+        "output": {"path": str(root / "out")},
+    }
+    assert pipeline.run(CaptionConfig.model_validate(settings)) == 0
+    captions = captions_of(root)
+    assert len(set(captions.values())) == COUNT
+    return captions
+
+
+def other_order(kind: str) -> list[int]:
+    numbers = list(range(COUNT))
+    random.Random(kind).shuffle(numbers)
+    return numbers
+
+
+@pytest.mark.parametrize("kind", ["tar", "tar of long names", "parquet", "saved"])
+@pytest.mark.parametrize("change", ["order", "bytes", "fewer", "more"])
+def test_a_source_rewritten_after_planning_gives_no_caption_of_another_image(tmp_path, expected, kind, change) -> None:
+    write(tmp_path / "images", list(range(COUNT)), kind)
+    assert run(tmp_path, plan_only=True) == 0
+    numbers = {"order": other_order(kind), "fewer": list(range(8, COUNT)), "more": list(range(-0, COUNT + 8))}
+    if change == "bytes":  # the same names, other images
+        write(tmp_path / "images", other_order(kind), kind, names=list(range(COUNT)))
+        right = dict(zip(expected, (expected[f"{number:03d}"] for number in other_order(kind)), strict=True))
+    else:
+        write(tmp_path / "images", numbers[change], kind)
+        right = expected
+
+    with pytest.raises(Exception, match=f"{COUNT} of {COUNT} images failed"):
+        run(tmp_path)
+    assert {row["error_code"] for row in rows_of(tmp_path).values()} == {"changed"}
+
+    status_code = run(tmp_path, retry_failed=True)
+    rows = rows_of(tmp_path)
+    still = {f"{number:03d}" for number in range(COUNT)} - {
+        f"{number:03d}" for number in numbers.get(change, range(COUNT))
+    }
+    assert {name: row["caption"] for name, row in rows.items() if row["status"] == "ok"} == {
+        name: caption for name, caption in right.items() if name not in still
+    }
+    assert {name for name, row in rows.items() if row["error_code"] == "changed"} == still
+    assert status_code == 0
+    assert verify(open_table(str(tmp_path / "out"))).proven
+
+
+def test_extend_plans_what_changed_anew_and_adds_what_is_new(tmp_path, expected) -> None:
+    write(tmp_path / "images", list(range(COUNT - 4)), "tar")
+    assert run(tmp_path, plan_only=True) == 0
+    numbers = other_order("tar")
+    write(tmp_path / "images", numbers, "tar")
+
+    assert run(tmp_path, extend=True) == 0
+
+    assert captions_of(tmp_path) == expected
+    assert verify(open_table(str(tmp_path / "out"))).proven
+    assert run(tmp_path, extend=True) == 0
+    assert len(open_table(str(tmp_path / "out")).plans()) == 3  # nothing is left to do
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet", "saved", "folder"])
+def test_what_changed_after_it_was_captioned_is_told_and_captioned_again_by_extend(
+    tmp_path, expected, kind, capsys
+) -> None:
+    write(tmp_path / "images", list(range(COUNT)), kind)
+    assert run(tmp_path) == 0
+    assert status(str(tmp_path / "out")) == 0
+    assert "have changed" not in capsys.readouterr().out
+    write(tmp_path / "images", other_order(kind), kind, names=list(range(COUNT)))
+
+    assert run(tmp_path) == 0
+    assert f"{COUNT} images have changed" in capsys.readouterr().err
+    assert status(str(tmp_path / "out")) == 0
+    assert "caption those that changed again with --extend" in capsys.readouterr().out
+
+    assert run(tmp_path, extend=True) == 0
+    order = other_order(kind)
+    assert captions_of(tmp_path) == {f"{name:03d}": expected[f"{number:03d}"] for name, number in enumerate(order)}
+    capsys.readouterr()
+    assert run(tmp_path) == 0
+    assert "have changed" not in capsys.readouterr().err
+
+
+def test_a_file_of_an_older_time_and_another_size_has_changed_and_one_of_the_future_has_not(tmp_path, capsys) -> None:
+    write(tmp_path / "images", list(range(COUNT)), "folder")
+    assert run(tmp_path) == 0
+    old, future = tmp_path / "images/003.bmp", tmp_path / "images/004.bmp"
+    old.write_bytes(image(3) + b"more")
+    os.utime(old, (1, 1))
+    os.utime(future, (5e9, 5e9))
+    for name in range(5, 10):  # copied, say: other times, the same bytes
+        (tmp_path / f"images/{name:03d}.bmp").touch()
+
+    assert run(tmp_path) == 0
+
+    assert "1 images have changed since they were planned or captioned, e.g. '003.bmp'" in capsys.readouterr().err
+
+
+def test_a_plan_of_an_earlier_version_still_compares_tar_members(tmp_path, expected) -> None:
+    write(tmp_path / "images", list(range(COUNT)), "tar")
+    assert run(tmp_path, plan_only=True) == 0
+    for part in (tmp_path / "out/plan").rglob("part-*.parquet"):
+        rows = pq.read_table(part)
+        pq.write_table(rows.drop_columns("stamp"), part, row_group_size=16)
+    write(tmp_path / "images", other_order("tar"), "tar")
+
+    with pytest.raises(Exception, match="failed"):
+        run(tmp_path, max_failed=0)
+
+    same = {f"{number:03d}" for place, number in enumerate(other_order("tar")) if place == number}
+    assert {name for name, row in rows_of(tmp_path).items() if row["status"] == "ok"} == same
+    assert run(tmp_path, retry_failed=True) == 0
+    assert captions_of(tmp_path) == expected
+
+
+def test_the_plan_hardly_grows(tmp_path) -> None:
+    write(tmp_path / "images", list(range(COUNT)), "tar")
+    assert run(tmp_path, plan_only=True) == 0
+    (part,) = (tmp_path / "out/plan").rglob("part-*.parquet")
+    rows = pa.concat_tables([pq.read_table(part)] * 2_000)
+    for name in ("with", "without"):
+        table = rows if name == "with" else rows.drop_columns("stamp")
+        pq.write_table(table, tmp_path / name, row_group_size=512, compression="zstd")
+
+    assert (tmp_path / "with").stat().st_size - (tmp_path / "without").stat().st_size < rows.num_rows
