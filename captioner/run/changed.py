@@ -27,7 +27,7 @@ from captioner.store.table import CaptionsTable
 COMPARE_UP_TO = 1_000_000
 # A file that is newer than its caption is read and compared; so many at most where that is only for a note.
 COMPARE_FILES_UP_TO = 1_000
-_COLUMNS = ["image_id", "status", "error_code", "num_bytes", "created_at", "sha256"]
+_COLUMNS = ["image_id", "status", "error_code", "num_bytes", "created_at", "sha256", "chunk_id"]
 
 
 @dataclass
@@ -60,8 +60,10 @@ def find_changed(table: CaptionsTable, source: Source, compare_up_to: int | None
     request for each file, for a tar or a table and all its images, for a folder of a store.
     """
     changed, files = Changed(), _Files(source, compare_up_to)
-    parts = [part for plan in table.plans() if plan.adds_parts for part in sorted(plan.parts)]
-    for part, rows in zip(parts, read_parts(table, _COLUMNS), strict=True):
+    for rows in read_parts(table, _COLUMNS, on_damage=lambda error: None):  # a run captions those again anyway
+        if not len(rows):
+            continue
+        part = int(rows["chunk_id"][0].as_py().split("-")[1])
         planned = current_plan_rows(table, part)
         if len(planned) != len(rows):  # not all of its chunks are committed
             planned = planned.take(pc.index_in(rows["image_id"], planned["image_id"].combine_chunks()))
