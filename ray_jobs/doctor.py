@@ -1,6 +1,6 @@
-"""`captioner doctor`: what would keep a run from working on this cluster, found before the run.
+"""`captioner doctor`: check a cluster before a run.
 
-Every check is one line, `ok` or `FAIL` with what to do. Checks that need a node run on every node.
+Every check prints one line, `ok`, `note` or `FAIL` with what to do. Checks of nodes run on every node.
 """
 
 from __future__ import annotations
@@ -30,39 +30,39 @@ TIMEOUT_S = 300.0
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One check. `fine`: None where it is a remark and no verdict."""
+    """The result of one check. `passed`: None for a note, which is neither a success nor a failure."""
 
     name: str
-    fine: bool | None
-    said: str
+    passed: bool | None
+    message: str
 
     def __str__(self) -> str:
-        return f"{'note' if self.fine is None else 'ok' if self.fine else 'FAIL':<5}{self.name:<12}{self.said}"
+        return f"{'note' if self.passed is None else 'ok' if self.passed else 'FAIL':<5}{self.name:<12}{self.message}"
 
 
 def run(config: CaptionConfig, out: str | None) -> int:
-    """Print the findings; exit 1 where one of them is a failure. Raises ClusterError where Ray cannot be reached."""
+    """Print the findings; return exit code 1 where a check failed. Raises ClusterError where Ray cannot be reached."""
     failed = 0
     for finding in findings(config, out):
         print(printable(str(finding)), flush=True)
-        failed += finding.fine is False
-    print(f"{failed} of the checks failed" if failed else "everything a run needs is there")
+        failed += finding.passed is False
+    print(f"{failed} of the checks failed" if failed else "all checks passed")
     return ERROR if failed else OK
 
 
 def findings(config: CaptionConfig, out: str | None) -> Iterator[Finding]:
-    """Runs the checks one after the other."""
+    """Run the checks one after the other."""
     resources = connect(config.cluster)
     yield Finding(
         "cluster", True, f"{resources.num_nodes} nodes, {resources.num_cpus:g} CPUs, {resources.num_gpus:g} GPUs"
     )
     yield _token()
-    here = node_facts()
-    for node, there, seconds in _on_every_node(node_facts):
-        address, ahead = node["NodeManagerAddress"], there["time"] - (time.time() - seconds / 2)
-        yield _versions(address, here["versions"], there["versions"])
-        yield from _limits(address, there)
-        yield _memory(address, node["Resources"], there["shared_memory"])
+    driver = node_facts()
+    for node, facts, seconds in _on_every_node(node_facts):
+        address, ahead = node["NodeManagerAddress"], facts["time"] - (time.time() - seconds / 2)
+        yield _versions(address, driver["versions"], facts["versions"])
+        yield from _limits(address, facts)
+        yield _memory(address, node["Resources"], facts["shared_memory"])
         yield _clock(address, ahead, seconds)
         if node["Resources"].get("GPU") and config.model.device != "cpu":
             yield _on_a_worker("gpu", _see_gpu, config.model.device, num_gpus=1, node=node)
@@ -78,41 +78,43 @@ def findings(config: CaptionConfig, out: str | None) -> Iterator[Finding]:
 def _token() -> Finding:
     if os.environ.get("RAY_AUTH_MODE") == "token":
         return Finding("access", True, "token authentication is on")
-    return Finding("access", None, "token authentication is not asked for: set RAY_AUTH_MODE=token on every node")
+    return Finding("access", None, "token authentication is off: set RAY_AUTH_MODE=token on every node")
 
 
-def _versions(address: str, here: dict[str, str], there: dict[str, str]) -> Finding:
-    differing = [f"{name} {there[name]} (driver {here[name]})" for name in here if there[name] != here[name]]
+def _versions(address: str, driver: dict[str, str], node: dict[str, str]) -> Finding:
+    differing = [f"{name} {node[name]} (driver {driver[name]})" for name in driver if node[name] != driver[name]]
     if differing:
         return Finding("versions", False, f"node {address}: {', '.join(differing)}; use one image for every node")
-    return Finding("versions", True, f"node {address}: " + ", ".join(f"{name} {there[name]}" for name in here))
+    return Finding("versions", True, f"node {address}: " + ", ".join(f"{name} {node[name]}" for name in driver))
 
 
-def _limits(address: str, there: dict[str, Any]) -> Iterator[Finding]:
-    files, free = there["open_files"], there["free_disk"]
+def _limits(address: str, facts: dict[str, Any]) -> Iterator[Finding]:
+    files, free = facts["open_files"], facts["free_disk"]
     if 0 <= files < MIN_OPEN_FILES:
         yield Finding("limits", None, f"node {address}: only {files:,} open files; ulimit -n 65536 before ray start")
     else:
         yield Finding("limits", True, f"node {address}: {'unlimited' if files < 0 else format(files, ',')} open files")
     if free < MIN_FREE_DISK:
         yield Finding("disk", None, f"node {address}: {_gigabytes(free)} free in /tmp, where Ray spills and logs")
-    if there["torchvision"]:
+    if facts["torchvision"]:
         yield Finding(
-            "torchvision", False, f"node {address}: {there['torchvision']}; uninstall it, or install its pair"
+            "torchvision", False, f"node {address}: {facts['torchvision']}; uninstall it, or install its pair"
         )
 
 
 def _memory(address: str, resources: dict[str, float], shared: int | None) -> Finding:
     """Blocks between the stages lie in the object store, which lies in /dev/shm (`shared`): Docker gives 64 MB."""
     store = resources.get("object_store_memory", 0.0)
-    told = f"node {address}: memory {_gigabytes(resources.get('memory', 0.0))}, object store {_gigabytes(store)}"
+    memory = f"node {address}: memory {_gigabytes(resources.get('memory', 0.0))}, object store {_gigabytes(store)}"
     if store < MIN_OBJECT_STORE:
-        return Finding("memory", None, f"{told}: little; --object-store-memory of ray start")
+        return Finding("memory", None, f"{memory}: little; raise --object-store-memory of ray start")
     if shared is not None and shared < store:
         return Finding(
-            "memory", None, f"{told}, but /dev/shm {_gigabytes(shared)}: Ray uses the disk; --shm-size of docker run"
+            "memory",
+            None,
+            f"{memory}, but /dev/shm {_gigabytes(shared)}: Ray uses the disk; raise --shm-size of docker run",
         )
-    return Finding("memory", True, told if shared is None else f"{told}, /dev/shm {_gigabytes(shared)}")
+    return Finding("memory", True, memory if shared is None else f"{memory}, /dev/shm {_gigabytes(shared)}")
 
 
 def _clock(address: str, ahead: float, uncertain: float) -> Finding:
@@ -159,7 +161,7 @@ def _see_gpu(name: str) -> str:
 
 
 def _caption_one(model: ModelConfig) -> str:
-    """Load the model and caption one grey image."""
+    """Load the model and caption one grey image; return the times."""
     import numpy as np
 
     from captioner.models import load, resolve, resolve_dtype
@@ -176,7 +178,7 @@ def _caption_one(model: ModelConfig) -> str:
 
 
 def _writable(out: str, num_nodes: int) -> Iterator[Finding]:
-    """Each writes a file of its own into OUT; on a shared OUT the driver reads what each node wrote."""
+    """Write a file into OUT from every node, and check that every node sees the file of the driver."""
     mark = f".doctor-{uuid.uuid4().hex[:8]}"
     try:
         _write(out, mark)
@@ -184,24 +186,24 @@ def _writable(out: str, num_nodes: int) -> Iterator[Finding]:
         yield Finding("out", False, f"driver: {_last_line(error)}")
         return
     try:
-        for node, said, _ in _on_every_node(_write_and_look, out, mark):
-            yield Finding("out", not said, f"node {node['NodeManagerAddress']}: {said or f'writes into {out}'}")
+        for node, problem, _ in _on_every_node(_check_out, out, mark):
+            yield Finding("out", not problem, f"node {node['NodeManagerAddress']}: {problem or f'writes into {out}'}")
     finally:
         _delete(out, mark)
     if num_nodes > 1 and not is_uri(out):
         yield Finding("out", None, f"{out} is a local path: it must be one shared file system (NFS) on every node")
 
 
-def _write_and_look(out: str, mark: str) -> str:
-    """Why OUT cannot be used from here; "" where it can."""
+def _check_out(out: str, mark: str) -> str:
+    """Return why this node cannot use OUT; "" where it can. `mark`: the name of the driver's file there."""
     from captioner.store.directory import Directory
 
-    own = f"{mark}-{uuid.uuid4().hex[:8]}"
+    name = f"{mark}-{uuid.uuid4().hex[:8]}"
     try:
         if not Directory(out).exists(mark):
-            return f"{out} is not shared: the driver's file is not there; give s3://, gs:// or NFS"
-        _write(out, own)
-        _delete(out, own)
+            return f"{out} is not shared: the driver's file is missing; give s3://, gs:// or NFS"
+        _write(out, name)
+        _delete(out, name)
     except Exception as error:  # whatever a store raises
         return _last_line(error)
     return ""
@@ -235,7 +237,7 @@ def _on_every_node(function: Callable[..., Any], *arguments: Any) -> Iterator[tu
 def _on_a_worker(
     name: str, function: Callable[..., str], *arguments: Any, num_gpus: float, node: dict[str, Any] | None = None
 ) -> Finding:
-    """On `node`, or wherever Ray puts it."""
+    """Call a function in a task on `node`, by default on any; its result is the message."""
     import ray
 
     options: dict[str, Any] = {"num_cpus": 0 if num_gpus else 1, "num_gpus": num_gpus, "max_retries": 0}

@@ -1,7 +1,7 @@
-"""`captioner estimate`: what captioning an archive would take here, from a sample captioned on the cluster itself.
+"""`captioner estimate`: predict time, cost and size of a run from a sample captioned on the cluster.
 
-The source is listed to its end and a seeded sample of it is read, decoded and captioned by workers of the number and
-size that `captioner caption` would use, all at work at once (`ray_jobs.sampling`). Nothing is written.
+The source is listed to its end. A seeded sample of it is read, decoded and captioned by workers of the number and size
+that `captioner caption` would use, all at the same time (`ray_jobs.sampling`). Nothing is written.
 """
 
 from __future__ import annotations
@@ -31,9 +31,12 @@ LOW, HIGH = 0.05, 0.95  # a 90 % interval
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """`rate`: images a second, with the bounds of a 90 % interval. Sizes in bytes, of the whole archive."""
+    """What is predicted for the whole source.
 
-    num_pictures: int
+    `rate`: images a second; `low`, `high`: the bounds of its 90 % interval. Sizes are in bytes.
+    """
+
+    num_images: int
     rate: float
     low: float
     high: float
@@ -44,7 +47,7 @@ class Prediction:
 
 
 def run(config: CaptionConfig, sample: int, seed: int, price_per_gpu_hour: float | None) -> int:
-    """Print the prediction. Raises CaptionerError."""
+    """Print the prediction; return the exit code. Raises CaptionerError."""
     if not config.source.path or not config.model.name:
         raise UsageError("estimate needs SOURCE and --model")
     source = open_source(config.source)
@@ -65,30 +68,33 @@ def run(config: CaptionConfig, sample: int, seed: int, price_per_gpu_hour: float
 
 
 def draw_sample(source: Source, limit: int | None, size: int, seed: int) -> tuple[int, pa.Table]:
-    """(images in the source, a uniform sample of their planned rows): each row draws a number, the lowest stay."""
+    """Return the number of images in the source and a uniform sample of their planned rows.
+
+    Each row gets a random key; the rows with the lowest keys are the sample.
+    """
     random = np.random.default_rng(seed)
-    total, kept, keys = 0, None, np.empty(0)
+    total, sample, keys = 0, None, np.empty(0)
     for _, listing in list_units(source, list(source.units())):
         rows = listing.rows if limit is None else listing.rows.slice(0, limit - total)
         total += rows.num_rows
         keys = np.concatenate([keys, random.random(rows.num_rows)])
-        kept = rows if kept is None else pa.concat_tables([kept, rows])
+        sample = rows if sample is None else pa.concat_tables([sample, rows])
         lowest = np.sort(np.argsort(keys)[:size])
-        keys, kept = keys[lowest], kept.take(lowest)
-    return total, kept
+        keys, sample = keys[lowest], sample.take(lowest)
+    return total, sample
 
 
 def predict(pieces: Sequence[Piece], total: int, num_workers: int, decoders: int, seed: int = 0) -> Prediction:
-    """Predict the rate of a whole run: that at which pieces came out of the full pipeline.
+    """Predict a whole run from the rate at which the full pipeline finished pieces.
 
-    Its interval comes from drawing the pieces again and again; it reaches up to what the slower stage could do, since a
-    run hands on larger pieces less often.
+    The interval of the rate is a bootstrap over the pieces. Its upper bound is at least the capacity of the slower
+    stage, since a run has larger pieces and so less overhead.
     """
     table = np.array([[p.num_rows, p.prepare, p.generate, p.source_bytes, p.output_bytes, p.num_ok] for p in pieces])
     gaps = np.array([[p.num_rows, p.gap] for p in pieces if p.gap > 0])
     random = np.random.default_rng(seed)
 
-    def draws(rows: Any) -> Any:
+    def resampled_sums(rows: Any) -> Any:
         return rows[random.integers(len(rows), size=(RESAMPLES, len(rows)))].sum(axis=1)
 
     def capacities(sums: Any) -> tuple[Any, Any]:
@@ -97,11 +103,11 @@ def predict(pieces: Sequence[Piece], total: int, num_workers: int, decoders: int
 
     sums = table.sum(axis=0)
     decoding, captioning = capacities(sums)
-    capacity, capacity_draws = min(decoding, captioning), np.minimum(*capacities(draws(table)))
+    capacity, capacity_draws = min(decoding, captioning), np.minimum(*capacities(resampled_sums(table)))
     rate, rate_draws = capacity, capacity_draws
     if len(gaps) > 1:
-        rate, came_out = gaps[:, 0].sum() / gaps[:, 1].sum(), draws(gaps)
-        rate_draws = came_out[:, 0] / came_out[:, 1]
+        rate, gap_draws = gaps[:, 0].sum() / gaps[:, 1].sum(), resampled_sums(gaps)
+        rate_draws = gap_draws[:, 0] / gap_draws[:, 1]
     high = max(np.quantile(rate_draws, HIGH), np.quantile(capacity_draws, HIGH))
     return Prediction(
         total,
@@ -115,25 +121,27 @@ def predict(pieces: Sequence[Piece], total: int, num_workers: int, decoders: int
     )
 
 
-def lines(found: Prediction, sizes: Sizes, price_per_gpu_hour: float | None) -> list[str]:
-    """The prediction for a person; what has an interval has it in brackets."""
-    seconds = [found.num_pictures / rate for rate in (found.rate, found.high, found.low)]
-    middle, least, most = (_span(one) for one in seconds)
-    told = [
-        f"images        {found.num_pictures:,}, {_size(found.source_bytes)}",
-        f"images/s        {found.rate:,.1f} ({found.low:,.1f} to {found.high:,.1f}), bound by {found.bound_by}",
-        f"time            {middle} ({least} to {most})",
-        f"captioned       {found.share_ok:.1%} of the sample",
-        f"output          {_size(found.output_bytes)}",
+def lines(prediction: Prediction, sizes: Sizes, price_per_gpu_hour: float | None) -> list[str]:
+    """Return the prediction as lines to print, with intervals in brackets."""
+    rates = (prediction.rate, prediction.high, prediction.low)
+    seconds = [prediction.num_images / rate for rate in rates]
+    expected, shortest, longest = map(_span, seconds)
+    interval = f"({prediction.low:,.1f} to {prediction.high:,.1f})"
+    shown = [
+        f"images          {prediction.num_images:,}, {_size(prediction.source_bytes)}",
+        f"images/s        {prediction.rate:,.1f} {interval}, bound by {prediction.bound_by}",
+        f"time            {expected} ({shortest} to {longest})",
+        f"captioned       {prediction.share_ok:.1%} of the sample",
+        f"output          {_size(prediction.output_bytes)}",
     ]
     gpus = sizes.num_workers * sizes.gpus_per_worker
     if gpus:
-        hours = [gpus * one / 3600 for one in seconds]
-        told.append(f"GPU time        {hours[0]:,.2f} GPU h ({hours[1]:,.2f} to {hours[2]:,.2f}) on {gpus:g} GPUs")
+        hours = [gpus * duration / 3600 for duration in seconds]
+        shown.append(f"GPU time        {hours[0]:,.2f} GPU h ({hours[1]:,.2f} to {hours[2]:,.2f}) on {gpus:g} GPUs")
         if price_per_gpu_hour is not None:
-            cost, cheapest, dearest = (price_per_gpu_hour * one for one in hours)
-            told.append(f"cost            {cost:,.2f} ({cheapest:,.2f} to {dearest:,.2f})")
-    return [*told, "in brackets: 90 % interval of what was measured now; start-up, faults and other load are not in it"]
+            cost, lowest, highest = (price_per_gpu_hour * gpu_hours for gpu_hours in hours)
+            shown.append(f"cost            {cost:,.2f} ({lowest:,.2f} to {highest:,.2f})")
+    return [*shown, "in brackets: 90 % interval of this measurement; without start-up, faults and other load"]
 
 
 def _span(seconds: float) -> str:

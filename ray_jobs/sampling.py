@@ -1,4 +1,4 @@
-"""Caption a sample as a run would: decoders and caption workers of its sizes at work at the same time.
+"""Caption a sample with decoders and caption workers of the sizes of a run, all at the same time.
 
 On CPUs the two stages take time from each other, so that one measured without the other looks too fast. Decoders run
 ahead of the captioners by a few pieces, as in a run. Nothing is written.
@@ -28,17 +28,17 @@ from ray_jobs.failures import cause_of
 from ray_jobs.gpus import worker_device
 
 BATCH = {"cpu": 16, "gpu": 128}  # images of a piece: those of a forward pass
-MIN_PIECES, PIECES_PER_WORKER = 16, 4  # a smaller sample is captioned again and again
-AHEAD = 2  # decoded pieces that wait, for each caption worker
+MIN_PIECES, PIECES_PER_WORKER = 16, 4  # a smaller sample is captioned several times
+MAX_WAITING = 2  # decoded pieces that may wait for each caption worker
 TIMEOUT_S = 900.0
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What was measured on some of the sampled images.
+    """The measurements of one piece, a part of the sampled images.
 
-    `prepare`: seconds between two pieces of one decode worker. `generate`: seconds of a caption worker. `gap`: seconds
-    since the piece before came out of the full pipeline; 0 while it fills.
+    `prepare`: seconds of a decode worker. `generate`: seconds of a caption worker. `gap`: seconds since the full
+    pipeline finished the previous piece; 0 while it fills.
     """
 
     num_rows: int
@@ -74,9 +74,9 @@ class Preparer:
             raws = read_images(self._source, rows)
         batch = decode_images(raws, self._spec, self._settings.source.max_pixels, self._decoder)
         seconds = time.perf_counter() - started
-        fine = [place for place, code in enumerate(batch.rows["error_code"].to_pylist()) if not code]
+        decoded = [index for index, code in enumerate(batch.rows["error_code"].to_pylist()) if not code]
         size = sum(len(raw.data) for raw in raws if raw.data)
-        return Prepared(Piece(len(raws), len(fine), seconds, 0.0, size, 0), batch.rows, batch.pixels[fine])
+        return Prepared(Piece(len(raws), len(decoded), seconds, 0.0, size, 0), batch.rows, batch.pixels[decoded])
 
 
 class Sampler:
@@ -90,13 +90,16 @@ class Sampler:
         results = caption_or_reasons(self._captioner, prepared.pixels)
         seconds = time.perf_counter() - started
         texts = [result.text for result in results if isinstance(result, Caption)]
-        written = prepared.rows.append_column("caption", [texts + [""] * (prepared.rows.num_rows - len(texts))])
-        size = _parquet_bytes(written) - _parquet_bytes(written.slice(0, 0))
+        rows = prepared.rows.append_column("caption", [texts + [""] * (prepared.rows.num_rows - len(texts))])
+        size = _parquet_bytes(rows) - _parquet_bytes(rows.slice(0, 0))
         return replace(prepared.piece, num_ok=len(texts), generate=seconds, output_bytes=size)
 
 
 def measure(source: Source, rows: pa.Table, model: ModelRef, sizes: Sizes, config: CaptionConfig) -> list[Piece]:
-    """The pieces of the sample in the order they came out, after each worker has done one. Raises ClusterError."""
+    """Return the pieces of the sample in the order they were finished, after each worker has done one to warm up.
+
+    Raises ClusterError.
+    """
     import ray
 
     pieces = cut(rows, sizes, config.model.batch_size)
@@ -106,30 +109,30 @@ def measure(source: Source, rows: pa.Table, model: ModelRef, sizes: Sizes, confi
     decoders = [prepare.remote(source, model, config) for _ in range(min(sizes.decode_cpus, len(pieces)))]
     workers = [caption.remote(*settings) for _ in range(sizes.num_workers)]
     try:
-        warm = [one.prepare.remote(pieces[0]) for one in decoders]
-        warm += [one.measure.remote(warm[0]) for one in workers]
-        ray.get(warm, timeout=TIMEOUT_S)
+        first_calls = [decoder.prepare.remote(pieces[0]) for decoder in decoders]
+        first_calls += [worker.measure.remote(first_calls[0]) for worker in workers]
+        ray.get(first_calls, timeout=TIMEOUT_S)
         return list(_pipeline(decoders, workers, pieces))
     except ray.exceptions.RayError as error:
         raise cause_of(error, "nothing was written") from error
     finally:
-        for one in (*decoders, *workers):
-            ray.kill(one)
+        for actor in (*decoders, *workers):
+            ray.kill(actor)
 
 
 def cut(rows: pa.Table, sizes: Sizes, batch_size: AutoInt) -> list[pa.Table]:
-    """The whole sample in pieces of about a batch each, as many times over as it takes to give every worker some."""
+    """Return the sample in pieces of about one batch, repeated until there are enough pieces for every worker."""
     batch = BATCH["gpu" if sizes.gpus_per_worker else "cpu"] if batch_size == "auto" else batch_size
     count: int = min(rows.num_rows, max(2, -(-rows.num_rows // batch)))
-    edges = [rows.num_rows * place // count for place in range(count + 1)]
-    pieces = [rows.slice(first, end - first) for first, end in itertools.pairwise(edges)]
+    edges = [rows.num_rows * index // count for index in range(count + 1)]
+    pieces = [rows.slice(start, end - start) for start, end in itertools.pairwise(edges)]
     return pieces * -(-max(MIN_PIECES, PIECES_PER_WORKER * sizes.num_workers) // count)
 
 
 def _pipeline(decoders: list[Any], workers: list[Any], pieces: list[pa.Table]) -> Iterator[Piece]:
-    """Yield as many pieces as there are.
+    """Yield a measured piece for each of `pieces`.
 
-    Decoding goes on to the end, over and over, so that no stage is ever alone; decoders stop only while AHEAD pieces
+    Decoders repeat the pieces to the end, so that no stage ever runs alone; they stop only while MAX_WAITING pieces
     wait for each worker.
     """
     import ray
@@ -137,26 +140,26 @@ def _pipeline(decoders: list[Any], workers: list[Any], pieces: list[pa.Table]) -
     waiting, prepared = itertools.cycle(pieces), deque[Any]()
     free = {"decode": list(decoders), "caption": list(workers)}
     running: dict[Any, tuple[str, Any]] = {}
-    done, last = 0, 0.0
-    while done < len(pieces):
-        while free["decode"] and len(prepared) < AHEAD * len(workers):
-            one = free["decode"].pop()
-            running[one.prepare.remote(next(waiting))] = ("decode", one)
+    num_finished, last_finish = 0, 0.0
+    while num_finished < len(pieces):
+        while free["decode"] and len(prepared) < MAX_WAITING * len(workers):
+            actor = free["decode"].pop()
+            running[actor.prepare.remote(next(waiting))] = ("decode", actor)
         while prepared and free["caption"]:
-            one = free["caption"].pop()
-            running[one.measure.remote(prepared.popleft())] = ("caption", one)
-        ended, _ = ray.wait(list(running), num_returns=1, timeout=TIMEOUT_S)
-        if not ended:
+            actor = free["caption"].pop()
+            running[actor.measure.remote(prepared.popleft())] = ("caption", actor)
+        finished, _ = ray.wait(list(running), num_returns=1, timeout=TIMEOUT_S)
+        if not finished:
             raise ClusterError(f"the sample could not be captioned: nothing ended within {TIMEOUT_S:g} s")
-        stage, one = running.pop(ended[0])
-        free[stage].append(one)
+        stage, actor = running.pop(finished[0])
+        free[stage].append(actor)
         if stage == "decode":
-            prepared.append(ended[0])
+            prepared.append(finished[0])
             continue
-        piece: Piece = ray.get(ended[0])
-        now, done = time.perf_counter(), done + 1
-        yield replace(piece, gap=now - last if done > len(workers) else 0.0)
-        last = now
+        piece: Piece = ray.get(finished[0])
+        now, num_finished = time.perf_counter(), num_finished + 1
+        yield replace(piece, gap=now - last_finish if num_finished > len(workers) else 0.0)
+        last_finish = now
 
 
 def _parquet_bytes(table: pa.Table) -> int:

@@ -1,4 +1,4 @@
-"""What the doctor makes of what a node says of itself."""
+"""The doctor's findings from the facts of a node."""
 
 from __future__ import annotations
 
@@ -14,41 +14,41 @@ STORE = {"object_store_memory": 6e9, "memory": 14e9}
 FINE = {"open_files": 65_536, "free_disk": 50e9, "torchvision": ""}
 
 
-def test_a_node_tells_what_is_asked_of_it() -> None:
-    found = node_facts()
+def test_the_facts_of_a_node_are_complete() -> None:
+    facts = node_facts()
 
-    assert found["versions"]["python"] == f"{sys.version_info[0]}.{sys.version_info[1]}"
-    assert found["versions"]["captioner code"] == code_digest()
-    assert "missing" not in found["versions"].values()
-    assert found["free_disk"] > 0
-    assert doctor._versions("n", found["versions"], found["versions"]).fine
+    assert facts["versions"]["python"] == f"{sys.version_info[0]}.{sys.version_info[1]}"
+    assert facts["versions"]["captioner code"] == code_digest()
+    assert "missing" not in facts["versions"].values()
+    assert facts["free_disk"] > 0
+    assert doctor._versions("n", facts["versions"], facts["versions"]).passed
 
 
 def test_another_version_on_a_node_is_a_failure_that_names_both() -> None:
     here = {"python": "3.11", "ray": "2.60.0"}
 
-    found = doctor._versions("10.0.0.2", here, here | {"ray": "2.55.0"})
+    finding = doctor._versions("10.0.0.2", here, here | {"ray": "2.55.0"})
 
-    assert found.fine is False
-    assert "node 10.0.0.2: ray 2.55.0 (driver 2.60.0)" in found.said
+    assert finding.passed is False
+    assert "node 10.0.0.2: ray 2.55.0 (driver 2.60.0)" in finding.message
 
 
 @pytest.mark.parametrize(
-    ("resources", "shared", "fine", "said"),
+    ("resources", "shared", "passed", "message"),
     [
         (STORE, 25_000_000_000, True, "object store 6.0 GB, /dev/shm 25.0 GB"),
         (STORE, None, True, "object store 6.0 GB"),
-        (STORE, 64_000_000, None, "/dev/shm 0.1 GB: Ray uses the disk; --shm-size"),
+        (STORE, 64_000_000, None, "/dev/shm 0.1 GB: Ray uses the disk; raise --shm-size"),
         ({}, 25_000_000_000, None, "--object-store-memory"),
     ],
 )
 def test_little_shared_memory_is_a_remark(
-    resources: dict[str, float], shared: int | None, fine: bool | None, said: str
+    resources: dict[str, float], shared: int | None, passed: bool | None, message: str
 ) -> None:
-    found = doctor._memory("n", resources, shared)
+    finding = doctor._memory("n", resources, shared)
 
-    assert found.fine is fine
-    assert said in found.said
+    assert finding.passed is passed
+    assert message in finding.message
 
 
 @pytest.mark.parametrize(
@@ -62,17 +62,17 @@ def test_little_shared_memory_is_a_remark(
     ],
 )
 def test_limits_of_a_node(changed: dict, expected: list[tuple[str, bool | None]]) -> None:
-    assert [(one.name, one.fine) for one in doctor._limits("n", FINE | changed)] == expected
+    assert [(finding.name, finding.passed) for finding in doctor._limits("n", FINE | changed)] == expected
 
 
 @pytest.mark.parametrize(
-    ("ahead", "uncertain", "fine"), [(0.1, 0.2, True), (-60, 1, None), (60, 1, None), (8, 9, True)]
+    ("ahead", "uncertain", "passed"), [(0.1, 0.2, True), (-60, 1, None), (60, 1, None), (8, 9, True)]
 )
-def test_a_clock_that_is_surely_off_is_a_remark(ahead: float, uncertain: float, fine: bool | None) -> None:
-    found = doctor._clock("n", ahead, uncertain)
+def test_a_clock_that_is_surely_off_is_a_remark(ahead: float, uncertain: float, passed: bool | None) -> None:
+    finding = doctor._clock("n", ahead, uncertain)
 
-    assert found.fine is fine
-    assert ("behind" in found.said) == (ahead < -10)
+    assert finding.passed is passed
+    assert ("behind" in finding.message) == (ahead < -10)
 
 
 def test_a_torchvision_that_does_not_import_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,23 +35,23 @@ def test_without_gaps_the_rate_is_that_of_the_slower_stage() -> None:
     assert (slow_model.source_bytes, slow_model.output_bytes) == (100_000, 10_000)
 
 
-def test_what_came_out_of_the_pipeline_counts_and_the_interval_reaches_to_what_the_stages_could_do() -> None:
-    found = predict([piece(1.0, 2.0), *[piece(1.0, 2.0, gap=4.0)] * 9], 1_000, num_workers=1, decoders=1)
+def test_the_rate_is_that_of_the_pipeline_and_its_interval_reaches_up_to_the_capacity_of_the_stages() -> None:
+    prediction = predict([piece(1.0, 2.0), *[piece(1.0, 2.0, gap=4.0)] * 9], 1_000, num_workers=1, decoders=1)
 
-    assert (found.rate, found.low, found.high) == (4.0, 4.0, 8.0)
+    assert (prediction.rate, prediction.low, prediction.high) == (4.0, 4.0, 8.0)
 
 
-def test_time_and_cost_are_told_with_their_intervals() -> None:
-    found = Prediction(1_000_000, 100.0, 80.0, 125.0, "the model", 2e11, 3.4e8, 0.999)
-    told = "\n".join(lines(found, Sizes(4, 1.0, 1.0, 1, 8, 1), price_per_gpu_hour=1.5))
+def test_time_and_cost_are_shown_with_their_intervals() -> None:
+    prediction = Prediction(1_000_000, 100.0, 80.0, 125.0, "the model", 2e11, 3.4e8, 0.999)
+    shown = "\n".join(lines(prediction, Sizes(4, 1.0, 1.0, 1, 8, 1), price_per_gpu_hour=1.5))
 
-    assert "1,000,000, 200.0 GB" in told
-    assert "100.0 (80.0 to 125.0), bound by the model" in told
-    assert "2.8 h (2.2 h to 3.5 h)" in told
-    assert "11.11 GPU h (8.89 to 13.89) on 4 GPUs" in told
-    assert "16.67 (13.33 to 20.83)" in told
-    assert "340.0 MB" in told
-    assert "GPU" not in "\n".join(lines(found, Sizes(4, 1.0, 0.0, 1, 8, 1), price_per_gpu_hour=1.5))
+    assert "1,000,000, 200.0 GB" in shown
+    assert "100.0 (80.0 to 125.0), bound by the model" in shown
+    assert "2.8 h (2.2 h to 3.5 h)" in shown
+    assert "11.11 GPU h (8.89 to 13.89) on 4 GPUs" in shown
+    assert "16.67 (13.33 to 20.83)" in shown
+    assert "340.0 MB" in shown
+    assert "GPU" not in "\n".join(lines(prediction, Sizes(4, 1.0, 0.0, 1, 8, 1), price_per_gpu_hour=1.5))
 
 
 def test_a_sampled_image_with_a_header_of_any_size_is_not_ok_and_costs_no_other(tmp_path: Path) -> None:
@@ -71,10 +71,10 @@ SECONDS = st.floats(0.1, 10)
 
 @given(st.lists(st.tuples(SECONDS, SECONDS, SECONDS), min_size=2, max_size=20), st.integers(1, 8))
 def test_the_rate_lies_in_its_interval(seconds: list[tuple[float, float, float]], workers: int) -> None:
-    found = predict([piece(*one) for one in seconds], 1_000, workers, 1)
+    prediction = predict([piece(*triple) for triple in seconds], 1_000, workers, 1)
     slowest = min(16 / gap for _, _, gap in seconds)
 
-    assert slowest * 0.999 <= found.low <= found.rate <= found.high
+    assert slowest * 0.999 <= prediction.low <= prediction.rate <= prediction.high
 
 
 def pipeline(random: np.random.Generator, pieces: int, workers: int, decoders: int) -> list[Piece]:
@@ -83,11 +83,11 @@ def pipeline(random: np.random.Generator, pieces: int, workers: int, decoders: i
     ended = []
     for _ in range(pieces):
         prepare, generate = 0.5 * random.gamma(9, 1 / 9), 1.0 * random.gamma(9, 1 / 9)
-        one, other = int(np.argmin(decoder)), int(np.argmin(worker))
-        decoder[one] += prepare
-        start = max(decoder[one], worker[other])
-        worker[other] = start + generate
-        ended.append((worker[other], prepare, generate))
+        first_decoder, first_worker = int(np.argmin(decoder)), int(np.argmin(worker))
+        decoder[first_decoder] += prepare
+        start = max(decoder[first_decoder], worker[first_worker])
+        worker[first_worker] = start + generate
+        ended.append((worker[first_worker], prepare, generate))
     ended.sort()
     gaps = [0.0] * workers + [ended[k][0] - ended[k - 1][0] for k in range(workers, pieces)]
     return [piece(prepare, generate, gap) for (_, prepare, generate), gap in zip(ended, gaps, strict=True)]
@@ -97,13 +97,13 @@ def pipeline(random: np.random.Generator, pieces: int, workers: int, decoders: i
 def test_the_true_rate_of_a_pipeline_lies_in_the_interval_nine_times_of_ten(workers: int, decoders: int) -> None:
     random = np.random.default_rng(7)
     truth = 16 * min(workers / 1.0, decoders / 0.5)
-    found = [
+    predictions = [
         predict(pipeline(random, 16 + 4 * workers, workers, decoders), 1_000, workers, decoders) for _ in range(100)
     ]
 
-    held = sum(one.low <= truth <= one.high for one in found)
-    assert held >= 80  # of 90 expected
-    assert np.median([one.high / one.low for one in found]) < 2.2
+    num_right = sum(prediction.low <= truth <= prediction.high for prediction in predictions)
+    assert num_right >= 80  # of 90 expected
+    assert np.median([prediction.high / prediction.low for prediction in predictions]) < 2.2
 
 
 def test_the_sample_is_the_same_for_a_seed_and_without_repetition(tmp_path: Path) -> None:
@@ -166,29 +166,29 @@ def test_the_sample_is_captioned_on_the_cluster_and_nothing_is_written(
 
 
 @pytest.mark.usefixtures("ray_instance")
-def test_the_doctor_names_what_is_wrong(tmp_path: Path) -> None:
+def test_the_doctor_names_faults(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no directory")
     config = CaptionConfig.model_validate(
         {"model": {"name": str(tmp_path / "nothing")}, "cluster": {"num_workers": 50}}
     )
 
-    found: list[Finding] = list(findings(config, str(tmp_path / "file")))
+    results: list[Finding] = list(findings(config, str(tmp_path / "file")))
 
-    assert {one.name for one in found if one.fine is False} == {"gpu", "sizes", "model", "out"}
-    assert {one.name for one in found if one.fine} >= {"cluster", "versions"}
-    (model,) = [one for one in found if one.name == "model"]
-    assert str(tmp_path / "nothing") in model.said
-    (gpu,) = [one for one in found if one.name == "gpu"]
-    assert "install torch with CUDA there, or give --device cpu" in gpu.said
+    assert {finding.name for finding in results if finding.passed is False} == {"gpu", "sizes", "model", "out"}
+    assert {finding.name for finding in results if finding.passed} >= {"cluster", "versions"}
+    (model,) = [finding for finding in results if finding.name == "model"]
+    assert str(tmp_path / "nothing") in model.message
+    (gpu,) = [finding for finding in results if finding.name == "gpu"]
+    assert "install torch with CUDA there, or give --device cpu" in gpu.message
 
 
 @pytest.mark.usefixtures("ray_instance")
-def test_the_doctor_captions_on_a_worker_as_the_run_would_have_it() -> None:
+def test_the_doctor_captions_on_a_worker_with_the_settings_of_a_run() -> None:
     settings = {"model": {"name": "fake", "device": "cpu"}, "cluster": {"gpus_per_worker": 0.5}}
 
-    found = {one.name: one for one in findings(CaptionConfig.model_validate(settings), None)}
+    results = {finding.name: finding for finding in findings(CaptionConfig.model_validate(settings), None)}
 
-    assert not [one for one in found.values() if one.fine is False]
-    assert "gpu" not in found
-    assert "4 caption workers with 0.5 GPUs" in found["sizes"].said
-    assert "fake loads in" in found["model"].said
+    assert not [finding for finding in results.values() if finding.passed is False]
+    assert "gpu" not in results
+    assert "4 caption workers with 0.5 GPUs" in results["sizes"].message
+    assert "fake loads in" in results["model"].message
