@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -31,10 +32,12 @@ from captioner.run.dedupe import CaptionMemory, find_copies
 from captioner.scoring.flags import caption_flags
 from captioner.scoring.running_wer import Sample, score_sampled
 from captioner.sources.copies import KNOWN_SHA256
-from captioner.sources.reading import read_images, reads_at_once
+from captioner.sources.reading import read_part, reads_at_once
 from captioner.store.plan import read_planned
 from captioner.store.publish import commit_chunk
 from captioner.store.table import CaptionsTable
+
+ROWS_ELSEWHERE = 16  # rows that are read to find out whether the source is there, where no image of a chunk is
 
 
 @dataclass(frozen=True)
@@ -94,8 +97,16 @@ def read(work: Work, chunk: Chunk) -> ReadChunk:
         planned = read_planned(work.table, chunk)
         # A run that captions every copy must read every copy: the source must not share the bytes of the first one.
         names = [name for name in planned.column_names if work.dedupe or name != KNOWN_SHA256.name]
-        raws = read_images(work.source, planned.select(names))
+        raws = read_part(work.source, planned.select(names), _rows_elsewhere(work, chunk, names))
     return ReadChunk(chunk, planned, raws, time.perf_counter() - started)
+
+
+def _rows_elsewhere(work: Work, chunk: Chunk, names: list[str]) -> Iterator[pa.Table]:
+    """Yield single planned rows of other chunks, from all over the plan: they show whether the source is there."""
+    others = [other for plan in work.table.plans() for other in plan.chunks() if other != chunk]
+    for other in others[:: max(1, len(others) // ROWS_ELSEWHERE)]:
+        planned = read_planned(work.table, other)
+        yield planned.select([name for name in names if name in planned.column_names]).slice(planned.num_rows // 2, 1)
 
 
 def decode(work: Work, read: ReadChunk, decoder: GuardedDecoder) -> ChunkRows:

@@ -61,6 +61,11 @@ def run(config: CaptionConfig, sample: int, seed: int, price_per_gpu_hour: float
     check_gpu_nodes(device, sizes)
     model = resolve_dtype(model, config.model.dtype, device_kind(resources, sizes, device))
     pieces = measure(source, rows, model, sizes, config)
+    if not any(piece.num_ok for piece in pieces):
+        raise SourceError(
+            f"{config.source.path}: not one of the {rows.num_rows:,} sampled images can be read and captioned; "
+            "`captioner try FILE` says why for one file"
+        )
     prediction = predict(pieces, total, sizes.num_workers, sizes.decode_cpus, seed)
     for line in lines(prediction, sizes, price_per_gpu_hour):
         print(line)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -19,6 +19,7 @@ from captioner.sources.tar_members import header_room, is_member
 STAMP = pa.field("stamp", pa.string())  # a column of the plan beside PLAN_SCHEMA, of images that share a file
 
 _concurrency = ContextVar("concurrency", default=32)
+_suspicious = ContextVar("suspicious", default=True)  # whether reads that all fail are a fault of the source
 
 
 def concurrency() -> int:
@@ -41,6 +42,39 @@ def reads_at_once(number: int) -> Iterator[None]:
         _concurrency.reset(token)
 
 
+class SuspectedSourceError(SourceError):
+    """Every read of some rows failed, as when the source is gone; or only these rows are."""
+
+
+@contextmanager
+def each_row_alone() -> Iterator[None]:
+    """Let reads of this thread that all fail be failed rows: the source is known to be there, or judged later."""
+    token = _suspicious.set(False)
+    try:
+        yield
+    finally:
+        _suspicious.reset(token)
+
+
+def read_part(source: Source, rows: pa.Table, elsewhere: Iterable[pa.Table]) -> list[RawImage]:
+    """Return one RawImage for each planned row of a part of the source, as `read_images` does.
+
+    Where every read of the part fails, single rows from `elsewhere` are read: one that is there shows that the source
+    is, and then the part is read once more. Raises SourceError where none of them can be read either.
+    """
+    try:
+        return read_images(source, rows)
+    except SuspectedSourceError:
+        with each_row_alone():
+            if not any(_is_there(source, others) for others in elsewhere):
+                raise
+            return read_images(source, rows)
+
+
+def _is_there(source: Source, rows: pa.Table) -> bool:
+    return any(image.error_code not in ("not_found", "permission", "timeout") for image in read_images(source, rows))
+
+
 def read_images(source: Source, rows: pa.Table) -> list[RawImage]:
     """Return one RawImage for each planned row, in order: `source.read`, whatever the rows hold.
 
@@ -57,7 +91,8 @@ def read_images(source: Source, rows: pa.Table) -> list[RawImage]:
             message = " ".join(f"{type(error).__name__}: {error}".split())
             return [RawImage(image_id, image_id, None, "decode_error", f"it cannot be read: {message}")]
     half = rows.num_rows // 2
-    return read_images(source, rows.slice(0, half)) + read_images(source, rows.slice(half))
+    with each_row_alone():  # the fault that was raised is no fault of the source
+        return read_images(source, rows.slice(0, half)) + read_images(source, rows.slice(half))
 
 
 def read_all(tasks: Sequence[Callable[[], RawImage]], root: Root, *, in_archives: bool = False) -> list[RawImage]:
@@ -170,12 +205,14 @@ def failed_read(image_id: str, uri: str, error: OSError) -> RawImage:
 
 
 def check_archive(images: Sequence[RawImage], root: Root, in_archives: bool) -> None:
-    """Raise SourceError where every read failed, for a reason that lies with the source and not with one image."""
+    """Raise SuspectedSourceError where every read failed for a reason that may lie with the source."""
+    if not _suspicious.get():
+        return
     codes = {image.error_code for image in images}
     if codes == {"not_found"} and (in_archives or not root.has_anything()):
-        raise SourceError(f"{root.uri(b'')}: the source is missing; restore it and run the same command")
+        raise SuspectedSourceError(f"{root.uri(b'')}: the source is missing; restore it and run the same command")
     if len(images) >= 2 and codes <= {"permission", "timeout"}:
-        raise SourceError(
+        raise SuspectedSourceError(
             f"{root.uri(b'')}: every one of {len(images)} reads was refused, the first with: "
             f"{images[0].error_message}; check credentials and permissions, then run the same command"
         )

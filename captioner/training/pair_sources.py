@@ -11,7 +11,7 @@ from captioner.config import SourceConfig, TrainDataConfig
 from captioner.data import PLAN_SCHEMA, Listing, RawImage, Source
 from captioner.errors import SourceError, UsageError
 from captioner.sources import open_source
-from captioner.sources.reading import read_images
+from captioner.sources.reading import each_row_alone, read_images
 from captioner.store.ids import IdIndex, digests_of
 from captioner.store.parallel_listing import list_units
 from captioner.store.table import open_table, plan_part_name, table_exists
@@ -46,7 +46,9 @@ class PairSources:
         for index, number in enumerate(rows["data"].to_pylist()):
             indices_by_source.setdefault(number, []).append(index)
         for number, indices in indices_by_source.items():
-            for index, image in zip(indices, self.sources[number].read(plan.take(indices)), strict=True):
+            with each_row_alone():  # --max-failed judges the whole
+                raws = read_images(self.sources[number], plan.take(indices))
+            for index, image in zip(indices, raws, strict=True):
                 images[index] = image
         return [image for image in images if image is not None]
 
