@@ -20,11 +20,12 @@ from captioner import pipeline
 from captioner.config import AutoInt, CaptionConfig
 from captioner.console.stopping import notify
 from captioner.data import Chunk, Receipt
+from captioner.errors import ClusterError
 from captioner.models import is_small
 from captioner.steps import Work
 from captioner.store.table import TABLE_FILE
 from ray_jobs.cluster import Connection, Sizes, share_out
-from ray_jobs.failures import cause_of
+from ray_jobs.failures import cause_of, release_actors
 from ray_jobs.gpus import device_kind
 from ray_jobs.metrics import DriverMetrics
 from ray_jobs.nodes import check_gpu_nodes, check_shared
@@ -153,7 +154,8 @@ def make_dataset(
 def _execute(
     work: Work, chunks: list[Chunk], sizes: Sizes, batch_size: AutoInt, messages: Queue | None = None
 ) -> Iterator[Receipt]:
-    import ray.exceptions
+    from ray.data.exceptions import ExecutionTimeoutError
+    from ray.exceptions import RayError
 
     _configure_ray_data(work)
     try:
@@ -161,8 +163,15 @@ def _execute(
             batch_size=None, batch_format="pyarrow", prefetch_batches=0
         ):
             yield from receipts_of(block)
-    except ray.exceptions.RayError as error:
+    except RayError as error:
+        release_actors(error)
         raise cause_of(error) from error
+    except ExecutionTimeoutError as error:
+        release_actors(error)
+        raise ClusterError(
+            f"no stage has finished a chunk for {no_progress_timeout(work.decode_timeout):g} s; "
+            "committed rows stay, the same command goes on"
+        ) from error
 
 
 def _configure_ray_data(work: Work) -> None:

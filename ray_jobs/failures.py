@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 from collections.abc import Iterator
 
@@ -28,6 +29,18 @@ def cause_of(error: BaseException, what_stays: str = "committed rows stay, the s
     lines = re.findall(r"^(?:[\w.]+\.)?(\w+(?:Error|Exception|Exit)\b.*)$", str(error), re.MULTILINE)
     message = lines[0] if lines else str(error).strip().splitlines()[-1]
     return ClusterError(f"a worker failed: {message}; {what_stays}")
+
+
+def release_actors(error: BaseException | None) -> None:
+    """Drop the references to Ray Data's actors that the error of a run holds.
+
+    Ray ends actors when no reference to them is left. The tracebacks of `error`, and of the errors before it, hold
+    frames of Ray Data: while the caller keeps the error, the next run of this process would wait for their CPUs.
+    """
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
+    gc.collect()  # Ray Data's own objects hold each other
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
