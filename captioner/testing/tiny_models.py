@@ -206,8 +206,8 @@ def _make_tiled(kind: str, path: Path) -> Any:
     from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
     from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
-    places = [f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)]
-    special = ["<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>", *places]
+    positions = [f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)]
+    special = ["<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>", *positions]
     tokenizer = _tokenizer(*special, ends=False)
     images = {"Idefics3": Idefics3ImageProcessorPil, "SmolVLM": SmolVLMImageProcessorPil}[kind](
         size={"longest_edge": TINY_SIDE}, max_image_size={"longest_edge": TINY_SIDE // 2}
