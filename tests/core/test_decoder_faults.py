@@ -79,14 +79,14 @@ def test_crashes_and_hangs_are_reasons_and_their_neighbours_are_fine(png: bytes)
     for index in (0, 7, 8, 9, 30, 59):
         images[index] += ABORT_MARKER
     images[20] += HANG_MARKER
-    with GuardedDecoder(SPEC, NO_LIMIT, timeout=2.0) as decoder:
+    with GuardedDecoder(SPEC, NO_LIMIT, timeout=5.0) as decoder:
         decoded = list(decoder(images))
 
     crashed, hanging = decoded[7], decoded[20]
     assert (crashed.error_code, crashed.pixels) == ("decoder_crashed", None)
     assert "died 2 times, by signal SIGABRT" in crashed.error_message
     assert (hanging.error_code, hanging.pixels) == ("timeout", None)
-    assert "2 s (decode_timeout)" in hanging.error_message
+    assert "5 s (decode_timeout)" in hanging.error_message
     assert [index for index, image in enumerate(decoded) if image.error_code] == [0, 7, 8, 9, 20, 30, 59]
     for number, image in enumerate(decoded):
         expected = decode(another_png(number), SPEC, NO_LIMIT).pixels
@@ -100,11 +100,14 @@ def test_a_chunk_full_of_hanging_images_loses_little_time_to_each(monkeypatch: p
     with GuardedDecoder(SPEC, NO_LIMIT, timeout=0.5) as decoder:
         first = [image.error_message for image in decoder([png + HANG_MARKER] * 12)]
         second = next(decoder([png + HANG_MARKER])).error_message
-        crashes = {image.error_code for image in decoder([png + ABORT_MARKER] * 100)}
 
     assert first == [f"not decoded within {time} s (decode_timeout)" for time in [0.5] * 2 + [0.05] * 10]
     assert second == first[0]  # each chunk has its own
-    assert crashes == {"decoder_crashed"}
+
+
+@pytest.mark.usefixtures("faults")
+def test_a_chunk_full_of_images_that_crash_their_decoder(decoder: GuardedDecoder, png: bytes) -> None:
+    assert {image.error_code for image in decoder([png + ABORT_MARKER] * 100)} == {"decoder_crashed"}
 
 
 def test_decoders_ignore_the_markers_by_default(decoder: GuardedDecoder, png: bytes) -> None:
@@ -140,7 +143,7 @@ def test_a_chunk_that_is_given_up_leaves_nothing_for_the_next(decoder: GuardedDe
 
 @pytest.mark.usefixtures("faults")
 def test_a_large_image_behind_one_that_hangs_waits_for_nothing(png: bytes) -> None:
-    with GuardedDecoder(SPEC, NO_LIMIT, timeout=1.0) as decoder:
+    with GuardedDecoder(SPEC, NO_LIMIT, timeout=5.0) as decoder:
         error_codes = [image.error_code for image in decoder([png + HANG_MARKER, png + bytes(5_000_000)])]
 
     assert error_codes == ["timeout", ""]
@@ -174,7 +177,7 @@ def test_a_run_in_one_process_continues_after_crashes_and_hangs(tmp_path: Path) 
         (archive / name).write_bytes((archive / "000005.png").read_bytes() + marker)
     config = CaptionConfig.model_validate(
         {
-            "source": {"path": str(archive), "decode_timeout": 2},
+            "source": {"path": str(archive), "decode_timeout": 5},
             "model": {"name": "fake"},
             "output": {"path": str(out)},
         }

@@ -1,5 +1,6 @@
 """Exactly once, in one process: a run that dies at any write, resumed, ends like an undisturbed one."""
 
+import shutil
 from pathlib import Path
 
 import pyarrow as pa
@@ -85,19 +86,19 @@ def test_a_run_killed_at_any_write_resumes_to_the_same_table(tmp_path: Path, arc
 
 
 def test_a_retry_killed_at_any_write_resumes_to_the_same_table(tmp_path: Path, archive: Path) -> None:
+    source, finished = make_folder(tmp_path / "archive", 20), tmp_path / "finished"
+    whole = (source / "000003.png").read_bytes()
+    for name in ("000003.png", "000017.png"):
+        (source / name).write_bytes(b"")
+    pipeline.run(caption_config(source, finished))
+    assert count_rows(open_table(str(finished))).failed_by_reason == {"empty_file": 2}
+    before = contents(finished)
+    (source / "000003.png").write_bytes(whole)
+
     write, lived = 0, False
     while not lived:
         write += 1
-        root = tmp_path / str(write)
-        source = make_folder(root / "archive", 20)
-        for name in ("000003.png", "000017.png"):
-            (source / name).write_bytes(b"")
-        out = root / "out"
-        pipeline.run(caption_config(source, out))
-        assert count_rows(open_table(str(out))).failed_by_reason == {"empty_file": 2}
-        before = contents(out)
-        healed = make_folder(root / "healed", 20)
-        (healed / "000003.png").replace(source / "000003.png")
+        out = shutil.copytree(finished, tmp_path / f"killed-{write}")
 
         lived = run_with_kills(caption_config(source, out, retry_failed=True), write)
 
@@ -120,12 +121,10 @@ def test_a_recaptioning_killed_at_any_write_resumes_to_the_same_table(tmp_path: 
     def recaption(out: Path) -> CaptionConfig:
         return with_prompt(caption_config(archive, out, only="logprob<25% or rejected or failed"), "another")
 
-    def captioned(out: Path) -> Path:
-        pipeline.run(caption_config(archive, out))
-        reject(out, ["000004.png", "000020.png"])
-        return out
-
-    pipeline.run(recaption(captioned(tmp_path / "undisturbed")))
+    finished = tmp_path / "finished"
+    pipeline.run(caption_config(archive, finished))
+    reject(finished, ["000004.png", "000020.png"])
+    pipeline.run(recaption(shutil.copytree(finished, tmp_path / "undisturbed")))
     expected = contents(tmp_path / "undisturbed")
     again = [row for row in expected if row["generation"] == 1]
     assert {"000004.png", "000020.png", *BAD} <= {row["image_id"] for row in again}
@@ -137,7 +136,7 @@ def test_a_recaptioning_killed_at_any_write_resumes_to_the_same_table(tmp_path: 
     write, lived = 0, False
     while not lived:
         write += 1
-        out = captioned(tmp_path / f"killed-{write}")
+        out = shutil.copytree(finished, tmp_path / f"killed-{write}")
         lived = run_with_kills(recaption(out), write)
 
         assert verify(open_table(str(out))).proven
@@ -147,12 +146,12 @@ def test_a_recaptioning_killed_at_any_write_resumes_to_the_same_table(tmp_path: 
 
 
 def test_an_overwrite_killed_at_any_write_never_mixes_tables(tmp_path: Path, archive: Path) -> None:
-    small = make_folder(tmp_path / "small", 5)
+    small, finished = make_folder(tmp_path / "small", 5), tmp_path / "finished"
+    pipeline.run(caption_config(archive, finished))
     write, lived = 0, False
     while not lived:
         write += 1
-        out = tmp_path / f"out-{write}"
-        pipeline.run(caption_config(archive, out))
+        out = shutil.copytree(finished, tmp_path / f"killed-{write}")
 
         lived = run_until_killed(caption_config(small, out, overwrite=True), write)
         pipeline.run(caption_config(small, out, overwrite=not (out / "overwrite.json").exists()))

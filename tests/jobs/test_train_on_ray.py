@@ -147,15 +147,7 @@ def test_two_workers_give_the_curve_of_one_even_when_one_is_killed_and_out_is_an
     assert not [name for name in ("train.json", "model/training_run.json") if b"secret" in out.read_bytes(name)]
 
 
-@pytest.fixture
-def ctrl_c() -> Iterator[None]:
-    """A test run in the background of a shell ignores Ctrl-C."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("ray_instance", "ctrl_c")
+@pytest.mark.usefixtures("ray_instance")
 def test_after_the_driver_was_killed_or_stopped_the_same_command_goes_on(
     tmp_path: Path, data: Path, tiny: Path, alone: Path
 ) -> None:
