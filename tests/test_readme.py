@@ -1,14 +1,14 @@
 """What the README names is there: flags, commands, files, tests, exit codes, columns."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from captioner.data import CAPTIONS_SCHEMA, ERROR_CODES
 from captioner.errors import EXIT_CODES
+from ray_jobs.cli import app
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
@@ -19,8 +19,8 @@ OTHERS_FLAGS = {"--address", "--working-dir", "--generate", "--shm-size"}  # of 
 
 
 def help_of(*command: str) -> str:
-    done = subprocess.run([sys.executable, "-m", "ray_jobs.cli", *command, "--help"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = CliRunner().invoke(app, [*command, "--help"])
+    assert done.exit_code == 0, done.output
     return done.stdout
 
 
