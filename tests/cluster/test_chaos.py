@@ -11,11 +11,10 @@ import time
 from pathlib import Path
 
 import psutil
-import pyarrow as pa
 import pytest
+from helpers import rows_of
 
 from captioner.errors import OutputError
-from captioner.store.read import read_parts
 from captioner.store.table import open_table
 from captioner.store.verify import verify
 from captioner.testing import make_folder
@@ -46,8 +45,9 @@ def kill(job: subprocess.Popen[bytes], whole_tree: bool) -> None:
 
 
 def rows(out: Path) -> list[tuple]:
-    table = pa.concat_tables(read_parts(open_table(str(out)))).to_pylist()
-    return [(row["image_id"], row["status"], row["error_code"], row["caption"], row["chunk_id"]) for row in table]
+    return [
+        (row["image_id"], row["status"], row["error_code"], row["caption"], row["chunk_id"]) for row in rows_of(out)
+    ]
 
 
 def state(out: Path) -> str:

@@ -7,13 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import psutil
-import pyarrow as pa
 import pytest
+from helpers import caption_config, rows_of
 
 from captioner.config import CaptionConfig
 from captioner.errors import ClusterError
 from captioner.run.job import open_job
-from captioner.store.read import read_parts
 from captioner.store.table import CaptionsTable, open_table
 from captioner.store.verify import verify
 from captioner.testing import ABORT_MARKER, GATE_MARKER, HANG_MARKER, GatedDirectory, make_folder
@@ -34,14 +33,7 @@ def archive(tmp_path: Path) -> Path:
 
 
 def settings(archive: Path, out: Path, decode_timeout: float = 60, **cluster) -> CaptionConfig:
-    return CaptionConfig.model_validate(
-        {
-            "source": {"path": str(archive), "decode_timeout": decode_timeout},
-            "model": {"name": "fake"},
-            "cluster": cluster or SHARES,
-            "output": {"path": str(out), "rows_per_file": 16},
-        }
-    )
+    return caption_config(archive, out, source={"decode_timeout": decode_timeout}, cluster=cluster or SHARES)
 
 
 class RunningJob:
@@ -82,7 +74,7 @@ def node_of(cluster, process: psutil.Process):
 
 def assert_whole(archive: Path, out: Path, failures: dict[str, str] | None = None) -> None:
     """Every image has its row; those of `failures`, and no others, failed."""
-    rows = pa.concat_tables(read_parts(open_table(str(out)))).to_pylist()
+    rows = rows_of(out)
     failed = {row["image_id"]: row["error_code"] for row in rows if row["status"] == "failed"}
     counts = verify(open_table(str(out)))
     assert (counts.lost, counts.doubled, counts.problems, counts.proven) == (0, 0, [], True)

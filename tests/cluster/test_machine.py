@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from helpers import caption_config
 
-from captioner.config import CaptionConfig
 from captioner.store.table import open_table
 from captioner.store.verify import verify
-from captioner.testing import make_folder
+from captioner.testing import GATE_MARKER, decoder_faults, make_folder
 from ray_jobs.caption import run
 
 pytestmark = pytest.mark.chaos
@@ -43,43 +43,44 @@ def own_ray(**system_config: float) -> Iterator[None]:
     ray.shutdown()
 
 
-def settings(archive: Path, out: Path) -> CaptionConfig:
-    return CaptionConfig.model_validate(
-        {
-            "source": {"path": str(archive)},
-            "model": {"name": "fake"},
-            "output": {"path": str(out), "rows_per_file": 100},
-        }
-    )
-
-
 def workers() -> set[int]:
     """Process numbers of the stages' workers."""
     return {p.pid for p in psutil.Process().children(recursive=True) if p.name().startswith("ray::Map")}
 
 
-def hold_memory_until_a_worker_is_killed(out: Path, killed: list[int]) -> None:
+def hold_memory_until_a_worker_is_killed(out: Path, gate: Path, replacements: list[int]) -> None:
+    """Note the workers that Ray starts in place of killed ones; then let the run go on to its end."""
     deadline = time.monotonic() + DEADLINE_S
-    while not list(out.glob("chunks/*/*.parquet")) and time.monotonic() < deadline:
+    while not ((gate / "pid").exists() and list(out.glob("chunks/*/*.parquet"))) and time.monotonic() < deadline:
         time.sleep(0.02)
     before, memory = workers(), np.ones(MARGIN * 3 // 2, np.uint8)
-    while not killed and time.monotonic() < deadline:
-        killed += before - workers()
+    while before <= workers() and time.monotonic() < deadline:
         time.sleep(0.05)
     del memory
+    while not replacements and time.monotonic() < deadline:
+        replacements += workers() - before
+        time.sleep(0.05)
+    (gate / "open").touch()
 
 
-def test_memory_that_runs_out_for_a_while_costs_workers_and_no_image(tmp_path: Path) -> None:
-    archive, out, killed = make_folder(tmp_path / "archive", 3_000, width=32), tmp_path / "out", []
+def test_memory_that_runs_out_for_a_while_costs_workers_and_no_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive, out, gate = make_folder(tmp_path / "archive", 3_000, width=32), tmp_path / "out", tmp_path / "gate"
+    gate.mkdir()
+    with (archive / "002999.png").open("ab") as last:
+        last.write(GATE_MARKER + bytes(gate))
+    monkeypatch.setenv("PYTHONPATH", decoder_faults()["PYTHONPATH"])
+    replacements: list[int] = []
     memory = psutil.virtual_memory()
     limit = (memory.total - memory.available + MARGIN) / memory.total
     with own_ray(memory_usage_threshold=limit, memory_monitor_refresh_ms=100):
-        hog = threading.Thread(target=hold_memory_until_a_worker_is_killed, args=[out, killed])
+        hog = threading.Thread(target=hold_memory_until_a_worker_is_killed, args=[out, gate, replacements])
         hog.start()
-        assert run(settings(archive, out)) == 0
+        assert run(caption_config(archive, out, source={"decode_timeout": 3600}, rows_per_file=100)) == 0
         hog.join()
 
-    assert killed
+    assert replacements
     found = verify(open_table(str(out)))
     assert (found.lost, found.doubled, found.problems, found.proven) == (0, 0, [], True)
     assert found.counts.ok == 3_000
@@ -94,6 +95,6 @@ def test_an_object_store_that_is_full_and_cannot_spill_stops_nothing(tmp_path: P
     with own_ray(local_fs_capacity_threshold=0.001):  # any disk is fuller than that
         with pytest.raises(OutOfDiskError):
             held.extend(ray.put(np.zeros(9 * 2**20, np.uint8)) for _ in range(100))
-        assert run(settings(archive, out)) == 0
+        assert run(caption_config(archive, out, rows_per_file=100)) == 0
 
     assert verify(open_table(str(out))).proven

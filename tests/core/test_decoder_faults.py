@@ -5,17 +5,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
-import pyarrow as pa
 import pytest
+from helpers import caption_config, rows_of
 from PIL import Image
 
 from captioner import CaptionBatches, pipeline
-from captioner.config import CaptionConfig, ModelConfig
+from captioner.config import ModelConfig
 from captioner.console.commands import try_images
 from captioner.data import PixelSpec
 from captioner.imaging import decode
 from captioner.imaging.sandbox.decoder import GuardedDecoder
-from captioner.store.read import read_parts
 from captioner.store.table import open_table
 from captioner.store.verify import verify
 from captioner.testing import ABORT_MARKER, HANG_MARKER, decoder_faults, make_folder
@@ -175,17 +174,11 @@ def test_a_run_in_one_process_continues_after_crashes_and_hangs(tmp_path: Path) 
     archive, out = make_folder(tmp_path / "archive", 20), tmp_path / "out"
     for name, marker in (("000005x.png", ABORT_MARKER), ("000011x.png", HANG_MARKER)):
         (archive / name).write_bytes((archive / "000005.png").read_bytes() + marker)
-    config = CaptionConfig.model_validate(
-        {
-            "source": {"path": str(archive), "decode_timeout": 5},
-            "model": {"name": "fake"},
-            "output": {"path": str(out)},
-        }
-    )
+    config = caption_config(archive, out, source={"decode_timeout": 5})
 
     assert pipeline.run(config) == 0
 
-    rows = pa.concat_tables(read_parts(open_table(str(out)))).to_pylist()
+    rows = rows_of(out)
     failed = {row["image_id"]: row["error_code"] for row in rows if row["status"] == "failed"}
     assert failed == {"000005x.png": "decoder_crashed", "000011x.png": "timeout"}
     assert len(rows) == 22

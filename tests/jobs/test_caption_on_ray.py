@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from helpers import caption_config, rows_of
 
 from captioner import pipeline
 from captioner.config import CaptionConfig, ClusterConfig
 from captioner.errors import ClusterError, ModelError, SourceError
 from captioner.imaging.sandbox import decoder
 from captioner.run.job import ROWS_PER_CHUNK, open_job
-from captioner.store.read import read_parts
 from captioner.store.table import open_table
 from captioner.store.verify import verify
 from captioner.testing import make_folder, make_tiny_model
@@ -38,19 +38,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings(archive: Path, out: Path, model="fake", **cluster) -> CaptionConfig:
-    return CaptionConfig.model_validate(
-        {
-            "source": {"path": str(archive)},
-            "model": {"name": str(model), "batch_size": cluster.pop("batch_size", "auto"), "max_new_tokens": 8},
-            "cluster": {"gpus_per_worker": 0, "decode_cpus": 1, **cluster},
-            "output": {"path": str(out), "rows_per_file": 32},
-        }
-    )
+    network = {"name": str(model), "batch_size": cluster.pop("batch_size", "auto"), "max_new_tokens": 8}
+    shares = {"gpus_per_worker": 0, "decode_cpus": 1, **cluster}
+    return caption_config(archive, out, model=network, cluster=shares, rows_per_file=32)
 
 
 def captions(out: Path) -> list[tuple]:
-    rows = pa.concat_tables(read_parts(open_table(str(out)))).to_pylist()
-    return [(row["image_id"], row["status"], row["error_code"], row["caption"], row["num_tokens"]) for row in rows]
+    names = ("image_id", "status", "error_code", "caption", "num_tokens")
+    return [tuple(row[name] for name in names) for row in rows_of(out)]
 
 
 @pytest.fixture(scope="module")

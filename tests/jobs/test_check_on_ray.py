@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from helpers import caption_config
 
 from captioner import pipeline
 from captioner.config import CaptionConfig
@@ -26,14 +27,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings(archive: Path, out: Path, model: Path, workers: int, batch: int, **check: object) -> CaptionConfig:
-    return CaptionConfig.model_validate(
-        {
-            "source": {"path": str(archive)},
-            "model": {"name": str(model), "batch_size": batch, "max_new_tokens": 8},
-            "cluster": {"num_workers": workers, "decode_cpus": 1, "gpus_per_worker": 0},
-            "output": {"path": str(out), "rows_per_file": 16 * workers},
-            "check": {"sample": 25, "seed": 2, **check},
-        }
+    return caption_config(
+        archive,
+        out,
+        model={"name": str(model), "batch_size": batch, "max_new_tokens": 8},
+        cluster={"num_workers": workers, "decode_cpus": 1, "gpus_per_worker": 0},
+        check={"sample": 25, "seed": 2, **check},
+        rows_per_file=16 * workers,
     )
 
 
