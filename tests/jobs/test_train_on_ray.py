@@ -213,7 +213,7 @@ def test_what_a_task_says_of_the_archive_reaches_the_person(tmp_path: Path, tiny
     (make_folder(tmp_path / "data", 3) / "metadata.jsonl").unlink()
     config = settings(tmp_path / "data", tmp_path / "out", tiny, workers=1)
 
-    with pytest.raises(SourceError, match=r"no pairs: 3 pictures \(3 no_caption\)"):
+    with pytest.raises(SourceError, match=r"no pairs: 3 images \(3 no_caption\)"):
         job.run(config, RayTrainEngine(config))
 
 
