@@ -49,8 +49,8 @@ class Changed:
             return ""
         unsure = f"{self.num_unsure:,} more are newer than their captions" if self.num_unsure else ""
         example = f"{self.num_images:,} images have changed since they were planned or captioned, e.g. {self.example!r}"
-        told = " and ".join(filter(None, [example if self.num_images else "", unsure]))
-        return f"{told}: caption those that changed again with --extend"
+        facts = " and ".join(filter(None, [example if self.num_images else "", unsure]))
+        return f"{facts}: caption those that changed again with --extend"
 
 
 def find_changed(table: CaptionsTable, source: Source, compare_up_to: int | None = COMPARE_FILES_UP_TO) -> Changed:
