@@ -57,17 +57,26 @@ def _open_uri(uri: str) -> tuple[FileSystem, str]:
         filesystem, path = FileSystem.from_uri(quote(uri, safe=":/?&=@%+,;~!$'()*"))  # spaces and Unicode in keys
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         return _open_with_fsspec(uri)
+    except OSError as error:  # hdfs:// without its libraries, for instance
+        raise _cannot_open(uri, error) from None
     return filesystem, path
 
 
 def _open_with_fsspec(uri: str) -> tuple[FileSystem, str]:
     import fsspec
 
+    scheme = uri.partition("://")[0]
+    if scheme not in fsspec.available_protocols():
+        raise UsageError(f"{shown(uri)}: unknown URI scheme {scheme}")
     try:
         filesystem, path = fsspec.core.url_to_fs(uri)
-    except (ImportError, ValueError) as error:
-        raise UsageError(f"{uri}: no filesystem opens it: {' '.join(str(error).split())}") from None
+    except Exception as error:  # of any kind: each filesystem connects, or reads its options, in its own way
+        raise _cannot_open(uri, error) from None
     return PyFileSystem(FSSpecHandler(filesystem)), path
+
+
+def _cannot_open(uri: str, error: Exception) -> UsageError:
+    return UsageError(f"{shown(uri)} cannot be opened: {' '.join(str(error).split()) or type(error).__name__}")
 
 
 def cache_dir() -> Path:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
@@ -10,6 +12,7 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 
 from captioner.config import CaptionConfig, CheckTableConfig, ExportTextsConfig, MakeAltTextConfig, TrainConfig
+from captioner.console.stopping import quit_at_once
 from captioner.console.text import printable
 from captioner.errors import ERROR, EXIT_CODES, INTERRUPTED, OK, CaptionerError
 from ray_jobs.options import takes
@@ -333,6 +336,8 @@ def main(argv: list[str] | None = None) -> NoReturn:
 
 
 def _fail(message: str, exit_code: int) -> NoReturn:
+    if exit_code == INTERRUPTED and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, quit_at_once)  # whoever presses Ctrl-C again does not wait for Ray's end
     print(f"captioner: error: {printable(message)}", file=sys.stderr)
     sys.exit(exit_code)
 

@@ -25,6 +25,7 @@ from captioner.run.quality import enforce
 from captioner.sources import open_source
 from captioner.sources.root import readable
 from captioner.steps import caption_or_reasons
+from captioner.store.lock import is_held
 from captioner.store.table import CaptionsTable, open_table
 from captioner.store.verify import TableCounts, count_rows
 from captioner.store.verify import verify as verify_table
@@ -121,7 +122,10 @@ def status(out: str) -> int:
         record = table.directory.read_json("run.json")
         rate, when = record["images_per_second"], datetime.fromisoformat(record["written_at"])
         print(f"{'images a second':<22}{'-' if rate is None else format(rate, ',.1f'):>14}")
-        print(f"latest start {printable(record['run_id'])}: {printable(record['state'])} at {when:%Y-%m-%d %H:%M} UTC")
+        state = record["state"]
+        if state == "running" and not is_held(out):
+            state = "ended without finishing (killed, or its machine failed), the same command continues it; started"
+        print(f"latest start {printable(record['run_id'])}: {printable(state)} at {when:%Y-%m-%d %H:%M} UTC")
     return OK
 
 

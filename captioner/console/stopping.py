@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,22 +18,47 @@ from captioner.errors import InterruptedRunError, TerminatedRunError
 def stoppable(what_stays: str) -> Iterator[None]:
     """Turn Ctrl-C and SIGTERM into errors that say what is kept and that the same command continues the run.
 
-    `what_stays`: what is kept, such as "committed rows stay".
+    `what_stays`: what is kept, such as "committed rows stay". Another Ctrl-C while the run cleans up ends the process.
     """
     advice = f"{what_stays}, the same command goes on"
 
     def terminate(*_: Any) -> None:
         raise TerminatedRunError(f"stopped by SIGTERM; {advice}")
 
-    main_thread = threading.current_thread() is threading.main_thread()
-    old_handler = signal.signal(signal.SIGTERM, terminate) if main_thread else None
+    def interrupt(*_: Any) -> None:
+        signal.signal(signal.SIGINT, quit_at_once)
+        raise KeyboardInterrupt
+
     try:
-        yield
+        with _handlers({signal.SIGTERM: terminate, signal.SIGINT: interrupt}):
+            yield
     except KeyboardInterrupt:
         raise InterruptedRunError(f"stopped; {advice}") from None
+
+
+def quit_at_once(signal_number: int, _: Any = None) -> None:
+    """End the process without cleaning up, as a handler of signals.
+
+    Python's own way out would unload modules while threads of Ray's core still use them: a segmentation fault.
+    """
+    os._exit(128 + signal_number)
+
+
+@contextmanager
+def _handlers(handlers: dict[signal.Signals, Callable[..., None]]) -> Iterator[None]:
+    """Install handlers of signals, except of those that are ignored, and bring the former ones back."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in handlers}
+    for number, handler in handlers.items():
+        if before[number] is not signal.SIG_IGN:
+            signal.signal(number, handler)
+    try:
+        yield
     finally:
-        if main_thread:
-            signal.signal(signal.SIGTERM, old_handler)
+        for number, handler_before in before.items():
+            signal.signal(number, handler_before)
 
 
 def notify(line: str) -> None:

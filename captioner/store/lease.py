@@ -121,6 +121,12 @@ def leased(location: str) -> Iterator[Lease]:
         lease.release()
 
 
+def is_leased(location: str) -> bool:
+    """Return whether there is a marker that is not of a dead process of this machine. Raises OutputError."""
+    directory = Directory(location)
+    return directory.exists(LEASE_FILE) and not _is_dead_here(directory.read_json(LEASE_FILE))
+
+
 def this_machine() -> str:
     """Return a name of the machine within which a process id is unique, or "" where it cannot be told."""
     try:

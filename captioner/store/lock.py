@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 
 from captioner.errors import OutputError
 from captioner.files import is_uri, local_path
-from captioner.store.lease import leased
+from captioner.store.lease import is_leased, leased
 
 try:
     import fcntl
@@ -53,6 +53,30 @@ def sole_writer(location: str) -> Iterator[Callable[[], None]]:
         if is_new:
             with suppress(OSError):  # nothing came of the run: leave no empty directory behind
                 os.rmdir(path)
+
+
+def is_held(location: str) -> bool:
+    """Return whether a run holds OUT now.
+
+    Where only a marker file tells, a run of another machine that died without removing it still counts.
+    """
+    if not location.startswith("hf://") and is_leased(location):
+        return True
+    if fcntl is None or is_uri(location):
+        return False
+    try:
+        descriptor = os.open(local_path(location), os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)  # which unlocks
+    return False
 
 
 def _lock(descriptor: int, location: str) -> bool:

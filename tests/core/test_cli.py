@@ -18,6 +18,7 @@ import captioner.starter.render
 from captioner.config import CaptionConfig, Setting, command_line, load_config, settings_of
 from captioner.errors import EXIT_CODES, CaptionerError, InterruptedRunError, SourceError, TerminatedRunError
 from captioner.errors import TooManyFailedError as TooMany
+from captioner.testing import make_folder
 from ray_jobs.cli import main
 
 FLAGS = [setting for setting in settings_of(CaptionConfig) if not setting.argument]
@@ -320,3 +321,28 @@ def test_help_loads_nothing_heavy() -> None:
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
 
     assert shown.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("foo://x/y", "unknown URI scheme foo"),
+        ("ftp://head.invalid/y", "cannot be opened: "),
+        ("github://x", "cannot be opened: "),  # raises TypeError
+        ("hdfs://head.invalid/y", "cannot be opened: "),
+    ],
+)
+def test_a_uri_that_cannot_be_opened_is_one_line_wherever_it_is_given(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], uri: str, message: str
+) -> None:
+    images, out = str(make_folder(tmp_path / "images", 1)), str(tmp_path / "out")
+    for words in (
+        ["caption", uri, out, "--model", "fake"],
+        ["caption", images, uri, "--model", "fake"],
+        ["caption", images, out, "--model", uri],
+        ["caption", images, out, "--model", "fake", "--references", f"{uri}.json"],
+        ["train", uri, out, "--model", "starter"],
+        ["verify", uri],
+    ):
+        assert exit_code(*words) == 1, words
+        assert message in capsys.readouterr().err, words

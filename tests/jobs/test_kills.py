@@ -17,6 +17,7 @@ from helpers import caption_config, rows_of
 
 from captioner import pipeline
 from captioner.config import CaptionConfig
+from captioner.console import commands
 from captioner.store.table import open_table
 from captioner.store.verify import verify
 from captioner.testing import GATE_MARKER, decoder_faults, make_folder
@@ -75,6 +76,7 @@ def start_job(
     *before: str,
     more: Sequence[str] = (),
     environment: Mapping[str, str] = MappingProxyType({}),
+    stderr: int = subprocess.DEVNULL,
 ) -> subprocess.Popen[bytes]:
     """The command line in a process of its own, with a Ray of its own."""
     arguments = ["caption", str(archive), str(out), "--model", "fake", "--rows-per-file", "100", *more]
@@ -82,7 +84,7 @@ def start_job(
     return subprocess.Popen(
         command,
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stderr=stderr,
         start_new_session=True,
         env=os.environ | environment,
     )
@@ -120,11 +122,19 @@ def assert_resumes(archive: Path, out: Path, undisturbed: list[tuple], run: Run 
 
 
 def test_everything_killed_while_captioning(
-    tmp_path: Path, archive: Path, gate: dict[str, str], undisturbed: list[tuple]
+    tmp_path: Path,
+    archive: Path,
+    gate: dict[str, str],
+    undisturbed: list[tuple],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     job = start_job(archive, tmp_path / "out", environment=gate)
     wait_for_chunks(job, tmp_path / "out", 3)
+    assert commands.status(str(tmp_path / "out")) == 0
+    assert ": running at" in capsys.readouterr().out
     kill_tree(job)
+    assert commands.status(str(tmp_path / "out")) == 0
+    assert ": ended without finishing" in capsys.readouterr().out
     committed = num_chunks(tmp_path / "out")
 
     assert 3 <= committed < -(-(IMAGES + 1) // 16)
@@ -184,6 +194,22 @@ def test_the_driver_killed_while_it_overwrites(
     assert job.wait() == -signal.SIGKILL
 
     assert_resumes(archive, out, undisturbed)
+
+
+@pytest.mark.parametrize("line", [b"planned ", b"Ray has "])
+def test_a_person_who_presses_ctrl_c_again_and_again_ends_the_job(tmp_path: Path, archive: Path, line: bytes) -> None:
+    job = start_job(archive, tmp_path / "out", stderr=subprocess.PIPE)
+    assert job.stderr is not None
+    while line not in (written := job.stderr.readline()):
+        assert written, "the job ended by itself"
+    started = psutil.Process(job.pid).children(recursive=True)
+    for _ in range(3):
+        job.send_signal(signal.SIGINT)
+
+    log = job.stderr.read().decode()
+    assert job.wait() == 130
+    assert "Traceback" not in log
+    assert not psutil.wait_procs(started, timeout=DEADLINE_S)[1]
 
 
 @pytest.mark.parametrize(("stop", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
