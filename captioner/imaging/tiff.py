@@ -133,10 +133,10 @@ def extract(data: bytes, offset: int, like_first: bool = False) -> bytes:
     if like_first:
         first = {entry.tag: entry for entry in _entries(read, layout, _first_offset(read, layout))}
         entries = {tag: first[tag] for tag in (_ORIENTATION, _PROFILE) if tag in first} | entries
-    return _written(entries, layout, read)
+    return _to_bytes(entries, layout, read)
 
 
-def _written(entries: dict[int, _Entry], layout: _Layout, read: Read) -> bytes:
+def _to_bytes(entries: dict[int, _Entry], layout: _Layout, read: Read) -> bytes:
     """Return a file with one directory: header, pixels, values, directory."""
     out = bytearray(_header(layout, 0))
     for offsets, lengths in _OFFSETS.items():
