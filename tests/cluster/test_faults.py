@@ -10,6 +10,7 @@ import psutil
 import pytest
 from helpers import caption_config, rows_of
 
+from captioner import pipeline
 from captioner.config import CaptionConfig
 from captioner.errors import ClusterError
 from captioner.run.job import open_job
@@ -94,7 +95,7 @@ def test_images_that_crash_or_hang_their_decoder_are_rows_and_the_job_ends_by_it
     (archive / "000030x.png").write_bytes(first + ABORT_MARKER)
     (archive / "000040x.png").write_bytes(first + HANG_MARKER)
 
-    assert run(settings(archive, tmp_path / "out", decode_timeout=20)) == 0
+    assert run(settings(archive, tmp_path / "out", decode_timeout=10)) == 0
 
     assert_whole(archive, tmp_path / "out", {"000030x.png": "decoder_crashed", "000040x.png": "timeout"})
 
@@ -120,7 +121,7 @@ def test_a_decoder_actor_that_is_told_to_end(tmp_path: Path, archive: Path) -> N
     job.end()
 
     assert job.error is None or isinstance(job.error, ClusterError)
-    assert run(settings(archive, tmp_path / "out")) == 0
+    assert pipeline.run(settings(archive, tmp_path / "out")) == 0
     assert_whole(archive, tmp_path / "out")
 
 
