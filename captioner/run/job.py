@@ -302,7 +302,10 @@ def _bring_plan_up_to_date(planned: Planned, notify: Notify, rows_per_chunk: Cal
     if plan is None:
         notify("nothing to add: every image of the source is in the plan")
         return
-    ignored = f", {plan.num_ignored:,} other files passed over" if plan.num_ignored else ""
+    ignored = ""
+    if plan.num_ignored:
+        others = f"{plan.num_ignored:,} others" if plan.num_ignored > 1 else "1 other"
+        ignored = f", skipped {others} that hold no images ({', '.join(map(repr, plan.ignored_examples[:3]))})"
     seconds = time.perf_counter() - started
     notify(f"planned {plan.num_rows:,} images in {plan.num_chunks:,} chunks{ignored} in {seconds:.1f} s")
     for note in plan.notes:

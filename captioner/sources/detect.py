@@ -12,7 +12,7 @@ from pyarrow.fs import FileType
 
 from captioner.errors import SourceError
 from captioner.files import is_uri
-from captioner.sources.root import Root, is_hidden, is_ignored
+from captioner.sources.root import TABLE_FILE, Root, is_captions_table, is_hidden, is_ignored
 from captioner.sources.webdataset import COMPRESSED_SUFFIXES
 
 
@@ -61,10 +61,14 @@ def _visible_files(root: Root) -> Iterator[bytes]:
         if identity in seen:
             continue
         seen.add(identity)
+        table_files, directories = list[bytes](), list[bytes]()
         for name, kind in root.scan_names(directory):
             if is_hidden(name):
                 continue
             if kind == FileType.Directory:
-                stack.append(os.path.join(directory, name))
+                directories.append(name)
             elif kind == FileType.File:
+                table_files += [name] if name == TABLE_FILE else []
                 yield os.path.join(directory, name)
+        if not directory or not is_captions_table(table_files, directories):
+            stack += [os.path.join(directory, name) for name in directories]

@@ -12,7 +12,7 @@ from captioner.data import Listing, RawImage
 from captioner.sources.metadata import METADATA_NAMES, Metadata, find_references, load_metadata
 from captioner.sources.plan_rows import BATCH_ROWS, names_as_ids, plan_table
 from captioner.sources.reading import read_rows
-from captioner.sources.root import Root, file_of_unit, is_hidden, is_ignored, readable, unit_of_file
+from captioner.sources.root import Root, file_of_unit, is_captions_table, is_hidden, is_ignored, readable, unit_of_file
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +115,9 @@ def _walk(top: _Folder, *, deep: bool) -> Iterator[_Paths]:
             yield _Paths(ignored=[folder.directory + b"/"])
             continue
         content = folder.root.scan(folder.directory)
+        if folder.directory and is_captions_table(content.files, content.directories):
+            yield _Paths(ignored=[folder.directory + b"/ (the OUT of a run)"])
+            continue
         folder = folder.with_metadata(content.files)
         for start in range(0, len(content.files), BATCH_ROWS):
             yield folder.classify(content.files[start : start + BATCH_ROWS])

@@ -10,7 +10,7 @@ import io
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, ClassVar, cast
 from urllib.parse import unquote_to_bytes
@@ -21,6 +21,7 @@ from captioner.errors import SourceError
 from captioner.files import Retry, is_uri, local_path, open_filesystem
 
 FETCH_FIRST = "captioner does not fetch http(s) URLs; fetch them with img2dataset first and caption its output"
+TABLE_FILE = b"table.json"  # in the OUT of a run
 BUFFER_BYTES = 4 << 20  # of one request to a store
 
 # Sidecars, documents and tables, which are never images. Every other file may be one.
@@ -36,6 +37,11 @@ DOCUMENT_SUFFIXES = (
     b".md",
     b".pdf",
 )  # fmt: skip
+
+
+def is_captions_table(files: Collection[bytes], directories: Collection[bytes]) -> bool:
+    """Return whether a directory with this content is the OUT of a run, whose files are no images of a source."""
+    return TABLE_FILE in files and b"plan" in directories
 
 
 def is_hidden(name: bytes) -> bool:

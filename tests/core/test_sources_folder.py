@@ -9,12 +9,14 @@ import socket
 from dataclasses import replace
 
 import pytest
-from helpers import listed, source_at
+from helpers import caption_config, listed, rows_of, source_at
 
+from captioner import pipeline
 from captioner.data import PLAN_SCHEMA
 from captioner.errors import SourceError, UsageError
 from captioner.sources.plan_rows import BATCH_ROWS
 from captioner.sources.root import Root, file_of_unit, is_ignored, readable, unit_of_file
+from captioner.testing import make_folder, make_parquet, make_tar
 
 
 def fill(root, *names, data=b"image"):
@@ -256,3 +258,23 @@ def test_readable_names_and_units():
         assert file_of_unit(unit_of_file(name)) == name
     assert is_ignored(b"x.JSONL")
     assert not is_ignored(b"x.jpg.tmp")
+
+
+def test_the_table_of_a_run_inside_the_source_is_not_listed(tmp_path, capsys):
+    images = make_folder(tmp_path / "images", 20)
+    for out in (images / "out", images / "deep" / "out"):
+        pipeline.run(caption_config(images, out))
+        pipeline.run(caption_config(images, out, extend=True))
+        assert len(rows_of(out)) == 20
+    assert "'out/ (the OUT of a run)'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".parquet"])
+def test_a_table_inside_a_folder_of_shards_leaves_them_shards(tmp_path, suffix):
+    make = make_tar if suffix == ".tar" else make_parquet
+    make(tmp_path / "shards" / f"0{suffix}", 20)
+    out = tmp_path / "shards" / "out"
+    for settings in ({}, {"extend": True}):
+        pipeline.run(caption_config(tmp_path / "shards", out, **settings))
+
+    assert len(rows_of(out)) == 20
