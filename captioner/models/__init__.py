@@ -1,4 +1,4 @@
-"""Captioning models: what a person names, found (`resolve`), checked (`check`) and turned into captions (`load`).
+"""Captioning models: `resolve` finds what --model names, `check` compares its tensors with its config, `load` opens it.
 
 `resolve` is light. `check` and `load` import torch and transformers when called.
 """

@@ -1,4 +1,4 @@
-"""`python -m captioner.models DIR`: check that the weights in DIR fit its config.json. Exit 1 and one line if not."""
+"""Check that the weights in DIR fit its config.json: `python -m captioner.models DIR`. If not: exit code 1."""
 
 from __future__ import annotations
 

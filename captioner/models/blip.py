@@ -17,15 +17,15 @@ class BlipCaptioner(TransformersCaptioner):
     def start_ids(self) -> list[int]:
         return [self.text_config.bos_token_id, *self.prompt_ids()]
 
-    def generator(self) -> Any:
+    def text_model(self) -> Any:
         return self.model.text_decoder
 
-    def end_and_padding(self) -> dict[str, Any]:
-        """A BLIP caption ends with the separator."""
+    def special_token_settings(self) -> dict[str, Any]:
+        """Return the separator as end token: BLIP captions end with it."""
         return {"eos_token_id": self.text_config.sep_token_id, "pad_token_id": self.text_config.pad_token_id}
 
     def generate(self, pixel_values: torch.Tensor, /, **options: Any) -> Any:
         rows = self.start_rows(len(pixel_values))
-        end = torch.full_like(rows[:, :1], self.text_config.sep_token_id)
-        # BLIP's generate cuts off the last token, taking it for the end token of a tokenized text.
-        return self.model.generate(pixel_values=pixel_values, input_ids=torch.cat([rows, end], dim=1), **options)
+        separator = torch.full_like(rows[:, :1], self.text_config.sep_token_id)
+        # BLIP's `generate` removes the last input token, which it takes for the end token of a tokenized text.
+        return self.model.generate(pixel_values=pixel_values, input_ids=torch.cat([rows, separator], dim=1), **options)

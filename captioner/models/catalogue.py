@@ -1,4 +1,4 @@
-"""What `captioner models` lists: the families, and well-known checkpoints of each."""
+"""The table that `captioner models` prints: the families, and well-known checkpoints of each."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from captioner.models.families import FAMILY_BY_NAME, QUESTION
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """`size`: of the weights in float32, in GB."""
+    """A checkpoint on the hub, or the starter. `size`: of its float32 weights, in GB."""
 
     name: str
     language: str
@@ -17,7 +17,7 @@ class Checkpoint:
     size: float
 
 
-# Sizes and licences as the checkpoints' own pages gave them in 2026; what sources disagree about is not repeated here.
+# Sizes and licences from the checkpoints' own pages in 2026; where sources disagree about a licence, _SEE_CARD.
 _SEE_CARD = "see its card"
 _TASKS = FAMILY_BY_NAME["florence2"].tasks
 CATALOGUE: dict[str, tuple[Checkpoint, ...]] = {
@@ -55,28 +55,39 @@ CATALOGUE: dict[str, tuple[Checkpoint, ...]] = {
 }
 
 LEGEND = f"""\
-search   fast: our own, with the token ids of transformers' generate; generic: generate itself
-pixels   ours: resized here, as the model's image processor says (--preprocess fast, or processor: to the bit);
-         own: by the model's own image processor, and so for any family whose settings are out of the ordinary
-prompt   none: takes none; start: the caption goes on from --prompt; question: asked of a chat model (default
+search   fast: a search of captioner's own with the token ids of transformers' generate; generic: generate
+pixels   fixed: images are resized to one size as by the model's image processor (--preprocess fast, or processor
+         for exactly its pixels); any: images of any size go to the model's image processor itself, as do those of
+         other families where its settings are not supported here
+prompt   none: takes none; start: the caption continues --prompt; question: asked of a chat model (default
          {QUESTION!r}); task: {", ".join(_TASKS)},
          or a question in words (default {_TASKS[0]})
 size     of the weights in float32; half of it in bfloat16. Qwen Research is a licence for non-commercial use."""
 
-HOW_TO_FETCH = """\
-For machines without network, fetch a checkpoint once and give its directory to --model:
+HOW_TO_DOWNLOAD = """\
+For machines without network, download a checkpoint once and give its directory to --model:
   hf download microsoft/git-base-coco --exclude '*.bin' --exclude '*.h5' --exclude '*/*' --local-dir models/git
 Weights must be safetensors; the licence is that of the checkpoint's own card, which may have changed."""
 
 
 def table() -> str:
-    """The catalogue as lines of text."""
+    """Return the catalogue as lines of text."""
     row = "{:<23}{:<8}{:<7}{:<9}{:<43}{:<9}{:<14}{:>7}".format
     lines = [row("family", "search", "pixels", "prompt", "checkpoint", "language", "licence", "size")]
     for name, checkpoints in CATALOGUE.items():
         family = FAMILY_BY_NAME[name]
-        for one in checkpoints:
-            size = f"{one.size:g} GB" if one.size >= 0.1 else f"{one.size * 1000:g} MB"
-            facts = (family.name, family.search, family.pixels, family.prompt)
-            lines.append(row(*facts, one.name, one.language, one.licence, size))
-    return "\n".join(lines) + f"\n\n{LEGEND}\n\n{HOW_TO_FETCH}"
+        for checkpoint in checkpoints:
+            size = checkpoint.size
+            lines.append(
+                row(
+                    family.name,
+                    family.search,
+                    family.pixels,
+                    family.prompt,
+                    checkpoint.name,
+                    checkpoint.language,
+                    checkpoint.licence,
+                    f"{size:g} GB" if size >= 0.1 else f"{size * 1000:g} MB",
+                )
+            )
+    return "\n".join(lines) + f"\n\n{LEGEND}\n\n{HOW_TO_DOWNLOAD}"

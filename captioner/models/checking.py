@@ -1,4 +1,4 @@
-"""Do the weights of a model directory fit its config.json? Names and shapes are compared, no tensor is read."""
+"""Check that the tensors of a model directory fit its config.json, by name and shape, without reading them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from captioner.models.ref import ModelRef
 def check(ref: ModelRef) -> None:
     """Raise ModelError naming the tensors that are missing, unexpected or of a wrong shape.
 
-    Imports torch and transformers, which takes seconds, unless these very files passed before.
+    Imports torch and transformers, which takes seconds, unless the same files have passed before.
     """
     if ref.path and not _passed(ref):
         check_directory(ref.path)
@@ -25,7 +25,7 @@ def check(ref: ModelRef) -> None:
 
 
 def check_directory(path: str) -> None:
-    """`check` for a directory, always done."""
+    """Check a directory, whether or not it has passed before."""
     import torch
 
     from captioner.models.pretrained import open_model
@@ -34,7 +34,7 @@ def check_directory(path: str) -> None:
 
 
 class PendingCheck:
-    """A check that runs in a process of its own, so that the caller imports nothing heavy and need not wait yet."""
+    """A check that runs in another process, so that the caller imports nothing heavy and can wait for it later."""
 
     def __init__(self, ref: ModelRef, process: subprocess.Popen[str] | None) -> None:
         self._ref, self._process = ref, process
@@ -53,13 +53,13 @@ class PendingCheck:
         if process.returncode == 0:
             _remember(self._ref)
             return None
-        if out.strip():  # the error's own line; what transformers may have printed stands before it
+        if out.strip():  # the last line is the error; transformers may have printed others before it
             return ModelError(out.strip().splitlines()[-1])
         crash = (err.strip() or f"exit code {process.returncode}").splitlines()[-1]
         return ModelError(f"{self._ref.path}: the check of its tensors did not finish: {crash}")
 
     def cancel(self) -> None:
-        """Stop a check whose result is not wanted any more."""
+        """Stop the check; `result` then returns at once."""
         if self._process is not None:
             self._process.kill()
             self._process.communicate()
@@ -67,7 +67,7 @@ class PendingCheck:
 
 
 def check_in_subprocess(ref: ModelRef) -> PendingCheck:
-    """Start `check` in another process; nothing is started for the fake or for files that passed before."""
+    """Start `check` in another process, unless the model is the fake or its files have passed before."""
     if not ref.path or _passed(ref):
         return PendingCheck(ref, None)
     root = str(Path(__file__).parents[2])
@@ -81,11 +81,11 @@ def check_in_subprocess(ref: ModelRef) -> PendingCheck:
 
 
 def _passed(ref: ModelRef) -> bool:
-    return os.path.exists(_marker(ref))  # False, not an error, where the cache cannot be entered
+    return os.path.exists(_marker(ref))  # False where the cache cannot be read
 
 
 def _marker(ref: ModelRef) -> Path:
-    """An empty file that is there once these weights and settings passed under this version of transformers."""
+    """Return the path of the empty file that records that the files passed with this version of transformers."""
     key = f"{ref.sha256} {ref.settings_sha256} {version('transformers')}"
     return cache_dir() / "checked" / hashlib.sha256(key.encode()).hexdigest()
 
@@ -96,4 +96,4 @@ def _remember(ref: ModelRef) -> None:
         marker.parent.mkdir(parents=True, exist_ok=True)
         marker.touch()
     except OSError:
-        return  # a read-only home: the next start checks again
+        return  # a read-only home directory: the next start checks again

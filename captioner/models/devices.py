@@ -1,4 +1,4 @@
-"""Which device torch computes on. Light: torch is imported when a function that needs it is called."""
+"""Choose the device torch computes on. torch is imported when a function that needs it is called."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from captioner.errors import ModelError
 if TYPE_CHECKING:
     import torch
 
-# What a build of torch needs to have for each kind of device.
+# The name of the build of torch that each kind of device needs.
 BUILDS = {"cuda": "CUDA", "xpu": "XPU", "mps": "MPS"}
 
 
 def pick_device(name: str = "auto", has_gpu: bool | None = None, node: str = "") -> torch.device:
-    """Return the device that `name` (a value of --device, or a device with an index) stands for in this process.
+    """Return the device that `name` (a value of --device, or a device with an index) means in this process.
 
-    `has_gpu`: whether a GPU was reserved for this process; None: it was where CUDA_VISIBLE_DEVICES names one. `auto` is
-    the accelerator that torch can use; with a reserved GPU it is never the CPU. `node`: what errors call this machine.
+    "auto" is the accelerator that torch can use, else the CPU where no GPU was reserved. `has_gpu`: whether a GPU was
+    reserved for this process; None: whether CUDA_VISIBLE_DEVICES names one. `node`: the name of this machine in errors.
     Raises ModelError where the device, or the GPU that was reserved, cannot be used.
     """
     set_wait_policy()
@@ -36,9 +36,8 @@ def pick_device(name: str = "auto", has_gpu: bool | None = None, node: str = "")
         reserved = os.environ.get("CUDA_VISIBLE_DEVICES", "") not in ("", "-1") if has_gpu is None else has_gpu
         if not reserved:
             return torch.device("cpu")
-    wanted = "cuda" if name == "auto" else name
     try:
-        device = torch.device(wanted)
+        device = torch.device("cuda" if name == "auto" else name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
@@ -47,9 +46,9 @@ def pick_device(name: str = "auto", has_gpu: bool | None = None, node: str = "")
 
 
 def set_wait_policy() -> None:
-    """Let torch's threads sleep while they wait for each other; to be called before torch is imported, which reads it.
+    """Let torch's threads sleep while they wait for each other. Has no effect once torch is imported.
 
-    Where other work shares the CPUs, decoding for one, spinning made captioning up to a hundred times slower.
+    Where other work such as decoding shares the CPUs, spinning made captioning up to a hundred times slower.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -76,10 +75,10 @@ def cpu_only_build() -> str:
 
 
 def auto_dtype(device: str) -> str:
-    """Return the dtype that --dtype auto is on a kind of device.
+    """Return the dtype that --dtype auto means on a kind of device.
 
-    Half the memory and several times the speed were measured on CUDA; mps and xpu were not, and stay at what every
-    device computes alike.
+    On CUDA bfloat16 was measured to take half the memory and to be several times as fast. mps and xpu were not
+    measured, and use float32, which gives the same results on every device.
     """
     return "bfloat16" if device == "cuda" else "float32"
 

@@ -1,4 +1,4 @@
-"""Models that are not on this machine yet: from the Hugging Face hub, or from any store `captioner.files` opens."""
+"""Download models from the Hugging Face hub, or from any store that `captioner.files` opens."""
 
 from __future__ import annotations
 
@@ -15,12 +15,15 @@ from captioner.errors import ModelError, UsageError
 from captioner.files import cache_dir, open_filesystem
 from captioner.models.weights import weight_files
 
-# Nothing that could run: no pickles, no Python.
+# Files that cannot run code: no pickles, no Python.
 HUB_PATTERNS = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors")
 
 
-def from_hub(name: str, revision: str | None, notify: Callable[[str], None]) -> tuple[Path, str]:
-    """The snapshot of a hub id in Hugging Face's own cache, and its commit. Nothing is asked when HF_HUB_OFFLINE=1."""
+def download_from_hub(name: str, revision: str | None, notify: Callable[[str], None]) -> tuple[Path, str]:
+    """Return the snapshot of a hub id in Hugging Face's cache, and its commit.
+
+    With HF_HUB_OFFLINE=1 only the cache is read.
+    """
     from huggingface_hub import constants, snapshot_download
 
     if constants.HF_HUB_OFFLINE:
@@ -29,12 +32,14 @@ def from_hub(name: str, revision: str | None, notify: Callable[[str], None]) -> 
     if not _has_weights(_cached(name, commit)):
         notify(f"downloading {name} at {commit} from {constants.ENDPOINT}")
     try:
-        # By its branch's name, not by the commit: then the branch is known offline too.
+        # By the branch's name instead of the commit, so that the cache can resolve the branch offline too.
         directory = Path(
             snapshot_download(name, revision=revision, allow_patterns=list(HUB_PATTERNS), ignore_patterns="*/*")
         )
-    except Exception as error:  # whatever the HTTP client of the day raises: no download, no model
-        raise ModelError(f"--model {name}: the download stopped: {_line(error)}; the same command resumes it") from None
+    except Exception as error:  # which exceptions the client raises depends on its version
+        raise ModelError(
+            f"--model {name}: the download failed: {_one_line(error)}; the same command resumes it"
+        ) from None
     return directory, directory.name
 
 
@@ -63,7 +68,7 @@ def _has_weights(directory: Path | None) -> bool:
 
 
 def _commit_of(name: str, revision: str | None) -> str:
-    """The commit a branch or tag (None: the main branch) points to."""
+    """Return the commit of a branch or tag; of the main branch for None."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -79,20 +84,20 @@ def _commit_of(name: str, revision: str | None) -> str:
         ) from None
     except RevisionNotFoundError:
         raise ModelError(f"--revision {revision}: {name} has no such branch, tag or commit") from None
-    except Exception as error:  # no network, as any HTTP client says it
+    except Exception as error:  # no network: which exception depends on the HTTP client
         raise ModelError(
-            f"--model {name}: no such directory, and the hub does not answer ({_line(error)}); HF_HUB_OFFLINE=1 takes"
-            " what was downloaded before"
+            f"--model {name}: no such directory, and the hub does not answer ({_one_line(error)});"
+            " HF_HUB_OFFLINE=1 uses an earlier download"
         ) from None
 
 
-def from_uri(uri: str, notify: Callable[[str], None]) -> Path:
-    """A copy of a model directory of a store in the user's cache; made anew when a file there changes."""
+def download_from_uri(uri: str, notify: Callable[[str], None]) -> Path:
+    """Return a copy, in the user's cache, of a model directory in a store; it is copied again when a file changes."""
     try:
         filesystem, root = open_filesystem(uri)
         infos = sorted(filesystem.get_file_info(FileSelector(root)), key=lambda info: info.path)
     except (OSError, UsageError) as error:
-        raise ModelError(f"--model {uri}: cannot be listed: {_line(error)}") from None
+        raise ModelError(f"--model {uri}: cannot be listed: {_one_line(error)}") from None
     files = [info for info in infos if info.type == FileType.File and _is_allowed(info.base_name)]
     if not files:
         raise ModelError(f"--model {uri}: holds no model; give the directory with config.json and the weights")
@@ -105,14 +110,14 @@ def from_uri(uri: str, notify: Callable[[str], None]) -> Path:
 
 
 def _version(filesystem: FileSystem, info: FileInfo) -> object:
-    """What changes with the file. fsspec's stores give Arrow no time of change, but a key of their own (an ETag)."""
+    """Return a value that changes with the file: fsspec's key (an ETag), as it gives Arrow no modification time."""
     if isinstance(filesystem, PyFileSystem) and isinstance(filesystem.handler, FSSpecHandler):
         return filesystem.handler.fs.ukey(info.path)
     return info.mtime_ns
 
 
 def _copy(uri: str, filesystem: FileSystem, files: list[FileInfo], target: Path) -> None:
-    """All files or none: `target` appears by a rename, so a killed copy leaves nothing that looks whole."""
+    """Copy all files or none: `target` is created by a rename, so an interrupted copy is never taken for complete."""
     temporary = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -125,8 +130,8 @@ def _copy(uri: str, filesystem: FileSystem, files: list[FileInfo], target: Path)
                 shutil.copyfileobj(source, out, 1 << 22)
         os.rename(temporary, target)
     except OSError as error:
-        if not os.path.isdir(target):  # else another process was first with the same files
-            raise ModelError(f"--model {uri}: cannot be copied to {target}: {_line(error)}") from None
+        if not os.path.isdir(target):  # otherwise another process has copied the same files
+            raise ModelError(f"--model {uri}: cannot be copied to {target}: {_one_line(error)}") from None
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -136,5 +141,5 @@ def _is_allowed(name: str) -> bool:
     return any(name.endswith(pattern.removeprefix("*")) for pattern in HUB_PATTERNS)
 
 
-def _line(error: BaseException) -> str:
+def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__

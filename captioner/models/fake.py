@@ -1,4 +1,4 @@
-"""A captioner that costs nothing: for tests and for measuring everything around the model."""
+"""A captioner without a model, for tests and for measurements of everything around the model."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from captioner.data import Captions, Pixels
 
 
 class FakeCaptioner:
-    """Names each picture by the CRC-32 of its pixels, so that equal pictures and no others get equal captions.
+    """Captions each image with the CRC-32 of its pixels, so that only equal images get equal captions.
 
-    `delay`: seconds each call takes longer. `prompt`: the caption's first words; another prompt is another model.
+    `delay`: seconds that each call sleeps. `prompt`: the first words of captions, instead of "picture".
     """
 
     def __init__(self, delay: float = 0.0, prompt: str | None = None) -> None:
         self.delay, self.prompt = delay, prompt or "picture"
 
     def caption(self, pixels: Pixels) -> Captions:
-        """Caption N pictures: "picture 1a2b3c4d". Its log-probability follows from the CRC."""
+        """Caption images: "picture 1a2b3c4d", with a log-probability that depends on the CRC."""
         if self.delay:
             time.sleep(self.delay)
-        sums = [zlib.crc32(picture.tobytes()) for picture in pixels]
-        texts, logprobs = [f"{self.prompt} {crc:08x}" for crc in sums], [-(crc % 1000) / 1000 for crc in sums]
-        return Captions(texts, [3] * len(sums), logprobs, [True] * len(sums))
+        checksums = [zlib.crc32(image.tobytes()) for image in pixels]
+        texts = [f"{self.prompt} {checksum:08x}" for checksum in checksums]
+        logprobs = [-(checksum % 1000) / 1000 for checksum in checksums]
+        return Captions(texts, [3] * len(texts), logprobs, [True] * len(texts))

@@ -1,6 +1,6 @@
-"""The families of models: how each is spoken to, what its pictures go through. Facts only; nothing heavy is loaded.
+"""The model families: which prompts they take, and who prepares their images. Nothing heavy is imported.
 
-A family is the `model_type` of config.json. `captioner.models.loading` knows the class of each.
+A family is the `model_type` of config.json. `captioner.models.loading` has the class of each.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """How the models of one family are prompted and run.
+    """A model family.
 
-    `search`: "fast" is one of our own, "generic" transformers' `generate`. `pixels`: "ours" are resized here, as the
-    model's image processor says; "own" go through that processor itself. `text`: the section of config.json with the
-    text decoder's number of positions; "" where it is no limit.
-
-    `prompt`: "none" takes none; of "start" the caption goes on from it; "task" and "question" need one, and have a
-    `default_prompt`. `tasks`: the only task tokens that make captions.
+    `prompt`: "none" takes none; with "start" the caption continues the prompt; "task" and "question" need one and have
+    a `default_prompt`. `tasks`: the task tokens that produce captions.
+    `search`: "fast" is a search of this package, "generic" is transformers' `generate`.
+    `pixels`: "fixed" images are resized to one size by this package, as the model's image processor would; images of
+    "any" size go to the image processor itself.
+    `text`: the section of config.json with the number of the text decoder's positions; "" where they are no limit.
     """
 
     name: str
     prompt: Literal["none", "start", "task", "question"]
     search: Literal["fast", "generic"] = "generic"
-    pixels: Literal["ours", "own"] = "ours"
+    pixels: Literal["fixed", "any"] = "fixed"
     text: str = ""
     default_prompt: str | None = None
     tasks: tuple[str, ...] = ()
@@ -35,7 +35,7 @@ _FLORENCE_TASKS = ("<CAPTION>", "<DETAILED_CAPTION>", "<MORE_DETAILED_CAPTION>")
 
 
 def _chat(name: str) -> Family:
-    return Family(name, "question", pixels="own", default_prompt=QUESTION)
+    return Family(name, "question", pixels="any", default_prompt=QUESTION)
 
 
 _ALL = (

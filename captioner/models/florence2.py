@@ -1,4 +1,4 @@
-"""Florence-2 (florence-community/Florence-2-*): an encoder reads picture and task, a decoder writes the answer."""
+"""Florence-2 (florence-community/Florence-2-*): an encoder reads image and task, a decoder writes the answer."""
 
 from __future__ import annotations
 
@@ -14,20 +14,16 @@ from captioner.models.ref import ModelRef
 
 
 class Florence2Captioner(TransformersCaptioner):
-    """Florence-2, with the same prompt for every image.
-
-    The prompt is a task token (<CAPTION>, ...), which the processor writes out as the question it was trained with, or
-    a question in words.
-    """
+    """The prompt is a task token (<CAPTION>, ...), which the processor replaces by its question, or a question."""
 
     def __init__(self, ref: ModelRef, device: torch.device, batch_size: int) -> None:
         processor = open_processor(ref.path, Florence2Processor)
-        self.question: list[int] = processor(images=Image.new("RGB", (32, 32)), text=ref.prompt).input_ids[0]
+        self.question_ids: list[int] = processor(images=Image.new("RGB", (32, 32)), text=ref.prompt).input_ids[0]
         super().__init__(ref, device, batch_size)
 
     def start_ids(self) -> list[int]:
         return [self.model.config.text_config.decoder_start_token_id]
 
     def generate(self, pixel_values: torch.Tensor, /, **options: Any) -> Any:
-        rows = torch.tensor([self.question], device=self.device).repeat(len(pixel_values), 1)
+        rows = torch.tensor([self.question_ids], device=self.device).repeat(len(pixel_values), 1)
         return self.model.generate(pixel_values=pixel_values, input_ids=rows, **options)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from captioner.models.base import TransformersCaptioner
-from captioner.models.git_fast import FastSearch, missing_settings, open_network
+from captioner.models.git_fast import FastSearch, open_network, unsupported_settings
 from captioner.models.packed import pack_linears
 from captioner.models.ref import ModelRef
 
@@ -15,18 +15,18 @@ from captioner.models.ref import ModelRef
 class GitCaptioner(TransformersCaptioner):
     """Captions by `captioner.models.git_fast`, or by `generate` where the checkpoint's settings need it (`engine`)."""
 
-    attention = "eager"  # the only one transformers has for GIT
+    attention = "eager"  # transformers has no other for GIT
 
     def __init__(self, ref: ModelRef, device: torch.device, batch_size: int) -> None:
         super().__init__(ref, device, batch_size)
         pack_linears(self.model)
         self._fast: FastSearch | None = None
-        if not missing_settings(self.settings):
+        if not unsupported_settings(self.settings):
             self._fast = FastSearch(open_network(self.model), self.settings, self.prefix)
             self.engine = "fast"
 
     def start_ids(self) -> list[int]:
-        """Start token and prompt, without an end token, as in transformers' GIT examples."""
+        """Return start token and prompt, without an end token, as in transformers' GIT examples."""
         return [self.model.generation_config.bos_token_id, *self.prompt_ids()]
 
     def search(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -37,7 +37,7 @@ class GitCaptioner(TransformersCaptioner):
 
     def free_memory(self) -> None:
         if self._fast is not None:
-            self._fast.stepper.forget()
+            self._fast.stepper.clear()
         super().free_memory()
 
     def generate(self, pixel_values: torch.Tensor, /, **options: Any) -> Any:

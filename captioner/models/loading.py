@@ -1,4 +1,4 @@
-"""From a ModelRef to a captioner. torch and transformers are imported here, when called."""
+"""From a ModelRef to a captioner. torch and transformers are imported when `load` is called."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from captioner.models.resolving import ensure_local
 if TYPE_CHECKING:
     from captioner.models.base import TransformersCaptioner
 
-# Below this, one operation takes less time than waking the threads that would share it: one thread captions faster
-# than four on an idle machine, and many times faster on a busy one.
+# Below this, an operation takes less time than waking the threads that would share it: one thread captions faster than
+# four on an idle machine, and many times faster on a busy one.
 SMALL_MODEL_BYTES = 20_000_000
 _CHAT = "chat", "ChatCaptioner"
 CLASSES = {
@@ -43,24 +43,24 @@ def load(
     num_threads: int | None = None,
     notify: Callable[[str], None] | None = None,
 ) -> Captioner:
-    """The captioner of `ref`, its weights on `device` (see `captioner.models.devices.pick_device`).
+    """Return the captioner of `ref` with its weights on `device` (see `captioner.models.devices.pick_device`).
 
-    `batch_size`: pictures for each forward pass; "auto" tries out on a GPU what is fastest. `num_threads`: CPU threads
-    of torch, where the environment's OMP_NUM_THREADS is not what is wanted; a small model gets one. `notify`: called
-    with a line about what takes long. A model that is not on this machine is fetched again; one whose weights are no
-    longer those of `ref` is refused. Raises ModelError where the model or the device cannot be used.
+    `batch_size`: images in a forward pass; "auto" measures on a GPU which is fastest. `num_threads`: CPU threads of
+    torch, None for its default; a small model gets one. `notify`: called with a line about each step that takes long. A
+    model that is not on this machine is downloaded again. Raises ModelError where the model or the device cannot be
+    used, or where the weights differ from those of `ref`.
     """
     if ref.family == "fake":
         return FakeCaptioner(prompt=ref.prompt)
     notify, started = notify or (lambda line: None), time.perf_counter()
     with ThreadPoolExecutor(2) as threads:
-        here = threads.submit(ensure_local, ref)  # which hashes the weights
+        local_ref = threads.submit(ensure_local, ref)  # hashes the weights
         torch_device = pick_device(device)
         import torch
 
         threads.submit(lambda: torch.empty(1, device=torch_device))  # a GPU takes a second to start
         family = _import_family(ref.family)
-        ref = here.result()
+        ref = local_ref.result()
     imported = time.perf_counter()
     notify(f"torch and transformers imported in {imported - started:.1f} s")
     from captioner.models.batch_size import CPU_SIZE, SMALL_CPU_SIZE, choose_batch_size
@@ -77,23 +77,23 @@ def load(
 
 
 def resolve_dtype(ref: ModelRef, dtype: str, device: str) -> ModelRef:
-    """Return `ref` in the dtype that a value of --dtype stands for on a kind of device."""
+    """Return `ref` with the dtype that a value of --dtype means on a kind of device."""
     return replace(ref, dtype=auto_dtype(device) if dtype == "auto" else dtype)
 
 
 def is_small(ref: ModelRef) -> bool:
-    """Whether a model captions on one thread of a CPU."""
+    """Return whether a model captions on one thread of a CPU."""
     return weights_bytes(ref) <= SMALL_MODEL_BYTES
 
 
 def weights_bytes(ref: ModelRef) -> int:
-    """Size of the safetensors files of a model that is on this machine; 0 for the fake."""
+    """Return the size of the safetensors files of a model on this machine; 0 for the fake."""
     return sum(file.stat().st_size for file in Path(ref.path).glob("*.safetensors")) if ref.path else 0
 
 
 def _import_family(family: str) -> type[TransformersCaptioner]:
-    """The class of a family. Its module is imported when called: each imports its own part of transformers."""
+    """Return the class of a family, after importing its module and with it that family's part of transformers."""
     set_wait_policy()
     module, name = CLASSES[family]
-    found: type[TransformersCaptioner] = getattr(import_module(f"captioner.models.{module}"), name)
-    return found
+    captioner_class: type[TransformersCaptioner] = getattr(import_module(f"captioner.models.{module}"), name)
+    return captioner_class

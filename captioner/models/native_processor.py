@@ -1,10 +1,10 @@
-"""PixelSpec of a model whose pictures go through its own image processor: how small they may be made before.
+"""PixelSpec of a model that needs its own image processor: how far images may be reduced before they reach it.
 
-Such a processor gets each picture in its own size, and resizes, splits, pads and normalises in the model's process. A
-picture so large that it would make it smaller first is made smaller where it is decoded, by the processor's own rule
-and filter, which leaves the processor nothing more to shrink: with `--preprocess processor` its pixels are the same to
-the bit. Only of a processor unknown here (`default_native_spec`) they may differ, for pictures with a side above 2048
-pixels and above twice what the processor's settings name.
+Such a processor gets images of variable size, and resizes, splits, pads and normalises them in the model's process. An
+image larger than the processor's limit is reduced when it is decoded, by the processor's own rule and filter, so that
+the processor itself has nothing to reduce: with `--preprocess processor` its output is exactly the same. Only with a
+processor that is not known here (`default_native_spec`) it may differ, for images with a side above 2048 pixels and
+above twice the size in the processor's settings.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from typing import Any
 from captioner.data import PixelSpec
 from captioner.errors import ModelError
 
-FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # by their numbers in PIL.Image.Resampling
+FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # by number in PIL.Image.Resampling
 LARGEST_EDGE = 4096  # `MAX_IMAGE_SIZE` of Idefics3 and SmolVLM
-_ANY_EDGE = 2048
+_DEFAULT_EDGE = 2048
 
 
 def native_spec(family: str, file: Path, settings: dict[str, Any]) -> PixelSpec:
-    """Of a family whose processor is known. Raises ModelError where a size is no number."""
+    """Return the PixelSpec for a family's processor. Raises ModelError where a size is not a positive integer."""
     return _qwen(file, settings) if family.startswith("qwen") else _tiled(file, settings)
 
 
 def default_native_spec(settings: dict[str, Any]) -> PixelSpec:
-    """Of any processor: twice the largest side its settings name, and at least 2048 pixels, are enough."""
-    named = [_largest(settings.get(name)) for name in ("size", "crop_size", "pad_size", "max_image_size")]
-    return _at_most_edge(max(_ANY_EDGE, *(2 * side for side in named)), 1, _filter(settings, "bicubic"))
+    """Return the PixelSpec for any processor: up to twice the largest side in its settings, and at least 2048."""
+    sides = [_largest(settings.get(name)) for name in ("size", "crop_size", "pad_size", "max_image_size")]
+    return _at_most_edge(max(_DEFAULT_EDGE, *(2 * side for side in sides)), 1, _filter(settings, "bicubic"))
 
 
 def _tiled(file: Path, settings: dict[str, Any]) -> PixelSpec:
-    """Idefics3 and SmolVLM: the longer side becomes `size["longest_edge"]`, then the picture is cut into tiles."""
+    """Idefics3 and SmolVLM: the longer side becomes `size["longest_edge"]`, then the image is cut into tiles."""
     size = settings.get("size") or {"longest_edge": 4 * 364}
     if not settings.get("do_resize", True) or not isinstance(size, dict) or "longest_edge" not in size:
         return default_native_spec(settings)
@@ -50,7 +50,7 @@ def _qwen(file: Path, settings: dict[str, Any]) -> PixelSpec:
     limit = _side(file, "max_pixels", area)
     multiple = _side(file, "patch_size", settings.get("patch_size") or 14)
     multiple *= _side(file, "merge_size", settings.get("merge_size") or 2)
-    side = math.isqrt(max(limit, 200 * multiple**2)) + 1  # the narrowest strip it takes is `multiple` pixels wide
+    side = math.isqrt(max(limit, 200 * multiple**2)) + 1  # an aspect ratio of 200, with one side of `multiple` pixels
     return PixelSpec(side, side, "own_area", resample=_filter(settings, "bicubic"), limit=limit, multiple=multiple)
 
 
@@ -66,7 +66,7 @@ def _filter(settings: dict[str, Any], default: str) -> Any:
 
 def _side(file: Path, key: str, value: Any) -> int:
     if not isinstance(value, int) or value < 1:
-        raise ModelError(f"{file}: {key}={value!r} is no number of pixels; save the model's processor again")
+        raise ModelError(f"{file}: {key}={value!r} is not a number of pixels; save the model's processor again")
     return value
 
 

@@ -1,8 +1,8 @@
-"""Linear layers in oneDNN's own weight layout: on a CPU, in float32, 1.3 to 3 times as fast as torch's.
+"""Linear layers with weights in oneDNN's own layout: in float32 on a CPU, 1.3 to 3 times as fast as torch's.
 
-torch hands float32 products to a BLAS that reads the weight as it is stored and reorders it at every call. Packed once,
-the same product starts at once; results differ by rounding only. The operators are those that torch's own compiler
-uses when it freezes a model; where this build of torch lacks them, layers stay as they are.
+torch computes float32 products by a BLAS that reorders the weight at every call. Here it is reordered once; results
+differ only by rounding. The operators are those that torch's own compiler uses when it freezes a model; where a build
+of torch lacks them, layers are not replaced.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-ROWS_HINT = 64  # the layout oneDNN chooses hardly depends on it
-SMALLEST = 1 << 18  # weights; below about 512 x 512 a call to oneDNN costs more than its layout saves
+ROWS_HINT = 64  # rows of the input; oneDNN's layout hardly depends on it
+MIN_WEIGHTS = 1 << 18  # below about 512 x 512 a call to oneDNN costs more than its layout saves
 
 
 class PackedLinear(nn.Module):
-    """`linear` for inference: [..., in_features] -> [..., out_features], float32 on the CPU."""
+    """A linear layer for inference: [..., in_features] -> [..., out_features], float32 on the CPU."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -29,29 +29,29 @@ class PackedLinear(nn.Module):
 
 
 def pack_linears(model: nn.Module) -> int:
-    """Replace the float32 linear layers inside `model` by packed ones, in place; returns how many.
+    """Replace the float32 linear layers inside `model` by packed ones, in place, and return how many were replaced.
 
-    Small ones, those of subclasses of Linear, and those on other devices are left alone.
+    Small layers, subclasses of Linear, and layers on other devices are not replaced.
     """
     linears = [
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent.named_children()
-        if type(child) is nn.Linear and _suits(child.weight)
+        if type(child) is nn.Linear and _can_be_packed(child.weight)
     ]
-    if not linears or not _works():
+    if not linears or not _is_supported():
         return 0
     for parent, name, child in linears:
         setattr(parent, name, PackedLinear(child))
     return len(linears)
 
 
-def _suits(weight: torch.Tensor) -> bool:
-    return weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.numel() >= SMALLEST
+def _can_be_packed(weight: torch.Tensor) -> bool:
+    return weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.numel() >= MIN_WEIGHTS
 
 
-def _works() -> bool:
-    """Whether this build of torch has the operators and they give what Linear gives."""
+def _is_supported() -> bool:
+    """Return whether this build of torch has the operators, with the results of Linear."""
     if not torch.backends.mkldnn.is_available():
         return False
     linear, values = nn.Linear(16, 8), torch.randn(3, 2, 16)

@@ -4,8 +4,8 @@ The settings are the `image_processor` section of processor_config.json or, in o
 preprocessor_config.json. Older ones leave out what equals the default of their class; those defaults are below, as
 transformers 5 has them (`transformers/models/*/image_processing_pil_*.py`).
 
-The classes below resize, crop, pad and normalise in one way (`PilBackend` of transformers), which is done here. What
-they can say beyond a PixelSpec, and every other class, goes through the processor itself (`own_pixels.py`).
+The classes below resize, crop, pad and normalise in the way of `PilBackend` of transformers, which a PixelSpec
+describes. Settings that it cannot describe, and all other classes, need the processor itself (`native_processor.py`).
 """
 
 from __future__ import annotations
@@ -29,6 +29,13 @@ def _defaults(side: int, resample: int, mean: list[float], std: list[float], **o
     return {"size": size, "resample": resample, "image_mean": mean, "image_std": std, "do_center_crop": False} | others
 
 
+_COMMON_DEFAULTS = {
+    "do_resize": True,
+    "do_rescale": True,
+    "do_normalize": True,
+    "rescale_factor": 1 / 255,
+    "do_pad": False,
+}
 _CLIP = _defaults(
     224,
     _BICUBIC,
@@ -47,7 +54,7 @@ _CLASSES: dict[str, dict[str, Any]] = {
     "Siglip": _defaults(224, _BICUBIC, _HALF, _HALF),
     "Bit": _CLIP,
 }
-# The class where no file names one, by the model type of the (vision) configuration.
+# The class where the settings name none, by the model type of the (vision) configuration.
 _BY_MODEL_TYPE = {
     "git": "CLIP",
     "blip": "Blip",
@@ -62,21 +69,21 @@ _BY_MODEL_TYPE = {
 
 
 def read_pixel_spec(directory: Path, family: str, vision: str = "", preprocess: str = "fast") -> PixelSpec:
-    """The pixels the model in `directory` wants.
+    """Return the PixelSpec of the model in `directory`.
 
-    `vision`: model type of its picture encoder, where it is not the family's own. Raises ModelError naming a setting
-    that no batch of pictures can have.
+    `vision`: model type of its vision encoder, where the family does not determine it. `preprocess`: a value of
+    --preprocess. Raises ModelError naming a setting that is not supported.
     """
     file, settings = _read_settings(directory)
     settings = {key: value for key, value in settings.items() if value is not None}
-    if FAMILY_BY_NAME[family].pixels == "own":
+    if FAMILY_BY_NAME[family].pixels == "any":
         return native_spec(family, file, settings)
     kind = _class_of(settings, vision or family)
     if kind not in _CLASSES:
         return default_native_spec(settings)
-    always = {"do_resize": True, "do_rescale": True, "do_normalize": True, "rescale_factor": 1 / 255, "do_pad": False}
-    reader = _Reader(str(file), always | _CLASSES[kind] | settings)
-    return default_native_spec(settings) if reader.is_beyond_a_spec(exact=preprocess == "processor") else reader.spec()
+    reader = _Reader(str(file), _COMMON_DEFAULTS | _CLASSES[kind] | settings)
+    needs_processor = reader.needs_processor(exact=preprocess == "processor")
+    return default_native_spec(settings) if needs_processor else reader.spec()
 
 
 def _read_settings(directory: Path) -> tuple[Path, dict[str, Any]]:
@@ -95,42 +102,45 @@ def _read_settings(directory: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def _class_of(settings: dict[str, Any], model_type: str) -> str:
-    named = settings.get("image_processor_type") or settings.get("feature_extractor_type")
-    kind = _BY_MODEL_TYPE.get(model_type, model_type) if named is None else str(named)
+    """Return the name of the image processor's class, without the suffixes of its variants."""
+    name = settings.get("image_processor_type") or settings.get("feature_extractor_type")
+    kind = _BY_MODEL_TYPE.get(model_type, model_type) if name is None else str(name)
     for suffix in ("Fast", "Pil", "ImageProcessor", "FeatureExtractor"):
         kind = kind.removesuffix(suffix)
     return kind
 
 
 class _Reader:
-    """Turns complete settings into a PixelSpec."""
+    """Makes a PixelSpec of settings in which nothing is left to a default."""
 
     def __init__(self, file: str, settings: dict[str, Any]) -> None:
         self.file, self.settings = file, settings
         self.crops, self.resizes = settings["do_center_crop"], settings["do_resize"]
-        self.pad = settings.get("pad_size") if settings["do_pad"] else None  # else pads to the batch's largest
+        self.pad = settings.get("pad_size") if settings["do_pad"] else None  # None: to the largest of a batch
         size = settings["size"]
         if isinstance(size, int):  # written by transformers 4.2x and earlier
             size = {"shortest_edge": size} if self.crops else {"height": size, "width": size}
         self.size: dict[str, Any] = size if isinstance(size, dict) else {}
 
-    def is_beyond_a_spec(self, exact: bool) -> bool:
-        """Whether the settings make sense, but only to the processor.
+    def needs_processor(self, exact: bool) -> bool:
+        """Return whether the settings are valid, but a PixelSpec cannot describe them.
 
-        With `exact` padding is: the processor pads after normalising, with a colour that eight bits only come near to.
+        `exact`: so that it cannot describe padding, since the processor pads after normalising, with a colour that
+        eight bits only approximate.
         """
         if self.pad is None:
             return self.resizes and self.crops and set(self.size) not in ({"shortest_edge"}, {"height", "width"})
         return exact or self.crops or not self.resizes or set(self.size) != {"max_height", "max_width"}
 
     def spec(self) -> PixelSpec:
+        """Return the PixelSpec. Raises ModelError naming a setting that is not supported."""
         mean, std = self.normalisation()
         resample = self.resample()
         if self.pad is not None:
             box = self.sides("size", self.size, "max_")
             height, width = self.sides("pad_size", self.pad)
             if height < box[0] or width < box[1]:
-                raise self.refuse("pad_size", "smaller than the resized picture")
+                raise self.error("pad_size", "smaller than the resized image")
             fill = self.fill(mean)
             return PixelSpec(height, width, "inside", 0, resample, mean, std, resized=box, fill=fill)
         if not self.resizes:
@@ -140,15 +150,15 @@ class _Reader:
             height, width = self.crop("do_center_crop") if self.crops else size
             return PixelSpec(height, width, "exact", 0, resample, mean, std, resized=size)
         if set(self.size) != {"shortest_edge"}:
-            raise self.refuse("size", "pictures of one batch must have one size")
+            raise self.error("size", "the images of a batch must have one size")
         height, width = self.crop("do_center_crop")
         edge = self.side("size", self.size["shortest_edge"])
         return PixelSpec(height, width, "shortest_edge", edge, resample, mean, std)
 
     def crop(self, needed_by: str) -> tuple[int, int]:
-        """Height and width of the centre that is kept, which what leaves sizes open must have."""
+        """Return the height and width of the centre crop, which the setting `needed_by` makes necessary."""
         if not self.crops:
-            raise self.refuse(needed_by, "pictures of one batch must have one size")
+            raise self.error(needed_by, "the images of a batch must have one size")
         crop = self.settings.get("crop_size")
         if isinstance(crop, int):
             crop = {"height": crop, "width": crop}
@@ -157,27 +167,27 @@ class _Reader:
     def sides(self, key: str, value: Any, prefix: str = "") -> tuple[int, int]:
         names = f"{prefix}height", f"{prefix}width"
         if not isinstance(value, dict) or set(value) != set(names):
-            raise self.refuse(key)
+            raise self.error(key)
         return self.side(key, value[names[0]]), self.side(key, value[names[1]])
 
     def side(self, key: str, value: Any) -> int:
         if not isinstance(value, int) or value < 1:
-            raise self.refuse(key)
+            raise self.error(key)
         return value
 
     def resample(self) -> Any:
         number = self.settings["resample"]
         if not isinstance(number, int) or not 0 <= number < len(FILTERS):
-            raise self.refuse("resample")
+            raise self.error("resample")
         return FILTERS[number]
 
     def fill(self, mean: tuple[float, float, float]) -> tuple[int, int, int]:
-        """The colour that normalising makes 0, as near as eight bits come."""
+        """Return the colour that becomes 0 when normalised, rounded to eight bits."""
         red, green, blue = (min(255, max(0, round(255 * value))) for value in mean)
         return red, green, blue
 
     def normalisation(self) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-        """Mean and standard deviation for values of 0..1, whatever scale the processor normalises at."""
+        """Return mean and standard deviation for values of 0..1, whatever scale the processor uses."""
         scale = 255 * self.settings["rescale_factor"] if self.settings["do_rescale"] else 255.0
         mean, std = [0.0] * 3, [1.0] * 3
         if self.settings["do_normalize"]:
@@ -191,9 +201,9 @@ class _Reader:
         if isinstance(values, int | float):
             values = [values] * 3
         if not isinstance(values, list) or len(values) != 3 or (key == "image_std" and 0 in values):
-            raise self.refuse(key)
+            raise self.error(key)
         return [float(value) for value in values]
 
-    def refuse(self, key: str, why: str = "") -> ModelError:
+    def error(self, key: str, why: str = "") -> ModelError:
         reason = f" ({why})" if why else ""
         return ModelError(f"{self.file}: {key}={self.settings.get(key)!r} is not supported{reason}")

@@ -1,4 +1,4 @@
-"""A network and a tokenizer from a model directory: safetensors only, no code of the directory's, no network access."""
+"""Open the network and the tokenizer of a model directory: safetensors only, no code of its own, no network access."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 from captioner.errors import ModelError
 
-# What transformers raises for directories it cannot make a model or a tokenizer of.
+# What transformers raises for directories that it cannot open a model or a tokenizer from.
 LOADING_ERRORS = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError)
 
 
@@ -22,27 +22,27 @@ def open_tokenizer(path: str) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except LOADING_ERRORS as error:
         raise ModelError(f"{path}: the tokenizer cannot be loaded: {' '.join(str(error).split())}") from None
-    if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):  # made by transformers where files are missing
+    if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):  # transformers' default where files are missing
         raise ModelError(f"{path}: the tokenizer has no vocabulary; save the model's own with save_pretrained")
     return tokenizer
 
 
 def decode_all(tokenizer: Any, rows: list[list[int]]) -> list[str]:
-    """The text of each row of token ids, without special tokens.
+    """Return the text of each row of token ids, without special tokens.
 
-    The rows of a batch go to the Rust tokenizer together where transformers would do no more than call it for each:
-    that takes a tenth of the time, and other threads run meanwhile.
+    Where transformers would only call the Rust tokenizer for each row, it is called once for all rows: that takes a
+    tenth of the time, and releases the interpreter's lock.
     """
-    plain = isinstance(tokenizer, TokenizersBackend) and not tokenizer.clean_up_tokenization_spaces
-    kind, known = type(tokenizer), TokenizersBackend
-    if plain and (kind.decode, kind._decode) == (known.decode, known._decode):
+    kind, base = type(tokenizer), TokenizersBackend
+    is_plain = isinstance(tokenizer, base) and not tokenizer.clean_up_tokenization_spaces
+    if is_plain and (kind.decode, kind._decode) == (base.decode, base._decode):
         texts: list[str] = tokenizer.backend_tokenizer.decode_batch(rows, skip_special_tokens=True)
         return texts
     return list(tokenizer.batch_decode(rows, skip_special_tokens=True))
 
 
 def open_model(path: str, dtype: torch.dtype, device: torch.device | str, attention: str | None = None) -> Any:
-    """The network, in evaluation mode; on device "meta" without reading the weights.
+    """Return the network in evaluation mode; on device "meta" without reading the weights.
 
     Raises ModelError naming tensors that are missing, unexpected or of a wrong shape.
     """
@@ -68,28 +68,28 @@ def open_model(path: str, dtype: torch.dtype, device: torch.device | str, attent
 
 
 def _check_loading_info(path: str, info: dict[str, Any]) -> None:
-    mismatched = [f"{name} is {list(got)}, not {list(wanted)}" for name, got, wanted in info["mismatched_keys"]]
-    # A constant that transformers kept in GPT-2 checkpoints until 2023.
+    mismatched = [f"{name} is {list(shape)}, not {list(other)}" for name, shape, other in info["mismatched_keys"]]
+    # A constant that transformers saved in GPT-2 checkpoints until 2023.
     unexpected = [name for name in info["unexpected_keys"] if not name.endswith(".attn.masked_bias")]
     faults = (("missing", info["missing_keys"]), ("unexpected", unexpected), ("misshapen", mismatched))
-    found = [f"{len(names)} {kind}: {_few(sorted(names))}" for kind, names in faults if names]
-    if found:
-        raise ModelError(f"{path}: tensors do not fit config.json: {'; '.join(found)}; save the model again")
+    described = [f"{len(names)} {kind}: {_shorten(sorted(names))}" for kind, names in faults if names]
+    if described:
+        raise ModelError(f"{path}: tensors do not fit config.json: {'; '.join(described)}; save the model again")
 
 
-def _few(names: list[str], limit: int = 3) -> str:
+def _shorten(names: list[str], limit: int = 3) -> str:
     return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence the progress bar and the advice of transformers."""
-    verbosity, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    """Silence the progress bar and the warnings of transformers."""
+    verbosity, has_bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         transformers_logging.set_verbosity(verbosity)
-        if bar:
+        if has_bar:
             transformers_logging.enable_progress_bar()

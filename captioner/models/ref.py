@@ -1,4 +1,4 @@
-"""`ModelRef`: everything about a chosen model that can be known without loading it."""
+"""`ModelRef`: what is known of a model without loading it."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from functools import cached_property
 from captioner.data import PixelSpec
 from captioner.files import shown
 
-# Raised whenever the same file and the same PixelSpec would give other pixels than before.
+# To be increased when the same file and the same PixelSpec give other pixels than before.
 PREPROCESSING_VERSION = 2
 
 
 @dataclass(frozen=True)
 class ModelRef:
-    """A model and how it writes captions: small, picklable, made by `resolve` and turned into a captioner by `load`.
+    """A model and the settings of its captions. Small and picklable; `resolve` returns it, `load` opens it.
 
     `name`: as the user wrote it. `path`: the model directory on the machine that resolved it; "" for the fake.
-    `revision`: the commit of a hub id. `sha256`: of the weights, their files' contents in the order of their names.
+    `revision`: the commit of a hub id. `sha256`: of the weights files' contents, in the order of their names.
     `settings_sha256`: of the configuration, tokenizer, processor and generation files.
-    `max_positions`: how many text tokens, prompt included, the decoder can hold; None where config.json does not say.
-    `training_run_id`: which training run made the model, where its directory says so (`training_run.json`).
+    `max_positions`: text positions of the decoder, prompt included; None where config.json does not limit them.
+    `training_run_id`: the training run that made the model, from `training_run.json` in its directory.
     """
 
     name: str
@@ -45,14 +45,14 @@ class ModelRef:
 
     @property
     def summary(self) -> str:
-        """What a person should know of it before a run: its family, who prepares the pictures, the prompt."""
+        """Return a line for the user: the model's family, what prepares its images, and the prompt."""
         prompt = "" if self.prompt is None else f"; prompt {self.prompt!r}"
-        by = "its own image processor" if self.spec.variable_size else f"--preprocess {self.preprocess}"
-        return f"model {shown(self.name)}: {self.family}; images prepared by {by}{prompt}"
+        preparation = "its own image processor" if self.spec.variable_size else f"--preprocess {self.preprocess}"
+        return f"model {shown(self.name)}: {self.family}; images prepared by {preparation}{prompt}"
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hex sha256 over all that determines captions: not the name, the place, the device or the batch size."""
+        """Return the hex sha256 over all that determines captions: not the name, path, device or batch size."""
         parts = {
             "weights": self.sha256,
             "settings": self.settings_sha256,

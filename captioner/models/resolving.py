@@ -1,4 +1,4 @@
-"""From what a person writes after `--model` to a ModelRef. Light: neither torch nor transformers is imported."""
+"""From a value of --model to a ModelRef. Imports neither torch nor transformers."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def resolve(config: ModelConfig, dtype: str | None = None, notify: Callable[[str], None] = print) -> ModelRef:
-    """The model a person asked for, found (downloaded where need be), read and hashed, but not loaded.
+    """Find the model that `config` names, download it if needed, and return what its files say without loading it.
 
-    `dtype`: what `config.dtype` "auto" means here. `notify`: told one line before a download starts.
-    Raises ModelError where there is no such model or it cannot be used.
+    `dtype`: the meaning of `config.dtype` "auto". `notify`: called with a line before a download starts. Raises
+    ModelError where there is no such model or it cannot be used.
     """
     settings: dict[str, Any] = {
         "name": config.name,
@@ -49,56 +49,55 @@ def resolve(config: ModelConfig, dtype: str | None = None, notify: Callable[[str
 
 
 def locate(name: str, revision: str | None, notify: Callable[[str], None]) -> tuple[Path, str | None]:
-    """The local directory of a model, and its commit where it came from the hub."""
+    """Return the local directory of a model, and its commit where it is from the hub."""
     if not name.strip():
         raise ModelError("no model given; add --model starter|DIR|HUB_ID|URI")
     on_hub = _is_hub_id(name)
     if revision is not None and not on_hub:
-        raise ModelError(
-            f"--revision {revision}: only hub ids have revisions, and --model {name} is none; leave it out"
-        )
+        raise ModelError(f"--revision {revision}: only hub ids have revisions, but --model is {name}; leave it out")
     if name == STARTER:
         return Path(captioner.starter.__file__).parent / "model", None
     if is_uri(name):
-        from captioner.models.download import from_uri
+        from captioner.models.download import download_from_uri
 
-        return from_uri(name, notify), None
+        return download_from_uri(name, notify), None
     path = Path(local_path(name))
     if path.is_dir():
         return path, None
     if path.exists():
         raise ModelError(f"--model {name}: is a file; give the directory that holds config.json and the weights")
     if on_hub:
-        from captioner.models.download import from_hub
+        from captioner.models.download import download_from_hub
 
-        return from_hub(name, revision, notify)
+        return download_from_hub(name, revision, notify)
     raise ModelError(
         f"--model {name}: no such directory; use starter, a model directory, a hub id (owner/name) or a URI"
     )
 
 
 def _is_hub_id(name: str) -> bool:
-    """owner/name, unless there is a local directory of that name."""
+    """Return whether `name` has the form owner/name and is not a local path."""
     return bool(_HUB_ID.fullmatch(name)) and not name.startswith((".", "~")) and not Path(local_path(name)).exists()
 
 
 def ensure_local(ref: ModelRef) -> ModelRef:
-    """`ref` with the model's directory on this machine, which need not be the one that resolved it.
+    """Return `ref` with the model's directory on this machine, which may not be the machine that resolved it.
 
-    Raises ModelError where it is not here, or holds other weights or settings than `ref` says.
+    Downloads the model if needed. Raises ModelError where that is not possible, or where the directory holds other
+    weights or settings than `ref`.
     """
     path = Path(ref.path)
-    fetchable = ref.name == STARTER or ref.revision is not None or is_uri(ref.name)
-    if not path.is_dir() and not fetchable:
+    downloadable = ref.name == STARTER or ref.revision is not None or is_uri(ref.name)
+    if not path.is_dir() and not downloadable:
         raise ModelError(
             f"{path}: not on machine {platform.node()}; put the model on a disk all machines share, or give a hub"
             " id or URI"
         )
     if ref.name == STARTER or not path.is_dir():
         path, _ = locate(ref.name, ref.revision, print)
-    found = weights.sha256_of(weights.weight_files(path)), weights.settings_sha256(path)
-    if found != (ref.sha256, ref.settings_sha256):
-        raise ModelError(f"{path}: not the files that the run started with; start again, or bring them back")
+    hashes = weights.sha256_of(weights.weight_files(path)), weights.settings_sha256(path)
+    if hashes != (ref.sha256, ref.settings_sha256):
+        raise ModelError(f"{path}: not the files that the run started with; restore them, or start again")
     return dataclasses.replace(ref, path=str(path))
 
 
@@ -139,30 +138,30 @@ def _family(config_file: Path, config: dict[str, Any]) -> str:
     vision = config.get("vision_config")
     if model_type == "florence2" and isinstance(vision, dict) and vision.get("model_type") == "davit":
         raise ModelError(
-            f"{config_file}: a Florence-2 that only runs with code of its own, which is never run here; take the same"
-            " model from florence-community on the hub"
+            f"{config_file}: a Florence-2 that needs the directory's own code, which is never run; use the same model"
+            " from florence-community on the hub"
         )
     return str(model_type)
 
 
 def _max_positions(family: str, config: dict[str, Any]) -> int | None:
-    """How many text tokens the decoder has positions for, where its configuration says so."""
-    place = FAMILY_BY_NAME[family].text
-    section = config if place == "." else config.get(place)
+    """Return the number of the decoder's text positions; None where its configuration does not limit them."""
+    name = FAMILY_BY_NAME[family].text
+    section = config if name == "." else config.get(name)
     section = section if isinstance(section, dict) else {}
     positions = section.get("max_position_embeddings", section.get("n_positions"))
     return positions if isinstance(positions, int) else None
 
 
-def _prompt(directory: Path, family: str, prompt: str | None) -> str | None:
-    """The prompt given, or the default of a family that needs one."""
-    known = FAMILY_BY_NAME[family]
+def _prompt(directory: Path, name: str, prompt: str | None) -> str | None:
+    """Return the given prompt, or the default of a family that needs one."""
+    family = FAMILY_BY_NAME[name]
     if prompt is None:
-        return known.default_prompt
-    if known.prompt == "none":
-        raise ModelError(f"--prompt {prompt!r}: {directory} is a {family} model, which takes no prompt")
-    if known.prompt == "task" and prompt.startswith("<") and prompt not in known.tasks:
-        raise ModelError(f"--prompt {prompt!r}: no task of {family} that makes captions; use {', '.join(known.tasks)}")
+        return family.default_prompt
+    if family.prompt == "none":
+        raise ModelError(f"--prompt {prompt!r}: {directory} is a {name} model, which takes no prompt")
+    if family.prompt == "task" and prompt.startswith("<") and prompt not in family.tasks:
+        raise ModelError(f"--prompt {prompt!r}: not a caption task of {name}; use {', '.join(family.tasks)}")
     return prompt
 
 
@@ -180,8 +179,8 @@ def _pixel_spec(directory: Path, family: str, config: dict[str, Any], preprocess
     vision = str(encoder.get("model_type")) if family == "vision-encoder-decoder" else ""
     spec = read_pixel_spec(directory, family, vision, preprocess)
     side = encoder.get("image_size")
-    checked = not spec.variable_size and vision != "swin" and isinstance(side, int)
-    if checked and (spec.height, spec.width) != (side, side):
+    has_fixed_size = not spec.variable_size and vision != "swin" and isinstance(side, int)
+    if has_fixed_size and (spec.height, spec.width) != (side, side):
         raise ModelError(
             f"{directory}: its image processor makes {spec.width}x{spec.height} pixels, its model wants"
             f" {side}x{side} (image_size in config.json); save the right processor into it"

@@ -1,4 +1,4 @@
-"""Pixels on their way to the device: each batch is copied while the device works on the batch before."""
+"""Copy pixels to the device: each batch while the device works on the batch before it."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ import torch
 from captioner.data import Pixels
 from captioner.run.prefetch import one_ahead
 
-# One thread copies some 8 GB a second; the first batch of a call is copied while the device waits.
+# One thread copies about 8 GB a second, and the device waits for the first batch of a call.
 COPY_THREADS = 4
 
 
 class Event(Protocol):
-    """A torch.cuda.Event: the end of a copy."""
+    """The end of a copy, as a torch.cuda.Event."""
 
     def query(self) -> bool: ...
     def synchronize(self) -> None: ...
 
 
 class CopyStream(Protocol):
-    """A queue of copies from page-locked memory to a device, beside what else the device does."""
+    """A queue of copies from page-locked memory to a device, concurrent with the device's other work."""
 
     def allocate(self, num_bytes: int) -> torch.Tensor:
-        """Page-locked memory: uint8 [num_bytes]."""
+        """Return page-locked memory, uint8 [num_bytes]."""
         ...
 
     def start(self, values: torch.Tensor) -> tuple[torch.Tensor, Event]:
-        """Start to copy `values`; returns the copy and the event that it is whole."""
+        """Start to copy `values`, and return the copy and the event of its end."""
         ...
 
     def wait(self, values: torch.Tensor, event: Event) -> None:
-        """Let all that the calling thread asks of the device from now on wait for the copy. Does not block."""
+        """Make later device work of the calling thread wait for a copy. Does not block."""
         ...
 
 
@@ -60,15 +60,15 @@ class CudaCopyStream:
         return copied, event
 
     def wait(self, values: torch.Tensor, event: Any) -> None:
-        using = torch.cuda.current_stream(self._device)
-        using.wait_event(event)
-        values.record_stream(using)  # else its memory could be handed to the next copy while it is still read
+        stream = torch.cuda.current_stream(self._device)
+        stream.wait_event(event)
+        values.record_stream(stream)  # else its memory could be reused for the next copy while it is read
 
 
 class Uploads:
-    """Copies pixels to `device`, to a CUDA GPU through page-locked buffers. Several threads may use one at once.
+    """Copies pixels to `device`, to a CUDA GPU through page-locked buffers. Threads may use it concurrently.
 
-    `stream`: what copies; None where the device is the CPU, or can read only what is handed over by torch.
+    `stream`: None for the CopyStream of a CUDA GPU; on other devices torch then copies each batch when it is used.
     """
 
     def __init__(self, device: torch.device, stream: CopyStream | None = None) -> None:
@@ -79,14 +79,14 @@ class Uploads:
 
     @contextmanager
     def batches(self, pixels: Pixels, size: int) -> Iterator[Iterator[torch.Tensor]]:
-        """Pixels [N, H, W, 3] as tensors on the device, `size` images in each. The first is copied at once."""
-        pieces = (pixels[first : first + size] for first in range(0, len(pixels), size))
+        """Yield an iterator over batches of `size` images on the device. The first is copied at once."""
+        parts = (pixels[first : first + size] for first in range(0, len(pixels), size))
         if self._stream is None:
-            # A copy, because Arrow's memory is read-only and torch warns of it.
-            yield (torch.from_numpy(np.array(piece)).to(self.device) for piece in pieces)
+            # Copied, because Arrow's memory is read-only, which torch warns of.
+            yield (torch.from_numpy(np.array(part)).to(self.device) for part in parts)
             return
-        with one_ahead(self._start(piece) for piece in pieces) as started:
-            yield (self._arrived(*copy) for copy in started)
+        with one_ahead(self._start(part) for part in parts) as copies:
+            yield (self._wait(*copy) for copy in copies)
 
     def _start(self, pixels: Pixels) -> tuple[torch.Tensor, Event]:
         assert self._stream is not None
@@ -99,38 +99,35 @@ class Uploads:
         return copied, event
 
     def _fill(self, values: npt.NDArray[np.uint8], pixels: Pixels) -> None:
-        """Copy `pixels` into `values`, without the interpreter's lock."""
+        """Copy `pixels` into `values` in threads; numpy releases the interpreter's lock."""
         size = -(-len(pixels) // COPY_THREADS)
-        pieces = [slice(first, first + size) for first in range(0, len(pixels), size)]
-        list(self._threads.map(lambda piece: np.copyto(values[piece], pixels[piece]), pieces))
+        parts = [slice(first, first + size) for first in range(0, len(pixels), size)]
+        list(self._threads.map(lambda part: np.copyto(values[part], pixels[part]), parts))
 
-    def _arrived(self, values: torch.Tensor, event: Event) -> torch.Tensor:
+    def _wait(self, values: torch.Tensor, event: Event) -> torch.Tensor:
         assert self._stream is not None
         self._stream.wait(values, event)
         return values
 
 
 class _Buffers:
-    """Page-locked buffers, kept because allocating one takes longer than filling it.
-
-    There are as many as were in use at once.
-    """
+    """Page-locked buffers, reused because allocating one takes longer than filling it."""
 
     def __init__(self, stream: CopyStream) -> None:
         self._stream = stream
         self._lock = threading.Lock()
-        self._kept: deque[tuple[torch.Tensor, Event]] = deque()  # those given back first come first
+        self._returned: deque[tuple[torch.Tensor, Event]] = deque()  # oldest first
 
     def take(self, num_bytes: int) -> torch.Tensor:
-        """A buffer of at least so many bytes that no copy reads from."""
+        """Return a buffer of at least `num_bytes` that no copy reads from."""
         with self._lock:
-            while self._kept and len(self._kept[0][0]) < num_bytes:
-                self._kept.popleft()[1].synchronize()  # of a smaller batch size
-            if self._kept and self._kept[0][1].query():
-                return self._kept.popleft()[0]
+            while self._returned and len(self._returned[0][0]) < num_bytes:
+                self._returned.popleft()[1].synchronize()  # a buffer of smaller batches
+            if self._returned and self._returned[0][1].query():
+                return self._returned.popleft()[0]
         return self._stream.allocate(num_bytes)
 
     def give_back(self, buffer: torch.Tensor, event: Event) -> None:
-        """`event`: the end of the copy that reads from it."""
+        """Return a buffer to be reused after `event`, the end of the copy that reads from it."""
         with self._lock:
-            self._kept.append((buffer, event))
+            self._returned.append((buffer, event))

@@ -1,4 +1,4 @@
-"""VisionEncoderDecoder (nlpconnect/vit-gpt2-image-captioning and its kind): any vision encoder, any text decoder."""
+"""VisionEncoderDecoder (such as nlpconnect/vit-gpt2-image-captioning): any vision encoder with any text decoder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from captioner.models.base import TransformersCaptioner
 
 
 class VisionEncoderDecoderCaptioner(TransformersCaptioner):
-    """Takes no prompt: its decoders are trained to begin at their start token."""
+    """Takes no prompt, because its decoders are trained to begin at their start token."""
 
     def start_ids(self) -> list[int]:
         settings, config = self.model.generation_config, self.model.config

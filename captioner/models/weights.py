@@ -1,4 +1,4 @@
-"""The files of a model directory: found, hashed and read as far as needed without torch or transformers."""
+"""Find, hash and check the files of a model directory, without torch or transformers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from captioner.errors import ModelError
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
-# What besides the weights decides the caption of a picture, as saved by transformers now and in earlier years.
+# The files that determine captions besides the weights, as current and earlier versions of transformers save them.
 SETTINGS_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
@@ -33,7 +33,7 @@ SETTINGS_FILES = (
 )
 
 
-# A directory with none of these has no vocabulary: transformers makes an empty tokenizer of it, whose texts are empty.
+# In a directory with none of these transformers opens an empty tokenizer, whose texts are empty.
 VOCABULARY_FILES = (
     "sentencepiece.bpe.model",
     "spiece.model",
@@ -45,7 +45,7 @@ VOCABULARY_FILES = (
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The JSON object in a model's file; {} where there is no such file.
+    """Return the JSON object in a model's file; {} where there is no such file.
 
     Raises ModelError where the file cannot be read or holds something else.
     """
@@ -56,12 +56,12 @@ def read_json(file: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ModelError(f"{file}: cannot be read as JSON ({error}); save or copy the model again") from None
     if not isinstance(content, dict):
-        raise ModelError(f"{file}: holds a JSON {type(content).__name__} where an object belongs; save the model again")
+        raise ModelError(f"{file}: holds a JSON {type(content).__name__}, not an object; save the model again")
     return content
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files transformers would load, by name. Raises ModelError where there are none."""
+    """Return the safetensors files that transformers would load, by name. Raises ModelError where there are none."""
     if (directory / SINGLE_FILE).is_file():
         return [directory / SINGLE_FILE]
     if (directory / INDEX_FILE).is_file():
@@ -71,8 +71,8 @@ def weight_files(directory: Path) -> list[Path]:
     )
     if pickles:
         raise ModelError(
-            f"{directory}: only pickled weights ({pickles[0]}), which can run code when opened; convert them: load the"
-            " model with transformers where you trust it, then save_pretrained(DIR, safe_serialization=True)"
+            f"{directory}: only pickled weights ({pickles[0]}), which can run code when opened; if you trust them,"
+            " load the model with transformers, then save_pretrained(DIR, safe_serialization=True)"
         )
     raise ModelError(f"{directory}: no weights; it needs {SINGLE_FILE} (or {INDEX_FILE} and its shards)")
 
@@ -89,7 +89,7 @@ def _sharded_files(directory: Path) -> list[Path]:
 
 
 def check_header(file: Path) -> None:
-    """Raise ModelError unless `file` is whole: a safetensors header, and as many bytes as it promises.
+    """Raise ModelError unless `file` has a safetensors header and as many bytes as the header implies.
 
     Format: 8 bytes little-endian header length, JSON of dtype, shape and data_offsets for each tensor, data
     (https://huggingface.co/docs/safetensors).
@@ -108,12 +108,12 @@ def check_header(file: Path) -> None:
         raise ModelError(f"{file}: is not a safetensors file ({error}); copy or download it again") from None
     if size != 8 + length + end:
         raise ModelError(
-            f"{file}: holds {size:,} bytes where its header promises {8 + length + end:,}; copy or download it again"
+            f"{file}: holds {size:,} bytes, not the {8 + length + end:,} of its header; copy or download it again"
         )
 
 
 def sha256_of(files: list[Path]) -> str:
-    """Hex sha256 over the files' contents, one after the other."""
+    """Return the hex sha256 over the files' contents, one after the other."""
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as stream:
@@ -123,7 +123,7 @@ def sha256_of(files: list[Path]) -> str:
 
 
 def settings_sha256(directory: Path) -> str:
-    """Hex sha256 over the names and contents of the settings files that are there."""
+    """Return the hex sha256 over the names and contents of the settings files in a directory."""
     digest = hashlib.sha256()
     for name in SETTINGS_FILES:
         file = directory / name

@@ -46,7 +46,7 @@ class PairSources:
         for index, number in enumerate(rows["data"].to_pylist()):
             indices_by_source.setdefault(number, []).append(index)
         for number, indices in indices_by_source.items():
-            with each_row_alone():  # --max-failed judges the whole
+            with each_row_alone():  # --max-failed limits the failures of all rows together
                 raws = read_images(self.sources[number], plan.take(indices))
             for index, image in zip(indices, raws, strict=True):
                 images[index] = image

@@ -11,7 +11,7 @@ from captioner.errors import ModelError
 from captioner.models.base import TransformersCaptioner
 from captioner.models.blip import BlipCaptioner
 from captioner.models.git import GitCaptioner
-from captioner.models.git_fast import FastSearch, GitNetwork, missing_settings
+from captioner.models.git_fast import FastSearch, GitNetwork, unsupported_settings
 from captioner.models.pretrained import open_model
 from captioner.models.ref import ModelRef
 from captioner.models.resolving import ensure_local
@@ -30,7 +30,7 @@ class TrainableGitCaptioner(GitCaptioner):
         # transformers accepts only eager attention for GIT, but its vision tower follows this setting.
         self.model.config.vision_config._attn_implementation = "sdpa"
         self._fast = None
-        if not missing_settings(self.settings):
+        if not unsupported_settings(self.settings):
             self._fast = FastSearch(GitNetwork(self.model), self.settings, self.prefix)
 
 

@@ -1,4 +1,4 @@
-"""`--batch-size auto`: tried out going up, remembered for model and device, never above what fits."""
+"""`--batch-size auto` measures increasing sizes, caches the result, and never exceeds the memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from captioner.config import ModelConfig
 from captioner.models import load, resolve
-from captioner.models.batch_size import BUDGET_S, SIZES, START, WORTH, choose_batch_size, fastest_size
+from captioner.models.batch_size import FIRST_SIZE, MIN_SPEEDUP, SIZES, TIME_LIMIT_S, choose_batch_size, fastest_size
 from captioner.models.ref import ModelRef
 from captioner.testing import SmallGpu
 
@@ -39,7 +39,7 @@ def ref() -> ModelRef:
         (3, 0.0, 16),  # halved later
     ],
 )
-def test_sizes_go_up_while_they_fit_and_are_worth_it(ref, room, each, expected) -> None:
+def test_the_largest_size_that_fits_and_is_faster_is_chosen(ref, room, each, expected) -> None:
     gpu = SmallGpu(ref, room, each=each)
 
     choose_batch_size(gpu, 16, gpu.clock)
@@ -47,14 +47,14 @@ def test_sizes_go_up_while_they_fit_and_are_worth_it(ref, room, each, expected) 
     assert gpu.batch_size == expected
 
 
-def test_what_was_found_is_remembered_for_model_and_device(ref, cache) -> None:
-    first, again, other = SmallGpu(ref, 100), SmallGpu(ref, 100), SmallGpu(ref, 40)
+def test_the_result_is_cached_by_model_and_device(ref, cache) -> None:
+    first, second, other = SmallGpu(ref, 100), SmallGpu(ref, 100), SmallGpu(ref, 40)
     other.device_name = "another GPU, 2 GiB"
-    for gpu in (first, again, other):
+    for gpu in (first, second, other):
         choose_batch_size(gpu, 16, gpu.clock)
 
-    assert (first.batch_size, again.batch_size, other.batch_size) == (64, 64, 32)
-    assert again.tried == []
+    assert (first.batch_size, second.batch_size, other.batch_size) == (64, 64, 32)
+    assert second.tried == []
     assert other.tried != []
     more_beams = SmallGpu(resolve(ModelConfig(name="starter", num_beams=3)), 100)
     choose_batch_size(more_beams, 16, more_beams.clock)
@@ -62,10 +62,10 @@ def test_what_was_found_is_remembered_for_model_and_device(ref, cache) -> None:
     assert len(json.loads(cache.read_text())) == 3
 
 
-@pytest.mark.parametrize("left_there", ["", "[]", '{"x": "many"}', '{"x": null}', "\x00"])
-def test_a_damaged_memory_is_made_anew(ref, cache, left_there) -> None:
+@pytest.mark.parametrize("content", ["", "[]", '{"x": "many"}', '{"x": null}', "\x00"])
+def test_a_damaged_cache_is_replaced(ref, cache, content) -> None:
     cache.parent.mkdir()
-    cache.write_text(left_there)
+    cache.write_text(content)
     gpu = SmallGpu(ref, 100)
 
     choose_batch_size(gpu, 16, gpu.clock)
@@ -74,7 +74,7 @@ def test_a_damaged_memory_is_made_anew(ref, cache, left_there) -> None:
     assert list(json.loads(cache.read_text()).values()) == [64]
 
 
-def test_a_home_that_cannot_be_written_to_is_no_error(ref, cache) -> None:
+def test_a_cache_that_cannot_be_written_is_no_error(ref, cache) -> None:
     cache.parent.write_text("a file where the directory should be")
     gpu = SmallGpu(ref, 100)
 
@@ -84,22 +84,22 @@ def test_a_home_that_cannot_be_written_to_is_no_error(ref, cache) -> None:
 
 
 @given(st.lists(st.floats(0.01, 100), min_size=len(SIZES), max_size=len(SIZES)), st.integers(0, len(SIZES)))
-def test_the_size_found_fits_and_is_no_slower_than_those_before(seconds, fitting) -> None:
+def test_the_chosen_size_fits_and_is_no_slower_than_smaller_ones(seconds, fitting) -> None:
     def time_of(size: int) -> float:
         if SIZES.index(size) >= fitting:
             raise torch.OutOfMemoryError("no memory")
         return seconds[SIZES.index(size)]
 
-    found = SIZES.index(fastest_size(time_of))
+    chosen = SIZES.index(fastest_size(time_of))
 
     rates = [size / spent for size, spent in zip(SIZES, seconds, strict=True)]
-    assert found < max(fitting, 1)
-    start = SIZES.index(START)
-    assert found >= min(start, max(fitting - 1, 0))
-    assert all(rates[place + 1] >= WORTH * rates[place] for place in range(start, found))
+    assert chosen < max(fitting, 1)
+    start = SIZES.index(FIRST_SIZE)
+    assert chosen >= min(start, max(fitting - 1, 0))
+    assert all(rates[index + 1] >= MIN_SPEEDUP * rates[index] for index in range(start, chosen))
 
 
-def test_a_person_is_told_before_and_after(ref) -> None:
+def test_the_user_is_notified_before_and_after(ref) -> None:
     gpu, lines = SmallGpu(ref, 100), list[tuple[str, int]]()
 
     for _ in range(2):
@@ -122,8 +122,8 @@ def test_fast_batches_are_repeated_and_slow_ones_are_not(ref) -> None:
     assert slow.tried.count(64) == 1
 
 
-def test_trying_out_ends_after_its_time(ref) -> None:
-    gpu = SmallGpu(ref, 10_000, start=0.9 * BUDGET_S)
+def test_measuring_ends_after_the_time_limit(ref) -> None:
+    gpu = SmallGpu(ref, 10_000, start=0.9 * TIME_LIMIT_S)
 
     choose_batch_size(gpu, 16, gpu.clock)
 
@@ -131,6 +131,6 @@ def test_trying_out_ends_after_its_time(ref) -> None:
     assert gpu.batch_size == 128
 
 
-def test_a_cpu_is_not_tried_out(ref, cache) -> None:
+def test_nothing_is_measured_on_a_cpu(ref, cache) -> None:
     assert load(ref, device="cpu").batch_size == 64  # a small model
     assert not cache.exists()

@@ -16,13 +16,13 @@ def metric():
 
 
 def test_the_best_reference_of_each_image_counts(metric) -> None:
-    found = metric.compute(predictions=CAPTIONS, references=REFERENCES)
+    scores = metric.compute(predictions=CAPTIONS, references=REFERENCES)
 
-    assert (found["edits"], found["words"]) == (1, 8)
-    assert found["wer"] == pytest.approx(1 / 8)
+    assert (scores["edits"], scores["words"]) == (1, 8)
+    assert scores["wer"] == pytest.approx(1 / 8)
 
 
-def test_captions_of_other_images_are_worse_and_sums_of_parts_are_the_whole(metric) -> None:
+def test_shuffled_captions_are_worse_and_sums_of_parts_add_up(metric) -> None:
     whole = metric.compute(predictions=CAPTIONS * 2, references=REFERENCES * 2)
     part = metric.compute(predictions=CAPTIONS, references=REFERENCES)
 
@@ -31,7 +31,7 @@ def test_captions_of_other_images_are_worse_and_sums_of_parts_are_the_whole(metr
 
 
 def test_one_caption_has_no_baseline(metric) -> None:
-    found = metric.compute(predictions=CAPTIONS[:1], references=REFERENCES[:1])
+    scores = metric.compute(predictions=CAPTIONS[:1], references=REFERENCES[:1])
 
-    assert found["wer"] == 0
-    assert found["shuffled_words"] == 0
+    assert scores["wer"] == 0
+    assert scores["shuffled_words"] == 0

@@ -1,4 +1,4 @@
-"""GIT's own search finds the token ids that transformers' `generate` finds."""
+"""The search for GIT finds the token ids of transformers' `generate`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText, GenerationConfig
 import captioner.starter
 from captioner.config import ModelConfig
 from captioner.models import load, resolve
-from captioner.models.git_fast import missing_settings
+from captioner.models.git_fast import unsupported_settings
 from captioner.models.packed import PackedLinear, pack_linears
 from captioner.starter.scenes import make_scenes
 from captioner.testing import make_tiny_model
@@ -55,9 +55,9 @@ def both(directory: Path, pixels: np.ndarray, generate=None, **settings) -> tupl
         for first in range(0, len(pixels), captioner.batch_size):
             values = captioner.normalise(torch.from_numpy(pixels[first : first + captioner.batch_size]))
             rows = prefix.repeat(len(values), 1)
-            found = plain.generate(pixel_values=values, input_ids=rows, **options, **(generate or {}))
+            output = plain.generate(pixel_values=values, input_ids=rows, **options, **(generate or {}))
             ours += [caption_of(row) for row in captioner.search(values)[0]]
-            theirs += [caption_of(row) for row in found[:, prefix.shape[1] :]]
+            theirs += [caption_of(row) for row in output[:, prefix.shape[1] :]]
     assert len({tuple(row) for row in theirs}) >= len(pixels) / 2
     return ours, theirs
 
@@ -84,7 +84,7 @@ def test_token_ids_of_a_tiny_model_are_those_of_generate(num_beams, tiny) -> Non
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
-def test_a_prompt_begins_the_search(num_beams, tiny) -> None:
+def test_the_search_starts_with_the_prompt(num_beams, tiny) -> None:
     ours, theirs = both(tiny, images(32, 40), num_beams=num_beams, prompt="a small red")
 
     assert ours == theirs
@@ -105,7 +105,7 @@ def test_a_prompt_begins_the_search(num_beams, tiny) -> None:
     ],
     ids=str,
 )
-def test_settings_of_the_checkpoint_are_followed(settings, tmp_path) -> None:
+def test_settings_of_the_checkpoint_are_applied(settings, tmp_path) -> None:
     model = write_settings(make_tiny_model("git", tmp_path), **settings)
 
     ours, theirs = both(model, images(32, 64), num_beams=3)
@@ -114,7 +114,7 @@ def test_settings_of_the_checkpoint_are_followed(settings, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("settings", [{"no_repeat_ngram_size": 1}, {"min_new_tokens": 9}], ids=str)
-def test_greedy_search_follows_them_too(settings, tmp_path) -> None:
+def test_greedy_search_applies_settings_of_the_checkpoint(settings, tmp_path) -> None:
     model = write_settings(make_tiny_model("git", tmp_path), **settings)
 
     ours, theirs = both(model, images(32, 64))
@@ -123,7 +123,7 @@ def test_greedy_search_follows_them_too(settings, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
-def test_batches_and_numbers_beside_the_captions_are_those_of_the_generic_search(num_beams, tiny) -> None:
+def test_batches_token_counts_and_logprobs_are_those_of_the_generic_search(num_beams, tiny) -> None:
     pixels = images(32, 50)
     fast = open_fast(tiny, batch_size=7, num_beams=num_beams).caption(pixels)
     captioner = open_fast(tiny, num_beams=num_beams)
@@ -149,7 +149,7 @@ def test_the_shortest_limits(limit, num_beams, tiny) -> None:
     assert [caption_of(row) for row in ours] == [caption_of(row) for row in theirs]
 
 
-def test_what_only_generate_can_do_is_left_to_it(tmp_path) -> None:
+def test_settings_that_only_generate_supports_are_left_to_it(tmp_path) -> None:
     model = write_settings(make_tiny_model("git", tmp_path), repetition_penalty=5.0)
 
     captioner = open_fast(model)
@@ -158,13 +158,14 @@ def test_what_only_generate_can_do_is_left_to_it(tmp_path) -> None:
     assert len(set(captioner.caption(images(32, 20)).texts)) >= 10
 
 
-def test_settings_that_change_nothing_need_no_generate() -> None:
-    assert missing_settings(GenerationConfig(repetition_penalty=1.0, max_new_tokens=3, num_beams=3)) == []
-    assert missing_settings(GenerationConfig(repetition_penalty=1.2)) == ["repetition_penalty"]
-    assert missing_settings(GenerationConfig(do_sample=True)) == ["do_sample"]
+def test_settings_without_effect_do_not_need_generate() -> None:
+    assert unsupported_settings(GenerationConfig(repetition_penalty=1.0, max_new_tokens=3, num_beams=3)) == []
+    assert unsupported_settings(GenerationConfig(repetition_penalty=1.2)) == ["repetition_penalty"]
+    assert unsupported_settings(GenerationConfig(do_sample=True)) == ["do_sample"]
 
 
-def test_a_packed_layer_is_the_layer() -> None:
+def test_a_packed_layer_has_the_results_of_the_layer() -> None:
+    torch.manual_seed(0)
     inner = nn.Sequential(nn.Linear(700, 512, bias=False))
     model = nn.Sequential(nn.Linear(600, 700), nn.GELU(), inner, nn.Linear(512, 4))
     values = torch.randn(3, 5, 600)

@@ -1,4 +1,4 @@
-"""The search over captured steps, with a stand-in for CUDA graphs: fixed memory, overwritten at every step."""
+"""The search with captured steps, tested with a stand-in for CUDA graphs on fixed memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from captioner.starter.scenes import make_scenes
 from captioner.testing import make_tiny_model
 
 
-class Replayed:
+class FakeGraph:
     """Calls the step that was captured."""
 
     def __init__(self, step: Callable[[], None]) -> None:
@@ -38,17 +38,17 @@ def pixels() -> np.ndarray:
 
 
 @pytest.fixture
-def captured(monkeypatch) -> list[Replayed]:
+def captured(monkeypatch) -> list[FakeGraph]:
     """Every capture of a step, which calls it once, as a real one does."""
-    graphs_made: list[Replayed] = []
+    captures: list[FakeGraph] = []
 
-    def capture(device: torch.device, step: Callable[[], None]) -> Replayed:
+    def capture(device: torch.device, step: Callable[[], None]) -> FakeGraph:
         step()
-        graphs_made.append(Replayed(step))
-        return graphs_made[-1]
+        captures.append(FakeGraph(step))
+        return captures[-1]
 
     monkeypatch.setattr(graphs, "capture", capture)
-    return graphs_made
+    return captures
 
 
 def opened(directory: Path, num_beams: int, with_graphs: bool):
@@ -59,7 +59,7 @@ def opened(directory: Path, num_beams: int, with_graphs: bool):
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
-def test_captured_steps_give_the_same_captions_again_and_again(tiny, pixels, captured, num_beams) -> None:
+def test_captured_steps_give_the_same_captions_every_time(tiny, pixels, captured, num_beams) -> None:
     expected = opened(tiny, num_beams, with_graphs=False).caption(pixels)
     captioner = opened(tiny, num_beams, with_graphs=True)
 
@@ -71,18 +71,18 @@ def test_captured_steps_give_the_same_captions_again_and_again(tiny, pixels, cap
     assert any(graph.replays for graph in captured)
 
 
-def test_only_full_batches_and_their_halves_are_kept(tiny, pixels, captured) -> None:
+def test_only_searches_for_full_batches_and_their_halves_are_cached(tiny, pixels, captured) -> None:
     captioner = opened(tiny, 1, with_graphs=True)
 
     for count in (59, 45, 39, 30):  # the last batches are of 11, 13, 7 and 14 images
         captioner.caption(pixels[:count])
 
-    sizes = set(captioner._fast.stepper._kept)
+    sizes = set(captioner._fast.stepper._cache)
     assert 16 in sizes
     assert sizes <= {16, 8, 4, 2, 1}
 
 
-def test_where_steps_cannot_be_captured_the_search_goes_on_without(tiny, pixels, monkeypatch) -> None:
+def test_where_steps_cannot_be_captured_the_search_continues_without(tiny, pixels, monkeypatch) -> None:
     def refuse(device: torch.device, step: Callable[[], None]) -> None:
         raise RuntimeError("operation not permitted when stream is capturing")
 
@@ -94,13 +94,13 @@ def test_where_steps_cannot_be_captured_the_search_goes_on_without(tiny, pixels,
     assert not captioner._fast.stepper.graphs
 
 
-def test_no_memory_for_a_capture_halves_the_batch(tiny, pixels, captured, monkeypatch) -> None:
+def test_a_batch_is_halved_where_the_memory_is_too_small_for_a_capture(tiny, pixels, captured, monkeypatch) -> None:
     capture = graphs.Stepper._capture
 
-    def capture_small(stepper: graphs.Stepper, kept: graphs._Kept) -> None:
-        if len(kept.search.state.tokens) > 8:
+    def capture_small(stepper: graphs.Stepper, cached: graphs._CachedSearch) -> None:
+        if len(cached.search.state.tokens) > 8:
             raise torch.OutOfMemoryError("out of memory")
-        capture(stepper, kept)
+        capture(stepper, cached)
 
     monkeypatch.setattr(graphs.Stepper, "_capture", capture_small)
     expected = opened(tiny, 1, with_graphs=False).caption(pixels)

@@ -1,4 +1,4 @@
-"""Captions of each family: the same in batches as one at a time, and the same as plain transformers makes."""
+"""Captions of each family are equal in batches and one by one, and equal to those of plain transformers."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_logprobs_are_those_of_teacher_forcing(family, num_beams, models, pixels
 
 
 @pytest.mark.parametrize("family", ["git", "blip"])
-def test_a_prompt_starts_the_caption_and_is_no_part_of_it(family, models, pixels) -> None:
+def test_a_caption_continues_the_prompt_without_containing_it(family, models, pixels) -> None:
     prompt = "a small red"
     tokenizer = AutoTokenizer.from_pretrained(models[family])
     start = [START, *tokenizer(prompt, add_special_tokens=False).input_ids]
@@ -130,7 +130,7 @@ def test_a_prompt_starts_the_caption_and_is_no_part_of_it(family, models, pixels
     assert prompted.texts != caption(models[family], pixels).texts
 
 
-def test_a_limit_of_one_token_finishes_nothing_but_empty_captions(models, pixels) -> None:
+def test_with_a_limit_of_one_token_only_empty_captions_are_finished(models, pixels) -> None:
     captions = caption(models["git"], pixels, max_new_tokens=1)
 
     assert captions.num_tokens == [1] * len(pixels)
@@ -169,7 +169,7 @@ def test_search_settings_of_the_checkpoint_are_kept(tmp_path, pixels) -> None:
     assert after.texts != before.texts
 
 
-def test_lengths_beams_and_sampling_of_the_checkpoint_do_not_hold(tmp_path, pixels) -> None:
+def test_lengths_beams_and_sampling_of_the_checkpoint_are_ignored(tmp_path, pixels) -> None:
     model = make_tiny_model("git", tmp_path)
     before = caption(model, pixels)
     write_generation_settings(
@@ -179,7 +179,7 @@ def test_lengths_beams_and_sampling_of_the_checkpoint_do_not_hold(tmp_path, pixe
     assert caption(model, pixels).texts == before.texts
 
 
-def test_the_shortest_caption_of_the_checkpoint_gives_way_to_the_limit(tmp_path, pixels) -> None:
+def test_the_minimum_length_of_the_checkpoint_is_lowered_to_the_limit(tmp_path, pixels) -> None:
     model = make_tiny_model("git", tmp_path)
     write_generation_settings(model, min_length=30, min_new_tokens=30)
 
@@ -211,7 +211,7 @@ def test_threads_are_set_and_a_small_model_gets_one(
         torch.set_num_threads(before)
 
 
-def test_read_only_pixels_are_fine(models, pixels) -> None:
+def test_read_only_pixels_are_accepted(models, pixels) -> None:
     frozen = pixels[:3].copy()
     frozen.setflags(write=False)
 
@@ -223,7 +223,7 @@ def test_a_caption_ends_with_its_first_end_token(rows) -> None:
     counts, finished = token_counts(torch.tensor(rows), [END, 5])
 
     for row, count, done in zip(rows, counts, finished, strict=True):
-        ends = [place for place, token in enumerate(row, start=1) if token in (END, 5)]
+        ends = [position for position, token in enumerate(row, start=1) if token in (END, 5)]
         assert (count, done) == ((ends[0], True) if ends else (len(row), False))
 
 
@@ -231,7 +231,7 @@ def test_a_model_without_an_end_token_never_finishes() -> None:
     assert token_counts(torch.tensor([[3, 2, 1]]), []) == ([3], [False])
 
 
-def test_the_fake_names_images_by_their_pixels(pixels) -> None:
+def test_captions_of_the_fake_depend_on_the_pixels(pixels) -> None:
     captions = load(resolve(ModelConfig(name="fake"))).caption(pixels)
 
     assert captions == FakeCaptioner().caption(pixels)

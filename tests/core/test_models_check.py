@@ -1,4 +1,4 @@
-"""Do the tensors fit config.json? Found out without reading them, in this process or another."""
+"""Tensors are compared with config.json without reading them, in this process or another."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_whole_model_passes(family, tmp_path) -> None:
+def test_a_complete_model_passes(family, tmp_path) -> None:
     check(resolved(make_tiny_model(family, tmp_path / family)))
 
 
@@ -95,7 +95,7 @@ def test_many_missing_tensors_stay_one_line(model) -> None:
     assert len(str(raised.value)) < 500
 
 
-def test_constants_that_older_checkpoints_carry_are_fine(model) -> None:
+def test_constants_of_older_checkpoints_are_accepted(model) -> None:
     constants = {
         "git.embeddings.position_ids": torch.arange(64)[None],
         "git.image_encoder.vision_model.embeddings.position_ids": torch.arange(17)[None],
@@ -105,7 +105,7 @@ def test_constants_that_older_checkpoints_carry_are_fine(model) -> None:
     check(resolved(model))
 
 
-def test_constants_of_old_gpt2_decoders_are_fine(tmp_path) -> None:
+def test_constants_of_old_gpt2_decoders_are_accepted(tmp_path) -> None:
     model = make_tiny_model("vision-encoder-decoder", tmp_path / "ved")
     block = "decoder.transformer.h.0"
     constants = {f"{block}.attn.bias": torch.ones(1, 1, 64, 64), f"{block}.attn.masked_bias": torch.tensor(-1e4)}
@@ -121,7 +121,7 @@ def test_weights_tied_to_the_embeddings_need_not_be_stored(tmp_path) -> None:
     check(resolved(model))
 
 
-def test_another_process_finds_the_same(model) -> None:
+def test_a_check_in_another_process_raises_the_same_error(model) -> None:
     change_tensors(model, DAMAGES["removed"][0])
 
     pending = check_in_subprocess(resolved(model))

@@ -1,4 +1,4 @@
-"""Models that are fetched: from a hub (a small one, on this machine) and from a store."""
+"""Models are downloaded from a hub (a small one, on this machine) and from a store."""
 
 from __future__ import annotations
 
@@ -53,11 +53,11 @@ class Hub(BaseHTTPRequestHandler):
     def answer_api(self, rest: str) -> None:
         if rest.startswith("/revision/") and rest.rpartition("/")[2] not in ("main", "v1", COMMIT):
             return self.send({"X-Error-Code": "RevisionNotFound", "X-Error-Message": "Invalid rev id"}, b"", 404)
-        files = sorted(self.directory.iterdir())
+        paths = sorted(self.directory.iterdir())
         if rest.startswith("/tree/"):
-            found = [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": etag(f)} for f in files]
-            return self.send({}, json.dumps(found).encode())
-        info = {"id": "someone/tiny", "sha": COMMIT, "siblings": [{"rfilename": file.name} for file in files]}
+            files = [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": etag(f)} for f in paths]
+            return self.send({}, json.dumps(files).encode())
+        info = {"id": "someone/tiny", "sha": COMMIT, "siblings": [{"rfilename": file.name} for file in paths]}
         return self.send({}, json.dumps(info).encode())
 
     def answer_file(self, file: Path) -> None:
@@ -137,7 +137,7 @@ def test_a_hub_id_is_downloaded_once_and_its_branch_becomes_a_commit(ask, hub, t
     assert not names & {"pytorch_model.bin", "modeling_evil.py"}
 
 
-def test_what_the_hub_does_not_have_is_one_line(ask) -> None:
+def test_a_model_the_hub_does_not_have_is_an_error_of_one_line(ask) -> None:
     (unknown,) = ask("someone/else")
     (revision,) = ask("someone/tiny", "nightly")
     (offline,) = ask("someone/tiny", HF_HUB_OFFLINE="1")
@@ -184,7 +184,7 @@ def test_a_changed_uri_is_copied_again(store, tmp_path) -> None:
     assert after.sha256 == resolve(ModelConfig(name=str(other))).sha256 != before.sha256
 
 
-def test_a_machine_without_the_copy_fetches_it(store, tmp_path, monkeypatch) -> None:
+def test_a_machine_without_the_copy_downloads_it(store, tmp_path, monkeypatch) -> None:
     ref = resolve(ModelConfig(name=store), notify=len)
     Path(ref.path).rename(tmp_path / "gone")
 
@@ -192,7 +192,7 @@ def test_a_machine_without_the_copy_fetches_it(store, tmp_path, monkeypatch) -> 
 
 
 @pytest.mark.parametrize("uri", ["memory://models/nowhere", "nosuch://bucket/model"])
-def test_a_uri_without_a_model_is_one_line(uri, tmp_path, monkeypatch) -> None:
+def test_a_uri_without_a_model_is_an_error_of_one_line(uri, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
     with pytest.raises(ModelError) as raised:

@@ -1,4 +1,4 @@
-"""BLIP-2, Florence-2 and chat models: captions are those of the model's own processor and `generate`, one by one."""
+"""Captions of BLIP-2, Florence-2 and chat models are those of the model's own processor and `generate`."""
 
 from __future__ import annotations
 
@@ -44,16 +44,16 @@ def model(tmp_path_factory):
 @cache
 def images() -> list[Image.Image]:
     """Of many sizes: below, at and above what the tiny models take."""
-    sizes = [(20 + 7 * place % 31, 18 + 5 * place % 29) for place in range(24)]
+    sizes = [(20 + 7 * index % 31, 18 + 5 * index % 29) for index in range(24)]
     return [scene.render(64).resize(size) for scene, size in zip(make_scenes(24, seed=5), sizes, strict=True)]
 
 
 def as_files(images: list[Image.Image]) -> list[RawImage]:
     raws = []
-    for place, image in enumerate(images):
+    for index, image in enumerate(images):
         buffer = io.BytesIO()
         image.save(buffer, "PNG")
-        raws.append(RawImage(str(place), "", buffer.getvalue()))
+        raws.append(RawImage(str(index), "", buffer.getvalue()))
     return raws
 
 
@@ -65,7 +65,7 @@ def caption(directory: Path, batch_size: int = 16, **settings):
     return load(ref, device="cpu", batch_size=batch_size).caption(decoded.pixels)
 
 
-def by_hand(family: str, directory: Path, prompt: str | None = None) -> list[str]:
+def generate_one_by_one(family: str, directory: Path, prompt: str | None = None) -> list[str]:
     """`generate` on one image after the other, each through transformers' own classes."""
     model = AutoModelForImageTextToText.from_pretrained(directory).eval()
     tokenizer = AutoTokenizer.from_pretrained(directory)
@@ -74,8 +74,8 @@ def by_hand(family: str, directory: Path, prompt: str | None = None) -> list[str
         inputs = INPUTS[family](directory, tokenizer, image, prompt)
         with torch.inference_mode():
             ids = model.generate(**inputs, do_sample=False, max_new_tokens=LIMIT)[0]
-        given = 1 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
-        texts.append(tokenizer.decode(ids[given:], skip_special_tokens=True).strip())
+        num_start = 1 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+        texts.append(tokenizer.decode(ids[num_start:], skip_special_tokens=True).strip())
     return texts
 
 
@@ -116,8 +116,8 @@ def qwen_inputs(directory, tokenizer, image, prompt):
 INPUTS = {
     "blip-2": blip2_inputs,
     "florence2": florence2_inputs,
-    "idefics3": lambda *given: tiled_inputs(*given, kind=Idefics3ImageProcessorPil),
-    "smolvlm": lambda *given: tiled_inputs(*given, kind=SmolVLMImageProcessorPil),
+    "idefics3": lambda *args: tiled_inputs(*args, kind=Idefics3ImageProcessorPil),
+    "smolvlm": lambda *args: tiled_inputs(*args, kind=SmolVLMImageProcessorPil),
     "qwen2_vl": qwen_inputs,
     "qwen2_5_vl": qwen_inputs,
 }
@@ -125,7 +125,7 @@ INPUTS = {
 
 @pytest.mark.parametrize("family", NEW)
 def test_captions_are_those_of_the_processor_and_generate(family, model) -> None:
-    expected = by_hand(family, model(family))
+    expected = generate_one_by_one(family, model(family))
 
     captions = caption(model(family))
 
@@ -145,9 +145,9 @@ def test_batches_do_not_change_captions(family, num_beams, model) -> None:
 
 
 @pytest.mark.parametrize("family", NEW)
-def test_a_prompt_changes_captions_and_is_no_part_of_them(family, model) -> None:
+def test_a_prompt_changes_captions_without_being_in_them(family, model) -> None:
     prompt = "<DETAILED_CAPTION>" if family == "florence2" else "a small red"
-    expected = by_hand(family, model(family), prompt)
+    expected = generate_one_by_one(family, model(family), prompt)
 
     captions = caption(model(family), prompt=prompt)
 
@@ -156,7 +156,7 @@ def test_a_prompt_changes_captions_and_is_no_part_of_them(family, model) -> None
 
 
 @pytest.mark.parametrize("family", NEW)
-def test_the_prompt_is_known_before_the_run_and_in_the_fingerprint(family, model) -> None:
+def test_the_prompt_is_in_the_summary_and_in_the_fingerprint(family, model) -> None:
     plain, other = (resolve(ModelConfig(name=str(model(family)), prompt=prompt)) for prompt in (None, "What is this?"))
 
     assert plain.prompt == {"blip-2": None, "florence2": "<CAPTION>"}.get(family, QUESTION)
@@ -165,8 +165,8 @@ def test_the_prompt_is_known_before_the_run_and_in_the_fingerprint(family, model
     assert plain.fingerprint == resolve(ModelConfig(name=str(model(family)), prompt=plain.prompt)).fingerprint
 
 
-def test_only_tasks_that_make_captions_are_taken(model) -> None:
-    with pytest.raises(ModelError, match=r"--prompt '<OD>': no task of florence2 that makes captions; use <CAPTION>, "):
+def test_tasks_that_do_not_produce_captions_are_refused(model) -> None:
+    with pytest.raises(ModelError, match=r"--prompt '<OD>': not a caption task of florence2; use <CAPTION>, "):
         resolve(ModelConfig(name=str(model("florence2")), prompt="<OD>"))
 
 
@@ -174,20 +174,20 @@ def test_a_florence_that_needs_its_own_code_is_refused(tmp_path) -> None:
     config = {"model_type": "florence2", "vision_config": {"model_type": "davit"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
 
-    with pytest.raises(ModelError, match="take the same model from florence-community on the hub"):
+    with pytest.raises(ModelError, match="use the same model from florence-community on the hub"):
         resolve(ModelConfig(name=str(tmp_path)))
 
 
-def test_blip2_over_t5_reads_the_prompt_and_answers_without_it(tmp_path) -> None:
+def test_blip2_with_t5_reads_the_prompt_and_does_not_repeat_it(tmp_path) -> None:
     make_tiny_model("blip-2", tmp_path)
     make_t5(tmp_path)
 
     for prompt in (None, "a small red"):
-        assert caption(tmp_path, prompt=prompt).texts == by_hand("blip-2", tmp_path, prompt)
+        assert caption(tmp_path, prompt=prompt).texts == generate_one_by_one("blip-2", tmp_path, prompt)
 
 
 def make_t5(directory: Path) -> None:
-    """Put a T5 with random weights into the place of a tiny BLIP-2's text decoder."""
+    """Replace the text decoder of a tiny BLIP-2 by a T5 with random weights."""
     from transformers import Blip2ForConditionalGeneration, T5Config
 
     tiny = AutoModelForImageTextToText.from_pretrained(directory)
@@ -222,16 +222,18 @@ def test_a_model_without_a_chat_template_is_an_error_of_one_line(tmp_path) -> No
 
 
 @pytest.mark.parametrize("prompt", ["<|image_pad|> What is this?", None])
-def test_a_question_without_one_place_for_the_image_is_an_error(prompt, tmp_path) -> None:
+def test_a_question_without_exactly_one_image_placeholder_is_an_error(prompt, tmp_path) -> None:
     make_tiny_model("qwen2_vl", tmp_path)
     if prompt is None:
         (tmp_path / "chat_template.jinja").write_text("{{ messages[0]['content'][1]['text'] }}")
 
-    with pytest.raises(ModelError, match=rf"leave {2 if prompt else 0} places \(<\|image_pad\|>\) for one picture"):
+    with pytest.raises(
+        ModelError, match=rf"contain {2 if prompt else 0} image placeholders \(<\|image_pad\|>\), not 1"
+    ):
         load(resolve(ModelConfig(name=str(tmp_path), prompt=prompt)), device="cpu")
 
 
-def test_an_image_the_processor_refuses_fails_alone(model) -> None:
+def test_only_the_image_that_the_processor_refuses_fails(model) -> None:
     ref = resolve(ModelConfig(name=str(model("qwen2_vl")), max_new_tokens=LIMIT))
     strip = Image.new("RGB", (900, 2))  # Qwen takes no aspect above 200
     decoded = decode_images(as_files([*images()[:3], strip]), ref.spec, max_pixels=10**6)
@@ -242,7 +244,7 @@ def test_an_image_the_processor_refuses_fails_alone(model) -> None:
     assert "aspect ratio" in str(results[3])
 
 
-def test_what_does_not_fit_the_memory_is_halved_and_no_image_lost(model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_that_exceeds_the_memory_is_halved_and_no_image_is_lost(model, monkeypatch: pytest.MonkeyPatch) -> None:
     captioner = load(resolve(ModelConfig(name=str(model("smolvlm")), max_new_tokens=LIMIT)), device="cpu", batch_size=9)
     decoded = decode_images(as_files(images()), captioner.ref.spec, max_pixels=10**6)
     expected = captioner.caption(decoded.pixels)
@@ -259,7 +261,7 @@ def test_what_does_not_fit_the_memory_is_halved_and_no_image_lost(model, monkeyp
     assert captioner.batch_size == 2
 
 
-def test_every_family_has_a_way_to_be_asked() -> None:
+def test_families_that_need_a_prompt_have_a_default() -> None:
     assert all(
         (family.default_prompt is None) == (family.prompt in ("none", "start")) for family in FAMILY_BY_NAME.values()
     )

@@ -1,4 +1,4 @@
-"""PixelSpec from an image processor's settings: as the class of transformers would treat an image, or refused."""
+"""A PixelSpec from an image processor's settings gives the pixels of the transformers class, or is refused."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_absent_settings_are_the_defaults_of_their_class(name, tmp_path) -> None
     rescale_factor=st.sampled_from([1 / 255, 1 / 127.5, 1.0]),
     mean=st.lists(st.floats(0.1, 0.9), min_size=3, max_size=3),
 )
-def test_any_scale_comes_out_as_transformers_has_it(
+def test_any_scale_gives_the_pixels_of_transformers(
     tmp_path_factory, do_rescale, do_normalize, rescale_factor, mean
 ) -> None:
     flags = {"do_rescale": do_rescale, "do_normalize": do_normalize, "rescale_factor": rescale_factor}
@@ -90,13 +90,13 @@ def test_any_scale_comes_out_as_transformers_has_it(
         ({"size": {"shortest_edge": 96}, "crop_size": {"height": 96, "width": 96}}, ("shortest_edge", 96, 96)),
     ],
 )
-def test_older_ways_of_writing_are_read(settings, expected, tmp_path) -> None:
+def test_older_formats_are_read(settings, expected, tmp_path) -> None:
     spec = read_pixel_spec(write(tmp_path, **settings), "git")
 
     assert (spec.resize, spec.shortest_edge, spec.height) == (expected or ("shortest_edge", 64, 64))
 
 
-def test_the_section_of_the_processor_comes_first(tmp_path) -> None:
+def test_the_section_of_the_processor_takes_precedence(tmp_path) -> None:
     write(tmp_path, image_processor_type="ViTImageProcessor", size=96)
     section = {"image_processor_type": "BlipImageProcessor", "size": {"height": 48, "width": 40}}
     (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": section}))
@@ -123,7 +123,7 @@ def test_the_section_of_the_processor_comes_first(tmp_path) -> None:
         ({"image_std": [0.5, 0, 0.5]}, "image_std="),
     ],
 )
-def test_what_no_batch_of_images_can_have_is_refused_by_name(settings, key, tmp_path) -> None:
+def test_settings_that_no_batch_of_images_can_have_are_refused_by_name(settings, key, tmp_path) -> None:
     with pytest.raises(ModelError) as raised:
         read_pixel_spec(write(tmp_path, **settings), "git")
 
@@ -141,7 +141,7 @@ def test_what_no_batch_of_images_can_have_is_refused_by_name(settings, key, tmp_
         ({"do_pad": True, "pad_size": {"height": 300, "width": 300}}, 2048),
     ],
 )
-def test_what_only_the_processor_can_do_is_left_to_it(settings, side, tmp_path) -> None:
+def test_settings_that_only_the_processor_supports_are_left_to_it(settings, side, tmp_path) -> None:
     spec = read_pixel_spec(write(tmp_path, **settings), "vision-encoder-decoder", "vit")
 
     assert spec.variable_size
@@ -156,7 +156,7 @@ PADDED = {
 }
 
 
-def test_padding_to_the_bit_is_left_to_the_processor(tmp_path) -> None:
+def test_exact_padding_is_left_to_the_processor(tmp_path) -> None:
     write(tmp_path, **PADDED)
 
     assert read_pixel_spec(tmp_path, "vision-encoder-decoder").resize == "inside"

@@ -1,4 +1,4 @@
-"""From a name to a ModelRef: what is found, what is recorded, what is refused and in which words."""
+"""From a name to a ModelRef: how models are found, what is recorded, and how others are refused."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def truncate(file, size) -> None:
     file.write_bytes(file.read_bytes()[:size])
 
 
-def test_a_directory_says_all_a_worker_needs(tiny) -> None:
+def test_a_directory_describes_all_a_worker_needs(tiny) -> None:
     ref = resolved(tiny, num_beams=3, max_new_tokens=9, prompt="a red")
 
     assert (ref.name, ref.path, ref.family, ref.revision) == (str(tiny), str(tiny), "git", None)
@@ -69,7 +69,7 @@ def test_the_training_run_is_recorded(model) -> None:
     assert resolved(model).training_run_id == "flickr-0007"
 
 
-def test_auto_dtype_is_what_the_caller_says(tiny) -> None:
+def test_auto_dtype_is_chosen_by_the_caller(tiny) -> None:
     assert resolve(ModelConfig(name=str(tiny)), dtype="bfloat16").dtype == "bfloat16"
     assert resolve(ModelConfig(name=str(tiny), dtype="float32"), dtype="bfloat16").dtype == "float32"
 
@@ -94,13 +94,13 @@ def test_starter_and_fake_need_no_path() -> None:
     ],
     ids=["beams", "tokens", "prompt", "dtype", "weights", "config", "generation", "tokenizer", "processor"],
 )
-def test_the_fingerprint_follows_what_decides_captions(change, model) -> None:
+def test_the_fingerprint_depends_on_all_that_determines_captions(change, model) -> None:
     before = resolved(model).fingerprint
 
     assert resolved(model, **change(model)).fingerprint != before
 
 
-def test_the_fingerprint_follows_nothing_else(model, tmp_path) -> None:
+def test_the_fingerprint_depends_on_nothing_else(model, tmp_path) -> None:
     before = resolved(model).fingerprint
     moved = model.rename(tmp_path / "moved")
     (moved / "README.md").write_text("a card")
@@ -122,11 +122,11 @@ def only_pickles(model) -> None:
     [
         (remove("config.json"), "no config.json; give the directory"),
         (remove("model.safetensors"), "no weights; it needs model.safetensors"),
-        (only_pickles, r"only pickled weights \(pytorch_model.bin\).*convert them"),
+        (only_pickles, r"only pickled weights \(pytorch_model.bin\).*load the model with transformers"),
         (remove("processor_config.json"), "no image processor settings"),
         (remove("tokenizer.json"), "no tokenizer .*save the model's processor or tokenizer"),
         (lambda model: truncate(model / "model.safetensors", 5000), "model.safetensors: is not a safetensors file"),
-        (lambda model: truncate(model / "model.safetensors", 100_000), "holds 100,000 bytes where its header promises"),
+        (lambda model: truncate(model / "model.safetensors", 100_000), "holds 100,000 bytes, not the"),
         (lambda model: truncate(model / "model.safetensors", 0), "model.safetensors: is not a safetensors file"),
         (lambda model: (model / "model.safetensors").write_bytes(b"PK\3\4" * 99), "is not a safetensors file"),
         (lambda model: (model / "config.json").write_text("{"), "config.json: cannot be read as JSON"),
@@ -142,7 +142,7 @@ def only_pickles(model) -> None:
         ),
     ],
 )
-def test_an_unusable_directory_is_one_line(damage, message, model) -> None:
+def test_an_unusable_directory_is_an_error_of_one_line(damage, message, model) -> None:
     damage(model)
 
     with pytest.raises(ModelError, match=message) as raised:
@@ -161,14 +161,14 @@ def test_an_unusable_directory_is_one_line(damage, message, model) -> None:
         ("/no/such/place", "--model /no/such/place: no such directory"),
     ],
 )
-def test_an_unknown_name_is_one_line(name, message) -> None:
+def test_an_unknown_name_is_an_error_of_one_line(name, message) -> None:
     with pytest.raises(ModelError, match=message) as raised:
         resolve(ModelConfig(name=name))
 
     assert_one_line(raised.value, name.strip())
 
 
-def test_a_file_is_no_model(tiny) -> None:
+def test_a_file_is_not_a_model(tiny) -> None:
     with pytest.raises(ModelError, match="is a file; give the directory"):
         resolved(tiny / "config.json")
 
@@ -219,7 +219,7 @@ def test_code_in_the_directory_is_never_run(model, tmp_path) -> None:
     assert not sign.exists()
 
 
-def test_a_broken_tokenizer_is_one_line(model) -> None:
+def test_a_broken_tokenizer_is_an_error_of_one_line(model) -> None:
     (model / "tokenizer.json").write_text("{}")
 
     with pytest.raises(ModelError, match="the tokenizer cannot be loaded") as raised:
@@ -244,7 +244,7 @@ def test_a_directory_of_another_machine_is_named(model) -> None:
         load(ref)
 
 
-def test_resolving_is_light(tiny) -> None:
+def test_resolving_imports_nothing_heavy(tiny) -> None:
     code = f"""
 import sys
 from captioner.config import ModelConfig

@@ -1,4 +1,4 @@
-"""Images that travel in their own sizes: no larger than their model's processor makes use of, through a whole run."""
+"""Images of variable size are reduced only as far as their model's processor does, through a complete run."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ FILE = Path("preprocessor_config.json")
 
 @settings(max_examples=300, deadline=None)
 @given(height=SIDES, width=SIDES, edge=st.sampled_from([364, 1456, 2048]))
-def test_a_tiled_image_is_made_as_small_as_its_processor_makes_it(height, width, edge) -> None:
+def test_an_image_to_be_tiled_is_reduced_to_the_size_its_processor_uses(height, width, edge) -> None:
     spec = native_spec("idefics3", FILE, {"size": {"longest_edge": edge}})
 
     size = resized((height, width), spec)
@@ -53,7 +53,7 @@ def test_a_tiled_image_is_made_as_small_as_its_processor_makes_it(height, width,
 @settings(max_examples=300, deadline=None)
 @example(height=36, width=5615, area=200_704)
 @given(height=SIDES, width=SIDES, area=st.sampled_from([200_704, 1_003_520, 12_845_056]))
-def test_an_image_for_qwen_is_made_as_small_as_its_processor_makes_it(height, width, area) -> None:
+def test_an_image_for_qwen_is_reduced_to_the_size_its_processor_uses(height, width, area) -> None:
     spec = native_spec("qwen2_5_vl", FILE, {"min_pixels": 3136, "max_pixels": area})
 
     size = resized((height, width), spec)
@@ -67,7 +67,7 @@ def test_an_image_for_qwen_is_made_as_small_as_its_processor_makes_it(height, wi
         assert smart_resize(*size, 28, 3136, area) == wanted
 
 
-def test_what_the_settings_say_is_the_limit() -> None:
+def test_the_limit_is_read_from_the_settings() -> None:
     assert native_spec("smolvlm", FILE, {"size": {"longest_edge": 2048}}).max_bytes == 2048 * 2048 * 3
     assert native_spec("idefics3", FILE, {"size": {"longest_edge": 9999}}).limit == 4096
     assert native_spec("idefics3", FILE, {"size": {"height": 980, "width": 980}}).limit == 2048
@@ -81,7 +81,7 @@ def as_file(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def test_a_guarded_decoder_hands_over_any_size() -> None:
+def test_a_guarded_decoder_returns_images_of_any_size() -> None:
     spec = native_spec("qwen2_vl", FILE, {"max_pixels": 32 * 32, "patch_size": 4})
     files = [as_file(Image.effect_noise(size, 50)) for size in [(20, 30), (90, 50)]]
     here = decode_images([RawImage("0", "", file) for file in files], spec, 10**6)
@@ -109,8 +109,8 @@ def test_pixels_of_any_size_pass_from_stage_to_stage(tmp_path) -> None:
 def test_a_run_captions_images_of_many_sizes(tmp_path, decoding_here) -> None:
     folder = tmp_path / "images"
     folder.mkdir()
-    for place, scene in enumerate(make_scenes(12, seed=3)):
-        scene.render(64).resize((15 + 7 * place, 60 - 3 * place)).save(folder / f"{place:02d}.png")
+    for index, scene in enumerate(make_scenes(12, seed=3)):
+        scene.render(64).resize((15 + 7 * index, 60 - 3 * index)).save(folder / f"{index:02d}.png")
     (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
     model = make_tiny_model("qwen2_5_vl", tmp_path / "model")
     config = {"source": {"path": str(folder)}, "output": {"path": str(tmp_path / "out")}}
@@ -124,13 +124,13 @@ def test_a_run_captions_images_of_many_sizes(tmp_path, decoding_here) -> None:
     assert len({row["caption"] for row in rows}) >= 6
 
 
-def test_an_unknown_processor_is_used_itself(tmp_path) -> None:
+def test_images_go_to_a_processor_that_is_not_known(tmp_path) -> None:
     """A VisionEncoderDecoder whose images Donut's processor turns, shrinks and pads."""
     model = make_tiny_model("vision-encoder-decoder", tmp_path)
     processor = DonutImageProcessorPil(size={"height": 32, "width": 32}, do_align_long_axis=True)
     processor.save_pretrained(model)
     (model / "processor_config.json").unlink(missing_ok=True)
-    images = [scene.render(64).resize((30 + 9 * place, 64)) for place, scene in enumerate(make_scenes(10, seed=5))]
+    images = [scene.render(64).resize((30 + 9 * index, 64)) for index, scene in enumerate(make_scenes(10, seed=5))]
     ref = resolve(ModelConfig(name=str(model), max_new_tokens=8))
     decoded = decode_images([RawImage("", "", as_file(image)) for image in images], ref.spec, 10**6)
 

@@ -1,4 +1,4 @@
-"""`--preprocess fast|processor`: nearly the pixels of the model's own image processor, or exactly those."""
+"""`--preprocess fast|processor`: nearly the pixels of the model's image processor, or exactly those."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ def photo(width: int, height: int) -> bytes:
     return buffer.getvalue()
 
 
-def by_transformers(data: bytes, spec: PixelSpec) -> np.ndarray:
+def with_transformers(data: bytes, spec: PixelSpec) -> np.ndarray:
     if spec.resize == "exact":
         processor = BlipImageProcessorPil(size={"height": spec.height, "width": spec.width})
     else:
         processor = CLIPImageProcessorPil(size={"shortest_edge": 224}, crop_size={"height": 224, "width": 224})
     image = Image.open(io.BytesIO(data)).convert("RGB")
-    made = processor([image], do_rescale=False, do_normalize=False, return_tensors="np")
-    return np.asarray(made["pixel_values"][0]).transpose(1, 2, 0)
+    output = processor([image], do_rescale=False, do_normalize=False, return_tensors="np")
+    return np.asarray(output["pixel_values"][0]).transpose(1, 2, 0)
 
 
 @pytest.mark.parametrize("spec", [CLIP, BLIP], ids=["shortest_edge", "exact"])
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_processor_is_the_processor_to_the_bit_and_fast_is_near_it(size, spec) -> None:
+def test_pixels_are_those_of_the_processor_exactly_or_nearly(size, spec) -> None:
     data = photo(*size)
-    expected = by_transformers(data, spec)
+    expected = with_transformers(data, spec)
 
     exact = decode(data, with_preprocess(spec, "processor"), 10**8).pixels
     fast = decode(data, spec, 10**8).pixels
@@ -57,7 +57,7 @@ def with_preprocess(spec: PixelSpec, preprocess: str) -> PixelSpec:
     return PixelSpec(spec.height, spec.width, spec.resize, spec.shortest_edge, spec.resample, preprocess=preprocess)
 
 
-def test_the_choice_is_in_the_fingerprint_and_in_the_spec() -> None:
+def test_the_value_is_in_the_fingerprint_and_in_the_spec() -> None:
     fast, exact = (resolve(ModelConfig(name="starter", preprocess=choice)) for choice in ("fast", "processor"))
 
     assert (fast.spec.preprocess, exact.spec.preprocess) == ("fast", "processor")
@@ -65,7 +65,7 @@ def test_the_choice_is_in_the_fingerprint_and_in_the_spec() -> None:
     assert fast.fingerprint == resolve(ModelConfig(name="starter")).fingerprint
 
 
-def test_a_long_strip_fits_in_memory_either_way() -> None:
+def test_a_long_strip_is_decoded_with_either_value() -> None:
     buffer = io.BytesIO()
     Image.new("RGB", (30_000, 2), "red").save(buffer, "PNG")
 

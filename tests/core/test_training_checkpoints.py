@@ -1,4 +1,4 @@
-"""Checkpoints are written beside the training, as they were when their step ended."""
+"""Checkpoints are written while training continues, with the state of their step."""
 
 import threading
 from pathlib import Path
@@ -33,7 +33,7 @@ def into(config: TrainConfig, out: Path) -> TrainConfig:
     return config.model_copy(update={"output": config.output.model_copy(update={"path": str(out)})})
 
 
-def test_steps_go_on_while_a_checkpoint_is_written(
+def test_training_continues_while_a_checkpoint_is_written(
     tmp_path: Path, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     report, tell, step_3 = LocalWorker.report, LocalWorker.show_progress, threading.Event()
@@ -42,13 +42,13 @@ def test_steps_go_on_while_a_checkpoint_is_written(
         assert step_3.wait(120), "step 3 waits for the checkpoint of step 2"
         report(worker, metrics, checkpoint)
 
-    def noting_tell(worker: LocalWorker, progress: dict[str, Any]) -> None:
+    def noting_show_progress(worker: LocalWorker, progress: dict[str, Any]) -> None:
         tell(worker, progress)
         if progress["step"] == 3:
             step_3.set()
 
     monkeypatch.setattr(LocalWorker, "report", slow_report)
-    monkeypatch.setattr(LocalWorker, "show_progress", noting_tell)
+    monkeypatch.setattr(LocalWorker, "show_progress", noting_show_progress)
     job.run(into(config, tmp_path / "out"), LocalEngine())
 
     folders = sorted((tmp_path / "out" / "checkpoints").glob("*/step-*"))
@@ -69,7 +69,7 @@ def test_a_checkpoint_that_cannot_be_written_stops_the_run(
         job.run(into(config, tmp_path / "out"), LocalEngine())
 
 
-def test_copies_stay_what_they_were_and_share_what_the_originals_share() -> None:
+def test_copies_do_not_change_and_share_memory_like_the_originals() -> None:
     layer = nn.Linear(3, 3)
     optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1)
 

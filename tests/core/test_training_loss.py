@@ -1,4 +1,4 @@
-"""The loss is cross-entropy over caption tokens: by hand, for every family that trains."""
+"""The loss is the cross-entropy over caption tokens, for every family that can be trained."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -41,8 +41,8 @@ def images(count: int) -> torch.Tensor:
     return torch.from_numpy(rng.integers(0, 256, (count, TINY_SIDE, TINY_SIDE, 3), dtype=np.uint8))
 
 
-def logits_by_hand(captioner: TransformersCaptioner, pixels: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """What the model itself says after each token of one text: float [T, vocabulary]."""
+def logits_of_model(captioner: TransformersCaptioner, pixels: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Return the model's own logits after each token of one text: float [T, vocabulary]."""
     images = captioner.normalise(pixels[None])
     model, family = captioner.model, captioner.ref.family
     if family == "git":
@@ -60,44 +60,44 @@ def test_the_loss_is_the_cross_entropy_of_each_caption_token(models, family: str
     pixels = images(len(CAPTIONS))
 
     with torch.no_grad():
-        found = loss(pixels, **collate.texts(CAPTIONS)).item()
+        total = loss(pixels, **collate.texts(CAPTIONS)).item()
         expected, num_tokens = 0.0, 0
         for image, caption in zip(pixels, CAPTIONS, strict=True):
             text = [captioner.prefix[0], *captioner.tokenizer(caption, add_special_tokens=False).input_ids, collate.end]
-            log_probs = logits_by_hand(captioner, image, torch.tensor(text[:-1])).float().log_softmax(-1)
-            expected -= sum(log_probs[place, token].item() for place, token in enumerate(text[1:]))
+            log_probs = logits_of_model(captioner, image, torch.tensor(text[:-1])).float().log_softmax(-1)
+            expected -= sum(log_probs[position, token].item() for position, token in enumerate(text[1:]))
             num_tokens += len(text) - 1
 
     assert num_tokens == len(collate.texts(CAPTIONS)["labels"])
-    assert found == pytest.approx(expected, rel=1e-4)
+    assert total == pytest.approx(expected, rel=1e-4)
 
 
 def gradients(captioner: TransformersCaptioner, value: torch.Tensor) -> dict[str, torch.Tensor]:
     captioner.model.zero_grad()
     value.backward()
-    found = {name: weight.grad for name, weight in captioner.model.named_parameters() if weight.grad is not None}
+    gradients = {name: weight.grad for name, weight in captioner.model.named_parameters() if weight.grad is not None}
     captioner.model.zero_grad()
-    return found
+    return gradients
 
 
-def same_gradients(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys()
+def assert_same_gradients(gradients: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert gradients.keys() == expected.keys()
     largest = max(gradient.abs().max().item() for gradient in expected.values())
     for name, gradient in expected.items():
         size = max(gradient.abs().max().item(), 1e-3 * largest)  # those of key biases are zero but for rounding
-        torch.testing.assert_close(found[name] / size, gradient / size, rtol=1e-3, atol=1e-4, msg=name)
+        torch.testing.assert_close(gradients[name] / size, gradient / size, rtol=1e-3, atol=1e-4, msg=name)
 
 
-def test_git_learns_as_through_its_own_forward_pass(models) -> None:
+def test_gradients_of_git_are_those_of_its_own_forward_pass(models) -> None:
     """Ours leaves out work whose result nobody reads; what is left must have the same gradients."""
     captioner = models["git"]
     loss, pixels = CaptionLoss(captioner).eval(), images(1)
     texts = make_collate(captioner).texts(CAPTIONS[:1])
 
-    logits = logits_by_hand(captioner, pixels[0], texts["input_ids"][0])
+    logits = logits_of_model(captioner, pixels[0], texts["input_ids"][0])
     expected = gradients(captioner, functional.cross_entropy(logits, texts["labels"], reduction="sum"))
 
-    same_gradients(gradients(captioner, loss(pixels, **texts)), expected)
+    assert_same_gradients(gradients(captioner, loss(pixels, **texts)), expected)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -114,7 +114,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path: Path, famil
     value, kept = with_size_kept(lambda: loss(images(3), **texts))
 
     assert kept < all_kept / 2
-    same_gradients(gradients(captioner, value), expected)
+    assert_same_gradients(gradients(captioner, value), expected)
 
 
 def with_size_kept(run: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, int]:
@@ -130,7 +130,7 @@ def with_size_kept(run: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, int]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_fills_up_shorter_captions_has_no_influence(models, family: str) -> None:
+def test_padding_has_no_influence_on_the_loss(models, family: str) -> None:
     captioner = models[family]
     loss, texts = CaptionLoss(captioner).eval(), make_collate(captioner).texts(CAPTIONS)
     predicting = torch.zeros(texts["input_ids"].shape, dtype=torch.bool)
@@ -143,7 +143,7 @@ def test_what_fills_up_shorter_captions_has_no_influence(models, family: str) ->
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_weight_that_captions_use_learns(models, family: str) -> None:
+def test_every_weight_that_captions_depend_on_has_a_gradient(models, family: str) -> None:
     captioner = models[family]
     loss = CaptionLoss(captioner).train()
     loss.zero_grad()
@@ -155,18 +155,16 @@ def test_every_weight_that_captions_use_learns(models, family: str) -> None:
     loss.zero_grad()
 
 
-def test_captions_of_a_model_that_learns_come_from_its_present_weights(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_in_training_captions_with_its_current_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU the captioning network keeps copies of weights, which would stay what they were."""
     from captioner.models import git
 
-    monkeypatch.setattr(git, "open_network", None)  # that network; this one must not be made
+    monkeypatch.setattr(git, "open_network", None)  # opens a network that copies weights
 
     assert type(opened(make_tiny_model("git", tmp_path / "model"))._fast.network) is GitNetwork
 
 
-def test_the_vision_encoder_can_be_left_as_it_is(tmp_path: Path) -> None:
+def test_the_vision_encoder_can_be_frozen(tmp_path: Path) -> None:
     captioner = opened(make_tiny_model("git", tmp_path / "model"), freeze_vision=True)
 
     learning = {name for name, weight in captioner.model.named_parameters() if weight.requires_grad}
@@ -184,7 +182,7 @@ class Words:
     """A tokenizer of numbers, one token each."""
 
     def __call__(self, texts: list[str], add_special_tokens: bool) -> object:
-        return type("Found", (), {"input_ids": [[int(word) for word in text.split()] for text in texts]})
+        return type("Encoding", (), {"input_ids": [[int(word) for word in text.split()] for text in texts]})
 
 
 @settings(max_examples=50, deadline=None)
@@ -193,7 +191,7 @@ class Words:
     start=st.lists(st.integers(1, 3), min_size=1, max_size=3),
     most=st.integers(1, 9),
 )
-def test_labels_are_the_tokens_after_each_and_padding_is_as_long_as_needed(texts, start, most) -> None:
+def test_labels_are_the_next_tokens_and_padding_reaches_the_longest_caption(texts, start, most) -> None:
     collate = Collate(Words(), tuple(start), end=5, padding=0, spec=None, max_tokens=most)
 
     batch = collate.texts([" ".join(map(str, text)) for text in texts])

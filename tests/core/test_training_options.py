@@ -1,10 +1,11 @@
-"""What can be asked of a run beside the plain one: adapters, number formats, less memory, curves, the hub, a stop."""
+"""Options of a training run: adapters, number formats, less memory, TensorBoard, the hub, an interruption."""
 
 import json
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
@@ -65,7 +66,7 @@ def plain(plain_out: Path) -> list[float]:
     return losses(plain_out)
 
 
-def test_a_run_with_adapters_leaves_a_plain_model_that_captions(tmp_path: Path, data: Path, tiny: Path) -> None:
+def test_a_run_with_adapters_ends_with_a_plain_model_that_captions(tmp_path: Path, data: Path, tiny: Path) -> None:
     pytest.importorskip("peft", reason="the extra `lora` is not installed")
     from safetensors.torch import load_file
     from transformers import AutoModelForImageTextToText
@@ -79,7 +80,7 @@ def test_a_run_with_adapters_leaves_a_plain_model_that_captions(tmp_path: Path, 
     assert "git.encoder.layer.0.attention.self.query.weight" in changed
     assert not [name for name in changed if "embedding" in name or "LayerNorm" in name]
     assert type(AutoModelForImageTextToText.from_pretrained(out / "model")).__name__ == "GitForCausalLM"
-    pixels = torch.randint(0, 256, (2, TINY_SIDE, TINY_SIDE, 3), dtype=torch.uint8).numpy()
+    pixels = np.random.default_rng(0).integers(0, 256, (2, TINY_SIDE, TINY_SIDE, 3), dtype=np.uint8)
     assert len(load(resolve(ModelConfig(name=str(out / "model"), max_new_tokens=8))).caption(pixels).texts) == 2
     assert losses(out)[-1] < losses(out)[0]
     kept = {file.name for file in (out / "checkpoints").glob("*/step-*/*")}
@@ -116,15 +117,15 @@ def test_float16_without_a_gpu_is_refused_before_anything_is_written(tmp_path: P
     assert not (tmp_path / "out").exists()
 
 
-def test_curves_for_tensorboard_are_in_out(tmp_path: Path, data: Path, tiny: Path) -> None:
+def test_events_for_tensorboard_are_in_out(tmp_path: Path, data: Path, tiny: Path) -> None:
     out = tmp_path / "out"
     job.run(settings(data, out, tiny, report_to="tensorboard", eval_steps=2), LocalEngine())
 
     history = json.loads((out / "history.json").read_text())["history"]
-    told = [point for file in sorted((out / "tensorboard").iterdir()) for point in scalars(file)]
+    points = [point for file in sorted((out / "tensorboard").iterdir()) for point in scalars(file)]
     for tag, name in (("train/loss", "loss"), ("eval/wer", "eval_wer"), ("eval/loss", "eval_loss")):
         expected = [(entry["step"], pytest.approx(entry[name])) for entry in history if name in entry]
-        assert [(step, value) for found, step, value in told if found == tag] == expected
+        assert [(step, value) for name_of_point, step, value in points if name_of_point == tag] == expected
         assert len(expected) >= 3
     assert all("tfevents" in file.name for file in (out / "tensorboard").iterdir())
 
@@ -133,13 +134,13 @@ def scalars(file: Path) -> list[tuple[str, int, float]]:
     """(tag, step, value) of an event file: records of length, checksum, event, checksum."""
     from tensorboardX.proto.event_pb2 import Event
 
-    found, data = [], file.read_bytes()
+    points, data = [], file.read_bytes()
     while data:
         length = int.from_bytes(data[:8], "little")
         event = Event.FromString(data[12 : 12 + length])
-        found += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
+        points += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
         data = data[16 + length :]
-    return found
+    return points
 
 
 @pytest.fixture
@@ -154,30 +155,30 @@ def ctrl_c() -> Iterator[None]:
 @pytest.mark.parametrize(
     ("stop", "error", "code"), [(signal.SIGINT, InterruptedRunError, 130), (signal.SIGTERM, TerminatedRunError, 143)]
 )
-def test_a_stopped_run_says_how_to_go_on_and_does(
+def test_a_stopped_run_says_how_to_resume_it_and_resumes(
     tmp_path: Path, data: Path, tiny: Path, plain: list[float], monkeypatch: pytest.MonkeyPatch, stop, error, code
 ) -> None:
-    tell, out = LocalWorker.show_progress, tmp_path / "out"
+    show_progress, out = LocalWorker.show_progress, tmp_path / "out"
 
     def stop_at_step_3(worker: LocalWorker, progress: dict) -> None:
-        tell(worker, progress)
+        show_progress(worker, progress)
         if progress["step"] == 3:
             signal.raise_signal(stop)
 
-    given = settings(data, out, tiny, eval_steps=2)
+    config = settings(data, out, tiny, eval_steps=2)
     with monkeypatch.context() as patch:
         patch.setattr(LocalWorker, "show_progress", stop_at_step_3)
         with pytest.raises(error, match=rf"checkpoints stay in {out}, the same command goes on") as raised:
-            job.run(given, LocalEngine())
+            job.run(config, LocalEngine())
     assert raised.value.exit_code == code
     assert [folder.name for folder in (out / "checkpoints").glob("*/step-*")] == ["step-00000002"]
 
-    job.run(given, LocalEngine())
+    job.run(config, LocalEngine())
 
     assert losses(out) == pytest.approx(plain, rel=1e-5)
 
 
-def test_without_a_test_set_the_card_says_what_its_figures_are_worth(plain_out: Path) -> None:
+def test_without_a_test_set_the_card_says_what_its_figures_mean(plain_out: Path) -> None:
     card = (plain_out / "model" / "README.md").read_text()
 
     assert "| eval | 6 |" in card
@@ -207,23 +208,23 @@ def test_a_finished_run_is_uploaded_by_the_same_command(
     assert "uploaded to https://hub.example/someone/model" in capsys.readouterr().err
 
 
-def test_evaluation_holds_one_window_of_images_however_many_there_are(tiny: Path) -> None:
+def test_evaluation_keeps_one_window_of_images_in_memory(tiny: Path) -> None:
     captioner = open_trainable(
         resolve(ModelConfig(name=str(tiny), max_new_tokens=2)), TrainModelConfig(), torch.device("cpu"), 64, None
     )
-    held: list[int] = []
+    allocated: list[int] = []
 
-    def feed(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    def decode(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
         for table in tables:
-            held.append(pa.total_allocated_bytes())
+            allocated.append(pa.total_allocated_bytes())
             size = TINY_SIDE * TINY_SIDE * 3
             yield table.append_column("_pixels", pa.array([bytes(size)] * len(table), pa.binary(size)))
 
-    evaluate = Evaluator(captioner, CaptionLoss(captioner), make_collate(captioner), feed, 64)
+    evaluate = Evaluator(captioner, CaptionLoss(captioner), make_collate(captioner), decode, 64)
     count = 8 * WINDOW
     pairs = pa.table({"image_id": [str(n) for n in range(count)], "reference_captions": [["a ring"]] * count})
 
     assert evaluate(pairs)["num_pictures"] == count
     window = WINDOW * TINY_SIDE * TINY_SIDE * 3
-    assert len(held) == 8
-    assert max(held) - held[0] < 2.5 * window
+    assert len(allocated) == 8
+    assert max(allocated) - allocated[0] < 2.5 * window

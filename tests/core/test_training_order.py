@@ -1,4 +1,4 @@
-"""One order for all workers, whatever their number, from whatever step."""
+"""One order of pairs for all workers, whatever their number, from any step."""
 
 import numpy as np
 import pyarrow as pa
@@ -14,17 +14,17 @@ from captioner.training.schedule import best_of, is_stale, make_schedule
 
 def pairs(captions: list[int]) -> pa.Table:
     """Images with so many captions each."""
-    ids = [f"picture-{number}" for number in range(len(captions))]
+    ids = [f"image-{number}" for number in range(len(captions))]
     texts = [[f"{name} caption {k}" for k in range(count)] for name, count in zip(ids, captions, strict=True)]
     return pa.table({"image_id": ids, "reference_captions": pa.array(texts, pa.list_(pa.string()))})
 
 
 def read(order: GlobalOrder, share: Share, first: int, last: int) -> list[list[tuple[str, str]]]:
-    """For each step what a worker reads."""
+    """Return the pairs that a worker reads in each step."""
     rows = [row for table in order.tables(share, first, last) for row in table.to_pylist()]
     each = share.batch_size * share.accumulation
-    found = [(row["image_id"], row["caption"]) for row in rows]
-    return [found[start : start + each] for start in range(0, len(found), each)]
+    pairs = [(row["image_id"], row["caption"]) for row in rows]
+    return [pairs[start : start + each] for start in range(0, len(pairs), each)]
 
 
 counts = st.lists(st.integers(1, 4), min_size=1, max_size=20)
@@ -35,7 +35,7 @@ choices = st.sampled_from(["random", "first", "all"])
 @given(
     captions=counts, workers=st.integers(1, 4), batch=st.integers(1, 3), accumulation=st.integers(1, 3), choice=choices
 )
-def test_the_workers_together_read_what_one_would(captions, workers, batch, accumulation, choice) -> None:
+def test_workers_together_read_the_pairs_of_a_single_worker(captions, workers, batch, accumulation, choice) -> None:
     order = GlobalOrder(pairs(captions), 7, choice)
     shares = [Share(rank, workers, batch, accumulation) for rank in range(workers)]
 
@@ -48,7 +48,7 @@ def test_the_workers_together_read_what_one_would(captions, workers, batch, accu
 
 @settings(max_examples=60, deadline=None)
 @given(captions=counts, start=st.integers(0, 9), choice=choices)
-def test_a_restored_run_reads_on_where_it_stood(captions, start, choice) -> None:
+def test_a_resumed_run_continues_with_the_same_pairs(captions, start, choice) -> None:
     order, share = GlobalOrder(pairs(captions), 7, choice), Share(0, 1, 3)
 
     assert read(order, share, start, 10) == read(order, share, 0, 10)[start:]
@@ -69,7 +69,7 @@ def test_each_epoch_has_every_pair_once(captions, choice) -> None:
         assert all(row["caption"] == row["reference_captions"][0] for row in first)
 
 
-def test_epochs_differ_in_order_and_in_captions_drawn() -> None:
+def test_epochs_differ_in_order_and_captions() -> None:
     order = GlobalOrder(pairs([5] * 40), 7, "random")
     first, second = (order.take(np.arange(e * 40, e * 40 + 40)).to_pylist() for e in (0, 1))
 
@@ -78,13 +78,13 @@ def test_epochs_differ_in_order_and_in_captions_drawn() -> None:
     assert sum(chosen[row["image_id"]] != row["caption"] for row in second) > 20
 
 
-def test_every_caption_is_drawn_about_as_often() -> None:
-    numbers = [caption_index(3, epoch, f"picture-{n}", 4) for epoch in range(20) for n in range(100)]
+def test_every_caption_is_chosen_about_equally_often() -> None:
+    numbers = [caption_index(3, epoch, f"image-{n}", 4) for epoch in range(20) for n in range(100)]
 
     assert all(400 < numbers.count(k) < 600 for k in range(4))
 
 
-def test_steps_follow_from_epochs_and_the_batch_of_all_workers() -> None:
+def test_the_number_of_steps_depends_on_epochs_and_the_global_batch() -> None:
     schedule = make_schedule(
         TrainingConfig(num_train_epochs=2, per_device_train_batch_size=8, gradient_accumulation_steps=2), 100, 3
     )
@@ -93,12 +93,12 @@ def test_steps_follow_from_epochs_and_the_batch_of_all_workers() -> None:
     assert [step for step in range(1, 6) if schedule.is_saved(step)] == [2, 4, 5]
 
 
-def test_a_checkpoint_that_nothing_was_measured_of_is_refused() -> None:
+def test_saving_at_steps_without_an_evaluation_is_refused() -> None:
     with pytest.raises(UsageError, match="--save-steps 3: must be a multiple of --eval-steps"):
         make_schedule(TrainingConfig(max_steps=10, eval_steps=2, save_steps=3), 100, 1)
 
 
-def test_a_run_is_stale_after_so_many_evaluations_without_a_better_one() -> None:
+def test_a_run_is_stale_after_patience_evaluations_without_improvement() -> None:
     history = [{"step": step, "eval_wer": wer, "eval_loss": 1.0} for step, wer in enumerate([0.5, 0.2, 0.3, 0.2])]
     history.insert(2, {"step": 1, "loss": 0.1})
 

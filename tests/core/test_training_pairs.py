@@ -1,4 +1,4 @@
-"""From DATA to usable pairs: every form of archive, what is left out and why, and the split."""
+"""From DATA to usable pairs: every kind of source, what is skipped and why, and the split."""
 
 import json
 import shutil
@@ -23,8 +23,8 @@ SPEC = PixelSpec(32, 32)
 TOKENIZER = str(Path(__file__).parents[2] / "captioner" / "starter" / "model")
 
 
-def pairs_of(max_tokens: int | None = None, seed: int = 0, **given) -> Pairs:
-    config = TrainDataConfig(**given)
+def pairs_of(max_tokens: int | None = None, seed: int = 0, **data) -> Pairs:
+    config = TrainDataConfig(**data)
     sources = open_pair_sources(config)
     examined = map(Examine(sources, SPEC, TOKENIZER, max_tokens), list_pairs(sources, config.limit))
     return make_pairs(config, examined, seed)
@@ -79,7 +79,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_every_form_of_archive_gives_its_pairs(tmp_path: Path, form: str) -> None:
+def test_every_kind_of_source_gives_its_pairs(tmp_path: Path, form: str) -> None:
     pairs = pairs_of(path=str(FORMS[form](tmp_path)), eval_fraction=0.25)
 
     assert {name: len(table) for name, table in pairs.tables.items()} == {"train": 9, "eval": 3}
@@ -110,7 +110,7 @@ def test_too_many_unusable_images_are_an_error(tmp_path: Path) -> None:
         pairs_of(path=str(root))
 
 
-def test_images_without_captions_are_no_pairs(tmp_path: Path) -> None:
+def test_images_without_captions_are_not_pairs(tmp_path: Path) -> None:
     root = make_folder(tmp_path, 3)
     (root / "metadata.jsonl").unlink()
 
@@ -148,7 +148,7 @@ def test_an_eval_set_of_zero_is_an_error(tmp_path: Path) -> None:
         pairs_of(path=str(make_folder(tmp_path, 1)), eval_fraction=0.5)
 
 
-def test_eval_images_that_are_training_images_too_are_taken_out_of_training(tmp_path: Path) -> None:
+def test_eval_images_are_removed_from_training_images(tmp_path: Path) -> None:
     train, held_out = make_folder(tmp_path / "train", 10), make_folder(tmp_path / "eval", 3, seed=9)
     shutil.copy(train / "000004.png", held_out / "000000.png")
 
@@ -158,7 +158,7 @@ def test_eval_images_that_are_training_images_too_are_taken_out_of_training(tmp_
     assert pairs.skipped == {"also_in_another_split": 1}
 
 
-def test_eval_and_test_images_of_their_own_are_on_one_side_each(tmp_path: Path) -> None:
+def test_separate_eval_and_test_images_are_in_one_set_each(tmp_path: Path) -> None:
     """The second archive's last images are the third's first ones: those count as test images."""
     roots = [make_folder(tmp_path / name, 8, seed=seed) for name, seed in (("train", 1), ("eval", 2), ("test", 3))]
     for number in range(3):
@@ -190,7 +190,7 @@ def test_max_eval_samples_takes_the_same_images_each_time(tmp_path: Path) -> Non
     test_fraction=st.one_of(st.just(0.0), st.floats(0.05, 0.3)),
     seed=st.integers(0, 5),
 )
-def test_no_image_and_no_copy_of_it_is_on_two_sides(shas, eval_fraction, test_fraction, seed) -> None:
+def test_no_image_and_no_copy_of_it_is_in_two_sets(shas, eval_fraction, test_fraction, seed) -> None:
     table = table_of([f"{sha:064d}" for sha in shas])
     config = TrainDataConfig(eval_fraction=eval_fraction, test_fraction=test_fraction)
 
@@ -207,8 +207,8 @@ def test_no_image_and_no_copy_of_it_is_on_two_sides(shas, eval_fraction, test_fr
 
 def table_of(shas: list[str]) -> pa.Table:
     count = len(shas)
-    known = {
-        "image_id": [f"picture-{number}" for number in range(count)],
+    values = {
+        "image_id": [f"image-{number}" for number in range(count)],
         "file": [b"x"] * count,
         "reference_captions": [["a ring"]] * count,
         "data": [0] * count,
@@ -217,5 +217,5 @@ def table_of(shas: list[str]) -> pa.Table:
         "error_code": [""] * count,
         "error_message": [""] * count,
     }
-    columns = [known.get(field.name, [None] * count) for field in PAIRS_SCHEMA]
+    columns = [values.get(field.name, [None] * count) for field in PAIRS_SCHEMA]
     return pa.table([pa.array(v, f.type) for v, f in zip(columns, PAIRS_SCHEMA, strict=True)], schema=PAIRS_SCHEMA)

@@ -1,4 +1,4 @@
-"""A run in one process: from pairs to a model that captions, its evaluation, its faults, its report."""
+"""A training run in one process: the finished model, evaluation, faults, report."""
 
 import json
 import re
@@ -60,7 +60,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
     return out
 
 
-def test_the_trained_model_captions_and_the_table_names_it(tmp_path: Path, trained: Path, data: Path) -> None:
+def test_the_trained_model_captions_and_is_recorded_in_the_table(tmp_path: Path, trained: Path, data: Path) -> None:
     model = {"name": str(trained / "model")}
     pipeline.run(caption_config(data, tmp_path / "captions", source={"limit": 5}, model=model))
 
@@ -101,7 +101,7 @@ def test_the_measured_wer_is_that_of_the_saved_model(trained: Path) -> None:
     assert record["measured"]["test"]["wer"] == corpus_wer(captions, [row["reference_captions"] for row in rows])
 
 
-def test_the_model_lists_the_images_it_has_seen(trained: Path) -> None:
+def test_the_model_lists_its_training_images(trained: Path) -> None:
     seen = pq.read_table(trained / "model" / "training_images.parquet").to_pylist()
     sides = {name: pq.read_table(trained / "pairs" / f"{name}.parquet") for name in ("train", "eval", "test")}
 
@@ -109,7 +109,7 @@ def test_the_model_lists_the_images_it_has_seen(trained: Path) -> None:
     assert not {row["sha256"] for row in seen} & set(sides["test"]["sha256"].to_pylist())
 
 
-def test_the_card_says_what_was_measured_on_what(trained: Path) -> None:
+def test_the_card_has_the_figures_of_each_set(trained: Path) -> None:
     card = (trained / "model" / "README.md").read_text()
     measured = json.loads((trained / "model" / "training_run.json").read_text())["measured"]
 
@@ -118,7 +118,7 @@ def test_the_card_says_what_was_measured_on_what(trained: Path) -> None:
     assert "scored once, after the checkpoint was chosen" in card
 
 
-def test_the_report_shows_pairs_and_captions_before_and_after_and_loads_nothing(trained: Path) -> None:
+def test_the_report_shows_pairs_and_captions_and_loads_nothing(trained: Path) -> None:
     html = (trained / "report.html").read_text()
 
     assert html.count("data:image/jpeg;base64,") == 24
@@ -134,7 +134,7 @@ def test_the_same_command_again_does_nothing(trained: Path, data: Path, capsys: 
     assert "nothing to train" in capsys.readouterr().err
 
 
-def test_another_setting_is_refused_and_named(trained: Path, data: Path) -> None:
+def test_a_changed_setting_is_refused_by_name(trained: Path, data: Path) -> None:
     with pytest.raises(FingerprintError, match=r"started with training\.learning_rate = 0\.001, now it is 0\.5"):
         job.run(
             settings(data, trained, groups={"data": {"test_fraction": 0.1}}, learning_rate=0.5, max_steps=6),
@@ -146,24 +146,24 @@ class Stopped(BaseException):
     """The process would be dead from here on."""
 
 
-def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(
+def test_a_killed_run_resumes_and_ends_like_an_uninterrupted_one(
     tmp_path: Path, data: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given = {"max_steps": 6, "eval_steps": 2, "learning_rate": 1e-3}
-    job.run(settings(data, tmp_path / "whole", tiny, **given), LocalEngine())
-    tell = LocalWorker.show_progress
+    options = {"max_steps": 6, "eval_steps": 2, "learning_rate": 1e-3}
+    job.run(settings(data, tmp_path / "whole", tiny, **options), LocalEngine())
+    show_progress = LocalWorker.show_progress
 
     def die_at_step_5(worker: LocalWorker, progress: dict) -> None:
-        tell(worker, progress)
+        show_progress(worker, progress)
         if progress["step"] == 5:
             raise Stopped
 
     with monkeypatch.context() as patch:
         patch.setattr(LocalWorker, "show_progress", die_at_step_5)
         with pytest.raises(Stopped):
-            job.run(settings(data, tmp_path / "killed", tiny, **given), LocalEngine())
+            job.run(settings(data, tmp_path / "killed", tiny, **options), LocalEngine())
     assert not (tmp_path / "killed" / "model").exists()
-    job.run(settings(data, tmp_path / "killed", tiny, **given), LocalEngine())
+    job.run(settings(data, tmp_path / "killed", tiny, **options), LocalEngine())
 
     assert losses(tmp_path / "killed") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
     assert len(losses(tmp_path / "killed")) == 6
@@ -186,7 +186,7 @@ def _weights(out: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("family", ["git", "blip", "vision-encoder-decoder"])
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_every_family_trains_whatever_the_batch_is_cut_into(
+def test_every_family_trains_the_same_with_and_without_accumulation(
     tmp_path: Path, data: Path, family: str, accumulation: int
 ) -> None:
     model = without_dropout(make_tiny_model(family, tmp_path / "model"))
@@ -195,7 +195,7 @@ def test_every_family_trains_whatever_the_batch_is_cut_into(
     job.run(settings(data, out, model, learning_rate=1e-2, max_steps=3, **cut), LocalEngine())
 
     key = (family, "losses")
-    expected = _SEEN.setdefault(key, losses(out))
+    expected = _LOSSES.setdefault(key, losses(out))
     assert losses(out) == pytest.approx(expected, rel=1e-3)
     assert losses(out)[-1] < losses(out)[0]
     assert_loads(out / "model", family)
@@ -212,10 +212,10 @@ def assert_loads(model: Path, family: str) -> None:
     assert len(load(resolve(ModelConfig(name=str(model), max_new_tokens=4))).caption(pixels).texts) == 2
 
 
-_SEEN: dict = {}
+_LOSSES: dict = {}
 
 
-def test_a_loss_that_is_no_number_stops_and_leaves_the_last_good_checkpoint(
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
     tmp_path: Path, data: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from captioner.training.loss import CaptionLoss
@@ -238,7 +238,7 @@ def test_a_loss_that_is_no_number_stops_and_leaves_the_last_good_checkpoint(
     assert not (out / "model").exists()
 
 
-def test_a_loss_that_is_no_number_is_seen_between_evaluations_too(
+def test_a_loss_that_is_not_finite_is_noticed_between_evaluations(
     tmp_path: Path, data: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Losses are read a step late, so that a GPU never waits; the step that is named is the one whose loss it was."""
@@ -281,12 +281,12 @@ def test_early_stopping_keeps_the_best(tmp_path: Path, data: Path) -> None:
         ({"model": {"name": "/no/such/model"}}, ModelError, "no such directory"),
     ],
 )
-def test_what_is_wrong_is_said_before_anything_starts(tmp_path: Path, data: Path, groups, error, message) -> None:
+def test_wrong_settings_are_errors_before_anything_starts(tmp_path: Path, data: Path, groups, error, message) -> None:
     with pytest.raises(error, match=message):
         job.run(settings(data, tmp_path / "out", groups=groups), LocalEngine())
 
 
-def test_an_out_of_something_else_is_refused(tmp_path: Path, data: Path) -> None:
+def test_an_out_without_a_training_run_is_refused(tmp_path: Path, data: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="holds no training run"):
         job.run(settings(data, tmp_path), LocalEngine())

@@ -1,4 +1,4 @@
-"""Host work beside the device: pixels arrive whole, a batch ahead; captions become text while the next are searched."""
+"""Host work overlaps with the device: batches are copied ahead, and captions are decoded meanwhile."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from captioner.models.uploads import Uploads
 from captioner.starter.scenes import make_scenes
 from captioner.testing import make_tiny_model
 
-WAIT_S = 30  # for what must come
+WAIT_S = 30  # seconds, for an event that must happen
 
 
 class SlowCopy:
@@ -79,7 +79,7 @@ def test_every_image_arrives_once_and_in_order(counts, size, staged) -> None:
         assert np.array_equal(torch.cat(batches).numpy(), pixels)
 
 
-def test_buffers_are_used_again() -> None:
+def test_buffers_are_reused() -> None:
     stream = SlowStream()
     uploads = Uploads(torch.device("cpu"), stream)
 
@@ -92,7 +92,7 @@ def test_buffers_are_used_again() -> None:
         assert np.array_equal(torch.cat(list(arriving)).numpy(), images(40))
 
 
-def test_the_first_batch_is_copied_before_it_is_asked_for() -> None:
+def test_the_first_batch_is_copied_before_it_is_requested() -> None:
     started = threading.Event()
 
     class Watched(SlowStream):
@@ -122,28 +122,28 @@ def captioner(directory) -> TransformersCaptioner:
     return opened
 
 
-def test_a_batch_becomes_text_while_the_next_is_searched(captioner, pixels, monkeypatch) -> None:
+def test_a_batch_is_decoded_while_the_next_is_searched(captioner, pixels, monkeypatch) -> None:
     expected = captioner.caption(pixels)
-    described, searched = threading.Semaphore(0), iter(range(4))
-    describe, search = captioner.describe, captioner.search
+    decoded, searched = threading.Semaphore(0), iter(range(4))
+    to_captions, search = captioner.to_captions, captioner.search
 
-    def watched_describe(*found: torch.Tensor) -> Captions:
-        described.release()
-        return describe(*found)
+    def watched_to_captions(*result: torch.Tensor) -> Captions:
+        decoded.release()
+        return to_captions(*result)
 
     def waiting_search(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if next(searched) > 0:
-            assert described.acquire(timeout=WAIT_S)
+            assert decoded.acquire(timeout=WAIT_S)
         return search(values)
 
-    monkeypatch.setattr(captioner, "describe", watched_describe)
+    monkeypatch.setattr(captioner, "to_captions", watched_to_captions)
     monkeypatch.setattr(captioner, "search", waiting_search)
 
     assert captioner.caption(pixels) == expected
     assert len(set(expected.texts)) > len(pixels) / 2
 
 
-def test_two_calls_at_once_give_what_each_gives_alone(captioner, pixels) -> None:
+def test_concurrent_calls_give_the_results_of_separate_calls(captioner, pixels) -> None:
     halves = [pixels[:11], pixels[11:]]
     expected = [captioner.caption(half) for half in halves]
     captioner.uploads = Uploads(captioner.device, SlowStream())
@@ -176,7 +176,7 @@ def test_a_call_uploads_while_another_is_searched(captioner, pixels, monkeypatch
         assert list(threads.map(captioner.caption, [pixels, pixels])) == [expected, expected]
 
 
-def test_what_fails_in_the_middle_is_raised_and_the_next_call_goes_well(captioner, pixels, monkeypatch) -> None:
+def test_an_error_in_a_batch_is_raised_and_the_next_call_succeeds(captioner, pixels, monkeypatch) -> None:
     expected = captioner.caption(pixels)
     search = captioner.search
     outcomes: Iterator[bool] = iter([True, True, False])

@@ -1,8 +1,8 @@
 """Beam search with the scores, the bookkeeping and the ties of transformers' `generate` (5.23, `_beam_search`).
 
-Each image has B running beams, and its B best finished captions so far. At each step the K best continuations over
-all running beams are found, K enough that B of them go on even if the others end. Of the B best, those that end join
-the finished captions, scored by log-probability / length ** length_penalty.
+Each image has B running beams and its B best finished captions. Each step takes the K best continuations over all
+running beams, with K so large that B of them continue even if the others end. Those of the B best that end become
+finished captions, scored by log-probability / length ** length_penalty.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from dataclasses import dataclass
 
 import torch
 
-from captioner.models.git_fast.network import GitNetwork, best_of_all
+from captioner.models.git_fast.network import GitNetwork, best_continuations
 from captioner.models.git_fast.task import SearchResult, Task
 
-NEVER = -1.0e9  # a score that loses to any real one
+LOWEST_SCORE = -1.0e9  # below any real score
 
 
 @dataclass
 class Beams:
-    """Captions of N images, M for each: texts int64 [N, M, T], logprobs float32 [N, M, limit], scores [N, M]."""
+    """M captions for each of N images: texts int64 [N, M, T], logprobs float32 [N, M, limit], scores [N, M]."""
 
     texts: torch.Tensor
     logprobs: torch.Tensor
@@ -27,27 +27,27 @@ class Beams:
 
     @classmethod
     def empty(cls, images: int, task: Task, device: torch.device) -> Beams:
-        """Return room for `task.beams` captions of each image."""
+        """Return empty captions, `task.beams` for each image."""
         texts = torch.zeros((images, task.beams, task.length), dtype=torch.long, device=device)
         logprobs = torch.zeros((images, task.beams, task.limit), device=device)
         return cls(texts, logprobs, torch.zeros((images, task.beams), device=device))
 
     def pick(self, indices: torch.Tensor) -> Beams:
-        """Return of each image the captions `indices`, int64 [N, any]."""
+        """Return the captions `indices`, int64 [N, any], of each image."""
         return Beams(_pick(self.texts, indices), _pick(self.logprobs, indices), self.scores.gather(1, indices))
 
     def copy_(self, other: Beams) -> None:
-        """Take the values of captions of the same shapes."""
+        """Copy the values of captions of the same shapes."""
         self.texts.copy_(other.texts)
         self.logprobs.copy_(other.logprobs)
         self.scores.copy_(other.scores)
 
 
 class BeamSearch:
-    """The search for the captions of one batch; every tensor of it is changed in place, so that a step can be a graph.
+    """A Search with beams. `running`, `finished`: B captions for each image.
 
-    `running`, `finished`: B captions for each image. `full`: bool [N, B], which finished captions are real.
-    `open`: bool [N], whether running beams may still beat the finished captions.
+    `is_finished`: bool [N, B], which of `finished` hold a caption. `is_open`: bool [N], whether running beams can still
+    score higher than the finished captions.
     """
 
     def __init__(self, network: GitNetwork, task: Task, images: int) -> None:
@@ -55,28 +55,28 @@ class BeamSearch:
         self.state = network.new_state(images, task.beams, task.length)
         device = network.device
         self.running, self.finished = (Beams.empty(images, task, device) for _ in range(2))
-        self.full = torch.zeros((images, task.beams), dtype=torch.bool, device=device)
-        self.open = torch.zeros(images, dtype=torch.bool, device=device)
+        self.is_finished = torch.zeros((images, task.beams), dtype=torch.bool, device=device)
+        self.is_open = torch.zeros(images, dtype=torch.bool, device=device)
         lengths = range(1, task.limit + 1)
         self._penalties = torch.tensor([length**task.length_penalty for length in lengths], device=device)
         self._is_last = torch.tensor([length == task.limit for length in lengths], device=device)
 
     def begin(self) -> None:
-        """Empty the texts but for the prefix. One beam of each image can go on; the others would double it."""
+        """Reset all texts to the prefix. Only one beam of each image starts, since the others would be equal to it."""
         for beams in (self.running, self.finished):
             beams.texts.fill_(self.task.padding)
             for index, token in enumerate(self.task.prefix):
                 beams.texts[:, :, index] = token
             beams.logprobs.zero_()
-            beams.scores.fill_(NEVER)
+            beams.scores.fill_(LOWEST_SCORE)
         self.running.scores[:, 0] = 0
-        self.full.fill_(False)
-        self.open.fill_(True)
+        self.is_finished.fill_(False)
+        self.is_open.fill_(True)
 
     @property
     def unfinished(self) -> torch.Tensor:
         """Return bool [N]: the images whose finished captions may still change."""
-        return self.open & ~self.full.all(1) if self.task.early_stopping is True else self.open
+        return self.is_open & ~self.is_finished.all(1) if self.task.early_stopping is True else self.is_open
 
     def step(self, index: int) -> None:
         """Add the token number `index` to each beam."""
@@ -88,10 +88,10 @@ class BeamSearch:
         ends = (tokens[:, :, None] == task.ends).any(2) | self._is_last[number]
         penalty = self._penalties[number]
         self._keep_finished(candidates, ends, penalty)
-        candidates.scores = candidates.scores + ends * NEVER
+        candidates.scores = candidates.scores + ends * LOWEST_SCORE
         chosen = candidates.scores.topk(task.beams)[1]
         self.running.copy_(candidates.pick(chosen))
-        self._close(penalty)
+        self._update_open(penalty)
         self.network.reorder(state, parents.gather(1, chosen))
         state.tokens.copy_(tokens.gather(1, chosen))
         state.position += 1
@@ -104,7 +104,7 @@ class BeamSearch:
             texts = running.texts[:, :, : len(task.prefix) + index].flatten(0, 1)
             logprobs = self.network.logprobs(logits)
             logprobs = task.processors(texts, logprobs.flatten(0, 1)).view(logprobs.shape)
-            scores, parents, tokens, new = best_of_all(logprobs, running.scores, count)
+            scores, parents, tokens, new = best_continuations(logprobs, running.scores, count)
         else:
             scores, parents, tokens, new = self.network.best_continuations(logits, running.scores, count)
         candidates = running.pick(parents)
@@ -114,45 +114,45 @@ class BeamSearch:
         return candidates, parents
 
     def _keep_finished(self, candidates: Beams, ends: torch.Tensor, penalty: torch.Tensor) -> None:
-        """Of the finished captions and the B best candidates that end, keep the B best."""
+        """Keep the B best of the finished captions and of those of the B best candidates that end."""
         task, before = self.task, self.finished
         ended = ends.clone()
-        ended[:, task.beams :] = False  # the others are there only so that enough beams go on
+        ended[:, task.beams :] = False  # the others are candidates only so that enough beams continue
         scores = candidates.scores / penalty
         if task.early_stopping is True:
-            scores = scores + self.full.all(1, keepdim=True) * NEVER
-        scores = scores + ~self.open[:, None] * NEVER + ~ended * NEVER
+            scores = scores + self.is_finished.all(1, keepdim=True) * LOWEST_SCORE
+        scores = scores + ~self.is_open[:, None] * LOWEST_SCORE + ~ended * LOWEST_SCORE
         merged = Beams(
             torch.cat([before.texts, candidates.texts], 1),
             torch.cat([before.logprobs, candidates.logprobs], 1),
             torch.cat([before.scores, scores], 1),
         )
         chosen = merged.scores.topk(task.beams)[1]
-        self.full.copy_(torch.cat([self.full, ended], 1).gather(1, chosen))
+        self.is_finished.copy_(torch.cat([self.is_finished, ended], 1).gather(1, chosen))
         self.finished.copy_(merged.pick(chosen))
 
-    def _close(self, penalty: torch.Tensor) -> None:
-        """Close images whose running beams cannot beat their worst finished caption, as transformers estimates it."""
+    def _update_open(self, penalty: torch.Tensor) -> None:
+        """Close images whose running beams cannot beat their worst finished caption, by transformers' estimate."""
         task = self.task
         if task.early_stopping == "never" and task.length_penalty > 0:
             penalty = self._penalties[-1]
         best = self.running.scores[:, :1] / penalty
-        worst = self.finished.scores.min(1, keepdim=True)[0].where(self.full, NEVER)
-        self.open &= (best > worst).any(1)
+        worst = self.finished.scores.min(1, keepdim=True)[0].where(self.is_finished, LOWEST_SCORE)
+        self.is_open &= (best > worst).any(1)
 
     def result(self) -> SearchResult:
         """Return the best captions so far."""
         return SearchResult(self.finished.texts[:, 0, len(self.task.prefix) :], self.finished.logprobs[:, 0])
 
     def copy_to(self, images: torch.Tensor, out: BeamSearch) -> None:
-        """Copy the part of some images, int64 [M], into `out`, a search for M images."""
+        """Copy the state of the images with these indices, int64 [M], into `out`, a search for M images."""
         self.state.copy_to(images, out.state)
-        for ours, theirs in ((self.running, out.running), (self.finished, out.finished)):
-            theirs.copy_(Beams(ours.texts[images], ours.logprobs[images], ours.scores[images]))
-        out.full.copy_(self.full[images])
-        out.open.copy_(self.open[images])
+        for source, target in ((self.running, out.running), (self.finished, out.finished)):
+            target.copy_(Beams(source.texts[images], source.logprobs[images], source.scores[images]))
+        out.is_finished.copy_(self.is_finished[images])
+        out.is_open.copy_(self.is_open[images])
 
 
 def _pick(values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    """[N, M, X] -> [N, any, X], of each image those of `indices`."""
+    """Return the elements `indices`, int64 [N, any], of each image: [N, M, X] -> [N, any, X]."""
     return values.gather(1, indices[:, :, None].expand(-1, -1, values.shape[2]))

@@ -1,7 +1,7 @@
-"""A search's step captured in a CUDA graph, where there is a GPU.
+"""Steps of a search captured as CUDA graphs.
 
 A step is a hundred kernels of a few microseconds each; launched one by one, the launches take longer than the kernels.
-A graph replays on fixed memory, so the searches it was captured on are kept and used again.
+A graph replays on fixed memory, so the searches whose steps were captured are cached and reused.
 """
 
 from __future__ import annotations
@@ -17,102 +17,102 @@ from captioner.models.git_fast.greedy import GreedySearch
 from captioner.models.git_fast.network import GitNetwork
 from captioner.models.git_fast.task import Search, Task
 
-WARM_UP_STEPS = 3  # as torch's documentation of CUDA graphs asks
+WARM_UP_STEPS = 3  # as recommended in torch's documentation of CUDA graphs
 
 
 class Graph(Protocol):
-    """A torch.cuda.CUDAGraph that was captured."""
+    """A captured torch.cuda.CUDAGraph."""
 
     def replay(self) -> None: ...
 
 
 @dataclass
-class _Kept:
-    """A search that is used again, and its captured step once it was used twice."""
+class _CachedSearch:
+    """A search to be reused, with its captured step from its second use on."""
 
     search: Search
     graph: Graph | None = None
 
 
 class Stepper:
-    """Hands out searches and steps through them: plainly on a CPU, by graphs on a GPU that can capture them."""
+    """Creates searches and runs their steps, on a CUDA GPU as graphs where they can be captured."""
 
     def __init__(self, network: GitNetwork, task: Task) -> None:
         self.network, self.task = network, task
-        # Processors look at the text so far, whose length they are given by the host.
+        # Logits processors depend on the length of the text, which only the host knows.
         self.graphs = network.device.type == "cuda" and not task.processors
         self._largest = 0
-        self._kept: dict[int, _Kept] = {}
+        self._cache: dict[int, _CachedSearch] = {}
 
     def search(self, images: int) -> Search:
-        """Return a search that has not begun. With graphs, the one of this size that was handed out before.
+        """Return a search to begin; with graphs, the cached one for this number of images.
 
-        Only full batches and what halving leaves of them are kept: the last batch of a chunk may be of any size, and
-        each kept search holds memory.
+        Only those for full batches and their halves are cached, because the last batch of a chunk can have any size and
+        each cached search holds device memory.
         """
         self._largest = max(self._largest, images)
         if not self.graphs or not _is_halved(self._largest, images):
             return self._new_search(images)
-        kept = self._kept.get(images)
-        if kept is None:
-            kept = self._kept[images] = _Kept(self._new_search(images))
-        elif kept.graph is None:
-            self._capture(kept)
-        return kept.search
+        cached = self._cache.get(images)
+        if cached is None:
+            cached = self._cache[images] = _CachedSearch(self._new_search(images))
+        elif cached.graph is None:
+            self._capture(cached)
+        return cached.search
 
     def _new_search(self, images: int) -> Search:
         kind: Callable[..., Search] = GreedySearch if self.task.beams == 1 else BeamSearch
         return kind(self.network, self.task, images)
 
     def step(self, search: Search, index: int) -> None:
-        """Let `search` add its token number `index`."""
-        kept = self._kept.get(len(search.state.tokens))
-        if kept is None or kept.search is not search or kept.graph is None:
+        """Add the token number `index` to the captions of `search`."""
+        cached = self._cache.get(len(search.state.tokens))
+        if cached is None or cached.search is not search or cached.graph is None:
             search.step(index)
         else:
-            kept.graph.replay()
+            cached.graph.replay()
 
-    def forget(self) -> None:
-        """Let go of the kept searches."""
+    def clear(self) -> None:
+        """Remove all cached searches."""
         self._largest = 0
-        self._kept.clear()
+        self._cache.clear()
 
-    def _capture(self, kept: _Kept) -> None:
-        """Try to capture a step; on a GPU or a build of torch that cannot, go on without graphs.
+    def _capture(self, cached: _CachedSearch) -> None:
+        """Capture a step; where the GPU or the build of torch cannot, continue without graphs.
 
-        Raises torch.OutOfMemoryError: a smaller batch may do.
+        Raises torch.OutOfMemoryError, since a smaller batch may fit.
         """
-        kept.search.begin()
-        kept.search.state.position.zero_()
+        cached.search.begin()
+        cached.search.state.position.zero_()
         try:
-            kept.graph = capture(self.network.device, lambda: kept.search.step(0))
+            cached.graph = capture(self.network.device, lambda: cached.search.step(0))
         except torch.OutOfMemoryError:
             raise
         except RuntimeError:
             self.graphs = False
-            self.forget()
+            self.clear()
 
 
 class UnfinishedCount:
     """Counts the unfinished images after each step.
 
-    On a GPU the count is known one step late, so that the host need not wait for the device.
+    On a GPU the count is that of the step before, so that the host does not wait for the device.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._buffers: list[tuple[torch.Tensor, torch.cuda.Event]] = []
-        self._is_late = device.type == "cuda"
-        if self._is_late:
+        self._is_delayed = device.type == "cuda"
+        if self._is_delayed:
             self._buffers = [(torch.empty((), dtype=torch.long, pin_memory=True), torch.cuda.Event()) for _ in range(2)]
         self._number = 0
 
-    def begin(self) -> None:
-        """Forget the steps of an earlier batch."""
+    def reset(self) -> None:
+        """Start with the first step of a new batch."""
         self._number = 0
 
     def after_step(self, unfinished: torch.Tensor) -> int | None:
-        """Return how many of `unfinished`, bool [N], were set after the latest step whose count is known, if any."""
-        if not self._is_late:
+        """Return how many of `unfinished`, bool [N], are set, or were set a step before; None where not known yet."""
+        if not self._is_delayed:
             return int(unfinished.sum())
         count, event = self._buffers[self._number % 2]
         count.copy_(unfinished.sum(), non_blocking=True)
@@ -126,21 +126,21 @@ class UnfinishedCount:
 
 
 def capture(device: torch.device, step: Callable[[], None]) -> Graph:
-    """Return a CUDA graph of `step()`, which is called a few times first. Raises RuntimeError."""
-    using = torch.cuda.current_stream(device)
+    """Return a CUDA graph of `step()`, after calling it a few times. Raises RuntimeError."""
+    current = torch.cuda.current_stream(device)
     try:
         side = torch.cuda.Stream(device)
-        side.wait_stream(using)
+        side.wait_stream(current)
         with torch.cuda.stream(side):
             for _ in range(WARM_UP_STEPS):
                 step()
-        using.wait_stream(side)
+        current.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        # Other threads of a worker may use the device meanwhile; only this one's calls are watched.
+        # Other threads may use the device meanwhile; only this thread's calls are captured.
         with torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
             step()
     except RuntimeError:
-        torch.cuda.set_stream(using)  # torch leaves the stream of a capture that failed in use
+        torch.cuda.set_stream(current)  # after a failed capture torch leaves its stream current
         torch.cuda.synchronize(device)
         raise
     return graph

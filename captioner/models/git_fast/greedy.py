@@ -1,4 +1,4 @@
-"""Greedy search: the likeliest token, until it is an end token."""
+"""Greedy search: take the most probable token until it is an end token."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from captioner.models.git_fast.task import SearchResult, Task
 
 
 class GreedySearch:
-    """The search for the captions of one batch; every tensor of it is changed in place, so that a step can be a graph.
+    """A Search that is greedy. `texts`: int64 [N, T]. `logprobs`: float32 [N, limit].
 
-    `texts`: int64 [N, T]. `logprobs`: float32 [N, limit]. `unfinished`: bool [N], captions without an end token.
+    `unfinished`: bool [N], captions without an end token.
     """
 
     def __init__(self, network: GitNetwork, task: Task, images: int) -> None:
@@ -23,7 +23,7 @@ class GreedySearch:
         self.unfinished = torch.zeros(images, dtype=torch.bool, device=device)
 
     def begin(self) -> None:
-        """Empty the texts but for the prefix."""
+        """Reset all texts to the prefix."""
         self.texts.fill_(self.task.padding)
         for index, token in enumerate(self.task.prefix):
             self.texts[:, index] = token
@@ -31,7 +31,7 @@ class GreedySearch:
         self.unfinished.fill_(True)
 
     def step(self, index: int) -> None:
-        """Add the token number `index` to each caption that is unfinished."""
+        """Add the token number `index` to each unfinished caption."""
         task, state = self.task, self.state
         logits = self.network.step(state)[:, 0]
         if task.processors:
@@ -49,7 +49,7 @@ class GreedySearch:
         return SearchResult(self.texts[:, len(self.task.prefix) :], self.logprobs)
 
     def copy_to(self, images: torch.Tensor, out: GreedySearch) -> None:
-        """Copy the part of some images, int64 [M], into `out`, a search for M images."""
+        """Copy the state of the images with these indices, int64 [M], into `out`, a search for M images."""
         self.state.copy_to(images, out.state)
         for name in ("texts", "logprobs", "unfinished"):
             getattr(out, name).copy_(getattr(self, name)[images])

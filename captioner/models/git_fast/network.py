@@ -1,7 +1,7 @@
-"""A GitForCausalLM's own layers, called so that nothing is computed twice.
+"""The layers of a GitForCausalLM, called so that nothing is computed twice.
 
-GIT's image tokens attend to each other only, so they pass the text layers once for each image, and what later
-tokens need of them is their keys and values. The beams of an image share those in one product.
+GIT's image tokens attend only to each other, so they pass through the text layers once for each image, and later tokens
+need only their keys and values, which the beams of an image share.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-# Image tokens that a CPU encodes at once: with more, the activations between two layers no longer fit its caches.
+# Image tokens that a CPU encodes in one batch: with more, the activations between layers exceed its caches.
 CPU_TOKENS = 512
 
 
@@ -21,9 +21,9 @@ CPU_TOKENS = 512
 class State:
     """Keys and values of N images with B beams each, and the newest token of each beam.
 
-    `caches`: named tensors [L, N, ...], their layout known to the network that made them. `tokens`: int64 [N, B].
-    `position`: position of the newest tokens in the text, int64 [1]. `sources`: int32 [N, B, T], the beam that holds
-    the keys and values of a beam's token at each position; only networks that do not copy caches use it.
+    `caches`: named tensors [L, N, ...] in the layout of the network that made them. `tokens`: int64 [N, B].
+    `position`: of the newest tokens in the text, int64 [1]. `sources`: int32 [N, B, T], the beam that holds the keys
+    and values of a beam's token at each position; used only by networks that do not copy caches.
     """
 
     caches: dict[str, torch.Tensor]
@@ -32,7 +32,7 @@ class State:
     sources: torch.Tensor
 
     def copy_to(self, images: torch.Tensor, out: State) -> None:
-        """Copy the part of some images, int64 [M], into `out`, a state of M images."""
+        """Copy the state of the images with these indices, int64 [M], into `out`, a state of M images."""
         for name, cache in self.caches.items():
             torch.index_select(cache, 1, images, out=out.caches[name])
         out.tokens.copy_(self.tokens[images])
@@ -41,7 +41,7 @@ class State:
 
 
 class GitNetwork:
-    """The calls a search needs, over the layers of a GitForCausalLM in evaluation mode, on any device."""
+    """The layers of a GitForCausalLM in evaluation mode as a search calls them, on any device."""
 
     def __init__(self, model: Any) -> None:
         self.git, self.head = model.git, model.output
@@ -51,13 +51,13 @@ class GitNetwork:
         vision = model.config.vision_config
         self.image_tokens = (vision.image_size // vision.patch_size) ** 2 + 1
         self.dtype, self.device = model.dtype, model.device
-        # transformers offers GIT eager attention only, but its vision tower calls whichever is set here.
+        # transformers accepts only eager attention for GIT, but its vision tower follows this setting.
         vision._attn_implementation = "sdpa"
 
     def new_state(self, images: int, beams: int, length: int) -> State:
-        """Return an empty state with room for `length` text tokens.
+        """Return an empty state for up to `length` text tokens.
 
-        Zeros, because a masked value still is multiplied: by zero, and NaN would stay.
+        Caches are zeros, because masked values are still multiplied by 0, which would not remove NaN.
         """
         caches = self.new_caches(images, beams, length)
         tokens = torch.zeros((images, beams), dtype=torch.long, device=self.device)
@@ -74,10 +74,10 @@ class GitNetwork:
 
     def encode(self, pixel_values: torch.Tensor, state: State) -> None:
         """Fill `state` with the image tokens' keys and values of normalised pixels [N, 3, H, W]."""
-        at_once = len(pixel_values) if self.device.type != "cpu" else max(1, CPU_TOKENS // self.image_tokens)
+        size = len(pixel_values) if self.device.type != "cpu" else max(1, CPU_TOKENS // self.image_tokens)
         keys, values = state.caches["image_keys"], state.caches["image_values"]
-        for first in range(0, len(pixel_values), at_once):
-            images = slice(first, first + at_once)
+        for first in range(0, len(pixel_values), size):
+            images = slice(first, first + size)
             self._encode(pixel_values[images], keys[:, images], values[:, images])
 
     def _encode(self, pixel_values: torch.Tensor, all_keys: torch.Tensor, all_values: torch.Tensor) -> None:
@@ -87,34 +87,36 @@ class GitNetwork:
             keys.copy_(self._by_head(attention.key(hidden)))
             values.copy_(self._by_head(attention.value(hidden)))
             if layer is self.layers[-1]:
-                return  # what image tokens become after it is never read
-            mixed = scaled_dot_product_attention(self._by_head(attention.query(hidden)), keys, values)
-            hidden = layer.feed_forward_chunk(layer.attention.output(mixed.transpose(1, 2).flatten(2), hidden))
+                return  # nothing reads the output of image tokens after the last layer
+            attended = scaled_dot_product_attention(self._by_head(attention.query(hidden)), keys, values)
+            hidden = layer.feed_forward_chunk(layer.attention.output(attended.transpose(1, 2).flatten(2), hidden))
 
     def _by_head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[N, I, H x d] -> [N, H, I, d]."""
-        return hidden.unflatten(2, (self.heads, self.width)).transpose(1, 2)
+        """Split the last dimension by attention head: [N, I, H x d] -> [N, H, I, d]."""
+        return hidden.view(*hidden.shape[:2], self.heads, self.width).transpose(1, 2)
 
     def step(self, state: State) -> torch.Tensor:
-        """Return float32 logits [N, B, vocabulary] of what follows the newest tokens, and add those to the caches."""
+        """Add the newest tokens to the caches and return the logits of the next ones, float32 [N, B, vocabulary]."""
         hidden = self.embed(state)
         length = state.caches["text_keys"].shape[4]
         later = torch.arange(length, device=self.device) > state.position
         for index, layer in enumerate(self.layers):
-            mixed = self._attend(layer.attention.self, hidden, state, index, later)
-            hidden = layer.feed_forward_chunk(layer.attention.output(mixed, hidden))
-        return self.head(hidden).float().view(*state.tokens.shape, -1)
+            attended = self._attend(layer.attention.self, hidden, state, index, later)
+            hidden = layer.feed_forward_chunk(layer.attention.output(attended, hidden))
+        logits: torch.Tensor = self.head(hidden).float()
+        return logits.view(*state.tokens.shape, -1)
 
     def embed(self, state: State) -> torch.Tensor:
         """Return the embeddings of the newest tokens, [N x B, width of the model]."""
         embeddings = self.git.embeddings
         words = embeddings.word_embeddings(state.tokens.flatten())
-        return embeddings.LayerNorm(words + embeddings.position_embeddings(state.position))
+        hidden: torch.Tensor = embeddings.LayerNorm(words + embeddings.position_embeddings(state.position))
+        return hidden
 
     def _attend(
         self, attention: Any, hidden: torch.Tensor, state: State, index: int, later: torch.Tensor
     ) -> torch.Tensor:
-        """Attention of the newest tokens [N x B, width of the model] to image and text, of the same shape."""
+        """Return the attention of the newest tokens to image and text, both [N x B, width of the model]."""
         images, beams = state.tokens.shape
         shape = images, beams, self.heads, 1, self.width
         queries = attention.query(hidden).view(shape)
@@ -132,7 +134,7 @@ class GitNetwork:
     def reorder(self, state: State, parents: torch.Tensor) -> None:
         """Let each beam continue the text of another beam of its image: `parents` int64 [N, B]."""
         images, beams = parents.shape
-        # On a CPU only what is filled is copied; elsewhere looking at the position would make the host wait.
+        # On a CPU only the filled part is copied; elsewhere reading the position would wait for the device.
         filled = int(state.position) + 1 if self.device.type == "cpu" else state.caches["text_keys"].shape[4]
         rows = (parents + torch.arange(images, device=self.device)[:, None] * beams).flatten()
         for name in ("text_keys", "text_values"):
@@ -144,7 +146,7 @@ class GitNetwork:
         return logits.log_softmax(-1)
 
     def best_tokens(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the likeliest token of each row of logits [N, vocabulary], int64 [N], and its log-probability."""
+        """Return the most probable token of each row of logits [N, vocabulary], int64 [N], and its log-probability."""
         best, tokens = logits.max(-1)
         return tokens, best - logits.logsumexp(-1)
 
@@ -156,13 +158,13 @@ class GitNetwork:
         `logits` [N, B, vocabulary]; `scores` [N, B], the beams' totals so far. Returns totals, beams, tokens and the
         tokens' own log-probabilities, each [N, count].
         """
-        return best_of_all(self.logprobs(logits), scores, count)
+        return best_continuations(self.logprobs(logits), scores, count)
 
 
-def best_of_all(
+def best_continuations(
     logprobs: torch.Tensor, scores: torch.Tensor, count: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`GitNetwork.best_continuations` of log-probabilities [N, B, vocabulary]."""
+    """Return `GitNetwork.best_continuations` of log-probabilities [N, B, vocabulary] instead of logits."""
     vocabulary = logprobs.shape[2]
     totals, indices = (logprobs + scores[:, :, None]).flatten(1).topk(count)
     return totals, indices // vocabulary, indices % vocabulary, logprobs.flatten(1).gather(1, indices)

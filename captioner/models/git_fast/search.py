@@ -1,4 +1,4 @@
-"""The whole search for a batch, and the settings it can follow."""
+"""The search for a batch of images, and the generation settings it supports."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from captioner.models.git_fast.graphs import Stepper, UnfinishedCount
 from captioner.models.git_fast.network import GitNetwork
 from captioner.models.git_fast.task import Search, SearchResult, Task
 
-# Settings of a GenerationConfig that these searches follow. Any other that is set needs `generate`.
-KNOWN_SETTINGS = frozenset(
+# Settings of a GenerationConfig that these searches support. Any other that is set needs `generate`.
+SUPPORTED_SETTINGS = frozenset(
     (
         *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"),
         *("num_beams", "early_stopping", "length_penalty"),
@@ -26,25 +26,25 @@ KNOWN_SETTINGS = frozenset(
         *("do_sample", "return_dict_in_generate", "transformers_version"),
     )
 )
-# Values that change nothing.
+# Values that have no effect.
 _NEUTRAL = {"repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0}
 
 
-def missing_settings(settings: GenerationConfig) -> list[str]:
-    """Names of the settings that only `generate` can follow."""
+def unsupported_settings(settings: GenerationConfig) -> list[str]:
+    """Return the names of the settings that only `generate` supports."""
     names = [
         name
         for name, value in settings.to_diff_dict().items()
-        if name not in KNOWN_SETTINGS and value is not False and _NEUTRAL.get(name) != value
+        if name not in SUPPORTED_SETTINGS and value is not False and _NEUTRAL.get(name) != value
     ]
     return names + (["do_sample"] if settings.do_sample else [])
 
 
 class FastSearch:
-    """Captions of images by one GIT model and one set of search settings, those of `generate`."""
+    """Searches captions with one GIT model and one set of generation settings."""
 
     def __init__(self, network: GitNetwork, settings: GenerationConfig, prefix: list[int]) -> None:
-        """`prefix`: the ids every caption starts from."""
+        """Prepare a search. `prefix`: the ids that every caption starts with."""
         self.network = network
         self.task = _task(settings, prefix, self.network.device)
         self.stepper = Stepper(self.network, self.task)
@@ -54,10 +54,10 @@ class FastSearch:
         """Return the captions of normalised pixels [N, 3, H, W]."""
         search = self.stepper.search(len(pixel_values))
         self.network.encode(pixel_values, search.state)
-        self._read_prefix(search)
+        self._start(search)
         texts, logprobs = (values.clone() for values in search.result())
-        rows = torch.arange(len(pixel_values), device=texts.device)  # which image each row of the search is
-        self._count.begin()
+        rows = torch.arange(len(pixel_values), device=texts.device)  # the image of each row of the search
+        self._count.reset()
         for index in range(self.task.limit):
             self.stepper.step(search, index)
             count = self._count.after_step(search.unfinished)
@@ -65,13 +65,13 @@ class FastSearch:
                 break
             if index + 1 < self.task.limit and count is not None and len(rows) > 1 and count <= len(rows) // 2:
                 texts[rows], logprobs[rows] = search.result()
-                search, kept = self._half_of(search)
-                rows = rows[kept]
+                search, indices = self._halve(search)
+                rows = rows[indices]
         texts[rows], logprobs[rows] = search.result()
         return SearchResult(texts, logprobs)
 
-    def _read_prefix(self, search: Search) -> None:
-        """Begin, and step through the prefix up to its last token, which the first step reads."""
+    def _start(self, search: Search) -> None:
+        """Begin the search with all tokens of the prefix but the last, which is the input of the first step."""
         search.begin()
         state = search.state
         for position, token in enumerate(self.task.prefix):
@@ -80,22 +80,22 @@ class FastSearch:
             if position + 1 < len(self.task.prefix):
                 self.network.step(state)
 
-    def _half_of(self, search: Search) -> tuple[Search, torch.Tensor]:
-        """Return a search for half of the images, all unfinished ones among them, and which those are, int64 [N // 2].
+    def _halve(self, search: Search) -> tuple[Search, torch.Tensor]:
+        """Return a search for half of the images, with all unfinished ones, and their indices, int64 [N // 2].
 
-        Halves, not exactly the unfinished ones: few sizes, so that graphs are used again, and few copies.
+        Half of them and not only the unfinished ones, so that there are few sizes, few graphs and few copies.
         """
         half = len(search.state.tokens) // 2
-        kept = torch.argsort(~search.unfinished, stable=True)[:half]
+        indices = torch.argsort(~search.unfinished, stable=True)[:half]
         smaller = self.stepper.search(half)
-        search.copy_to(kept, smaller)
-        return smaller, kept
+        search.copy_to(indices, smaller)
+        return smaller, indices
 
 
 def open_network(model: object) -> GitNetwork:
-    """Return the fastest network that runs on the device of a GitForCausalLM in evaluation mode.
+    """Return the fastest network for the device of a GitForCausalLM in evaluation mode.
 
-    It may hold copies of weights: they must not change afterwards.
+    It may copy weights, which must not change afterwards.
     """
     device: torch.device = model.device  # type: ignore[attr-defined]
     if device.type == "cuda" and find_spec("triton") is not None:
@@ -123,7 +123,7 @@ def _task(settings: GenerationConfig, prefix: list[int], device: torch.device) -
 
 
 def _processors(settings: GenerationConfig, start: int, ends: list[int], device: torch.device) -> LogitsProcessorList:
-    """In the order `generate` applies them."""
+    """Return the logits processors in the order in which `generate` applies them."""
     processors = LogitsProcessorList()
     if settings.no_repeat_ngram_size:
         processors.append(NoRepeatNGramLogitsProcessor(settings.no_repeat_ngram_size))

@@ -1,4 +1,4 @@
-"""What a search is given and what it returns."""
+"""The settings, the interface and the result of a search."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from captioner.models.git_fast.network import State
 
 @dataclass(frozen=True)
 class Task:
-    """The settings of a search, by the names and meanings of transformers' GenerationConfig.
+    """The settings of a search. Their meanings are those of transformers' GenerationConfig.
 
-    `prefix`: ids every caption starts from, P of them. `limit`: new tokens. `ends`: ids that end a caption, int64 [E].
+    `prefix`: the P ids that every caption starts with. `limit`: the number of new tokens. `ends`: the ids that end a
+    caption, int64 [E].
     """
 
     prefix: tuple[int, ...]
@@ -43,7 +44,7 @@ class SearchResult(NamedTuple):
 class Search(Protocol):
     """The search for the captions of one batch of N images.
 
-    Every tensor of it is changed in place, so that a step can be captured in a graph.
+    Its tensors are changed in place, so that a step can be captured in a CUDA graph.
     """
 
     state: State
@@ -54,7 +55,7 @@ class Search(Protocol):
         ...
 
     def begin(self) -> None:
-        """Empty the texts but for the prefix."""
+        """Reset all texts to the prefix."""
         ...
 
     def step(self, index: int) -> None:
@@ -66,5 +67,5 @@ class Search(Protocol):
         ...
 
     def copy_to(self, images: torch.Tensor, out: Self) -> None:
-        """Copy the part of some images, int64 [M], into `out`, a search for M images."""
+        """Copy the state of the images with these indices, int64 [M], into `out`, a search for M images."""
         ...

@@ -1,4 +1,4 @@
-"""GPU kernels for what lies between GIT's matrix products, written in Triton, which CUDA builds of torch bring along.
+"""GPU kernels for the operations between GIT's matrix products, in Triton, which CUDA builds of torch install.
 
 Each reads and writes its operands once, in their own dtype, and computes in float32. Rows are contiguous.
 """
@@ -11,11 +11,11 @@ import torch
 import triton
 import triton.language as tl
 
-ELEMENTS = 2048  # of an element-wise kernel's program
+ELEMENTS = 2048  # in a program of an element-wise kernel
 VOCABULARY_BLOCK = 4096
 IMAGE_BLOCK = 64
 TEXT_BLOCK = 4
-LEAST_ROWS = 16  # of a matrix product on tensor cores
+MIN_ROWS = 16  # of a matrix product on tensor cores
 
 
 def can_run(device: torch.device) -> bool:
@@ -25,13 +25,15 @@ def can_run(device: torch.device) -> bool:
     """
     try:
         return bool((quick_gelu_(torch.zeros(1, device=device)) == 0).item())
-    except Exception:  # of Triton, of the compiler, of the driver: each has its own
-        logging.getLogger(__name__).warning("no Triton kernels on %s, searching without them", device, exc_info=True)
+    except Exception:  # Triton, the compiler and the driver each raise their own
+        logging.getLogger(__name__).warning(
+            "Triton kernels cannot run on %s, searching without them", device, exc_info=True
+        )
         return False
 
 
 def shifted_layer_norm(hidden: torch.Tensor, shift: torch.Tensor, norm: torch.nn.LayerNorm) -> torch.Tensor:
-    """Return the layer norm of `hidden + shift`: [rows, width] and, the same for every row, float32 [width]."""
+    """Return the layer norm of `hidden + shift`: [rows, width], and float32 [width] added to every row."""
     return _layer_norm(hidden, shift, norm, 0)
 
 
@@ -86,34 +88,34 @@ def attend(
     position: torch.Tensor,
     heads: int,
 ) -> torch.Tensor:
-    """Return the attention of the newest tokens to image and text, [N x B, H x d], and add them to the text.
+    """Add the newest tokens to the text cache and return their attention to image and text, [N x B, H x d].
 
     `new` [N x B, 3 x H x d]: queries, keys and values of the newest tokens. `image` [N, I, 2 x H x d], `text`
     [N, B, T, 2 x H x d]: keys and values. `sources` int32 [N, B, T]: the beam that holds the token at each position.
     """
     images, beams, length, _ = text.shape
     width = new.shape[1] // (3 * heads)
-    mixed = new.new_empty(len(new), heads * width)
+    output = new.new_empty(len(new), heads * width)
     _attend[(images, heads)](
         new,
         image,
         text,
         sources,
         position,
-        mixed,
+        output,
         image.shape[1],
         beams,
         length,
         width**-0.5,
         heads * width,
         width,
-        max(LEAST_ROWS, triton.next_power_of_2(beams)),
+        max(MIN_ROWS, triton.next_power_of_2(beams)),
         beams > 1,
         IMAGE_BLOCK,
         TEXT_BLOCK,
         num_warps=4,
     )
-    return mixed
+    return output
 
 
 @triton.jit
@@ -123,7 +125,7 @@ def _attend(
     text,
     sources,
     position,
-    mixed,
+    output,
     image_tokens,
     beams,
     length,
@@ -147,7 +149,7 @@ def _attend(
     tl.store(text + slots, key, mask=is_beam[:, None])
     tl.store(text + slots + DIM, value, mask=is_beam[:, None])
     scaled = query.to(tl.float32) * scale
-    # The newest token attends to itself: the start of a softmax that is corrected as higher scores come.
+    # The newest token attends to itself. The softmax starts with it and is corrected when a higher score occurs.
     highest = tl.sum(scaled * key.to(tl.float32), 1)
     weights = tl.full([BEAMS], 1.0, tl.float32)
     result = value.to(tl.float32)
@@ -187,7 +189,7 @@ def _attend(
         highest = higher
 
     out = (index * beams + beam)[:, None] * DIM + head * WIDTH + column[None, :]
-    tl.store(mixed + out, (result / weights[:, None]).to(mixed.dtype.element_ty), mask=is_beam[:, None])
+    tl.store(output + out, (result / weights[:, None]).to(output.dtype.element_ty), mask=is_beam[:, None])
 
 
 def best_logprobs(logits: torch.Tensor, vocabulary: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:

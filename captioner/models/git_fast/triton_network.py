@@ -1,7 +1,7 @@
-"""GitNetwork on a CUDA GPU: fused matrix products, and kernels of `triton_kernels` between them.
+"""GitNetwork on a CUDA GPU: fused matrix products, with the kernels of `triton_kernels` between them.
 
-An image's keys and values are written where the steps read them, and texts of beams are never copied: each beam keeps
-which beam holds its token of each position.
+Keys and values of an image are written where the steps read them. Caches of beams are never copied: for each position
+of its text, a beam records which beam's cache holds its token.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from captioner.models.git_fast.triton_kernels import (
     shifted_layer_norm,
 )
 
-ALIGNMENT = 128  # columns of logits: matrix products with a ragged last dimension are several times as slow
+ALIGNMENT = 128  # columns of logits: matrix products with an unaligned last dimension are several times as slow
 
 
 class _Fused:
-    """Linear layers of one input as one product: [rows, in] -> [rows, sum of out]."""
+    """Linear layers with the same input, computed as one product: [rows, in] -> [rows, sum of out]."""
 
     def __init__(self, *layers: nn.Linear) -> None:
         self.weight = torch.cat([layer.weight.detach() for layer in layers])
@@ -44,20 +44,20 @@ class _Fused:
 class TritonGitNetwork(GitNetwork):
     """The network on a GPU.
 
-    Caches hold keys and values side by side: `image` [L, N, I, 2 x H x d], `text` [L, N, B, T, 2 x H x d].
+    Caches hold keys and values in one tensor: `image` [L, N, I, 2 x H x d], `text` [L, N, B, T, 2 x H x d].
     """
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
         self.vision = getattr(self.git.image_encoder, "vision_model", self.git.image_encoder)
         attentions = [layer.self_attn for layer in self.vision.encoder.layers]
-        self._vision_qkv = [_Fused(own.q_proj, own.k_proj, own.v_proj) for own in attentions]
+        self._vision_qkv = [_Fused(layer.q_proj, layer.k_proj, layer.v_proj) for layer in attentions]
         biases = [(layer.self_attn.out_proj.bias, layer.mlp.fc2.bias) for layer in self.vision.encoder.layers]
         sums = torch.cat([torch.stack(pair) for pair in biases]).detach().float().cumsum(0)
         self._vision_shifts = list(sums.view(len(biases), 2, -1))
         texts = [layer.attention.self for layer in self.layers]
-        self._text_qkv = [_Fused(own.query, own.key, own.value) for own in texts]
-        self._text_kv = [_Fused(own.key, own.value) for own in texts]
+        self._text_qkv = [_Fused(layer.query, layer.key, layer.value) for layer in texts]
+        self._text_kv = [_Fused(layer.key, layer.value) for layer in texts]
         self.vocabulary = self.head.out_features
         padding = -self.vocabulary % ALIGNMENT
         self._head_weight = nn.functional.pad(self.head.weight.detach(), (0, 0, 0, padding))
@@ -65,10 +65,10 @@ class TritonGitNetwork(GitNetwork):
         self._head_bias = None if bias is None else nn.functional.pad(bias.detach(), (0, padding))
 
     def new_caches(self, images: int, beams: int, length: int) -> dict[str, torch.Tensor]:
-        both = 2 * self.heads * self.width
+        width = 2 * self.heads * self.width
         shapes = {
-            "image": (len(self.layers), images, self.image_tokens, both),
-            "text": (len(self.layers), images, beams, length, both),
+            "image": (len(self.layers), images, self.image_tokens, width),
+            "text": (len(self.layers), images, beams, length, width),
         }
         return {name: torch.zeros(shape, dtype=self.dtype, device=self.device) for name, shape in shapes.items()}
 
@@ -81,7 +81,7 @@ class TritonGitNetwork(GitNetwork):
             cache = state.caches["image"][index]
             self._text_kv[index].write(hidden, cache.view(len(hidden), -1))
             if layer is self.layers[-1]:
-                return  # what image tokens become after it is never read
+                return  # nothing reads the output of image tokens after the last layer
             queries = layer.attention.self.query(hidden).view(images, -1, self.heads, self.width)
             keys_values = cache.view(images, -1, 2, self.heads, self.width).unbind(2)
             hidden = self._text_layer(layer, hidden, _attention(queries, *keys_values))
@@ -109,7 +109,10 @@ class TritonGitNetwork(GitNetwork):
         return normed
 
     def _embed_patches(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Return the embeddings of class and patches, [N, I, width]. A convolution without overlap is a product."""
+        """Return the embeddings of class and patches, [N, I, width].
+
+        The convolution is computed as a matrix product, since its patches do not overlap.
+        """
         embeddings = self.vision.embeddings
         size, weight = embeddings.patch_size, embeddings.patch_embedding.weight
         images, channels, height, width = pixel_values.shape
@@ -121,10 +124,10 @@ class TritonGitNetwork(GitNetwork):
         torch.add(linear(patches, weight.flatten(1)).view(images, -1, len(weight)), positions[1:], out=result[:, 1:])
         return result
 
-    def _text_layer(self, layer: Any, hidden: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
-        """Return what a text layer makes of `hidden` [rows, width] after its attention."""
+    def _text_layer(self, layer: Any, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        """Return the output of a text layer for `hidden` [rows, width] and the output of its attention."""
         output = layer.attention.output
-        hidden = added_layer_norm(hidden, output.dense(mixed), output.LayerNorm)
+        hidden = added_layer_norm(hidden, output.dense(attended), output.LayerNorm)
         inner = _activated(layer.intermediate.intermediate_act_fn, layer.intermediate.dense(hidden))
         return added_layer_norm(hidden, layer.output.dense(inner), layer.output.LayerNorm)
 
@@ -134,8 +137,8 @@ class TritonGitNetwork(GitNetwork):
         image, text = state.caches["image"], state.caches["text"]
         for index, layer in enumerate(self.layers):
             new = self._text_qkv[index](hidden)
-            mixed = attend(new, image[index], text[index], state.sources, state.position, self.heads)
-            hidden = self._text_layer(layer, hidden, mixed)
+            attended = attend(new, image[index], text[index], state.sources, state.position, self.heads)
+            hidden = self._text_layer(layer, hidden, attended)
         return linear(hidden, self._head_weight, self._head_bias).view(*state.tokens.shape, -1)
 
     def reorder(self, state: State, parents: torch.Tensor) -> None:
@@ -153,7 +156,7 @@ class TritonGitNetwork(GitNetwork):
     def best_continuations(
         self, logits: torch.Tensor, scores: torch.Tensor, count: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        # The best of an image are among the best of each of its beams.
+        # The best continuations of an image are among the best of each of its beams.
         images = len(logits)
         best = best_logprobs(logits.flatten(0, 1), self.vocabulary, count)
         logprobs, tokens = (values.view(images, -1) for values in best)
@@ -162,7 +165,7 @@ class TritonGitNetwork(GitNetwork):
 
 
 def _attention(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Return the attention of all to all, [N x I, H x d], of tensors [N, I, H, d]."""
+    """Return the attention of all tokens to all, [N x I, H x d], of tensors [N, I, H, d]."""
     queries, keys, values = (tensor.transpose(1, 2) for tensor in (queries, keys, values))
     return scaled_dot_product_attention(queries, keys, values).transpose(1, 2).flatten(2).flatten(0, 1)
 

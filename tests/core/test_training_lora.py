@@ -1,4 +1,4 @@
-"""LoRA, and the upload to the hub."""
+"""Training of LoRA adapters."""
 
 from pathlib import Path
 
@@ -6,12 +6,9 @@ import pytest
 import torch
 
 from captioner.config import ModelConfig, TrainModelConfig
-from captioner.errors import OutputError
 from captioner.models import resolve
-from captioner.store.directory import Directory
 from captioner.testing import make_tiny_model
 from captioner.testing.tiny_models import TINY_SIDE
-from captioner.training.hub import push_to_hub
 from captioner.training.loop import make_collate
 from captioner.training.loss import CaptionLoss
 from captioner.training.trainable import ADAPTERS, open_trainable
@@ -24,17 +21,18 @@ def opened(path: Path, checkpoint: Path | None = None):
 
 
 @pytest.mark.parametrize("family", ["git", "blip", "vision-encoder-decoder"])
-def test_adapters_learn_are_restored_and_merge_into_a_plain_model(tmp_path: Path, family: str) -> None:
+def test_adapters_are_trained_restored_and_merged_into_a_plain_model(tmp_path: Path, family: str) -> None:
     pytest.importorskip("peft", reason="the extra `lora` is not installed")
     from captioner.training.lora import adapter_weights, merge_adapters, save_adapters
 
+    torch.manual_seed(0)  # adapters start with random weights
     captioner = opened(make_tiny_model(family, tmp_path / "model"))
     loss, texts = CaptionLoss(captioner), make_collate(captioner).texts(["a ring", "a red cross"])
     loss.eval()
     pixels = torch.randint(0, 256, (2, TINY_SIDE, TINY_SIDE, 3), dtype=torch.uint8)
-    learning = [weight for weight in loss.parameters() if weight.requires_grad]
+    trained = [weight for weight in loss.parameters() if weight.requires_grad]
     before = loss(pixels, **texts).item()
-    optimiser = torch.optim.Adam(learning, lr=1e-3)
+    optimiser = torch.optim.Adam(trained, lr=1e-3)
     for _ in range(3):
         optimiser.zero_grad()
         loss(pixels, **texts).backward()
@@ -51,39 +49,3 @@ def test_adapters_learn_are_restored_and_merge_into_a_plain_model(tmp_path: Path
     assert not any("lora" in name for name in restored.model.state_dict())
     assert CaptionLoss(restored).eval()(pixels, **texts).item() == pytest.approx(after, rel=1e-3)
     assert (tmp_path / "checkpoint" / ADAPTERS).is_dir()
-
-
-class Hub:
-    """Stands in for huggingface_hub.HfApi: keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.created: list[tuple] = []
-        self.files: dict[str, bytes] = {}
-
-    def create_repo(self, repo_id: str, *, private: bool, exist_ok: bool) -> str:
-        self.created.append((repo_id, private, exist_ok))
-        return f"https://hub.example/{repo_id}"
-
-    def upload_folder(self, *, repo_id: str, folder_path: str, commit_message: str) -> None:
-        self.files = {file.name: file.read_bytes() for file in Path(folder_path).iterdir()}
-
-
-def test_the_model_is_uploaded_privately_and_whole(tmp_path: Path) -> None:
-    out, hub = Directory(str(tmp_path)), Hub()
-    out.write_bytes("model/config.json", b"{}")
-    out.write_bytes("model/model.safetensors", b"weights")
-
-    address = push_to_hub(out, "someone/model", hub)
-
-    assert address == "https://hub.example/someone/model"
-    assert hub.created == [("someone/model", True, True)]
-    assert hub.files == {"config.json": b"{}", "model.safetensors": b"weights"}
-
-
-def test_an_upload_that_fails_says_where_the_model_is(tmp_path: Path) -> None:
-    class Refusing(Hub):
-        def create_repo(self, *_: object, **__: object) -> str:
-            raise PermissionError("401 Client Error:\nUnauthorized")
-
-    with pytest.raises(OutputError, match=r"401 Client Error: Unauthorized; the model is in .*/model"):
-        push_to_hub(Directory(str(tmp_path)), "someone/model", Refusing())
