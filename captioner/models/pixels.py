@@ -111,7 +111,7 @@ def _class_of(settings: dict[str, Any], model_type: str) -> str:
 
 
 class _Reader:
-    """Makes a PixelSpec of settings in which nothing is left to a default."""
+    """Reads a PixelSpec from settings that include all defaults."""
 
     def __init__(self, file: str, settings: dict[str, Any]) -> None:
         self.file, self.settings = file, settings
@@ -125,8 +125,8 @@ class _Reader:
     def needs_processor(self, exact: bool) -> bool:
         """Return whether the settings are valid, but a PixelSpec cannot describe them.
 
-        `exact`: so that it cannot describe padding, since the processor pads after normalising, with a colour that
-        eight bits only approximate.
+        `exact`: whether pixels must be exactly the processor's. Then padding needs the processor, which pads after
+        normalising, with a colour that eight bits only approximate.
         """
         if self.pad is None:
             return self.resizes and self.crops and set(self.size) not in ({"shortest_edge"}, {"height", "width"})

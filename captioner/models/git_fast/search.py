@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from transformers import (
@@ -92,12 +93,12 @@ class FastSearch:
         return smaller, indices
 
 
-def open_network(model: object) -> GitNetwork:
+def open_network(model: Any) -> GitNetwork:
     """Return the fastest network for the device of a GitForCausalLM in evaluation mode.
 
     It may copy weights, which must not change afterwards.
     """
-    device: torch.device = model.device  # type: ignore[attr-defined]
+    device: torch.device = model.device
     if device.type == "cuda" and find_spec("triton") is not None:
         from captioner.models.git_fast.triton_kernels import can_run
         from captioner.models.git_fast.triton_network import TritonGitNetwork

@@ -95,7 +95,7 @@ class TritonGitNetwork(GitNetwork):
         layers = list(vision.encoder.layers)
         heads = layers[0].self_attn.num_heads
         hidden = vision.pre_layrnorm(self._embed_patches(pixel_values).flatten(0, 1))
-        normed = layers[0].layer_norm1(hidden)
+        normed: torch.Tensor = layers[0].layer_norm1(hidden)
         following = [layer.layer_norm1 for layer in layers[1:]] + [vision.post_layernorm]
         for layer, fused, shifts, next_norm in zip(
             layers, self._vision_qkv, self._vision_shifts, following, strict=True
