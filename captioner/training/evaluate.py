@@ -20,7 +20,7 @@ from captioner.training.loss import CaptionLoss
 WINDOW = 64
 NUM_EXAMPLES = 12  # captions returned with the figures
 
-_SUMS = ("edits", "words", "shuffled_edits", "shuffled_words", "loss", "tokens", "pictures")
+_SUMS = ("edits", "words", "shuffled_edits", "shuffled_words", "loss", "tokens", "images")
 
 TableDecoder = Callable[[Iterator[pa.Table]], Iterator[pa.Table]]
 """Decodes tables of pairs: the same tables with a column of pixels, in the same order."""
@@ -67,7 +67,7 @@ class Evaluator:
             "wer": _ratio(total["edits"], total["words"]),
             "shuffled_wer": _ratio(total["shuffled_edits"], total["shuffled_words"]),
             "loss": _ratio(total["loss"], total["tokens"]),
-            "num_pictures": int(total["pictures"]),
+            "num_pictures": int(total["images"]),
             "captions": examples,
         }
 
@@ -86,8 +86,8 @@ class Evaluator:
             for name in _SUMS[:4]:
                 sums[name] += scores[name]
             self._add_loss(sums, rows)
-            sums["pictures"] += len(rows)
-            self.show_status(f"evaluated {int(sums['pictures']) * self.world_size:,} of {total:,} images")
+            sums["images"] += len(rows)
+            self.show_status(f"evaluated {int(sums['images']) * self.world_size:,} of {total:,} images")
             if self.rank == 0 and len(examples) < NUM_EXAMPLES:
                 columns = zip(rows["image_id"].to_pylist(), references, captions, strict=True)
                 examples += [{"image_id": i, "references": r, "caption": c} for i, r, c in columns]
