@@ -58,6 +58,9 @@ class SourceConfig(Settings):
         ge=1,
         description="Larger images fail as too_many_pixels, unless they can be read at a smaller size.",
     )
+    max_file_size: int = Field(
+        1 << 30, ge=1, description="Bytes; a larger file, or member of a tar, fails as too_large and is not read."
+    )
     decode_timeout: float = Field(60.0, gt=0, description="Seconds; an image that takes longer fails as timeout.")
 
 

@@ -31,6 +31,7 @@ ERROR_CODES = (
     "decode_error",
     "decoder_crashed",
     "generate_error",
+    "too_large",  # the file is above --max-file-size
     "changed",  # the file that holds the image is not the one that was planned
     "damaged",  # a part of a tar, or a whole tar or table, in which there is nothing to read
 )

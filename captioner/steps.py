@@ -5,14 +5,18 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from captioner.config import SourceConfig
 from captioner.data import (
     CAPTIONS_SCHEMA,
     STATUS_FAILED,
@@ -32,11 +36,12 @@ from captioner.run.dedupe import CaptionMemory, find_copies
 from captioner.scoring.flags import caption_flags
 from captioner.scoring.running_wer import Sample, score_sampled
 from captioner.sources.copies import KNOWN_SHA256
-from captioner.sources.reading import read_part, reads_at_once
+from captioner.sources.reading import NOT_YET, ReadLimits, limited_to, read_part, reads_at_once
 from captioner.store.plan import read_planned
 from captioner.store.publish import commit_chunk
 from captioner.store.table import CaptionsTable
 
+READ_BYTES = 1 << 30  # of the files of a chunk that are in memory at once; but a single one may be larger
 ROWS_ELSEWHERE = 16  # rows that are read to find out whether the source is there, where no image of a chunk is
 
 
@@ -52,6 +57,7 @@ class Work:
     decode_timeout: float
     sample: Sample = field(default_factory=dict)  # rows whose captions are scored when they are committed
     read_concurrency: int = 32
+    max_file_size: int = SourceConfig().max_file_size
     dedupe: bool = True  # byte-equal images are captioned once
     device: str = "auto"  # a --device (see `captioner.models.devices`)
 
@@ -93,12 +99,16 @@ class ChunkRows:
 def read(work: Work, chunk: Chunk) -> ReadChunk:
     """Read the files of a chunk. Raises SourceError where the source as a whole is at fault."""
     started = time.perf_counter()
-    with reads_at_once(work.read_concurrency):
-        planned = read_planned(work.table, chunk)
+    planned = read_planned(work.table, chunk)
+    return ReadChunk(chunk, planned, _read_rows(work, chunk, planned), time.perf_counter() - started)
+
+
+def _read_rows(work: Work, chunk: Chunk, planned: pa.Table) -> list[RawImage]:
+    """Read planned rows of a chunk, up to READ_BYTES; the code of those that are to be read later is NOT_YET."""
+    with reads_at_once(work.read_concurrency), limited_to(ReadLimits(work.max_file_size, READ_BYTES)):
         # A run that captions every copy must read every copy: the source must not share the bytes of the first one.
         names = [name for name in planned.column_names if work.dedupe or name != KNOWN_SHA256.name]
-        raws = read_part(work.source, planned.select(names), _rows_elsewhere(work, chunk, names))
-    return ReadChunk(chunk, planned, raws, time.perf_counter() - started)
+        return read_part(work.source, planned.select(names), _rows_elsewhere(work, chunk, names))
 
 
 def _rows_elsewhere(work: Work, chunk: Chunk, names: list[str]) -> Iterator[pa.Table]:
@@ -115,11 +125,33 @@ def decode(work: Work, read: ReadChunk, decoder: GuardedDecoder) -> ChunkRows:
 
     decoder.wait()  # for its start, which is no part of decoding
     started = time.perf_counter()
-    batch: ImageBatch = decode_images(read.raws, work.model.spec, work.max_pixels, decoder)
+    batch = _decode_all(
+        work, read, partial(decode_images, spec=work.model.spec, max_pixels=work.max_pixels, decode_each=decoder)
+    )
     rows = batch.rows.append_column(CAPTIONS_SCHEMA.field("reference_captions"), read.planned["reference_captions"])
     for field_ in work.table.kept_fields:
         rows = rows.append_column(field_, read.planned[field_.name])
     return ChunkRows(read.chunk, rows, batch.pixels, {"read": read.seconds, "decode": time.perf_counter() - started})
+
+
+def _decode_all(work: Work, read: ReadChunk, decode_images: Callable[[Sequence[RawImage]], ImageBatch]) -> ImageBatch:
+    """Decode the images of a chunk, reading those for which there was no memory before when others are decoded."""
+    raws, indices = read.raws, np.arange(len(read.raws))
+    batches: list[ImageBatch] = []
+    decoded: list[npt.NDArray[np.int64]] = []
+    while True:
+        later = np.array([raw.error_code == NOT_YET for raw in raws])
+        if not batches and not later.any():
+            return decode_images(raws)
+        batches.append(decode_images([raw for raw in raws if raw.error_code != NOT_YET]))
+        decoded.append(indices[~later])
+        if not later.any():
+            break
+        indices = indices[later]
+        raws = _read_rows(work, read.chunk, read.planned.take(indices))
+    order = np.argsort(np.concatenate(decoded))
+    rows = pa.concat_tables([batch.rows for batch in batches]).take(order).combine_chunks()
+    return ImageBatch(rows, np.concatenate([batch.pixels for batch in batches])[order])
 
 
 def caption(

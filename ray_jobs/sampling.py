@@ -21,7 +21,7 @@ from captioner.data import Pixels, Source
 from captioner.errors import ClusterError
 from captioner.imaging.sandbox.decoder import GuardedDecoder
 from captioner.models import ModelRef, load
-from captioner.sources.reading import each_row_alone, read_images, reads_at_once
+from captioner.sources.reading import ReadLimits, each_row_alone, limited_to, read_images, reads_at_once
 from captioner.steps import Caption, caption_or_reasons
 from ray_jobs.cluster import Sizes
 from ray_jobs.failures import cause_of
@@ -70,7 +70,8 @@ class Preparer:
         from captioner.imaging import decode_images
 
         started = time.perf_counter()
-        with reads_at_once(self._settings.cluster.read_concurrency), each_row_alone():
+        limits = limited_to(ReadLimits(self._settings.source.max_file_size))
+        with reads_at_once(self._settings.cluster.read_concurrency), each_row_alone(), limits:
             raws = read_images(self._source, rows)
         batch = decode_images(raws, self._spec, self._settings.source.max_pixels, self._decoder)
         seconds = time.perf_counter() - started

@@ -23,7 +23,8 @@ from captioner.run import quality
 from captioner.run.changed import COMPARE_UP_TO, find_changed
 from captioner.run.quality import enforce
 from captioner.sources import open_source
-from captioner.sources.root import readable
+from captioner.sources.reading import ReadLimits, read_file
+from captioner.sources.root import Root, readable
 from captioner.steps import caption_or_reasons
 from captioner.store.lock import is_held
 from captioner.store.table import CaptionsTable, open_table
@@ -65,14 +66,8 @@ def try_images(files: Sequence[str], model: ModelConfig) -> int:
 
 
 def _read(name: str) -> RawImage:
-    label = readable(os.fsencode(name))
-    try:
-        return RawImage(label, label, Path(name).read_bytes())
-    except OSError as error:
-        codes = {FileNotFoundError: "not_found", PermissionError: "permission"}
-        return RawImage(label, label, None, codes.get(type(error), "decode_error"), error.strerror or str(error))
-    except MemoryError:
-        return RawImage(label, label, None, "decode_error", "the file does not fit into memory")
+    path = os.fsencode(os.path.abspath(name))
+    return read_file(Root("/"), ReadLimits(), readable(os.fsencode(name)), path)
 
 
 def verify(out: str) -> int:

@@ -93,6 +93,24 @@ def _unidentified(data: bytes, failure: tuple[str, Exception] | None) -> ImageEr
     return ImageError("not_an_image", f"no known image format; the file begins with {data[:12]!r}")
 
 
+def why_not_an_image(head: bytes) -> ImageError | None:
+    """Return why a file that begins with these bytes, 4 KiB at least, is no image; None where it may be one.
+
+    Nothing is parsed but signatures, so that it is safe outside the sandbox.
+    """
+    accepted = any(accepts and accepts(head[:_PREFIX]) for _, accepts in (Image.OPEN[n] for n in available_formats()))
+    if accepted or _may_be_without_signature(head):
+        return None
+    return _unidentified(head, None)
+
+
+def _may_be_without_signature(head: bytes) -> bool:
+    """Return whether this may be an image of a format that has no signature at its beginning: TGA, IM, PhotoCD."""
+    is_tga = head[1:2] in (b"\0", b"\1") and head[2:3] in (b"\1", b"\2", b"\3", b"\x09", b"\x0a", b"\x0b")
+    is_tga = is_tga and head[16:17] in (b"\1", b"\x08", b"\x0f", b"\x10", b"\x18", b"\x20")
+    return is_tga or b"Image type" in head[:100] or head[2048:2052] == b"PCD_"
+
+
 def _unsupported_name(data: bytes) -> str:
     for name, offset, signature in _UNSUPPORTED:
         if data.startswith(signature, offset):

@@ -166,6 +166,7 @@ def open_job(config: CaptionConfig, engine: Engine, notify: Notify, read_reviews
         _new_run_id(),
         config.source.decode_timeout,
         read_concurrency=config.cluster.read_concurrency,
+        max_file_size=config.source.max_file_size,
         dedupe=not config.output.no_dedupe,
         device=config.model.device,
     )
@@ -274,7 +275,9 @@ def _check_same_source(config: CaptionConfig, table: CaptionsTable) -> None:
     The limits of decoding may differ, and with --extend the selection of images.
     """
     planned = SourceConfig.model_validate(table.info["source"])
-    may_differ = {"max_pixels", "decode_timeout"} | ({"include", "exclude", "limit"} if config.output.extend else set())
+    may_differ = {"max_pixels", "max_file_size", "decode_timeout"} | (
+        {"include", "exclude", "limit"} if config.output.extend else set()
+    )
     for name in SourceConfig.model_fields:
         before, now = getattr(planned, name), getattr(config.source, name)
         now = shown(now) if name == "path" else now

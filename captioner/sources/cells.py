@@ -11,8 +11,8 @@ from typing import Any
 import pyarrow as pa
 
 from captioner.data import RawImage
-from captioner.sources.reading import failed_read, raw_image, read_all
-from captioner.sources.root import Root
+from captioner.sources.reading import ReadLimits, failed_read, raw_image, read_all, read_limits
+from captioner.sources.root import RefusedFileError, Root, admitting
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,16 +40,21 @@ def make_cell(value: Any, folder: bytes = b"") -> Cell:
 def read_cells(rows: pa.Table, cells: Sequence[Cell], uris: Sequence[str], root: Root) -> list[RawImage]:
     """Return the image of each cell, in order; cells with a path are read from their files."""
     ids = rows.column("image_id").to_pylist()
-    tasks = [partial(_read_cell, root, *arguments) for arguments in zip(ids, uris, cells, strict=True)]
+    tasks = [partial(_read_cell, root, read_limits(), *arguments) for arguments in zip(ids, uris, cells, strict=True)]
     return read_all(tasks, root, in_archives=all(isinstance(cell, FileNotFoundError) for cell in cells))
 
 
-def _read_cell(root: Root, image_id: str, uri: str, cell: Cell) -> RawImage:
-    if isinstance(cell, FileCell):
-        try:
-            cell = root.retry(partial(root.read, cell.file))
-        except OSError as error:
-            cell = error
+def _read_cell(root: Root, limits: ReadLimits, image_id: str, uri: str, cell: Cell) -> RawImage:
+    try:
+        if isinstance(cell, FileCell):
+            with admitting(limits.admit):
+                cell = root.retry(partial(root.read, cell.file))
+        elif isinstance(cell, bytes):
+            limits.check(len(cell))
+    except RefusedFileError as refused:
+        return RawImage(image_id, uri, None, refused.code, refused.message)
+    except OSError as error:
+        cell = error
     if isinstance(cell, OSError):
         return failed_read(image_id, uri, cell)
     if cell is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -13,9 +14,11 @@ import pyarrow as pa
 
 from captioner.data import RawImage, Source
 from captioner.errors import CaptionerError, SourceError
-from captioner.sources.root import Root, error_code_of, readable
+from captioner.sources.root import HEAD_BYTES, RefusedFileError, Root, admitting, error_code_of, readable
 from captioner.sources.tar_members import header_room, is_member
 
+NOT_YET = "not_yet"  # the code of an image that is read later, when there is memory for it; never in a table
+SNIFF_ABOVE = 16 << 20  # bytes; of a larger file the first ones must be those of an image
 STAMP = pa.field("stamp", pa.string())  # a column of the plan beside PLAN_SCHEMA, of images that share a file
 
 _concurrency = ContextVar("concurrency", default=32)
@@ -25,6 +28,57 @@ _suspicious = ContextVar("suspicious", default=True)  # whether reads that all f
 def concurrency() -> int:
     """Return how many reads the sources of this thread run in parallel."""
     return _concurrency.get()
+
+
+class ReadLimits:
+    """What one call of `Source.read` may hold.
+
+    `max_file_size`: bytes of one image's file; a larger one is refused. `max_bytes`: of all images together; those
+    above it are not read, and their code is NOT_YET. None: no limit. The first image is always read.
+    """
+
+    def __init__(self, max_file_size: int = 1 << 30, max_bytes: int | None = None) -> None:
+        self.max_file_size, self._max_bytes = max_file_size, max_bytes
+        self._num_bytes, self._lock = 0, threading.Lock()
+
+    def admit(self, size: int, read_head: Callable[[], bytes]) -> None:
+        """Count a file of so many bytes. Raises RefusedFileError where it is not to be read, or not yet."""
+        self.check(size)
+        if size > SNIFF_ABOVE:
+            from captioner.imaging.formats import why_not_an_image
+
+            if reason := why_not_an_image(read_head()):
+                raise RefusedFileError(reason.code, f"{reason.message}; {size:,} bytes")
+        if self._max_bytes is None:
+            return
+        with self._lock:
+            if self._num_bytes and self._num_bytes + size > self._max_bytes:
+                raise RefusedFileError(NOT_YET, "")
+            self._num_bytes += max(size, 1)
+
+    def check(self, size: int) -> None:
+        """Raise RefusedFileError where one file is too large."""
+        if size > self.max_file_size:
+            message = f"{size:,} bytes are more than the limit of {self.max_file_size:,} (--max-file-size)"
+            raise RefusedFileError("too_large", message)
+
+
+_limits: ContextVar[ReadLimits | None] = ContextVar("limits", default=None)
+
+
+def read_limits() -> ReadLimits:
+    """Return the limits of the reads of this thread."""
+    return _limits.get() or ReadLimits()
+
+
+@contextmanager
+def limited_to(limits: ReadLimits) -> Iterator[None]:
+    """Let the reads of this thread have these limits."""
+    token = _limits.set(limits)
+    try:
+        yield
+    finally:
+        _limits.reset(token)
 
 
 @contextmanager
@@ -155,35 +209,39 @@ def read_rows(rows: pa.Table, root: Root) -> list[RawImage]:
 def reads_of(rows: pa.Table, root: Root) -> list[Callable[[], RawImage]]:
     """Return for each row a function that reads its image."""
     columns = (rows.column(name).to_pylist() for name in ("image_id", "file", "offset", "size"))
-    return [partial(_read_file, root, *row) for row in zip(*columns, strict=True)]
+    return [partial(read_file, root, read_limits(), *row) for row in zip(*columns, strict=True)]
 
 
-def _read_file(root: Root, image_id: str, file: bytes, offset: int | None, size: int | None) -> RawImage:
+def read_file(
+    root: Root, limits: ReadLimits, image_id: str, file: bytes, offset: int | None = None, size: int | None = None
+) -> RawImage:
+    """Read an image that is a file, or the member of a tar at `offset`. A fault of it is an error code."""
     uri = root.uri(file)
     if offset is not None:
         uri += image_id.removeprefix(readable(file))  # the name of the tar member
     if not file:
         return RawImage(image_id, uri, None, "not_found", "the table names no file here")
-    if size is not None and offset is not None:
-        return _read_member(root, RawImage(image_id, uri, None), file, offset, size)
     try:
-        data = root.retry(lambda: root.read(file))
+        if size is not None and offset is not None:
+            return _read_member(root, limits, RawImage(image_id, uri, None), file, offset, size)
+        with admitting(limits.admit):
+            data = root.retry(lambda: root.read(file))
+    except RefusedFileError as refused:
+        return RawImage(image_id, uri, None, refused.code, refused.message)
     except OSError as error:
         return failed_read(image_id, uri, error)
     return raw_image(image_id, uri, data)
 
 
-def _read_member(root: Root, image: RawImage, file: bytes, offset: int, size: int) -> RawImage:
+def _read_member(root: Root, limits: ReadLimits, image: RawImage, file: bytes, offset: int, size: int) -> RawImage:
     """Read a member of a tar together with its header, which tells whether it is still the member that was planned."""
     name = image.image_id.removeprefix(f"{readable(file)}/")
     if size < 0:
         message = f"the tar is damaged: no readable member from byte {offset} to {offset - size}"
         return replace(image, error_code="damaged", error_message=message)
     room = header_room(name, offset)
-    try:
-        data = root.retry(lambda: root.read(file, offset - room, room + size))
-    except OSError as error:
-        return failed_read(image.image_id, image.uri, error)
+    limits.admit(size, lambda: root.retry(lambda: root.read(file, offset, HEAD_BYTES)))
+    data = root.retry(lambda: root.read(file, offset - room, room + size))
     if not is_member(data[:room], name, size):
         return changed_image(image, "the tar has another member at this place, or none")
     missing = room + size - len(data)

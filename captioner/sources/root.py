@@ -10,7 +10,9 @@ import io
 import os
 import re
 import stat
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, ClassVar, cast
 from urllib.parse import unquote_to_bytes
@@ -22,6 +24,7 @@ from captioner.files import Retry, is_uri, local_path, open_filesystem
 
 FETCH_FIRST = "captioner does not fetch http(s) URLs; fetch them with img2dataset first and caption its output"
 TABLE_FILE = b"table.json"  # in the OUT of a run
+HEAD_BYTES = 4096  # in which the formats of images have their signatures
 BUFFER_BYTES = 4 << 20  # of one request to a store
 
 # Sidecars, documents and tables, which are never images. Every other file may be one.
@@ -98,6 +101,29 @@ def error_code_of(error: OSError) -> str:
 def is_transient(error: OSError) -> bool:
     """Return whether the same read may succeed later."""
     return error_code_of(error) == "timeout"
+
+
+class RefusedFileError(Exception):
+    """A file that is not read, for a reason known before: `code` is one of ERROR_CODES."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(code, message)
+        self.code, self.message = code, message
+
+
+# Raises RefusedFileError for a file of a size whose first bytes the function returns.
+Admit = Callable[[int, Callable[[], bytes]], None]
+_admit: ContextVar[Admit | None] = ContextVar("admit", default=None)
+
+
+@contextmanager
+def admitting(admit: Admit) -> Iterator[None]:
+    """Let `admit` decide, before a whole file is read by this thread, whether it is."""
+    token = _admit.set(admit)
+    try:
+        yield
+    finally:
+        _admit.reset(token)
 
 
 @dataclass(slots=True)
@@ -250,11 +276,18 @@ class Root:
         return os.fdopen(descriptor, "rb")
 
     def read(self, file: bytes, offset: int | None = None, size: int | None = None) -> bytes:
-        """Return the bytes of a file, or `size` bytes from `offset`; fewer where the file ends before."""
+        """Return the bytes of a file, or `size` bytes from `offset`; fewer where the file ends before.
+
+        A whole file is read only where the `admitting` of this thread lets it be read.
+        """
+        admit = _admit.get() if size is None else None
         path = self.join(file)
         if is_uri(os.fsdecode(path)):
-            return self._read_store(path, offset, size)
+            return self._read_store(path, offset, size, admit)
         with self.open(file) as stream:
+            if admit:
+                admit(os.fstat(stream.fileno()).st_size, lambda: stream.read(HEAD_BYTES))
+                stream.seek(0)
             if offset:
                 stream.seek(offset)
             return stream.read() if size is None else stream.read(size)
@@ -272,12 +305,14 @@ class Root:
         filesystem, inside = open_filesystem(f"{scheme}://{host}")
         return filesystem, f"{inside}/{name}"
 
-    def _read_store(self, path: bytes, offset: int | None, size: int | None) -> bytes:
+    def _read_store(self, path: bytes, offset: int | None, size: int | None, admit: Admit | None) -> bytes:
         filesystem, inside = self._inside(path)
         try:
             with filesystem.open_input_file(inside) as stream:
+                if admit:
+                    admit(stream.size(), lambda: bytes(stream.read_at(HEAD_BYTES, 0)))
                 return bytes(stream.read() if offset is None else stream.read_at(size, offset))
-        except OSError:
+        except (OSError, RefusedFileError):
             raise
         except Exception as error:  # clients behind fsspec raise their own exceptions
             raise OSError(f"{type(error).__name__}: {error}") from None

@@ -42,7 +42,12 @@ class Slots:
         file.flush()
 
     def get(self, slot: int, num_bytes: int) -> bytes:
-        return os.pread(self._files[slot].fileno(), num_bytes, 0)
+        number, position = self._files[slot].fileno(), 0
+        parts: list[bytes] = []
+        while position < num_bytes:  # one call gives 2 GiB at most
+            parts.append(os.pread(number, num_bytes - position, position))
+            position += len(parts[-1])
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def put_pixels(self, slot: int, pixels: npt.NDArray[np.uint8]) -> None:
         self._pixels[slot, : pixels.size] = pixels.reshape(-1)
