@@ -225,6 +225,7 @@ class ExportConfig(Settings):
     )
     columns: CommaList = Field([], description="csv: NAME=FIELD for each column, comma-separated.")
     preset: Literal["wordpress", "wagtail"] | None = Field(None, description="csv: the columns of a publishing system.")
+    coco_results: bool = Field(False, description="coco: write the list of results that COCO.loadRes reads.")
     html_dir: str | None = Field(
         None, description="html: folder of the pages to fill in; the pages themselves are not changed."
     )

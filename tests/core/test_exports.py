@@ -131,7 +131,8 @@ def test_parquet_holds_the_same_rows_as_jsonl(finished: Path, tmp_path: Path) ->
 def test_csv_is_read_back_and_starts_no_formula(finished: Path, tmp_path: Path) -> None:
     export(finished, "csv", tmp_path / "texts.csv")
 
-    with (tmp_path / "texts.csv").open(newline="", encoding="utf-8") as file:
+    assert (tmp_path / "texts.csv").read_bytes().startswith(b"\xef\xbb\xbf")  # by which Excel knows UTF-8
+    with (tmp_path / "texts.csv").open(newline="", encoding="utf-8-sig") as file:
         rows = {row["image_id"]: row for row in csv.DictReader(file)}
     assert rows["000002.png"]["alt_text"] == f"'{WRITTEN}"
     assert rows["000003.png"]["alt_text"] == ""
@@ -150,7 +151,7 @@ def test_no_cell_is_a_formula(text: str) -> None:
 def test_chosen_columns_keep_their_provenance_beside(finished: Path, tmp_path: Path) -> None:
     export(finished, "csv", tmp_path / "texts.csv", columns=["Datei=file_name", "alt_text"])
 
-    assert (tmp_path / "texts.csv").read_text().splitlines()[0] == "Datei,alt_text"
+    assert (tmp_path / "texts.csv").read_text("utf-8-sig").splitlines()[0] == "Datei,alt_text"
     origins = lines_of(tmp_path / "texts.csv.provenance.jsonl")
     assert [set(PROVENANCE) <= set(origin) for origin in origins] == [True] * 4
 
@@ -172,8 +173,40 @@ def test_presets_of_publishing_systems(finished: Path, home: Path, tmp_path: Pat
     assert sorted(rows) == ["000000.png", "000002.png", "000003.png"]
 
 
+def test_coco_is_a_dataset_of_images_and_annotations(finished: Path, tmp_path: Path) -> None:
+    export(finished, "coco", tmp_path / "captions")
+
+    dataset = json.loads((tmp_path / "captions.json").read_text(encoding="utf-8"))
+    images = {image["id"]: image for image in dataset["images"]}
+    captions = {images[one["image_id"]]["file_name"]: one["caption"] for one in dataset["annotations"]}
+    assert set(dataset) == {"info", "licenses", "images", "annotations"}
+    assert all(isinstance(image_id, int) for image_id in images)
+    assert len({one["id"] for one in dataset["annotations"]}) == len(images) == 3
+    assert captions["000002.png"] == WRITTEN
+    assert {(image["width"], image["height"]) for image in images.values()} == {(64, 64)}
+
+
+def test_coco_ids_are_the_numbers_of_coco_names_and_unique(finished: Path, tmp_path: Path) -> None:
+    names = [
+        "train/000000391895.jpg",
+        "val/000000391895.jpg",
+        "cat.jpg",
+        "COCO_val2014_000000000001.jpg",
+        "999999999999.jpg",
+    ]
+    row = dict.fromkeys(CHOSEN_SCHEMA.names) | {"alt_text": "x", "flags": []}
+    texts = iter([pa.Table.from_pylist([row | {"image_id": name} for name in names])])
+    settings = ExportConfig(to="coco", path=str(tmp_path / "captions.json"))
+    originals = Originals(open_table(str(finished / "out")))
+    FORMATS["coco"].write(texts, Export(tmp_path / "captions.json", settings, Tally(), originals, lambda: iter(()), {}))
+
+    ids = [image["id"] for image in json.loads((tmp_path / "captions.json").read_text())["images"]]
+    assert (ids[0], ids[3], ids[4]) == (391895, 1, 999999999999)
+    assert len(set(ids)) == 5
+
+
 def test_coco_results_are_a_list_of_captions(finished: Path, tmp_path: Path) -> None:
-    export(finished, "coco", tmp_path / "results.json")
+    export(finished, "coco", tmp_path / "results.json", coco_results=True)
 
     results = json.loads((tmp_path / "results.json").read_text())
     assert [result["image_id"] for result in results] == ["000000.png", "000001.png", "000002.png"]
@@ -315,11 +348,11 @@ run({str(finished / "out")!r}, ExportConfig(to={to!r}, path={str(tmp_path / "des
 """
     killed = subprocess.run([sys.executable, "-c", code], env=os.environ)
     assert killed.returncode == -signal.SIGKILL
-    assert not (tmp_path / "dest").exists()
+    assert not list(tmp_path.glob("dest*"))
 
     export(finished, to, tmp_path / "dest")
 
-    assert [path.name for path in tmp_path.iterdir()] == ["dest"]
+    assert [path.stem for path in tmp_path.iterdir()] == ["dest"]
 
 
 def test_what_a_killed_refresh_took_away_comes_back(home: Path, tmp_path: Path) -> None:
@@ -353,6 +386,7 @@ def test_nothing_to_export_is_said(tmp_path: Path, decoding_here: None) -> None:
         (["dest", "--to", "csv", "--columns", "a=b"], "--columns a=b"),
         (["dest", "--to", "csv", "--columns", "uri", "--preset", "wagtail"], "exclude each other"),
         (["dest", "--to", "coco", "--embed"], "--embed: does not apply to --to coco"),
+        (["dest", "--to", "csv", "--coco-results"], "--coco-results: does not apply to --to csv"),
         (["dest", "--to", "xmp", "--beside-originals"], "exclude each other"),
         (["dest", "--to", "html"], "--html-dir"),
         (["dest", "--to", "csv", "--automatic-mark", ""], "--automatic-mark"),

@@ -43,19 +43,20 @@ def _write_xmp(texts: Iterator[pa.Table], export: Export) -> None:
 FORMATS = {
     "xmp": Format(_write_xmp),
     "html": Format(html_pages.write, supports_decorative=True),
-    "csv": Format(spreadsheet.write, supports_decorative=True),
-    "jsonl": Format(lines.write, supports_decorative=True),
+    "csv": Format(spreadsheet.write, supports_decorative=True, suffix=".csv"),
+    "jsonl": Format(lines.write, supports_decorative=True, suffix=".jsonl"),
     "txt": Format(text_files.write),
-    "coco": Format(coco.write),
+    "coco": Format(coco.write, suffix=".json"),
     "imagefolder": Format(imagefolder.write),
     "webdataset": Format(webdataset.write),
-    "parquet": Format(parquet.write, supports_decorative=True),
+    "parquet": Format(parquet.write, supports_decorative=True, suffix=".parquet"),
 }
 _ONLY_FOR = {  # setting -> the formats it applies to
     "beside_originals": ("xmp", "txt"),
     "existing": ("txt",),
     "columns": ("csv",),
     "preset": ("csv",),
+    "coco_results": ("coco",),
     "html_dir": ("html",),
     "embed": ("xmp",),
     "allow_c2pa": ("xmp",),
@@ -66,6 +67,7 @@ _MAX_PROBLEMS_PRINTED = 20
 def run(out: str, settings: ExportConfig) -> int:
     """Export the texts of OUT, print a summary and return the exit code. Raises CaptionerError."""
     check_settings(settings)
+    settings = _with_suffix(settings)
     table = open_table(out)
     with sole_writer(out):
         tally = export_texts(table, settings)
@@ -80,6 +82,7 @@ def export_texts(table: CaptionsTable, settings: ExportConfig) -> Tally:
     each atomically. Raises OutputError when DEST exists, there is nothing to export, or the table is not finished.
     """
     check_settings(settings)
+    settings = _with_suffix(settings)
     chosen_format = FORMATS[settings.to or ""]
     dest = Path(table.directory.path("")) if settings.beside_originals else _destination(settings)
     tally = Tally()
@@ -126,6 +129,14 @@ def _destination(settings: ExportConfig) -> Path:
     if settings.dry_run and not settings.path:
         return Path("captioner-export").absolute()  # nothing is written
     return open_destination(settings.path, settings.update or settings.dry_run)
+
+
+def _with_suffix(settings: ExportConfig) -> ExportConfig:
+    """Return the settings with the format's suffix at the end of a DEST that has none."""
+    suffix = FORMATS[settings.to or ""].suffix
+    if not settings.path or Path(settings.path).suffix or not suffix:
+        return settings
+    return settings.model_copy(update={"path": settings.path.rstrip("/") + suffix})
 
 
 def _require_texts(tables: Iterator[pa.Table], tally: Tally) -> Iterator[pa.Table]:

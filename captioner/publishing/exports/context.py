@@ -36,10 +36,15 @@ Write = Callable[[Iterator[pa.Table], Export], None]
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """An export format. `supports_decorative`: an empty text means "decorative image" there, not "no text"."""
+    """An export format.
+
+    `supports_decorative`: an empty text means "decorative image" there, not "no text". `suffix`: added to a DEST
+    without one, for formats that are one file.
+    """
 
     write: Write
     supports_decorative: bool = False
+    suffix: str = ""
 
 
 def write_line(file: TextIO, value: dict[str, Any]) -> None:

@@ -35,7 +35,9 @@ def write(texts: Iterator[pa.Table], export: Export) -> None:
     origins = export.dest.with_name(f"{export.dest.name}.provenance.jsonl")
     with ExitStack() as stack:
         path = stack.enter_context(new_file(export.dest))
-        file = stack.enter_context(path.open("w", encoding="utf-8", newline=""))
+        # Excel takes a CSV for UTF-8 only with a byte order mark, which importers take for a part of the first name.
+        encoding = "utf-8" if export.settings.preset else "utf-8-sig"
+        file = stack.enter_context(path.open("w", encoding=encoding, newline=""))
         origin_file = None
         if not set(PROVENANCE) <= set(columns.values()):
             origin_file = stack.enter_context(stack.enter_context(new_file(origins)).open("w", encoding="utf-8"))
