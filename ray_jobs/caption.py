@@ -1,4 +1,4 @@
-"""Caption an archive on Ray Data: `python -m ray_jobs.caption SOURCE OUT --model M ...`.
+"""Caption images on Ray Data: `python -m ray_jobs.caption SOURCE OUT --model M ...`.
 
     chunks -> DecodeStage (CPUs) -> CaptionStage (GPUs) -> CommitStage -> receipts, read by the driver
 
@@ -35,18 +35,18 @@ if TYPE_CHECKING:
     from ray.data import Dataset
     from ray.util.queue import Queue
 
-# One Ray Data execution takes this many chunks (a million images). The driver keeps a record of every block of an
-# execution; windows keep its memory flat at the price of filling the pipeline anew for each.
+# Chunks of one Ray Data execution (a million images). The driver keeps a record of every block of an execution; several
+# executions keep its memory constant, at the price of filling the pipeline once for each.
 CHUNKS_PER_EXECUTION = 2_048
 
 
 def run(config: CaptionConfig) -> int:
-    """Caption an archive into OUT; returns the exit code. Raises CaptionerError."""
+    """Caption a source into OUT; return the exit code. Raises CaptionerError."""
     return pipeline.run(config, RayEngine(config))
 
 
 class RayEngine:
-    """Captions chunks on the cluster. Connects when it is first needed: a finished table needs no Ray."""
+    """Captions chunks on the cluster. Connects when that is first needed: a finished table needs no Ray."""
 
     def __init__(self, config: CaptionConfig) -> None:
         self._config = config
@@ -83,9 +83,10 @@ class RayEngine:
 
 @contextmanager
 def shown_messages() -> Iterator[Queue]:
-    """Give a queue for messages of caption workers that start, and show those of the first worker.
+    """Provide a queue for messages of caption workers that start, and show those of the first worker.
 
-    The other workers start alike. The queue takes a process, which a machine with a GPU can spare.
+    The messages of the other workers are the same. The queue is a process of its own, which a machine with a GPU can
+    spare.
     """
     import ray
     from ray.util.queue import Queue
@@ -93,12 +94,12 @@ def shown_messages() -> Iterator[Queue]:
     queue = Queue(actor_options={"num_cpus": 0})
 
     def show() -> None:
-        first = None
+        first_worker = None
         with suppress(ray.exceptions.RayError):  # the queue is gone
             while True:
                 worker, line = queue.get()
-                first = first or worker
-                if worker == first:
+                first_worker = first_worker or worker
+                if worker == first_worker:
                     notify(f"caption worker: {line}")
 
     threading.Thread(target=show, name="messages", daemon=True).start()
@@ -113,23 +114,25 @@ def make_dataset(
 ) -> Dataset:
     """Return the graph of stages, not started yet.
 
-    Every stage is a pool of actors: they keep torch loaded, where tasks would import it again in each of the processes
-    that Ray starts and drops, and Ray never fuses two pools into one process.
+    Every stage is a pool of actors: an actor imports torch once, while Ray starts new processes for tasks again and
+    again; and Ray never fuses two pools into one process.
     """
     import ray
     from ray.data import ActorPoolStrategy
 
-    # A batch of one row is one chunk; Ray asks for a batch size where a stage holds a GPU.
+    # A batch of one row is one chunk; Ray requires a batch size where a stage reserves a GPU.
     # One call at a time where a stage may raise: with Ray's true multi-threading two calls that fail together may both
     # be lost, and the run waits for ever (Ray 2.60).
-    def pool(size: int, most: int = 0, at_once: int = 1) -> dict[str, Any]:
-        least, most = min(size, len(chunks)), min(max(size, most), len(chunks))
-        threads: dict[str, Any] = {"max_concurrent_calls_per_actor": at_once, "enable_true_multi_threading": True}
-        strategy = ActorPoolStrategy(min_size=least, max_size=most, **(threads if at_once > 1 else {}))
+    def pool(size: int, max_size: int = 0, max_calls: int = 1) -> dict[str, Any]:
+        max_size = min(max(size, max_size), len(chunks))
+        threads: dict[str, Any] = {"max_concurrent_calls_per_actor": max_calls, "enable_true_multi_threading": True}
+        strategy = ActorPoolStrategy(
+            min_size=min(size, len(chunks)), max_size=max_size, **(threads if max_calls > 1 else {})
+        )
         return {"compute": strategy, "batch_size": 1, "batch_format": "pyarrow", "zero_copy_batch": True}
 
-    described = [asdict(chunk) for chunk in chunks]
-    dataset = ray.data.from_items(described, override_num_blocks=len(chunks))
+    rows = [asdict(chunk) for chunk in chunks]
+    dataset = ray.data.from_items(rows, override_num_blocks=len(chunks))
     dataset = dataset.map_batches(
         DecodeStage,
         fn_constructor_kwargs={"work": work},
@@ -146,7 +149,7 @@ def make_dataset(
         },
         num_cpus=sizes.cpus_per_worker,
         num_gpus=sizes.gpus_per_worker or None,
-        **pool(sizes.num_workers, sizes.max_workers, CaptionStage.AT_ONCE if sizes.gpus_per_worker else 1),
+        **pool(sizes.num_workers, sizes.max_workers, CaptionStage.MAX_CALLS if sizes.gpus_per_worker else 1),
     )
     return dataset.map_batches(CommitStage, fn_constructor_kwargs={"work": work}, num_cpus=0, **pool(sizes.committers))
 
@@ -175,10 +178,10 @@ def _execute(
 
 
 def _configure_ray_data(work: Work) -> None:
-    """Make a dropped block a failure, end a stall, and leave the display to this program."""
+    """Let dropped blocks and stalls fail the run, and turn off Ray Data's own display."""
     import ray.data
 
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it says is told in one line by cause_of
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # cause_of gives its errors as one line
     context = ray.data.DataContext.get_current()
     context.max_errored_blocks = 0
     context.enable_progress_bars = False
@@ -187,9 +190,9 @@ def _configure_ray_data(work: Work) -> None:
 
 
 def no_progress_timeout(decode_timeout: float) -> float:
-    """Return the seconds without a block from any stage after which a run is taken for stalled.
+    """Return the seconds without a block from any stage after which a run counts as stalled.
 
-    They are more than a chunk takes of which every image hangs (see `captioner.imaging.sandbox.decoder`).
+    A chunk of images that all hang takes less (see `captioner.imaging.sandbox.decoder`).
     """
     return max(900.0, 20 * decode_timeout)
 

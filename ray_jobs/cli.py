@@ -1,4 +1,4 @@
-"""The `captioner` command: one sub-command for each job. Nothing heavy is imported before a command needs it."""
+"""The `captioner` command, with a sub-command for each job. Heavy packages are imported only where they are needed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ray_jobs.options import takes
 EXIT_CODE_TABLE = "\n".join(["\b", "Exit codes:", *(f"  {code:<4} {meaning}" for code, meaning in EXIT_CODES.items())])
 
 app = typer.Typer(
-    help="Caption image archives on Ray: every image ends in exactly one row.",
+    help="Caption image collections on Ray: every image ends in exactly one row.",
     epilog=EXIT_CODE_TABLE,
     add_completion=False,
     rich_markup_mode=None,  # plain help: nothing in it is markup
@@ -29,8 +29,8 @@ app = typer.Typer(
 Out = Annotated[str, typer.Argument(metavar="OUT", help="Directory of a captions table; local or a URI.")]
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
+def _show_version(is_given: bool) -> None:
+    if is_given:
         typer.echo(f"captioner {version('captioner')}")
         raise typer.Exit
 
@@ -49,7 +49,7 @@ def _root(
 def caption(config: CaptionConfig) -> int:
     """Caption SOURCE into a table of Parquet files in OUT.
 
-    The same command again goes on where it was stopped. SOURCE and OUT may come from --config.
+    The same command again continues a stopped run. SOURCE and OUT may come from --config.
     """
     if config.cluster.local:
         from captioner import pipeline
@@ -68,8 +68,8 @@ def doctor(
 ) -> int:
     """Check a cluster before a run.
 
-    Versions, limits, memory, clock and GPUs of every node, whether the model loads on a worker, whether OUT can be
-    written from all.
+    Checks versions, limits, memory, clock and GPUs of every node, whether the model loads on a worker, and whether
+    every node can write to OUT.
     """
     from ray_jobs import doctor
 
@@ -80,13 +80,15 @@ def doctor(
 @takes(CaptionConfig, groups=["source", "model", "cluster"])
 def estimate(
     config: CaptionConfig,
-    sample: Annotated[int, typer.Option(min=16, metavar="N", help="Images to caption for it.")] = 256,
-    seed: Annotated[int, typer.Option(min=0, metavar="S", help="Another seed draws another sample.")] = 0,
-    price_per_gpu_hour: Annotated[float | None, typer.Option(min=0, metavar="X", help="Adds what it costs.")] = None,
+    sample: Annotated[int, typer.Option(min=16, metavar="N", help="Number of images to caption.")] = 256,
+    seed: Annotated[int, typer.Option(min=0, metavar="S", help="Seed of the sample.")] = 0,
+    price_per_gpu_hour: Annotated[
+        float | None, typer.Option(min=0, metavar="X", help="Price to compute the cost.")
+    ] = None,
 ) -> int:
     """Predict time, cost and size from a sample.
 
-    Captions a seeded sample with the workers a run would use; nothing is written.
+    Captions a random sample with the workers that a run would use; nothing is written.
     """
     from ray_jobs import estimate
 
@@ -96,7 +98,7 @@ def estimate(
 @app.command()
 def submit(
     command: Annotated[
-        list[str], typer.Argument(metavar="-- COMMAND...", help="caption SOURCE OUT ..., for instance.")
+        list[str], typer.Argument(metavar="-- COMMAND...", help="Command to run, such as caption SOURCE OUT ...")
     ],
     address: Annotated[
         str | None,
@@ -104,34 +106,36 @@ def submit(
     ] = None,
     working_dir: Annotated[
         str | None,
-        typer.Option(metavar="DIR", help="Upload this directory and run in it; without it nothing of yours."),
+        typer.Option(
+            metavar="DIR", help="Upload this directory and run in it; by default none of your files is uploaded."
+        ),
     ] = None,
     submission_id: Annotated[
         str | None, typer.Option(metavar="ID", help="Name of the job [default: derived from the command].")
     ] = None,
     env: Annotated[
         list[str] | None,
-        typer.Option(metavar="K=V", help="Environment of the job; K alone takes the value it has here."),
+        typer.Option(metavar="K=V", help="Environment variable of the job; K alone takes its value here. Repeatable."),
     ] = None,
     follow: Annotated[bool, typer.Option("--follow/--no-wait", help="Follow to the end, or only submit.")] = True,
     pending_timeout: Annotated[
         float, typer.Option(min=0, metavar="S", help="Seconds to wait for the job to start.")
     ] = 600,
-    entrypoint_num_cpus: Annotated[float, typer.Option(min=0, metavar="N", help="CPUs to hold for the driver.")] = 0,
-    entrypoint_num_gpus: Annotated[float, typer.Option(min=0, metavar="N", help="GPUs to hold for the driver.")] = 0,
+    entrypoint_num_cpus: Annotated[float, typer.Option(min=0, metavar="N", help="CPUs to reserve for the driver.")] = 0,
+    entrypoint_num_gpus: Annotated[float, typer.Option(min=0, metavar="N", help="GPUs to reserve for the driver.")] = 0,
 ) -> int:
     """Run a command as a job on a Ray cluster.
 
-    Submitting the same command again follows the job that runs; after its end it starts the next. The exit code is
-    the command's own.
+    Submitting the same command again follows the running job, or starts a new one after its end. The exit code is that
+    of the command.
     """
     from ray_jobs import submit as submitting
 
     commands: Any = typer.main.get_command(app)
-    wanted = submitting.make_submission(
+    submission = submitting.make_submission(
         commands.commands, command, submission_id, working_dir, env, entrypoint_num_cpus, entrypoint_num_gpus
     )
-    return submitting.submit(wanted, address, follow, pending_timeout)
+    return submitting.submit(submission, address, follow, pending_timeout)
 
 
 @app.command("try")
@@ -162,7 +166,7 @@ def verify(out: Out) -> int:
 
 @app.command()
 def status(out: Out) -> int:
-    """Show what OUT holds: ok, failed by reason, remaining."""
+    """Count the images in OUT: ok, failed by reason, remaining."""
     from captioner.console import commands
 
     return commands.status(out)
@@ -177,9 +181,9 @@ def check(
 ) -> int:
     """Score and flag captions, write the report.
 
-    Scores a sample against references and flags doubtful captions without.
+    Scores a sample against references, and flags doubtful captions, which needs no references.
 
-    Exit 2 where --max-wer or --min-lift is not met.
+    Exit 2 where --max-wer, --min-lift or --max-flagged is not met.
     """
     from captioner.console import commands
 
@@ -189,11 +193,11 @@ def check(
 @app.command()
 def report(
     out: Out,
-    open: Annotated[bool, typer.Option("--open", help="Show it in the browser.")] = False,
+    open: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
 ) -> int:
     """Write OUT/report/index.html, a page about the run.
 
-    One file that needs no network; report.json beside it holds its figures.
+    The page is one file that needs no network; report.json beside it has its figures.
     """
     from captioner.console import commands
 
@@ -203,10 +207,10 @@ def report(
 @app.command()
 @takes(MakeAltTextConfig)
 def alt_text(config: MakeAltTextConfig, out: Out) -> int:
-    """Make alt texts of the captions, for people to review.
+    """Make alt texts from the captions, for people to review.
 
-    Rules shorten and tidy, one by one switchable; what a person has to decide is flagged. The captions stay as they
-    are.
+    Rules shorten and tidy the captions; each can be switched off. Texts that need a person's decision are flagged. The
+    captions are not changed.
     """
     from captioner.publishing.alt_text.command import run
 
@@ -216,21 +220,23 @@ def alt_text(config: MakeAltTextConfig, out: Out) -> int:
 @app.command()
 def review(
     out: Out,
-    port: Annotated[int, typer.Option(min=0, max=65535, metavar="P", help="0: any free one.")] = 0,
+    port: Annotated[int, typer.Option(min=0, max=65535, metavar="P", help="Port of the page; 0 is any free one.")] = 0,
     reviewer: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Kept with each decision [default: your login name].")
+        str | None, typer.Option(metavar="NAME", help="Name to store with each decision [default: your login name].")
     ] = None,
     queue: Annotated[
         Literal["flagged", "random", "all"],
-        typer.Option(help="flagged: those first, then the least certain. random: measures the acceptance rate."),
+        typer.Option(
+            help="flagged: flagged texts first, then the least certain. random: to measure the acceptance rate."
+        ),
     ] = "flagged",
-    open: Annotated[bool, typer.Option("--open", help="Show it in the browser.")] = False,
+    open: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
 ) -> int:
     """Decide about each alt text on a page.
 
     Serves a page on this machine for accepting, editing and rejecting alt texts.
 
-    Every decision is saved at once in OUT/reviews; the same command goes on where it ended.
+    Every decision is saved at once in OUT/reviews; the same command again continues the review.
     """
     from captioner.publishing.review import command
 
@@ -240,10 +246,10 @@ def review(
 @app.command()
 @takes(ExportTextsConfig)
 def export(config: ExportTextsConfig, out: Out) -> int:
-    """Write reviewed texts in the form that others read.
+    """Write reviewed texts in a format for other programs.
 
-    Only what a person has approved, unless told otherwise. Every text says what model made it and who reviewed it;
-    what is left out is counted.
+    By default only texts that a person has approved. Every text names its model and its reviewer; texts that are left
+    out are counted.
     """
     from captioner.publishing.exports.command import run
 
@@ -253,7 +259,7 @@ def export(config: ExportTextsConfig, out: Out) -> int:
 @app.command()
 def feedback(
     out: Out,
-    pairs: Annotated[str, typer.Argument(metavar="PAIRS", help="A new directory; `captioner train` takes it.")],
+    pairs: Annotated[str, typer.Argument(metavar="PAIRS", help="A new directory, for `captioner train`.")],
 ) -> int:
     """Turn approved and edited texts into training pairs.
 
@@ -276,13 +282,13 @@ def models() -> int:
 @app.command()
 def render_scenes(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty directory.")],
-    count: Annotated[int, typer.Option(min=1, metavar="N", help="How many images.")],
-    seed: Annotated[int, typer.Option(metavar="S", help="Other seeds draw other scenes.")] = 0,
+    count: Annotated[int, typer.Option(min=1, metavar="N", help="Number of images.")],
+    seed: Annotated[int, typer.Option(metavar="S", help="Seed of the scenes.")] = 0,
     format: Annotated[
-        Literal["folder", "webdataset", "parquet"], typer.Option(help="folder is Hugging Face's ImageFolder.")
+        Literal["folder", "webdataset", "parquet"], typer.Option(help="Format; folder is Hugging Face's ImageFolder.")
     ] = "folder",
 ) -> int:
-    """Render a sample archive with known captions."""
+    """Render sample images with known captions."""
     from captioner.starter.render import render_scenes
 
     render_scenes(directory, count, seed, format)
@@ -295,24 +301,26 @@ def render_scenes(
 def train(config: TrainConfig) -> int:
     """Fine-tune a model on images with captions.
 
-    OUT/model is what `captioner caption --model` takes.
+    Give OUT/model to `captioner caption --model`.
 
-    The same command again goes on from the last checkpoint. DATA and OUT may come from --config.
+    The same command again continues from the last checkpoint. DATA and OUT may come from --config.
     """
     from ray_jobs import train
 
     return train.run(config)
 
 
-demo = typer.Typer(help="Small runs that show what a job does.", rich_markup_mode=None)
+demo = typer.Typer(help="Small example runs.", rich_markup_mode=None)
 app.add_typer(demo, name="demo")
 
 
 @demo.command("train")
 def demo_train(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to render and train.")] = Path("demo-train"),
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Directory for images and model.")] = Path(
+        "demo-train"
+    ),
 ) -> int:
-    """Teach the starter model shapes and a wording it has never seen: about two minutes on two cores."""
+    """Train the starter model on new shapes and a new wording, in about two minutes on two cores."""
     from ray_jobs import demo
 
     return demo.train(directory)
@@ -321,7 +329,7 @@ def demo_train(
 def main(argv: list[str] | None = None) -> NoReturn:
     """Run the command line and end the process: SystemExit with one of `captioner.errors.EXIT_CODES`.
 
-    What a person can mend is one line on standard error; a traceback means a defect in this program.
+    An error that the user can fix is one line on standard error; a traceback means a defect in this program.
     """
     words = (sys.argv[1:] if argv is None else argv) or ["--help"]
     command: Any = typer.main.get_command(app)

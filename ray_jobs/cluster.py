@@ -1,4 +1,4 @@
-"""Connect to Ray, and share out what the cluster has between decoding and captioning."""
+"""Connect to Ray, and divide the resources of the cluster between decoding and captioning."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ from ray_jobs.address import check_gcs
 
 MIN_CPU_SHARE = 0.05
 JOIN_TIMEOUT_S = 30.0  # for a cluster that answers; a local Ray may start slowly and has no limit
-EXIT_TIMEOUT_S = 10.0  # for a Ray that is just being started when the program ends
+EXIT_TIMEOUT_S = 10.0  # for a Ray that is still starting when the program ends
 
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """What a cluster has."""
+    """The resources of a cluster."""
 
     num_cpus: float
     num_gpus: float
     num_nodes: int
-    least_cpus: float = math.inf  # of the smallest node that has any
+    least_cpus: float = math.inf  # CPUs of the smallest node that has any
     accelerator: str = "cuda"  # what torch calls the GPUs
 
 
@@ -46,8 +46,8 @@ class Resources:
 class Sizes:
     """The numbers of workers and decoders, and the resources of each.
 
-    The CPUs of the workers leave at least one for decoding: a graph whose actors hold every CPU never decodes an image
-    and never ends.
+    The workers leave at least one CPU for decoding: where the caption actors reserve all CPUs, no image is decoded and
+    the run never ends.
     """
 
     num_workers: int
@@ -55,8 +55,8 @@ class Sizes:
     gpus_per_worker: float
     threads_per_worker: int
     decode_cpus: int
-    committers: int  # they wait for the store and take no CPU
-    max_workers: int = 0  # the pools grow to these; 0: they keep their size
+    committers: int  # they wait for the store and reserve no CPU
+    max_workers: int = 0  # maximum sizes of the pools; 0: they do not grow
     max_decode_cpus: int = 0
     cpus_per_decoder: float = 1.0
 
@@ -96,20 +96,20 @@ def accelerator_of(resources: Iterable[str]) -> str:
 
 
 class Connection:
-    """Connects in a thread, so that other work goes on meanwhile and signals are obeyed: Ray's core waits in C++."""
+    """Connects in a thread, since Ray's core waits in C++: other work continues, and signals are handled."""
 
     def __init__(self, config: ClusterConfig) -> None:
         self._config = config
         self._resources: Future[Resources] | None = None
 
     def start(self) -> None:
-        """Begin to connect, unless that was done."""
+        """Start to connect, unless that was done."""
         if self._resources is None:
             self._resources = Future()
             threading.Thread(target=self._connect, args=(self._resources,), name="connect", daemon=True).start()
 
     def resources(self) -> Resources:
-        """What the cluster has; waits for it. Raises ClusterError as `connect` does."""
+        """Return the resources of the cluster; wait for the connection. Raises ClusterError as `connect` does."""
         self.start()
         assert self._resources is not None
         address = cluster_address(self._config)
@@ -125,12 +125,12 @@ class Connection:
         started = time.perf_counter()
         try:
             import_ray(self._config)
-            # Before Ray's own work at the exit, which would meet a Ray that is half started.
+            # Runs before Ray's own exit handler, which fails on a Ray that is still starting.
             atexit.register(lambda: wait([resources], timeout=EXIT_TIMEOUT_S))
-            connected = _join(self._config)
-            gpus = f" and {connected.num_gpus:g} GPUs" if connected.num_gpus else ""
-            notify(f"Ray has {connected.num_cpus:g} CPUs{gpus}; connected in {time.perf_counter() - started:.1f} s")
-            resources.set_result(connected)
+            total = _join(self._config)
+            gpus = f" and {total.num_gpus:g} GPUs" if total.num_gpus else ""
+            notify(f"Ray has {total.num_cpus:g} CPUs{gpus}; connected in {time.perf_counter() - started:.1f} s")
+            resources.set_result(total)
         except BaseException as error:
             resources.set_exception(error)
         # A local Ray's processes are killed when the thread that started them ends (PR_SET_PDEATHSIG).
@@ -138,12 +138,12 @@ class Connection:
 
 
 def cluster_address(config: ClusterConfig) -> str:
-    """Return HOST:PORT, "auto", or "local" where a Ray of its own is to be started."""
+    """Return HOST:PORT, "auto", or "local" where a new Ray is to be started."""
     return config.address or os.environ.get("RAY_ADDRESS") or "local"
 
 
 def import_ray(config: ClusterConfig) -> str:
-    """Import ray, with the environment that it reads then; returns the address to connect to."""
+    """Import ray with the environment variables that it reads at import; return the address to connect to."""
     address = cluster_address(config)
     if address.startswith("ray://"):
         raise ClusterError(f"{address}: Ray Client is not supported; submit a job to the cluster or give HOST:PORT")
@@ -160,14 +160,14 @@ def import_ray(config: ClusterConfig) -> str:
 
 
 def _keep_token_private() -> None:
-    """Make the token of this user's Rays as Ray makes it, but readable by nobody else.
+    """Create the token of this user's Rays where Ray does, but readable by this user only.
 
-    Ray's own file is for all who may enter the home directory.
+    The file that Ray creates is readable by everyone with access to the home directory.
     """
     if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
         return
     file = Path.home() / ".ray" / "auth_token"
-    with suppress(OSError):  # a file of somebody else, a home that is read-only: Ray tells where it matters
+    with suppress(OSError):  # another user's file, a read-only home: Ray reports it where it matters
         file.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileExistsError), open(file, "x", opener=partial(os.open, mode=0o600)) as stream:
             stream.write(secrets.token_hex(32))
@@ -189,36 +189,36 @@ def _init(address: str) -> None:
     try:
         with _quiet_stderr(), _own_sigterm():
             ray.init(**settings)
-    except Exception as error:  # Ray raises bare ones as well
+    except Exception as error:  # Ray also raises exceptions of no particular class
         raise ClusterError(f"Ray at {address!r} cannot be reached: {' '.join(str(error).split())[:300]}") from error
 
 
 @contextmanager
 def _quiet_stderr() -> Iterator[None]:
-    """Hide what Ray's C++ core writes to descriptor 2 when it starts.
+    """Hide what Ray's C++ core writes to file descriptor 2 when it starts.
 
-    Its errors come as exceptions as well. What Python prints meanwhile, from other threads too, is shown.
+    Its errors are raised as exceptions too. What Python code prints meanwhile, in other threads too, is shown.
     """
-    before, python, original = os.dup(2), sys.stderr, sys.__stderr__
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    if original is not None and python is original:
-        # Not closed here: somebody may have taken hold of it.
+    descriptor, python_stderr, original = os.dup(2), sys.stderr, sys.__stderr__
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    if original is not None and python_stderr is original:
+        # Not closed here: another thread may still use it.
         sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, encoding=original.encoding, errors=original.errors)
     try:
-        os.dup2(nowhere, 2)
+        os.dup2(devnull, 2)
         yield
     finally:
-        os.dup2(before, 2)
-        sys.stderr = python
-        os.close(nowhere)
-        os.close(before)
+        os.dup2(descriptor, 2)
+        sys.stderr = python_stderr
+        os.close(devnull)
+        os.close(descriptor)
 
 
 @contextmanager
 def _own_sigterm() -> Iterator[None]:
-    """Ray replaces the handler of SIGTERM by one that ends the process; the run's own handler says what stays.
+    """Keep the run's handler of SIGTERM, which Ray replaces by one that ends the process without a message.
 
-    Its Python part does so in the main thread, its C++ part in whichever thread connects.
+    Ray's Python part replaces it in the main thread, its C++ part in the thread that connects.
     """
     get_handler, set_handler = ctypes.pythonapi.PyOS_getsig, ctypes.pythonapi.PyOS_setsig
     get_handler.restype = set_handler.restype = ctypes.c_void_p
@@ -231,15 +231,15 @@ def _own_sigterm() -> Iterator[None]:
 
 
 def available_cpus() -> int:
-    """CPUs this process may use: what a container or taskset leaves, not what the machine has."""
+    """Return the number of CPUs that this process may use, which a container or taskset may limit."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def share_out(resources: Resources, config: ClusterConfig, one_thread: bool = False, *, device: str = "auto") -> Sizes:
-    """Workers and decoders for a cluster. Raises ClusterError where a request cannot be met.
+    """Return the workers and decoders for a cluster. Raises ClusterError where the settings do not fit it.
 
-    `device`: a --device; workers on the CPU reserve no GPU unless told otherwise.
-    `one_thread`: the model captions on one thread where there is no GPU, about as fast as one CPU prepares images.
+    `device`: a --device; workers on the CPU reserve no GPU unless --gpus-per-worker says so. `one_thread`: without a
+    GPU the model captions on one thread, about as fast as one CPU decodes.
     """
     if config.gpus_per_worker is None:
         gpus = 1.0 if resources.num_gpus and device != "cpu" else 0.0
@@ -251,7 +251,7 @@ def share_out(resources: Resources, config: ClusterConfig, one_thread: bool = Fa
     spare = resources.num_cpus - workers if gpus or one_thread else resources.num_cpus / 4
     decode = max(1, int(spare)) if config.decode_cpus == "auto" else config.decode_cpus
     per_decoder = min(1.0, resources.least_cpus / 2)
-    cpus = int((resources.num_cpus - decode * per_decoder) / workers * 1000) / 1000  # what Ray counts
+    cpus = int((resources.num_cpus - decode * per_decoder) / workers * 1000) / 1000  # the precision of Ray
     if resources.num_nodes > 1:
         cpus = _fitting_a_node(min(cpus, resources.least_cpus - per_decoder))
     if decode < 1 or cpus < MIN_CPU_SHARE:
@@ -259,8 +259,8 @@ def share_out(resources: Resources, config: ClusterConfig, one_thread: bool = Fa
             f"{workers} workers and {decode} decode CPUs do not fit {resources.num_cpus:g} CPUs; "
             "each needs a share: lower --num-workers or --decode-cpus"
         )
-    # A large model takes far more of the CPUs than preparing its images does: it gets a thread on each, the decoders'
-    # as well, which idle most of the time.
+    # A large model needs far more CPU time than decoding: it gets a thread on each CPU, also on those of the decoders,
+    # which are idle most of the time.
     threads = max(1, round(cpus if gpus or one_thread else cpus + decode * per_decoder / workers))
     cpus = min(cpus, 1.0) if gpus else cpus
     return Sizes(workers, cpus, gpus, threads, decode, 1 + workers // 4, cpus_per_decoder=per_decoder)
@@ -269,38 +269,38 @@ def share_out(resources: Resources, config: ClusterConfig, one_thread: bool = Fa
 def _share_out_growing(resources: Resources, config: ClusterConfig) -> Sizes:
     """Return the pools for --num-workers MIN:MAX.
 
-    Nodes may come while the job runs (or only when it asks for them), so nothing is refused for what the cluster lacks
-    now. A worker is made for the smallest node, and leaves it room to decode.
+    Nodes may join while the job runs (or only when it requests them), so that missing resources are not an error. A
+    worker fits the smallest node and leaves CPUs there for decoding.
     """
-    least, most = (int(part) for part in str(config.num_workers).split(":"))
-    if least > most:
-        raise ClusterError(f"--num-workers {config.num_workers}: the first number is the lower one")
+    min_workers, max_workers = (int(part) for part in str(config.num_workers).split(":"))
+    if min_workers > max_workers:
+        raise ClusterError(f"--num-workers {config.num_workers}: MIN must not be above MAX")
     gpus = config.gpus_per_worker or 0.0
     node = min(resources.least_cpus, resources.num_cpus)
     per_decoder = min(1.0, node / 2) or 1.0
     decoders = max(1, int(node / 4))
     cpus = 1.0 if gpus else max(MIN_CPU_SHARE, node - decoders * per_decoder)
-    decode, max_decode = decoders, decoders * most
+    decode, max_decode = decoders, decoders * max_workers
     if gpus:
-        max_decode = max(int(resources.num_cpus), 4 * most)
+        max_decode = max(int(resources.num_cpus), 4 * max_workers)
     if config.decode_cpus != "auto":
         decode = max_decode = config.decode_cpus
     threads = max(1, round(cpus))
-    return Sizes(least, cpus, gpus, threads, decode, 1 + most // 4, most, max_decode, per_decoder)
+    return Sizes(min_workers, cpus, gpus, threads, decode, 1 + max_workers // 4, max_workers, max_decode, per_decoder)
 
 
 def _fitting_a_node(cpus: float) -> float:
-    """A share that fills a node without a rest: whole CPUs, or a whole number of workers to a CPU."""
+    """Round down to a share that fills a node: whole CPUs, or a whole number of workers per CPU."""
     return float(int(cpus)) if cpus >= 1 or cpus < MIN_CPU_SHARE else int(1000 / math.ceil(1 / cpus)) / 1000
 
 
 def _num_workers(resources: Resources, config: ClusterConfig, gpus: float, one_thread: bool) -> int:
-    most = int(resources.num_gpus / gpus) if gpus else None
+    max_on_gpus = int(resources.num_gpus / gpus) if gpus else None
     on_cpus = max(resources.num_nodes, int(resources.num_cpus / 2)) if one_thread else resources.num_nodes
-    workers = most or on_cpus if config.num_workers == "auto" else int(config.num_workers)
-    if most is not None and workers > most:
+    workers = max_on_gpus or on_cpus if config.num_workers == "auto" else int(config.num_workers)
+    if max_on_gpus is not None and workers > max_on_gpus:
         raise ClusterError(
-            f"{workers} workers with {gpus:g} GPUs each were asked for; the cluster has {resources.num_gpus:g} GPUs"
+            f"{workers} workers with {gpus:g} GPUs each do not fit; the cluster has {resources.num_gpus:g} GPUs"
         )
     return workers
 

@@ -1,4 +1,4 @@
-"""`captioner demo train`: the starter model learns images and a wording that it has never seen."""
+"""`captioner demo train`: train the starter model on new images and a new wording."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ IMAGES, SEED = 2_000, 3
 
 
 def train(directory: Path) -> int:
-    """Render posters into DIR/images, train on them with two workers and print what changed.
+    """Render posters into DIR/images, train on them with two workers and print the WER before and after.
 
     The posters are those of `captioner.starter.scenes`.
     """
@@ -32,7 +32,7 @@ def train(directory: Path) -> int:
 
 
 def demo_config(images: Path, out: Path) -> TrainConfig:
-    """About two minutes on two cores."""
+    """Return settings for a run of about two minutes on two cores."""
     return TrainConfig.model_validate(
         {
             "data": {"path": str(images), "max_eval_samples": 100},

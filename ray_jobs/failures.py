@@ -10,7 +10,9 @@ from captioner import errors
 from captioner.errors import CaptionerError, ClusterError
 
 
-def cause_of(error: BaseException, what_stays: str = "committed rows stay, the same command goes on") -> CaptionerError:
+def cause_of(
+    error: BaseException, what_stays: str = "committed rows stay; run the same command again to continue"
+) -> CaptionerError:
     """Return the CaptionerError that a worker raised; a ClusterError with the worker's message for any other error.
 
     `what_stays`: the end of that message. Ray Train and tasks hand over the exception itself, Ray Data only the text

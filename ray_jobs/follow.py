@@ -1,4 +1,4 @@
-"""Follow a submitted job to its end: its log, its exit code, and what to do on Ctrl-C or a lost connection."""
+"""Follow a submitted job to its end: copy its log, return its exit code, handle Ctrl-C and lost connections."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 POLL_S = 1.0
-LOST_S = 300.0  # without any answer for this long, the cluster is taken to be gone
+LOST_S = 300.0  # the cluster counts as gone after this time without an answer
 
 
 class Follower:
-    """Writes a job's log to standard output, each character once, over as many connections as it takes.
+    """Writes a job's log to standard output, each character once, over one or several connections.
 
     `waits_for`: what the job needs before it starts, for the message when `pending_timeout` seconds have passed.
     """
@@ -41,9 +41,9 @@ class Follower:
         self._last_answer = time.monotonic()
 
     def run(self, announcement: str) -> int:
-        """The exit code of the job's command. Raises ClusterError where it never starts or the cluster is lost.
+        """Return the exit code of the job's command. Raises ClusterError where it never starts or the cluster is lost.
 
-        `announcement` is printed first: whoever has read it may press Ctrl-C, and is asked.
+        `announcement` is printed first; from then on Ctrl-C asks whether to stop the job.
         """
         try:
             notify(announcement)
@@ -52,7 +52,7 @@ class Follower:
                 self._copy_log()
                 time.sleep(POLL_S / 4)
             self._copy_log()
-            return self._verdict(info)
+            return self._exit_code(info)
         except KeyboardInterrupt:
             return self._stop_or_detach()
 
@@ -62,12 +62,12 @@ class Follower:
             if time.monotonic() > deadline:
                 raise ClusterError(
                     f"{self._job_id} has waited {self._pending_timeout:g} s for {self._waits_for}; it stays queued: "
-                    f"the same command waits on, `ray job stop {self._job_id}` asks to give up"
+                    f"run the same command again to wait on, or `ray job stop {self._job_id}` to give up"
                 )
             time.sleep(POLL_S / 4)
 
     def _info(self) -> Any:
-        """The job's details; asks again while the cluster does not answer."""
+        """Return the job's details; ask again while the cluster does not answer."""
         while True:
             try:
                 with reaching(self._client.get_address()):
@@ -77,18 +77,18 @@ class Follower:
             except ClusterError as error:
                 if time.monotonic() - self._last_answer > self._lost_after:
                     raise ClusterError(
-                        f"{error}; {self._job_id} may go on: the same command follows it again"
+                        f"{error}; {self._job_id} may still run; run the same command again to follow it"
                     ) from error
                 time.sleep(POLL_S)
 
     def _copy_log(self) -> None:
-        """Copy what is new until the connection ends, for whatever reason."""
+        """Copy new text until the connection ends, for any reason."""
         import aiohttp
 
         try:
             asyncio.run(self._tail())
         except (aiohttp.ClientError, OSError, RuntimeError):
-            return  # `run` looks at the job's state, and comes back
+            return  # `run` checks the state of the job and calls this again
 
     async def _tail(self) -> None:
         seen = 0  # every connection starts at the beginning of the log
@@ -100,12 +100,12 @@ class Follower:
                 sys.stdout.write(new)
                 sys.stdout.flush()
 
-    def _verdict(self, info: Any) -> int:
+    def _exit_code(self, info: Any) -> int:
         status, code = str(info.status), info.driver_exit_code
         if status == "SUCCEEDED":
             return OK
         if status == "STOPPED":
-            notify(f"{self._job_id} was stopped; the same command goes on")
+            notify(f"{self._job_id} was stopped; run the same command again to continue")
             return TERMINATED
         if code is None:  # its command never ran
             raise ClusterError(f"{self._job_id} failed: {' '.join((info.message or 'no message').split())[-400:]}")
@@ -119,20 +119,21 @@ class Follower:
             wants_stop = False
         if not wants_stop:
             notify(
-                f"detached: {self._job_id} goes on; the same command follows it, `ray job stop {self._job_id}` stops it"
+                f"detached: {self._job_id} still runs; run the same command again to follow it, or "
+                f"`ray job stop {self._job_id}` to stop it"
             )
             return INTERRUPTED
         with reaching(self._client.get_address()):
             self._client.stop_job(self._job_id)
         while str(self._info().status) not in ENDED:
             time.sleep(POLL_S / 4)
-        notify(f"{self._job_id} is stopped; the same command goes on")
+        notify(f"{self._job_id} is stopped; run the same command again to continue")
         return INTERRUPTED
 
 
 @contextmanager
 def reaching(address: str) -> Iterator[None]:
-    """What the client raises, as one line. Authentication is named as such."""
+    """Raise the client's errors as a ClusterError of one line, with a hint where a token is missing or wrong."""
     from ray.exceptions import RayError
 
     try:

@@ -1,7 +1,7 @@
-"""What a run shows on Ray's Prometheus endpoints: each worker counts what it does, the driver what has come back.
+"""The metrics of a run on Ray's Prometheus endpoints: each worker counts its own work, the driver the receipts.
 
 Each name gets Ray's prefix: `ray_captioner_pictures_total`. Queues between the stages of Ray Data are in its own
-metrics (`ray_data_...`). `deploy/grafana.json` draws what is here.
+metrics (`ray_data_...`). `deploy/grafana.json` shows these metrics.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ BOUNDARIES_S = [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300]
 
 
 class RunMetrics:
-    """Counters of one worker that commits. Make one in the process that counts."""
+    """Counters of one worker that commits, created in its process."""
 
     def __init__(self) -> None:
         from ray.util.metrics import Counter, Gauge, Histogram
@@ -43,22 +43,21 @@ class RunMetrics:
 
 
 class DeviceMetrics:
-    """Gauges of one worker that captions. Several threads may use one at once."""
+    """Gauges of one worker that captions, for use by several threads."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         from ray.util.metrics import Gauge
 
         self._busy = Gauge("captioner_device_busy_share", "Share of the time a caption worker captioned, 0 to 1.")
-        self._batch = Gauge("captioner_batch_size", "Images of a forward pass, at most.")
+        self._batch = Gauge("captioner_batch_size", "Maximum number of images of a forward pass.")
         self._clock = clock
         self._since = clock()
         self._lock = threading.Lock()
 
     def add(self, seconds: float, batch_size: int) -> float:
-        """Count a chunk that was captioned in `seconds` and ends now.
+        """Count a chunk that was captioned in `seconds` and ends now; return the busy seconds since the previous chunk.
 
-        Returns how many of them came after the chunk before, which may have been captioned at the same time. The share
-        is of the time since that.
+        The two may have been captioned at the same time. The busy share is of the time since the previous chunk.
         """
         with self._lock:
             now = self._clock()
@@ -70,18 +69,18 @@ class DeviceMetrics:
 
 
 class DriverMetrics:
-    """Gauges of the driver: what is still to do, and how good captions are so far."""
+    """Gauges of the driver: remaining images, and the WER so far."""
 
     def __init__(self, num_rows: int) -> None:
         from ray.util.metrics import Gauge
 
         self._queue = Gauge("captioner_queue_pictures", "Planned images that are not committed yet.")
-        self._wer = Gauge("captioner_running_wer", "WER of the spot-checked captions of this start so far.")
+        self._wer = Gauge("captioner_running_wer", "WER of the spot-checked captions of this run so far.")
         self._left, self._edits, self._words = num_rows, 0, 0
         self._queue.set(num_rows)
 
     def add(self, receipt: Receipt) -> None:
-        """Count a chunk that has come back as committed."""
+        """Count a committed chunk."""
         self._left -= receipt.num_rows
         self._queue.set(self._left)
         self._edits += sum(edits for edits, _ in receipt.scored)

@@ -1,8 +1,7 @@
 """The torch process group of a training run's workers.
 
-Ray's own `TorchConfig` does the same, but imports torch wherever its name is read: in the process that controls the
-run, whose start everything waits for, torch alone takes seconds. And its choice of NCCL is wrong for workers that share
-a GPU.
+Ray's own `TorchConfig` does the same, but imports torch with its module, also in the process that controls the run, and
+delays the start by seconds. And its choice of NCCL is wrong for workers that share a GPU.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ TIMEOUT_S = 1800
 
 @dataclass
 class ProcessGroup(BackendConfig):
-    """Tells Ray Train to join the workers in a process group."""
+    """The configuration with which Ray Train joins the workers in a process group."""
 
     device: str  # a --device
-    kind: str  # of device that it is on the workers
+    kind: str  # the type of that device on the workers
     num_workers: int
     gpus_per_worker: float
 
@@ -49,7 +48,7 @@ class ProcessGroup(BackendConfig):
 
 
 class _ProcessGroupBackend(Backend):
-    share_cuda_visible_devices = True  # NCCL on one node reaches other GPUs directly only where it sees them
+    share_cuda_visible_devices = True  # NCCL uses direct connections only to GPUs that a worker sees
 
     def on_start(self, worker_group: Any, backend_config: ProcessGroup) -> None:
         address, port = worker_group.execute_single(0, _free_address)

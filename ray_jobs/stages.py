@@ -1,8 +1,8 @@
-"""The steps as Ray Data stages: columns to nouns and back, nothing else.
+"""The steps as Ray Data stages: they convert blocks to the data types of the steps and back.
 
-One chunk is one row and one block from the first stage to the last: whatever Ray merges or cuts, a row stays whole.
-The images of the chunk are a list in that row. Pixels travel as one field of bytes, those of own sizes with their
-widths beside them; the chunk and the seconds spent on it as JSON.
+One chunk is one row and one block from the first stage to the last: Ray may merge or split blocks, but not rows. The
+images of the chunk are a list in that row. Pixels are one field of bytes, with a field of widths for variable-size
+images; the chunk and the seconds spent on it are JSON.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ _ERROR = "error"
 
 
 class DecodeStage:
-    """A block with one chunk's description -> its images, decoded."""
+    """Turns a block with the description of one chunk into its decoded images."""
 
     def __init__(self, work: Work) -> None:
         self.work = work
         self.decoder = work.decoder()
-        self.decoder.start()  # it imports torch while the model loads
+        self.decoder.start()  # its process imports torch while the model loads
 
     def __call__(self, block: pa.Table) -> pa.Table:
         (chunk,) = (Chunk(**row) for row in block.to_pylist())
@@ -47,14 +47,14 @@ class DecodeStage:
 
 
 class CaptionStage:
-    """Blocks of decoded images -> blocks of caption rows; holds the model.
+    """Turns blocks of decoded images into blocks of caption rows; holds the model.
 
-    On a GPU `AT_ONCE` calls run at once: while one's images are searched, the next one's are on their way to the device
-    and the rows of the one before are made. Of such calls two that raise together may both be lost, and the run waits
-    for ever (Ray 2.60): so none raises, and the error goes on as a block, which the CommitStage raises.
+    On a GPU `MAX_CALLS` calls run at the same time: while one captions, the next copies its images to the device, and
+    the previous one makes its rows. Two such calls that raise together may both be lost, and the run waits for ever
+    (Ray 2.60). So no call raises: an error is sent on as a block, and the CommitStage raises it.
     """
 
-    AT_ONCE = 2
+    MAX_CALLS = 2
 
     def __init__(self, work: Work, batch_size: AutoInt, num_threads: int, messages: Queue | None = None) -> None:
         """Load the model. `messages`: a queue for lines about the start, each with the worker's name."""
@@ -80,7 +80,7 @@ class CaptionStage:
 
 
 class CommitStage:
-    """A block of caption rows -> one row: the receipt."""
+    """Commits a block of caption rows; returns one row, the receipt."""
 
     def __init__(self, work: Work) -> None:
         self.work = work
@@ -96,22 +96,22 @@ class CommitStage:
 def _put(messages: Queue, worker: str, line: str) -> None:
     import ray.exceptions
 
-    with suppress(ray.exceptions.RayError):  # the queue's node has gone; captions need none
+    with suppress(ray.exceptions.RayError):  # the queue's node is gone; captioning does not need it
         messages.put((worker, line))
 
 
 def error_block(error: Exception) -> pa.Table:
-    """A block in place of the rows of a chunk that met `error`."""
+    """Return a block that carries an error in place of the rows of a chunk."""
     try:
         data = pickle.dumps(error)
         pickle.loads(data)
-    except Exception:  # an exception of another library, which may survive neither
+    except Exception:  # exceptions of other libraries may not survive pickling
         data = pickle.dumps(RuntimeError(f"{type(error).__name__}: {error}"))
     return pa.table({_ERROR: pa.array([data], pa.binary())})
 
 
 def raise_error(block: pa.Table) -> None:
-    """Raise what `error_block` was given; nothing for any other block."""
+    """Raise the error of an `error_block`; do nothing for any other block."""
     if _ERROR in block.column_names:
         raise pickle.loads(block[_ERROR][0].as_py())
 
@@ -121,7 +121,7 @@ def receipts_of(block: pa.Table) -> list[Receipt]:
 
 
 def to_block(rows: ChunkRows) -> pa.Table:
-    """The chunk as one row: what it is as JSON, and its images as a list of structs; no buffer is copied."""
+    """Return the chunk as a block of one row: facts as JSON, images as a list of structs; no buffer is copied."""
     facts = json.dumps({"chunk": asdict(rows.chunk), **{name: getattr(rows, name) for name in _FACTS}})
     (images,) = _with_pixels(rows).combine_chunks().to_batches()
     images = pa.LargeListArray.from_arrays([0, len(images)], images.to_struct_array())
@@ -129,7 +129,7 @@ def to_block(rows: ChunkRows) -> pa.Table:
 
 
 def from_block(block: pa.Table, work: Work) -> ChunkRows:
-    """Raises ValueError where the block is not one chunk: then Ray merged what must stay apart."""
+    """Return the chunk of a block. Raises ValueError where Ray has merged several chunks into it."""
     if block.num_rows != 1:
         raise ValueError(f"a block holds {block.num_rows} chunks instead of one")
     facts = json.loads(block[_CHUNK][0].as_py())

@@ -1,7 +1,8 @@
 """Run a command of this package as a Ray job: `captioner submit -- caption SOURCE OUT ...`.
 
-The submission id is derived from the command, so that submitting twice follows the job that runs instead of starting a
-second. What is uploaded is the installed packages `captioner` and `ray_jobs`; never the current directory.
+The submission id is derived from the command, so that submitting the same command again follows the running job instead
+of starting a second one. Only the installed packages `captioner` and `ray_jobs` are uploaded, never the current
+directory.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from ray_jobs.options import settings_of_call
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
-JOBS = ("caption", "train", "check", "doctor", "estimate")  # commands that may run as a job, where they are there
+JOBS = ("caption", "train", "check", "doctor", "estimate")  # commands that may run as a job
 PATHS = ("--model", "--out", "--against", "--references", "--terms", "--eval-data", "--test-data")
 
 
@@ -47,10 +48,10 @@ class Submission:
 
     @property
     def waits_for(self) -> str:
-        """What the job cannot start without, in words."""
-        wanted = {"CPUs (--entrypoint-num-cpus)": self.num_cpus, "GPUs (--entrypoint-num-gpus)": self.num_gpus}
-        asked = [f"{number:g} {name}" for name, number in wanted.items() if number]
-        return " and ".join(asked) or "the head node to set up its runtime environment"
+        """What the job needs before it starts, for a message."""
+        resources = {"CPUs (--entrypoint-num-cpus)": self.num_cpus, "GPUs (--entrypoint-num-gpus)": self.num_gpus}
+        requests = [f"{number:g} {name}" for name, number in resources.items() if number]
+        return " and ".join(requests) or "the head node to set up its runtime environment"
 
 
 def make_submission(
@@ -62,9 +63,9 @@ def make_submission(
     num_cpus: float = 0.0,
     num_gpus: float = 0.0,
 ) -> Submission:
-    """Check a command line as the command itself would, here, before anything is uploaded. Raises UsageError.
+    """Check a command line as the command itself does, before anything is uploaded. Raises UsageError.
 
-    `commands`: of the command line by name, as typer made them.
+    `commands`: the commands of the command line by name, as typer has made them.
     """
     if working_dir is not None and not Path(working_dir).is_dir():
         raise UsageError(f"--working-dir {working_dir}: no such directory")
@@ -76,8 +77,8 @@ def make_submission(
 def resolve_arguments(commands: Mapping[str, Any], words: list[str], working_dir: str | None = None) -> list[str]:
     """Return the command with its settings resolved.
 
-    A --config file is read here, and local paths become absolute, because a job runs in another directory. A path that
-    is in `working_dir` goes with it and stays relative.
+    A --config file is read here, and local paths become absolute, since a job runs in another directory. A path in
+    `working_dir` is uploaded with it and stays relative.
     """
     jobs = [name for name in JOBS if name in commands]
     if not words or words[0] not in jobs:
@@ -88,41 +89,40 @@ def resolve_arguments(commands: Mapping[str, Any], words: list[str], working_dir
     call = settings_of_call(command.callback, command.make_context(words[0], words[1:]).params)
     if call is None:
         return words
-    settings, own = call
+    settings, values = call
     cluster = getattr(settings, "cluster", None)
     if cluster is not None and (cluster.address or getattr(cluster, "local", False)):
         raise UsageError(
             "--address belongs to submit: `captioner submit --address URL -- ...`; --local runs without Ray"
         )
-    given = {one: own[one.name] for one in command.params if own.get(one.name) not in (None, False, [])}
-    places = [_absolute(value, working_dir, True) for one, value in given.items() if one.param_type_name == "argument"]
-    options = [word for one, value in given.items() if one.param_type_name == "option" for word in _words(one, value)]
-    wanted = [
-        word for word in command_line(_with_absolute_paths(settings, working_dir)) if word
-    ]  # "": it has no SOURCE
-    return [words[0], *places, *wanted, *options]
+    own = [(param, values[param.name]) for param in command.params if values.get(param.name) not in (None, False, [])]
+    arguments = [_absolute(value, working_dir, True) for param, value in own if param.param_type_name == "argument"]
+    options = [word for param, value in own if param.param_type_name == "option" for word in _words(param, value)]
+    settings_words = command_line(_with_absolute_paths(settings, working_dir))
+    return [words[0], *arguments, *filter(None, settings_words), *options]  # "": a SOURCE that was not given
 
 
 def _words(option: Any, value: Any) -> list[str]:
-    path = option.opts[0] in PATHS
-    return [option.opts[0]] if value is True else [option.opts[0], _absolute(value, None, True) if path else str(value)]
+    flag = option.opts[0]
+    return [flag] if value is True else [flag, _absolute(value, None, True) if flag in PATHS else str(value)]
 
 
 def _with_absolute_paths(settings: Settings, working_dir: str | None) -> Settings:
-    for one in settings_of(type(settings)):
-        group = getattr(settings, one.group)
-        value = getattr(group, one.field)
-        if isinstance(value, str) and value and (one.argument or one.flag in PATHS):
-            changed = group.model_copy(update={one.field: _absolute(value, working_dir, one.group == "output")})
-            settings = settings.model_copy(update={one.group: changed})
+    for setting in settings_of(type(settings)):
+        group = getattr(settings, setting.group)
+        value = getattr(group, setting.field)
+        if isinstance(value, str) and value and (setting.argument or setting.flag in PATHS):
+            path = _absolute(value, working_dir, setting.group == "output")
+            group = group.model_copy(update={setting.field: path})
+            settings = settings.model_copy(update={setting.group: group})
     return settings
 
 
 def _absolute(location: str, working_dir: str | None, is_output: bool) -> str:
-    """Return the path as the job has to be given it.
+    """Return a path for the command line of the job.
 
-    An output is made absolute always: what a job writes beside itself is lost with it. What is not here is a hub id, a
-    glob, or a path that only the cluster has.
+    An output always becomes absolute: files in the job's own directory are lost when it ends. An input that does not
+    exist here is kept: it is a hub id, a glob, or a path that only the cluster has.
     """
     if is_uri(location) or (working_dir and not is_output and (Path(working_dir) / location).exists()):
         return location
@@ -130,7 +130,7 @@ def _absolute(location: str, working_dir: str | None, is_output: bool) -> str:
 
 
 def submit(submission: Submission, address: str | None, follow: bool, pending_timeout: float) -> int:
-    """Start or attach, then follow; returns the exit code of the job's own command. Raises ClusterError."""
+    """Start the job or attach to it, then follow it; return the exit code of its command. Raises ClusterError."""
     client = connect_client(address)
     job_id, is_new = start_or_attach(client, submission)
     announcement = f"{'submitted' if is_new else 'already submitted'}: {job_id}"
@@ -141,9 +141,9 @@ def submit(submission: Submission, address: str | None, follow: bool, pending_ti
 
 
 def start_or_attach(client: JobSubmissionClient, submission: Submission) -> tuple[str, bool]:
-    """Return the submission id and whether it was started now.
+    """Return the submission id, and whether the job was started now.
 
-    A job of this id that has not ended is attached to; an ended one gives way to the next suffix: ID, ID-2, ID-3, ...
+    A running job of this id is attached to; after its end the next suffix is used: ID, ID-2, ID-3, ...
     """
     while True:
         with reaching(client.get_address()):
@@ -164,7 +164,7 @@ def start_or_attach(client: JobSubmissionClient, submission: Submission) -> tupl
                 )
             return job_id, True
         except ClusterError as error:
-            if "already exists" not in str(error):  # two submitted at once: look again, and attach
+            if "already exists" not in str(error):  # another submit was faster: attach to its job
                 raise
 
 
@@ -177,16 +177,16 @@ def _current_id(base: str, jobs: Mapping[str, Any]) -> str:
 
 
 def runtime_env(submission: Submission) -> dict[str, Any]:
-    """What goes with the job: the two installed packages, and what was asked for."""
-    quiet = {"RAY_BACKEND_LOG_LEVEL": "fatal"}  # else each start logs an error about actor arguments that is none
-    made: dict[str, Any] = {"py_modules": package_directories(), "env_vars": quiet | submission.env}
+    """Return Ray's runtime environment of the job: the two installed packages, and what the user asks for."""
+    quiet = {"RAY_BACKEND_LOG_LEVEL": "fatal"}  # else each start logs a needless error about actor arguments
+    environment: dict[str, Any] = {"py_modules": package_directories(), "env_vars": quiet | submission.env}
     if submission.working_dir:
-        made["working_dir"] = submission.working_dir
-    return made
+        environment["working_dir"] = submission.working_dir
+    return environment
 
 
 def package_directories() -> list[str]:
-    """Where `captioner` and `ray_jobs` are installed."""
+    """Return the directories where `captioner` and `ray_jobs` are installed."""
     import captioner
     import ray_jobs
 
@@ -194,14 +194,14 @@ def package_directories() -> list[str]:
 
 
 def connect_client(address: str | None) -> JobSubmissionClient:
-    """A client of the cluster's dashboard. A token in RAY_AUTH_TOKEN turns token authentication on."""
+    """Return a client of the cluster's dashboard. A token in RAY_AUTH_TOKEN turns token authentication on."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if os.environ.get("RAY_AUTH_TOKEN"):
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     from ray.job_submission import JobSubmissionClient
 
     for module in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging"):
-        logging.getLogger(f"ray.{module}").setLevel(logging.WARNING)  # a line for each upload and each connection
+        logging.getLogger(f"ray.{module}").setLevel(logging.WARNING)  # else a line for each upload and connection
     address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or "http://127.0.0.1:8265"
     if not address.startswith(("http://", "https://")):
         raise UsageError(f"--address {address}: must be the dashboard's, http://HEAD:8265")
@@ -211,14 +211,14 @@ def connect_client(address: str | None) -> JobSubmissionClient:
 
 
 def _environment(pairs: list[str]) -> dict[str, str]:
-    """`K=V`, or `K` for the value that K has here."""
-    found = {}
+    """Parse `K=V`, or `K` for the value of K in this environment."""
+    environment = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals and name not in os.environ:
-            raise UsageError(f"--env {name}: is not set here; give {name}=VALUE")
-        found[name] = value if equals else os.environ[name]
-    return found
+            raise UsageError(f"--env {name}: is not set in this environment; give {name}=VALUE")
+        environment[name] = value if equals else os.environ[name]
+    return environment
 
 
 def _digest(arguments: list[str]) -> str:

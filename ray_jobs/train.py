@@ -242,7 +242,7 @@ def _number(value: float | None) -> float:
 
 
 def _cause_of(error: BaseException) -> CaptionerError:
-    return cause_of(error, "checkpoints stay, the same command goes on")
+    return cause_of(error, "checkpoints stay; run the same command again to continue")
 
 
 if __name__ == "__main__":  # the same arguments and exit code as `captioner train`

@@ -20,7 +20,7 @@ def stoppable(what_stays: str) -> Iterator[None]:
 
     `what_stays`: what is kept, such as "committed rows stay". Another Ctrl-C while the run cleans up ends the process.
     """
-    advice = f"{what_stays}, the same command goes on"
+    advice = f"{what_stays}; run the same command again to continue"
 
     def terminate(*_: Any) -> None:
         raise TerminatedRunError(f"stopped by SIGTERM; {advice}")

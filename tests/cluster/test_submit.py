@@ -231,7 +231,7 @@ def test_ctrl_c_as_soon_as_the_job_is_announced_is_answered_too(monkeypatch: pyt
     follower = Follower(client=None, job_id="captioner-1", waits_for="nothing", pending_timeout=0)
 
     assert follower.run("submitted: captioner-1") == 130
-    assert "detached: captioner-1 goes on" in screen.getvalue()
+    assert "detached: captioner-1 still runs" in screen.getvalue()
 
 
 def test_ctrl_c_asks_whether_to_stop_or_to_detach(head, archive: Path, tmp_path: Path) -> None:
@@ -241,7 +241,7 @@ def test_ctrl_c_asks_whether_to_stop_or_to_detach(head, archive: Path, tmp_path:
     first.press(CTRL_C)
     first.wait_for("Stop the job? [y/N] ")
     first.press("n\r")
-    first.wait_for(f"detached: {job_id} goes on")
+    first.wait_for(f"detached: {job_id} still runs")
     assert first.process.wait() == 130
     assert str(head.client().get_job_status(job_id)) in ("PENDING", "RUNNING")
 
@@ -250,6 +250,6 @@ def test_ctrl_c_asks_whether_to_stop_or_to_detach(head, archive: Path, tmp_path:
     second.press(CTRL_C)
     second.wait_for("Stop the job? [y/N] ")
     second.press("y\r")
-    second.wait_for(f"{job_id} is stopped; the same command goes on")
+    second.wait_for(f"{job_id} is stopped; run the same command again to continue")
     assert second.process.wait() == 130
     assert str(head.client().get_job_status(job_id)) == "STOPPED"

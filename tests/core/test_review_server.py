@@ -551,7 +551,7 @@ def test_every_accepted_decision_survives_sigkill(make_reviewable) -> None:
         _, said = process.communicate()
         assert process.returncode == 143
         assert said.splitlines()[-1] == (
-            "captioner: error: stopped by SIGTERM; every decision is saved, the same command goes on"
+            "captioner: error: stopped by SIGTERM; every decision is saved; run the same command again to continue"
         )
 
 
@@ -596,7 +596,10 @@ def test_a_journal_that_was_cut_off_is_told_and_the_rest_counts(
         _, said = process.communicate()
     assert process.returncode == 130
     assert "ignored 1 damaged lines in its review journals" in said
-    assert said.splitlines()[-1] == "captioner: error: stopped; every decision is saved, the same command goes on"
+    assert (
+        said.splitlines()[-1]
+        == "captioner: error: stopped; every decision is saved; run the same command again to continue"
+    )
 
 
 def test_a_table_made_anew_meanwhile_is_told(make_reviewable) -> None:

@@ -169,7 +169,9 @@ job.run(config, RayTrainEngine(config, tests.signalling_loop(Path({str(killed)!r
 
     config = settings(data, out, tiny, workers=1, gpus=0.5)
     engine = RayTrainEngine(config, signalling_loop(stopped, str(out), os.getpid(), signal.SIGINT))
-    with pytest.raises(InterruptedRunError, match=f"stopped; checkpoints stay in {out}, the same command goes on"):
+    with pytest.raises(
+        InterruptedRunError, match=f"stopped; checkpoints stay in {out}; run the same command again to continue"
+    ):
         job.run(config, engine)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     job.run(config, engine)
@@ -218,7 +220,7 @@ def test_what_a_task_says_of_the_archive_reaches_the_person(tmp_path: Path, tiny
 
 
 def test_more_gpu_workers_than_gpus_are_refused() -> None:
-    with pytest.raises(ClusterError, match="4 workers with 1 GPUs each were asked for; the cluster has 2 GPUs"):
+    with pytest.raises(ClusterError, match="4 workers with 1 GPUs each do not fit; the cluster has 2 GPUs"):
         share_out(Resources(num_cpus=16, num_gpus=2, num_nodes=1), ClusterConfig(num_workers=4))
 
 
