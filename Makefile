@@ -53,8 +53,9 @@ endif
 chaos: setup ## Kill drivers at random moments, resume, compare: CHAOS_KILLS=10 CHAOS_SEED=0
 	$(BIN)/python -m pytest tests/cluster -m chaos -q
 
-fuzz: setup ## Decode 100,000 damaged files: FUZZ_CASES=... FUZZ_SEED=...
+fuzz: setup ## Decode 100,000 damaged files, damage 10,000 tables and sources: FUZZ_CASES=... TABLE_CASES=... FUZZ_SEED=...
 	FUZZ_CASES=$(or $(FUZZ_CASES),100000) $(BIN)/python -m pytest tests/core/test_fuzz.py -q -s
+	TABLE_CASES=$(or $(TABLE_CASES),10000) $(BIN)/python -m pytest tests/core/test_fuzz_table.py -q -s
 
 docs: setup ## API pages from the docstrings, into build/docs
 	$(BIN)/python -m pdoc -d google -o build/docs $(DOCS_MODULES)

@@ -7,8 +7,10 @@ import sys
 import time
 import webbrowser
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from captioner.config import CheckConfig, ModelConfig, SourceConfig
 from captioner.console.text import printable
@@ -113,15 +115,18 @@ def status(out: str) -> int:
         print(f"{number:,} rows made by {printable(name)} (fingerprint {fingerprint[:12]})")
     for note in _notes_of(table, counts.planned):
         print(printable(note))
-    if table.directory.exists("run.json"):
-        record = table.directory.read_json("run.json")
-        rate, when = record["images_per_second"], datetime.fromisoformat(record["written_at"])
-        print(f"{'images a second':<22}{'-' if rate is None else format(rate, ',.1f'):>14}")
-        state = record["state"]
-        if state == "running" and not is_held(out):
-            state = "ended without finishing (killed, or its machine failed), the same command continues it; started"
-        print(f"latest start {printable(record['run_id'])}: {printable(state)} at {when:%Y-%m-%d %H:%M} UTC")
+    with suppress(KeyError, TypeError, ValueError):  # the record is damaged or missing: the next run writes it
+        _print_latest_start(out, table.directory.read_record("run.json"))
     return OK
+
+
+def _print_latest_start(out: str, record: dict[str, Any]) -> None:
+    rate, when = record["images_per_second"], datetime.fromisoformat(record["written_at"])
+    state = record["state"]
+    print(f"{'images a second':<22}{'-' if rate is None else format(rate, ',.1f'):>14}")
+    if state == "running" and not is_held(out):
+        state = "ended without finishing (killed, or its machine failed), the same command continues it; started"
+    print(f"latest start {printable(record['run_id'])}: {printable(state)} at {when:%Y-%m-%d %H:%M} UTC")
 
 
 def _notes_of(table: CaptionsTable, num_planned: int) -> list[str]:

@@ -26,7 +26,7 @@ STAGES = {"read": "decode", "decode": "decode", "generate": "device", "commit": 
 def collect(table: CaptionsTable) -> dict[str, Any]:
     """Return everything the page shows except the images. The table must have been checked."""
     check = table.directory.read_json(CHECK_FILE)
-    record = table.directory.read_json("run.json") if table.directory.exists("run.json") else {}
+    record = table.directory.read_record("run.json")
     counts = asdict(count_rows(table))
     starts = _starts(table)
     latest: dict[str, Any] = next(
@@ -103,7 +103,7 @@ def _shell(config: CaptionConfig) -> str:
 def _starts(table: CaptionsTable) -> list[dict[str, Any]]:
     """Return the records of the latest ten starts, oldest first."""
     names = table.directory.list_names("runs")[-10:]
-    records = [table.directory.read_json(f"runs/{name}") for name in names]
+    records = [record for name in names if (record := table.directory.read_record(f"runs/{name}"))]
     keys = ("run_id", "state", "written_at", "images_per_second")
     groups = ("seconds", "busy", "counts")
     return [

@@ -30,7 +30,7 @@ from captioner.starter.scenes import describes_scene
 from captioner.steps import Work
 from captioner.store.plan import compare_with_source, make_plan, read_planned
 from captioner.store.publish import missing_chunks, remove_merged_chunks
-from captioner.store.repair import reopen_damaged_parts
+from captioner.store.repair import restore_table
 from captioner.store.replan import make_retry_plan
 from captioner.store.table import CaptionsTable, Plan, create_table, open_table, table_exists
 
@@ -196,9 +196,9 @@ def _plan(
         table = None
     if table is not None:
         _check_same_source(config, table)
-        for problem in reopen_damaged_parts(table):
-            notify(problem)
     source = open_source(config.source)
+    for problem in restore_table(table, source) if table is not None else ():
+        notify(problem)
     if _may_have_work(config, table):
         on_work()
     if table is None:

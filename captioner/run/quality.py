@@ -60,7 +60,7 @@ def check(
         "failed_gates": failed_gates(result, settings),
         "made_of": _state_of(table),
     }
-    table.directory.write_json(CHECK_FILE, figures)
+    table.directory.write_json(CHECK_FILE, figures, checksum=True)
     return result
 
 
@@ -69,7 +69,7 @@ def report(table: CaptionsTable) -> str:
 
     Checks the table first where it has changed since.
     """
-    if not table.directory.exists(CHECK_FILE) or table.directory.read_json(CHECK_FILE)["made_of"] != _state_of(table):
+    if table.directory.read_record(CHECK_FILE).get("made_of") != _state_of(table):
         check(table, CheckConfig())
     return make_report(table)
 

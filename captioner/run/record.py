@@ -149,8 +149,8 @@ def _without_keys(config: CaptionConfig) -> dict[str, Any]:
 
 def write_record(job: Job, record: dict[str, Any]) -> None:
     """Write the record to OUT/run.json and OUT/runs/RUN_ID.json."""
-    job.table.directory.write_json(f"runs/{job.work.run_id}.json", record)
-    job.table.directory.write_json("run.json", record)
+    job.table.directory.write_json(f"runs/{job.work.run_id}.json", record, checksum=True)
+    job.table.directory.write_json("run.json", record, checksum=True)
 
 
 def versions() -> dict[str, str]:

@@ -112,8 +112,7 @@ TRAINING_IMAGES = "training_images.parquet"
 def trained_images(table: CaptionsTable) -> frozenset[str]:
     """Return the sha256 of the images in the model directory's training_images.parquet; empty when there is none."""
     name = (table.info.get("model") or {}).get("name", "")
-    if table.directory.exists("run.json"):
-        name = (table.directory.read_json("run.json").get("model") or {}).get("path") or name
+    name = (table.directory.read_record("run.json").get("model") or {}).get("path") or name
     if not name:
         return frozenset()
     filesystem, path = open_filesystem(f"{name}/{TRAINING_IMAGES}")

@@ -208,6 +208,13 @@ class Directory:
         except (ValueError, RecursionError) as error:
             raise self.damage(name, f"is damaged: {error}") from error
 
+    def read_record(self, name: str) -> dict[str, Any]:
+        """Return the object in a JSON file that is written anew in time; {} where it is damaged or missing."""
+        try:
+            return self.read_json(name)
+        except DamagedFileError:
+            return {}
+
     def write_json(self, name: str, value: dict[str, Any], checksum: bool = False) -> None:
         """Write an object as an indented JSON file, atomically."""
         value = with_checksum(value) if checksum else value

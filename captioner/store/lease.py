@@ -47,10 +47,7 @@ class Lease:
 
         Raises OutputError where another run holds OUT, or nothing can be read.
         """
-        try:
-            marker = self._read()
-        except OSError as error:
-            raise OutputError(f"{shown(self._directory.location)} cannot be read: {error}") from error
+        marker = self._read()
         if marker is not None and not _is_dead_here(marker):
             self._wait_for_silence(marker)
         self._beat()
@@ -103,7 +100,10 @@ class Lease:
         return marker is not None and marker["owner"] == self._owner["owner"]
 
     def _read(self) -> dict[str, Any] | None:
-        return self._directory.read_json(LEASE_FILE) if self._directory.exists(LEASE_FILE) else None
+        if not self._directory.exists(LEASE_FILE):
+            return None
+        marker = self._directory.read_record(LEASE_FILE)  # a damaged one has an owner that nobody knows
+        return {name: marker.get(name, "") for name in (*self._owner, "beat")}
 
     def _refusal(self) -> OutputError:
         location = shown(self._directory.location)
@@ -141,7 +141,7 @@ def _is_dead_here(marker: dict[str, Any]) -> bool:
     if not this_machine() or marker["machine"] != this_machine():
         return False
     try:
-        os.kill(marker["pid"], 0)
-    except OSError as error:
+        os.kill(int(marker["pid"]), 0)
+    except (OSError, ValueError) as error:
         return isinstance(error, ProcessLookupError)
     return False

@@ -11,10 +11,18 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from captioner.data import Chunk, Listing, Source
-from captioner.errors import SourceError
+from captioner.errors import DamagedFileError, SourceError
 from captioner.store.ids import IdIndex, digests_of
 from captioner.store.parallel_listing import list_units
-from captioner.store.table import CaptionsTable, Plan, plan_folder, plan_part_name
+from captioner.store.table import (
+    CaptionsTable,
+    Plan,
+    is_marked_otherwise,
+    part_numbers,
+    plan_folder,
+    plan_part_mark,
+    plan_part_name,
+)
 
 MAX_EXAMPLES = 5
 MAX_NOTES = 20
@@ -120,6 +128,7 @@ class _PlanWriter:
     ) -> None:
         self._table, self._generation, self._ids = table, generation, ids
         self._rows_per_chunk = min(rows_per_chunk, rows_per_file)
+        self._rows_per_file = rows_per_file
         self._rows_per_part = max(1, round(rows_per_file / self._rows_per_chunk)) * self._rows_per_chunk
         self._first_part = first_part
         self._parts: dict[int, int] = {}
@@ -135,22 +144,46 @@ class _PlanWriter:
         return sum(self._parts.values()) + self._num_pending
 
     def resume(self) -> _Position:
-        """Take over the parts of a listing that was killed, and return the position to continue from."""
-        for name in self._table.directory.list_names(plan_folder(self._generation)):
-            if not name.startswith("part-"):
-                continue
-            part = int(name.removeprefix("part-").removesuffix(".parquet"))
-            with self._table.directory.open_parquet(plan_part_name(self._generation, part)) as file:
-                position = (file.schema_arrow.metadata or {}).get(_POSITION)
-                if position is None:  # left by a retry that was killed while it was planned
-                    self._table.directory.delete_folder(plan_folder(self._generation))
-                    return self._position
-                self._parts[part] = file.metadata.num_rows
-                self._position = _Position(**json.loads(position))
-        _index_ids(self._table, self._generation, sorted(self._parts), self._ids)
+        """Take over the parts of a listing that was killed, and return the position to continue from.
+
+        A part that is damaged, or was left by a killed `--retry-failed`, is deleted with all after it: what was in them
+        is listed again.
+        """
+        directory, parts = self._table.directory, sorted(part_numbers(self._list_names()))
+        while parts and self._take_over(parts[0]):
+            del parts[0]
+        for part in parts:
+            directory.delete(plan_part_name(self._generation, part))
         self._num_ignored, self._examples = self._position.num_ignored, list(self._position.ignored_examples)
         self._notes = list(self._position.notes)
         return self._position
+
+    def _list_names(self) -> list[str]:
+        return self._table.directory.list_names(plan_folder(self._generation))
+
+    def _take_over(self, part: int) -> bool:
+        """Take over one part of a killed listing; return whether it is whole and the next one."""
+        name = plan_part_name(self._generation, part)
+        try:
+            rows = self._table.directory.read_table(name)
+            metadata = rows.schema.metadata or {}
+            position = _Position(**json.loads(metadata[_POSITION]))
+            with self._table.directory.open_parquet(name) as file:
+                rows_per_chunk = file.metadata.row_group(0).num_rows
+        except (DamagedFileError, KeyError, TypeError, ValueError):
+            return False
+        if (
+            is_marked_otherwise(self._table, name, metadata)
+            or part != self._first_part + len(self._parts)
+            or "part_row" in rows.column_names
+        ):
+            return False
+        if not self._parts:  # a small collection has smaller chunks
+            self._rows_per_chunk = rows_per_chunk
+            self._rows_per_part = max(1, round(self._rows_per_file / rows_per_chunk)) * rows_per_chunk
+        self._parts[part], self._position = rows.num_rows, position
+        self._ids.add(rows["image_id"].to_pylist())
+        return True
 
     def add(self, unit: str, rows: pa.Table, listing: Listing) -> None:
         """Take `rows`, which are those of the listing that the plan needs."""
@@ -196,9 +229,10 @@ class _PlanWriter:
         taken = last["_row"][-1].as_py() + 1
         position = _Position(unit, taken, before.num_ignored, before.ignored_examples, before.notes)
         rows = pa.concat_tables([rows for _, rows in part_rows]).drop_columns(["_row"])
-        rows = rows.replace_schema_metadata({_POSITION: json.dumps(asdict(position)).encode()})
         part = max(self._parts, default=self._first_part - 1) + 1
-        self._table.directory.write_table(plan_part_name(self._generation, part), rows, self._rows_per_chunk)
+        name = plan_part_name(self._generation, part)
+        metadata = {_POSITION: json.dumps(asdict(position)).encode()} | plan_part_mark(self._table, name)
+        self._table.directory.write_table(name, rows.replace_schema_metadata(metadata), self._rows_per_chunk)
         self._parts[part] = rows.num_rows
         self._pending = rest
         self._num_pending -= num_rows

@@ -39,12 +39,26 @@ def read_parts(
         for part in sorted(plan.parts)[::every] if plan.adds_parts else ():
             try:
                 if part in published or is_published:
-                    rows = table.directory.read_table(captions_name(part), _list(columns))
+                    rows = read_part(table, plan, part, columns)
                     yield _with_newer_rows(table, rows, part, retries, columns, on_damage)
                 else:
                     yield _read_chunks(table, plan.part_chunks(part), committed, columns, on_damage)
             except DamagedFileError as error:
                 on_damage(error)
+
+
+def read_part(table: CaptionsTable, plan: Plan, part: int, columns: Sequence[str] | None = None) -> pa.Table:
+    """Return the rows of a published part: these columns, or all.
+
+    Raises DamagedFileError where its file is damaged, missing, or that of another part.
+    """
+    name = captions_name(part)
+    names = table.schema.names if columns is None else list(columns)
+    rows = table.directory.read_table(name, list(dict.fromkeys([*names, "chunk_id"])))
+    is_this_part = pc.all(pc.match_substring(rows["chunk_id"], f"-{part:05d}-")).as_py()
+    if rows.num_rows != plan.parts[part] or not is_this_part:
+        raise table.directory.damage(name, "is damaged: it holds the rows of another part")
+    return rows.select(names)
 
 
 def read_chunk(table: CaptionsTable, chunk: Chunk, columns: Sequence[str] | None = None) -> pa.Table:
@@ -118,7 +132,3 @@ def _read_chunks(
             except DamagedFileError as error:
                 on_damage(error)
     return pa.concat_tables(chunk_tables)
-
-
-def _list(columns: Sequence[str] | None) -> list[str] | None:
-    return None if columns is None else list(columns)

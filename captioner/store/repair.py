@@ -2,13 +2,245 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import suppress
 from hashlib import sha256
+from typing import Any
 
-from captioner.errors import DamagedFileError
-from captioner.store.table import CaptionsTable, Plan, captions_name, plan_part_name, published_name
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from captioner.data import PLAN_SCHEMA, STATUS_FAILED, Source
+from captioner.errors import DamagedFileError, OutputError
+from captioner.store.ids import IdIndex
+from captioner.store.parallel_listing import list_units
+from captioner.store.replan import current_plan_rows, write_rows_again
+from captioner.store.table import (
+    PLAN_FACTS,
+    CaptionsTable,
+    Plan,
+    Recaption,
+    captions_name,
+    history_name,
+    is_marked_otherwise,
+    plan_folder,
+    plan_name,
+    plan_part_mark,
+    plan_part_name,
+    published_name,
+)
 
 
-def reopen_damaged_parts(table: CaptionsTable) -> list[str]:
+def restore_table(table: CaptionsTable, source: Source) -> list[str]:
+    """Make again what can be made of the rest of a table, or by captioning; return a sentence for each damaged file.
+
+    Raises OutputError for what cannot be made again.
+    """
+    return [*_restore_plan_records(table), *_restore_plan_parts(table, source), *_reopen_damaged_parts(table)]
+
+
+def _restore_plan_records(table: CaptionsTable) -> list[str]:
+    """Write each plan.json that is damaged or missing, from the parts of the plan."""
+    problems = []
+    for generation in table.generations():
+        try:
+            table.read_plan(generation)
+        except DamagedFileError as error:
+            if table.directory.exists(plan_name(generation)) or table.was_complete(generation):
+                table.write_plan(_plan_of_parts(table, generation))
+                problems.append(f"{_what(error)}; it is made again from the parts of the plan")
+    return problems
+
+
+def _plan_of_parts(table: CaptionsTable, generation: int) -> Plan:
+    """Return the plan that the parts of a generation make.
+
+    A part that has gone, too, has as many rows as the other parts, or as the published part. Raises OutputError where
+    nothing tells how many.
+    """
+    parts, facts, rows_per_chunk = dict[int, int](), dict[str, Any](), 1
+    for part in table.parts_in_folder(generation):
+        name = plan_part_name(generation, part)
+        with suppress(DamagedFileError), table.directory.open_parquet(name) as file:
+            metadata = file.schema_arrow.metadata or {}
+            if not is_marked_otherwise(table, name, metadata):
+                parts[part] = file.metadata.num_rows
+                rows_per_chunk = max(rows_per_chunk, file.metadata.row_group(0).num_rows)
+                is_retry = "part_row" in file.schema_arrow.names
+                facts = json.loads(metadata.get(PLAN_FACTS, b"{}")) or ({"kind": "retry"} if is_retry else {})
+    if not facts:
+        for part in _numbers_of_parts(table, generation):
+            parts[part] = parts.get(part) or _num_rows(table, part) or max(parts.values(), default=0)
+    if not parts or not all(parts.values()):
+        what = "is damaged, and too few parts of the plan are left to make it again"
+        raise OutputError(f"{table.directory.shown(plan_name(generation))} {what}; restore it, or give --overwrite")
+    recaption = facts.get("recaption")
+    return Plan(
+        generation,
+        facts.get("kind") or ("extend" if generation else "archive"),
+        rows_per_chunk,
+        dict(sorted(parts.items())),
+        recaption=Recaption(**recaption) if recaption else None,
+    )
+
+
+def _numbers_of_parts(table: CaptionsTable, generation: int) -> range:
+    """Return the numbers of the parts that a listing made: those after the earlier ones, up to the last that shows."""
+    older = {part for number in table.generations() if number < generation for part in table.parts_in_folder(number)}
+    newer = {part for number in table.generations() if number > generation for part in table.parts_in_folder(number)}
+    committed = {int(chunk_id.split("-")[1]) for chunk_id in table.committed_chunks(generation)}
+    here = set(table.parts_in_folder(generation)) | committed | (table.published_parts() - newer)
+    first = max(older, default=-1) + 1
+    return range(first, max(here, default=-1) + 1)
+
+
+def _num_rows(table: CaptionsTable, part: int) -> int:
+    """Return the number of rows of a published part; 0 where it is not there or damaged."""
+    with suppress(DamagedFileError):
+        return int(table.directory.read_table(captions_name(part), ["image_id"]).num_rows)
+    return 0
+
+
+def _restore_plan_parts(table: CaptionsTable, source: Source) -> list[str]:
+    """Write each plan part that is damaged or missing: by listing the source again, or from the published table."""
+    problems = []
+    for plan in table.plans():
+        damaged = {part: damage for part in sorted(plan.parts) if (damage := damage_of_plan_part(table, plan, part))}
+        if not damaged:
+            continue
+        if plan.adds_parts:
+            _list_again(table, source, plan, damaged)
+            problems += [f"{damage}; it is made again by listing the source" for damage in damaged.values()]
+            continue
+        indices = {part: _rows_planned_again(table, plan, part) for part in damaged}
+        if not any(numbers is None for numbers in indices.values()):
+            for part, numbers in indices.items():
+                assert numbers is not None
+                rows = current_plan_rows(table, part, before=plan.generation).take(numbers)
+                write_rows_again(table, plan, part, rows, numbers)
+            problems += [f"{damage}; it is made again from captions/" for damage in damaged.values()]
+        elif not table.is_published(plan.generation):
+            _forget(table, plan)
+            problems += [f"{damage}; what it was to caption again is forgotten" for damage in damaged.values()]
+    return problems
+
+
+def damage_of_plan_part(table: CaptionsTable, plan: Plan, part: int) -> str:
+    """Return in words how a plan part is damaged, or ""."""
+    name = plan_part_name(plan.generation, part)
+    try:
+        rows = table.directory.read_table(name, ["image_id"] if plan.adds_parts else ["image_id", "part_row"])
+        with table.directory.open_parquet(name) as file:
+            rows_per_chunk = file.metadata.row_group(0).num_rows
+    except DamagedFileError as error:
+        return _what(error)
+    is_whole = rows.num_rows == plan.parts[part] and rows_per_chunk == min(plan.rows_per_chunk, rows.num_rows)
+    if not is_whole or is_marked_otherwise(table, name, rows.schema.metadata or {}):
+        return f"{table.directory.shown(name)} is damaged: it holds another part of a plan"
+    return ""
+
+
+def _list_again(table: CaptionsTable, source: Source, plan: Plan, damaged: dict[int, str]) -> None:
+    """Write damaged plan parts from a new listing. Raises OutputError where the source has changed since.
+
+    The ids of a published part are known. The rows of the other parts are those that no part has, in the order of the
+    listing, which is the same as long as the source is.
+    """
+    listed = _unplanned_rows(table, source, plan, set(damaged))
+    ids = {part: published for part in damaged if (published := _published_ids(table, part, plan.parts[part]))}
+    is_published = pc.is_in(
+        listed["image_id"],
+        pa.concat_arrays([pa.array([], pa.string()), *(chunk for known in ids.values() for chunk in known.chunks)]),
+    )
+    rest = listed.filter(pc.invert(is_published))
+    expected = sum(plan.parts[part] for part in damaged if part not in ids)
+    if table.info["source"].get("limit") is not None:
+        rest = rest.slice(0, expected)
+    for part, damage in damaged.items():
+        num_rows = plan.parts[part]
+        if part in ids:
+            rows = listed.take(pc.index_in(ids[part], listed["image_id"]).drop_null())
+        else:
+            rows = rest.slice(0, num_rows if rest.num_rows == expected else 0)
+            rest, expected = rest.slice(num_rows), expected - num_rows
+        if rows.num_rows != num_rows:
+            raise OutputError(
+                f"{damage}, and {source.name} has changed since it was listed; restore the file or the source from a "
+                "backup, or start again with --overwrite"
+            )
+        name = plan_part_name(plan.generation, part)
+        rows = rows.combine_chunks().replace_schema_metadata(plan_part_mark(table, name))
+        table.directory.write_table(name, rows, plan.rows_per_chunk)
+
+
+def _published_ids(table: CaptionsTable, part: int, num_rows: int) -> pa.ChunkedArray | None:
+    """Return the ids of a published part; None where there is none that can be trusted."""
+    try:
+        rows = table.directory.read_table(captions_name(part), ["image_id", "chunk_id"])
+    except DamagedFileError:
+        return None
+    is_whole = rows.num_rows == num_rows and pc.all(pc.match_substring(rows["chunk_id"], f"-{part:05d}-")).as_py()
+    return rows["image_id"] if is_whole else None
+
+
+def _unplanned_rows(table: CaptionsTable, source: Source, plan: Plan, damaged: set[int]) -> pa.Table:
+    """List the source, and return the rows that are in no part of any plan but the damaged ones."""
+    schema = pa.schema([*PLAN_SCHEMA, *table.kept_fields])
+    tables = [schema.empty_table()]
+    with IdIndex() as planned:
+        for other in table.plans():
+            for part in other.parts if other.adds_parts else ():
+                if other.generation != plan.generation or part not in damaged:
+                    with suppress(DamagedFileError):  # of a later plan, whose turn comes
+                        name = plan_part_name(other.generation, part)
+                        planned.add(table.directory.read_table(name, ["image_id"])["image_id"].to_pylist())
+        for _, listing in list_units(source, list(source.units())):
+            is_planned = planned.contains(listing.rows["image_id"].to_pylist())
+            tables.append(listing.rows.filter(pa.array(~is_planned)))
+    return pa.concat_tables(tables, promote_options="default")
+
+
+def _rows_planned_again(table: CaptionsTable, plan: Plan, part: int) -> npt.NDArray[np.int64] | None:
+    """Return the rows of a published part that a damaged plan captions again; None where nothing tells them."""
+    rows = table.directory.read_table(captions_name(part), ["image_id", "generation", "status"])
+    with suppress(DamagedFileError):
+        older = table.directory.read_table(history_name(plan.generation, part), ["image_id"])["image_id"]
+        indices = pc.index_in(older, rows["image_id"])
+        if len(older) == plan.parts[part] and not indices.null_count:
+            return np.sort(indices.to_numpy())
+    candidates = [pc.equal(rows["generation"], plan.generation)]
+    if plan.kind == "retry":
+        candidates.append(pc.equal(rows["status"], STATUS_FAILED))
+    for mask in candidates:
+        indices = np.flatnonzero(mask.to_numpy())
+        if len(indices) == plan.parts[part]:
+            return indices
+    return None
+
+
+def _forget(table: CaptionsTable, plan: Plan) -> None:
+    """Delete an unpublished plan that captions rows again. Raises OutputError where some rows are in captions/."""
+    for part in plan.parts:
+        generations = table.directory.read_table(captions_name(part), ["generation"])["generation"]
+        if pc.any(pc.greater_equal(generations, plan.generation)).as_py():
+            raise OutputError(
+                f"{table.directory.shown(plan_name(plan.generation))}: a part of this plan is damaged, and some of its "
+                "rows are published; restore it from a backup, or start again with --overwrite"
+            )
+    for chunk_id in table.committed_chunks(plan.generation):
+        table.directory.delete(table.chunk_name(chunk_id))
+    table.directory.delete(plan_name(plan.generation))
+    table.directory.delete_folder(plan_folder(plan.generation))
+
+
+def _what(error: DamagedFileError) -> str:
+    """Return what happened to the file, without the way out."""
+    return str(error).rpartition("; ")[0]
+
+
+def _reopen_damaged_parts(table: CaptionsTable) -> list[str]:
     """Make the generations of damaged published parts unfinished again; return a sentence for each file.
 
     Each published part is read once. A damaged one is deleted: a run then captions its rows and publishes it, as after
@@ -62,7 +294,7 @@ def damage_of_part(table: CaptionsTable, plan: Plan, part: int, recorded: dict[s
             return f"{table.directory.shown(name)} is damaged: its bytes are not those that were published"
         ids = table.directory.read_table(name, ["image_id"])["image_id"]
     except DamagedFileError as error:
-        return str(error).rpartition("; ")[0]
+        return _what(error)
     planned = table.directory.read_table(plan_part_name(plan.generation, part), ["image_id"])["image_id"]
     if not ids.equals(planned):
         return f"{table.directory.shown(name)} is damaged: its rows are not the planned images"
@@ -73,7 +305,7 @@ def _damage_of_record(table: CaptionsTable, plan: Plan) -> str:
     try:
         table.published_files(plan.generation)
     except DamagedFileError as error:
-        return str(error).rpartition("; ")[0]
+        return _what(error)
     return ""
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from dataclasses import asdict
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +13,16 @@ import pyarrow.compute as pc
 
 from captioner.data import STATUS_FAILED
 from captioner.store.plan import MIN_ROWS_PER_CHUNK
-from captioner.store.table import CaptionsTable, Plan, Recaption, captions_name, plan_folder, plan_part_name
+from captioner.store.table import (
+    PLAN_FACTS,
+    CaptionsTable,
+    Plan,
+    Recaption,
+    captions_name,
+    plan_folder,
+    plan_part_mark,
+    plan_part_name,
+)
 
 RowIndices = dict[int, npt.NDArray[np.int64]]  # rows of the published table: part -> ascending indices in it
 
@@ -50,23 +61,25 @@ def plan_rows_again(
     if not parts:
         return None
     rows_per_chunk = min(rows_per_chunk, max(MIN_ROWS_PER_CHUNK, -(-sum(parts.values()) // 64)))
+    plan = Plan(generation, kind, rows_per_chunk, parts, recaption=recaption)
     for part in parts:
         rows = current_plan_rows(table, part).take(indices[part])
         if refresh is not None:
             codes = table.directory.read_table(captions_name(part), ["error_code"])["error_code"].take(indices[part])
             rows = refresh(rows, codes.to_pylist())
-        rows = rows.append_column(pa.field("part_row", pa.int64()), pa.array(indices[part], pa.int64()))
-        table.directory.write_table(plan_part_name(generation, part), rows, rows_per_chunk)
-    plan = Plan(generation, kind, rows_per_chunk, parts, recaption=recaption)
+        write_rows_again(table, plan, part, rows, indices[part])
     table.write_plan(plan)
     return plan
 
 
-def current_plan_rows(table: CaptionsTable, part: int) -> pa.Table:
-    """Return the plan rows of a part, each as the latest generation has it: it may have been planned anew."""
+def current_plan_rows(table: CaptionsTable, part: int, before: int | None = None) -> pa.Table:
+    """Return the plan rows of a part, each as the latest generation has it: it may have been planned anew.
+
+    `before`: leave out this generation and later ones.
+    """
     rows = table.directory.read_table(plan_part_name(generation_of_parts(table)[part], part))
     for plan in table.plans():
-        if not plan.adds_parts and part in plan.parts:
+        if not plan.adds_parts and part in plan.parts and (before is None or plan.generation < before):
             newer = table.directory.read_table(plan_part_name(plan.generation, part))
             rows = with_newer_values(rows, newer["part_row"].to_numpy(), newer.drop_columns("part_row"))
     return rows
@@ -80,6 +93,17 @@ def with_newer_values(rows: pa.Table, indices: npt.NDArray[np.int64], newer: pa.
     order = np.arange(rows.num_rows)
     order[indices] = rows.num_rows + np.arange(len(indices))
     return both.take(order).combine_chunks()
+
+
+def write_rows_again(
+    table: CaptionsTable, plan: Plan, part: int, rows: pa.Table, indices: npt.NDArray[np.int64]
+) -> None:
+    """Write a plan part. `rows`: of the plan; `indices`: where they are in the published part."""
+    name = plan_part_name(plan.generation, part)
+    rows = rows.append_column(pa.field("part_row", pa.int64()), pa.array(indices, pa.int64()))
+    facts = {"kind": plan.kind, "recaption": plan.recaption and asdict(plan.recaption)}
+    metadata = {PLAN_FACTS: json.dumps(facts).encode()} | plan_part_mark(table, name)
+    table.directory.write_table(name, rows.replace_schema_metadata(metadata), plan.rows_per_chunk)
 
 
 def generation_of_parts(table: CaptionsTable) -> dict[int, int]:

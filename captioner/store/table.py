@@ -24,6 +24,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from captioner.config import SourceConfig
 from captioner.data import CAPTIONS_SCHEMA, Chunk
 from captioner.errors import OutputError
 from captioner.store.directory import Directory
@@ -39,6 +40,8 @@ _PART = re.compile(r"part-(\d{5,})\.parquet")
 _CHUNK = re.compile(r"g\d{3,}-\d{5,}-\d{4,}\.parquet")
 _FILE_FACTS = ("sha256", "num_bytes")  # of a published file
 _MALFORMED = (AttributeError, KeyError, TypeError, ValueError)  # of JSON that lacks what it should hold
+PLAN_FACTS = b"captioner.plan"  # schema metadata of a plan part that captions rows again: kind and recaption as JSON
+PLAN_PART = b"captioner.part"  # schema metadata of a plan part: table id and name
 _KINDS = ("archive", "extend", "retry", "recaption")
 
 
@@ -137,13 +140,24 @@ class CaptionsTable:
         return pa.schema([*CAPTIONS_SCHEMA, *self.kept_fields])
 
     def plans(self) -> list[Plan]:
-        """Return the complete generations, in order; without a listing that was interrupted."""
-        plans = []
-        for generation in self.generations():
-            name = plan_name(generation)
-            if self.directory.exists(name):
-                plans.append(self.read_plan(generation))
-        return plans
+        """Return the complete generations, in order; without a listing that was interrupted.
+
+        Raises DamagedFileError where a plan.json is damaged, or has gone.
+        """
+        generations = self.generations()
+        complete = [generation for generation in generations if self.directory.exists(plan_name(generation))]
+        return [self.read_plan(number) for number in generations if number in complete or self.was_complete(number)]
+
+    def was_complete(self, generation: int) -> bool:
+        """Return whether there is something that is written only once the plan of a generation is complete."""
+        if generation < max(self.generations()) or self.is_published(generation) or self.committed_chunks(generation):
+            return True
+        older = {part for number in self.generations() if number < generation for part in self.parts_in_folder(number)}
+        return not self.published_parts().isdisjoint(set(self.parts_in_folder(generation)) - older)
+
+    def parts_in_folder(self, generation: int) -> list[int]:
+        """Return the numbers of the plan parts of a generation that are there, whatever its plan.json says."""
+        return sorted(part_numbers(self.directory.list_names(plan_folder(generation))))
 
     def generations(self) -> list[int]:
         """Return the numbers of the folders in plan/, also those of a listing that was interrupted."""
@@ -243,6 +257,17 @@ def plan_name(generation: int) -> str:
     return f"{plan_folder(generation)}/plan.json"
 
 
+def plan_part_mark(table: CaptionsTable, name: str) -> dict[bytes, bytes]:
+    """Return the schema metadata by which a plan part is told from another part's, or another table's."""
+    return {PLAN_PART: f"{table.table_id}/{name}".encode()}
+
+
+def is_marked_otherwise(table: CaptionsTable, name: str, metadata: dict[bytes, bytes]) -> bool:
+    """Return whether a plan part is another's. In tables of earlier versions parts have no mark."""
+    mark = metadata.get(PLAN_PART)
+    return mark != plan_part_mark(table, name)[PLAN_PART] if mark else bool(table.info.get("checksums"))
+
+
 def plan_part_name(generation: int, part: int) -> str:
     return f"{plan_folder(generation)}/part-{part:05d}.parquet"
 
@@ -285,7 +310,8 @@ def _check_info(table: CaptionsTable) -> None:
         raise ValueError(info["table_id"])
     if len(set(table.schema.names)) != len(table.schema):
         raise ValueError("a column occurs twice")
-    dict(info["source"]), info["fingerprint"]
+    SourceConfig.model_validate(info["source"])
+    str(info["fingerprint"])
     for model in [*info.get("models", {}).values(), *([info["model"]] if info["model"] else [])]:
         str(model["name"]), str(model["sha256"]), str(model["dtype"])
 

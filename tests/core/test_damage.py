@@ -1,5 +1,7 @@
 """Files of OUT that were damaged or deleted: noticed, said in one line, and made again by the same command."""
 
+import contextlib
+import io
 import json
 import random
 import shutil
@@ -20,6 +22,7 @@ from captioner.store.directory import Directory
 from captioner.store.table import CaptionsTable, open_table
 from captioner.store.verify import count_rows, verify
 from captioner.testing import Killed, killed_at_write, make_folder
+from ray_jobs.cli import main
 from tests.helpers import caption_config, rows_of
 
 pytestmark = pytest.mark.usefixtures("decoding_here")
@@ -251,3 +254,67 @@ def test_records_notice_what_was_changed_in_them(tmp_path: Path, finished: Path)
         directory.write_bytes(name, json.dumps(value).encode())
         with pytest.raises(DamagedFileError, match="is damaged: its content is not what was written"):
             directory.read_json(name)
+
+
+PLAN_FILES = ["plan/g000/plan.json", "plan/g000/part-00000.parquet", "plan/g000/part-00002.parquet"]
+LATER_FILES = ["plan/g000/published.json", "plan/g001/plan.json", "plan/g001/part-00000.parquet"]
+
+
+@pytest.mark.parametrize("injury", ["a bit flipped", "cut", "deleted"])
+@pytest.mark.parametrize("name", PLAN_FILES + LATER_FILES)
+def test_a_plan_or_record_that_was_damaged_is_made_again(
+    tmp_path: Path, archive: Path, finished: Path, unpublished: Path, name: str, injury: str
+) -> None:
+    for before in [finished, unpublished] if name in PLAN_FILES else [finished]:
+        out = shutil.copytree(before, tmp_path / before.parent.name)
+        chunks = {path: path.read_bytes() for path in (*out.glob("captions/*"), *out.glob("chunks/*/*"))}
+        injure(Directory(str(out)), name, INJURIES[injury])
+
+        assert run("verify", out)[0] == 1
+        code, output = run("caption", archive, out, "--model", "fake", "--local", "--rows-per-file", "16")
+
+        assert code == 0
+        assert injury == "deleted" or f"{name} is damaged" in output
+        assert verify(open_table(str(out))).proven
+        assert contents(out) == contents(finished)
+        assert all(not path.exists() or path.read_bytes() == chunks[path] for path in chunks)  # nothing was done again
+
+
+def test_a_plan_is_not_made_again_from_a_source_that_has_changed(
+    tmp_path: Path, archive: Path, unpublished: Path
+) -> None:
+    """Images would change places, or be planned without a word."""
+    out, changed = shutil.copytree(unpublished, tmp_path / "out"), shutil.copytree(archive, tmp_path / "changed")
+    (out / "table.json").write_text((out / "table.json").read_text().replace(str(archive), str(changed)))
+    (changed / "000009.png").unlink()
+    (out / "plan/g000/part-00000.parquet").write_bytes(b"")
+
+    code, output = run("caption", changed, out, "--model", "fake", "--local")
+
+    assert code == 1
+    assert "has changed since it was listed; restore" in output
+    assert not verify(open_table(str(out))).proven
+
+
+def test_strangers_in_the_folders_of_a_table_are_passed_over_or_named(
+    tmp_path: Path, archive: Path, finished: Path
+) -> None:
+    out = shutil.copytree(finished, tmp_path / "out")
+    for name in ("captions/_SUCCESS", "captions/.DS_Store", "plan/notes/plan.json", "plan/g000/x.txt", "history/y"):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("no file of the table")
+    assert verify(open_table(str(out))).proven
+    assert pipeline.run(caption_config(archive, out)) == 0
+
+    shutil.copy(out / "captions/part-00000.parquet", out / "captions/part-00000 (copy).parquet")
+    result = verify(open_table(str(out)))
+
+    assert named(result.problems, "captions/part-00000 (copy).parquet")  # who reads the folder reads its rows twice
+
+
+def run(*words: object) -> tuple[int, str]:
+    """Return the exit code of a command, and what it printed. A traceback fails the test."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output), pytest.raises(SystemExit) as ended:
+        main([str(word) for word in words])
+    return int(ended.value.code or 0), output.getvalue()

@@ -22,6 +22,7 @@ from captioner.publishing.alt_text.texts import SETTINGS_FILE, alt_text_name, re
 from captioner.scoring.terms import read_terms, term_finder
 from captioner.store.lock import sole_writer
 from captioner.store.read import read_parts
+from captioner.store.replan import generation_of_parts
 from captioner.store.table import CaptionsTable, open_table
 
 _COLUMNS = ["image_id", "caption", "width", "height", "run_id", "created_at"]
@@ -59,9 +60,9 @@ def make_alt_texts(table: CaptionsTable, settings: AltTextConfig) -> Counts:
     counts = Counts()
     maker = _AltTextMaker(rules, limits, term_finder(terms), counts)
     table.directory.delete(SETTINGS_FILE)
-    for part, rows in zip(sorted(table.published_parts()), read_parts(table, _COLUMNS), strict=True):
+    for part, rows in zip(generation_of_parts(table), read_parts(table, _COLUMNS), strict=True):
         table.directory.write_table(alt_text_name(part), maker.rows(rows))
-    table.directory.write_json(SETTINGS_FILE, _record(settings, rules, terms, counts))
+    table.directory.write_json(SETTINGS_FILE, _record(settings, rules, terms, counts), checksum=True)
     return counts
 
 

@@ -12,6 +12,7 @@ from captioner.errors import OutputError
 from captioner.publishing.alt_text.journal import read_latest_reviews
 from captioner.publishing.alt_text.schemas import TEXTS_SCHEMA, UNREVIEWED, Review
 from captioner.store.read import read_parts
+from captioner.store.replan import generation_of_parts
 from captioner.store.table import CaptionsTable
 
 SETTINGS_FILE = "alt_text/settings.json"  # written last: exists only when the alt texts are complete
@@ -57,7 +58,7 @@ def read_alt_texts(table: CaptionsTable, columns: list[str]) -> Iterator[tuple[i
     """Yield (part, these columns of its captions, its rows of ALT_TEXT_SCHEMA). Raises as `read_texts`."""
     read_settings(table)
     columns = list(dict.fromkeys([*columns, "image_id", "run_id", "created_at"]))
-    for part, rows in zip(sorted(table.published_parts()), read_parts(table, columns), strict=True):
+    for part, rows in zip(generation_of_parts(table), read_parts(table, columns), strict=True):
         alt_texts = table.directory.read_table(alt_text_name(part))
         if not all(alt_texts[name].equals(rows[name]) for name in ("image_id", "run_id", "created_at")):
             raise OutputError(

@@ -1,0 +1,185 @@
+"""Damage to the files of OUT, from a seed: no traceback, no wrong caption under an id, proof only where it is true.
+
+pytest tests/core/test_fuzz_table.py                        a few cases
+TABLE_CASES=10000 FUZZ_SEED=7 pytest ...                    more, others
+"""
+
+import contextlib
+import csv
+import io
+import os
+import random
+import shutil
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from captioner import pipeline
+from captioner.config import AltTextConfig
+from captioner.errors import CaptionerError
+from captioner.publishing.alt_text.command import make_alt_texts
+from captioner.publishing.alt_text.journal import Journal
+from captioner.publishing.alt_text.schemas import Review
+from captioner.run.job import open_job
+from captioner.store.directory import Directory
+from captioner.store.table import open_table
+from captioner.testing import Killed, killed_at_write, make_folder
+from ray_jobs.cli import main
+from tests.helpers import caption_config, rows_of
+
+CASES = int(os.environ.get("TABLE_CASES", "12"))
+SEED = int(os.environ.get("FUZZ_SEED", "0"))
+STATES = ("finished", "unpublished", "partial", "retrying")
+NUM_IMAGES = 70
+RETRIED = "000005.png"
+
+pytestmark = pytest.mark.usefixtures("decoding_here")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of images, and a table of them in each of STATES. A case copies one."""
+    home = tmp_path_factory.mktemp("fuzz")
+    archive = make_folder(home / "archive", NUM_IMAGES, width=16)
+    good = (archive / "000005.png").read_bytes()
+    for name in ("000005.png", "000050.png"):
+        (archive / name).write_bytes(b"")
+
+    def config(state: str, **output: object):
+        return caption_config(archive, home / state, rows_per_file=32, **output)
+
+    for state in STATES:
+        if state in ("finished", "retrying"):
+            (archive / "000005.png").write_bytes(b"")
+            pipeline.run(config(state))
+            (archive / "000005.png").write_bytes(good)
+    pipeline.run(config("finished", retry_failed=True))
+    make_alt_texts(open_table(str(home / "finished")), AltTextConfig())
+    with Journal(Directory(str(home / "finished")), "Ada") as journal:
+        for number in range(0, NUM_IMAGES, 2):
+            journal.append(Review("approved", (f"{number:06d}.png",), None, "Ada"))
+    with contextlib.suppress(Killed), killed_at_write(7):
+        pipeline.run(config("retrying", retry_failed=True))
+    for state, keep in (("unpublished", 99), ("partial", 3)):
+        engine = pipeline.ThisProcess(config(state))
+        job = open_job(config(state), engine, lambda line: None)
+        list(engine.caption_chunks(job.work, job.missing_chunks(job.table.open_plans()[0])[:keep]))
+    return home
+
+
+def damage(rng: random.Random, out: Path) -> list[str]:
+    """Injure one or two files of OUT, or put strangers beside them; return what was done."""
+    done = []
+    for _ in range(rng.choice((1, 1, 1, 2))):
+        files = sorted(path for path in out.rglob("*") if path.is_file())
+        by_folder: dict[Path, list[Path]] = {}
+        for path in files:
+            by_folder.setdefault(path.parent, []).append(path)
+        file = rng.choice(by_folder[rng.choice(sorted(by_folder))])
+        data = bytearray(file.read_bytes())
+        kind = rng.choice(("cut", "empty", "delete", "random", "flip", "flip", "swap", "stray", "zeros", "insert"))
+        at = rng.randrange(len(data)) if data else 0
+        done.append(f"{kind} {file.relative_to(out)} at {at}")
+        if kind == "cut":
+            file.write_bytes(data[:at])
+        elif kind == "empty":
+            file.write_bytes(b"")
+        elif kind == "delete":
+            file.unlink()
+        elif kind == "random":
+            file.write_bytes(rng.randbytes(len(data)))
+        elif kind == "flip" and data:
+            data[at] ^= 1 << rng.randrange(8)
+            file.write_bytes(data)
+        elif kind == "swap":
+            shutil.copy(file, rng.choice(files))
+        elif kind == "zeros":
+            data[at : at + 64] = bytes(len(data[at : at + 64]))
+            file.write_bytes(data)
+        elif kind == "insert":
+            data[at:at] = rng.randbytes(rng.randint(1, 8))
+            file.write_bytes(data)
+        elif kind == "stray":
+            names = ("_SUCCESS", "part-00000 (copy).parquet", "part-1.parquet", "plan.json", ".DS_Store", "notes.txt")
+            (file.parent / rng.choice(names)).write_bytes(bytes(data[:at]))
+    return done
+
+
+def run(*words: str) -> tuple[int, str]:
+    """Return the exit code of a command and what it printed. Raises whatever a user would see as a traceback."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        try:
+            main(list(words))
+        except SystemExit as ended:
+            return int(ended.code or 0), output.getvalue()
+    raise AssertionError("main returned")
+
+
+def check_case(
+    home: Path, folder: Path, seed: str, expected: dict[str, str | None], expected_texts: dict[str, str]
+) -> Iterator[str]:
+    """Yield what was done, step by step, so that a failure can be told."""
+    rng = random.Random(seed)
+    state = rng.choice(STATES)
+    out = shutil.copytree(home / state, folder / "out")
+    yield f"{state}: {damage(rng, out)}"
+    caption = ("caption", str(home / "archive"), str(out), "--model", "fake", "--local", "--rows-per-file", "32")
+    export = ("export", str(out), "--to", "csv", str(folder / "texts.csv"), "--include-unreviewed")
+    commands = [("status", str(out)), ("check", str(out)), ("report", str(out)), export, (*caption, "--retry-failed")]
+    commands = [("verify", str(out)), *rng.sample(commands, 2), caption, ("verify", str(out)), *rng.sample(commands, 2)]
+    for words in commands:
+        (folder / "texts.csv").unlink(missing_ok=True)
+        code, output = run(*words)
+        yield f"{words[0]} {words[-1] if words[-1].startswith('--') else ''}: {code} {output[-400:] if code else ''}"
+        assert code in (0, 1), output
+        if words[0] == "verify" and code == 0:
+            # A retry of which no trace is left was never begun, as far as the table knows.
+            assert captions_of(out) in (expected, expected | {RETRIED: None})
+        for image_id, text in captions_of(out).items():
+            assert image_id in expected
+            assert text is None or text == expected[image_id], (image_id, text)
+        if words[0] == "export" and code == 0:
+            texts = texts_in(folder / "texts.csv")
+            assert texts.items() <= expected_texts.items()
+
+
+def texts_in(file: Path) -> dict[str, str]:
+    with file.open(encoding="utf-8-sig", newline="") as lines:
+        # A text whose review was lost is marked as automatic.
+        return {
+            row["image_id"]: row["alt_text"].removesuffix(" (automatic description)") for row in csv.DictReader(lines)
+        }
+
+
+def captions_of(out: Path) -> dict[str, str | None]:
+    """What the committed rows say; {} where they cannot be read."""
+    try:
+        rows = rows_of(out)
+    except CaptionerError:
+        return {}
+    captions = {row["image_id"]: row["caption"] for row in rows}
+    assert len(captions) == len(rows), "an image has two rows"
+    return captions
+
+
+@pytest.mark.timeout(0)
+def test_damaged_tables_are_repaired_or_refused(home: Path, tmp_path: Path) -> None:
+    expected = captions_of(home / "finished")
+    assert run("export", str(home / "finished"), "--to", "csv", str(tmp_path / "x.csv"), "--include-unreviewed")[0] == 0
+    expected_texts = texts_in(tmp_path / "x.csv")
+    assert len(expected) == NUM_IMAGES
+    failures = []
+    for case in range(CASES):
+        steps, folder = [], tmp_path / str(case)
+        try:
+            for step in check_case(home, folder, f"{SEED} {case}", expected, expected_texts):
+                steps.append(step)
+        except BaseException:
+            failures.append(f"seed {SEED}, case {case}: {steps} {traceback.format_exc()[-1500:]}")
+        shutil.rmtree(folder, ignore_errors=True)
+        print(case, file=sys.stderr)
+    assert not failures, "\n\n".join([*failures[:10], f"{len(failures)} failures"])
