@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from captioner.config import CaptionConfig, SourceConfig
 from captioner.data import Chunk, Receipt, Source
-from captioner.errors import OutputError, UsageError
+from captioner.errors import DamagedFileError, OutputError, SourceError, UsageError
 from captioner.files import is_uri, local_path, shown
 from captioner.models import ModelRef, resolve, weights_bytes
 from captioner.run.changed import COMPARE_UP_TO, find_changed, refreshed
@@ -32,7 +32,14 @@ from captioner.store.plan import compare_with_source, make_plan, read_planned
 from captioner.store.publish import missing_chunks, remove_merged_chunks
 from captioner.store.repair import restore_table
 from captioner.store.replan import make_retry_plan
-from captioner.store.table import CaptionsTable, Plan, create_table, open_table, table_exists
+from captioner.store.table import (
+    CaptionsTable,
+    Plan,
+    create_table,
+    discard_empty_table,
+    open_table,
+    table_exists,
+)
 
 ROWS_PER_CHUNK = 512
 CHUNK_PIXEL_BYTES = 80_000_000  # 512 images of 224 x 224; larger inputs make smaller chunks
@@ -194,6 +201,8 @@ def _plan(
     if replan:
         notify("no image is captioned yet: planning again with the changed --include and --exclude")
         table = None
+    if table is not None and _belongs_to_no_source(config, table):
+        replan, table = True, None
     if table is not None:
         _check_same_source(config, table)
     source = open_source(config.source)
@@ -208,7 +217,11 @@ def _plan(
         table.directory.sweep("")
         remove_merged_chunks(table)
     planned = Planned(config, table, source)
-    _bring_plan_up_to_date(planned, notify, rows_per_chunk)
+    try:
+        _bring_plan_up_to_date(planned, notify, rows_per_chunk)
+    except SourceError:
+        discard_empty_table(table)
+        raise
     planned.notes.extend(note for plan in table.plans() for note in plan.notes)
     return planned
 
@@ -267,6 +280,19 @@ def _may_select_anew(config: CaptionConfig, table: CaptionsTable) -> bool:
     same = config.model_copy(update={"source": config.source.model_copy(update=changes)})
     _check_same_source(same, table)
     return True
+
+
+def _belongs_to_no_source(config: CaptionConfig, table: CaptionsTable) -> bool:
+    """Return whether another source was never listed to its end for this table, so that this one may have it."""
+    try:
+        if table.plans() or table.published_parts():
+            return False
+        _check_same_source(config, table)
+    except DamagedFileError:
+        return False
+    except OutputError:
+        return True
+    return False
 
 
 def _check_same_source(config: CaptionConfig, table: CaptionsTable) -> None:

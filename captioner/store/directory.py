@@ -8,7 +8,7 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -150,8 +150,8 @@ class Directory:
         below = (info.path.removeprefix(root).strip("/").partition("/") for info in infos if info.is_file)
         return sorted({name for name, deeper, _ in below if deeper})
 
-    def is_empty(self) -> bool:
-        """Return whether the directory holds nothing but the marker of a running writer.
+    def is_empty(self, besides: Sequence[str] = ()) -> bool:
+        """Return whether the directory holds nothing but the marker of a running writer, and files of these names.
 
         Raises OutputError where `location` is a file or cannot be listed.
         """
@@ -159,7 +159,7 @@ class Directory:
             infos = self.filesystem.get_file_info(FileSelector(self.path(""), allow_not_found=True))
         except OSError as error:
             raise OutputError(f"{self.location} cannot be listed: {error}; give another OUT") from error
-        return all(info.base_name == LEASE_FILE for info in infos)
+        return all(info.base_name in (LEASE_FILE, *besides) for info in infos)
 
     @_retried
     def read_bytes(self, name: str) -> bytes:

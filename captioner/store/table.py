@@ -351,6 +351,19 @@ def create_table(
     return CaptionsTable(directory, info)
 
 
+def discard_empty_table(table: CaptionsTable) -> None:
+    """Leave OUT as it was before a start that planned nothing: free for any source."""
+    directory = table.directory
+    if any(
+        table.directory.exists(plan_name(number)) or table.parts_in_folder(number) for number in table.generations()
+    ):
+        return
+    for folder in _OWN_FOLDERS:
+        directory.delete_folder(folder)
+    if directory.is_empty(besides=(TABLE_FILE,)):
+        directory.delete(TABLE_FILE)
+
+
 def table_exists(location: str) -> bool:
     """Return whether OUT holds a table; after an overwrite that was interrupted it does not.
 

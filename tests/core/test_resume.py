@@ -10,7 +10,7 @@ from helpers import caption_config, contents
 
 from captioner import pipeline
 from captioner.config import CaptionConfig
-from captioner.errors import FingerprintError, OutputError, TooManyFailedError
+from captioner.errors import FingerprintError, OutputError, SourceError, TooManyFailedError
 from captioner.publishing.alt_text.journal import Journal
 from captioner.publishing.alt_text.schemas import Review
 from captioner.store.directory import Directory
@@ -222,6 +222,34 @@ def test_another_model_or_source_is_refused(tmp_path: Path, archive: Path) -> No
         pipeline.run(other_beams)
     with pytest.raises(OutputError, match=r"source.path=.*--overwrite"):
         pipeline.run(other_source)
+
+
+def test_a_start_that_planned_nothing_leaves_out_free(tmp_path: Path, archive: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "twice.csv").write_text(f"image_id,path\na,{archive}/000000.png\na,{archive}/000001.png\n")
+    out = tmp_path / "out"
+    for source in (tmp_path / "empty", tmp_path / "twice.csv"):
+        with pytest.raises(SourceError):
+            pipeline.run(caption_config(source, out))
+        assert not out.exists()
+
+    out.mkdir()
+    with pytest.raises(SourceError):
+        pipeline.run(caption_config(tmp_path / "empty", out))
+    assert list(out.iterdir()) == []
+    assert pipeline.run(caption_config(archive, out)) == 0
+
+
+def test_a_listing_that_was_interrupted_gives_way_to_another_source(tmp_path: Path, archive: Path) -> None:
+    small, out = make_folder(tmp_path / "small", 5), tmp_path / "out"
+    assert not run_until_killed(caption_config(archive, out), 4)
+    assert list(out.glob("plan/*/part-*"))
+    assert not list(out.glob("plan/*/plan.json"))
+
+    assert pipeline.run(caption_config(small, out)) == 0
+    assert len(contents(out)) == 5
+    with pytest.raises(OutputError, match=r"was (planned|created)"):
+        pipeline.run(caption_config(archive, out))
 
 
 def test_max_failed_keeps_the_table_and_fails_the_run(tmp_path: Path, archive: Path) -> None:
