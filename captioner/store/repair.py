@@ -91,9 +91,9 @@ def _numbers_of_parts(table: CaptionsTable, generation: int) -> range:
     older = {part for number in table.generations() if number < generation for part in table.parts_in_folder(number)}
     newer = {part for number in table.generations() if number > generation for part in table.parts_in_folder(number)}
     committed = {int(chunk_id.split("-")[1]) for chunk_id in table.committed_chunks(generation)}
-    here = set(table.parts_in_folder(generation)) | committed | (table.published_parts() - newer)
+    parts = set(table.parts_in_folder(generation)) | committed | (table.published_parts() - newer)
     first = max(older, default=-1) + 1
-    return range(first, max(here, default=-1) + 1)
+    return range(first, max(parts, default=-1) + 1)
 
 
 def _num_rows(table: CaptionsTable, part: int) -> int:
@@ -152,7 +152,7 @@ def _list_again(table: CaptionsTable, source: Source, plan: Plan, damaged: dict[
     ids = {part: published for part in damaged if (published := _published_ids(table, part, plan.parts[part]))}
     is_published = pc.is_in(
         listed["image_id"],
-        pa.concat_arrays([pa.array([], pa.string()), *(chunk for known in ids.values() for chunk in known.chunks)]),
+        pa.concat_arrays([pa.array([], pa.string()), *(chunk for column in ids.values() for chunk in column.chunks)]),
     )
     rest = listed.filter(pc.invert(is_published))
     expected = sum(plan.parts[part] for part in damaged if part not in ids)
