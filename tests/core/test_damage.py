@@ -3,8 +3,10 @@
 import contextlib
 import io
 import json
+import os
 import random
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -310,6 +312,33 @@ def test_strangers_in_the_folders_of_a_table_are_passed_over_or_named(
     result = verify(open_table(str(out)))
 
     assert named(result.problems, "captions/part-00000 (copy).parquet")  # who reads the folder reads its rows twice
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+@pytest.mark.parametrize("mode", [0o700, 0o555])
+def test_a_table_of_somebody_else_is_one_line(archive: Path, finished: Path, mode: int) -> None:
+    """Unreadable, or readable and not writable."""
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own are closed to others
+        out = Path(shutil.copytree(finished, Path(folder) / "out"))
+        images = shutil.copytree(archive, Path(folder) / "archive")
+        (out / "table.json").write_text((out / "table.json").read_text().replace(str(archive), str(images)))
+        caption = ("caption", images, out, "--model", "fake", "--local", "--rows-per-file", "16", "--retry-failed")
+        commands = [("status", out), ("verify", out), ("report", out), caption]
+        for words in commands:  # imports what the commands need: somebody else may not read it
+            run(*words)
+        for path in (out, *out.rglob("*")):
+            path.chmod(mode if path.is_dir() else mode & 0o444)
+        Path(folder).chmod(0o755)
+        try:
+            os.seteuid(65534)
+            outcomes = [run(*words) for words in commands]
+        finally:
+            os.seteuid(0)
+
+    assert [code for code, _ in outcomes] == ([1, 1, 1, 1] if mode == 0o700 else [0, 0, 1, 1])
+    for code, output in outcomes:
+        assert code == 0 or output.splitlines()[-1].startswith("captioner: error: "), output
+        assert code == 0 or "ermission denied" in output, output
 
 
 def run(*words: object) -> tuple[int, str]:

@@ -1,4 +1,4 @@
-"""Damage to the files of OUT, from a seed: no traceback, no wrong caption under an id, proof only where it is true.
+"""Damage to OUT and to containers of images, from a seed: no traceback, no wrong caption, proof only where it is true.
 
 pytest tests/core/test_fuzz_table.py                        a few cases
 TABLE_CASES=10000 FUZZ_SEED=7 pytest ...                    more, others
@@ -15,6 +15,8 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from captioner import pipeline
@@ -26,7 +28,7 @@ from captioner.publishing.alt_text.schemas import Review
 from captioner.run.job import open_job
 from captioner.store.directory import Directory
 from captioner.store.table import open_table
-from captioner.testing import Killed, killed_at_write, make_folder
+from captioner.testing import Killed, killed_at_write, make_folder, make_parquet, make_tar
 from ray_jobs.cli import main
 from tests.helpers import caption_config, rows_of
 
@@ -182,4 +184,48 @@ def test_damaged_tables_are_repaired_or_refused(home: Path, tmp_path: Path) -> N
             failures.append(f"seed {SEED}, case {case}: {steps} {traceback.format_exc()[-1500:]}")
         shutil.rmtree(folder, ignore_errors=True)
         print(case, file=sys.stderr)
+    assert not failures, "\n\n".join([*failures[:10], f"{len(failures)} failures"])
+
+
+@pytest.fixture(scope="module")
+def containers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tars and Parquet files, of which a case copies one folder."""
+    root = tmp_path_factory.mktemp("containers")
+    for number in range(3):
+        make_tar(root / f"tars/{number}.tar", 8, seed=number, width=16)
+        make_parquet(root / f"parquet/{number}.parquet", 8, seed=number, width=16)
+        table = pq.read_table(root / f"parquet/{number}.parquet")
+        ids = pa.array([f"{number}-{row}" for row in range(8)])
+        pq.write_table(table.set_column(0, "id", ids), root / f"parquet/{number}.parquet", row_group_size=4)
+    return root
+
+
+@pytest.mark.timeout(0)
+@pytest.mark.parametrize("kind", ["tars", "parquet"])
+def test_damaged_containers_give_no_wrong_caption(containers: Path, tmp_path: Path, kind: str) -> None:
+    """PNGs have a CRC: an image that is captioned is the one that its id names, whatever was damaged around it."""
+    assert run("caption", str(containers / kind), str(tmp_path / "whole"), "--model", "fake", "--local")[0] == 0
+    expected = captions_of(tmp_path / "whole")
+    failures = []
+    for case in range(max(1, CASES // 4)):
+        rng, source, out = random.Random(f"{SEED} {case}"), tmp_path / f"{case}", tmp_path / f"{case}-out"
+        shutil.copytree(containers / kind, source)
+        is_planned, done, code, output = rng.random() < 0.5, list[str](), 1, ""
+        try:
+            if is_planned:  # damaged between the plan and the reading of it
+                run("caption", str(source), str(out), "--model", "fake", "--local", "--plan-only")
+            done = damage(rng, source)
+            code, output = run("caption", str(source), str(out), "--model", "fake", "--local")
+            assert code in (0, 1, 2)
+            captions = {name: text for name, text in captions_of(out).items() if text is not None}
+            # Of a file that was another's before it was planned, the images are what is in it.
+            wrong = {name for name, text in captions.items() if text != expected.get(name)} if is_planned else set()
+            assert captions.keys() <= expected.keys() or not is_planned
+            assert set(captions.values()) <= set(expected.values())
+            assert not wrong
+            assert run("verify", str(out))[0] in (0, 1)
+        except BaseException:
+            failures.append(f"seed {SEED}, case {case}: {done} {code} {output[-600:]} {traceback.format_exc()[-1500:]}")
+        for folder in (source, out):
+            shutil.rmtree(folder, ignore_errors=True)
     assert not failures, "\n\n".join([*failures[:10], f"{len(failures)} failures"])
