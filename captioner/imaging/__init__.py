@@ -4,8 +4,7 @@
     opening.py   bytes -> an upright RGB image
     reducing.py  decoding at a smaller size where the format allows it; tiff.py: pages and overviews of TIFFs
     colour.py    any Pillow mode -> RGB over white
-    sizes.py     the size of an image -> the size its model wants
-    fitting.py   upright image -> uint8 pixels of that size
+    fitting.py   upright image -> uint8 pixels of the size that the model needs
     descriptions.py  descriptions that people wrote into the file
     error_codes.py  an exception -> an error code
     settings.py  Pillow's process-wide settings while an image is decoded

@@ -20,8 +20,8 @@ from captioner import pipeline
 from captioner.config import CaptionConfig, ModelConfig
 from captioner.data import Chunk, RawImage
 from captioner.imaging import decode_images
+from captioner.imaging.fitting import resized
 from captioner.imaging.sandbox.decoder import GuardedDecoder
-from captioner.imaging.sizes import resized
 from captioner.models import load, resolve
 from captioner.models.native_processor import native_spec
 from captioner.starter.scenes import make_scenes

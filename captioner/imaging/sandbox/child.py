@@ -37,7 +37,7 @@ def fork_workers(control: socket.socket, work: Callable[[socket.socket], None]) 
         if not descriptors:
             return
         connection = socket.socket(fileno=descriptors[0])
-        pid = os.fork()  # of a process with one thread (see `ONE_THREAD` in .processes)
+        pid = os.fork()  # of a process with one thread (see `ONE_THREAD` in .decoder)
         if pid == 0:
             control.close()
             _end_with(partial(work, connection))
