@@ -128,6 +128,6 @@ class _Buffers:
         return self._stream.allocate(num_bytes)
 
     def give_back(self, buffer: torch.Tensor, event: Event) -> None:
-        """Return a buffer to be reused after `event`, the end of the copy that reads from it."""
+        """Accept a buffer for reuse after `event`, the end of the copy that reads from it."""
         with self._lock:
             self._returned.append((buffer, event))
