@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -9,7 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from captioner.config import CaptionConfig, SourceConfig
+from captioner.config import CaptionConfig, SourceConfig, TrainConfig
 from captioner.data import PLAN_SCHEMA, Source
 from captioner.sources import open_source
 from captioner.store.read import read_parts
@@ -40,6 +41,33 @@ def caption_config(
             "output": {"path": str(out), "rows_per_file": 16, **output},
         }
     )
+
+
+def train_config(
+    data: Path | str,
+    out: Path | str,
+    model: Path | str = "starter",
+    groups: dict[str, Settings] | None = None,
+    max_new_tokens: int = 24,
+    **training: Any,
+) -> TrainConfig:
+    """Return the settings of a short training run. `groups`: settings that differ in other groups than `training`."""
+    training = {"per_device_train_batch_size": 8, "max_steps": 4, "logging_steps": 1} | training
+    tree = {
+        "data": {"path": str(data), "eval_fraction": 0.2},
+        "model": {"name": str(model), "max_new_tokens": max_new_tokens},
+        "training": training,
+        "output": {"path": str(out)},
+    }
+    for name, settings in (groups or {}).items():
+        tree[name] = tree.get(name, {}) | dict(settings)
+    return TrainConfig.model_validate(tree)
+
+
+def training_losses(out: Path) -> list[float]:
+    """Return the training losses in the history of a finished run."""
+    history = json.loads((out / "history.json").read_text())["history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
 
 
 def rows_of(out: Path | str) -> list[dict[str, Any]]:

@@ -31,7 +31,7 @@ def ref() -> ModelRef:
 @pytest.mark.parametrize(
     ("room", "each", "expected"),
     [
-        (10_000, 0.0, 512),  # the more the faster
+        (10_000, 0.0, 512),  # larger sizes are faster
         (100, 0.0, 64),  # 128 do not fit
         (10_000, 1.0, 64),  # no further size is tried after so long
         (10_000, 0.01, 512),

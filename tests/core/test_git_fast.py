@@ -32,7 +32,7 @@ def tiny(tmp_path_factory) -> Path:
 
 
 def images(side: int, count: int) -> np.ndarray:
-    """Half scenes, half noise, of which the starter says long and various things."""
+    """Return scenes and as many images of noise, which the starter gives long and different captions."""
     scenes = np.stack([np.asarray(scene.render(side)) for scene in make_scenes(count // 2, seed=5)])
     noise = np.random.default_rng(0).integers(0, 256, scenes.shape, dtype=np.uint8)
     return np.concatenate([scenes, noise])
@@ -43,23 +43,25 @@ def open_fast(directory: Path, batch_size: int = 32, **settings):
     return load(resolve(config), device="cpu", batch_size=batch_size)
 
 
-def both(directory: Path, pixels: np.ndarray, generate=None, **settings) -> tuple[list[list[int]], list[list[int]]]:
-    """New token ids of each image, end token included: by our search, and by transformers on a model of its own."""
+def search_and_generate(
+    directory: Path, pixels: np.ndarray, generate=None, **settings
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Return the new token ids of each image, end token included, by the fast search and by transformers."""
     captioner = open_fast(directory, **settings)
     assert captioner.engine == "fast"
     plain = AutoModelForImageTextToText.from_pretrained(directory, attn_implementation="eager").eval()
     prefix = torch.tensor([captioner.prefix])
     options = {"num_beams": captioner.ref.num_beams, "max_new_tokens": captioner.ref.max_new_tokens, "do_sample": False}
-    ours, theirs = [], []
+    fast, expected = [], []
     with torch.inference_mode():
         for first in range(0, len(pixels), captioner.batch_size):
             values = captioner.normalise(torch.from_numpy(pixels[first : first + captioner.batch_size]))
             rows = prefix.repeat(len(values), 1)
             output = plain.generate(pixel_values=values, input_ids=rows, **options, **(generate or {}))
-            ours += [caption_of(row) for row in captioner.search(values)[0]]
-            theirs += [caption_of(row) for row in output[:, prefix.shape[1] :]]
-    assert len({tuple(row) for row in theirs}) >= len(pixels) / 2
-    return ours, theirs
+            fast += [caption_of(row) for row in captioner.search(values)[0]]
+            expected += [caption_of(row) for row in output[:, prefix.shape[1] :]]
+    assert len({tuple(row) for row in expected}) >= len(pixels) / 2
+    return fast, expected
 
 
 def caption_of(tokens: torch.Tensor, end: int = 2) -> list[int]:
@@ -69,25 +71,25 @@ def caption_of(tokens: torch.Tensor, end: int = 2) -> list[int]:
 
 @pytest.mark.parametrize("num_beams", [1, 3, 5])
 def test_token_ids_of_the_starter_are_those_of_generate(num_beams) -> None:
-    ours, theirs = both(STARTER, images(64, 200), num_beams=num_beams)
+    fast, expected = search_and_generate(STARTER, images(64, 200), num_beams=num_beams)
 
-    assert ours == theirs
-    assert len({len(row) for row in theirs}) >= 3  # rows leave the search at different steps
+    assert fast == expected
+    assert len({len(row) for row in expected}) >= 3  # rows leave the search at different steps
 
 
 @pytest.mark.parametrize("num_beams", [1, 3, 5])
 def test_token_ids_of_a_tiny_model_are_those_of_generate(num_beams, tiny) -> None:
-    ours, theirs = both(tiny, images(32, 200), num_beams=num_beams)
+    fast, expected = search_and_generate(tiny, images(32, 200), num_beams=num_beams)
 
-    assert ours == theirs
-    assert {row[-1] == 2 for row in theirs} == {True, False}
+    assert fast == expected
+    assert {row[-1] == 2 for row in expected} == {True, False}
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_the_search_starts_with_the_prompt(num_beams, tiny) -> None:
-    ours, theirs = both(tiny, images(32, 40), num_beams=num_beams, prompt="a small red")
+    fast, expected = search_and_generate(tiny, images(32, 40), num_beams=num_beams, prompt="a small red")
 
-    assert ours == theirs
+    assert fast == expected
 
 
 @pytest.mark.parametrize(
@@ -108,18 +110,18 @@ def test_the_search_starts_with_the_prompt(num_beams, tiny) -> None:
 def test_settings_of_the_checkpoint_are_applied(settings, tmp_path) -> None:
     model = write_settings(make_tiny_model("git", tmp_path), **settings)
 
-    ours, theirs = both(model, images(32, 64), num_beams=3)
+    fast, expected = search_and_generate(model, images(32, 64), num_beams=3)
 
-    assert ours == theirs
+    assert fast == expected
 
 
 @pytest.mark.parametrize("settings", [{"no_repeat_ngram_size": 1}, {"min_new_tokens": 9}], ids=str)
 def test_greedy_search_applies_settings_of_the_checkpoint(settings, tmp_path) -> None:
     model = write_settings(make_tiny_model("git", tmp_path), **settings)
 
-    ours, theirs = both(model, images(32, 64))
+    fast, expected = search_and_generate(model, images(32, 64))
 
-    assert ours == theirs
+    assert fast == expected
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
@@ -142,11 +144,11 @@ def test_the_shortest_limits(limit, num_beams, tiny) -> None:
     captioner = open_fast(tiny, num_beams=num_beams, max_new_tokens=limit)
     values = captioner.normalise(torch.from_numpy(pixels))
     with torch.inference_mode():
-        ours = captioner.search(values)[0]
+        fast = captioner.search(values)[0]
         captioner._fast = None
-        theirs = captioner.search(values)[0]
+        expected = captioner.search(values)[0]
 
-    assert [caption_of(row) for row in ours] == [caption_of(row) for row in theirs]
+    assert [caption_of(row) for row in fast] == [caption_of(row) for row in expected]
 
 
 def test_settings_that_only_generate_supports_are_left_to_it(tmp_path) -> None:

@@ -39,7 +39,7 @@ def pixels() -> np.ndarray:
 
 @pytest.fixture
 def captured(monkeypatch) -> list[FakeGraph]:
-    """Every capture of a step, which calls it once, as a real one does."""
+    """Replace the capture of a step by one that calls it once, like the real one, and return the captures."""
     captures: list[FakeGraph] = []
 
     def capture(device: torch.device, step: Callable[[], None]) -> FakeGraph:
@@ -51,7 +51,7 @@ def captured(monkeypatch) -> list[FakeGraph]:
     return captures
 
 
-def opened(directory: Path, num_beams: int, with_graphs: bool):
+def open_captioner(directory: Path, num_beams: int, with_graphs: bool):
     config = ModelConfig(name=str(directory), num_beams=num_beams, max_new_tokens=12)
     captioner = load(resolve(config), device="cpu", batch_size=16)
     captioner._fast.stepper.graphs = with_graphs
@@ -60,8 +60,8 @@ def opened(directory: Path, num_beams: int, with_graphs: bool):
 
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_captured_steps_give_the_same_captions_every_time(tiny, pixels, captured, num_beams) -> None:
-    expected = opened(tiny, num_beams, with_graphs=False).caption(pixels)
-    captioner = opened(tiny, num_beams, with_graphs=True)
+    expected = open_captioner(tiny, num_beams, with_graphs=False).caption(pixels)
+    captioner = open_captioner(tiny, num_beams, with_graphs=True)
 
     first, second = captioner.caption(pixels), captioner.caption(pixels)
 
@@ -72,7 +72,7 @@ def test_captured_steps_give_the_same_captions_every_time(tiny, pixels, captured
 
 
 def test_only_searches_for_full_batches_and_their_halves_are_cached(tiny, pixels, captured) -> None:
-    captioner = opened(tiny, 1, with_graphs=True)
+    captioner = open_captioner(tiny, 1, with_graphs=True)
 
     for count in (59, 45, 39, 30):  # the last batches are of 11, 13, 7 and 14 images
         captioner.caption(pixels[:count])
@@ -87,8 +87,8 @@ def test_where_steps_cannot_be_captured_the_search_continues_without(tiny, pixel
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(graphs, "capture", refuse)
-    expected = opened(tiny, 3, with_graphs=False).caption(pixels)
-    captioner = opened(tiny, 3, with_graphs=True)
+    expected = open_captioner(tiny, 3, with_graphs=False).caption(pixels)
+    captioner = open_captioner(tiny, 3, with_graphs=True)
 
     assert captioner.caption(pixels).texts == expected.texts
     assert not captioner._fast.stepper.graphs
@@ -103,8 +103,8 @@ def test_a_batch_is_halved_where_the_memory_is_too_small_for_a_capture(tiny, pix
         capture(stepper, cached)
 
     monkeypatch.setattr(graphs.Stepper, "_capture", capture_small)
-    expected = opened(tiny, 1, with_graphs=False).caption(pixels)
-    captioner = opened(tiny, 1, with_graphs=True)
+    expected = open_captioner(tiny, 1, with_graphs=False).caption(pixels)
+    captioner = open_captioner(tiny, 1, with_graphs=True)
 
     assert captioner.caption(pixels).texts == expected.texts
     assert captioner.batch_size == 8

@@ -51,7 +51,7 @@ def caption(directory, pixels, batch_size=16, **settings):
 
 
 def generate_with_transformers(family, directory, pixels, **inputs):
-    """Token ids, start token first, and the model, by transformers' own image processor and `generate`."""
+    """Return token ids, model and pixels of transformers' own image processor and `generate`."""
     model = AutoModelForImageTextToText.from_pretrained(directory).eval()
     processor = PROCESSORS[family].from_pretrained(directory)
     images = [Image.fromarray(image) for image in pixels]
@@ -62,7 +62,7 @@ def generate_with_transformers(family, directory, pixels, **inputs):
 
 
 def own_tokens(row: torch.Tensor) -> list[int]:
-    """The generated tokens of a row of `generate`, end token included."""
+    """Return the generated tokens of a row of `generate`, end token included."""
     tokens = row.tolist()
     return tokens[: tokens.index(END) + 1] if END in tokens else tokens
 
@@ -118,7 +118,7 @@ def test_a_caption_continues_the_prompt_without_containing_it(family, models, pi
     prompt = "a small red"
     tokenizer = AutoTokenizer.from_pretrained(models[family])
     start = [START, *tokenizer(prompt, add_special_tokens=False).input_ids]
-    # BLIP's generate takes a whole tokenized text and cuts its end token off; GIT's takes what to go on from.
+    # BLIP's generate takes a complete tokenized text and removes its end token; GIT's takes the start of a text.
     rows = torch.tensor([[*start, END] if family == "blip" else start]).repeat(len(pixels), 1)
     ids, _, _ = generate_with_transformers(family, models[family], pixels, input_ids=rows)
 

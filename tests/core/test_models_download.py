@@ -32,7 +32,7 @@ def model(tmp_path_factory) -> Path:
 
 
 class Hub(BaseHTTPRequestHandler):
-    """One public model, someone/tiny, whose branch `main` and tag `v1` are COMMIT; as the hub answers, no more."""
+    """Serves one public model, someone/tiny, whose branch `main` and tag `v1` are COMMIT, like the hub."""
 
     directory: Path
     requests: list[str]
@@ -104,7 +104,7 @@ except ModelError as error:
 
 @pytest.fixture
 def ask(hub, tmp_path):
-    """Resolve a hub id in a process of its own, for huggingface_hub reads the environment when imported."""
+    """Resolve a hub id in another process, because huggingface_hub reads the environment when imported."""
 
     def ask(name: str, revision: str = "", **variables: str) -> list[str]:
         environment = os.environ | {
@@ -151,7 +151,7 @@ def test_a_model_the_hub_does_not_have_is_an_error_of_one_line(ask) -> None:
 
 @pytest.fixture
 def store(model, tmp_path, monkeypatch) -> str:
-    """The model in a store that lives in this process's memory."""
+    """Return the URI of the model in a store in this process's memory."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     memory = fsspec.filesystem("memory")
     for file in model.iterdir():

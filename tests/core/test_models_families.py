@@ -43,7 +43,7 @@ def model(tmp_path_factory):
 
 @cache
 def images() -> list[Image.Image]:
-    """Of many sizes: below, at and above what the tiny models take."""
+    """Return images with sizes below, at and above those of the tiny models."""
     sizes = [(20 + 7 * index % 31, 18 + 5 * index % 29) for index in range(24)]
     return [scene.render(64).resize(size) for scene, size in zip(make_scenes(24, seed=5), sizes, strict=True)]
 
@@ -58,7 +58,7 @@ def as_files(images: list[Image.Image]) -> list[RawImage]:
 
 
 def caption(directory: Path, batch_size: int = 16, **settings):
-    """Captions of the images, from their files."""
+    """Return the captions of the images, read from files."""
     config = ModelConfig(name=str(directory), **({"max_new_tokens": LIMIT, "preprocess": "processor"} | settings))
     ref = resolve(config)
     decoded = decode_images(as_files(images()), ref.spec, max_pixels=10**6)
@@ -66,7 +66,7 @@ def caption(directory: Path, batch_size: int = 16, **settings):
 
 
 def generate_one_by_one(family: str, directory: Path, prompt: str | None = None) -> list[str]:
-    """`generate` on one image after the other, each through transformers' own classes."""
+    """Return captions by `generate` on one image after the other, prepared by transformers' own classes."""
     model = AutoModelForImageTextToText.from_pretrained(directory).eval()
     tokenizer = AutoTokenizer.from_pretrained(directory)
     texts = []
@@ -235,7 +235,7 @@ def test_a_question_without_exactly_one_image_placeholder_is_an_error(prompt, tm
 
 def test_only_the_image_that_the_processor_refuses_fails(model) -> None:
     ref = resolve(ModelConfig(name=str(model("qwen2_vl")), max_new_tokens=LIMIT))
-    strip = Image.new("RGB", (900, 2))  # Qwen takes no aspect above 200
+    strip = Image.new("RGB", (900, 2))  # Qwen refuses aspect ratios above 200
     decoded = decode_images(as_files([*images()[:3], strip]), ref.spec, max_pixels=10**6)
 
     results = caption_or_reasons(load(ref, device="cpu", batch_size=4), decoded.pixels)

@@ -40,7 +40,7 @@ def write(directory, **settings):
 
 
 def normalised(spec: PixelSpec, pixels: np.ndarray) -> np.ndarray:
-    """float [3, H, W], as `captioner.models` does it on the device."""
+    """Return normalised pixels, float [3, H, W], as `captioner.models` computes them on the device."""
     values = (pixels.astype(np.float64) / 255 - np.array(spec.mean)) / np.array(spec.std)
     return values.transpose(2, 0, 1)
 
@@ -164,7 +164,7 @@ def test_exact_padding_is_left_to_the_processor(tmp_path) -> None:
 
 
 def settings_of_processors() -> st.SearchStrategy[dict[str, Any]]:
-    """Any plain processor: a way to resize, a crop or padding, a filter."""
+    """Generate settings: a way to resize, a crop or padding, and a filter."""
     side = st.integers(16, 64)
     box = st.builds(lambda height, width: {"height": height, "width": width}, side, side)
     edge = st.builds(lambda length: {"shortest_edge": length}, side)
@@ -193,7 +193,7 @@ BOX_FILTER = {
     data=st.data(),
 )
 def test_pixels_are_those_of_the_processor(chosen, size, data, tmp_path_factory) -> None:
-    """To the bit with `processor`, within 1/255 on average with `fast`."""
+    """Exactly with `processor`, within 1/255 on average with `fast`."""
     preprocess = data.draw(st.sampled_from(["fast", "processor"]))
     directory = write(tmp_path_factory.mktemp("any"), image_processor_type="ViTImageProcessor", **chosen)
     spec = replace(read_pixel_spec(directory, "vision-encoder-decoder", "vit", preprocess), preprocess=preprocess)
@@ -205,7 +205,7 @@ def test_pixels_are_those_of_the_processor(chosen, size, data, tmp_path_factory)
         assert (decoded == np.asarray(image)).all()
     else:
         expected = processor(image, return_tensors="np").pixel_values[0]
-        difference = np.abs(normalised(spec, decoded) - expected).mean() * 0.5 * 255  # the deviation is 0.5
+        difference = np.abs(normalised(spec, decoded) - expected).mean() * 0.5 * 255  # the standard deviation is 0.5
         assert difference <= (0.01 if preprocess == "processor" else 1)
 
 

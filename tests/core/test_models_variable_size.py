@@ -46,7 +46,7 @@ def test_an_image_to_be_tiled_is_reduced_to_the_size_its_processor_uses(height, 
     else:
         wanted = get_resize_output_image_size(np.empty((3, height, width), np.uint8), edge)
         assert size == wanted
-        # A strip left one pixel thin is the exception.
+        # Except for strips that become one pixel thin.
         assert min(size) == 1 or get_resize_output_image_size(np.empty((3, *size), np.uint8), edge) == wanted
 
 
@@ -61,9 +61,9 @@ def test_an_image_for_qwen_is_reduced_to_the_size_its_processor_uses(height, wid
     assert size[0] * size[1] <= max(area, height * width)
     if height * width <= area:
         assert size == (height, width)
-    elif max(height, width) <= 200 * min(height, width):  # it refuses the others
+    elif max(height, width) <= 200 * min(height, width):  # the processor refuses the others
         wanted = smart_resize(height, width, 28, 3136, area)
-        assert size in (wanted, (height, width))  # as it is where rounded it would be refused
+        assert size in (wanted, (height, width))  # unchanged where the rounded size would be refused
         assert smart_resize(*size, 28, 3136, area) == wanted
 
 

@@ -21,7 +21,7 @@ SIZES = [(640, 480), (480, 640), (301, 999), (224, 224), (100, 80), (1700, 1300)
 
 
 def photo(width: int, height: int) -> bytes:
-    """A JPEG with smooth parts, edges and grain."""
+    """Return a JPEG with smooth parts, edges and noise."""
     y, x = np.mgrid[0:height, 0:width]
     waves = np.stack([np.sin(x / 37 + y / 91), np.cos(x / 11), ((x // 40 + y // 30) % 2) * 2.0 - 1], axis=-1)
     grain = np.random.default_rng(0).normal(0, 6, waves.shape)

@@ -14,7 +14,7 @@ from captioner.training.loss import CaptionLoss
 from captioner.training.trainable import ADAPTERS, open_trainable
 
 
-def opened(path: Path, checkpoint: Path | None = None):
+def open_with_adapters(path: Path, checkpoint: Path | None = None):
     config = TrainModelConfig(lora_rank=2)
     ref = resolve(ModelConfig(name=str(path), max_new_tokens=8))
     return open_trainable(ref, config, torch.device("cpu"), 4, checkpoint)
@@ -26,7 +26,7 @@ def test_adapters_are_trained_restored_and_merged_into_a_plain_model(tmp_path: P
     from captioner.training.lora import adapter_weights, merge_adapters, save_adapters
 
     torch.manual_seed(0)  # adapters start with random weights
-    captioner = opened(make_tiny_model(family, tmp_path / "model"))
+    captioner = open_with_adapters(make_tiny_model(family, tmp_path / "model"))
     loss, texts = CaptionLoss(captioner), make_collate(captioner).texts(["a ring", "a red cross"])
     loss.eval()
     pixels = torch.randint(0, 256, (2, TINY_SIDE, TINY_SIDE, 3), dtype=torch.uint8)
@@ -42,7 +42,7 @@ def test_adapters_are_trained_restored_and_merged_into_a_plain_model(tmp_path: P
     assert all("lora" in name for name, weight in captioner.model.named_parameters() if weight.requires_grad)
 
     save_adapters(adapter_weights(captioner.model), tmp_path / "checkpoint" / ADAPTERS)
-    restored = opened(tmp_path / "model", tmp_path / "checkpoint")
+    restored = open_with_adapters(tmp_path / "model", tmp_path / "checkpoint")
     assert CaptionLoss(restored).eval()(pixels, **texts).item() == pytest.approx(after, rel=1e-5)
 
     merge_adapters(restored.model)

@@ -28,10 +28,10 @@ CAPTIONS = ["a small red circle on a white background", "a ring", "a large blue 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TransformersCaptioner]:
-    return {family: opened(make_tiny_model(family, tmp_path_factory.mktemp(family))) for family in FAMILIES}
+    return {family: open_tiny(make_tiny_model(family, tmp_path_factory.mktemp(family))) for family in FAMILIES}
 
 
-def opened(path: Path, **settings) -> TransformersCaptioner:
+def open_tiny(path: Path, **settings) -> TransformersCaptioner:
     ref = resolve(ModelConfig(name=str(path), max_new_tokens=8))
     return open_trainable(ref, TrainModelConfig(**settings), torch.device("cpu"), 4, None)
 
@@ -84,12 +84,12 @@ def assert_same_gradients(gradients: dict[str, torch.Tensor], expected: dict[str
     assert gradients.keys() == expected.keys()
     largest = max(gradient.abs().max().item() for gradient in expected.values())
     for name, gradient in expected.items():
-        size = max(gradient.abs().max().item(), 1e-3 * largest)  # those of key biases are zero but for rounding
+        size = max(gradient.abs().max().item(), 1e-3 * largest)  # gradients of key biases are zero except for rounding
         torch.testing.assert_close(gradients[name] / size, gradient / size, rtol=1e-3, atol=1e-4, msg=name)
 
 
 def test_gradients_of_git_are_those_of_its_own_forward_pass(models) -> None:
-    """Ours leaves out work whose result nobody reads; what is left must have the same gradients."""
+    """The loss leaves out operations whose results are not used; the gradients must not change."""
     captioner = models["git"]
     loss, pixels = CaptionLoss(captioner).eval(), images(1)
     texts = make_collate(captioner).texts(CAPTIONS[:1])
@@ -102,23 +102,23 @@ def test_gradients_of_git_are_those_of_its_own_forward_pass(models) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path: Path, family: str) -> None:
-    captioner = opened(make_tiny_model(family, tmp_path / "model"))
+    captioner = open_tiny(make_tiny_model(family, tmp_path / "model"))
     for module in captioner.model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     loss, texts = CaptionLoss(captioner).train(), make_collate(captioner).texts(CAPTIONS)
-    value, all_kept = with_size_kept(lambda: loss(images(3), **texts))
+    value, all_kept = with_saved_size(lambda: loss(images(3), **texts))
     expected = gradients(captioner, value)
 
     captioner.model.activation_checkpointing_enable({"use_reentrant": False})
-    value, kept = with_size_kept(lambda: loss(images(3), **texts))
+    value, kept = with_saved_size(lambda: loss(images(3), **texts))
 
     assert kept < all_kept / 2
     assert_same_gradients(gradients(captioner, value), expected)
 
 
-def with_size_kept(run: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, int]:
-    """The result, and how many numbers were kept for the backward pass."""
+def with_saved_size(run: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, int]:
+    """Return the result of `run`, and how many numbers were saved for the backward pass."""
     kept: list[int] = []
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
@@ -156,16 +156,16 @@ def test_every_weight_that_captions_depend_on_has_a_gradient(models, family: str
 
 
 def test_a_model_in_training_captions_with_its_current_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU the captioning network keeps copies of weights, which would stay what they were."""
+    """On a GPU the network for captioning holds copies of weights, which would not change."""
     from captioner.models import git
 
     monkeypatch.setattr(git, "open_network", None)  # opens a network that copies weights
 
-    assert type(opened(make_tiny_model("git", tmp_path / "model"))._fast.network) is GitNetwork
+    assert type(open_tiny(make_tiny_model("git", tmp_path / "model"))._fast.network) is GitNetwork
 
 
 def test_the_vision_encoder_can_be_frozen(tmp_path: Path) -> None:
-    captioner = opened(make_tiny_model("git", tmp_path / "model"), freeze_vision=True)
+    captioner = open_tiny(make_tiny_model("git", tmp_path / "model"), freeze_vision=True)
 
     learning = {name for name, weight in captioner.model.named_parameters() if weight.requires_grad}
 
@@ -175,7 +175,7 @@ def test_the_vision_encoder_can_be_frozen(tmp_path: Path) -> None:
 
 def test_a_model_without_a_known_loss_is_refused() -> None:
     with pytest.raises(ModelError, match="cannot be trained"):
-        opened(Path("fake"))
+        open_tiny(Path("fake"))
 
 
 class Words:

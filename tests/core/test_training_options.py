@@ -3,14 +3,16 @@
 import json
 import signal
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from helpers import train_config, training_losses
 
-from captioner.config import ModelConfig, TrainConfig, TrainModelConfig
+from captioner.config import ModelConfig, TrainModelConfig
 from captioner.errors import InterruptedRunError, TerminatedRunError, UsageError
 from captioner.models import load, resolve
 from captioner.testing import make_folder, make_tiny_model
@@ -24,6 +26,8 @@ from captioner.training.trainable import open_trainable
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+settings = partial(train_config, max_new_tokens=8, learning_rate=1e-3)
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -35,27 +39,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model("git", tmp_path_factory.mktemp("tiny"))
 
 
-def settings(data: Path, out: Path, model: Path, groups: dict | None = None, **training) -> TrainConfig:
-    tree = {
-        "data": {"path": str(data), "eval_fraction": 0.2},
-        "model": {"name": str(model), "max_new_tokens": 8},
-        "training": {"per_device_train_batch_size": 8, "max_steps": 4, "logging_steps": 1, "learning_rate": 1e-3}
-        | training,
-        "output": {"path": str(out)},
-    }
-    for group, more in (groups or {}).items():
-        tree[group] = tree[group] | more
-    return TrainConfig.model_validate(tree)
-
-
-def losses(out: Path) -> list[float]:
-    history = json.loads((out / "history.json").read_text())["history"]
-    return [entry["loss"] for entry in history if "loss" in entry]
-
-
 @pytest.fixture(scope="module")
 def plain_out(tmp_path_factory: pytest.TempPathFactory, data: Path, tiny: Path) -> Path:
-    """The OUT of a plain run."""
+    """Return the OUT of a run without options."""
     out = tmp_path_factory.mktemp("plain") / "out"
     job.run(settings(data, out, tiny), LocalEngine())
     return out
@@ -63,7 +49,7 @@ def plain_out(tmp_path_factory: pytest.TempPathFactory, data: Path, tiny: Path) 
 
 @pytest.fixture(scope="module")
 def plain(plain_out: Path) -> list[float]:
-    return losses(plain_out)
+    return training_losses(plain_out)
 
 
 def test_a_run_with_adapters_ends_with_a_plain_model_that_captions(tmp_path: Path, data: Path, tiny: Path) -> None:
@@ -82,7 +68,7 @@ def test_a_run_with_adapters_ends_with_a_plain_model_that_captions(tmp_path: Pat
     assert type(AutoModelForImageTextToText.from_pretrained(out / "model")).__name__ == "GitForCausalLM"
     pixels = np.random.default_rng(0).integers(0, 256, (2, TINY_SIDE, TINY_SIDE, 3), dtype=np.uint8)
     assert len(load(resolve(ModelConfig(name=str(out / "model"), max_new_tokens=8))).caption(pixels).texts) == 2
-    assert losses(out)[-1] < losses(out)[0]
+    assert training_losses(out)[-1] < training_losses(out)[0]
     kept = {file.name for file in (out / "checkpoints").glob("*/step-*/*")}
     assert "adapters" in kept
     assert "model.safetensors" not in kept
@@ -95,8 +81,8 @@ def test_bfloat16_gives_nearly_the_same_curve_and_float32_weights(
 
     job.run(settings(data, tmp_path / "out", tiny, bf16=True), LocalEngine())
 
-    assert losses(tmp_path / "out") == pytest.approx(plain, rel=0.05)
-    assert losses(tmp_path / "out") != plain
+    assert training_losses(tmp_path / "out") == pytest.approx(plain, rel=0.05)
+    assert training_losses(tmp_path / "out") != plain
     weights = load_file(tmp_path / "out" / "model" / "model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
 
@@ -106,7 +92,7 @@ def test_gradient_checkpointing_gives_the_same_curve(
 ) -> None:
     job.run(settings(data, tmp_path / "out", tiny, gradient_checkpointing=True), LocalEngine())
 
-    assert losses(tmp_path / "out") == pytest.approx(plain, rel=1e-4)
+    assert training_losses(tmp_path / "out") == pytest.approx(plain, rel=1e-4)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -131,7 +117,7 @@ def test_events_for_tensorboard_are_in_out(tmp_path: Path, data: Path, tiny: Pat
 
 
 def scalars(file: Path) -> list[tuple[str, int, float]]:
-    """(tag, step, value) of an event file: records of length, checksum, event, checksum."""
+    """Return (tag, step, value) of an event file: records of length, checksum, event, checksum."""
     from tensorboardX.proto.event_pb2 import Event
 
     points, data = [], file.read_bytes()
@@ -141,14 +127,6 @@ def scalars(file: Path) -> list[tuple[str, int, float]]:
         points += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
         data = data[16 + length :]
     return points
-
-
-@pytest.fixture
-def ctrl_c() -> Iterator[None]:
-    """A test run in the background of a shell ignores Ctrl-C."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.usefixtures("ctrl_c")
@@ -177,7 +155,7 @@ def test_a_stopped_run_says_how_to_resume_it_and_resumes(
 
     job.run(config, LocalEngine())
 
-    assert losses(out) == pytest.approx(plain, rel=1e-5)
+    assert training_losses(out) == pytest.approx(plain, rel=1e-5)
 
 
 def test_without_a_test_set_the_card_says_what_its_figures_mean(plain_out: Path) -> None:

@@ -13,7 +13,7 @@ from captioner.training.schedule import best_of, is_stale, make_schedule
 
 
 def pairs(captions: list[int]) -> pa.Table:
-    """Images with so many captions each."""
+    """Return pairs of images with these numbers of captions."""
     ids = [f"image-{number}" for number in range(len(captions))]
     texts = [[f"{name} caption {k}" for k in range(count)] for name, count in zip(ids, captions, strict=True)]
     return pa.table({"image_id": ids, "reference_captions": pa.array(texts, pa.list_(pa.string()))})

@@ -159,7 +159,7 @@ def test_eval_images_are_removed_from_training_images(tmp_path: Path) -> None:
 
 
 def test_separate_eval_and_test_images_are_in_one_set_each(tmp_path: Path) -> None:
-    """The second archive's last images are the third's first ones: those count as test images."""
+    """The last eval images are copies of the first test images, and count as test images."""
     roots = [make_folder(tmp_path / name, 8, seed=seed) for name, seed in (("train", 1), ("eval", 2), ("test", 3))]
     for number in range(3):
         shutil.copy(roots[2] / f"00000{number}.png", roots[1] / f"00000{5 + number}.png")

@@ -8,10 +8,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from helpers import caption_config, rows_of
+from helpers import caption_config, rows_of, train_config, training_losses
 
 from captioner import pipeline
-from captioner.config import ModelConfig, TrainConfig
+from captioner.config import ModelConfig
 from captioner.errors import FingerprintError, ModelError, OutputError, SourceError, TrainingError, UsageError
 from captioner.models import load, resolve
 from captioner.scoring.wer import corpus_wer
@@ -33,30 +33,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model("git", tmp_path_factory.mktemp("tiny"))
 
 
-def settings(data: Path, out: Path, model="starter", groups: dict | None = None, **training) -> TrainConfig:
-    training = {"per_device_train_batch_size": 8, "max_steps": 4, "logging_steps": 1} | training
-    tree = {
-        "data": {"path": str(data), "eval_fraction": 0.2},
-        "model": {"name": str(model), "max_new_tokens": 24},
-        "training": training,
-        "output": {"path": str(out)},
-    }
-    for group, more in (groups or {}).items():
-        tree[group] = tree.get(group, {}) | more
-    return TrainConfig.model_validate(tree)
-
-
-def losses(out: Path) -> list[float]:
-    history = json.loads((out / "history.json").read_text())["history"]
-    return [entry["loss"] for entry in history if "loss" in entry]
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
-    """The starter after a few steps on the second wording of scenes, which it has never seen, with a test set."""
+    """Return the OUT of a run of a few steps on captions that are new to the starter, with a test set."""
     out = tmp_path_factory.mktemp("trained") / "out"
     groups = {"data": {"test_fraction": 0.1}}
-    job.run(settings(data, out, groups=groups, learning_rate=1e-3, max_steps=6, eval_steps=3), LocalEngine())
+    job.run(train_config(data, out, groups=groups, learning_rate=1e-3, max_steps=6, eval_steps=3), LocalEngine())
     return out
 
 
@@ -82,11 +64,11 @@ def test_the_trained_model_loads_with_transformers_alone(trained: Path) -> None:
 
 
 def test_training_lowers_the_loss(trained: Path) -> None:
-    assert losses(trained)[-1] < 0.7 * losses(trained)[0]
+    assert training_losses(trained)[-1] < 0.7 * training_losses(trained)[0]
 
 
 def test_the_measured_wer_is_that_of_the_saved_model(trained: Path) -> None:
-    """Evaluation during training captions with the weights of that step."""
+    """Evaluation in training uses the weights of its step."""
     record = json.loads((trained / "model" / "training_run.json").read_text())
     rows = pq.read_table(trained / "pairs" / "test.parquet").to_pylist()
     ref = resolve(ModelConfig(name=str(trained / "model"), max_new_tokens=24))
@@ -129,7 +111,7 @@ def test_the_report_shows_pairs_and_captions_and_loads_nothing(trained: Path) ->
 
 def test_the_same_command_again_does_nothing(trained: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     groups = {"data": {"test_fraction": 0.1}}
-    job.run(settings(data, trained, groups=groups, learning_rate=1e-3, max_steps=6, eval_steps=3), LocalEngine())
+    job.run(train_config(data, trained, groups=groups, learning_rate=1e-3, max_steps=6, eval_steps=3), LocalEngine())
 
     assert "nothing to train" in capsys.readouterr().err
 
@@ -137,20 +119,20 @@ def test_the_same_command_again_does_nothing(trained: Path, data: Path, capsys: 
 def test_a_changed_setting_is_refused_by_name(trained: Path, data: Path) -> None:
     with pytest.raises(FingerprintError, match=r"started with training\.learning_rate = 0\.001, now it is 0\.5"):
         job.run(
-            settings(data, trained, groups={"data": {"test_fraction": 0.1}}, learning_rate=0.5, max_steps=6),
+            train_config(data, trained, groups={"data": {"test_fraction": 0.1}}, learning_rate=0.5, max_steps=6),
             LocalEngine(),
         )
 
 
 class Stopped(BaseException):
-    """The process would be dead from here on."""
+    """Stands for the end of the process."""
 
 
 def test_a_killed_run_resumes_and_ends_like_an_uninterrupted_one(
     tmp_path: Path, data: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {"max_steps": 6, "eval_steps": 2, "learning_rate": 1e-3}
-    job.run(settings(data, tmp_path / "whole", tiny, **options), LocalEngine())
+    job.run(train_config(data, tmp_path / "whole", tiny, **options), LocalEngine())
     show_progress = LocalWorker.show_progress
 
     def die_at_step_5(worker: LocalWorker, progress: dict) -> None:
@@ -161,12 +143,12 @@ def test_a_killed_run_resumes_and_ends_like_an_uninterrupted_one(
     with monkeypatch.context() as patch:
         patch.setattr(LocalWorker, "show_progress", die_at_step_5)
         with pytest.raises(Stopped):
-            job.run(settings(data, tmp_path / "killed", tiny, **options), LocalEngine())
+            job.run(train_config(data, tmp_path / "killed", tiny, **options), LocalEngine())
     assert not (tmp_path / "killed" / "model").exists()
-    job.run(settings(data, tmp_path / "killed", tiny, **options), LocalEngine())
+    job.run(train_config(data, tmp_path / "killed", tiny, **options), LocalEngine())
 
-    assert losses(tmp_path / "killed") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
-    assert len(losses(tmp_path / "killed")) == 6
+    assert training_losses(tmp_path / "killed") == pytest.approx(training_losses(tmp_path / "whole"), rel=1e-5)
+    assert len(training_losses(tmp_path / "killed")) == 6
     weights = [_weights(tmp_path / name) for name in ("whole", "killed")]
     for name, weight in weights[0].items():
         torch.testing.assert_close(weights[1][name], weight, rtol=1e-4, atol=1e-5)
@@ -192,17 +174,17 @@ def test_every_family_trains_the_same_with_and_without_accumulation(
     model = without_dropout(make_tiny_model(family, tmp_path / "model"))
     cut = {"per_device_train_batch_size": 8 // accumulation, "gradient_accumulation_steps": accumulation}
     out = tmp_path / "out"
-    job.run(settings(data, out, model, learning_rate=1e-2, max_steps=3, **cut), LocalEngine())
+    job.run(train_config(data, out, model, learning_rate=1e-2, max_steps=3, **cut), LocalEngine())
 
     key = (family, "losses")
-    expected = _LOSSES.setdefault(key, losses(out))
-    assert losses(out) == pytest.approx(expected, rel=1e-3)
-    assert losses(out)[-1] < losses(out)[0]
+    expected = _LOSSES.setdefault(key, training_losses(out))
+    assert training_losses(out) == pytest.approx(expected, rel=1e-3)
+    assert training_losses(out)[-1] < training_losses(out)[0]
     assert_loads(out / "model", family)
 
 
 def assert_loads(model: Path, family: str) -> None:
-    """With transformers alone, and as --model. AutoProcessor has no processor for VisionEncoderDecoder."""
+    """Assert that transformers and `load` open the model. AutoProcessor has none for VisionEncoderDecoder."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     assert AutoModelForImageTextToText.from_pretrained(model).config.model_type == family
@@ -229,7 +211,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     monkeypatch.setattr(CaptionLoss, "forward", broken)
     out = tmp_path / "out"
     with pytest.raises(TrainingError, match=r"the loss of step 3 is nan.*checkpoint stays"):
-        job.run(settings(data, out, tiny, max_steps=4, eval_steps=1), LocalEngine())
+        job.run(train_config(data, out, tiny, max_steps=4, eval_steps=1), LocalEngine())
 
     assert [folder.name for folder in sorted((out / "checkpoints").glob("*/step-*"))] == [
         "step-00000001",
@@ -241,7 +223,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
 def test_a_loss_that_is_not_finite_is_noticed_between_evaluations(
     tmp_path: Path, data: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Losses are read a step late, so that a GPU never waits; the step that is named is the one whose loss it was."""
+    """Losses are read a step late, so that a GPU need not wait; the message names the step of the loss."""
     from captioner.training.loss import CaptionLoss
 
     forward, calls = CaptionLoss.forward, []
@@ -252,20 +234,22 @@ def test_a_loss_that_is_not_finite_is_noticed_between_evaluations(
 
     monkeypatch.setattr(CaptionLoss, "forward", broken)
     with pytest.raises(TrainingError, match="the loss of step 3 is nan"):
-        job.run(settings(data, tmp_path / "out", tiny, max_steps=20, eval_steps=10, logging_steps=10), LocalEngine())
+        job.run(
+            train_config(data, tmp_path / "out", tiny, max_steps=20, eval_steps=10, logging_steps=10), LocalEngine()
+        )
 
     assert len(calls) == 4
     assert not (tmp_path / "out" / "checkpoints").exists()
 
 
 def test_early_stopping_keeps_the_best(tmp_path: Path, data: Path) -> None:
-    """The starter knows the first wording perfectly: nothing can get better."""
+    """The starter was trained on these captions, so no evaluation is better than the first."""
     out = tmp_path / "out"
     job.run(
-        settings(data, out, max_steps=9, eval_steps=1, early_stopping_patience=2, learning_rate=1e-2), LocalEngine()
+        train_config(data, out, max_steps=9, eval_steps=1, early_stopping_patience=2, learning_rate=1e-2), LocalEngine()
     )
 
-    assert len(losses(out)) == 2
+    assert len(training_losses(out)) == 2
 
 
 @pytest.mark.parametrize(
@@ -283,10 +267,10 @@ def test_early_stopping_keeps_the_best(tmp_path: Path, data: Path) -> None:
 )
 def test_wrong_settings_are_errors_before_anything_starts(tmp_path: Path, data: Path, groups, error, message) -> None:
     with pytest.raises(error, match=message):
-        job.run(settings(data, tmp_path / "out", groups=groups), LocalEngine())
+        job.run(train_config(data, tmp_path / "out", groups=groups), LocalEngine())
 
 
 def test_an_out_without_a_training_run_is_refused(tmp_path: Path, data: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="holds no training run"):
-        job.run(settings(data, tmp_path), LocalEngine())
+        job.run(train_config(data, tmp_path), LocalEngine())

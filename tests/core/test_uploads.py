@@ -24,7 +24,7 @@ WAIT_S = 30  # seconds, for an event that must happen
 
 
 class SlowCopy:
-    """The end of a copy that happens only once something waits for it, or at its second query."""
+    """A copy that is made when it is waited for, or at its second query."""
 
     def __init__(self, source: torch.Tensor, target: torch.Tensor) -> None:
         self._source, self._target, self._queries, self._copied = source, target, 0, False
@@ -42,7 +42,7 @@ class SlowCopy:
 
 
 class SlowStream:
-    """Stands in for a CUDA copy stream: what is in a buffer before its copy has ended must not change."""
+    """Stands in for a CUDA copy stream; fails the test if a buffer changes before its copy has ended."""
 
     def __init__(self) -> None:
         self.allocated: list[int] = []
@@ -167,7 +167,7 @@ def test_a_call_uploads_while_another_is_searched(captioner, pixels, monkeypatch
             assert uploading.acquire(timeout=WAIT_S)
         return search(values)
 
-    calls_to_wait_for = iter([2])  # of the first search: its own call, and the other
+    calls_to_wait_for = iter([2])  # the first search waits for its own call and for the other
     expected = captioner.caption(pixels)
     monkeypatch.setattr(captioner.uploads, "batches", watched_batches)
     monkeypatch.setattr(captioner, "search", waiting_search)
