@@ -28,6 +28,7 @@ class SlowCopy:
 
     def __init__(self, source: torch.Tensor, target: torch.Tensor) -> None:
         self._source, self._target, self._queries, self._copied = source, target, 0, False
+        self._lock = threading.Lock()  # two threads may wait for one copy
 
     def query(self) -> bool:
         self._queries += 1
@@ -36,9 +37,10 @@ class SlowCopy:
         return self._copied
 
     def synchronize(self) -> None:
-        if not self._copied:
-            self._target.copy_(self._source)
-            self._copied = True
+        with self._lock:
+            if not self._copied:
+                self._target.copy_(self._source)
+                self._copied = True
 
 
 class SlowStream:
