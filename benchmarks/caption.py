@@ -87,9 +87,9 @@ def _link_pictures(images: Path, scratch: Path, count: int) -> Path:
     folder = scratch / f"pictures{count}"
     if not folder.exists():
         folder.mkdir()
-        found = sorted(images.rglob("*.jpg"))
+        files = sorted(images.rglob("*.jpg"))
         for number in range(count):
-            shutil.copyfile(found[number % len(found)], folder / f"{number:06d}.jpg")
+            shutil.copyfile(files[number % len(files)], folder / f"{number:06d}.jpg")
     return folder
 
 

@@ -116,8 +116,8 @@ def plan(folder: Path, out: Path, count: int) -> dict:
     done = subprocess.run(
         [sys.executable, "-c", code, str(folder), str(out)], capture_output=True, text=True, check=True
     )
-    found = json.loads(done.stdout.strip().splitlines()[-1])
-    return {**found, "paths": count, "bytes_per_path": round(found["grown_mb"] * 1e6 / count)}
+    result = json.loads(done.stdout.strip().splitlines()[-1])
+    return {**result, "paths": count, "bytes_per_path": round(result["grown_mb"] * 1e6 / count)}
 
 
 def main() -> None:

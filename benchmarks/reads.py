@@ -27,8 +27,8 @@ BUCKET = "pictures"
 
 def main() -> None:
     options = _options()
-    found = sorted(Path(options.images).rglob("*.jpg"))
-    files = {f"{number:06d}.jpg": found[number % len(found)] for number in range(options.pictures)}
+    photos = sorted(Path(options.images).rglob("*.jpg"))
+    files = {f"{number:06d}.jpg": photos[number % len(photos)] for number in range(options.pictures)}
     result: dict[str, dict[str, float]] = {}
     with serving(files, options.latency / 1000) as port:
         location = f"s3://{BUCKET}?endpoint_override=127.0.0.1:{port}&scheme=http&region=us-east-1"

@@ -63,42 +63,42 @@ def decided(out: Path) -> dict[str, str]:
     return {image_id: review.decision for image_id, review in latest_reviews(reviews).items()}
 
 
-def decide(page, decisions: list[str], known: dict[str, str]) -> dict[str, str]:
+def decide(page, decisions: list[str], texts: dict[str, str]) -> dict[str, str]:
     """Decide with the keyboard alone; returns the decisions by image, as the page took them."""
-    made = {}
+    decision_of = {}
     for decision in decisions:
         page.wait_for_selector("#card[data-state=ready]")
         card = page.locator("#card")
-        image_id, place = card.get_attribute("data-image-id"), card.get_attribute("data-index")
+        image_id, index = card.get_attribute("data-image-id"), card.get_attribute("data-index")
         if page.locator("#only").is_visible():
             page.keyboard.press("o")  # others have the same text; this decision is about one image
         if decision == "edited":
             page.keyboard.press("e")
             page.keyboard.press("Control+A")
-            page.keyboard.insert_text(known[image_id].capitalize() + ".")
+            page.keyboard.insert_text(texts[image_id].capitalize() + ".")
             page.keyboard.press("Control+Enter")
         else:
             page.keyboard.press(KEYS[decision])
-        page.wait_for_selector(f"#card:not([data-index='{place}'])", state="attached")
-        made[image_id] = decision
+        page.wait_for_selector(f"#card:not([data-index='{index}'])", state="attached")
+        decision_of[image_id] = decision
     page.wait_for_selector("#card[data-state=ready]")
-    return made
+    return decision_of
 
 
 def test_the_whole_loop(tmp_path: Path, archive: Path, open_page, review) -> None:
-    out, known = tmp_path / "out", known_texts(archive)
+    out, texts = tmp_path / "out", known_texts(archive)
     caption(archive, out, "starter")
     captioner("alt-text", out, "--language", "en")
 
     with review(out, "--queue", "all") as (server, address):
-        made = decide(open_page(address), DECISIONS[:12], known)
+        decision_of = decide(open_page(address), DECISIONS[:12], texts)
         os.kill(server.pid, signal.SIGKILL)
         assert server.wait() == -signal.SIGKILL
-    assert decided(out) == made
+    assert decided(out) == decision_of
     with review(out, "--queue", "all") as (_, address):
-        made |= decide(open_page(address), DECISIONS[12:], known)
-    assert decided(out) == made
-    assert len(made) == 20
+        decision_of |= decide(open_page(address), DECISIONS[12:], texts)
+    assert decided(out) == decision_of
+    assert len(decision_of) == 20
 
     export_everything(out, tmp_path)
 
@@ -110,13 +110,13 @@ def test_the_whole_loop(tmp_path: Path, archive: Path, open_page, review) -> Non
     caption(archive, out, str(tmp_path / "trained/model"), only="flags or logprob below 40% or rejected or expert")
     after = rows_of(out)
     again = [name for name in after if after[name]["generation"] == 1]
-    assert {name for name, decision in made.items() if decision in ("rejected", "expert")} <= set(again)
-    assert not {name for name, decision in made.items() if decision in ("approved", "edited")} & set(again)
+    assert {name for name, decision in decision_of.items() if decision in ("rejected", "expert")} <= set(again)
+    assert not {name for name, decision in decision_of.items() if decision in ("approved", "edited")} & set(again)
     assert {name: row for name, row in before.items() if name not in again} == {
         name: row for name, row in after.items() if name not in again
     }
     assert verify(open_table(str(out))).proven
-    assert decided(out) == made
+    assert decided(out) == decision_of
 
     changes = json.loads((out / "report/report.json").read_text())["check"]["changes"]
     changed = [name for name in again if before[name]["caption"] != after[name]["caption"]]

@@ -55,8 +55,8 @@ def test_axe_finds_nothing_and_nothing_sticks_out(address: str, open_page, phone
 
     assert page.locator("svg").count() >= 5
     assert page.get_by_role("heading", name="Compared with another run").count() == 1
-    found = Axe().run(page).response["violations"]
-    assert [(one["id"], node["target"]) for one in found for node in one["nodes"]] == []
+    violations = Axe().run(page).response["violations"]
+    assert [(violation["id"], node["target"]) for violation in violations for node in violation["nodes"]] == []
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     assert page.evaluate("[...document.images].every((one) => one.complete && one.naturalWidth > 0)")
 

@@ -19,8 +19,12 @@ def violations(page) -> list[str]:
     from axe_playwright_python.sync_playwright import Axe
 
     page.evaluate("Promise.all(document.getAnimations().map((one) => one.finished)).then(() => 0)")
-    found = Axe().run(page).response["violations"]
-    return [f"{one['id']}: {node['target']} {node['failureSummary']}" for one in found for node in one["nodes"]]
+    violations = Axe().run(page).response["violations"]
+    return [
+        f"{violation['id']}: {node['target']} {node['failureSummary']}"
+        for violation in violations
+        for node in violation["nodes"]
+    ]
 
 
 def decisions(out: Path) -> list[tuple[str, tuple[str, ...], str | None]]:

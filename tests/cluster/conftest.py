@@ -98,9 +98,9 @@ def free_ports(count: int) -> list[int]:
     """Free just now; the system gives them from above 32768, where no worker of Ray's looks."""
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
+        for socket_ in sockets:
+            socket_.bind(("127.0.0.1", 0))
+        return [socket_.getsockname()[1] for socket_ in sockets]
 
 
 def _ray_start(environment: dict[str, str], home: Path, *flags: str) -> subprocess.Popen[bytes]:
@@ -122,9 +122,9 @@ def end_tree(process: subprocess.Popen) -> None:
     if process.poll() is None:
         parent = psutil.Process(process.pid)
         tree = [*parent.children(recursive=True), parent]
-        for one in tree:
+        for process in tree:
             with suppress(psutil.NoSuchProcess):
-                one.kill()
+                process.kill()
     process.wait()
 
 

@@ -111,7 +111,7 @@ def num_chunks(out: Path) -> int:
 
 
 def judged(out: Path, expected: list[tuple]) -> str:
-    found = verify(open_table(str(out)))
-    assert (found.lost, found.doubled, found.problems, found.proven) == (0, 0, [], True)
+    verification = verify(open_table(str(out)))
+    assert (verification.lost, verification.doubled, verification.problems, verification.proven) == (0, 0, [], True)
     assert rows(out) == expected
     return "0 lost, 0 doubled, captions as undisturbed"

@@ -81,9 +81,9 @@ def test_memory_that_runs_out_for_a_while_costs_workers_and_no_image(
         hog.join()
 
     assert replacements
-    found = verify(open_table(str(out)))
-    assert (found.lost, found.doubled, found.problems, found.proven) == (0, 0, [], True)
-    assert found.counts.ok == 3_000
+    verification = verify(open_table(str(out)))
+    assert (verification.lost, verification.doubled, verification.problems, verification.proven) == (0, 0, [], True)
+    assert verification.counts.ok == 3_000
 
 
 def test_an_object_store_that_is_full_and_cannot_spill_stops_nothing(tmp_path: Path) -> None:

@@ -151,8 +151,8 @@ def test_a_pool_that_grows_is_sized_for_nodes_that_are_not_there_yet(
 ) -> None:
     sizes = share_out(resources, ClusterConfig(**cluster))
 
-    found = (sizes.num_workers, sizes.max_workers, sizes.cpus_per_worker, sizes.gpus_per_worker)
-    assert (*found, sizes.decode_cpus, sizes.max_decode_cpus) == expected
+    shares = (sizes.num_workers, sizes.max_workers, sizes.cpus_per_worker, sizes.gpus_per_worker)
+    assert (*shares, sizes.decode_cpus, sizes.max_decode_cpus) == expected
 
 
 def test_a_pool_whose_numbers_are_swapped_is_refused() -> None:

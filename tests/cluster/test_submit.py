@@ -36,10 +36,10 @@ def gate(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def archive(tmp_path: Path, gate: Path) -> Path:
-    made = make_folder(tmp_path / "archive", IMAGES, width=32)
-    with (made / f"{IMAGES - 1:06d}.png").open("ab") as last:
+    root = make_folder(tmp_path / "archive", IMAGES, width=32)
+    with (root / f"{IMAGES - 1:06d}.png").open("ab") as last:
         last.write(GATE_MARKER + str(gate).encode())
-    return made
+    return root
 
 
 class Proxy:
@@ -60,9 +60,9 @@ class Proxy:
 
     def cut(self) -> None:
         assert self._open
-        for one in self._open:
+        for connection in self._open:
             with contextlib.suppress(OSError):
-                one.shutdown(socket.SHUT_RDWR)
+                connection.shutdown(socket.SHUT_RDWR)
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):  # closed
@@ -151,8 +151,8 @@ def test_the_exit_code_is_that_of_the_command(head, tmp_path: Path) -> None:
 
 
 def test_a_job_that_cannot_start_is_named_with_what_it_waits_for(head, tmp_path: Path) -> None:
-    wanted = ("--pending-timeout", "1", "--entrypoint-num-gpus", "1000")
-    job = head.submit(*wanted, *caption(tmp_path, tmp_path / "out"))
+    flags = ("--pending-timeout", "1", "--entrypoint-num-gpus", "1000")
+    job = head.submit(*flags, *caption(tmp_path, tmp_path / "out"))
     log, _ = job.communicate()
 
     assert job.returncode == 1

@@ -116,8 +116,8 @@ def kill_tree(job: subprocess.Popen[bytes]) -> None:
 def assert_resumes(archive: Path, out: Path, undisturbed: list[tuple], run: Run = pipeline.run) -> None:
     """`run`: in this process, which takes a fraction of the time, where the engine makes no difference."""
     assert run(caption_config(archive, out, **SETTINGS)) == 0
-    found = verify(open_table(str(out)))
-    assert (found.lost, found.doubled, found.problems, found.proven) == (0, 0, [], True)
+    verification = verify(open_table(str(out)))
+    assert (verification.lost, verification.doubled, verification.problems, verification.proven) == (0, 0, [], True)
     assert rows(out) == undisturbed
 
 
@@ -165,7 +165,7 @@ def test_the_driver_killed_during_publish(tmp_path: Path, archive: Path, undistu
 
 
 def test_the_driver_killed_while_it_publishes_a_retry(tmp_path: Path, archive: Path) -> None:
-    """The failed image is mended meanwhile: its older row must end in history/, its new one in the table, once."""
+    """The failed image is fixed meanwhile: its older row must end in history/, its new one in the table, once."""
     out, ours = tmp_path / "out", tmp_path / "archive"
     shutil.copytree(archive, ours)
     assert pipeline.run(caption_config(ours, out, **SETTINGS)) == 0
@@ -177,8 +177,8 @@ def test_the_driver_killed_while_it_publishes_a_retry(tmp_path: Path, archive: P
     assert not open_table(str(out)).is_published(1)
 
     assert pipeline.run(caption_config(ours, out, **SETTINGS, retry_failed=True)) == 0
-    found = verify(open_table(str(out)))
-    assert (found.lost, found.doubled, found.problems, found.proven) == (0, 0, [], True)
+    verification = verify(open_table(str(out)))
+    assert (verification.lost, verification.doubled, verification.problems, verification.proven) == (0, 0, [], True)
     assert [row[1] for row in rows(out)] == ["ok"] * (IMAGES + 1)
     assert sum(pq.read_table(file).num_rows for file in out.glob("history/*/*.parquet")) == 1
 

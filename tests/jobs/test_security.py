@@ -84,6 +84,6 @@ def test_no_token_and_a_wrong_one_do_not(address: str, home: Path) -> None:
     without = {"RAY_AUTH_MODE": "disabled"}
     tries = [join(address, **soon, **settings) for settings in (without, wrong)]
 
-    for one in tries:
-        assert "joined" not in one.communicate()[0]
-        assert one.returncode != 0
+    for attempt in tries:
+        assert "joined" not in attempt.communicate()[0]
+        assert attempt.returncode != 0

@@ -203,9 +203,9 @@ def test_tables_come_back_in_order_however_long_each_takes() -> None:
 
     tables = (pa.table({"number": [number] * (1 + number % 3)}) for number in range(300))
 
-    found = list(map_tables(slow_first, tables))
+    results = list(map_tables(slow_first, tables))
 
-    assert [table.to_pydict() for table in found] == [
+    assert [table.to_pydict() for table in results] == [
         {"number": [n] * (1 + n % 3), "doubled": [2 * n] * (1 + n % 3)} for n in range(300)
     ]
 
