@@ -66,7 +66,7 @@ def _open_with_fsspec(uri: str) -> tuple[FileSystem, str]:
     import fsspec
 
     scheme = uri.partition("://")[0]
-    if scheme not in fsspec.available_protocols():
+    if scheme not in {*fsspec.available_protocols(), *fsspec.registry}:  # those it knows, those registered here
         raise UsageError(f"{shown(uri)}: unknown URI scheme {scheme}")
     try:
         filesystem, path = fsspec.core.url_to_fs(uri)

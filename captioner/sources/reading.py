@@ -118,10 +118,10 @@ def read_part(source: Source, rows: pa.Table, elsewhere: Iterable[pa.Table]) -> 
     """
     try:
         return read_images(source, rows)
-    except SuspectedSourceError:
+    except SuspectedSourceError as error:
         with each_row_alone():
             if not any(_is_there(source, others) for others in elsewhere):
-                raise
+                raise SourceError(str(error)) from error
             return read_images(source, rows)
 
 
