@@ -158,8 +158,10 @@ def full_after(good: int, number: int):
 
 KILLED_AT_WRITE = """
 import sys
+from captioner.store.lease import Lease
 from captioner.testing.faults import sigkill_at_write
 from ray_jobs.cli import main
+Lease.beat_s = 3600.0  # a beat is a write: how many there are would depend on how fast the machine is
 with sigkill_at_write(int(sys.argv[1])):
     main(sys.argv[2:])
 """

@@ -35,8 +35,8 @@ def tiny(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_searches_with_the_kernels_find_the_same_captions(num_beams, tiny) -> None:
-    images = np.stack([np.asarray(scene.render(32)) for scene in make_scenes(6, seed=5)])
-    captioner = load(resolve(ModelConfig(name=str(tiny), num_beams=num_beams, max_new_tokens=5)), device="cpu")
+    images = np.stack([np.asarray(scene.render(32)) for scene in make_scenes(4, seed=5)])
+    captioner = load(resolve(ModelConfig(name=str(tiny), num_beams=num_beams, max_new_tokens=4)), device="cpu")
     plain = GitForCausalLM.from_pretrained(tiny).eval()  # the captioner's own layers are packed for the CPU
     pixels = captioner.normalise(torch.from_numpy(images))
     expected_search = FastSearch(GitNetwork(plain), captioner.settings, captioner.prefix)
