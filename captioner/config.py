@@ -46,6 +46,11 @@ class SourceConfig(Settings):
     )
     include: list[str] = Field([], description="Take only image ids that match one of these globs.")
     exclude: list[str] = Field([], description="Leave out image ids that match one of these globs.")
+    take_as: Literal["auto", "folder", "tars", "parquet", "dataset", "manifest"] = Field(
+        "auto",
+        description="What SOURCE is taken for; auto decides by what most of it is, and says so.",
+        json_schema_extra={"flag": "as"},
+    )
     split: str = Field("train", description="Split of a Hugging Face dataset.")
     image_column: str | None = Field(None, description="Column with bytes, struct{bytes,path}, path or uri.")
     id_column: str | None = Field(None, description="Column with a unique id for each image.")

@@ -17,8 +17,9 @@ from captioner.config import CaptionConfig
 from captioner.console.stopping import notify
 from captioner.data import Source
 from captioner.errors import OK, SourceError, UsageError
+from captioner.files import shown
 from captioner.models import is_small, resolve, resolve_dtype
-from captioner.sources import open_source
+from captioner.sources import describe, open_source
 from captioner.store.parallel_listing import list_units
 from ray_jobs.cluster import Sizes, connect, share_out
 from ray_jobs.gpus import device_kind
@@ -51,6 +52,7 @@ def run(config: CaptionConfig, sample: int, seed: int, price_per_gpu_hour: float
     if not config.source.path or not config.model.name:
         raise UsageError("estimate needs SOURCE and --model")
     source = open_source(config.source)
+    notify(f"{shown(config.source.path)} is {describe(source)}")
     total, rows = draw_sample(source, config.source.limit, sample, seed)
     if not total:
         raise SourceError(f"{config.source.path}: no images found")

@@ -25,7 +25,7 @@ from captioner.models import ModelRef, resolve, weights_bytes
 from captioner.run.changed import COMPARE_UP_TO, find_changed, refreshed
 from captioner.run.fingerprint import bind, facts_of, rebind
 from captioner.run.selector import ReadReviews, make_recaption_plan, no_reviews, parse_selector
-from captioner.sources import open_source
+from captioner.sources import describe, open_source
 from captioner.starter.scenes import describes_scene
 from captioner.steps import Work
 from captioner.store.plan import compare_with_source, make_plan, read_planned
@@ -206,6 +206,7 @@ def _plan(
     if table is not None:
         _check_same_source(config, table)
     source = open_source(config.source)
+    notify(f"{shown(config.source.path)} is {describe(source)}")
     for problem in restore_table(table, source) if table is not None else ():
         notify(problem)
     if _may_have_work(config, table):

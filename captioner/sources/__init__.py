@@ -14,18 +14,18 @@ from captioner.data import Source
 from captioner.errors import SourceError, UsageError
 from captioner.files import is_uri
 from captioner.sources.columns import choose_columns
-from captioner.sources.detect import find_archives, match_glob
+from captioner.sources.detect import look_into, match_glob
 from captioner.sources.folder import FolderSource
-from captioner.sources.huggingface import SAVED_NAMES, HuggingFaceSource
+from captioner.sources.huggingface import HuggingFaceSource
 from captioner.sources.manifest import ManifestSource
 from captioner.sources.pages import PagedSource
 from captioner.sources.parquet import ParquetSource
-from captioner.sources.plan_rows import FilteredSource
-from captioner.sources.root import FETCH_FIRST, Root
+from captioner.sources.plan_rows import FilteredSource, WrappedSource
+from captioner.sources.root import FETCH_FIRST, Root, is_excluded
 from captioner.sources.tables import TABLE_SUFFIXES, UnreadableTableError, open_table
 from captioner.sources.webdataset import COMPRESSED_SUFFIXES, WebDatasetSource
 
-__all__ = ["open_source"]
+__all__ = ["describe", "open_source"]
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -70,28 +70,64 @@ def _open(config: SourceConfig) -> Source:
 
 
 def _open_directory(config: SourceConfig, root: Root) -> Source:
-    if not is_uri(root.location) and any(root.exists(name) for name in SAVED_NAMES):
+    kind = config.take_as
+    if kind == "dataset" or (kind == "auto" and not is_uri(root.location) and _is_saved_dataset(root)):
         return HuggingFaceSource.open(config, root.location)
-    files = find_archives(root)
+    if kind == "manifest":
+        raise UsageError(f"--as manifest: {config.path} is a folder; name the table in it")
+    content = look_into(root, config.exclude)
+    files = {"tars": sorted(content.tars), "parquet": sorted(content.tables), "folder": []}.get(kind, content.archives)
+    if kind in ("tars", "parquet") and not files:
+        raise UsageError(f"--as {kind}: {config.path} holds none: {content.reason}")
+    reason = f"--as {kind}" if kind != "auto" else content.reason
     if files:
-        return _open_files(config, root, files)
+        return _open_files(config, root, files, reason)
     _refuse_column_flags(config, "a folder of images")
-    return FolderSource(config.path, root, config.reference_column)
+    return FolderSource(config.path, root, config.reference_column, tuple(config.exclude), reason)
 
 
-def _open_files(config: SourceConfig, root: Root, files: list[bytes]) -> Source:
+def _is_saved_dataset(root: Root) -> bool:
+    """Return whether `datasets` saved a dataset here: a single file of one of these names may be anybody's."""
+    has_dict = root.exists(b"dataset_dict.json")
+    return has_dict or all(root.exists(name) for name in (b"state.json", b"dataset_info.json"))
+
+
+def _open_files(config: SourceConfig, root: Root, files: list[bytes], reason: str = "its name says so") -> Source:
     """Open files that are all tars, or all tables."""
+    files = [file for file in files if not is_excluded(file + b"/", config.exclude)] or files
     suffixes = {os.path.splitext(file.lower())[1] for file in files}
     if suffixes == {b".tar"} or all(file.lower().endswith(COMPRESSED_SUFFIXES) for file in files):
         _refuse_column_flags(config, "a WebDataset")
-        return WebDatasetSource(config.path, root, tuple(files), config.reference_column)
+        return WebDatasetSource(config.path, root, tuple(files), config.reference_column, reason)
     if len(suffixes) != 1 or not suffixes <= set(TABLE_SUFFIXES):
         names = b", ".join(sorted(suffixes)).decode("utf-8", "replace")
         raise SourceError(f"{config.path}: expected files of one kind, but there are {names}")
     file, schema = _first_schema(root, files)
     columns = choose_columns(schema, config, root.uri(file))
     kind = ManifestSource if columns.kind == "path" else ParquetSource
-    return kind(config.path, root, tuple(files), columns)
+    wanted = {"parquet": ParquetSource, "manifest": ManifestSource}.get(config.take_as, kind)
+    if wanted is not kind:
+        held = schema.field(columns.image).type
+        raise UsageError(f"--as {config.take_as}: column {columns.image!r} of {config.path} is {held}")
+    return kind(config.path, root, tuple(files), columns, reason)
+
+
+def describe(source: Source) -> str:
+    """Return what a source was taken for, and why, in one line."""
+    while isinstance(source, WrappedSource):
+        source = source.source
+    match source:
+        case FolderSource():
+            return f"taken for a folder of images: {source.reason}"
+        case WebDatasetSource():
+            return f"taken for WebDataset, {len(source.tars):,} tars: {source.reason}"
+        case ParquetSource():
+            where = f"images in column {source.columns.image!r}"
+            return f"taken for {len(source.files):,} tables with {where}: {source.reason}"
+        case ManifestSource():
+            where = f"paths in column {source.columns.image!r}"
+            return f"taken for a manifest, {len(source.files):,} tables with {where}: {source.reason}"
+    return "taken for a Hugging Face dataset"
 
 
 def _first_schema(root: Root, files: list[bytes]) -> tuple[bytes, pa.Schema]:

@@ -6,31 +6,80 @@ import fnmatch
 import glob
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 from pyarrow.fs import FileType
 
 from captioner.errors import SourceError
 from captioner.files import is_uri
-from captioner.sources.root import TABLE_FILE, Root, is_captions_table, is_hidden, is_ignored
-from captioner.sources.webdataset import COMPRESSED_SUFFIXES
+from captioner.sources.root import (
+    TABLE_FILE,
+    Root,
+    UnlistableError,
+    is_captions_table,
+    is_excluded,
+    is_hidden,
+    is_ignored,
+    readable,
+)
+from captioner.sources.webdataset import COMPRESSED_SUFFIXES, IMAGE_SUFFIXES
+
+# Files beside tars and tables that belong to them, as do those of Spark and Hadoop, such as `_SUCCESS`.
+COMPANION_SUFFIXES = (b".idx", b".index", b".crc", b".md5", b".sha1", b".sha256", b".log", b".lock", b".yaml", b".yml")
+LOOK_AT = 10_000  # files, of a folder that has more
 
 
-def find_archives(root: Root) -> list[bytes]:
-    """Return the tars of a directory without images, or else its Parquet files; sorted.
+@dataclass
+class Content:
+    """What a directory holds, with all below it: tars, Parquet files, images by their suffix, and other files.
 
-    Empty where the directory holds images or nothing. Stops at the first image, so of a folder of images at most one
-    directory is listed.
+    Of more than LOOK_AT files only as many are counted. Documents, hidden files and companions are not.
     """
-    tars, tables = [], []
-    for file in _visible_files(root):
-        if file.lower().endswith((b".tar", *COMPRESSED_SUFFIXES)):
-            tars.append(file)
-        elif file.lower().endswith(b".parquet"):
-            tables.append(file)
-        elif not is_ignored(os.path.basename(file)):
-            return []
-    return sorted(tars) or sorted(tables)
+
+    tars: list[bytes] = field(default_factory=list)
+    tables: list[bytes] = field(default_factory=list)
+    images: list[bytes] = field(default_factory=list)
+    others: list[bytes] = field(default_factory=list)
+
+    @property
+    def archives(self) -> list[bytes]:
+        """The tars or else the tables, sorted, where the directory holds mostly them; empty where it is a folder."""
+        return sorted(self.tars or self.tables) if self.is_mostly_archives else []
+
+    @property
+    def is_mostly_archives(self) -> bool:
+        num_archives = len(self.tars or self.tables)
+        return len(self.images) < num_archives and len(self.others) <= 10 * num_archives
+
+    @property
+    def reason(self) -> str:
+        """Why the directory is taken for what it is taken for, for a person."""
+        counts = (("tars", self.tars), ("Parquet files", self.tables), ("images by their names", self.images))
+        told = [f"{len(files):,} {name}" for name, files in counts if files]
+        if self.others:
+            told.append(f"{len(self.others):,} other files, e.g. {readable(self.others[0])!r}")
+        return f"it holds {', '.join(told) or 'no files'}"
+
+
+def look_into(root: Root, exclude: Sequence[str] = ()) -> Content:
+    """Count what a directory holds. Stops when it is clearly a folder of images, or after LOOK_AT files."""
+    content = Content()
+    for number, file in enumerate(_visible_files(root)):
+        base, lower = os.path.basename(file), file.lower()
+        if is_excluded(file, exclude) or is_excluded(file + b"/", exclude):
+            continue
+        if lower.endswith((b".tar", *COMPRESSED_SUFFIXES)):
+            content.tars.append(file)
+        elif lower.endswith(b".parquet"):
+            content.tables.append(file)
+        elif os.path.splitext(lower)[1][1:] in IMAGE_SUFFIXES:
+            content.images.append(file)
+        elif not is_ignored(base) and not base.startswith(b"_") and not lower.endswith(COMPANION_SUFFIXES):
+            content.others.append(file)
+        if number >= LOOK_AT and not content.is_mostly_archives:
+            break
+    return content
 
 
 def match_glob(pattern: str) -> tuple[Root, list[bytes]]:
@@ -57,12 +106,18 @@ def _visible_files(root: Root) -> Iterator[bytes]:
     stack, seen = [b""], set()
     while stack:
         directory = stack.pop()
-        identity = root.identity(directory)
-        if identity in seen:
-            continue
-        seen.add(identity)
+        try:
+            identity = root.identity(directory)
+            if identity in seen:
+                continue
+            seen.add(identity)
+            entries = list(root.scan_names(directory))
+        except UnlistableError:
+            if not directory:
+                raise
+            continue  # the listing tells of it
         table_files, directories = list[bytes](), list[bytes]()
-        for name, kind in root.scan_names(directory):
+        for name, kind in entries:
             if is_hidden(name):
                 continue
             if kind == FileType.Directory:

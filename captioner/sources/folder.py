@@ -9,10 +9,20 @@ from dataclasses import dataclass, field, replace
 import pyarrow as pa
 
 from captioner.data import Listing, RawImage
-from captioner.sources.metadata import METADATA_NAMES, Metadata, find_references, load_metadata
+from captioner.sources.metadata import METADATA_NAMES, ForeignMetadataError, Metadata, find_references, load_metadata
 from captioner.sources.plan_rows import BATCH_ROWS, names_as_ids, plan_table
 from captioner.sources.reading import read_rows
-from captioner.sources.root import Root, file_of_unit, is_captions_table, is_hidden, is_ignored, readable, unit_of_file
+from captioner.sources.root import (
+    Root,
+    UnlistableError,
+    file_of_unit,
+    is_captions_table,
+    is_excluded,
+    is_hidden,
+    is_ignored,
+    readable,
+    unit_of_file,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,20 +35,24 @@ class FolderSource:
     name: str
     root: Root
     reference_column: str | None = None
+    exclude: tuple[str, ...] = ()  # globs: what is below an excluded folder is not even listed
+    reason: str = ""  # why the source was taken for a folder
 
     def units(self) -> Sequence[str]:
-        return ["", *(unit_of_file(directory) for directory in self.root.scan().directories)]
+        directories = self.root.scan().directories
+        return ["", *(unit_of_file(name) for name in directories if not is_excluded(name + b"/", self.exclude))]
 
     def kept_fields(self) -> list[pa.Field]:
         return []
 
     def list_unit(self, unit: str) -> Iterator[Listing]:
-        top = _Folder(self.root, self.reference_column, above=(self.root.identity(b""),))
+        top = _Folder(self.root, self.reference_column, self.exclude, above=(self.root.identity(b""),))
         if unit:
             present = [name for name in METADATA_NAMES if self.root.exists(name)]
-            batches = _walk(top.with_metadata(present).below(file_of_unit(unit)), deep=True)
+            top, _ = top.with_metadata(present)  # what is odd about it is a note of the unit ""
+            batches = _walk(top, [file_of_unit(unit)], deep=True)
         else:
-            batches = _walk(top, deep=False)
+            batches = _walk(top, [], deep=False)
         return (batch.listing() for batch in _merge(batches))
 
     def read(self, rows: pa.Table) -> list[RawImage]:
@@ -52,6 +66,7 @@ class _Paths:
     images: list[bytes] = field(default_factory=list)
     references: list[list[str] | None] = field(default_factory=list)
     ignored: list[bytes] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.images) + len(self.ignored)
@@ -60,10 +75,11 @@ class _Paths:
         self.images += other.images
         self.references += other.references
         self.ignored += other.ignored
+        self.notes += other.notes
 
     def listing(self) -> Listing:
         rows = plan_table(names_as_ids(self.images), self.images, references=self.references)
-        return Listing(rows, [readable(name) for name in self.ignored])
+        return Listing(rows, [readable(name) for name in self.ignored], self.notes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +88,7 @@ class _Folder:
 
     root: Root
     reference_column: str | None
+    exclude: tuple[str, ...] = ()
     directory: bytes = b""
     hidden: bool = False
     above: tuple[object, ...] = ()  # identities of this directory and those above it
@@ -91,10 +108,21 @@ class _Folder:
         """Whether a symlink leads back to a directory above."""
         return self.above[-1] in self.above[:-1]
 
-    def with_metadata(self, files: Sequence[bytes]) -> _Folder:
-        paths = [os.path.join(self.directory, name) for name in METADATA_NAMES if name in files]
-        loaded = [load_metadata(self.root, path, self.reference_column) for path in paths if not self.hidden]
-        return replace(self, metadata=(*loaded, *self.metadata)) if loaded else self
+    def with_metadata(self, files: Sequence[bytes]) -> tuple[_Folder, list[str]]:
+        """Return the folder with the captions of its metadata, and notes about files that are none."""
+        loaded, notes = [], []
+        for name in METADATA_NAMES if not self.hidden else ():
+            path = os.path.join(self.directory, name)
+            if name in files and not is_excluded(path, self.exclude):
+                try:
+                    loaded.append(load_metadata(self.root, path, self.reference_column))
+                except ForeignMetadataError as error:
+                    notes.append(f"passed over, it holds no captions of images: {error}")
+        return replace(self, metadata=(*loaded, *self.metadata)) if loaded else self, notes
+
+    def excludes(self, name: bytes) -> bool:
+        """Return whether --exclude leaves out all that is in a sub-directory."""
+        return is_excluded(os.path.join(self.directory, name, b""), self.exclude)
 
     def classify(self, names: Sequence[bytes]) -> _Paths:
         prefix = os.path.join(self.directory, b"")
@@ -106,24 +134,43 @@ class _Folder:
         return paths
 
 
-def _walk(top: _Folder, *, deep: bool) -> Iterator[_Paths]:
-    """Yield paths depth first: the files of a directory, then its sub-directories in order."""
-    stack = [top]
+def _walk(top: _Folder, names: Sequence[bytes], *, deep: bool) -> Iterator[_Paths]:
+    """Yield the paths of a folder, or of those below it that have these names, depth first.
+
+    First come the files of a directory, then its sub-directories in order. A directory below `top` that cannot be
+    listed is passed over and noted.
+    """
+    stack: list[tuple[_Folder, bytes]] = [(top, name) for name in reversed(names)] or [(top, b"")]
     while stack:
-        folder = stack.pop()
-        if folder.is_loop:
-            yield _Paths(ignored=[folder.directory + b"/"])
+        parent, name = stack.pop()
+        try:
+            folder = parent.below(name) if name else parent
+            if folder.is_loop:
+                yield _Paths(ignored=[folder.directory + b"/"])
+                continue
+            content = folder.root.scan(folder.directory)
+        except UnlistableError as error:
+            if not name:
+                raise
+            path = os.path.join(parent.directory, name, b"")
+            yield _Paths(ignored=[path], notes=[f"passed over, with all that is in it: {_short(str(error))}"])
             continue
-        content = folder.root.scan(folder.directory)
         if folder.directory and is_captions_table(content.files, content.directories):
             yield _Paths(ignored=[folder.directory + b"/ (the OUT of a run)"])
             continue
-        folder = folder.with_metadata(content.files)
+        folder, notes = folder.with_metadata(content.files)
+        yield _Paths(notes=notes)
         for start in range(0, len(content.files), BATCH_ROWS):
             yield folder.classify(content.files[start : start + BATCH_ROWS])
         yield _Paths(ignored=[os.path.join(folder.directory, name) for name in content.others])
         if deep:
-            stack += [folder.below(name) for name in reversed(content.directories)]
+            below = [name for name in content.directories if not folder.excludes(name)]
+            stack += [(folder, name) for name in reversed(below)]
+
+
+def _short(message: str) -> str:
+    """Return a message without the middle of a path of thousands of characters."""
+    return message if len(message) <= 300 else f"{message[:120]} ... {message[-120:]}"
 
 
 def _merge(batches: Iterator[_Paths]) -> Iterator[_Paths]:
@@ -134,5 +181,5 @@ def _merge(batches: Iterator[_Paths]) -> Iterator[_Paths]:
             yield merged
             merged = _Paths()
         merged.add(batch)
-    if len(merged):
+    if len(merged) or merged.notes:
         yield merged

@@ -12,7 +12,7 @@ import pyarrow as pa
 from captioner.errors import SourceError
 from captioner.sources.columns import reference_column_of, references_of
 from captioner.sources.root import Root
-from captioner.sources.tables import open_table, read_batches
+from captioner.sources.tables import UnreadableTableError, open_table, read_batches
 
 METADATA_NAMES = (b"metadata.jsonl", b"metadata.csv", b"metadata.parquet")
 
@@ -41,19 +41,38 @@ def find_references(metadata: Sequence[Metadata], paths: Sequence[bytes]) -> lis
     return nearest
 
 
+class ForeignMetadataError(SourceError):
+    """A file that has the name of metadata and is none: it does not name files."""
+
+
 def load_metadata(root: Root, file: bytes, reference_column: str | None) -> Metadata:
     """Read a metadata file; cached until the file changes.
 
-    Raises SourceError where it cannot be read, has no `file_name`, or lacks the column asked for.
+    Raises ForeignMetadataError where it does not name files, or nobody can tell, and SourceError where it does and
+    cannot be read, or lacks the column asked for.
     """
-    return _load(root, file, reference_column, root.stamp(file))
+    try:
+        return _load(root, file, reference_column, root.stamp(file))
+    except UnreadableTableError as error:
+        if _names_files(root, file):
+            raise
+        raise ForeignMetadataError(str(error)) from None
+
+
+def _names_files(root: Root, file: bytes) -> bool:
+    """Return whether the beginning of a damaged file has the name of the column that metadata need."""
+    try:
+        return b"file_name" in root.read(file, 0, 1 << 16)
+    except OSError:
+        return False
 
 
 @lru_cache(maxsize=8)
 def _load(root: Root, file: bytes, reference_column: str | None, stamp: object) -> Metadata:
     table = open_table(root, file)
     if "file_name" not in table.schema.names:
-        raise SourceError(f"{root.uri(file)}: no column 'file_name'; it has: {', '.join(table.schema.names)}")
+        columns = ", ".join(table.schema.names[:20])
+        raise ForeignMetadataError(f"{root.uri(file)}: no column 'file_name'; it has: {columns}")
     column = reference_column_of(table.schema, reference_column, root.uri(file))
     row_of: dict[bytes, int] = {}
     captions: list[pa.Array] = []

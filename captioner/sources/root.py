@@ -6,11 +6,12 @@ Names are bytes, because names on a disk need not be UTF-8; they become text onl
 from __future__ import annotations
 
 import errno
+import fnmatch
 import io
 import os
 import re
 import stat
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -55,6 +56,13 @@ def is_hidden(name: bytes) -> bool:
 def is_ignored(name: bytes) -> bool:
     """Return whether a file of that base name cannot be an image."""
     return name.lower().endswith(DOCUMENT_SUFFIXES) or is_hidden(name)
+
+
+def is_excluded(name: bytes, globs: Sequence[str]) -> bool:
+    """Return whether --exclude leaves out a file, before it is opened; of a name that ends in "/" all below it."""
+    text = readable(name)
+    needed = "*" if text.endswith("/") else ""
+    return any(fnmatch.fnmatchcase(text, pattern) for pattern in globs if pattern.endswith(needed))
 
 
 def readable(name: bytes) -> str:
@@ -236,7 +244,7 @@ class Root:
                     for entry in entries:
                         yield entry.name, _kind(entry)
         except OSError as error:
-            raise SourceError(f"{readable(path)}: cannot be listed: {error.strerror or error}") from None
+            raise _unlistable(path, error) from None
 
     def scan(self, directory: bytes = b"") -> Directory:
         """Return the content of a directory, sorted."""
@@ -258,7 +266,7 @@ class Root:
         try:
             status = os.stat(path)
         except OSError as error:
-            raise SourceError(f"{readable(path)}: cannot be listed: {error.strerror}") from None
+            raise _unlistable(path, error) from None
         return status.st_dev, status.st_ino
 
     def open(self, file: bytes) -> BinaryIO:
@@ -325,6 +333,15 @@ class Root:
         for info in filesystem.get_file_info(FileSelector(inside)):
             if info.base_name:
                 yield info.base_name.encode(), info.type
+
+
+class UnlistableError(SourceError):
+    """A directory that cannot be listed, now and later: refused, gone, or of too long a path."""
+
+
+def _unlistable(path: bytes, error: OSError) -> SourceError:
+    kind = SourceError if is_transient(error) else UnlistableError
+    return kind(f"{readable(path)}: cannot be listed: {error.strerror or error}")
 
 
 def _stamp(info: FileInfo) -> str:

@@ -136,9 +136,9 @@ class JsonLinesTable:
         try:
             values = json.loads(text)
         except ValueError as error:
-            raise SourceError(f"{self.root.uri(self.file)}: line {number} is not JSON: {error}") from None
+            raise UnreadableTableError(f"{self.root.uri(self.file)}: line {number} is not JSON: {error}") from None
         if not isinstance(values, dict):
-            raise SourceError(f"{self.root.uri(self.file)}: line {number} is not a JSON object")
+            raise UnreadableTableError(f"{self.root.uri(self.file)}: line {number} is not a JSON object")
         return _storable(values) if b"\\ud" in text.lower() else values
 
 
@@ -171,6 +171,7 @@ class TableFiles:
     root: Root
     files: tuple[bytes, ...]
     columns: Columns
+    reason: str = ""  # why the source was taken for tables
 
     def units(self) -> Sequence[str]:
         return [unit_of_file(file) for file in self.files]

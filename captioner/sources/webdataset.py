@@ -43,6 +43,7 @@ class WebDatasetSource:
     root: Root
     tars: tuple[bytes, ...]
     reference_column: str | None = None
+    reason: str = ""  # why the source was taken for tars
 
     def units(self) -> Sequence[str]:
         return [unit_of_file(tar) for tar in self.tars]
