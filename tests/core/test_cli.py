@@ -64,6 +64,7 @@ def example(setting: Setting) -> tuple[list[str], object]:
         "device": (["mps"], "mps"),
         "dtype": (["bfloat16"], "bfloat16"),
         "preprocess": (["processor"], "processor"),
+        "take_as": (["folder"], "folder"),
         "pages": (["all"], "all"),
         "keep_columns": (["a, b"], ["a", "b"]),
         "decode_timeout": (["2.5"], 2.5),
