@@ -56,10 +56,10 @@ class Content:
     def reason(self) -> str:
         """Why the directory is taken for what it is taken for, for a person."""
         counts = (("tars", self.tars), ("Parquet files", self.tables), ("images by their names", self.images))
-        told = [f"{len(files):,} {name}" for name, files in counts if files]
+        parts = [f"{len(files):,} {name}" for name, files in counts if files]
         if self.others:
-            told.append(f"{len(self.others):,} other files, e.g. {readable(self.others[0])!r}")
-        return f"it holds {', '.join(told) or 'no files'}"
+            parts.append(f"{len(self.others):,} other files, e.g. {readable(self.others[0])!r}")
+        return f"it holds {', '.join(parts) or 'no files'}"
 
 
 def look_into(root: Root, exclude: Sequence[str] = ()) -> Content:
