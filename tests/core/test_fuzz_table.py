@@ -97,7 +97,7 @@ def damage(rng: random.Random, out: Path) -> list[str]:
             data[at] ^= 1 << rng.randrange(8)
             file.write_bytes(data)
         elif kind == "swap":
-            shutil.copy(file, rng.choice(files))
+            rng.choice(files).write_bytes(data)
         elif kind == "zeros":
             data[at : at + 64] = bytes(len(data[at : at + 64]))
             file.write_bytes(data)
