@@ -20,16 +20,24 @@ from captioner.errors import UsageError
 T = TypeVar("T")
 
 
+_FILE_URI = re.compile(r"file:(//(localhost)?)?/", re.IGNORECASE)  # also file:/path, as Java and Spark write it
+
+
+def is_file_uri(location: str) -> bool:
+    """Return whether it is a path of the local disk that is written as a URI."""
+    return bool(_FILE_URI.match(location))
+
+
 def is_uri(location: str) -> bool:
     """Return whether `location` is on a store other than the local disk. `file://` is the local disk."""
     scheme, separator, _ = location.partition("://")
-    return bool(separator) and scheme != "file" and scheme.replace("+", "").isalnum()
+    return bool(separator) and scheme.lower() != "file" and scheme.replace("+", "").isalnum()
 
 
 def local_path(location: str) -> str:
     """Return the absolute path of a local location: `~` expanded, `file://` removed, symlinks kept."""
-    if location.startswith("file://"):
-        return os.path.abspath(unquote(location.removeprefix("file://"), errors="surrogateescape"))
+    if _FILE_URI.match(location):
+        return os.path.abspath(unquote(_FILE_URI.sub("/", location, count=1), errors="surrogateescape"))
     return os.path.abspath(os.path.expanduser(location))
 
 

@@ -8,6 +8,7 @@ import struct
 from PIL import Image
 
 _MESSAGE_LENGTH = 200
+_WORD = re.compile(r"[^\W\d_]{2,}")
 _OBJECT_ADDRESS = re.compile(r"<[\w.]+ object at 0x[0-9a-f]+>")
 _SAYS_TRUNCATED = re.compile(r"truncated|end of file")
 _SAYS_UNSUPPORTED = re.compile(
@@ -51,6 +52,9 @@ def code_of(error: BaseException, data: bytes) -> str:
 
 def one_line(error: BaseException | str) -> str:
     """Return the message for a table cell: one line without control characters, at most 200 characters."""
-    text = _OBJECT_ADDRESS.sub("file", str(error) or type(error).__name__)
+    text = _OBJECT_ADDRESS.sub("file", str(error))
+    if isinstance(error, BaseException) and len(_WORD.findall(text)) < 2:  # "", "320" or "(3, 16)"
+        details = f"{type(error).__name__}: {text}".rstrip(": ")
+        text = f"the file holds something that its decoder does not expect ({details})"
     text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return text if len(text) <= _MESSAGE_LENGTH else text[: _MESSAGE_LENGTH - 1] + "…"

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from captioner.data import RawImage
+from captioner.files import is_file_uri, local_path
 from captioner.sources.reading import ReadLimits, failed_read, raw_image, read_all, read_limits
 from captioner.sources.root import RefusedFileError, Root, admitting
 
@@ -32,6 +33,8 @@ def make_cell(value: Any, folder: bytes = b"") -> Cell:
         data = value.get("bytes")
         value = data if data is not None else value.get("path")
     if isinstance(value, str):
+        if is_file_uri(value):
+            return FileCell(os.fsencode(local_path(value)))
         return FileCell(os.path.join(folder, os.fsencode(value))) if value else None
     content: bytes | None = value
     return content

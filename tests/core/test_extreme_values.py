@@ -21,6 +21,7 @@ from captioner.console.commands import try_images
 from captioner.data import CAPTIONS_SCHEMA, ERROR_CODES, Captions, DecodedImage, PixelSpec, RawImage
 from captioner.errors import OK, SourceError
 from captioner.imaging import IMAGE_SCHEMA, decode_images
+from captioner.imaging.error_codes import one_line
 from captioner.sources import open_source
 from captioner.sources.reading import read_images
 from captioner.steps import Caption, caption_or_reasons
@@ -114,6 +115,13 @@ def test_an_image_that_makes_the_decoder_raise_fails_alone() -> None:
     codes = decode_images(raws, SPEC, 100, decode_each).rows["error_code"].to_pylist()
 
     assert codes == ["", "decode_error", "", "decode_error", ""]
+
+
+@pytest.mark.parametrize("error", [AssertionError(), KeyError(320), ValueError((3, 16)), IndexError("0x1f")])
+def test_a_reason_is_words(error: Exception) -> None:
+    assert one_line(error).startswith("the file holds something that its decoder does not expect (")
+    assert type(error).__name__ in one_line(error)
+    assert one_line(OSError("broken data stream")) == "broken data stream"
 
 
 def test_captions_that_do_not_fit_the_table_fail_alone() -> None:

@@ -242,3 +242,22 @@ def test_a_hub_id_that_cannot_be_had_is_one_line(monkeypatch):
         ) as error:
             source_at(path)
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("prefix", ["file://", "file:", "file://localhost", "FILE://"])
+@pytest.mark.parametrize("kind", ["manifest", "struct"])
+def test_file_uris_are_paths(tmp_path, prefix, kind):
+    image = tmp_path / "far away/é 100%.png"
+    image.parent.mkdir()
+    image.write_bytes(b"data")
+    uri = prefix + image.as_uri().removeprefix("file://")
+    if kind == "manifest":
+        (tmp_path / "list.jsonl").write_text(json.dumps({"path": uri}))
+        source = source_at(tmp_path / "list.jsonl")
+    else:
+        struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+        source = source_at(parquet(tmp_path / "t.parquet", image=pa.array([{"bytes": None, "path": uri}], struct)))
+
+    (listing,) = source.list_unit(*source.units())
+
+    assert [raw.data for raw in source.read(listing.rows)] == [b"data"]
