@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import re
 from collections.abc import Iterator
 
-from captioner import errors
 from captioner.errors import CaptionerError, ClusterError
 
 
@@ -23,11 +23,12 @@ def cause_of(
         if isinstance(cause, CaptionerError) and "\n" not in str(cause):
             return cause
     for cause in causes:
-        raised = re.findall(r"^captioner\.errors\.(\w+): (.+)$", str(cause), re.MULTILINE)
+        raised = re.findall(r"^(captioner\.[\w.]+)\.(\w+): (.+)$", str(cause), re.MULTILINE)
         if raised:
-            name, message = raised[-1]
-            kind: type[CaptionerError] = getattr(errors, name, CaptionerError)
-            return kind(message)
+            module, name, message = raised[-1]
+            kind = getattr(importlib.import_module(module), name, None)
+            if isinstance(kind, type) and issubclass(kind, CaptionerError):
+                return kind(message)
     lines = re.findall(r"^(?:[\w.]+\.)?(\w+(?:Error|Exception|Exit)\b.*)$", str(error), re.MULTILINE)
     message = lines[0] if lines else str(error).strip().splitlines()[-1]
     return ClusterError(f"a worker failed: {message}; {what_stays}")
