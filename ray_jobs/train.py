@@ -21,6 +21,7 @@ import pyarrow as pa
 
 from captioner.config import ClusterConfig, TrainConfig
 from captioner.errors import CaptionerError
+from captioner.files import is_uri, local_path
 from captioner.models import ModelRef, weights_bytes
 from captioner.models.devices import set_wait_policy
 from captioner.models.loading import SMALL_MODEL_BYTES
@@ -124,7 +125,7 @@ class RayTrainEngine:
         sizes, settings = self._sizes(), setup.config.training
         resources = {"CPU": sizes.cpus_per_worker} | ({"GPU": sizes.gpus_per_worker} if sizes.gpus_per_worker else {})
         config = {
-            "config": setup.config,
+            "config": _with_absolute_out(setup.config),
             "model": setup.model,
             "board": board,
             "threads": self._threads(setup.model),
@@ -179,6 +180,13 @@ def num_threads(sizes: Sizes, resources: Resources, model_bytes: int) -> int:
     if model_bytes <= SMALL_MODEL_BYTES:
         return 1
     return max(1, int(min(resources.num_cpus / sizes.num_workers, resources.least_cpus)))
+
+
+def _with_absolute_out(config: TrainConfig) -> TrainConfig:
+    """Return the settings for workers, whose current folder may be another one."""
+    path = config.output.path
+    output = config.output.model_copy(update={"path": path if is_uri(path) else local_path(path)})
+    return config.model_copy(update={"output": output})
 
 
 @contextmanager

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
 
 from captioner.errors import DamagedFileError, OutputError
-from captioner.files import Retry, open_filesystem, shown
+from captioner.files import Retry, is_uri, local_path, open_filesystem, shown
 from captioner.store.checksum import (
     PARSE_ERRORS,
     from_parquet,
@@ -92,7 +92,7 @@ class Directory:
     On a local disk a file is written under a temporary name, flushed to the device and renamed; on an object store it
     is one PUT. A reader never sees half a file; a second writer of the same name replaces the whole file. Requests that
     fail with a transient error (a busy store, a broken connection) are repeated. Picklable: each process opens its own
-    connection.
+    connection, and a relative path is that of the process that made it.
     """
 
     retry: ClassVar[Retry] = Retry((0.5, 2.0, 8.0), is_transient)
@@ -104,7 +104,7 @@ class Directory:
         return open_filesystem(self.location)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"location": self.location}
+        return {"location": self.location if is_uri(self.location) else local_path(self.location)}
 
     @property
     def filesystem(self) -> FileSystem:

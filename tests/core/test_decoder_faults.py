@@ -174,7 +174,7 @@ def test_a_run_in_one_process_continues_after_crashes_and_hangs(tmp_path: Path) 
     archive, out = make_folder(tmp_path / "archive", 20), tmp_path / "out"
     for name, marker in (("000005x.png", ABORT_MARKER), ("000011x.png", HANG_MARKER)):
         (archive / name).write_bytes((archive / "000005.png").read_bytes() + marker)
-    config = caption_config(archive, out, source={"decode_timeout": 5})
+    config = caption_config(archive, out, source={"decode_timeout": 15})
 
     assert pipeline.run(config) == 0
 

@@ -1,0 +1,140 @@
+"""The commands of a page of the docs work one after the other, as a reader types them, on 40 images."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import test_docs_commands as docs
+from helpers import rows_of
+
+from captioner.publishing.alt_text.journal import Journal, Review
+from captioner.publishing.alt_text.texts import read_texts
+from captioner.store.directory import Directory
+from captioner.store.table import open_table
+from captioner.store.verify import verify
+from captioner.testing import make_folder
+from ray_jobs.cli import main
+
+pytestmark = pytest.mark.usefixtures("ray_instance")
+
+IMAGES = 40
+# A model that is on this machine, what keeps a run on 40 images short, and GPUs that are only counted unused.
+SUBSTITUTES = {"microsoft/git-base-coco": "starter", "microsoft/git-base": "starter", "MODEL": "starter"}
+SHORTER = {
+    "caption": ["--local"],
+    "train": ["--max-steps", "2", "--num-workers", "1", "--device", "cpu"],
+    "estimate": ["--num-workers", "1", "--decode-cpus", "1", "--device", "cpu"],
+    "doctor": ["--device", "cpu"],
+}
+
+
+@pytest.fixture
+def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A current folder with what the pages take for granted."""
+    images = make_folder(tmp_path / "images", IMAGES)
+    for number, name in enumerate(("images/a.jpg", "images/b.jpg", "images/c.jpg", "image.jpg", "holiday.jpg")):
+        shutil.copy(images / f"{number:06}.png", tmp_path / name)
+    known = [json.loads(line) for line in (images / "metadata.jsonl").read_text().splitlines()]
+    coco = {
+        "images": [{"id": number, "file_name": row["file_name"]} for number, row in enumerate(known)],
+        "annotations": [{"image_id": number, "caption": row["captions"][0]} for number, row in enumerate(known)],
+    }
+    for name in ("refs.json", "captions_val2017.json"):
+        (tmp_path / name).write_text(json.dumps(coco))
+    lines = [json.dumps({"image_id": row["file_name"], "captions": row["captions"]}) for row in known]
+    (tmp_path / "refs.jsonl").write_text("\n".join(lines))
+    for name in ("photos", "DATA"):
+        shutil.copytree(images, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(*words: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main(list(words))
+    return int(str(ended.value.code))
+
+
+def run_page(page: str) -> None:
+    """Run the commands that the page shows, each once. A review is replaced by its outcome: all texts are approved."""
+    for line in dict.fromkeys(line for document, line in docs.commands_of("captioner") if document == page):
+        _, command, *words = shlex.split(line)
+        words = [SUBSTITUTES.get(word, word) for word in words if word != "--open"]
+        if command == "submit" or any(word.startswith("s3://") for word in words):
+            continue
+        if command == "review":
+            approve_all(Path(words[0]))
+        elif "--print-config" in words:
+            print_config(command, words)
+        else:
+            assert run(command, *words, *SHORTER.get(command, [])) == 0, line
+
+
+def approve_all(out: Path) -> None:
+    texts = pa.concat_tables(read_texts(open_table(str(out)))).to_pylist()
+    with Journal(Directory(str(out)), "Ada") as journal:
+        for text in texts:
+            journal.append(Review("approved", (text["image_id"],), text["alt_text"], "Ada"))
+
+
+def print_config(command: str, words: list[str]) -> None:
+    from contextlib import redirect_stdout
+
+    with open("run.yaml", "w") as file, redirect_stdout(file):
+        assert run(command, *words) == 0
+
+
+def captions(out: str) -> int:
+    assert verify(open_table(out)).proven
+    return sum(row["status"] == "ok" for row in rows_of(out))
+
+
+@pytest.mark.usefixtures("desk")
+def test_the_first_images() -> None:
+    run_page("first-10000.md")
+
+    assert captions("captions") == captions("captions-3-beams") == IMAGES + 3
+
+
+@pytest.mark.usefixtures("desk")
+def test_alt_text_and_back() -> None:
+    run_page("alt-text.md")
+
+    assert len(list(Path("texts").rglob("*.xmp"))) == IMAGES + 3
+    assert Path("trained/model/config.json").exists()
+    assert captions("captions") == IMAGES + 3
+
+
+def test_quality(desk: Path) -> None:
+    for out in ("OUT", "OTHER_OUT"):
+        assert run("caption", "images", out, "--model", "starter", "--local") == 0
+    run_page("quality.md")
+
+    assert Path("OUT/report/index.html").exists()
+    assert captions("out") == IMAGES + 3
+
+
+def test_the_guide_of_transformers(desk: Path) -> None:
+    shutil.copytree(desk / "images", desk / "pairs")
+    run_page("from-the-transformers-guide.md")
+
+    assert captions("captions") == IMAGES + 3
+
+
+@pytest.mark.usefixtures("desk")
+def test_when_something_fails() -> None:
+    assert run("caption", "images", "OUT", "--model", "starter", "--local") == 0
+    run_page("when-something-fails.md")
+
+
+def test_the_readme(desk: Path) -> None:
+    shutil.copytree(desk / "images", desk / "pairs")
+    run_page("README.md")
+
+    assert captions("captions") == IMAGES + 3
+    assert Path("trained/model/config.json").exists()
