@@ -146,7 +146,7 @@ def _read_table(location: str) -> Iterator[tuple[str, Any]]:
     root, file = Root.at(folder or ("/" if location.startswith("/") else ".")), os.fsencode(name)
     table: Table = open_table(root, file)
     key, caption = _column(table, KEY_NAMES, location), _column(table, CAPTION_NAMES, location)
-    for batch in read_batches(root, file, table, [key, caption]):
+    for batch in read_batches(root, file, table, [key, caption], caption):
         for image_name, value in zip(batch[key].to_pylist(), batch[caption].to_pylist(), strict=True):
             if image_name is not None:
                 yield str(image_name), value

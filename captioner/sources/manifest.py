@@ -26,7 +26,7 @@ class ManifestSource(TableFiles):
         first_row = 0
         sha256 = self.columns.sha256 if self.columns.sha256 in table.schema.names else None
         names = list(dict.fromkeys([*self.columns.described, self.columns.image, *filter(None, [sha256])]))
-        for batch in read_batches(self.root, file, table, names):
+        for batch in read_batches(self.root, file, table, names, self.columns.reference):
             rows = table_rows(batch, self.columns, file, readable(file), first_row)
             paths = [self._full_path(file, path) for path in batch.column(self.columns.image).to_pylist()]
             rows = rows.set_column(1, rows.schema.field("file"), [pa.array(paths, pa.binary())])

@@ -38,7 +38,7 @@ class ParquetSource(TableFiles):
         stamp = self.root.stamp(file)
         try:
             _, table = self.open_unit(unit)
-            for batch in read_batches(self.root, file, table, self.columns.described):
+            for batch in read_batches(self.root, file, table, self.columns.described, self.columns.reference):
                 rows = table_rows(batch, self.columns, file, readable(file), first_row)
                 yield Listing(with_stamp(rows, stamp), [])
                 first_row += batch.num_rows

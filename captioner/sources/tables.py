@@ -41,10 +41,22 @@ def open_table(root: Root, file: bytes) -> Table:
         raise _unreadable(root, file, error) from None
 
 
-def read_batches(root: Root, file: bytes, table: Table, columns: Sequence[str]) -> Iterator[pa.Table]:
-    """Yield `table.batches`; raises SourceError where the file is damaged."""
+def read_batches(
+    root: Root, file: bytes, table: Table, columns: Sequence[str], captions: str | None = None
+) -> Iterator[pa.Table]:
+    """Yield `table.batches`.
+
+    Raises SourceError where the file is damaged, and where a column of text other than `captions` becomes lists.
+    """
     try:
-        yield from map(with_valid_text, table.batches(columns))
+        for batch in table.batches(columns):
+            for name in columns:
+                becomes_list = pa.types.is_list(batch.schema.field(name).type) and pa.types.is_string(
+                    table.schema.field(name).type
+                )
+                if becomes_list and name != captions:
+                    raise SourceError(f"{root.uri(file)}: column {name!r} is text in some lines and a list in others")
+            yield with_valid_text(batch)
     except (OSError, pa.ArrowException) as error:
         raise _unreadable(root, file, error) from None
 
@@ -111,8 +123,7 @@ class JsonLinesTable:
         self.root, self.file = root, file
         first = list(itertools.islice(self._lines(), BATCH_ROWS))
         names = dict.fromkeys(name for line in first for name in line.values)
-        arrays = {name: _column([line.values.get(name) for line in first]) for name in names}
-        self.schema = pa.schema([(name, _text_if_null(array.type)) for name, array in arrays.items()])
+        self.schema = pa.schema([(name, _type_of([line.values.get(name) for line in first])) for name in names])
 
     def batches(self, columns: Sequence[str]) -> Iterator[pa.Table]:
         lines = self._lines()
@@ -122,7 +133,7 @@ class JsonLinesTable:
     def _typed(self, block: list[_Line], name: str) -> pa.Array:
         try:
             return _column([line.values.get(name) for line in block], self.schema.field(name).type)
-        except (pa.ArrowException, TypeError) as error:
+        except (pa.ArrowException, TypeError, OverflowError) as error:
             lines = f"lines {block[0].number} to {block[-1].number}"
             raise SourceError(f"{self.root.uri(self.file)}: {lines}, {name!r}: {error}") from None
 
@@ -152,14 +163,31 @@ def _storable(value: Any) -> Any:
 
 
 def _column(values: list[Any], type_: pa.DataType | None = None) -> pa.Array:
-    """Return an array; where captions are text in some lines and lists in others, all become lists."""
-    mixed = {type(value) for value in values if value is not None} == {str, list}
-    if mixed or (type_ is not None and pa.types.is_list(type_)):
+    """Return an array of `type_`, or of the type that fits.
+
+    Captions that are text in some lines and lists in others all become lists, also where earlier lines had text only;
+    ids that are numbers in some lines and text in others become text.
+    """
+    kinds = {type(value) for value in values if value is not None}
+    is_text = type_ is None or pa.types.is_string(type_)
+    if is_text and list in kinds and kinds <= {str, list}:
+        type_, is_text = None, False
+    if list in kinds or (type_ is not None and pa.types.is_list(type_)):
         values = [[value] if isinstance(value, str) else value for value in values]
+    if is_text and int in kinds and (type_ is not None or str in kinds) and kinds <= {str, int}:
+        values = [value if value is None else str(value) for value in values]
     return pa.array(values, type_)
 
 
-def _text_if_null(type_: pa.DataType) -> pa.DataType:
+def _type_of(values: list[Any]) -> pa.DataType:
+    """Return the type of a column by its first values; text where they are null or of several types.
+
+    A column of several types is an error only where it is read.
+    """
+    try:
+        type_ = _column(values).type
+    except (pa.ArrowException, TypeError, OverflowError):
+        return pa.string()
     return pa.string() if pa.types.is_null(type_) else type_
 
 

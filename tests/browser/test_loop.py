@@ -132,10 +132,10 @@ def export_everything(out: Path, root: Path) -> None:
     pages.mkdir()
     image_id = next(name for name, decision in decided(out).items() if decision == "edited")
     (pages / "index.html").write_text(f'<!doctype html><title>Posters</title><img src="{image_id}">')
-    for form in FORMATS:
+    for form, export_format in FORMATS.items():
         more = ["--html-dir", pages] if form == "html" else []
         captioner("export", out, root / "exports" / form, "--to", form, *more)
-        assert (root / "exports" / form).exists()
+        assert (root / "exports" / f"{form}{export_format.suffix}").exists()
 
 
 def training(root: Path) -> TrainConfig:

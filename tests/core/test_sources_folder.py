@@ -277,3 +277,37 @@ def test_a_table_inside_a_folder_of_shards_leaves_them_shards(tmp_path, suffix):
         pipeline.run(caption_config(tmp_path / "shards", out, **settings))
 
     assert len(rows_of(out)) == 20
+
+
+def test_a_name_in_metadata_finds_its_image_however_it_is_written(tmp_path):
+    names = ["a.png", "b.png", "sub/c.png", "caf\u00e9.png", "nai\u0308ve.png", "real\\backslash.png", "none.png"]
+    fill(tmp_path, *names)
+    lines = {
+        "a.png": ["first", "second"],  # one line each
+        "./b.png": ["dot"],
+        "sub\\c.png": ["backslash"],
+        "cafe\u0301.png": ["decomposed"],
+        "na\u00efve.png": ["composed"],
+        "real\\backslash.png": ["as it stands"],
+        "gone.png": ["no such image"],
+    }
+    rows = [{"file_name": name, "text": text} for name, texts in lines.items() for text in texts]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    listing = listed(source_at(tmp_path))[0]
+    found = dict(zip(listing["image_id"].to_pylist(), listing["reference_captions"].to_pylist(), strict=True))
+    assert found == dict(zip(names, [*list(lines.values())[:6], None], strict=True))
+
+
+@pytest.mark.parametrize("early", ["text", None, ["list"]])
+@pytest.mark.parametrize("late", ["text", None, ["a", "list"]])
+def test_captions_may_become_lists_and_other_columns_anything(tmp_path, early, late):
+    fill(tmp_path, "a.png", "z.png")
+    lines = [{"file_name": "a.png", "text": early, "id": 1}]
+    lines += [{"file_name": f"{number}.png", "text": early, "id": number} for number in range(BATCH_ROWS)]
+    lines += [{"file_name": "z.png", "text": late, "id": "b1", "more": {"x": 1}}]
+    lines += [{"file_name": "y.png", "id": [2], "more": 1}]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+    references = listed(source_at(tmp_path))[0]["reference_captions"].to_pylist()
+    assert references == [[one] if isinstance(one, str) else one for one in (early, late)]

@@ -188,7 +188,7 @@ def test_a_manifest_that_breaks_off_is_an_error_with_its_name(tmp_path):
     (tmp_path / "m.csv").write_text("\n".join(lines))
     with pytest.raises(SourceError, match=r"m.csv: cannot be read as a table: .*Expected 2 columns, got 3"):
         listed_rows(source_at(tmp_path / "m.csv"))
-    (tmp_path / "m.jsonl").write_text("\n".join(['{"path": "a.jpg"}'] * 5000 + ['{"path": 7}']))
+    (tmp_path / "m.jsonl").write_text("\n".join(['{"path": "a.jpg"}'] * 5000 + ['{"path": {"a": 7}}']))
     with pytest.raises(SourceError, match=r"m.jsonl: lines 4097 to 5001, 'path'"):
         listed_rows(source_at(tmp_path / "m.jsonl"))
 
@@ -261,3 +261,13 @@ def test_file_uris_are_paths(tmp_path, prefix, kind):
     (listing,) = source.list_unit(*source.units())
 
     assert [raw.data for raw in source.read(listing.rows)] == [b"data"]
+
+
+@pytest.mark.parametrize("flags", [{}, {"id_column": "id"}, {"keep_columns": ["id"]}])
+def test_a_column_that_becomes_lists_and_holds_no_captions_is_an_error_with_its_name(tmp_path, flags):
+    column = "id" if flags else "path"
+    lines = [{"path": "a.jpg", "id": str(number)} for number in range(5000)]
+    lines.append({"path": "b.jpg", "id": "last"} | {column: ["list"]})
+    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(SourceError, match=rf"m.jsonl: column '{column}' is text in some lines and a list in others"):
+        listed_rows(source_at(tmp_path / "m.jsonl", **flags))
