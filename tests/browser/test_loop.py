@@ -12,6 +12,7 @@ import pytest
 from captioner import pipeline
 from captioner.config import CaptionConfig, TrainConfig
 from captioner.publishing.alt_text.journal import latest_reviews, read_reviews
+from captioner.publishing.exports.command import FORMATS
 from captioner.starter.render import render_scenes
 from captioner.store.directory import Directory
 from captioner.store.read import read_parts
@@ -25,7 +26,6 @@ pytestmark = pytest.mark.browser
 IMAGES = 32
 # What the reviewer does, image by image; "edited" writes what is known of the image.
 DECISIONS = ["edited"] * 13 + ["approved", "rejected", "decorative", "expert", "rejected", "edited", "approved"]
-FORMATS = ("xmp", "html", "csv", "jsonl", "txt", "coco", "imagefolder", "webdataset", "parquet")
 KEYS = {"approved": "a", "rejected": "r", "decorative": "d", "expert": "x"}
 
 
