@@ -41,6 +41,11 @@ def local_path(location: str) -> str:
     return os.path.abspath(os.path.expanduser(location))
 
 
+def absolute(location: str) -> str:
+    """Return a path or URI that means the same in a process with another current folder."""
+    return location if is_uri(location) else local_path(location)
+
+
 def shown(location: str) -> str:
     """Return a location for records and messages: without the keys and options that a URI may hold."""
     address = location.partition("?")[0] if is_uri(location) else location

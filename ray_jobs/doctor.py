@@ -16,7 +16,7 @@ from typing import Any
 from captioner.config import CaptionConfig, ModelConfig
 from captioner.console.text import printable
 from captioner.errors import ERROR, OK, CaptionerError
-from captioner.files import is_uri, local_path
+from captioner.files import absolute, is_uri
 from captioner.models.devices import pick_device
 from ray_jobs.cluster import Resources, Sizes, connect, share_out
 from ray_jobs.gpus import worker_device
@@ -72,7 +72,7 @@ def findings(config: CaptionConfig, out: str | None) -> Iterator[Finding]:
         gpus = float(resources.num_gpus > 0) if isinstance(sizes, CaptionerError) else sizes.gpus_per_worker
         yield _on_a_worker("model", _caption_one, config.model, num_gpus=gpus)
     if out:
-        yield from _writable(out if is_uri(out) else local_path(out), resources.num_nodes)
+        yield from _writable(absolute(out), resources.num_nodes)
 
 
 def _token() -> Finding:

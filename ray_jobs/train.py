@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from captioner.config import ClusterConfig, TrainConfig
 from captioner.errors import CaptionerError
-from captioner.files import is_uri, local_path
+from captioner.files import absolute
 from captioner.models import ModelRef, weights_bytes
 from captioner.models.devices import set_wait_policy
 from captioner.models.loading import SMALL_MODEL_BYTES
@@ -184,8 +184,7 @@ def num_threads(sizes: Sizes, resources: Resources, model_bytes: int) -> int:
 
 def _with_absolute_out(config: TrainConfig) -> TrainConfig:
     """Return the settings for workers, whose current folder may be another one."""
-    path = config.output.path
-    output = config.output.model_copy(update={"path": path if is_uri(path) else local_path(path)})
+    output = config.output.model_copy(update={"path": absolute(config.output.path)})
     return config.model_copy(update={"output": output})
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import replace
 from functools import partial
@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from captioner.data import RawImage, Source
 from captioner.errors import CaptionerError, SourceError
-from captioner.sources.root import HEAD_BYTES, RefusedFileError, Root, admitting, error_code_of, readable
+from captioner.sources.root import HEAD_BYTES, RefusedFileError, Root, admitting, assigned, error_code_of, readable
 from captioner.sources.tar_members import header_room, is_member
 
 NOT_YET = "not_yet"  # the code of an image that is read later, when there is memory for it; never in a table
@@ -71,43 +71,28 @@ def read_limits() -> ReadLimits:
     return _limits.get() or ReadLimits()
 
 
-@contextmanager
-def limited_to(limits: ReadLimits) -> Iterator[None]:
+def limited_to(limits: ReadLimits) -> AbstractContextManager[None]:
     """Let the reads of this thread have these limits."""
-    token = _limits.set(limits)
-    try:
-        yield
-    finally:
-        _limits.reset(token)
+    return assigned(_limits, limits)
 
 
-@contextmanager
-def reads_at_once(number: int) -> Iterator[None]:
+def reads_at_once(number: int) -> AbstractContextManager[None]:
     """Let the sources of this thread run so many reads in parallel.
 
     pyarrow's client of a store opens 25 connections, or as many as pyarrow has I/O threads when the client is created.
     """
     if pa.io_thread_count() < number:
         pa.set_io_thread_count(number)
-    token = _concurrency.set(number)
-    try:
-        yield
-    finally:
-        _concurrency.reset(token)
+    return assigned(_concurrency, number)
 
 
 class SuspectedSourceError(SourceError):
     """Every read of some rows failed, as when the source is gone; or only these rows are."""
 
 
-@contextmanager
-def each_row_alone() -> Iterator[None]:
+def each_row_alone() -> AbstractContextManager[None]:
     """Let reads of this thread that all fail be failed rows: the source is known to be there, or judged later."""
-    token = _suspicious.set(False)
-    try:
-        yield
-    finally:
-        _suspicious.reset(token)
+    return assigned(_suspicious, False)
 
 
 def read_part(source: Source, rows: pa.Table, elsewhere: Iterable[pa.Table]) -> list[RawImage]:

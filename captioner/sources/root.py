@@ -12,10 +12,10 @@ import os
 import re
 import stat
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO, ClassVar, cast
+from typing import Any, BinaryIO, ClassVar, TypeVar, cast
 from urllib.parse import unquote_to_bytes
 
 from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType
@@ -121,17 +121,23 @@ class RefusedFileError(Exception):
 
 # Raises RefusedFileError for a file of a size whose first bytes the function returns.
 Admit = Callable[[int, Callable[[], bytes]], None]
+T = TypeVar("T")
 _admit: ContextVar[Admit | None] = ContextVar("admit", default=None)
 
 
 @contextmanager
-def admitting(admit: Admit) -> Iterator[None]:
-    """Let `admit` decide, before a whole file is read by this thread, whether it is."""
-    token = _admit.set(admit)
+def assigned(variable: ContextVar[T], value: T) -> Iterator[None]:
+    """Let a context variable have a value within the block."""
+    token = variable.set(value)
     try:
         yield
     finally:
-        _admit.reset(token)
+        variable.reset(token)
+
+
+def admitting(admit: Admit) -> AbstractContextManager[None]:
+    """Let `admit` decide, before a whole file is read by this thread, whether it is."""
+    return assigned(_admit, admit)
 
 
 @dataclass(slots=True)

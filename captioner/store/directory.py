@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
 
 from captioner.errors import DamagedFileError, OutputError
-from captioner.files import Retry, is_uri, local_path, open_filesystem, shown
+from captioner.files import Retry, absolute, open_filesystem, shown
 from captioner.store.checksum import (
     PARSE_ERRORS,
     from_parquet,
@@ -104,7 +104,7 @@ class Directory:
         return open_filesystem(self.location)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"location": self.location if is_uri(self.location) else local_path(self.location)}
+        return {"location": absolute(self.location)}
 
     @property
     def filesystem(self) -> FileSystem:
