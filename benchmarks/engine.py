@@ -28,7 +28,7 @@ import torch
 
 from captioner.config import ModelConfig
 from captioner.models import load, resolve
-from captioner.models.git_fast import FastSearch, open_network
+from captioner.models.git import FastSearch, open_network
 from captioner.models.pretrained import open_model, quiet
 
 

@@ -19,7 +19,7 @@ EXTRAS = ("heif", "lora")
 IMPORTING_OPTIONAL = {  # the module that says what to install where it is missing
     "pillow-heif": "captioner/imaging/formats.py",
     "peft": "captioner/training/lora.py",
-    "triton": "captioner/models/git_fast/triton_kernels.py",
+    "triton": "captioner/models/git/triton_kernels.py",
 }
 IMPORTED_BY_TRANSFORMERS = {"accelerate"}  # where a Trainer is made; transformers itself does not require it
 LEFT_BEHIND = {".py", ".pyc"}

@@ -1,9 +1,8 @@
 """Decode the bytes of an image file to the model's pixels, or to an error code. Never raises.
 
-    formats.py   bytes -> a Pillow file, identified by content
-    opening.py   bytes -> an upright RGB image
-    reducing.py  decoding at a smaller size where the format allows it; tiff.py: pages and overviews of TIFFs
-    colour.py    any Pillow mode -> RGB over white
+    formats.py   bytes -> a Pillow file, identified by content, at a smaller size where the format allows it
+    tiff.py      pages and overviews of TIFFs
+    opening.py   bytes -> an upright RGB image, whatever the mode, over white
     fitting.py   upright image -> uint8 pixels of the size that the model needs
     descriptions.py  descriptions that people wrote into the file
     error_codes.py  an exception -> an error code

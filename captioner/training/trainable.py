@@ -10,8 +10,7 @@ from captioner.config import TrainModelConfig
 from captioner.errors import ModelError
 from captioner.models.base import TransformersCaptioner
 from captioner.models.blip import BlipCaptioner
-from captioner.models.git import GitCaptioner
-from captioner.models.git_fast import FastSearch, GitNetwork, unsupported_settings
+from captioner.models.git import FastSearch, GitCaptioner, GitNetwork, unsupported_settings
 from captioner.models.pretrained import open_model
 from captioner.models.ref import ModelRef
 from captioner.models.resolving import ensure_local

@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText, GenerationConfig
 import captioner.starter
 from captioner.config import ModelConfig
 from captioner.models import load, resolve
-from captioner.models.git_fast import unsupported_settings
+from captioner.models.git import unsupported_settings
 from captioner.models.packed import PackedLinear, pack_linears
 from captioner.starter.scenes import make_scenes
 from captioner.testing import make_tiny_model

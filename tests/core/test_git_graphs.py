@@ -11,7 +11,7 @@ import torch
 
 from captioner.config import ModelConfig
 from captioner.models import load, resolve
-from captioner.models.git_fast import graphs
+from captioner.models.git import graphs
 from captioner.starter.scenes import make_scenes
 from captioner.testing import make_tiny_model
 

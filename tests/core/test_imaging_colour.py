@@ -11,7 +11,7 @@ from PIL import Image, ImageCms
 
 from captioner.data import PixelSpec
 from captioner.imaging import decode, open_image
-from captioner.imaging.colour import to_rgb
+from captioner.imaging.opening import to_rgb
 
 NO_LIMIT = 1_000_000
 WHITE, RED, PINK = (255, 255, 255), (255, 0, 0), (255, 127, 127)

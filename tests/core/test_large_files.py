@@ -14,7 +14,7 @@ from PIL import Image
 from captioner import pipeline, steps
 from captioner.config import ModelConfig
 from captioner.console.commands import try_images
-from captioner.imaging.sandbox.slots import Slots
+from captioner.imaging.sandbox.child import Slots
 from captioner.sources.reading import SNIFF_ABOVE
 from captioner.testing import make_folder, make_tar
 

@@ -14,7 +14,7 @@ from captioner.config import ModelConfig, TrainModelConfig
 from captioner.errors import ModelError
 from captioner.models import resolve
 from captioner.models.base import TransformersCaptioner
-from captioner.models.git_fast import GitNetwork
+from captioner.models.git import GitNetwork
 from captioner.testing import make_tiny_model
 from captioner.testing.tiny_models import TINY_SIDE
 from captioner.training.collate import Collate
@@ -157,7 +157,7 @@ def test_every_weight_that_captions_depend_on_has_a_gradient(models, family: str
 
 def test_a_model_in_training_captions_with_its_current_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU the network for captioning holds copies of weights, which would not change."""
-    from captioner.models import git
+    from captioner.models.git import captioner as git
 
     monkeypatch.setattr(git, "open_network", None)  # opens a network that copies weights
 

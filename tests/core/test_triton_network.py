@@ -16,9 +16,9 @@ pytest.importorskip("triton")
 
 from captioner.config import ModelConfig
 from captioner.models import load, resolve
-from captioner.models.git_fast import FastSearch, triton_kernels
-from captioner.models.git_fast.network import GitNetwork
-from captioner.models.git_fast.triton_network import TritonGitNetwork
+from captioner.models.git import FastSearch, triton_kernels
+from captioner.models.git.network import GitNetwork
+from captioner.models.git.triton_network import TritonGitNetwork
 from captioner.starter.scenes import make_scenes
 from captioner.testing import make_tiny_model
 

@@ -27,8 +27,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from captioner.data import DecodedImage, PixelSpec
-from captioner.imaging.sandbox.child import NUMBER
-from captioner.imaging.sandbox.slots import NUM_SLOTS, Slots
+from captioner.imaging.sandbox.child import NUM_SLOTS, NUMBER, Slots
 
 ATTEMPTS = 2  # a decoder may also die of another cause, such as a shortage of memory
 # However many of its images hang, a chunk must not take as long as a run waits for progress: after this number of

@@ -14,9 +14,9 @@ from transformers import (
     NoRepeatNGramLogitsProcessor,
 )
 
-from captioner.models.git_fast.graphs import Stepper, UnfinishedCount
-from captioner.models.git_fast.network import GitNetwork
-from captioner.models.git_fast.task import Search, SearchResult, Task
+from captioner.models.git.graphs import Stepper, UnfinishedCount
+from captioner.models.git.network import GitNetwork
+from captioner.models.git.task import Search, SearchResult, Task
 
 # Settings of a GenerationConfig that these searches support. Any other that is set needs `generate`.
 SUPPORTED_SETTINGS = frozenset(
@@ -100,8 +100,8 @@ def open_network(model: Any) -> GitNetwork:
     """
     device: torch.device = model.device
     if device.type == "cuda" and find_spec("triton") is not None:
-        from captioner.models.git_fast.triton_kernels import can_run
-        from captioner.models.git_fast.triton_network import TritonGitNetwork
+        from captioner.models.git.triton_kernels import can_run
+        from captioner.models.git.triton_network import TritonGitNetwork
 
         if can_run(device):
             return TritonGitNetwork(model)

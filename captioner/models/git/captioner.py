@@ -1,4 +1,4 @@
-"""GIT (microsoft/git-*, and the starter): a decoder that reads image tokens and text in one sequence."""
+"""The captioner of GIT models."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 import torch
 
 from captioner.models.base import TransformersCaptioner
-from captioner.models.git_fast import FastSearch, open_network, unsupported_settings
+from captioner.models.git.search import FastSearch, open_network, unsupported_settings
 from captioner.models.packed import pack_linears
 from captioner.models.ref import ModelRef
 
 
 class GitCaptioner(TransformersCaptioner):
-    """Captions by `captioner.models.git_fast`, or by `generate` where the checkpoint's settings need it (`engine`)."""
+    """Captions by the search of this package, or by `generate` where the checkpoint's settings need it (`engine`)."""
 
     attention = "eager"  # transformers has no other for GIT
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from captioner.models.git_fast.network import GitNetwork
-from captioner.models.git_fast.task import SearchResult, Task
+from captioner.models.git.network import GitNetwork
+from captioner.models.git.task import SearchResult, Task
 
 
 class GreedySearch:

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, Protocol, Self
 import torch
 from transformers import LogitsProcessorList
 
-from captioner.models.git_fast.network import State
+from captioner.models.git.network import State
 
 
 @dataclass(frozen=True)

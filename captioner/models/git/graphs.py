@@ -12,10 +12,10 @@ from typing import Protocol
 
 import torch
 
-from captioner.models.git_fast.beam import BeamSearch
-from captioner.models.git_fast.greedy import GreedySearch
-from captioner.models.git_fast.network import GitNetwork
-from captioner.models.git_fast.task import Search, Task
+from captioner.models.git.beam import BeamSearch
+from captioner.models.git.greedy import GreedySearch
+from captioner.models.git.network import GitNetwork
+from captioner.models.git.task import Search, Task
 
 WARM_UP_STEPS = 3  # as recommended in torch's documentation of CUDA graphs
 

@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn.functional import linear, scaled_dot_product_attention
 from transformers.activations import QuickGELUActivation
 
-from captioner.models.git_fast.network import GitNetwork, State
-from captioner.models.git_fast.triton_kernels import (
+from captioner.models.git.network import GitNetwork, State
+from captioner.models.git.triton_kernels import (
     added_layer_norm,
     attend,
     best_logprobs,
