@@ -133,6 +133,42 @@ def test_an_undo_brings_the_group_back(out: Path, review, open_page) -> None:
     assert decisions(out) == [("rejected", ("000000.png", "000001.png", "000003.png"), None)]
 
 
+def test_what_was_typed_outlives_escape_a_reload_and_a_killed_server(out: Path, review, open_page) -> None:
+    with review(out, "--queue", "all") as (process, url):
+        page = open_page(url)
+        page.wait_for_selector(READY)
+        page.keyboard.press("e")
+        page.keyboard.type(" It barks")
+        page.keyboard.press("Escape")
+        page.get_by_role("region", name="Your draft, not saved yet").get_by_text("A dog. It barks").wait_for()
+        assert violations(page) == []
+        page.keyboard.press("e")
+        page.keyboard.type(" at night")
+        page.wait_for_selector("#card[data-draft=kept]")
+        page.reload()
+        page.wait_for_selector(READY)
+        page.keyboard.press("e")
+        page.keyboard.type(".")
+        page.wait_for_selector("#card[data-draft=kept]")
+        process.kill()
+        process.wait()
+        page.keyboard.type(" And then")
+        page.get_by_role("alert").get_by_text("What you typed is only on this page").wait_for()
+        assert page.get_by_role("textbox", name="Alt text").input_value() == "A dog. It barks at night. And then"
+        page.context.close()
+    with review(out, "--queue", "all") as (_, url):
+        page = open_page(url)
+        page.wait_for_selector(READY)
+        page.keyboard.press("e")
+        assert page.get_by_role("textbox", name="Alt text").input_value() == "A dog. It barks at night."
+        press_and_wait(page, "Control+Enter")
+        press_and_wait(page, "u")
+        page.get_by_role("button", name="Discard").click()
+        page.wait_for_selector("#card[data-draft=none]")
+        assert not list((out / "reviews/drafts").rglob("*.json"))
+    assert decisions(out) == []
+
+
 def test_texts_and_names_of_others_are_never_html(out: Path, review, open_page) -> None:
     with review(out, "--queue", "all") as (_, url):
         page = open_page(url)

@@ -160,6 +160,44 @@ def test_an_undo_shows_the_image_again_also_after_a_restart(make_reviewable) -> 
     assert decisions(out) == []
 
 
+def test_drafts_come_back_after_a_restart_and_end_with_the_edit(make_reviewable) -> None:
+    out = make_reviewable(["a dog", "a cat", "a cow"])
+    with open_session(out) as session:
+        session.keep_draft(2, "  A brown\n cow \ud83d")
+        session.keep_draft(1, "A cat!")
+        session.keep_draft(1, " \n")  # nothing to keep
+    with open_session(out, "ben") as other:
+        assert other.next()["card"]["draft"] is None
+    with open_session(out) as session:
+        card = session.next()["card"]
+        assert (card["image_id"], card["draft"]) == ("000002.png", "  A brown\n cow ?")
+        decide(session, "edited", "A brown cow.")
+        assert session.next()["card"]["image_id"] == "000000.png"
+    with open_session(out) as session:
+        assert session.undo()["card"]["draft"] == "A brown cow."  # an undo does not lose what was written
+        decide(session, "edited", "A cow.")
+    assert not list((out / "reviews/drafts").rglob("*.json"))
+
+
+def test_a_draft_stays_while_other_decisions_are_made(make_reviewable) -> None:
+    with open_session(make_reviewable(["a dog"])) as session:
+        session.keep_draft(0, "A black dog, perhaps")
+        assert decide(session, "rejected")[0]
+        assert session.next()["card"]["image_id"] == "000001.png"
+        assert session.undo()["card"]["draft"] == "A black dog, perhaps"
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{", b'{"image_id": 3, "text": "a"}', b'{"image_id": "000000.png"}'])
+def test_a_damaged_draft_is_passed_over(make_reviewable, content: bytes) -> None:
+    out = make_reviewable()
+    with open_session(out) as session:
+        session.keep_draft(0, "A")
+    (draft,) = (out / "reviews/drafts").rglob("*.json")
+    draft.write_bytes(content)
+    with open_session(out) as session:
+        assert session.next()["card"]["draft"] is None
+
+
 def test_skipped_images_come_back_when_asked_for(make_reviewable) -> None:
     out = make_reviewable()
     with open_session(out) as session:
@@ -553,6 +591,27 @@ def test_every_accepted_decision_survives_sigkill(make_reviewable) -> None:
         assert said.splitlines()[-1] == (
             "captioner: error: stopped by SIGTERM; every decision is saved; run the same command again to continue"
         )
+
+
+def test_a_draft_survives_sigkill(make_reviewable) -> None:
+    out = make_reviewable()
+    with reviewing(out) as (process, ask):
+        assert ask("POST", "draft", {"index": 3, "text": "A dog, a"}) == (200, {})
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    with reviewing(out) as (_, ask):
+        card = ask("GET", "state")[1]["card"]
+        assert (card["image_id"], card["draft"]) == ("000003.png", "A dog, a")
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [([], 400), ({}, 400), ({"index": True, "text": ""}, 400), ({"index": 0, "text": None}, 400)]
+    + [({"index": index, "text": ""}, 404) for index in (-1, 30, 10**12)],
+)
+def test_a_draft_that_no_page_sends_is_refused(make_reviewable, body: Any, status: int) -> None:
+    with serving(make_reviewable()) as (ask, _):
+        assert ask("POST", "draft", body)[0] == status
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:

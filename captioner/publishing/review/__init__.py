@@ -3,23 +3,25 @@
     queue.py           which images are reviewed, in what order, and which have the same text
     rows.py            the data of one image
     decisions.py       the decisions of this reviewer and of others who work at the same time
+    drafts.py          what a reviewer has typed and not saved, kept on the disk
     session.py         the state of one review session: what is shown and what a decision changes
     acceptance.py      the acceptance rate and the time per image
     standing_flags.py  the flags that still apply to an alt text
     previews.py        the images as small JPEGs, kept in memory only
     server.py          HTTP on 127.0.0.1, protected by a token
-    page.html          the page
+    page.html          the page, with page.css and page.js
 
 The page's elements and keys, which tests and the screenshots rely on:
 
     keys       a or Enter accept, e edit, r reject, d decorative, s skip, x needs an expert, u undo, o only this one,
-               ? help; while editing Ctrl+Enter saves and Esc cancels. Letter keys do nothing while a text is edited or
-               when "Single-key shortcuts" in the help is off
-    buttons    "Accept", "Edit", "Reject", "Decorative", "Skip", "Needs an expert", "Undo", "Help"; "Save" and "Cancel"
-               while editing; in a group one toggle button for each image, "Only this one" and "All of them"
+               ? help; while editing Ctrl+Enter saves and Esc stops editing: what was typed stays as a draft. Letter
+               keys do nothing while a text is edited or when "Single-key shortcuts" in the help is off
+    buttons    "Accept", "Edit", "Reject", "Decorative", "Skip", "Needs an expert", "Undo", "Help"; "Save" and
+               "Stop editing" while editing; "Discard" beside a draft; in a group one toggle button for each image,
+               "Only this one" and "All of them"
     #card      the image under review: data-image-id, data-index; data-state "loading", "ready", "saving", "editing"
-               or "done"; data-shown, a counter that increases when a decision is saved and the next image is shown;
-               data-image "loading", "shown" or "missing"
+               or "done"; data-draft "none", "saving", "kept" or "failed"; data-shown, a counter that increases when a
+               decision is saved and the next image is shown; data-image "loading", "shown" or "missing"
     #alt-text  the current text; #editor the text field, labelled "Alt text"
     #status    role=status: the result of the last action ("Accepted.")
     #progress  reviewed and left; #acceptance the acceptance rate

@@ -9,6 +9,7 @@ out pages of other sites whose name resolves to this machine (DNS rebinding).
     GET  /TOKEN/image/INDEX/SIZE       JPEG; SIZE "large" or "small"
     POST /TOKEN/decide                 {"decision", "indices", "shown", "text", "seconds"} -> state; 409 when another
                                        reviewer was faster, 400 with {"error"} for an invalid edit
+    POST /TOKEN/draft                  {"index", "text"} -> {}: keeps what was typed
     POST /TOKEN/undo, /TOKEN/again     {} -> state
 """
 
@@ -47,13 +48,22 @@ class ReviewServer(ThreadingHTTPServer):
     def __init__(self, session: ReviewSession, previews: Previews, port: int) -> None:
         self.session, self.previews = session, previews
         self.token = secrets.token_urlsafe(24)
-        self.page = files("captioner.publishing.review").joinpath("page.html").read_text(encoding="utf-8")
+        self.page = _read_page()
         super().__init__((HOST, port), _Handler)
 
     @property
     def url(self) -> str:
         """The address of the page, with its token."""
         return f"http://{HOST}:{self.server_address[1]}/{self.token}/"
+
+
+def _read_page() -> str:
+    """Return the page with its style and script inside."""
+    folder = files("captioner.publishing.review")
+    page, style, script = (
+        folder.joinpath(f"page.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js")
+    )
+    return page.replace("/* page.css */\n", style).replace("/* page.js */\n", script)
 
 
 class _HttpError(Exception):
@@ -115,6 +125,9 @@ class _Handler(BaseHTTPRequestHandler):
             case ("POST", "decide"):
                 saved, state = session.decide(DecisionRequest.from_json(self._body(), len(session)))
                 self._send_json(state, HTTPStatus.OK if saved else HTTPStatus.CONFLICT)
+            case ("POST", "draft"):
+                session.keep_draft(*self._draft())
+                self._send_json({})
             case ("POST", "undo"):
                 self._body()
                 self._send_json(session.undo())
@@ -143,6 +156,13 @@ class _Handler(BaseHTTPRequestHandler):
             return json.loads(self.rfile.read(int(length)))
         except ValueError:
             raise _HttpError(HTTPStatus.BAD_REQUEST, "the body is not JSON") from None
+
+    def _draft(self) -> tuple[int, str]:
+        body = self._body()
+        index, text = (body.get("index"), body.get("text")) if isinstance(body, dict) else (None, None)
+        if type(index) is not int or not isinstance(text, str):
+            raise UsageError("draft: give the index of an image and a text")
+        return self._parse_index(str(index)), text
 
     def _about(self, index: int) -> dict[str, Any]:
         preview = self.server.previews.preview(self.server.session.row(index), "large")

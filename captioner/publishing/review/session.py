@@ -15,6 +15,7 @@ from captioner.publishing.alt_text.schemas import Decision, Review
 from captioner.publishing.alt_text.texts import read_settings
 from captioner.publishing.review.acceptance import acceptance, seconds_per_image
 from captioner.publishing.review.decisions import Decisions
+from captioner.publishing.review.drafts import Drafts
 from captioner.publishing.review.queue import Queue, QueueKind
 from captioner.publishing.review.rows import Row, read_row
 from captioner.publishing.review.standing_flags import describe_flag
@@ -74,6 +75,7 @@ class ReviewSession:
         self._table, self._reviewer, self._kind = table, reviewer, kind
         self._settings = read_settings(table)
         self.decisions = Decisions(table.directory, reviewer)
+        self._drafts = Drafts(table.directory, reviewer)
         self._queue = Queue(table, kind, self.decisions.latest())
         self._shown_again: set[str] = set()  # review ids of skips that no longer count
         self._skipped = self._skipped_in(self.decisions.own)
@@ -121,11 +123,25 @@ class ReviewSession:
                 return False, self._state("The text of this image has changed; check it again")
             review = self._review(request, rows)
             self.decisions.add(review)
+            if request.text is not None:
+                self._drafts.discard(rows[0].image_id)
             self._apply_new_decisions()
             return True, self._state(_describe(review, len(request.indices) - len(rows)))
 
+    def keep_draft(self, index: int, text: str) -> None:
+        """Keep what was typed about an image; an empty text, or the one it has, discards the draft."""
+        with self._lock:
+            row = self.row(index)
+            if text.strip() and text != row.alt_text:
+                self._drafts.keep(row.image_id, text)
+            else:
+                self._drafts.discard(row.image_id)
+
     def undo(self) -> dict[str, Any]:
-        """Undo this reviewer's last decision, of this session or an earlier one, and show its image again."""
+        """Undo this reviewer's last decision, of this session or an earlier one, and show its image again.
+
+        An edited text stays as a draft.
+        """
         with self._lock:
             self._apply_new_decisions()
             if not self.decisions.own:
@@ -134,6 +150,8 @@ class ReviewSession:
             self.decisions.add(
                 Review("undo", last.image_ids, None, self._reviewer, queue=self._kind, undoes=last.review_id)
             )
+            if last.decision == "edited" and last.text:
+                self._drafts.keep(last.image_ids[0], last.text)
             self._apply_new_decisions()
             index = next(iter(self._indices(last.image_ids)), None)
             return self._state(
@@ -225,6 +243,9 @@ class ReviewSession:
         waiting = [expert_index for expert_index in self._queue.for_expert if self._is_open(expert_index)]
         excluded = self._skipped | claimed
         if index is None:
+            drafted = self._indices(self._drafts.image_ids())
+            index = min(filter(self._is_open, drafted - excluded), default=None)
+        if index is None:
             index = self._queue.next(waiting, excluded)
         if index is None and claimed:  # others look at all that is left, but they may have stopped
             index, excluded = self._queue.next(waiting, self._skipped), self._skipped
@@ -248,6 +269,7 @@ class ReviewSession:
             "image_id": printable(row.image_id),
             "uri": printable(row.uri),
             "alt_text": row.alt_text,
+            "draft": self._drafts.get(row.image_id),
             "caption": printable(row.caption),
             "flags": [describe_flag(flag) for flag in row.flags],
             "certainty": None if row.logprob_mean is None else _mean_probability(row.logprob_mean),
