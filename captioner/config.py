@@ -36,6 +36,9 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
 
+SPLIT = "Split of a dataset, or of files whose names say it; without it train where there are several; or all."
+
+
 class SourceConfig(Settings):
     """Which images to caption."""
 
@@ -51,7 +54,7 @@ class SourceConfig(Settings):
         description="What SOURCE is taken for; auto decides by what most of it is, and says so.",
         json_schema_extra={"flag": "as"},
     )
-    split: str = Field("train", description="Split of a Hugging Face dataset.")
+    split: str | None = Field(None, description=SPLIT)
     image_column: str | None = Field(None, description="Column with bytes, struct{bytes,path}, path or uri.")
     id_column: str | None = Field(None, description="Column with a unique id for each image.")
     reference_column: str | None = Field(None, description="Column with known captions (text or list of text).")
@@ -252,7 +255,7 @@ class TrainDataConfig(Settings):
         description="Images with captions: a folder with metadata.jsonl, tars, Parquet, a dataset or captions table.",
         json_schema_extra={"argument": "DATA"},
     )
-    split: str = Field("train", description="Split of a Hugging Face dataset.")
+    split: str | None = Field(None, description=SPLIT)
     image_column: str | None = Field(None, description="Column with bytes, struct{bytes,path}, path or uri.")
     id_column: str | None = Field(None, description="Column with a unique id for each image.")
     reference_column: str | None = Field(None, description="Column with the captions (text or list of text).")

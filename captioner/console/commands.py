@@ -24,7 +24,7 @@ from captioner.report.terminal import print_check
 from captioner.run import quality
 from captioner.run.changed import COMPARE_UP_TO, find_changed
 from captioner.run.quality import enforce
-from captioner.sources import open_source
+from captioner.sources import reopen_source
 from captioner.sources.reading import ReadLimits, read_file
 from captioner.sources.root import Root, readable
 from captioner.steps import caption_or_reasons
@@ -135,7 +135,7 @@ def _notes_of(table: CaptionsTable, num_planned: int) -> list[str]:
     if num_planned > COMPARE_UP_TO:
         return notes
     try:
-        changed = find_changed(table, open_source(SourceConfig.model_validate(table.info["source"]))).note
+        changed = find_changed(table, reopen_source(table.info["source"])).note
     except (CaptionerError, OSError) as error:
         return [*notes, f"the source was not compared with its captions: {error}"]
     return [*notes, changed] if changed else notes

@@ -17,7 +17,7 @@ from captioner.config import SourceConfig
 from captioner.data import Chunk
 from captioner.errors import CaptionerError
 from captioner.imaging.sandbox.decoder import GuardedDecoder
-from captioner.sources import open_source
+from captioner.sources import reopen_source
 from captioner.sources.reading import read_images
 from captioner.store.plan import read_planned
 from captioner.store.table import CaptionsTable
@@ -38,7 +38,7 @@ def thumbnails(table: CaptionsTable, shown: Iterable[Mapping[str, Any]]) -> tupl
     uris: dict[str, str] = {}
     try:
         config = SourceConfig.model_validate(table.info["source"])
-        source = open_source(config)
+        source = reopen_source(table.info["source"])
         with GuardedDecoder(SIDE, MAX_PIXELS, config.decode_timeout) as decoder:
             for chunk_id, rows in by_chunk.items():
                 planned = read_planned(table, _chunk(chunk_id)).take(pa.array(sorted(rows)))

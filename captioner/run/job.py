@@ -26,6 +26,7 @@ from captioner.run.changed import COMPARE_UP_TO, find_changed, refreshed
 from captioner.run.fingerprint import bind, facts_of, rebind
 from captioner.run.selector import ReadReviews, make_recaption_plan, no_reviews, parse_selector
 from captioner.sources import describe, open_source
+from captioner.sources.splits import DEFAULT as DEFAULT_SPLIT
 from captioner.starter.scenes import describes_scene
 from captioner.steps import Work
 from captioner.store.plan import compare_with_source, make_plan, read_planned
@@ -308,6 +309,7 @@ def _check_same_source(config: CaptionConfig, table: CaptionsTable) -> None:
     for name in SourceConfig.model_fields:
         before, now = getattr(planned, name), getattr(config.source, name)
         now = shown(now) if name == "path" else now
+        before, now = (value or DEFAULT_SPLIT if name == "split" else value for value in (before, now))
         if name not in may_differ and before != now:
             raise OutputError(
                 f"{shown(config.output.path)} was planned with source.{name}={before!r}, now it is {now!r}; "

@@ -5,11 +5,13 @@ from __future__ import annotations
 import glob
 import os
 import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pyarrow as pa
 from pyarrow.fs import FileType
 
-from captioner.config import SourceConfig
+from captioner.config import CaptionConfig, SourceConfig, settings_of
 from captioner.data import Source
 from captioner.errors import SourceError, UsageError
 from captioner.files import is_uri
@@ -22,32 +24,77 @@ from captioner.sources.pages import PagedSource
 from captioner.sources.parquet import ParquetSource
 from captioner.sources.plan_rows import FilteredSource, WrappedSource
 from captioner.sources.root import FETCH_FIRST, Root, is_excluded
+from captioner.sources.splits import choose_split, splits_of
 from captioner.sources.tables import TABLE_SUFFIXES, UnreadableTableError, open_table
 from captioner.sources.webdataset import COMPRESSED_SUFFIXES, WebDatasetSource
 
-__all__ = ["describe", "open_source"]
+__all__ = ["FLAGS_OF_KINDS", "describe", "open_source", "reopen_source"]
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def open_source(config: SourceConfig) -> Source:
+_KINDS = {
+    FolderSource: "folder",
+    WebDatasetSource: "tars",
+    ParquetSource: "parquet",
+    HuggingFaceSource: "dataset",
+    ManifestSource: "manifest",
+}
+_NAMES = {
+    "folder": "a folder of images",
+    "tars": "a WebDataset (tars)",
+    "parquet": "a table of images",
+    "dataset": "a Hugging Face dataset",
+    "manifest": "a manifest (a table of paths)",
+}
+_TABLES = ("parquet", "dataset", "manifest")
+# Flags that only some kinds of source take, by their fields, and the way out for the others. Every kind takes the rest.
+FLAGS_OF_KINDS = {
+    "split": (("tars", *_TABLES), "choose images with --include"),
+    "image_column": (_TABLES, "it has no columns"),
+    "id_column": (_TABLES, "it has no columns"),
+    "keep_columns": (_TABLES, "it has no columns"),
+    "pages": (("folder", "tars", "manifest"), "unpack its images into files first"),
+}
+
+
+def open_source(config: SourceConfig, refuse_flags: bool = True) -> Source:
     """Open the source at `config.path`; its kind follows from its name and its files.
 
     A table file is a manifest, or a table of images; a tar, a glob of tars or a folder of tars is a WebDataset, and the
     same for Parquet; a saved dataset is recognised by its JSON files; a name that is no path is a hub id; everything
-    else is a folder. Raises SourceError where there is nothing, UsageError where a flag has no meaning for that kind.
+    else is a folder. Raises SourceError where there is nothing, and UsageError where a flag has no meaning for that
+    kind; without `refuse_flags` such flags are passed over.
     """
-    source = _open(config)
-    if config.pages == "all":
-        if not isinstance(source, FolderSource | WebDatasetSource | ManifestSource):
-            raise UsageError(f"--pages all: {config.path} holds images in a table; unpack them into files first")
+    source = _open(config, refuse_flags)
+    if refuse_flags:
+        _refuse_flags(config, _KINDS[type(source)])
+    if config.pages == "all" and isinstance(source, FolderSource | WebDatasetSource | ManifestSource):
         source = PagedSource(source)
     if config.include or config.exclude:
         return FilteredSource(source, tuple(config.include), tuple(config.exclude))
     return source
 
 
-def _open(config: SourceConfig) -> Source:
+def reopen_source(settings: Mapping[str, Any]) -> Source:
+    """Open the source of a table by the settings in its table.json. Those of earlier versions always have a split."""
+    return open_source(SourceConfig.model_validate(settings), refuse_flags=False)
+
+
+def _refuse_flags(config: SourceConfig, kind: str) -> None:
+    """Raise UsageError for a flag that has no meaning for a kind of source."""
+    for setting in settings_of(CaptionConfig):
+        if setting.group == "source" and setting.field in FLAGS_OF_KINDS:
+            kinds, way_out = FLAGS_OF_KINDS[setting.field]
+            value = getattr(config, setting.field)
+            if kind not in kinds and value != setting.info.get_default():
+                shown = ",".join(value) if isinstance(value, list) else value
+                raise UsageError(f"{setting.flag} {shown}: {config.path} is {_NAMES[kind]}; {way_out}")
+    if config.take_as not in ("auto", kind):
+        raise UsageError(f"--as {config.take_as}: {config.path} is {_NAMES[kind]}")
+
+
+def _open(config: SourceConfig, refuse_flags: bool) -> Source:
     path = config.path
     if not path:
         raise UsageError("no source is given: name a folder, tar, table, dataset or manifest")
@@ -55,21 +102,21 @@ def _open(config: SourceConfig) -> Source:
         raise SourceError(f"{path}: {FETCH_FIRST}")
     root = Root.at(path)
     if glob.has_magic(path) and not root.exists():
-        return _open_files(config, *match_glob(path))
+        return _open_files(config, *match_glob(path), "it is a glob", refuse_flags)
     hub_id = path.removeprefix("hf://datasets/").rstrip("/")
     is_hub_id = bool(_HUB_ID.fullmatch(hub_id)) and not path.startswith(".")
     kind = FileType.NotFound if is_hub_id and is_uri(path) else root.kind()
     if kind == FileType.File:
         folder, _, name = os.fsencode(root.location).rpartition(b"/")
-        return _open_files(config, Root(os.fsdecode(folder or b"/")), [name])
+        return _open_files(config, Root(os.fsdecode(folder or b"/")), [name], "its name says so", refuse_flags)
     if kind == FileType.Directory:
-        return _open_directory(config, root)
+        return _open_directory(config, root, refuse_flags)
     if is_hub_id:
         return HuggingFaceSource.open(config, hub_id)
     raise SourceError(f"{path}: no such file or directory")
 
 
-def _open_directory(config: SourceConfig, root: Root) -> Source:
+def _open_directory(config: SourceConfig, root: Root, refuse_flags: bool) -> Source:
     kind = config.take_as
     if kind == "dataset" or (kind == "auto" and not is_uri(root.location) and _is_saved_dataset(root)):
         return HuggingFaceSource.open(config, root.location)
@@ -81,8 +128,7 @@ def _open_directory(config: SourceConfig, root: Root) -> Source:
         raise UsageError(f"--as {kind}: {config.path} holds none: {content.reason}")
     reason = f"--as {kind}" if kind != "auto" else content.reason
     if files:
-        return _open_files(config, root, files, reason)
-    _refuse_column_flags(config, "a folder of images")
+        return _open_files(config, root, files, reason, refuse_flags)
     return FolderSource(config.path, root, config.reference_column, tuple(config.exclude), reason)
 
 
@@ -92,24 +138,36 @@ def _is_saved_dataset(root: Root) -> bool:
     return has_dict or all(root.exists(name) for name in (b"state.json", b"dataset_info.json"))
 
 
-def _open_files(config: SourceConfig, root: Root, files: list[bytes], reason: str = "its name says so") -> Source:
+def _open_files(config: SourceConfig, root: Root, files: list[bytes], reason: str, refuse_flags: bool) -> Source:
     """Open files that are all tars, or all tables."""
     files = [file for file in files if not is_excluded(file + b"/", config.exclude)] or files
     suffixes = {os.path.splitext(file.lower())[1] for file in files}
-    if suffixes == {b".tar"} or all(file.lower().endswith(COMPRESSED_SUFFIXES) for file in files):
-        _refuse_column_flags(config, "a WebDataset")
-        return WebDatasetSource(config.path, root, tuple(files), config.reference_column, reason)
-    if len(suffixes) != 1 or not suffixes <= set(TABLE_SUFFIXES):
+    is_tars = suffixes == {b".tar"} or all(file.lower().endswith(COMPRESSED_SUFFIXES) for file in files)
+    if not is_tars and (len(suffixes) != 1 or not suffixes <= set(TABLE_SUFFIXES)):
         names = b", ".join(sorted(suffixes)).decode("utf-8", "replace")
         raise SourceError(f"{config.path}: expected files of one kind, but there are {names}")
+    files, split = _files_of_split(config, root, files, refuse_flags)
+    reason = "; ".join(filter(None, [reason, split]))
+    if is_tars:
+        return WebDatasetSource(config.path, root, tuple(files), config.reference_column, reason)
     file, schema = _first_schema(root, files)
     columns = choose_columns(schema, config, root.uri(file))
     kind = ManifestSource if columns.kind == "path" else ParquetSource
-    wanted = {"parquet": ParquetSource, "manifest": ManifestSource}.get(config.take_as, kind)
-    if wanted is not kind:
-        held = schema.field(columns.image).type
-        raise UsageError(f"--as {config.take_as}: column {columns.image!r} of {config.path} is {held}")
     return kind(config.path, root, tuple(files), columns, reason)
+
+
+def _files_of_split(
+    config: SourceConfig, root: Root, files: list[bytes], refuse_flags: bool
+) -> tuple[list[bytes], str]:
+    """Return the files of --split, or of its default, and a note for a person that says which."""
+    is_directory = root.location == Root.at(config.path).location  # otherwise the user named the files
+    splits = splits_of(root, files) if config.split or is_directory else {}
+    if config.split and not splits:
+        if refuse_flags:
+            no_splits = "says a split, as train-00000-of-00001.parquet or test/0.tar do"
+            raise UsageError(f"--split {config.split}: no file name in {config.path} {no_splits}")
+        return files, ""
+    return choose_split(files, splits, config.split, config.path)
 
 
 def describe(source: Source) -> str:
@@ -120,14 +178,20 @@ def describe(source: Source) -> str:
         case FolderSource():
             return f"taken for a folder of images: {source.reason}"
         case WebDatasetSource():
-            return f"taken for WebDataset, {len(source.tars):,} tars: {source.reason}"
+            return f"taken for WebDataset, {_counted(source.tars, 'tar')}: {source.reason}"
         case ParquetSource():
             where = f"images in column {source.columns.image!r}"
-            return f"taken for {len(source.files):,} tables with {where}: {source.reason}"
+            return f"taken for {_counted(source.files, 'table')} with {where}: {source.reason}"
         case ManifestSource():
             where = f"paths in column {source.columns.image!r}"
-            return f"taken for a manifest, {len(source.files):,} tables with {where}: {source.reason}"
-    return "taken for a Hugging Face dataset"
+            return f"taken for a manifest, {_counted(source.files, 'table')} with {where}: {source.reason}"
+        case HuggingFaceSource():
+            return f"taken for a Hugging Face dataset, split {source.split!r}"
+    return "a captions table, with the images of its source"
+
+
+def _counted(files: Sequence[bytes], name: str) -> str:
+    return f"{len(files):,} {name}{'s' if len(files) != 1 else ''}"
 
 
 def _first_schema(root: Root, files: list[bytes]) -> tuple[bytes, pa.Schema]:
@@ -138,14 +202,3 @@ def _first_schema(root: Root, files: list[bytes]) -> tuple[bytes, pa.Schema]:
         except UnreadableTableError:
             continue
     return files[-1], open_table(root, files[-1]).schema
-
-
-def _refuse_column_flags(config: SourceConfig, kind: str) -> None:
-    given = {
-        "--image-column": config.image_column,
-        "--id-column": config.id_column,
-        "--keep-columns": config.keep_columns,
-    }
-    for flag, value in given.items():
-        if value:
-            raise UsageError(f"{flag}: {config.path} is {kind} and has no columns")

@@ -19,6 +19,7 @@ from captioner.sources.columns import Columns, choose_columns, table_rows
 from captioner.sources.plan_rows import BATCH_ROWS
 from captioner.sources.reading import changed_image, have_changed, with_stamp
 from captioner.sources.root import Root
+from captioner.sources.splits import ALL, DEFAULT
 
 UNIT_ROWS = 64 * BATCH_ROWS
 SAVED_NAMES = (b"dataset_info.json", b"state.json", b"dataset_dict.json")
@@ -35,8 +36,9 @@ class HuggingFaceSource:
 
     @staticmethod
     def open(config: SourceConfig, location: str) -> HuggingFaceSource:
-        schema = _arrow(load_split(location, config.split))[:0].schema
-        return HuggingFaceSource(config.path, location, config.split, choose_columns(schema, config, config.path))
+        split = config.split or DEFAULT
+        schema = _arrow(load_split(location, split))[:0].schema
+        return HuggingFaceSource(config.path, location, split, choose_columns(schema, config, config.path))
 
     def units(self) -> Sequence[str]:
         rows = len(load_split(self.location, self.split))
@@ -108,6 +110,8 @@ def _load_split(location: str, split: str, stamp: object) -> Any:
         raise SourceError(f"{location}: {missing}cannot be loaded as a Hugging Face dataset: {reason}") from None
     if not isinstance(dataset, dict):  # a bare Dataset knows the split it was, or none
         dataset = {str(dataset.split or split): dataset}
+    if split == ALL:
+        return datasets.concatenate_datasets(list(dataset.values()))
     if split not in dataset:
         raise SourceError(f"{location}: no split {split!r}; choose one of {', '.join(dataset)} with --split")
     return dataset[split]

@@ -25,6 +25,7 @@ from captioner.files import shown
 from captioner.models import ModelRef, check_in_subprocess, resolve
 from captioner.models.checking import PendingCheck
 from captioner.run.prefetch import in_background
+from captioner.sources import describe
 from captioner.store.directory import Directory
 from captioner.training.pair_sources import PairSources, list_pairs, open_pair_sources
 from captioner.training.pairs import SPLITS, TRAINABLE, Examine, Pairs, make_pairs, max_caption_tokens
@@ -147,6 +148,8 @@ def _run(config: TrainConfig, engine: TrainEngine) -> int:
     _check_settings(config)
     engine.start()
     out, model, sources = Directory(config.output.path), _resolve(config), open_pair_sources(config.data)
+    for source in sources.sources:
+        notify(f"{shown(source.name)} is {describe(source)}")
     with TrainProgress() as progress:
         listing = in_background(partial(_list_new_pairs, config, out, sources))
         check = check_in_subprocess(model)

@@ -7,16 +7,17 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from captioner.config import SourceConfig, TrainDataConfig
+from captioner.config import SourceConfig, TrainConfig, TrainDataConfig, settings_of
 from captioner.data import PLAN_SCHEMA, Listing, RawImage, Source
 from captioner.errors import SourceError, UsageError
-from captioner.sources import open_source
+from captioner.sources import open_source, reopen_source
 from captioner.sources.reading import each_row_alone, read_images
 from captioner.store.ids import IdIndex, digests_of
 from captioner.store.parallel_listing import list_units
 from captioner.store.table import open_table, plan_part_name, table_exists
 
 ROWS_PER_TABLE = 64
+SOURCE_FLAGS = ("split", "image_column", "id_column", "reference_column")
 
 # What a run stores of each pair: where its image is read from, its captions, and what examining it showed.
 PAIRS_SCHEMA = pa.schema(
@@ -57,16 +58,20 @@ def open_pair_sources(config: TrainDataConfig) -> PairSources:
     """Open DATA and, where they are given, --eval-data and --test-data. Raises SourceError or UsageError."""
     if not config.path:
         raise UsageError("no DATA given; name a folder with metadata.jsonl, tars, Parquet, a dataset or captions table")
-    paths = [config.path, *(path for path in (config.eval_data, config.test_data) if path)]
-    return PairSources(tuple(_open(path, config) for path in paths), config.max_pixels)
+    others = [path for path in (config.eval_data, config.test_data) if path]
+    sources = [_open(config.path, config), *(_open(path, config, refuse_flags=False) for path in others)]
+    return PairSources(tuple(sources), config.max_pixels)
 
 
-def _open(path: str, config: TrainDataConfig) -> Source:
-    if table_exists(path):
-        table = open_table(path)
-        return CaptionsTableSource(path, open_source(SourceConfig.model_validate(table.info["source"])))
-    settings = config.model_dump(include={"split", "image_column", "id_column", "reference_column"})
-    return open_source(SourceConfig(path=path, **settings))
+def _open(path: str, config: TrainDataConfig, refuse_flags: bool = True) -> Source:
+    """Open a source of pairs. Flags that only other sources of the run can take are passed over, or refused."""
+    settings = {name: getattr(config, name) for name in SOURCE_FLAGS}
+    if not table_exists(path):
+        return open_source(SourceConfig(path=path, **settings), refuse_flags)
+    for setting in settings_of(TrainConfig) if refuse_flags else ():
+        if settings.get(setting.field) is not None:
+            raise UsageError(f"{setting.flag}: {path} is a captions table, which has its own source and references")
+    return CaptionsTableSource(path, reopen_source(open_table(path).info["source"]))
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from captioner.errors import FingerprintError, OutputError
 from captioner.files import shown
 from captioner.models import ModelRef
 from captioner.run.record import versions
+from captioner.sources.splits import DEFAULT as DEFAULT_SPLIT
 from captioner.store.directory import Directory
 
 RUN_FILE = "train.json"
@@ -66,6 +67,7 @@ def _bound_settings(config: TrainConfig) -> dict[str, dict[str, Any]]:
 
 def _settings(config: TrainConfig) -> dict[str, dict[str, Any]]:
     settings = config.model_dump()
+    settings["data"]["split"] = config.data.split or DEFAULT_SPLIT  # as earlier versions recorded it
     for group, names in _URI_SETTINGS.items():
         settings[group] |= {name: shown(settings[group][name]) for name in names if settings[group][name]}
     return settings

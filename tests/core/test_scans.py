@@ -132,7 +132,7 @@ def test_pages_in_tars_and_manifests(tmp_path: Path, archive: Path) -> None:
 def test_pages_of_images_in_a_table_are_refused(tmp_path: Path) -> None:
     table = make_parquet(tmp_path / "table.parquet", 2)
 
-    with pytest.raises(UsageError, match=r"--pages all: .* in a table"):
+    with pytest.raises(UsageError, match=r"--pages all: .* is a table of images"):
         open_source(SourceConfig(path=str(table), pages="all"))
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from helpers import source_at
 
+from captioner.config import CaptionConfig, settings_of
 from captioner.errors import SourceError, UsageError
 from captioner.sources import describe
 from captioner.sources.folder import FolderSource
@@ -170,3 +171,82 @@ def test_excluded_tars_and_tables_are_not_opened(tmp_path: Path) -> None:
 
     assert ids == ["good.tar/000000.png", "good.tar/000001.png"]
     assert notes == []
+
+
+# Which kinds of source take a flag of the group; "-" is refused.
+FLAGS_BY_KIND = """
+                    folder  tars  parquet  dataset  manifest
+include             +       +     +        +        +
+exclude             +       +     +        +        +
+split               -       +     +        +        +
+image_column        -       -     +        +        +
+id_column           -       -     +        +        +
+reference_column    +       +     +        +        +
+keep_columns        -       -     +        +        +
+limit               +       +     +        +        +
+pages               +       +     -        -        +
+max_pixels          +       +     +        +        +
+max_file_size       +       +     +        +        +
+decode_timeout      +       +     +        +        +
+"""
+VALUES = {
+    "include": ["*"],
+    "exclude": ["x"],
+    "split": "test",
+    "image_column": "image",
+    "id_column": "id",
+    "reference_column": "captions",
+    "keep_columns": ["id"],
+    "limit": 1,
+    "pages": "all",
+    "max_pixels": 100,
+    "max_file_size": 100,
+    "decode_timeout": 1.0,
+}
+
+
+@pytest.fixture(scope="module")
+def source_of_kind(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A source of each kind, in two splits where its files can have them."""
+    datasets = pytest.importorskip("datasets")
+    root = tmp_path_factory.mktemp("kinds")
+    make_folder(root / "folder", 1)
+    for split in ("train", "test"):
+        make_tar(root / f"tars/{split}-0.tar", 1)
+        make_parquet(root / f"parquet/{split}-0.parquet", 1)
+    table = datasets.Dataset.from_parquet(str(root / "parquet/test-0.parquet"), split="test")
+    datasets.DatasetDict(train=table, test=table).save_to_disk(str(root / "dataset"))
+    for split in ("train", "test"):
+        line = {"image": "../folder/000000.png", "id": split, "captions": ["a"]}
+        (root / f"{split}.jsonl").write_text(json.dumps(line) + "\n")
+    return {kind: root / kind for kind in ("folder", "tars", "parquet", "dataset")} | {"manifest": root / "t*.jsonl"}
+
+
+FLAGS = [s.field for s in settings_of(CaptionConfig) if s.group == "source" and not s.argument]
+
+
+@pytest.mark.parametrize("flag", [flag for flag in FLAGS if flag != "take_as"])
+def test_a_flag_is_taken_or_refused_by_kind(source_of_kind: dict[str, Path], flag: str) -> None:
+    header, *lines = FLAGS_BY_KIND.strip().splitlines()
+    marks = {words[0]: dict(zip(header.split(), words[1:], strict=True)) for words in map(str.split, lines)}
+    for kind, path in source_of_kind.items():
+        if marks[flag][kind] == "+":
+            source_at(path, **{flag: VALUES[flag]})
+        else:
+            with pytest.raises(UsageError, match=f"--{flag.replace('_', '-')} .* is a ") as error:
+                source_at(path, **{flag: VALUES[flag]})
+            assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("take_as", ["folder", "tars", "parquet", "dataset", "manifest"])
+def test_a_file_is_what_it_is_whatever_as_says(source_of_kind: dict[str, Path], take_as: str) -> None:
+    for kind, path in {
+        "tars": source_of_kind["tars"] / "test-0.tar",
+        "parquet": source_of_kind["parquet"] / "test-0.parquet",
+        "manifest": source_of_kind["tars"].parent / "test.jsonl",
+    }.items():
+        if kind == take_as:
+            source_at(path, take_as=take_as)
+        else:
+            with pytest.raises(UsageError, match=f"--as {take_as}: .* is a"):
+                source_at(path, take_as=take_as)

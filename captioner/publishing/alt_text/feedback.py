@@ -22,14 +22,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from captioner.config import SourceConfig
 from captioner.console.text import printable
 from captioner.errors import OK, OutputError
 from captioner.files import is_uri, local_path
 from captioner.publishing.alt_text.journal import latest_reviews, read_reviews
 from captioner.publishing.alt_text.schemas import Review
 from captioner.publishing.alt_text.texts import require_finished
-from captioner.sources import open_source
+from captioner.sources import reopen_source
 from captioner.sources.reading import read_images
 from captioner.store.replan import current_plan_rows, generation_of_parts
 from captioner.store.table import CaptionsTable, captions_name, open_table
@@ -166,7 +165,7 @@ def _pairs(
     texts: dict[str, Review],
     feedback: Feedback,
 ) -> Iterator[dict[str, Any]]:
-    source = open_source(SourceConfig.model_validate(table.info["source"]))
+    source = reopen_source(table.info["source"])
     for raw, row in zip(read_images(source, planned), rows, strict=True):
         if raw.data is None:
             feedback.left_out[raw.error_code] += 1

@@ -10,10 +10,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from captioner.config import SourceConfig
 from captioner.data import RawImage, Source
 from captioner.errors import SourceError
-from captioner.sources import open_source
+from captioner.sources import reopen_source
 from captioner.sources.reading import read_images
 from captioner.store.replan import current_plan_rows, generation_of_parts
 from captioner.store.table import CaptionsTable, plan_part_name
@@ -29,7 +28,7 @@ class Originals:
 
     @cached_property
     def _source(self) -> Source:
-        return open_source(SourceConfig.model_validate(self.table.info["source"]))
+        return reopen_source(self.table.info["source"])
 
     def read(self, texts: pa.Table) -> Iterator[tuple[dict[str, Any], RawImage]]:
         """Yield each row of one part's texts with its image.

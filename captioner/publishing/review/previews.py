@@ -16,7 +16,7 @@ from captioner.data import Chunk, DecodedImage, RawImage, Source
 from captioner.errors import CaptionerError
 from captioner.imaging.sandbox.decoder import GuardedDecoder
 from captioner.publishing.review.rows import Row
-from captioner.sources import open_source
+from captioner.sources import reopen_source
 from captioner.sources.reading import read_images
 from captioner.store.plan import read_planned
 from captioner.store.table import CaptionsTable
@@ -44,7 +44,7 @@ class Previews:
 
     def __init__(self, table: CaptionsTable) -> None:
         config = SourceConfig.model_validate(table.info["source"])
-        reader = _Reader(table, config)
+        reader = _Reader(table)
         self._caches = {
             size: _PreviewCache(reader, GuardedDecoder(side, config.max_pixels, config.decode_timeout), side)
             for size, side in SIDES.items()
@@ -63,8 +63,8 @@ class Previews:
 class _Reader:
     """Reads the bytes of single images; opens the source with the first one."""
 
-    def __init__(self, table: CaptionsTable, config: SourceConfig) -> None:
-        self._table, self._config = table, config
+    def __init__(self, table: CaptionsTable) -> None:
+        self._table = table
         self._source: Source | None = None
         self._lock = threading.Lock()
 
@@ -72,7 +72,7 @@ class _Reader:
         try:
             with self._lock:
                 if self._source is None:
-                    self._source = open_source(self._config)
+                    self._source = reopen_source(self._table.info["source"])
             planned = read_planned(self._table, _chunk(row.chunk_id)).take(pa.array([row.chunk_row]))
             (raw,) = read_images(self._source, planned)
             return raw
