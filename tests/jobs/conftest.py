@@ -23,3 +23,12 @@ def ray_instance():
             object_store_memory=300 * 2**20,
         )
     return ray
+
+
+# The files that take longest, begun first: else one process of `pytest -n 2` ends minutes after the other.
+SLOWEST = ["test_kills", "test_train_on_ray", "test_docs_pages", "test_counted_gpus", "test_caption_on_ray"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: number for number, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(SLOWEST)))

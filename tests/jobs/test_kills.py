@@ -154,9 +154,10 @@ def test_the_driver_killed_and_restarted_at_once(
 
 
 def test_the_driver_killed_during_publish(tmp_path: Path, archive: Path, undisturbed: list[tuple]) -> None:
+    """In one process: publishing is the same for every engine, and its seven chunks are written by the driver as well."""
     out = tmp_path / "out"
-    # Its writes before publishing: table, overwrite mark, seven plan parts, plan, the table's model, two records.
-    job = start_job(archive, out, "-c", KILLED_AT_WRITE, str(1 + 1 + 7 + 1 + 1 + 2 + 3))
+    # Its writes before publishing: table, overwrite mark, seven plan parts, plan, the model, two records, chunks.
+    job = start_job(archive, out, "-c", KILLED_AT_WRITE, str(1 + 1 + 7 + 1 + 1 + 2 + 7 + 3), more=["--local"])
     assert job.wait() == -signal.SIGKILL
     published = len(list(out.glob("captions/*.parquet")))
 
@@ -170,8 +171,8 @@ def test_the_driver_killed_while_it_publishes_a_retry(tmp_path: Path, archive: P
     shutil.copytree(archive, ours)
     assert pipeline.run(caption_config(ours, out, **SETTINGS)) == 0
     (ours / "broken.png").write_bytes((ours / "000000.png").read_bytes())
-    # Its writes before publishing: plan part, plan, two records, a chunk by a worker; then history, part, published.
-    job = start_job(ours, out, "-c", KILLED_AT_WRITE, "7", more=["--retry-failed"])
+    # Its writes before publishing: plan part, plan, two records, a chunk; then history, part, published.
+    job = start_job(ours, out, "-c", KILLED_AT_WRITE, "8", more=["--retry-failed", "--local"])
     assert job.wait() == -signal.SIGKILL
     assert list(out.glob("history/*/*.parquet"))
     assert not open_table(str(out)).is_published(1)
