@@ -154,7 +154,7 @@ def test_the_driver_killed_and_restarted_at_once(
 
 
 def test_the_driver_killed_during_publish(tmp_path: Path, archive: Path, undisturbed: list[tuple]) -> None:
-    """In one process: publishing is the same for every engine, and its seven chunks are written by the driver as well."""
+    """In one process: publishing is the same for every engine. The seven chunks are writes of the driver as well."""
     out = tmp_path / "out"
     # Its writes before publishing: table, overwrite mark, seven plan parts, plan, the model, two records, chunks.
     job = start_job(archive, out, "-c", KILLED_AT_WRITE, str(1 + 1 + 7 + 1 + 1 + 2 + 7 + 3), more=["--local"])
