@@ -334,14 +334,21 @@ def _bring_plan_up_to_date(planned: Planned, notify: Notify, rows_per_chunk: Cal
     if plan is None:
         notify("nothing to add: every image of the source is in the plan")
         return
-    ignored = ""
-    if plan.num_ignored:
-        others = f"{plan.num_ignored:,} others" if plan.num_ignored > 1 else "1 other"
-        ignored = f", skipped {others} that hold no images ({', '.join(map(repr, plan.ignored_examples[:3]))})"
     seconds = time.perf_counter() - started
-    notify(f"planned {plan.num_rows:,} images in {plan.num_chunks:,} chunks{ignored} in {seconds:.1f} s")
+    notify(f"planned {plan.num_rows:,} images in {plan.num_chunks:,} chunks{_skipped(plan)} in {seconds:.1f} s")
     for note in plan.notes:
         notify(note)
+
+
+def _skipped(plan: Plan) -> str:
+    """Return which files were passed over: few by their names, many by their suffixes."""
+    if not plan.num_ignored:
+        return ""
+    kinds = sorted(plan.ignored_kinds.items(), key=lambda item: -item[1])[:5]
+    by_kind = ", ".join(f"{number:,} {kind!r}" for kind, number in kinds)
+    names = ", ".join(map(repr, plan.ignored_examples))
+    files = f"{plan.num_ignored:,} files that are no images" if plan.num_ignored > 1 else "1 file that is no image"
+    return f", skipped {files} ({names if plan.num_ignored <= 3 else by_kind})"
 
 
 def _note_changes(planned: Planned, notify: Notify, num_planned: int) -> None:

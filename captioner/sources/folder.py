@@ -9,7 +9,15 @@ from dataclasses import dataclass, field, replace
 import pyarrow as pa
 
 from captioner.data import Listing, RawImage
-from captioner.sources.metadata import METADATA_NAMES, ForeignMetadataError, Metadata, find_references, load_metadata
+from captioner.sources.metadata import (
+    METADATA_NAMES,
+    CaptionFiles,
+    ForeignMetadataError,
+    Metadata,
+    find_references,
+    load_metadata,
+    unmatched,
+)
 from captioner.sources.plan_rows import BATCH_ROWS, names_as_ids, plan_table
 from captioner.sources.reading import read_rows
 from captioner.sources.root import (
@@ -124,14 +132,45 @@ class _Folder:
         """Return whether --exclude leaves out all that is in a sub-directory."""
         return is_excluded(os.path.join(self.directory, name, b""), self.exclude)
 
-    def classify(self, names: Sequence[bytes]) -> _Paths:
-        prefix = os.path.join(self.directory, b"")
-        paths = _Paths()
-        for name in names:
-            ignore = self.hidden or is_ignored(name)
-            (paths.ignored if ignore else paths.images).append(prefix + name)
-        paths.references = find_references(self.metadata, paths.images)
-        return paths
+    def unmatched_note(self, metadata: Metadata) -> str:
+        """Return a line about names in a metadata file that are of no image; "" where there are none."""
+        paths = unmatched(metadata, self.root, self.exclude)
+        if not paths:
+            return ""
+        num_names = len(set(metadata.row_of.values()))
+        return (
+            f"{readable(metadata.file)}: {len(paths):,} of its {num_names:,} names match no image, e.g. {_shown(paths)}"
+        )
+
+    def classify(self, names: Sequence[bytes]) -> Iterator[_Paths]:
+        """Yield the images among the files of the directory, with their captions; then the other files."""
+        images = [name for name in names if not self.hidden and not is_ignored(name)]
+        # With --reference-column captions are those of a column.
+        texts = CaptionFiles(self.root, self.directory, [] if self.reference_column else names, self.exclude)
+        for start in range(0, len(images), BATCH_ROWS):
+            yield self._captioned(images[start : start + BATCH_ROWS], texts)
+        others = sorted({*names} - {*images} - texts.used)
+        for start in range(0, len(others), BATCH_ROWS):
+            batch = others[start : start + BATCH_ROWS]
+            yield _Paths(ignored=[os.path.join(self.directory, name) for name in batch])
+        if texts.undecodable:
+            names = sorted(os.path.join(self.directory, name) for name in texts.undecodable)
+            yield _Paths(
+                notes=[f"captions in {len(names):,} text files are not UTF-8 and not used, e.g. {_shown(names)}"]
+            )
+
+    def _captioned(self, images: Sequence[bytes], texts: CaptionFiles) -> _Paths:
+        """Return images with their captions: of metadata, else of text files beside them."""
+        paths = [os.path.join(self.directory, name) for name in images]
+        references = find_references(self.metadata, paths)
+        without = [index for index, captions in enumerate(references) if captions is None]
+        for index, captions in zip(without, texts.find([images[index] for index in without]), strict=True):
+            references[index] = captions
+        return _Paths(paths, references)
+
+
+def _shown(paths: Sequence[bytes]) -> str:
+    return ", ".join(repr(readable(path)) for path in paths[:3])
 
 
 def _walk(top: _Folder, names: Sequence[bytes], *, deep: bool) -> Iterator[_Paths]:
@@ -158,10 +197,11 @@ def _walk(top: _Folder, names: Sequence[bytes], *, deep: bool) -> Iterator[_Path
         if folder.directory and is_captions_table(content.files, content.directories):
             yield _Paths(ignored=[folder.directory + b"/ (the OUT of a run)"])
             continue
+        inherited = len(folder.metadata)
         folder, notes = folder.with_metadata(content.files)
-        yield _Paths(notes=notes)
-        for start in range(0, len(content.files), BATCH_ROWS):
-            yield folder.classify(content.files[start : start + BATCH_ROWS])
+        own = folder.metadata[: len(folder.metadata) - inherited]
+        yield _Paths(notes=[*notes, *filter(None, map(folder.unmatched_note, own))])
+        yield from folder.classify(content.files)
         yield _Paths(ignored=[os.path.join(folder.directory, name) for name in content.others])
         if deep:
             below = [name for name in content.directories if not folder.excludes(name)]

@@ -1,4 +1,4 @@
-"""Captions beside a folder of images: the `metadata.jsonl|csv|parquet` of Hugging Face's ImageFolder."""
+"""Captions beside images: the `metadata.jsonl|csv|parquet` of Hugging Face's ImageFolder, and text files."""
 
 from __future__ import annotations
 
@@ -6,16 +6,20 @@ import os
 import posixpath
 import unicodedata
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 
 import pyarrow as pa
 
 from captioner.errors import SourceError
-from captioner.sources.columns import reference_column_of, references_of
-from captioner.sources.root import Root
+from captioner.sources.columns import as_captions, reference_column_of, references_of
+from captioner.sources.reading import concurrency
+from captioner.sources.root import Root, UnlistableError, is_excluded, is_hidden, is_ignored
 from captioner.sources.tables import UnreadableTableError, open_table, read_batches
 
+CAPTION_SUFFIXES = (b".caption", b".txt")  # of text files beside images, as tools for training write them
+MAX_CAPTION_BYTES = 1 << 16  # a longer text is no caption
 METADATA_NAMES = (b"metadata.jsonl", b"metadata.csv", b"metadata.parquet")
 
 
@@ -26,10 +30,15 @@ class Metadata:
     Paths are those below the directory, as `_path_of` writes them.
     """
 
-    prefix: bytes  # of paths in this directory
+    file: bytes  # path of the metadata
     row_of: dict[bytes, int]  # path -> its first row of `captions`
     more_rows: dict[bytes, list[int]]  # path -> its other rows
     captions: pa.ChunkedArray  # list<string>
+
+    @property
+    def prefix(self) -> bytes:
+        """What paths of images in the directory begin with."""
+        return os.path.join(os.path.dirname(self.file), b"")
 
     def find(self, paths: Sequence[bytes]) -> list[list[str] | None]:
         """Return the captions of each path: of all its lines, in their order."""
@@ -58,6 +67,36 @@ def find_references(metadata: Sequence[Metadata], paths: Sequence[bytes]) -> lis
 
 class ForeignMetadataError(SourceError):
     """A file that has the name of metadata and is none: it does not name files."""
+
+
+def unmatched(metadata: Metadata, root: Root, exclude: Sequence[str] = ()) -> list[bytes]:
+    """Return the paths in a metadata file that are of no image of the source, without those that are excluded."""
+    rows_by_directory: dict[bytes, dict[bytes, int]] = {}
+    for path, row in metadata.row_of.items():
+        if not is_excluded(metadata.prefix + path, exclude):
+            directory, name = os.path.split(path)
+            rows_by_directory.setdefault(directory, {})[name] = row
+    without_image: dict[int, bytes] = {}
+    matched: set[int] = set()
+    for directory, row_of in rows_by_directory.items():
+        images = _images_in(root, metadata.prefix, directory)
+        for name, row in row_of.items():
+            if name in images:
+                matched.add(row)
+            else:
+                without_image.setdefault(row, os.path.join(directory, name))
+    return [path for row, path in without_image.items() if row not in matched]
+
+
+def _images_in(root: Root, prefix: bytes, directory: bytes) -> set[bytes]:
+    """Return the names of images in a directory, as they are and composed; none outside of the source."""
+    if os.path.isabs(directory) or any(part == b".." or is_hidden(part) for part in directory.split(b"/")):
+        return set()
+    try:
+        names = [name for name in root.scan(prefix + directory).files if not is_ignored(name)]
+    except UnlistableError:
+        return set()
+    return {*names, *map(_composed, names)}
 
 
 def load_metadata(root: Root, file: bytes, reference_column: str | None) -> Metadata:
@@ -103,7 +142,7 @@ def _load(root: Root, file: bytes, reference_column: str | None, stamp: object) 
         captions.append(references_of(batch, column))
         rows += len(batch)
     all_captions = pa.chunked_array(captions, pa.list_(pa.string()))
-    return Metadata(os.path.join(os.path.dirname(file), b""), row_of, more_rows, all_captions)
+    return Metadata(file, row_of, more_rows, all_captions)
 
 
 def _path_of(name: str) -> bytes:
@@ -114,3 +153,55 @@ def _path_of(name: str) -> bytes:
 def _composed(path: bytes) -> bytes:
     """Return a path with letters and their accents in one character each (Unicode's NFC)."""
     return path if path.isascii() else os.fsencode(unicodedata.normalize("NFC", os.fsdecode(path)))
+
+
+class CaptionFiles:
+    """The captions in text files beside the images of a directory: a.caption, a.txt and a.png.txt of a.png.
+
+    `used`: the files that hold captions of an image. `undecodable`: those that hold text in another encoding.
+    """
+
+    def __init__(self, root: Root, directory: bytes, files: Sequence[bytes], exclude: Sequence[str] = ()) -> None:
+        self._root, self._prefix = root, os.path.join(directory, b"")
+        self._names = frozenset(
+            name
+            for name in files
+            if name.lower().endswith(CAPTION_SUFFIXES) and not is_excluded(self._prefix + name, exclude)
+        )
+        self.used: set[bytes] = set()
+        self.undecodable: set[bytes] = set()
+
+    def find(self, images: Sequence[bytes]) -> list[list[str] | None]:
+        """Return the captions of each image, by its name in the directory."""
+        files_of = [self._files_of(image) for image in images]
+        files = list({file for files in files_of for file in files})
+        with ThreadPoolExecutor(concurrency()) as pool:
+            captions_in = dict(zip(files, pool.map(self._read, files), strict=True))
+        self.used.update(file for file, captions in captions_in.items() if captions)
+        captions_of = ([text for file in files for text in captions_in[file] or ()] for files in files_of)
+        return [list(dict.fromkeys(captions)) or None for captions in captions_of]
+
+    def _files_of(self, image: bytes) -> list[bytes]:
+        bases = (os.path.splitext(image)[0], image) if self._names else ()
+        return [base + suffix for base in bases for suffix in CAPTION_SUFFIXES if base + suffix in self._names]
+
+    def _read(self, name: bytes) -> list[str] | None:
+        try:
+            data = self._root.read(self._prefix + name, 0, MAX_CAPTION_BYTES + 1)
+        except (OSError, SourceError):
+            return None  # the image counts among those without captions
+        try:
+            return captions_in_text(data) if len(data) <= MAX_CAPTION_BYTES else None
+        except UnicodeDecodeError:
+            self.undecodable.add(name)
+            return None
+
+
+def captions_in_text(data: bytes) -> list[str] | None:
+    """Return the captions in a text file, one on each line; None where it holds no words, as annotations of boxes do.
+
+    Raises UnicodeDecodeError where it is neither UTF-8 nor UTF-16 with its mark.
+    """
+    encoding = "utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
+    lines = data.decode(encoding).splitlines()
+    return as_captions([line for line in lines if any(map(str.isalpha, line))])

@@ -28,19 +28,13 @@ TABLE_FILE = b"table.json"  # in the OUT of a run
 HEAD_BYTES = 4096  # in which the formats of images have their signatures
 BUFFER_BYTES = 4 << 20  # of one request to a store
 
-# Sidecars, documents and tables, which are never images. Every other file may be one.
-DOCUMENT_SUFFIXES = (
-    b".txt",
-    b".json",
-    b".jsonl",
-    b".csv",
-    b".parquet",
-    b".xmp",
-    b".xml",
-    b".html",
-    b".md",
-    b".pdf",
-)  # fmt: skip
+# Sidecars, documents, tables and what systems and tools leave beside images, which are never images. Every other file
+# may be one.
+DOCUMENT_SUFFIXES = tuple(
+    b"." + suffix
+    for suffix in b"txt caption captions json jsonl csv tsv parquet xmp xml html htm md pdf yaml yml toml log".split()
+    + b"npz npy pt pth pkl safetensors ini db lnk url aae ipynb py md5 sha1 sha256".split()
+)
 
 
 def is_captions_table(files: Collection[bytes], directories: Collection[bytes]) -> bool:
@@ -50,7 +44,7 @@ def is_captions_table(files: Collection[bytes], directories: Collection[bytes]) 
 
 def is_hidden(name: bytes) -> bool:
     """Return whether the system made a file or directory of that name: dot files, thumbnails."""
-    return name.startswith(b".") or name in (b"@eaDir", b"Thumbs.db")
+    return name.startswith(b".") or name in (b"@eaDir", b"Thumbs.db", b"Icon\r")
 
 
 def is_ignored(name: bytes) -> bool:

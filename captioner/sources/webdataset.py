@@ -31,7 +31,7 @@ OTHER_SUFFIXES = frozenset(
     b"npy npz pth pt pyd pickle pkl msgpack mp bin ten tb safetensors mp3 wav flac ogg m4a mp4 webm mkv avi mov".split()
 )
 COMPRESSED_SUFFIXES = (b".tar.gz", b".tgz", b".tar.bz2", b".tar.xz", b".tar.zst", b".tar.lz4")
-MAX_TEXT_BYTES = 16 << 20  # of a .txt or .json member; a longer one holds no captions
+MAX_TEXT_BYTES = 16 << 20  # of a .txt, .caption or .json member; a longer one holds no captions
 _COMPRESSED_STARTS = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18")
 
 
@@ -80,7 +80,7 @@ class WebDatasetSource:
 
 @dataclass(frozen=True, slots=True)
 class _Member:
-    """A member of a tar. `offset`, `size`: of its data. `text`: content of .txt and .json members."""
+    """A member of a tar. `offset`, `size`: of its data. `text`: content of .txt, .caption and .json members."""
 
     name: bytes
     offset: int
@@ -145,15 +145,15 @@ class _Batch:
 
 
 def _captions(members: Iterable[_Member], reference_column: str | None) -> list[str] | None:
-    """Return the captions of .json, then of .txt, each once; with a reference column, only that key of the .json."""
+    """Return the captions of .caption, .json and .txt, each once; of a reference column only those in the .json."""
     captions: list[str] = []
-    for member in sorted(members, key=attrgetter("suffix")):  # json, txt
+    for member in sorted(members, key=attrgetter("suffix")):  # caption, json, txt
         if member.text is None:
             continue
         if member.suffix == b"json":
             captions += _captions_in_json(member.text, reference_column) or []
         elif reference_column is None:
-            captions += as_captions(member.text.decode("utf-8", "replace")) or []
+            captions += as_captions(member.text.decode("utf-8-sig", "replace")) or []
     return list(dict.fromkeys(captions)) or None
 
 
@@ -239,7 +239,7 @@ def _damaged_member(damage: Damage, last: _Member | None, size: int) -> _Member:
 def _member(header: tarfile.TarInfo, archive: tarfile.TarFile) -> _Member:
     name = os.fsencode(header.name)
     is_file = header.isreg() and not header.issparse()
-    is_text = is_file and name.lower().endswith((b".txt", b".json")) and header.size <= MAX_TEXT_BYTES
+    is_text = is_file and name.lower().endswith((b".txt", b".caption", b".json")) and header.size <= MAX_TEXT_BYTES
     return _Member(name, header.offset_data, header.size, is_file, _text(header, archive) if is_text else None)
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from captioner.data import Chunk, Listing, Source
 from captioner.errors import DamagedFileError, SourceError
@@ -34,13 +38,42 @@ OnProgress = Callable[[int], None]
 
 @dataclass
 class _Position:
-    """How far a listing has come: rows of `unit` taken into the plan, and what was ignored before that unit."""
+    """How far a listing has come: rows of `unit` taken into the plan, and what was ignored before that unit.
+
+    `num_uncaptioned`: of the taken rows, how many images have no reference captions.
+    """
 
     unit: str | None = None
     taken: int = 0
     num_ignored: int = 0
     ignored_examples: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    ignored_kinds: dict[str, int] = field(default_factory=dict)
+    num_uncaptioned: int = 0
+    uncaptioned_examples: list[str] = field(default_factory=list)
+
+    def ignore(self, listing: Listing) -> None:
+        """Add what a listing ignored, and its notes."""
+        self.num_ignored += len(listing.ignored)
+        self.ignored_examples += listing.ignored[: MAX_EXAMPLES - len(self.ignored_examples)]
+        self.notes += listing.notes[: MAX_NOTES - len(self.notes)]
+        for kind, number in Counter(map(_kind_of, listing.ignored)).items():
+            if kind in self.ignored_kinds or len(self.ignored_kinds) < MAX_NOTES:
+                self.ignored_kinds[kind] = self.ignored_kinds.get(kind, 0) + number
+
+    def take(self, rows: pa.Table) -> None:
+        """Count the images without captions among rows that are written. A row of damage is no image."""
+        is_damage = pc.fill_null(pc.less(rows["size"], 0), False)
+        uncaptioned = rows["image_id"].filter(pc.and_not(pc.is_null(rows["reference_captions"]), is_damage))
+        self.num_uncaptioned += len(uncaptioned)
+        self.uncaptioned_examples += uncaptioned[: MAX_EXAMPLES - len(self.uncaptioned_examples)].to_pylist()
+
+
+def _kind_of(name: str) -> str:
+    """Return by what an ignored file is counted: its suffix, else its name."""
+    base = name.rstrip("/").rpartition("/")[2]
+    suffix = os.path.splitext(base)[1]
+    return f"*{suffix.lower()}" if suffix and not name.endswith(("/", ")")) else base
 
 
 def make_plan(
@@ -134,10 +167,8 @@ class _PlanWriter:
         self._parts: dict[int, int] = {}
         self._pending: list[tuple[str, pa.Table]] = []
         self._num_pending = 0
-        self._position = _Position()
-        self._num_ignored = 0
-        self._examples: list[str] = []
-        self._notes: list[str] = []
+        self._position = _Position()  # of the last row that was written
+        self._listed = _Position()  # of all that was listed
 
     @property
     def num_rows(self) -> int:
@@ -154,8 +185,7 @@ class _PlanWriter:
             del parts[0]
         for part in parts:
             directory.delete(plan_part_name(self._generation, part))
-        self._num_ignored, self._examples = self._position.num_ignored, list(self._position.ignored_examples)
-        self._notes = list(self._position.notes)
+        self._listed = copy.deepcopy(self._position)
         return self._position
 
     def _list_names(self) -> list[str]:
@@ -188,10 +218,8 @@ class _PlanWriter:
     def add(self, unit: str, rows: pa.Table, listing: Listing) -> None:
         """Take `rows`, which are those of the listing that the plan needs."""
         if unit != self._position.unit:
-            self._position = _Position(unit, 0, self._num_ignored, list(self._examples), list(self._notes))
-        self._num_ignored += len(listing.ignored)
-        self._examples += listing.ignored[: MAX_EXAMPLES - len(self._examples)]
-        self._notes += listing.notes[: MAX_NOTES - len(self._notes)]
+            self._position = replace(copy.deepcopy(self._listed), unit=unit, taken=0)
+        self._listed.ignore(listing)
         self._ids.add(rows["image_id"].to_pylist())
         self._pending.append((unit, rows))
         self._num_pending += rows.num_rows
@@ -217,18 +245,32 @@ class _PlanWriter:
             kind,
             self._rows_per_chunk,
             self._parts,
-            self._num_ignored,
-            list(self._examples),
-            notes=list(self._notes),
+            self._listed.num_ignored,
+            self._listed.ignored_examples,
+            notes=[*self._listed.notes, *self._note_of_uncaptioned()],
+            ignored_kinds=self._listed.ignored_kinds,
         )
+
+    def _note_of_uncaptioned(self) -> list[str]:
+        """Return a line about images without captions where others have some."""
+        number, num_rows = self._listed.num_uncaptioned, sum(self._parts.values())
+        if number in (0, num_rows):
+            return []
+        examples = ", ".join(map(repr, self._listed.uncaptioned_examples[:3]))
+        return [f"{number:,} of {num_rows:,} images have no reference caption, e.g. {examples}"]
 
     def _write_part(self, num_rows: int) -> None:
         part_rows, rest = _split(self._pending, num_rows)
         unit, last = part_rows[-1]
-        before = self._position
-        taken = last["_row"][-1].as_py() + 1
-        position = _Position(unit, taken, before.num_ignored, before.ignored_examples, before.notes)
         rows = pa.concat_tables([rows for _, rows in part_rows]).drop_columns(["_row"])
+        self._listed.take(rows)
+        position = replace(
+            self._position,
+            unit=unit,
+            taken=last["_row"][-1].as_py() + 1,
+            num_uncaptioned=self._listed.num_uncaptioned,
+            uncaptioned_examples=self._listed.uncaptioned_examples,
+        )
         part = max(self._parts, default=self._first_part - 1) + 1
         name = plan_part_name(self._generation, part)
         metadata = {_POSITION: json.dumps(asdict(position)).encode()} | plan_part_mark(self._table, name)

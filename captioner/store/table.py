@@ -76,6 +76,7 @@ class Plan:
     ignored_examples: list[str] = field(default_factory=list)
     recaption: Recaption | None = None
     notes: list[str] = field(default_factory=list)  # what a person should know of the source, as it was listed
+    ignored_kinds: dict[str, int] = field(default_factory=dict)  # number of ignored files by suffix, or name
 
     @property
     def num_rows(self) -> int:
@@ -112,6 +113,7 @@ class Plan:
             "ignored_examples": self.ignored_examples,
             "recaption": self.recaption and asdict(self.recaption),
             "notes": self.notes,
+            "ignored_kinds": self.ignored_kinds,
         }
 
 
@@ -386,4 +388,5 @@ def _plan_from_json(generation: int, value: dict[str, Any]) -> Plan:
         ignored_examples=value["ignored_examples"],
         recaption=recaption and Recaption(**recaption),
         notes=value.get("notes", []),
+        ignored_kinds=value.get("ignored_kinds", {}),
     )

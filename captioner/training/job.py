@@ -200,7 +200,7 @@ def _train(
 
 def _list_new_pairs(config: TrainConfig, out: Directory, sources: PairSources) -> list[pa.Table] | None:
     """Return everything DATA lists, or None where an earlier start has fixed the pairs."""
-    return None if out.exists(PAIRS_FILE) else list(list_pairs(sources, config.data.limit))
+    return None if out.exists(PAIRS_FILE) else list(list_pairs(sources, config.data.limit, notify))
 
 
 def _prepare(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -100,15 +100,19 @@ class CaptionsTableSource:
         return read_images(self.source, rows)
 
 
-def list_pairs(sources: PairSources, limit: int | None) -> Iterator[pa.Table]:
+def list_pairs(
+    sources: PairSources, limit: int | None, notify: Callable[[str], None] = lambda note: None
+) -> Iterator[pa.Table]:
     """Yield everything the sources list, ROWS_PER_TABLE rows at a time. `limit`: rows taken of DATA.
+
+    `notify` is called with what a person should know of the sources.
 
     Raises SourceError for an id that occurs twice in one source.
     """
     for number, source in enumerate(sources.sources):
         remaining = limit if number == 0 else None
         with IdIndex() as ids:
-            for rows in _tables_of(source):
+            for rows in _tables_of(source, notify):
                 rows = rows if remaining is None else rows.slice(0, remaining)
                 remaining = None if remaining is None else remaining - len(rows)
                 ids.add(rows["image_id"].to_pylist())
@@ -118,8 +122,10 @@ def list_pairs(sources: PairSources, limit: int | None) -> Iterator[pa.Table]:
             _refuse_duplicates(source, ids)
 
 
-def _tables_of(source: Source) -> Iterator[pa.Table]:
+def _tables_of(source: Source, notify: Callable[[str], None] = lambda note: None) -> Iterator[pa.Table]:
     for _, listing in list_units(source, source.units()):
+        for note in listing.notes:
+            notify(note)
         rows = listing.rows.select(PLAN_SCHEMA.names)
         for first in range(0, len(rows), ROWS_PER_TABLE):
             yield rows.slice(first, ROWS_PER_TABLE).combine_chunks()

@@ -9,7 +9,7 @@ import socket
 from dataclasses import replace
 
 import pytest
-from helpers import caption_config, listed, rows_of, source_at
+from helpers import caption_config, listed, listed_rows, rows_of, source_at
 
 from captioner import pipeline
 from captioner.data import PLAN_SCHEMA
@@ -33,7 +33,21 @@ def ids(source):
 
 def test_every_file_is_a_row_but_documents_and_hidden_files(tmp_path):
     images = ["a.jpg", "no_suffix", "odd.xyz", "sub/b.PNG", "sub/deep/c.webp"]
-    others = ["notes.TXT", "x.json", "x.xmp", "x.pdf", "x.html", "x.md", ".hidden.jpg", "._a.jpg", "sub/Thumbs.db"]
+    others = [
+        "x.caption",
+        "a.npz",
+        "desktop.ini",
+        "x.safetensors",
+        "notes.TXT",
+        "x.json",
+        "x.xmp",
+        "x.pdf",
+        "x.html",
+        "x.md",
+        ".hidden.jpg",
+        "._a.jpg",
+        "sub/Thumbs.db",
+    ]
     fill(tmp_path, *images, *others, "@eaDir/a.jpg", "sub/.cache/b.jpg")
     rows, ignored = listed(source_at(tmp_path))
     assert rows["image_id"].to_pylist() == images
@@ -311,3 +325,77 @@ def test_captions_may_become_lists_and_other_columns_anything(tmp_path, early, l
 
     references = listed(source_at(tmp_path))[0]["reference_captions"].to_pylist()
     assert references == [[one] if isinstance(one, str) else one for one in (early, late)]
+
+
+def references_of(source):
+    rows = listed_rows(source)
+    return dict(zip(rows["image_id"].to_pylist(), rows["reference_captions"].to_pylist(), strict=True))
+
+
+def notes_of(source):
+    return [note for unit in source.units() for listing in source.list_unit(unit) for note in listing.notes]
+
+
+TEXTS = {
+    "a.txt": b"one\n\n two \r\n",
+    "b.caption": b"\xef\xbb\xbfwith a mark",
+    "b.txt": b"tags, and words",
+    "sub/c.png.txt": "Übung".encode("utf-16"),
+    "boxes.txt": b"0 0.5 0.5 0.25 0.75\n",
+    "long.txt": b"word " * 20_000,
+    "latin.txt": "Übung".encode("latin-1"),
+    "metadata.jsonl": b'{"file_name": "d.jpg", "text": "of metadata"}\n{"file_name": "a.jpg"}\n',
+    "d.txt": b"not used",
+}
+
+
+def test_captions_in_text_files_beside_images_are_references(tmp_path):
+    images = ["a.jpg", "a.png", "b.jpg", "boxes.jpg", "d.jpg", "latin.jpg", "long.jpg", "sub/c.png"]
+    fill(tmp_path, *images)
+    for name, data in TEXTS.items():
+        fill(tmp_path, name, data=data)
+    source = source_at(tmp_path)
+
+    assert references_of(source) == dict.fromkeys(images) | {
+        "a.jpg": ["one", "two"],
+        "a.png": ["one", "two"],
+        "b.jpg": ["with a mark", "tags, and words"],
+        "d.jpg": ["of metadata"],
+        "sub/c.png": ["Übung"],
+    }
+    assert listed(source)[1] == ["boxes.txt", "d.txt", "latin.txt", "long.txt", "metadata.jsonl"]
+    (note,) = notes_of(source)
+    assert note == "captions in 1 text files are not UTF-8 and not used, e.g. 'latin.txt'"
+    assert references_of(source_at(tmp_path, reference_column="text"))["a.jpg"] is None
+    assert references_of(source_at(tmp_path, exclude=["b.caption"]))["b.jpg"] == ["tags, and words"]
+
+
+def test_a_text_file_of_an_image_in_another_batch_counts_as_used(tmp_path):
+    names = [f"{number:05d}" for number in range(BATCH_ROWS + 1)]
+    fill(tmp_path, *(f"{name}.png" for name in names))
+    fill(tmp_path, f"{names[-1]}.txt", f"{names[0]}.caption", data=b"a caption")
+
+    references = references_of(source_at(tmp_path))
+
+    assert [name for name, captions in references.items() if captions] == [f"{names[0]}.png", f"{names[-1]}.png"]
+    assert listed(source_at(tmp_path))[1] == []
+
+
+@pytest.mark.parametrize("where", ["", "sub/"])
+@pytest.mark.parametrize(
+    "name", ["gone.png", "no/such/folder.png", "../outside.png", "/a.jpg", "notes.txt", ".a.png", ""]
+)
+def test_names_in_metadata_that_match_no_image_are_counted_and_named(tmp_path, where, name):
+    fill(tmp_path, *(where + file for file in ("a.jpg", "deeper/b.jpg", "e\u0301.jpg", "notes.txt", ".a.png")))
+    lines = [
+        {"file_name": file, "text": "x"} for file in ("./a.jpg", "deeper\\b.jpg", "\u00e9.jpg", name, name, "x/y.png")
+    ]
+    fill(tmp_path, f"{where}metadata.jsonl", data="\n".join(map(json.dumps, lines)).encode())
+    fill(tmp_path, "outside.png", "folder/c.jpg")
+
+    (note,) = notes_of(source_at(tmp_path))
+
+    assert note.startswith(f"{where}metadata.jsonl: 2 of its 5 names match no image, e.g. ")
+    assert repr(os.path.normpath(name.replace("\\", "/"))) in note
+    assert "'x/y.png'" in note
+    assert notes_of(source_at(tmp_path, exclude=[f"{where}x/*", f"*{os.path.normpath(name)}"])) == []

@@ -46,12 +46,13 @@ def test_text_beside_an_image_is_its_reference(tmp_path):
     said = json.dumps({"captions": ["first", "second"], "text": "unused", "alt": "other"}).encode()
     members = [("1.txt", b" a cat \n"), ("1.jpg", b"x"), ("2.jpg", b"x"), ("2.json", said), ("2.txt", b"second")]
     members += [("3.jpg", b"x"), ("3.cls", b"7"), ("4.txt", b"alone"), ("5.json", b"{broken"), ("5.jpg", b"x")]
+    members += [("6.caption", b"\xef\xbb\xbfa dog"), ("6.jpg", b"x")]
     tar = write_tar(tmp_path / "x.tar", *members)
     rows, ignored = listed(source_at(tar))
-    assert rows["reference_captions"].to_pylist() == [["a cat"], ["first", "second"], None, None]
+    assert rows["reference_captions"].to_pylist() == [["a cat"], ["first", "second"], None, None, ["a dog"]]
     assert ignored == ["x.tar/3.cls", "x.tar/4.txt", "x.tar/5.json"]
     asked, _ = listed(source_at(tar, reference_column="alt"))
-    assert asked["reference_captions"].to_pylist() == [None, ["other"], None, None]
+    assert asked["reference_captions"].to_pylist() == [None, ["other"], None, None, None]
 
 
 def test_several_images_of_a_sample_are_each_a_row(tmp_path):

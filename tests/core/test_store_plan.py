@@ -98,6 +98,9 @@ class StopsAfter:
 @pytest.mark.parametrize("units", [0, 1, 2, 3])
 def test_a_listing_that_was_cut_off_goes_on_to_the_same_plan(tmp_path: Path, archive: Path, units: int) -> None:
     whole, cut = make_table(tmp_path / "whole"), make_table(tmp_path / "cut")
+    for name in ("a/003", "b/001", "b/007", "c/009"):
+        (archive / name).with_suffix(".txt").write_text("a caption")
+        (archive / name).with_suffix(".npz").touch()
     plan_folder_of(whole, archive, rows_per_chunk=2, rows_per_file=4)
     config = SourceConfig(path=str(archive))
     with pytest.raises(KeyboardInterrupt):
@@ -108,6 +111,11 @@ def test_a_listing_that_was_cut_off_goes_on_to_the_same_plan(tmp_path: Path, arc
 
     assert planned_ids(cut) == planned_ids(whole)
     assert cut.plans() == whole.plans()
+    (plan,) = cut.plans()
+    assert plan.ignored_kinds == {"*.npz": 4}
+    assert plan.notes == [
+        "26 of 30 images have no reference caption, e.g. 'a/000.jpg', 'a/001.jpg', 'a/002.jpg'",
+    ]
 
 
 def test_an_empty_source_says_what_was_passed_over(tmp_path: Path) -> None:
