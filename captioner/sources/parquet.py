@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +23,9 @@ from captioner.sources.root import file_of_unit, readable
 from captioner.sources.tables import TableFiles, UnreadableTableError, open_parquet, read_batches
 
 # Rows of an image column that are in memory at the same time while the wanted ones of a row group are read.
-READ_ROWS = 64
+READ_ROWS = 16
+# Row groups that this process keeps open between two reads; each holds up to READ_ROWS images and a page.
+MAX_KEPT_READERS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,21 +97,90 @@ class ParquetSource(TableFiles):
         if isinstance(group.footer, OSError):
             return dict.fromkeys(group.wanted, group.footer)
         try:
-            return self.root.retry(lambda: dict(self._scan_group(group)))
+            return self.root.retry(lambda: self._scan_group(group))
         except (OSError, pa.ArrowException) as error:
             return dict.fromkeys(group.wanted, _as_os_error(error))
 
-    def _scan_group(self, group: _Group) -> Iterator[tuple[int, Cell]]:
-        """Read batch by batch, up to the last wanted row: a row group of large images may not fit into memory."""
-        start, last, folder = group.start, max(group.wanted), os.path.dirname(group.file)
-        with open_parquet(self.root, group.file, group.footer) as table:
-            for batch in table.iter_batches(READ_ROWS, row_groups=[group.index], columns=[self.columns.image]):
-                for row in range(start, start + len(batch)):
-                    if row in group.wanted:
-                        yield row, make_cell(batch.column(0)[row - start].as_py(), folder)
-                start += len(batch)
-                if start > last:
-                    return
+    def _scan_group(self, group: _Group) -> dict[int, Cell]:
+        """Return the wanted cells, read on from where an earlier read of the row group ended, if it is before them."""
+        assert not isinstance(group.footer, OSError)
+        column = self.columns.image
+        key = (self.root.location, group.file, group.index, column, self.root.stamp(group.file))
+        reader = _kept_readers.take(key, min(group.wanted))
+        if reader is None:
+            table = open_parquet(self.root, group.file, group.footer)
+            end = group.start + group.footer.row_group(group.index).num_rows
+            reader = _GroupReader(table, group.index, column, group.start, end)
+        try:
+            cells = dict(reader.read(group.wanted, os.path.dirname(group.file)))
+        except BaseException:
+            reader.close()
+            raise
+        _kept_readers.keep(key, reader)
+        return cells
+
+
+class _GroupReader:
+    """Reads a column of one row group from its first row on, a few rows at a time: the group may not fit into memory.
+
+    `position`: the row that is read next.
+    """
+
+    def __init__(self, table: pq.ParquetFile, index: int, column: str, start: int, end: int) -> None:
+        self._table, self.position, self._end = table, start, end
+        self._batches = table.iter_batches(READ_ROWS, row_groups=[index], columns=[column])
+        self._left = pa.nulls(0)  # rows of a batch, from `position` on
+
+    @property
+    def is_at_end(self) -> bool:
+        return self.position >= self._end
+
+    def read(self, wanted: frozenset[int], folder: bytes) -> Iterator[tuple[int, Cell]]:
+        """Yield the wanted cells by row; none is before `position`. Stops after the last one."""
+        last = max(wanted)
+        while self.position <= last and not self.is_at_end:
+            if not len(self._left):
+                self._left = next(self._batches).column(0)
+            taken = min(len(self._left), last + 1 - self.position)
+            for offset in range(taken):
+                if self.position + offset in wanted:
+                    yield self.position + offset, make_cell(self._left[offset].as_py(), folder)
+            self._left = self._left.slice(taken)
+            self.position += taken
+
+    def close(self) -> None:
+        self._table.close(force=True)
+
+
+class _KeptReaders:
+    """The readers that a later read in this process may go on with, so that a row group is not read once per chunk."""
+
+    def __init__(self) -> None:
+        self._readers: list[tuple[object, _GroupReader]] = []
+        self._lock = threading.Lock()
+
+    def take(self, key: object, first: int) -> _GroupReader | None:
+        """Remove and return the reader of a row group that is the nearest before row `first`."""
+        with self._lock:
+            usable = [item for item in self._readers if item[0] == key and item[1].position <= first]
+            if not usable:
+                return None
+            nearest = max(usable, key=lambda item: item[1].position)
+            self._readers.remove(nearest)
+            return nearest[1]
+
+    def keep(self, key: object, reader: _GroupReader) -> None:
+        if reader.is_at_end:
+            reader.close()
+            return
+        with self._lock:
+            self._readers.append((key, reader))
+            oldest = self._readers.pop(0)[1] if len(self._readers) > MAX_KEPT_READERS else None
+        if oldest:
+            oldest.close()
+
+
+_kept_readers = _KeptReaders()
 
 
 def _damaged(image: RawImage) -> RawImage:

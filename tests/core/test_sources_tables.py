@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
+import random
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,6 +17,7 @@ from PIL import Image
 
 from captioner.data import PLAN_SCHEMA
 from captioner.errors import SourceError
+from captioner.sources.root import Root
 
 STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
@@ -271,3 +274,52 @@ def test_a_column_that_becomes_lists_and_holds_no_captions_is_an_error_with_its_
     (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, lines)))
     with pytest.raises(SourceError, match=rf"m.jsonl: column '{column}' is text in some lines and a list in others"):
         listed_rows(source_at(tmp_path / "m.jsonl", **flags))
+
+
+class CountingFile(io.FileIO):
+    """A file that counts the bytes that are read of it and of others."""
+
+    num_bytes = 0
+
+    def read(self, size: int = -1) -> bytes:
+        data = super().read(size)
+        CountingFile.num_bytes += len(data)
+        return data
+
+
+@pytest.fixture(scope="module")
+def one_group(tmp_path_factory):
+    """A table of 400 images in one row group, and its size in bytes."""
+    path = tmp_path_factory.mktemp("group") / "t.parquet"
+    data = [bytes([n % 251]) + random.Random(n).randbytes(5000) for n in range(400)]
+    pq.write_table(pa.table({"image": data}), path, data_page_size=1 << 16)
+    return source_at(path), data, path.stat().st_size
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_row_group_is_read_once_and_not_once_for_each_chunk(one_group, monkeypatch, num_workers):
+    source, data, size = one_group
+    rows = listed_rows(source)
+    monkeypatch.setattr(Root, "open", lambda root, file: CountingFile(root.join(file)))
+    CountingFile.num_bytes = 0
+    if num_workers == 1:
+        images = [image for start in range(0, 400, 25) for image in source.read(rows.slice(start, 25))]
+    else:  # two processes, or threads, that take chunks in turn
+        readers = [source.read(rows.slice(start, 25)) for start in (0, 200)]
+        for start in range(25, 200, 25):
+            for reader, first in zip(readers, (start, 200 + start), strict=True):
+                reader += source.read(rows.slice(first, 25))
+        images = [image for reader in readers for image in reader]
+
+    assert [image.data for image in images] == data
+    footers = 16 * (128 << 10)  # each chunk reads the end of the file once more
+    assert CountingFile.num_bytes < num_workers * size + footers
+
+
+@given(st.lists(st.lists(st.integers(0, 399), min_size=1, max_size=30), max_size=6))
+@settings(max_examples=20, deadline=None)
+def test_rows_are_read_in_any_order(one_group, orders):
+    source, data, _ = one_group
+    rows = listed_rows(source)
+    for order in orders:
+        assert [image.data for image in source.read(rows.take(order))] == [data[row] for row in order]
