@@ -77,6 +77,8 @@ def test_axe_finds_nothing_wherever_the_page_is(out: Path, review, open_page, ph
         while page.get_attribute("#card", "data-state") != "done":
             press_and_wait(page, "d")
         page.get_by_role("heading", name="All done").wait_for()
+        page.get_by_text("captioner export").first.wait_for()
+        assert page.locator("#counts").inner_text().startswith("Approved\n4\nEdited\n0\nDecorative\n24\n")
         assert violations(page) == []
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
@@ -185,6 +187,67 @@ def test_texts_and_names_of_others_are_never_html(out: Path, review, open_page) 
         assert page.locator("#card img[src=x]").count() == 0
 
 
+def matching(page, text: str) -> None:
+    page.locator("#matching").get_by_text(text, exact=True).wait_for()
+
+
+@pytest.mark.parametrize(("phone", "dark"), [(False, False), (True, True)], ids=["desktop", "dark phone"])
+def test_the_grid_by_keyboard_and_axe_finds_nothing(out: Path, review, open_page, phone: bool, dark: bool) -> None:
+    with review(out, "--queue", "all") as (_, url):
+        page = open_page(url, phone, dark)
+        page.wait_for_selector(READY)
+        page.keyboard.press("o")
+        press_and_wait(page, "r")
+        page.keyboard.press("g")
+        matching(page, "30 images")
+        assert violations(page) == []
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        page.get_by_label("Show").select_option("rejected")
+        matching(page, "1 image")
+        page.get_by_label("Show").select_option("all")
+        matching(page, "30 images")
+        page.get_by_label("Show").blur()
+        page.keyboard.press("/")
+        page.keyboard.type("stop 6.png")
+        page.keyboard.press("Enter")
+        matching(page, "1 image")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#card[data-image-id='000006.png'][data-state=ready]")
+        assert page.get_by_text("7 of 30", exact=True).is_visible()
+        page.keyboard.press("e")
+        page.keyboard.press("Control+a")
+        page.keyboard.type("A stop sign.")
+        page.keyboard.press("Control+Enter")  # saved: back in the grid, where the search still is
+        page.get_by_role("button", name="7 Edited Flagged A stop sign. 000006.png").wait_for()
+        assert violations(page) == []
+        assert page.evaluate("document.activeElement.closest('#tiles') !== null")
+        page.get_by_label("Search").fill("")
+        matching(page, "30 images")
+        page.locator("#tiles button").first.focus()
+        page.keyboard.press("ArrowRight")
+        page.keyboard.press("ArrowLeft")
+        page.keyboard.press("Enter")  # the rejected one: a new decision takes its place
+        page.get_by_text("Rejected by you. A new decision replaces this one.").wait_for()
+        assert violations(page) == []
+        page.keyboard.press("a")
+        page.get_by_role("button", name="1 Approved").wait_for()
+        page.keyboard.press("9")
+        page.keyboard.press("9")
+        page.keyboard.press("Enter")
+        page.get_by_role("alert").get_by_text("Give a number from 1 to 30.").wait_for()
+        page.get_by_label("Number").fill("3")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#card[data-image-id='000002.png'][data-state=ready]")
+        page.keyboard.press("g")
+        page.locator("#tiles button").first.wait_for()
+        page.keyboard.press("Escape")
+        page.wait_for_selector("#card[data-image-id='000001.png'][data-state=ready]")
+    assert decisions(out)[1:] == [
+        ("edited", ("000006.png",), "A stop sign."),
+        ("approved", ("000000.png",), "A dog."),
+    ]
+
+
 def test_letters_are_keys_only_where_they_should_be(out: Path, review, open_page) -> None:
     with review(out, "--queue", "all") as (_, url):
         page = open_page(url)
@@ -199,7 +262,7 @@ def test_letters_are_keys_only_where_they_should_be(out: Path, review, open_page
         page.keyboard.press("r")
         page.get_by_role("checkbox", name="Single-key shortcuts").uncheck()
         page.get_by_role("button", name="Close").click()
-        for key in "aerdsxuo?":
+        for key in "aerdsxuog?":
             page.keyboard.press(key)
         assert not page.locator("dialog[open]").count()
         assert page.get_attribute("#card", "data-state") == "ready"
@@ -214,7 +277,7 @@ def test_every_control_is_reached_by_tab_and_none_holds_the_focus(out: Path, rev
         page = open_page(url)
         page.wait_for_selector(READY)
         reached = []
-        for _ in range(13):
+        for _ in range(14):
             page.keyboard.press("Tab")
             reached.append(
                 page.evaluate("document.activeElement.getAttribute('aria-label') ?? document.activeElement.id")

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -18,20 +19,26 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from helpers import caption_config
 from PIL import Image
 
+from captioner import pipeline
 from captioner.config import AltTextConfig
 from captioner.errors import OutputError, UsageError
 from captioner.imaging.descriptions import descriptions_of
+from captioner.publishing.alt_text.command import make_alt_texts
 from captioner.publishing.alt_text.journal import Journal, read_reviews
 from captioner.publishing.alt_text.schemas import Review
+from captioner.publishing.review import grid
 from captioner.publishing.review.acceptance import acceptance, seconds_per_image, wilson
+from captioner.publishing.review.grid import GridRequest
+from captioner.publishing.review.next_steps import describe_counts
 from captioner.publishing.review.previews import Previews
 from captioner.publishing.review.server import ReviewServer
 from captioner.publishing.review.session import DecisionRequest, ReviewSession
 from captioner.store.directory import Directory
 from captioner.store.table import open_table
-from captioner.testing import ABORT_MARKER, decoder_faults
+from captioner.testing import ABORT_MARKER, decoder_faults, make_folder
 from ray_jobs.cli import main
 
 JSON = {"Content-Type": "application/json"}
@@ -325,6 +332,182 @@ def test_the_hours_left_are_measured() -> None:
     assert seconds_per_image(own) == (6 + 3 + 300) / 4
     assert seconds_per_image(own[2:3]) is None
     assert acceptance([]) is None
+
+
+def ids(session: ReviewSession, **request: Any) -> list[str]:
+    return [image["image_id"] for image in session.grid(GridRequest(**request))["images"]]
+
+
+def decide_about(session: ReviewSession, index: int, decision: str, text: str | None = None) -> tuple[bool, Any]:
+    """Open an image from the grid and decide about it, as the page does."""
+    card = session.open(index)["card"]
+    return session.decide(DecisionRequest(decision, (index,), card["alt_text"], text, replaces=card["decided"]))
+
+
+def test_the_grid_filters_by_decision_flag_and_draft(make_reviewable) -> None:
+    out = make_reviewable(flags=[["truncated"], [], ["truncated"]])
+    with open_session(out) as session:
+        for index, decision in enumerate(("approved", "rejected", "decorative", "expert", "skipped")):
+            decide_about(session, index, decision)
+        decide_about(session, 5, "edited", "A dog of my own.")
+        session.keep_draft(7, "A")
+        names = [f"{number:06d}.png" for number in range(30)]
+        for number, show in enumerate(("approved", "rejected", "decorative", "expert", "skipped", "edited")):
+            assert ids(session, show=show) == [names[number]]
+        assert ids(session, show="drafts") == [names[7]]
+        assert ids(session, show="flagged") == [names[0], names[2]]
+        assert ids(session, show="undecided") == [names[4], *names[6:]]
+        assert ids(session) == names
+        page = session.grid(GridRequest())
+        assert page["counts"] == {"all": 30, "undecided": 25, "flagged": 2, "skipped": 1, "drafts": 1} | dict.fromkeys(
+            ("approved", "edited", "rejected", "decorative", "expert"), 1
+        )
+        assert [(image["state"], image["flagged"]) for image in page["images"][:2]] == [
+            ("approved", True),
+            ("rejected", False),
+        ]
+        assert page["images"][5]["text"] == "A dog of my own."
+        assert page["images"][7]["has_draft"]
+
+
+def test_the_grid_is_searched_in_names_texts_and_what_people_wrote(make_reviewable) -> None:
+    with open_session(make_reviewable(["a red dog", "a Dog", "ein Ärgernis", "100% (of) a.b"])) as session:
+        decide_about(session, 9, "edited", "A red boat.")
+        assert ids(session, query="DOG") == ["000000.png", "000001.png"]
+        assert ids(session, query=" red ") == ["000000.png", "000009.png"]
+        assert ids(session, query="red boat 9.PNG") == ["000009.png"]
+        assert ids(session, query="ärger") == ["000002.png"]
+        assert ids(session, query="100% (of)") == ["000003.png"]  # no pattern
+        assert ids(session, query="a.b") == ["000003.png"]
+        assert ids(session, query="nothing of the kind") == []
+        assert ids(session, query="dog", show="edited") == []
+        session.undo()
+        assert ids(session, query="boat") == []
+
+
+def test_the_grid_is_paged(make_reviewable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grid, "PAGE_SIZE", 7)
+    with open_session(make_reviewable()) as session:
+        pages = [session.grid(GridRequest(page=page)) for page in range(5)]
+        assert [image["index"] for page in pages for image in page["images"]] == list(range(30))
+        assert [(page["page"], page["num_pages"], page["first"]) for page in pages] == [
+            (page, 5, 7 * page) for page in range(5)
+        ]
+        beyond = session.grid(GridRequest(page=10**8))
+        assert (beyond["page"], beyond["images"]) == (4, pages[4]["images"])
+
+
+def test_folders_are_listed_as_deep_as_a_person_can_read(reviewable_catalogue, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_session(reviewable_catalogue) as session:
+        assert session.grid(GridRequest())["folders"] == {"a": 1, "a/b": 2, "ab": 1}
+        assert ids(session, folder="a") == ["a/1.png", "a/b/2.png", "a/b/3.png"]
+        assert ids(session, folder="a/b", query="/3") == ["a/b/3.png"]
+    for maximum, expected in ((2, {"a": 3, "ab": 1}), (1, {})):
+        monkeypatch.setattr(grid, "MAX_FOLDERS", maximum)
+        with open_session(reviewable_catalogue) as session:
+            assert session.grid(GridRequest())["folders"] == expected
+
+
+@pytest.fixture
+def reviewable_catalogue(tmp_path: Path) -> Path:
+    """Images in folders, from a manifest with columns of a catalogue."""
+    make_folder(tmp_path / "images", 5)
+    names = ["a/1.png", "a/b/2.png", "a/b/3.png", "ab/4.png", "5.png"]
+    rows = [
+        {
+            "file_name": f"images/{number:06d}.png",
+            "code": name,
+            "title": f"Title {number}\u202e" if number < 4 else None,
+            "tags": ["one", "two"] if number else [],
+            "year": 1900 + number,
+        }
+        for number, name in enumerate(names)
+    ]
+    manifest = tmp_path / "manifest.jsonl"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = {"id_column": "code", "keep_columns": ["title", "tags", "year"]}
+    assert pipeline.run(caption_config(manifest, tmp_path / "out", source=source)) == 0
+    make_alt_texts(open_table(str(tmp_path / "out")), AltTextConfig())
+    return tmp_path / "out"
+
+
+def test_columns_of_the_catalogue_are_beside_the_image(reviewable_catalogue: Path) -> None:
+    with open_session(reviewable_catalogue) as session:
+        shown = [
+            {column["name"]: column["text"] for column in session.open(index)["card"]["catalogue"]}
+            for index in (0, 1, 4)
+        ]
+    assert shown == [
+        {"title": "Title 0", "year": "1900"},
+        {"title": "Title 1", "tags": "one, two", "year": "1901"},
+        {"tags": "one, two", "year": "1904"},
+    ]
+
+
+def test_a_decision_can_be_replaced_from_the_grid(make_reviewable) -> None:
+    out = make_reviewable(["a dog", "a dog"])
+    with open_session(out) as session, open_session(out, "ben") as ben:
+        decide(session, "rejected", alone=True)
+        card = session.open(0)["card"]
+        assert card["note"] == "Rejected by you. A new decision replaces this one."
+        assert card["group"] == []
+        earlier = DecisionRequest("edited", (0,), "A dog.", "A black dog.", replaces=card["decided"])
+        assert session.decide(earlier)[0]
+        card = session.open(0)["card"]
+        assert (card["text"], card["alt_text"]) == ("A black dog.", "A dog.")
+        assert not session.decide(earlier)[0]  # the decision that it replaces is no longer the last one
+        assert decide_about(ben, 0, "decorative")[0]
+        assert decisions(out)[-1][0] == "decorative"
+        assert ben.undo()["message"] == "Undone: Marked as decorative"
+        assert session.open(0)["card"]["text"] == "A black dog."
+
+
+def test_what_is_opened_from_the_grid_is_no_part_of_the_random_sample(make_reviewable) -> None:
+    out = make_reviewable()
+    with open_session(out, queue="random") as session:
+        first = session.next()["card"]["index"]
+        for index in range(30):
+            if index != first:
+                decide_about(session, index, "rejected")
+        assert session.next()["progress"]["acceptance"] is None
+        decide(session, "approved")
+        assert session.next()["progress"]["acceptance"]["decided"] == 1
+
+
+def test_the_summary_counts_and_its_commands_run_as_they_are(make_reviewable, tmp_path: Path) -> None:
+    out = make_reviewable().rename(tmp_path / "it's a table")
+    with open_session(out) as session:
+        assert [line["purpose"] for line in session.summary()["commands"]] == ["Go on reviewing"]
+        decide_about(session, 0, "approved")
+        decide_about(session, 1, "edited", "A dog of my own.")
+        for index in range(2, 30):
+            decide_about(session, index, "decorative" if index % 2 else "rejected")
+        summary = session.summary()
+    assert describe_counts(summary["counts"]) == "1 approved, 1 edited, 14 decorative, 14 rejected (of 30)"
+    commands = [shlex.split(line["command"]) for line in summary["commands"]]
+    assert [words[:2] for words in commands] == [["captioner", "export"]] * 2 + [["captioner", "feedback"]]
+    for _, *words in commands:
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        assert ended.value.code == 0
+    assert len((tmp_path / "it's a table-texts.csv").read_text().splitlines()) == 17
+    with open_session(out) as session:
+        again = [shlex.split(line["command"]) for line in session.summary()["commands"]]
+    assert [words[3] for words in again] == [
+        str(tmp_path / f"it's a table-{name}") for name in ("texts-2.csv", "xmp-2", "pairs-2")
+    ]
+
+
+@pytest.mark.parametrize(("query", "message"), [("show=liked", "show: give one of all"), ("page=-1", "page: give a")])
+def test_a_grid_that_no_page_asks_for_is_refused(make_reviewable, query: str, message: str) -> None:
+    with serving(make_reviewable()) as (ask, _):
+        status, answer = ask("GET", f"grid?{query}")
+        assert status == 400
+        assert message in answer["error"]
+        assert ask("GET", "state/30")[0] == 404
+        assert ask("GET", "grid?folder=%22&query=%5B(&page=1&x=y")[1]["images"] == []
+        assert ask("GET", "state/3")[1]["card"]["index"] == 3
+        assert ask("GET", "summary")[1]["counts"]["all"] == 30
 
 
 Ask = Callable[..., tuple[int, Any]]

@@ -9,7 +9,8 @@ import webbrowser
 
 from captioner.console.stopping import notify, stoppable
 from captioner.console.text import printable
-from captioner.errors import OK, UsageError
+from captioner.errors import OK, CaptionerError, UsageError
+from captioner.publishing.review.next_steps import describe_counts
 from captioner.publishing.review.previews import Previews
 from captioner.publishing.review.queue import QueueKind
 from captioner.publishing.review.server import HOST, ReviewServer
@@ -40,7 +41,16 @@ def run(out: str, port: int, reviewer: str | None, queue: QueueKind, open_page: 
                 server.serve_forever()
         finally:
             previews.close()
+            _print_summary(session)
     return OK
+
+
+def _print_summary(session: ReviewSession) -> None:
+    with contextlib.suppress(CaptionerError):  # where OUT has gone, the error that ended the review says so
+        summary = session.summary()
+        notify(describe_counts(summary["counts"]))
+        for line in summary["commands"]:
+            print(f"  {line['purpose']}: {line['command']}", file=sys.stderr)
 
 
 def _server(session: ReviewSession, previews: Previews, port: int) -> ReviewServer:

@@ -1,7 +1,11 @@
 "use strict";
 const $ = (id) => document.getElementById(id);
 const LANGUAGE = /^[A-Za-z]{2,3}(-[A-Za-z0-9]{1,8})*$/;
-let card = null, excluded = new Set(), startTime = 0, hiddenTime = 0, hiddenAt = 0, numShown = 0, canUndo = false;
+const NAMES = {
+  all: "All", undecided: "Undecided", flagged: "Flagged", approved: "Approved", edited: "Edited", rejected: "Rejected",
+  decorative: "Decorative", expert: "Needs an expert", skipped: "Skipped by you", drafts: "Your drafts",
+};
+let card = null, excluded = new Set(), startTime = 0, hiddenTime = 0, hiddenAt = 0, numShown = 0, canUndo = false, fromGrid = false;
 
 /* ---------- requests to the server ---------- */
 
@@ -28,7 +32,12 @@ async function change(path, body) {
   clearTimeout(draftTimer);
   try {
     await draftSaved;
-    show(await request(path, body));
+    const state = await request(path, body), back = path === "decide" && fromGrid;
+    if (!back) return show(state);
+    stopEditing();
+    await openGrid();
+    showProgress(state.progress);
+    showStatus(state.message ? `${state.message}.` : "");
   } catch (error) {
     $("card").dataset.state = before;
     const editing = before === "editing";
@@ -39,22 +48,34 @@ async function change(path, body) {
 
 function decide(decision, text) {
   if (!card) return;
+  if (card.decided && decision === "skipped") return fromGrid ? openGrid() : loadCard();
+  if (decision === "approved" && card.text !== card.alt_text) [decision, text] = ["edited", card.text];
   const others = card.group.map((member) => member.index).filter((index) => !excluded.has(index));
   const seconds = (performance.now() - startTime - hiddenTime) / 1000;
-  change("decide", {decision, text: text ?? null, shown: card.alt_text, seconds, indices: [card.index, ...others]});
+  change("decide", {decision, text: text ?? null, shown: card.alt_text, seconds, replaces: card.decided, indices: [card.index, ...others]});
+}
+
+function loadCard(index) {
+  return request(index === undefined ? "state" : `state/${index}`).then(show).catch((error) => { $("trouble").textContent = error.message; });
 }
 
 /* ---------- rendering ---------- */
 
-function show(state) {
+function setView(view) {
+  document.body.dataset.view = view;
+  for (const id of ["card", "done", "grid"]) $(id).hidden = id !== view;
+  $("open-grid").disabled = view === "grid";
+}
+
+function show(state, opened = false) {
   card = state.card;
+  fromGrid = opened;
   excluded = new Set();
   startTime = performance.now();
   hiddenTime = 0;
   $("trouble").textContent = "";
   showProgress(state.progress);
-  $("card").hidden = !card;
-  $("done").hidden = !!card;
+  setView(card ? "card" : "done");
   if (card) showCard(state.after);
   else showEnd(state.progress);
   showStatus(state.message ? `${state.message}.` : "");
@@ -69,10 +90,11 @@ function showCard(after) {
   dataset.index = card.index;
   stopEditing();
   $("name").textContent = card.image_id;
-  $("alt-text").textContent = card.alt_text || "(empty)";
+  $("alt-text").textContent = card.text || "(empty)";
   for (const id of ["alt-text", "editor"]) $(id).lang = LANGUAGE.test(card.language ?? "") ? card.language : "";
-  showCount($("count"), card.alt_text);
+  showCount($("count"), card.text);
   showDraft();
+  $("skip-name").textContent = card.decided ? "Leave as it is" : "Skip";
   $("note").hidden = !card.note;
   $("note").textContent = card.note;
   $("flags").replaceChildren(...card.flags.map((flag) => element("li", flag)));
@@ -103,8 +125,8 @@ function showImage(after) {
 function showCount(target, text) {
   const number = [...text].length;
   const over = number > card.hard_limit ? "far-over" : number > card.soft_limit ? "over" : "";
+  for (const name of ["over", "far-over"]) target.classList.toggle(name, over === name);
   const advice = {"": "", "over": ` – more than the recommended ${card.soft_limit}`, "far-over": ` – more than the limit of ${card.hard_limit}`};
-  target.className = over;
   target.textContent = `${number} characters${advice[over]}`;
 }
 
@@ -159,11 +181,15 @@ function showFacts() {
   const size = card.width ? `${card.width.toLocaleString()} × ${card.height.toLocaleString()} pixels` : "";
   const bytes = card.num_bytes ? (card.num_bytes < 1e6 ? `${Math.ceil(card.num_bytes / 1e3)} kB` : `${(card.num_bytes / 1e6).toFixed(1)} MB`) : "";
   const facts = [
+    ["Number", `${(card.index + 1).toLocaleString()} of ${$("bar").max.toLocaleString()}`],
+    ["Text before the edit", card.text === card.alt_text ? "" : card.alt_text],
     ["Model’s caption", normalize(card.caption) === normalize(card.alt_text) ? "" : card.caption],
     ["Mean token probability", card.certainty === null ? "unknown" : `${Math.round(100 * card.certainty)} %`],
     ["Size", [size, bytes].filter(Boolean).join(", ")],
     ["Path", card.uri],
   ];
+  $("catalogue").hidden = !card.catalogue.length;
+  $("columns").replaceChildren(...card.catalogue.flatMap((column) => fact(column.name, column.text)));
   $("facts").replaceChildren(...facts.filter(([, text]) => text).flatMap(([name, text]) => fact(name, text)));
 }
 
@@ -197,6 +223,30 @@ function showEnd(progress) {
   $("done-message").textContent = sentences.join(" ");
   $("again").hidden = !progress.skipped;
   $("again").textContent = "Show the skipped ones";
+  request("summary").then(showSummary).catch((error) => { $("trouble").textContent = error.message; });
+}
+
+function showSummary({counts, commands}) {
+  const kinds = ["approved", "edited", "decorative", "rejected", "expert", "undecided", "drafts"];
+  $("counts").replaceChildren(...kinds.filter((kind) => counts[kind] || !["expert", "drafts"].includes(kind)).map((kind) => {
+    const group = element("div");
+    group.append(element("dt", NAMES[kind]), element("dd", counts[kind].toLocaleString()));
+    return group;
+  }));
+  $("commands-name").hidden = !commands.length;
+  $("commands").replaceChildren(...commands.map(commandItem));
+}
+
+function commandItem({purpose, command}) {
+  const item = element("li"), line = element("div"), copy = element("button", "Copy");
+  line.className = "command";
+  copy.type = "button";
+  copy.setAttribute("aria-label", `Copy: ${purpose}`);
+  copy.addEventListener("click", () => navigator.clipboard.writeText(command).then(
+    () => showStatus("Copied."), () => showStatus("The browser did not allow it: select the text and copy it.")));
+  line.append(element("code", command), copy);
+  item.append(element("p", purpose), line);
+  return item;
 }
 
 function showStatus(message) {
@@ -224,7 +274,7 @@ function startEditing() {
   $("reading").hidden = $("actions").hidden = true;
   $("writing").hidden = false;
   const editor = $("editor");
-  editor.value = card.draft ?? card.alt_text;
+  editor.value = card.draft ?? card.text;
   $("edit-error").textContent = "";
   showCount($("edit-count"), editor.value);
   editor.focus();
@@ -258,7 +308,7 @@ function onInput() {
 }
 
 function draftOf(text) {
-  return text.trim() && text !== card.alt_text ? text : null;
+  return text.trim() && text !== card.text ? text : null;
 }
 
 function keepDraft(text) {
@@ -304,16 +354,145 @@ function discardDraft() {
   showStatus("The draft was discarded.");
 }
 
+/* ---------- the grid of all images ---------- */
+
+const wanted = {show: "all", folder: "", query: "", page: 0};
+let gridRequest = 0, queryTimer = 0, chosen = null;  // chosen: position on the page of the tile that was opened last
+
+async function openGrid() {
+  if ($("card").dataset.state === "editing") leaveEditor();
+  await draftSaved;
+  setView("grid");
+  $("number").value = $("number-error").textContent = "";
+  await loadGrid();
+  const tiles = $("tiles").querySelectorAll("button");
+  if (tiles.length) tiles[Math.min(chosen ?? 0, tiles.length - 1)].focus();
+  else $("show").focus();
+}
+
+async function loadGrid() {
+  const number = ++gridRequest;
+  try {
+    const grid = await request(`grid?${new URLSearchParams(wanted)}`);
+    if (number === gridRequest) showGrid(grid);
+  } catch (error) {
+    $("trouble").textContent = error.message;
+  }
+}
+
+function showGrid(grid) {
+  $("trouble").textContent = "";
+  wanted.page = grid.page;
+  showOptions($("show"), Object.keys(NAMES).map((show) => [show, `${NAMES[show]} (${grid.counts[show].toLocaleString()})`]), wanted.show);
+  const folders = Object.entries(grid.folders).map(([name, count]) => [name, `${name} (${count.toLocaleString()})`]);
+  $("folder-field").hidden = !folders.length;
+  showOptions($("folder"), [["", "All"], ...folders], wanted.folder);
+  const last = grid.first + grid.images.length, range = `${(grid.first + 1).toLocaleString()}–${last.toLocaleString()} of `;
+  const many = grid.num_pages > 1 ? range : "";
+  $("matching").textContent = grid.num_images ? `${many}${grid.num_images.toLocaleString()} ${grid.num_images === 1 ? "image" : "images"}` : "No image matches.";
+  $("tiles").replaceChildren(...grid.images.map(tile));
+  $("pages").hidden = grid.num_pages < 2;
+  $("page-number").textContent = `Page ${(grid.page + 1).toLocaleString()} of ${grid.num_pages.toLocaleString()}`;
+  $("previous").disabled = grid.page === 0;
+  $("following").disabled = grid.page + 1 >= grid.num_pages;
+  $("number").dataset.total = grid.total;
+  $("grid").dataset.request = gridRequest;
+}
+
+function showOptions(select, options, value) {
+  select.replaceChildren(...options.map(([name, text]) => Object.assign(element("option", text), {value: name})));
+  select.value = value;
+}
+
+function tile(image, position) {
+  const item = element("li"), button = element("button"), picture = element("img"), tags = element("span"), text = element("span");
+  button.type = "button";
+  picture.loading = "lazy";
+  picture.alt = "";
+  picture.src = `image/${image.index}/small`;
+  tags.className = "tags";
+  tags.append(element("span", `${(image.index + 1).toLocaleString()} `));
+  const good = ["approved", "edited", "decorative"].includes(image.state);
+  if (image.state !== "undecided") tags.append(tag(NAMES[image.state], good ? "good" : "bad"));
+  if (image.flagged) tags.append(tag("Flagged", "doubt"));
+  if (image.has_draft) tags.append(tag("Draft", "doubt"));
+  text.className = "text";
+  text.append(Object.assign(element("span", image.text || "(empty)"), {dir: "auto"}), Object.assign(element("span", image.image_id), {className: "id"}));
+  button.append(picture, tags, text);
+  button.addEventListener("click", () => openImage(image.index, position));
+  item.append(button);
+  return item;
+}
+
+function tag(text, kind) {
+  return Object.assign(element("span", text), {className: `tag ${kind}`});
+}
+
+function openImage(index, position) {
+  chosen = position;
+  return request(`state/${index}`).then((state) => show(state, true)).catch((error) => { $("trouble").textContent = error.message; });
+}
+
+function openNumber() {
+  const text = $("number").value.replace(/[\s.,]/g, ""), number = Number(text), total = Number($("number").dataset.total);
+  const valid = /^\d+$/.test(text) && number >= 1 && number <= total;
+  $("number-error").textContent = valid ? "" : `Give a number from 1 to ${total.toLocaleString()}.`;
+  if (valid) openImage(number - 1, null);
+}
+
+function changeGrid(changes) {
+  Object.assign(wanted, {page: 0}, changes);
+  chosen = null;
+  return loadGrid();
+}
+
+async function turnPage(step) {
+  if ($(step > 0 ? "following" : "previous").disabled) return;
+  await changeGrid({page: wanted.page + step});
+  window.scrollTo(0, 0);
+  $("tiles").querySelector("button")?.focus();
+}
+
+function moveInGrid(key) {
+  const tiles = [...$("tiles").querySelectorAll("button")], position = tiles.indexOf(document.activeElement);
+  const inRow = tiles.filter((one) => one.offsetTop === tiles[0].offsetTop).length;
+  const step = {ArrowRight: 1, ArrowLeft: -1, ArrowDown: inRow, ArrowUp: -inRow}[key];
+  const next = key === "Home" ? 0 : key === "End" ? tiles.length - 1 : position + step;
+  if (position >= 0) tiles[next]?.focus();
+  return position >= 0;
+}
+
+function onGridKey(event) {
+  const {key} = event, typing = event.target.closest("input, select");
+  if (event.ctrlKey || event.altKey || event.metaKey) return;
+  if (key === "Escape") loadCard();
+  else if (typing) return;
+  else if (key === "PageDown" || key === "PageUp") turnPage(key === "PageDown" ? 1 : -1);
+  else if (["ArrowRight", "ArrowLeft", "ArrowDown", "ArrowUp", "Home", "End"].includes(key)) {
+    if (!moveInGrid(key)) return;
+  } else if (!$("shortcuts").checked) return;
+  else if (key === "/") $("query").focus();
+  else if (/^[0-9]$/.test(key)) {
+    $("number").focus();
+    $("number").value = key;
+  } else if (key === "?") openHelp();
+  else if (key === "u") KEYS.u();
+  else return;
+  event.preventDefault();
+}
+
 /* ---------- keys and buttons ---------- */
 
 const KEYS = {
   a: () => decide("approved"), Enter: () => decide("approved"), r: () => decide("rejected"), d: () => decide("decorative"),
   s: () => decide("skipped"), x: () => decide("expert"), e: startEditing, u: () => $("undo").disabled || change("undo", {}),
-  o: toggleGroup, "?": openHelp,
+  o: toggleGroup, g: openGrid, "?": openHelp,
 };
 
 function onKey(event) {
-  if ($("help-page").open || event.repeat || event.isComposing) return;
+  if ($("help-page").open || event.isComposing) return;
+  if (document.body.dataset.view === "grid") return onGridKey(event);
+  if (event.repeat) return;
   if ($("card").dataset.state === "editing") {
     if (event.key === "Escape") leaveEditor();
     else if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) decide("edited", $("editor").value);
@@ -326,7 +505,7 @@ function onKey(event) {
   if (event.ctrlKey || event.altKey || event.metaKey || !(key in KEYS) || (key === "Enter" && onControl)) return;
   if (key !== "Enter" && !$("shortcuts").checked) return;
   event.preventDefault();
-  if (key === "u" || key === "?" || card) KEYS[key]();
+  if (["u", "?", "g"].includes(key) || card) KEYS[key]();
 }
 
 function openHelp() {
@@ -345,6 +524,23 @@ $("again").addEventListener("click", () => change("again", {}));
 $("only").addEventListener("click", () => { toggleGroup(); $("all").focus(); });
 $("all").addEventListener("click", () => { excluded = new Set(card.group.map((member) => member.index)); toggleGroup(); $("only").focus(); });
 $("help").addEventListener("click", openHelp);
+$("open-grid").addEventListener("click", openGrid);
+$("close-grid").addEventListener("click", () => loadCard());
+$("filters").addEventListener("submit", (event) => { event.preventDefault(); openNumber(); });
+$("show").addEventListener("change", () => changeGrid({show: $("show").value}));
+$("folder").addEventListener("change", () => changeGrid({folder: $("folder").value}));
+$("query").addEventListener("input", () => {
+  clearTimeout(queryTimer);
+  queryTimer = setTimeout(() => changeGrid({query: $("query").value}), 200);
+});
+$("query").addEventListener("keydown", (event) => {
+  if (event.key !== "Enter") return;
+  event.preventDefault();  // the form's own submission is for the number
+  clearTimeout(queryTimer);
+  changeGrid({query: $("query").value}).then(() => $("tiles").querySelector("button")?.focus());
+});
+$("previous").addEventListener("click", () => turnPage(-1));
+$("following").addEventListener("click", () => turnPage(1));
 $("close").addEventListener("click", () => $("help-page").close());
 $("shortcuts").addEventListener("change", (event) => document.body.classList.toggle("no-shortcuts", !event.target.checked));
 document.addEventListener("keydown", onKey);
@@ -356,4 +552,4 @@ document.addEventListener("visibilitychange", () => {  // time in another tab is
   if (document.hidden) hiddenAt = performance.now();
   else hiddenTime += performance.now() - hiddenAt;
 });
-request("state").then(show).catch((error) => { $("trouble").textContent = error.message; });
+loadCard();

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -46,7 +46,7 @@ class Queue:
     def __init__(self, table: CaptionsTable, kind: QueueKind, reviews: dict[str, Review]) -> None:
         self.kind = kind
         self.seed = int(table.table_id, 16)
-        self._decided: dict[int, Review] = {}
+        self.decided: dict[int, Review] = {}  # the decision about each decided image, by index
         self.for_expert: set[int] = set()
         parts: list[npt.NDArray[np.void]] = []
         for part, rows, alt_texts in read_alt_texts(table, _COLUMNS):
@@ -56,16 +56,26 @@ class Queue:
             for row, image_id in enumerate(ids) if reviews else ():
                 review = reviews.get(image_id)
                 if review and review.applies_to(_timestamp(keys["created"][row])):
-                    self._decided[first + row] = review
+                    self.decided[first + row] = review
         self._keys = np.concatenate(parts) if parts else np.empty(0, _FIELDS)
         self._open = np.ones(len(self._keys), bool)
-        self._open[list(self._decided)] = False
-        self.for_expert.update(index for index, review in self._decided.items() if review.decision == "expert")
+        self._open[list(self.decided)] = False
+        self.for_expert.update(index for index, review in self.decided.items() if review.decision == "expert")
         self._by_id = np.argsort(self._keys["id"], kind="stable")
         self._order = self._ordered()
 
     def __len__(self) -> int:
         return len(self._keys)
+
+    @property
+    def undecided(self) -> npt.NDArray[np.bool_]:
+        """Whether each image has no decision yet; bool [N]."""
+        return self._open
+
+    @property
+    def flagged(self) -> npt.NDArray[np.bool_]:
+        """Whether each alt text has a flag; bool [N]."""
+        return cast(npt.NDArray[np.bool_], self._keys["flagged"])
 
     def location(self, index: int) -> tuple[int, int]:
         """Return the part of the table that holds an image, and its row in that part."""
@@ -81,18 +91,18 @@ class Queue:
     def set_decision(self, index: int, review: Review | None) -> None:
         """Set the decision about an image; `None` opens it again. A decision about an earlier caption is ignored."""
         if review is not None and review.applies_to(_timestamp(self._keys["created"][index])):
-            self._decided[index] = review
+            self.decided[index] = review
         else:
-            self._decided.pop(index, None)
-        self._open[index] = index not in self._decided
-        if index in self._decided and self._decided[index].decision == "expert":
+            self.decided.pop(index, None)
+        self._open[index] = index not in self.decided
+        if index in self.decided and self.decided[index].decision == "expert":
             self.for_expert.add(index)
         else:
             self.for_expert.discard(index)
 
     def decision(self, index: int) -> Review | None:
         """Return the decision about an image, if any."""
-        return self._decided.get(index)
+        return self.decided.get(index)
 
     def next(self, waiting: Collection[int], excluded: Collection[int]) -> int | None:
         """Return the next open image that is not excluded, then those in `waiting`; `None` at the end."""
@@ -121,10 +131,10 @@ class Queue:
         They are a simple random sample of the table, whatever queue each was decided in: images that were reviewed
         earlier in another queue belong to the sample when the random order has passed them.
         """
-        reached = [self._keys["id"][index] for index, review in self._decided.items() if review.queue == "random"]
+        reached = [self._keys["id"][index] for index, review in self.decided.items() if review.queue == "random"]
         if not reached:
             return []
-        return [review for index, review in self._decided.items() if self._keys["id"][index] <= max(reached)]
+        return [review for index, review in self.decided.items() if self._keys["id"][index] <= max(reached)]
 
     def _ordered(self) -> npt.NDArray[np.int64]:
         if self.kind == "all":

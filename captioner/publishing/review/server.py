@@ -5,10 +5,13 @@ out pages of other sites whose name resolves to this machine (DNS rebinding).
 
     GET  /TOKEN/                       the page
     GET  /TOKEN/state                  what to show: see `ReviewSession.next`
+    GET  /TOKEN/state/INDEX            the same for an image of the grid
+    GET  /TOKEN/grid?...               a page of all images: see `GridRequest`
+    GET  /TOKEN/summary                the number of images by decision, and the next commands
     GET  /TOKEN/about/INDEX            an image's descriptions in the file, or why it cannot be shown
     GET  /TOKEN/image/INDEX/SIZE       JPEG; SIZE "large" or "small"
-    POST /TOKEN/decide                 {"decision", "indices", "shown", "text", "seconds"} -> state; 409 when another
-                                       reviewer was faster, 400 with {"error"} for an invalid edit
+    POST /TOKEN/decide                 {"decision", "indices", "shown", "text", "seconds", "replaces"} -> state;
+                                       409 when another reviewer was faster, 400 with {"error"} for an invalid edit
     POST /TOKEN/draft                  {"index", "text"} -> {}: keeps what was typed
     POST /TOKEN/undo, /TOKEN/again     {} -> state
 """
@@ -24,6 +27,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from captioner.errors import CaptionerError, UsageError
+from captioner.publishing.review.grid import GridRequest
 from captioner.publishing.review.previews import Previews, Size
 from captioner.publishing.review.session import DecisionRequest, ReviewSession
 
@@ -118,6 +122,12 @@ class _Handler(BaseHTTPRequestHandler):
                 self._send_page()
             case ("GET", "state"):
                 self._send_json(session.next())
+            case ("GET", "state", index):
+                self._send_json(session.open(self._parse_index(index)))
+            case ("GET", "grid"):
+                self._send_json(session.grid(GridRequest.from_query(urlsplit(self.path).query)))
+            case ("GET", "summary"):
+                self._send_json(session.summary())
             case ("GET", "about", index):
                 self._send_json(self._about(self._parse_index(index)))
             case ("GET", "image", index, ("large" | "small") as size):

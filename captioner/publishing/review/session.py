@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -10,25 +9,26 @@ from typing import Any, cast
 
 from captioner.console.text import printable
 from captioner.errors import UsageError
+from captioner.files import local_path
 from captioner.publishing.alt_text.journal import latest_reviews
 from captioner.publishing.alt_text.schemas import Decision, Review
 from captioner.publishing.alt_text.texts import read_settings
 from captioner.publishing.review.acceptance import acceptance, seconds_per_image
 from captioner.publishing.review.decisions import Decisions
 from captioner.publishing.review.drafts import Drafts
+from captioner.publishing.review.grid import Grid, GridRequest
+from captioner.publishing.review.next_steps import next_commands
 from captioner.publishing.review.queue import Queue, QueueKind
-from captioner.publishing.review.rows import Row, read_row
-from captioner.publishing.review.standing_flags import describe_flag
+from captioner.publishing.review.rows import Row, read_catalogue, read_rows
+from captioner.publishing.review.view import (
+    DECISION_LABELS,
+    current_text,
+    describe_decision,
+    describe_earlier,
+    describe_image,
+)
 from captioner.store.table import CaptionsTable
 
-DECISION_LABELS = {
-    "approved": "Accepted",
-    "edited": "Saved",
-    "rejected": "Rejected",
-    "decorative": "Marked as decorative",
-    "expert": "Left for an expert",
-    "skipped": "Skipped",
-}
 _ROW_CACHE_SIZE = 256
 _MAX_SECONDS = 86_400.0
 
@@ -38,7 +38,7 @@ class DecisionRequest:
     """A decision as the page sends it.
 
     `indices`: the image on the card, then those decided with it. `shown`: the alt text that the page showed. `text`:
-    the edited text.
+    the edited text. `replaces`: the id of the earlier decision about the image that the page showed.
     """
 
     decision: str
@@ -46,6 +46,7 @@ class DecisionRequest:
     shown: str
     text: str | None = None
     seconds: float | None = None
+    replaces: str | None = None
 
     @classmethod
     def from_json(cls, value: Any, num_images: int) -> DecisionRequest:
@@ -53,16 +54,18 @@ class DecisionRequest:
         if not isinstance(value, dict):
             raise UsageError("a decision is a JSON object")
         decision, indices, shown = value.get("decision"), value.get("indices"), value.get("shown")
-        text, seconds = value.get("text"), value.get("seconds")
+        text, seconds, replaces = value.get("text"), value.get("seconds"), value.get("replaces")
         if decision not in DECISION_LABELS or not isinstance(shown, str) or not isinstance(text, str | None):
             raise UsageError(f"decision: give one of {', '.join(DECISION_LABELS)}, with the text that was shown")
+        if not isinstance(replaces, str | None):
+            raise UsageError("replaces: give the id of a decision")
         if not isinstance(indices, list) or not indices or not all(type(index) is int for index in indices):
             raise UsageError("indices: give a list of numbers")
         if not all(0 <= index < num_images for index in indices):
             raise UsageError("indices: no such image")
         timed = isinstance(seconds, int | float) and 0 <= seconds <= _MAX_SECONDS
         duration = float(cast(float, seconds)) if timed else None
-        return cls(decision, tuple(dict.fromkeys(indices)), shown, text, duration)
+        return cls(decision, tuple(dict.fromkeys(indices)), shown, text, duration, replaces)
 
 
 class ReviewSession:
@@ -77,6 +80,8 @@ class ReviewSession:
         self.decisions = Decisions(table.directory, reviewer)
         self._drafts = Drafts(table.directory, reviewer)
         self._queue = Queue(table, kind, self.decisions.latest())
+        self._grid = Grid(table, self._queue)
+        self._opened: int | None = None  # the image that was opened from the grid
         self._shown_again: set[str] = set()  # review ids of skips that no longer count
         self._skipped = self._skipped_in(self.decisions.own)
         self._rows: dict[int, Row] = {}
@@ -94,11 +99,43 @@ class ReviewSession:
     def row(self, index: int) -> Row:
         """Return the data of one image. Raises OutputError when the table was changed during the review."""
         with self._lock:
-            if index not in self._rows:
-                if len(self._rows) >= _ROW_CACHE_SIZE:
-                    self._rows.clear()
-                self._rows[index] = read_row(self._table, *self._queue.location(index))
-            return self._rows[index]
+            return self._rows_of([index])[0]
+
+    def _rows_of(self, indices: list[int]) -> list[Row]:
+        missing = [index for index in indices if index not in self._rows]
+        if missing:
+            if len(self._rows) + len(missing) > _ROW_CACHE_SIZE:
+                self._rows.clear()
+                missing = indices
+            rows = read_rows(self._table, [self._queue.location(index) for index in missing])
+            self._rows.update(zip(missing, rows, strict=True))
+        return [self._rows[index] for index in indices]
+
+    def open(self, index: int) -> dict[str, Any]:
+        """Return what the page shows for one image, decided or not."""
+        with self._lock:
+            self._apply_new_decisions()
+            self._opened = index
+            return self._state("", index)
+
+    def grid(self, request: GridRequest) -> dict[str, Any]:
+        """Return one page of the grid: its images, and how many there are of each kind."""
+        with self._lock:
+            self._apply_new_decisions()
+            indices, around = self._grid.page(request, *self._skipped_and_drafts())
+            return {"images": list(map(self._tile, indices, self._rows_of(indices))), **around}
+
+    def summary(self) -> dict[str, Any]:
+        """Return the number of images by decision ("counts"), and the commands that come next ("commands")."""
+        with self._lock:
+            self._apply_new_decisions()
+            counts = self._grid.counts(*self._skipped_and_drafts())
+            out = local_path(self._table.directory.location)
+            return {"counts": counts, "commands": next_commands(out, self._reviewer, counts)}
+
+    def _skipped_and_drafts(self) -> tuple[list[int], set[int]]:
+        skipped = [index for index in self._skipped if self._is_open(index)]
+        return skipped, self._indices(self._drafts.image_ids())
 
     def next(self) -> dict[str, Any]:
         """Return what the page shows: the next image, the progress and a message."""
@@ -115,7 +152,7 @@ class ReviewSession:
         """
         with self._lock:
             self._apply_new_decisions()
-            still_open = [index for index in request.indices if self._is_open(index)]
+            still_open = [index for index in request.indices if self._is_as_shown(index, request.replaces)]
             if request.indices[0] not in still_open:
                 return False, self._state(self._conflict(request.indices[0]))
             rows = [row for row in map(self.row, still_open) if row.alt_text == request.shown]
@@ -126,16 +163,16 @@ class ReviewSession:
             if request.text is not None:
                 self._drafts.discard(rows[0].image_id)
             self._apply_new_decisions()
-            return True, self._state(_describe(review, len(request.indices) - len(rows)))
+            return True, self._state(describe_decision(review, len(request.indices) - len(rows)))
 
     def keep_draft(self, index: int, text: str) -> None:
-        """Keep what was typed about an image; an empty text, or the one it has, discards the draft."""
+        """Keep what was typed about an image; an empty text discards the draft."""
         with self._lock:
-            row = self.row(index)
-            if text.strip() and text != row.alt_text:
-                self._drafts.keep(row.image_id, text)
+            image_id = self.row(index).image_id
+            if text.strip():
+                self._drafts.keep(image_id, text)
             else:
-                self._drafts.discard(row.image_id)
+                self._drafts.discard(image_id)
 
     def undo(self) -> dict[str, Any]:
         """Undo this reviewer's last decision, of this session or an earlier one, and show its image again.
@@ -155,7 +192,7 @@ class ReviewSession:
             self._apply_new_decisions()
             index = next(iter(self._indices(last.image_ids)), None)
             return self._state(
-                f"Undone: {_describe(last)}", index if index is not None and self._is_open(index) else None
+                f"Undone: {describe_decision(last)}", index if index is not None and self._is_open(index) else None
             )
 
     def show_skipped(self) -> dict[str, Any]:
@@ -185,6 +222,11 @@ class ReviewSession:
     def _is_open(self, index: int) -> bool:
         review = self._queue.decision(index)
         return review is None or (review.decision == "expert" and review.reviewer != self._reviewer)
+
+    def _is_as_shown(self, index: int, replaces: str | None) -> bool:
+        """Return whether an image has no decision but the one that the page showed."""
+        review = self._queue.decision(index)
+        return self._is_open(index) or (review is not None and review.review_id == replaces)
 
     def _skipped_in(self, reviews: Iterable[Review]) -> set[int]:
         """Return the images that this reviewer skipped in `reviews` and that are not to be shown again."""
@@ -221,9 +263,16 @@ class ReviewSession:
             text,
             self._reviewer,
             shown=request.shown,
-            queue=self._kind,
+            queue=self._queue_of(request.indices[0]),
             seconds=request.seconds,
         )
+
+    def _queue_of(self, index: int) -> str:
+        """Return the queue to store with a decision: an image from the grid is no part of the random sample."""
+        replaced = self._queue.decision(index)
+        if replaced is not None:
+            return replaced.queue
+        return "all" if index == self._opened else self._kind
 
     def _edited(self, text: str) -> str:
         """Return the edited text as one line. Raises UsageError when it is empty or too long."""
@@ -242,16 +291,18 @@ class ReviewSession:
         claimed = self._indices(self.decisions.claimed_by_others())
         waiting = [expert_index for expert_index in self._queue.for_expert if self._is_open(expert_index)]
         excluded = self._skipped | claimed
-        if index is None:
-            drafted = self._indices(self._drafts.image_ids())
-            index = min(filter(self._is_open, drafted - excluded), default=None)
+        if index is None and self._kind != "random":  # drafts come first, but a random sample keeps its order
+            drafts = self._indices(self._drafts.image_ids())
+            index = min(filter(self._is_open, drafts - excluded), default=None)
         if index is None:
             index = self._queue.next(waiting, excluded)
         if index is None and claimed:  # others look at all that is left, but they may have stopped
             index, excluded = self._queue.next(waiting, self._skipped), self._skipped
         group: list[int] = []
         num_same = 0
-        if index is not None and self._kind != "random":  # a random sample is decided one image at a time
+        if (
+            index is not None and self._is_open(index) and self._kind != "random"
+        ):  # a random sample is decided one image at a time
             group, num_same = self._queue.same_text(index, excluded)
         on_page = [] if index is None else [index, *group]
         self.decisions.claim(self.row(shown).image_id for shown in on_page)
@@ -264,24 +315,31 @@ class ReviewSession:
 
     def _card(self, index: int, group: list[int], num_same: int) -> dict[str, Any]:
         row, review = self.row(index), self._queue.decision(index)
+        is_open = self._is_open(index)
+        catalogue = read_catalogue(self._table, *self._queue.location(index))
         return {
-            "index": index,
-            "image_id": printable(row.image_id),
-            "uri": printable(row.uri),
+            **describe_image(index, row, review),
             "alt_text": row.alt_text,
             "draft": self._drafts.get(row.image_id),
-            "caption": printable(row.caption),
-            "flags": [describe_flag(flag) for flag in row.flags],
-            "certainty": None if row.logprob_mean is None else _mean_probability(row.logprob_mean),
-            "width": row.width,
-            "height": row.height,
-            "num_bytes": row.num_bytes,
+            "decided": None if is_open or review is None else review.review_id,
+            "note": describe_earlier(review, is_open, self._reviewer) if review else "",
+            "catalogue": [{"name": printable(name), "text": text} for name, text in catalogue.items()],
             "group": [{"index": other, "image_id": printable(self.row(other).image_id)} for other in group],
             "num_same": num_same,
-            "note": f"{printable(review.reviewer)} asks for an expert" if review else "",
             "language": self._settings["language"],
             "soft_limit": self._settings["max_chars"],
             "hard_limit": self._settings["hard_max"],
+        }
+
+    def _tile(self, index: int, row: Row) -> dict[str, Any]:
+        review = self._queue.decision(index)
+        return {
+            "index": index,
+            "image_id": printable(row.image_id),
+            "text": current_text(row, review),
+            "state": "undecided" if review is None else review.decision,
+            "flagged": bool(row.flags),
+            "has_draft": self._drafts.get(row.image_id) is not None,
         }
 
     def _progress(self, num_waiting: int) -> dict[str, Any]:
@@ -298,14 +356,3 @@ class ReviewSession:
             "hours_left": None if seconds is None else num_left * seconds / 3600,
             "acceptance": None if rate is None else asdict(rate),
         }
-
-
-def _mean_probability(logprob_mean: float) -> float | None:
-    """Return the geometric mean of the token probabilities, 0 to 1."""
-    return math.exp(min(0.0, logprob_mean)) if math.isfinite(logprob_mean) else None
-
-
-def _describe(review: Review, num_conflicts: int = 0) -> str:
-    group = f" for {len(review.image_ids)} images" if len(review.image_ids) > 1 else ""
-    conflicts = f"; {num_conflicts} were already decided by somebody else" if num_conflicts else ""
-    return f"{DECISION_LABELS[review.decision]}{group}{conflicts}"

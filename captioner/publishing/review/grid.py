@@ -1,0 +1,184 @@
+"""All images of a table in a grid: which of them match a filter and a search, one page at a time."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+from urllib.parse import parse_qsl
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from captioner.errors import OutputError, UsageError
+from captioner.publishing.alt_text.texts import read_alt_texts
+from captioner.publishing.review.queue import Queue
+from captioner.store.table import CaptionsTable
+
+PAGE_SIZE = 60
+MAX_FOLDERS = 200  # in the list of folders: as many as a person can look through
+DECISIONS = ("approved", "edited", "rejected", "decorative", "expert")
+FILTERS = ("all", "undecided", "flagged", *DECISIONS, "skipped", "drafts")
+
+Mask = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class GridRequest:
+    """What the page asks for.
+
+    `show`: one of FILTERS. `folder`: the start of the image ids, up to a slash. `query`: words, each of which the id or
+    the text of an image holds, in small or capital letters. `page`: counted from 0; one too large is the last page.
+    """
+
+    show: str = "all"
+    folder: str = ""
+    query: str = ""
+    page: int = 0
+
+    @classmethod
+    def from_query(cls, query_string: str) -> GridRequest:
+        """Parse the query of an address. Raises UsageError for anything that our page does not send."""
+        values = dict(parse_qsl(query_string))
+        show, page = values.get("show", "all"), values.get("page", "0")
+        if show not in FILTERS:
+            raise UsageError(f"show: give one of {', '.join(FILTERS)}")
+        if not page.isdecimal() or len(page) > 9:
+            raise UsageError("page: give a number")
+        return cls(show, values.get("folder", ""), values.get("query", ""), int(page))
+
+
+class Grid:
+    """The images of a review session, filtered and searched."""
+
+    def __init__(self, table: CaptionsTable, queue: Queue) -> None:
+        self._queue = queue
+        self._search = TextSearch(table, len(queue))
+
+    def page(
+        self, request: GridRequest, skipped: Collection[int], drafts: Collection[int]
+    ) -> tuple[list[int], dict[str, Any]]:
+        """Return the indices of one page of images, and what the page shows around them.
+
+        `skipped`, `drafts`: images that this reviewer skipped, or has an unsaved text about. Raises OutputError when
+        the table was changed during the review.
+        """
+        masks = self._masks(skipped, drafts)
+        edited = {index: review.text for index, review in self._queue.decided.items() if review.text}
+        matching = np.flatnonzero(masks[request.show] & self._search.matches(request.folder, request.query, edited))
+        num_pages = max(1, -(-len(matching) // PAGE_SIZE))
+        page = min(request.page, num_pages - 1)
+        first = page * PAGE_SIZE
+        around = {
+            "page": page,
+            "num_pages": num_pages,
+            "first": first,
+            "num_images": len(matching),
+            "total": len(self._queue),
+            "counts": _sums(masks),
+            "folders": self._search.folders,
+        }
+        return matching[first : first + PAGE_SIZE].tolist(), around
+
+    def counts(self, skipped: Collection[int], drafts: Collection[int]) -> dict[str, int]:
+        """Return the number of images of each filter."""
+        return _sums(self._masks(skipped, drafts))
+
+    def _masks(self, skipped: Collection[int], drafts: Collection[int]) -> dict[str, Mask]:
+        """Return which images each filter shows; bool [N]."""
+        indices: dict[str, list[int]] = {decision: [] for decision in DECISIONS}
+        for index, review in self._queue.decided.items():
+            indices[review.decision].append(index)
+        indices |= {"skipped": list(skipped), "drafts": list(drafts)}
+        masks = {
+            "all": np.ones(len(self._queue), bool),
+            "undecided": self._queue.undecided,
+            "flagged": self._queue.flagged,
+        }
+        return masks | {show: _mask(len(self._queue), indices[show]) for show in FILTERS if show in indices}
+
+
+def _sums(masks: dict[str, Mask]) -> dict[str, int]:
+    return {show: int(mask.sum()) for show, mask in masks.items()}
+
+
+def _mask(length: int, indices: list[int]) -> Mask:
+    mask = np.zeros(length, bool)
+    mask[indices] = True
+    return mask
+
+
+class TextSearch:
+    """Finds images by folder and by words of their ids and alt texts.
+
+    Reads the ids and texts of the whole table for each new search, about 1 s for 1,000,000 images; the latest search is
+    remembered. Raises OutputError when the table was changed since it was opened.
+    """
+
+    def __init__(self, table: CaptionsTable, num_images: int) -> None:
+        self._table, self._num_images = table, num_images
+        self._latest: tuple[tuple[str, tuple[str, ...]], list[Mask]] | None = None
+
+    @cached_property
+    def folders(self) -> dict[str, int]:
+        """The number of images in each folder.
+
+        Where there are more than MAX_FOLDERS, those that are deeper are counted with the folder above them; empty when
+        there are too many at every depth.
+        """
+        counts: Counter[str] = Counter()
+        for ids, _ in self._columns():
+            counts.update(image_id.rpartition("/")[0] for image_id in ids.to_pylist())
+        del counts[""]
+        for depth in range(max((folder.count("/") for folder in counts), default=0), -1, -1):
+            if len(counts) <= MAX_FOLDERS:
+                break
+            shorter: Counter[str] = Counter()
+            for folder, count in counts.items():
+                shorter["/".join(folder.split("/")[:depth])] += count
+            del shorter[""]
+            counts = shorter
+        return dict(sorted(counts.items()))
+
+    def matches(self, folder: str, query: str, edited: Mapping[int, str]) -> Mask:
+        """Return which images are in a folder and hold every word of a query; bool [N].
+
+        `edited`: the texts that people wrote, by index.
+        """
+        words = tuple(query.lower().split())
+        if self._latest is None or self._latest[0] != (folder, words):
+            self._latest = (folder, words), self._search(folder, words)
+        in_folder, *by_word = self._latest[1]
+        matching = in_folder.copy()
+        for word, with_word in zip(words, by_word, strict=True):
+            with_word_written = [index for index, text in edited.items() if word in text.lower()]
+            matching &= with_word | _mask(self._num_images, with_word_written)
+        return matching
+
+    def _search(self, folder: str, words: tuple[str, ...]) -> list[Mask]:
+        """Return which images are in the folder, then for each word which ones hold it."""
+        parts: list[list[Mask]] = [[np.zeros(0, bool)] * (1 + len(words))]
+        for ids, texts in self._columns():
+            in_folder = pc.starts_with(ids, f"{folder}/") if folder else pa.array(np.ones(len(ids), bool))
+            masks = [in_folder, *(pc.or_(_holds(ids, word), _holds(texts, word)) for word in words)]
+            parts.append([mask.to_numpy(zero_copy_only=False) for mask in masks])
+        masks_of_table = [np.concatenate(masks) for masks in zip(*parts, strict=True)]
+        if len(masks_of_table[0]) != self._num_images:
+            raise OutputError(
+                f"{self._table.directory.location} was changed during the review; start `captioner review` again"
+            )
+        return masks_of_table
+
+    def _columns(self) -> Iterator[tuple[pa.ChunkedArray, pa.ChunkedArray]]:
+        """Yield the ids and alt texts of the captioned images of each part."""
+        for _, rows, alt_texts in read_alt_texts(self._table, []):
+            captioned = pc.is_valid(alt_texts["alt_text"])
+            yield rows["image_id"].filter(captioned), alt_texts["alt_text"].filter(captioned)
+
+
+def _holds(texts: pa.ChunkedArray, word: str) -> pa.ChunkedArray:
+    return pc.match_substring(texts, word, ignore_case=True)
