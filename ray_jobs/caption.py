@@ -30,6 +30,7 @@ from ray_jobs.gpus import device_kind
 from ray_jobs.metrics import DriverMetrics
 from ray_jobs.nodes import check_gpu_nodes, check_shared
 from ray_jobs.stages import CaptionStage, CommitStage, DecodeStage, receipts_of
+from ray_jobs.workers import WorkerStarts
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -161,14 +162,17 @@ def _execute(
     from ray.exceptions import RayError
 
     _configure_ray_data(work)
+    starts = WorkerStarts()
     try:
-        for block in make_dataset(work, chunks, sizes, batch_size, messages).iter_batches(
-            batch_size=None, batch_format="pyarrow", prefetch_batches=0
-        ):
-            yield from receipts_of(block)
+        with starts.watched():
+            for block in make_dataset(work, chunks, sizes, batch_size, messages).iter_batches(
+                batch_size=None, batch_format="pyarrow", prefetch_batches=0
+            ):
+                starts.has_started()
+                yield from receipts_of(block)
     except RayError as error:
         release_actors(error)
-        raise cause_of(error) from error
+        raise starts.error or cause_of(error) from error
     except ExecutionTimeoutError as error:
         release_actors(error)
         raise ClusterError(

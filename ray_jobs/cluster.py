@@ -25,9 +25,11 @@ from captioner.config import ClusterConfig
 from captioner.console.stopping import notify
 from captioner.errors import ClusterError
 from ray_jobs.address import check_gcs
+from ray_jobs.workers import job_config, keep_messages
 
 MIN_CPU_SHARE = 0.05
-JOIN_TIMEOUT_S = 30.0  # for a cluster that answers; a local Ray may start slowly and has no limit
+JOIN_TIMEOUT_S = 30.0  # for a cluster that answers
+START_TIMEOUT_S = 60.0  # for a local Ray
 EXIT_TIMEOUT_S = 10.0  # for a Ray that is still starting when the program ends
 
 
@@ -113,9 +115,15 @@ class Connection:
         self.start()
         assert self._resources is not None
         address = cluster_address(self._config)
+        is_own = address == "local"
         try:
-            return self._resources.result(None if address == "local" else JOIN_TIMEOUT_S)
+            return self._resources.result(START_TIMEOUT_S if is_own else JOIN_TIMEOUT_S)
         except TimeoutError:
+            if is_own:
+                raise ClusterError(
+                    f"Ray did not start on this machine within {START_TIMEOUT_S:g} s; its logs are in "
+                    "/tmp/ray/session_latest/logs; --local needs no Ray"
+                ) from None
             raise ClusterError(
                 f"{address}: Ray answers but could not be joined within {JOIN_TIMEOUT_S:g} s; is this machine one of "
                 "the cluster's nodes, and are its ports open? `captioner submit` needs only the dashboard"
@@ -162,16 +170,21 @@ def import_ray(config: ClusterConfig) -> str:
 def _keep_token_private() -> None:
     """Create the token of this user's Rays where Ray does, but readable by this user only.
 
-    The file that Ray creates is readable by everyone with access to the home directory.
+    The file that Ray creates is readable by everyone with access to the home directory. Where there is no home
+    directory to write to, as in many containers, the token is only in the environment of this Ray's processes.
     """
     if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
         return
-    file = Path.home() / ".ray" / "auth_token"
-    with suppress(OSError):  # another user's file, a read-only home: Ray reports it where it matters
+    try:
+        file = Path.home() / ".ray" / "auth_token"
         file.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileExistsError), open(file, "x", opener=partial(os.open, mode=0o600)) as stream:
             stream.write(secrets.token_hex(32))
-        file.chmod(0o600)
+        with suppress(PermissionError):  # another user's file
+            file.chmod(0o600)
+        file.read_bytes()
+    except (OSError, RuntimeError):  # RuntimeError: neither HOME nor an entry in /etc/passwd
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
 def _init(address: str) -> None:
@@ -185,7 +198,10 @@ def _init(address: str) -> None:
         import ray_jobs
 
         settings["runtime_env"] = {"py_modules": [captioner, ray_jobs]}
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:  # a job has its own
+        settings["job_config"] = job_config()
     check_gcs(address)
+    keep_messages()
     try:
         with _quiet_stderr(), _own_sigterm():
             ray.init(**settings)

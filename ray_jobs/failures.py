@@ -9,6 +9,9 @@ from collections.abc import Iterator
 
 from captioner.errors import CaptionerError, ClusterError
 
+# How Ray's own errors about a worker that failed begin.
+_CONSEQUENCES = ("ActorDiedError", "ActorUnavailableError", "RaySystemError", "RayTaskError", "RuntimeError: The actor")
+
 
 def cause_of(
     error: BaseException, what_stays: str = "committed rows stay; run the same command again to continue"
@@ -29,9 +32,18 @@ def cause_of(
             kind = getattr(importlib.import_module(module), name, None)
             if isinstance(kind, type) and issubclass(kind, CaptionerError):
                 return kind(message)
-    lines = re.findall(r"^(?:[\w.]+\.)?(\w+(?:Error|Exception|Exit)\b.*)$", str(error), re.MULTILINE)
-    message = lines[0] if lines else str(error).strip().splitlines()[-1]
+    message = first_error(str(error)) or str(error).strip().splitlines()[-1]
     return ClusterError(f"a worker failed: {message}; {what_stays}")
+
+
+def first_error(text: str) -> str:
+    """Return the first line of tracebacks that names an error; "" where there is none.
+
+    An error in which Ray says what it did about another one counts only where there is no other.
+    """
+    lines: list[str] = re.findall(r"^(?:[\w.]+\.)?(\w+(?:Error|Exception|Exit)\b.*)$", text, re.MULTILINE)
+    causes = [line for line in lines if not line.startswith(_CONSEQUENCES)]
+    return next(iter(causes + lines), "")
 
 
 def release_actors(error: BaseException | None) -> None:

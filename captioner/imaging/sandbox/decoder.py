@@ -180,6 +180,7 @@ class Child:
             self._process = subprocess.Popen(
                 [
                     sys.executable,
+                    "-P",  # modules in the current folder are not imported
                     "-m",
                     "captioner.imaging.sandbox.child",
                     str(child_end.fileno()),
