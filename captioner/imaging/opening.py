@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import struct
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,11 @@ _UPRIGHT, _TURNED = 1, (5, 6, 7, 8)  # turned: width and height are swapped
 _RIGHT_TO_LEFT, _BOTTOM_TO_TOP = (2, 3, 6, 7), (3, 4, 7, 8)  # where a stored image's right and bottom edges end up
 _TIFF_BITS_PER_SAMPLE, _TIFF_PHOTOMETRIC = 258, 262
 _WHITE_IS_ZERO = 0
+_PNG = b"\x89PNG"
+# What a PNG may be decoded without where Pillow refuses it: texts and a colour profile that are too long, and an
+# animation with damage, of which the specification says that the still image is shown instead.
+_PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
+_PNG_ANIMATION = (b"acTL", b"fcTL", b"fdAT")
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
 
@@ -62,9 +68,11 @@ def open_image(data: bytes, max_pixels: int, needed_side: int = 0) -> UprightIma
         try:
             return _open(data, max_pixels, needed_side)
         except ImageError as error:
-            if "MAX_TEXT_" not in error.message:
+            unneeded = _PNG_TEXTS if "MAX_TEXT_" in error.message else _PNG_ANIMATION
+            simpler = _png_without(unneeded, data) if data.startswith(_PNG) else data
+            if len(simpler) == len(data):
                 raise
-        return _open(_without_png_text(data), max_pixels, needed_side)
+        return _open(simpler, max_pixels, needed_side)
 
 
 def _open(data: bytes, max_pixels: int, needed_side: int) -> UprightImage:
@@ -138,13 +146,13 @@ def _upright_box(extent: tuple[float, float], orientation: int, image: Image.Ima
     return left, top, right, bottom
 
 
-def _without_png_text(data: bytes) -> bytes:
-    """Return a PNG without its texts and colour profile, which may be too long for Pillow while the image is fine."""
+def _png_without(kinds: Collection[bytes], data: bytes) -> bytes:
+    """Return a PNG without chunks of these kinds."""
     kept, position = [data[:8]], 8
     while position + 8 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, position)
         end = position + length + 12
-        if kind not in (b"tEXt", b"zTXt", b"iTXt", b"iCCP"):
+        if kind not in kinds:
             kept.append(data[position:end])
         position = end
     return b"".join(kept)

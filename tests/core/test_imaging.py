@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import io
+import re
 import struct
 import subprocess
 import sys
@@ -130,6 +131,31 @@ def test_an_animated_png_is_its_first_frame_and_not_the_stand_in():
     data = encode(frames[0], "PNG", save_all=True, append_images=frames[1:], default_image=True)
 
     assert_close(decode(data, SPEC, NO_LIMIT).pixels, frames[1], mean=0)
+
+
+@pytest.mark.parametrize("stand_in", [False, True])
+@pytest.mark.parametrize("damage", ["dropped", "empty", "zeros", "twice", "checksum", "cut"])
+def test_an_animated_png_with_damage_in_later_frames_is_an_image(stand_in, damage):
+    frames = [Image.new("RGB", (48, 32), colour) for colour in (GREEN, RED, BLUE)]
+    data = encode(frames[0], "PNG", save_all=True, append_images=frames[1:], default_image=stand_in)
+    starts = [match.start() - 4 for match in re.finditer(b"fcTL|fdAT", data)]
+    for start in starts[2 if stand_in else 1 :]:  # after the first frame
+        length = int.from_bytes(data[start : start + 4], "big")
+        body, end = start + 8, start + 12 + length
+        damaged = {
+            "dropped": data[:start] + data[end:],
+            "empty": data[:start] + bytes(4) + data[start + 4 : body] + data[end - 4 :],
+            "zeros": data[:body] + bytes(length) + data[end - 4 :],
+            "twice": data[:end] + data[start:],
+            "checksum": data[: end - 4] + b"????" + data[end:],
+            "cut": data[: body + length // 2],
+        }[damage]
+
+        pixels = decode(damaged, SPEC, NO_LIMIT).pixels
+
+        # Where the animation is refused as a whole, the stand-in is shown.
+        assert pixels is not None
+        assert pixels[0, 0].tolist() in ([list(RED), list(GREEN)] if stand_in else [list(GREEN)])
 
 
 # --- damage -----------------------------------------------------------------------------------------------------
