@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
 from captioner.errors import UsageError
@@ -27,7 +27,23 @@ def _split_commas(value: Any) -> Any:
 CommaList = Annotated[list[str], BeforeValidator(_split_commas)]
 AutoInt = Annotated[int, Field(ge=1)] | Literal["auto"]
 Device = Literal["auto", "cpu", "cuda", "mps", "xpu"]
-PoolSize = AutoInt | Annotated[str, Field(pattern=r"^[1-9]\d*:[1-9]\d*$")]  # "MIN:MAX" grows and shrinks
+
+
+def _pool_size(value: int | str) -> int | str:
+    text = str(value)
+    sizes = [int(part) for part in text.split(":")] if re.fullmatch(r"[1-9]\d*(:[1-9]\d*)?", text) else []
+    if text != "auto" and (not sizes or sizes != sorted(sizes)):
+        raise ValueError("a number, auto, or MIN:MAX with 1 <= MIN <= MAX")
+    return sizes[0] if len(sizes) == 1 else text
+
+
+PoolSize = Annotated[int | str, AfterValidator(_pool_size)]  # "MIN:MAX" grows and shrinks
+
+
+def _language_tag(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z]{1,8}(-[A-Za-z0-9]{1,8})*", text):
+        raise ValueError("a language tag, such as en or pt-BR")
+    return text
 
 
 class Settings(BaseModel):
@@ -105,7 +121,9 @@ class ClusterConfig(Settings):
     address: str | None = Field(None, description="Ray cluster to join; without it a local Ray is started.")
     local: bool = Field(False, description="Run in one process, without Ray; table and resuming are the same.")
     num_workers: PoolSize = Field(
-        "auto", description="Caption workers; auto is one for each GPU, or node; MIN:MAX grows when nodes join."
+        "auto",
+        description="Caption workers; auto is one for each GPU, or node; MIN:MAX grows when nodes join.",
+        json_schema_extra={"metavar": "N|auto|MIN:MAX"},
     )
     gpus_per_worker: float | None = Field(
         None, ge=0, description="GPUs of each worker; default 1 where there are GPUs, 0 with --device cpu."
@@ -191,16 +209,15 @@ class AltTextConfig(Settings):
         125, ge=1, description="Drop the last sentences of longer texts; the first sentence is kept whole."
     )
     hard_max: int = Field(250, ge=2, description="Cut texts that are still longer at a clause or word.")
-    language: str | None = Field(
+    language: Annotated[str, AfterValidator(_language_tag)] | None = Field(
         None,
-        pattern=r"^[A-Za-z]{1,8}(-[A-Za-z0-9]{1,8})*$",
         description="Language of the captions (en, pt-BR), to label the texts; nothing is translated.",
     )
     terms: str | None = Field(
         None, description="File with one word or phrase per line; texts that contain one are flagged."
     )
     rules: CommaList = Field([], description="Apply only these rules, comma-separated.")
-    no_rule: list[str] = Field([], description="Do not apply this rule. Repeatable.")
+    no_rule: list[str] = Field([], description="Disable this rule. Repeatable.")
 
 
 class MakeAltTextConfig(Settings):
@@ -223,7 +240,7 @@ class ExportConfig(Settings):
     )
     include_unreviewed: bool = Field(False, description="Export also unreviewed texts, marked as automatic.")
     automatic_mark: str = Field(
-        "(automatic description)", min_length=1, description="Appended to every unreviewed text."
+        "(automatic description)", min_length=1, description="Suffix for texts nobody has reviewed."
     )
     update: bool = Field(False, description="Refresh an earlier export at DEST.")
     dry_run: bool = Field(False, description="Print what would be exported and write nothing; html shows the diff.")
@@ -368,6 +385,11 @@ class Setting:
         return f"--{self._extra('flag') or self.field.replace('_', '-')}"
 
     @property
+    def metavar(self) -> str | None:
+        """How help shows the value, such as "N|auto|MIN:MAX"; None where that follows from its type."""
+        return self._extra("metavar")
+
+    @property
     def is_comma_list(self) -> bool:
         return any(isinstance(part, BeforeValidator) for part in self.info.metadata)
 
@@ -452,6 +474,9 @@ def _read_yaml(file: str) -> dict[Any, Any]:
     return tree
 
 
+_PREFIXES = re.compile("^(Input should be|Value error,) ")  # of pydantic's messages
+
+
 def _explain(kind: type[Settings], error: ValidationError, file: str | None, flags: dict[str, dict[str, Any]]) -> str:
     """Return one line that explains the first error."""
     first = error.errors()[0]
@@ -460,9 +485,7 @@ def _explain(kind: type[Settings], error: ValidationError, file: str | None, fla
     if first["type"] in ("extra_forbidden", "invalid_key"):
         return f"--config {file}: unknown key {'.'.join(path)!r}; {_nearest(kind, path)}"
     messages = [detail["msg"] for detail in error.errors() if [*detail["loc"][:2]] == [*first["loc"][:2]]]
-    expected = " or ".join(
-        dict.fromkeys(message.removeprefix("Input should be ").split(", unable")[0] for message in messages)
-    )
+    expected = " or ".join(dict.fromkeys(_PREFIXES.sub("", message).split(", unable")[0] for message in messages))
     if field in flags.get(group, {}):
         setting = next(s for s in settings_of(kind) if (s.group, s.field) == (group, field))
         return f"{setting.argument or setting.flag} {first['input']!r}: should be {expected}"

@@ -20,6 +20,7 @@ from captioner.config import CaptionConfig
 from captioner.console.progress import Progress
 from captioner.console.stopping import notify, stoppable
 from captioner.console.summary import print_summary
+from captioner.console.text import counted
 from captioner.data import Captioner, Chunk, Receipt
 from captioner.errors import (
     OK,
@@ -47,7 +48,7 @@ def run(config: CaptionConfig, engine: Engine | None = None) -> int:
     """Caption a source into OUT; return the exit code. Raises CaptionerError (see `captioner.errors`)."""
     engine = engine or ThisProcess(config)
     out = config.output.path
-    with stoppable(f"committed rows stay in {shown(out)}"), sole_writer(out) as check_held:
+    with stoppable(f"progress is saved in {shown(out)}"), sole_writer(out) as check_held:
         if config.output.plan_only:
             plan_images(config, notify)
             notify(f"planned; run without --plan-only to caption into {shown(out)}")
@@ -122,7 +123,8 @@ def close_job(job: Job, tally: Tally) -> int:
     counts = count_rows(job.table)
     if counts.remaining:
         raise VerificationError(
-            f"{shown(job.config.output.path)}: {counts.remaining:,} of {counts.planned:,} images have no row; "
+            f"{shown(job.config.output.path)}: {counts.remaining:,} of "
+            f"{counted(counts.planned, 'image')} without a row; "
             "run `captioner verify` on it"
         )
     record = make_record(job, "finished", tally, counts)
@@ -136,8 +138,8 @@ def close_job(job: Job, tally: Tally) -> int:
     limit = job.config.output.max_failed
     if not counts.ok or counts.failed / counts.planned > limit:
         raise TooManyFailedError(
-            f"{counts.failed:,} of {counts.planned:,} images failed (--max-failed {limit:g}); the table is complete, "
-            "the reasons are in its error_code column, --retry-failed does them again"
+            f"{counts.failed:,} of {counted(counts.planned, 'image')} failed (--max-failed {limit:g}); the table is "
+            "complete, the reasons are in its error_code column, --retry-failed does them again"
         )
     enforce(result, job.config.check)
     return OK

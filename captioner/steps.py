@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from captioner.config import SourceConfig
+from captioner.console.text import counted
 from captioner.data import (
     CAPTIONS_SCHEMA,
     STATUS_FAILED,
@@ -229,7 +230,7 @@ def _as_list(captions: Captions, num_images: int) -> list[Caption | str]:
     pa.array(captions.texts, CAPTIONS_SCHEMA.field("caption").type)
     pa.array(captions.num_tokens, CAPTIONS_SCHEMA.field("num_tokens").type)
     if len(captions.texts) != num_images:
-        raise ValueError(f"the model gave {len(captions.texts)} captions for {num_images} images")
+        raise ValueError(f"the model gave {counted(len(captions.texts), 'caption')} for {counted(num_images, 'image')}")
     columns = zip(captions.texts, captions.num_tokens, captions.logprob_mean, captions.finished, strict=True)
     return [
         Caption(text, tokens, logprob if math.isfinite(logprob) else None, caption_flags(text, logprob, finished))

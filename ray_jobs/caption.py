@@ -177,7 +177,7 @@ def _execute(
         release_actors(error)
         raise ClusterError(
             f"no stage has finished a chunk for {no_progress_timeout(work.decode_timeout):g} s; "
-            "committed rows stay, the same command goes on"
+            "progress is saved; run the same command to continue"
         ) from error
 
 

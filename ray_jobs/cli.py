@@ -13,7 +13,7 @@ import typer
 
 from captioner.config import CaptionConfig, CheckTableConfig, ExportTextsConfig, MakeAltTextConfig, TrainConfig
 from captioner.console.stopping import quit_at_once
-from captioner.console.text import printable
+from captioner.console.text import counted, printable
 from captioner.errors import ERROR, EXIT_CODES, INTERRUPTED, OK, CaptionerError
 from ray_jobs.options import takes
 
@@ -292,7 +292,7 @@ def render_scenes(
     from captioner.starter.render import render_scenes
 
     render_scenes(directory, count, seed, format)
-    typer.echo(f"rendered {count:,} scenes into {printable(directory)}")
+    typer.echo(f"rendered {counted(count, 'scene')} into {printable(directory)}")
     return OK
 
 
@@ -340,7 +340,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
     except typer.TyperException as error:  # an unknown flag or command, a missing or misplaced value
         _fail(f"{error.format_message().rstrip('.')}; see captioner --help", ERROR)
     except (KeyboardInterrupt, typer.Abort):
-        _fail("stopped", INTERRUPTED)
+        _fail("stopped by Ctrl-C", INTERRUPTED)
 
 
 def _fail(message: str, exit_code: int) -> NoReturn:

@@ -23,6 +23,7 @@ from typing import Any
 
 from captioner.config import ClusterConfig
 from captioner.console.stopping import notify
+from captioner.console.text import counted
 from captioner.errors import ClusterError
 from ray_jobs.address import check_gcs
 from ray_jobs.workers import job_config, keep_messages
@@ -136,8 +137,10 @@ class Connection:
             # Runs before Ray's own exit handler, which fails on a Ray that is still starting.
             atexit.register(lambda: wait([resources], timeout=EXIT_TIMEOUT_S))
             total = _join(self._config)
-            gpus = f" and {total.num_gpus:g} GPUs" if total.num_gpus else ""
-            notify(f"Ray has {total.num_cpus:g} CPUs{gpus}; connected in {time.perf_counter() - started:.1f} s")
+            gpus = f" and {counted(total.num_gpus, 'GPU')}" if total.num_gpus else ""
+            notify(
+                f"Ray has {counted(total.num_cpus, 'CPU')}{gpus}; connected in {time.perf_counter() - started:.1f} s"
+            )
             resources.set_result(total)
         except BaseException as error:
             resources.set_exception(error)
@@ -272,8 +275,8 @@ def share_out(resources: Resources, config: ClusterConfig, one_thread: bool = Fa
         cpus = _fitting_a_node(min(cpus, resources.least_cpus - per_decoder))
     if decode < 1 or cpus < MIN_CPU_SHARE:
         raise ClusterError(
-            f"{workers} workers and {decode} decode CPUs do not fit {resources.num_cpus:g} CPUs; "
-            "each needs a share: lower --num-workers or --decode-cpus"
+            f"{counted(workers, 'worker')} and {counted(decode, 'decode CPU')} do not fit "
+            f"{counted(resources.num_cpus, 'CPU')}; lower --num-workers or --decode-cpus"
         )
     # A large model needs far more CPU time than decoding: it gets a thread on each CPU, also on those of the decoders,
     # which are idle most of the time.
@@ -289,8 +292,6 @@ def _share_out_growing(resources: Resources, config: ClusterConfig) -> Sizes:
     worker fits the smallest node and leaves CPUs there for decoding.
     """
     min_workers, max_workers = (int(part) for part in str(config.num_workers).split(":"))
-    if min_workers > max_workers:
-        raise ClusterError(f"--num-workers {config.num_workers}: MIN must not be above MAX")
     gpus = config.gpus_per_worker or 0.0
     node = min(resources.least_cpus, resources.num_cpus)
     per_decoder = min(1.0, node / 2) or 1.0
@@ -316,7 +317,8 @@ def _num_workers(resources: Resources, config: ClusterConfig, gpus: float, one_t
     workers = max_on_gpus or on_cpus if config.num_workers == "auto" else int(config.num_workers)
     if max_on_gpus is not None and workers > max_on_gpus:
         raise ClusterError(
-            f"{workers} workers with {gpus:g} GPUs each do not fit; the cluster has {resources.num_gpus:g} GPUs"
+            f"{counted(workers, 'worker')} with {counted(gpus, 'GPU')} each do not fit; the cluster has "
+            f"{counted(resources.num_gpus, 'GPU')}"
         )
     return workers
 
@@ -325,6 +327,6 @@ def _gpus_per_worker(resources: Resources, config: ClusterConfig) -> float:
     gpus = config.gpus_per_worker or 0.0
     if gpus > resources.num_gpus:
         raise ClusterError(
-            f"--gpus-per-worker {gpus:g}: the cluster has {resources.num_gpus:g} GPUs; give 0 to caption on CPUs"
+            f"--gpus-per-worker {gpus:g}: the cluster has {counted(resources.num_gpus, 'GPU')}; 0 captions on CPUs"
         )
     return gpus

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from captioner.config import CaptionConfig, ModelConfig
-from captioner.console.text import printable
+from captioner.console.text import counted, printable
 from captioner.errors import ERROR, OK, CaptionerError
 from captioner.files import absolute, is_uri
 from captioner.models.devices import pick_device
@@ -46,7 +46,7 @@ def run(config: CaptionConfig, out: str | None) -> int:
     for finding in findings(config, out):
         print(printable(str(finding)), flush=True)
         failed += finding.passed is False
-    print(f"{failed} of the checks failed" if failed else "all checks passed")
+    print(f"{counted(failed, 'check')} failed" if failed else "all checks passed")
     return ERROR if failed else OK
 
 
@@ -54,7 +54,10 @@ def findings(config: CaptionConfig, out: str | None) -> Iterator[Finding]:
     """Run the checks one after the other."""
     resources = connect(config.cluster)
     yield Finding(
-        "cluster", True, f"{resources.num_nodes} nodes, {resources.num_cpus:g} CPUs, {resources.num_gpus:g} GPUs"
+        "cluster",
+        True,
+        f"{counted(resources.num_nodes, 'node')}, {counted(resources.num_cpus, 'CPU')}, "
+        f"{counted(resources.num_gpus, 'GPU')}",
     )
     yield _token()
     driver = node_facts()
@@ -141,12 +144,13 @@ def _share_out(resources: Resources, config: CaptionConfig) -> Sizes | Captioner
 def _sizes(sizes: Sizes | CaptionerError) -> Finding:
     if isinstance(sizes, CaptionerError):
         return Finding("sizes", False, str(sizes))
-    grows = f" to {sizes.max_workers}" if sizes.max_workers else ""
+    workers = counted(sizes.num_workers, "caption worker")
+    grows = f" (up to {sizes.max_workers})" if sizes.max_workers else ""
     return Finding(
         "sizes",
         True,
-        f"{sizes.num_workers}{grows} caption workers with {sizes.gpus_per_worker:g} GPUs and {sizes.cpus_per_worker:g} "
-        f"CPUs each, {sizes.decode_cpus} decode workers",
+        f"{workers}{grows} with {counted(sizes.gpus_per_worker, 'GPU')} and {counted(sizes.cpus_per_worker, 'CPU')} "
+        f"each, {counted(sizes.decode_cpus, 'decode worker')}",
     )
 
 

@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from captioner.config import CaptionConfig
 from captioner.console.stopping import notify
+from captioner.console.text import counted
 from captioner.data import Source
 from captioner.errors import OK, SourceError, UsageError
 from captioner.files import shown
@@ -34,7 +35,7 @@ LOW, HIGH = 0.05, 0.95  # a 90 % interval
 class Prediction:
     """What is predicted for the whole source.
 
-    `rate`: images a second; `low`, `high`: the bounds of its 90 % interval. Sizes are in bytes.
+    `rate`: images/s; `low`, `high`: the bounds of its 90 % interval. Sizes are in bytes.
     """
 
     num_images: int
@@ -56,7 +57,7 @@ def run(config: CaptionConfig, sample: int, seed: int, price_per_gpu_hour: float
     total, rows = draw_sample(source, config.source.limit, sample, seed)
     if not total:
         raise SourceError(f"{config.source.path}: no images found")
-    notify(f"{total:,} images listed; captioning a sample of {rows.num_rows:,}")
+    notify(f"{counted(total, 'image')} listed; captioning a sample of {rows.num_rows:,}")
     resources = connect(config.cluster)
     model, device = resolve(config.model, notify=notify), config.model.device
     sizes = share_out(resources, config.cluster, is_small(model), device=device)
@@ -65,7 +66,7 @@ def run(config: CaptionConfig, sample: int, seed: int, price_per_gpu_hour: float
     pieces = measure(source, rows, model, sizes, config)
     if not any(piece.num_ok for piece in pieces):
         raise SourceError(
-            f"{config.source.path}: not one of the {rows.num_rows:,} sampled images can be read and captioned; "
+            f"{config.source.path}: none of {counted(rows.num_rows, 'sampled image')} can be read and captioned; "
             "`captioner try FILE` says why for one file"
         )
     prediction = predict(pieces, total, sizes.num_workers, sizes.decode_cpus, seed)
@@ -121,7 +122,7 @@ def predict(pieces: Sequence[Piece], total: int, num_workers: int, decoders: int
         float(rate),
         float(min(rate, np.quantile(rate_draws, LOW))),
         float(max(rate, high)),
-        "decoding" if decoding < captioning else "the model",
+        "decoding" if decoding < captioning else "model",
         float(sums[3] * total / sums[0]),
         float(sums[4] * total / sums[0]),
         float(sums[5] / sums[0]),
@@ -136,7 +137,7 @@ def lines(prediction: Prediction, sizes: Sizes, price_per_gpu_hour: float | None
     interval = f"({prediction.low:,.1f} to {prediction.high:,.1f})"
     shown = [
         f"images          {prediction.num_images:,}, {_size(prediction.source_bytes)}",
-        f"images/s        {prediction.rate:,.1f} {interval}, bound by {prediction.bound_by}",
+        f"images/s        {prediction.rate:,.1f} {interval}, bottleneck: {prediction.bound_by}",
         f"time            {expected} ({shortest} to {longest})",
         f"captioned       {prediction.share_ok:.1%} of the sample",
         f"output          {_size(prediction.output_bytes)}",
@@ -144,11 +145,13 @@ def lines(prediction: Prediction, sizes: Sizes, price_per_gpu_hour: float | None
     gpus = sizes.num_workers * sizes.gpus_per_worker
     if gpus:
         hours = [gpus * duration / 3600 for duration in seconds]
-        shown.append(f"GPU time        {hours[0]:,.2f} GPU h ({hours[1]:,.2f} to {hours[2]:,.2f}) on {gpus:g} GPUs")
+        shown.append(
+            f"GPU time        {hours[0]:,.2f} GPU h ({hours[1]:,.2f} to {hours[2]:,.2f}) on {counted(gpus, 'GPU')}"
+        )
         if price_per_gpu_hour is not None:
             cost, lowest, highest = (price_per_gpu_hour * gpu_hours for gpu_hours in hours)
             shown.append(f"cost            {cost:,.2f} ({lowest:,.2f} to {highest:,.2f})")
-    return [*shown, "in brackets: 90 % interval of this measurement; without start-up, faults and other load"]
+    return [*shown, "in brackets: 90 % interval of this sample, not counting start-up, faults and other load"]
 
 
 def _span(seconds: float) -> str:

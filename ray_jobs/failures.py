@@ -14,7 +14,7 @@ _CONSEQUENCES = ("ActorDiedError", "ActorUnavailableError", "RaySystemError", "R
 
 
 def cause_of(
-    error: BaseException, what_stays: str = "committed rows stay; run the same command again to continue"
+    error: BaseException, what_stays: str = "progress is saved; run the same command to continue"
 ) -> CaptionerError:
     """Return the CaptionerError that a worker raised; a ClusterError with the worker's message for any other error.
 

@@ -62,7 +62,7 @@ class Follower:
             if time.monotonic() > deadline:
                 raise ClusterError(
                     f"{self._job_id} has waited {self._pending_timeout:g} s for {self._waits_for}; it stays queued: "
-                    f"run the same command again to wait on, or `ray job stop {self._job_id}` to give up"
+                    f"run the same command to keep waiting, or `ray job stop {self._job_id}` to give up"
                 )
             time.sleep(POLL_S / 4)
 
@@ -77,7 +77,7 @@ class Follower:
             except ClusterError as error:
                 if time.monotonic() - self._last_answer > self._lost_after:
                     raise ClusterError(
-                        f"{error}; {self._job_id} may still run; run the same command again to follow it"
+                        f"{error}; {self._job_id} may still run; run the same command to follow it"
                     ) from error
                 time.sleep(POLL_S)
 
@@ -105,7 +105,7 @@ class Follower:
         if status == "SUCCEEDED":
             return OK
         if status == "STOPPED":
-            notify(f"{self._job_id} was stopped; run the same command again to continue")
+            notify(f"{self._job_id} was stopped; run the same command to continue")
             return TERMINATED
         if code is None:  # its command never ran
             raise ClusterError(f"{self._job_id} failed: {' '.join((info.message or 'no message').split())[-400:]}")
@@ -119,7 +119,7 @@ class Follower:
             wants_stop = False
         if not wants_stop:
             notify(
-                f"detached: {self._job_id} still runs; run the same command again to follow it, or "
+                f"detached: {self._job_id} still runs; run the same command to follow it, or "
                 f"`ray job stop {self._job_id}` to stop it"
             )
             return INTERRUPTED
@@ -127,7 +127,7 @@ class Follower:
             self._client.stop_job(self._job_id)
         while str(self._info().status) not in ENDED:
             time.sleep(POLL_S / 4)
-        notify(f"{self._job_id} is stopped; run the same command again to continue")
+        notify(f"{self._job_id} is stopped; run the same command to continue")
         return INTERRUPTED
 
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import typer
 import yaml
 
-from captioner.config import PoolSize, Setting, Settings, load_config, parse_yaml, settings_of
+from captioner.config import Setting, Settings, load_config, parse_yaml, settings_of
 from captioner.console.logs import log_as_json
 from captioner.errors import OK, UsageError
 
@@ -157,7 +157,7 @@ def _is_list(setting: Setting) -> bool:
 
 
 def _metavar(setting: Setting) -> str:
-    return "A,B" if setting.is_comma_list else _type_name(setting.info.annotation)
+    return setting.metavar or ("A,B" if setting.is_comma_list else _type_name(setting.info.annotation))
 
 
 def _type_name(annotation: Any) -> str:
@@ -167,8 +167,6 @@ def _type_name(annotation: Any) -> str:
         return "|".join(map(str, parts))
     if origin in (Union, types.UnionType):
         return "|".join(_type_name(part) for part in parts if part is not type(None))
-    if annotation == get_args(PoolSize)[-1]:
-        return "MIN:MAX"
     if origin in (Annotated, list):
         return _type_name(parts[0])
     return {int: "N", float: "F"}.get(annotation, "TEXT")

@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from captioner.config import AutoInt
+from captioner.console.text import counted
 from captioner.data import Chunk, Pixels, Receipt, object_array
 from captioner.steps import ChunkRows, Work, caption, commit, decode, read
 from ray_jobs.gpus import worker_device
@@ -131,7 +132,7 @@ def to_block(rows: ChunkRows) -> pa.Table:
 def from_block(block: pa.Table, work: Work) -> ChunkRows:
     """Return the chunk of a block. Raises ValueError where Ray has merged several chunks into it."""
     if block.num_rows != 1:
-        raise ValueError(f"a block holds {block.num_rows} chunks instead of one")
+        raise ValueError(f"a block holds {counted(block.num_rows, 'chunk')} instead of one")
     facts = json.loads(block[_CHUNK][0].as_py())
     images = pa.Table.from_struct_array(block[_IMAGES][0].values)
     pixels = _pixels_of(images, work) if _PIXELS in images.column_names else None

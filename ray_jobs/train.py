@@ -249,7 +249,7 @@ def _number(value: float | None) -> float:
 
 
 def _cause_of(error: BaseException) -> CaptionerError:
-    return cause_of(error, "checkpoints stay; run the same command again to continue")
+    return cause_of(error, "checkpoints are saved; run the same command to continue")
 
 
 if __name__ == "__main__":  # the same arguments and exit code as `captioner train`

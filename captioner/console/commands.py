@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from captioner.config import CheckConfig, ModelConfig, SourceConfig
-from captioner.console.text import printable
+from captioner.console.text import counted, printable
 from captioner.data import RawImage
 from captioner.errors import ERROR, OK, TOO_MANY_FAILED, CaptionerError, DamagedFileError
 from captioner.imaging.sandbox.decoder import GuardedDecoder
@@ -30,7 +30,7 @@ from captioner.sources.root import Root, readable
 from captioner.steps import caption_or_reasons
 from captioner.store.lock import is_held
 from captioner.store.table import CaptionsTable, open_table
-from captioner.store.verify import TableCounts, count_rows
+from captioner.store.verify import TableCounts, Verification, count_rows
 from captioner.store.verify import verify as verify_table
 
 
@@ -60,7 +60,7 @@ def try_images(files: Sequence[str], model: ModelConfig) -> int:
             else:
                 captioned += 1
                 print(f"{printable(files[index])}: {printable(caption.text)}")
-        print(f"captioner: {captioned} images in {seconds:.2f} s", file=sys.stderr)
+        print(f"captioner: {counted(captioned, 'image')} in {seconds:.2f} s", file=sys.stderr)
     for name, code, message in zip(files, codes, messages, strict=True):
         if code:
             print(f"captioner: {printable(name)}: {code}: {printable(message)}", file=sys.stderr)
@@ -81,21 +81,29 @@ def verify(out: str) -> int:
     damaged = counts.failed_by_reason.get("damaged", 0)
     if damaged:
         print(
-            f"captioner: {damaged:,} rows stand for damaged places in the source, not for images (error code damaged): "
-            "what images were there is lost, and is in no row",
+            f"captioner: {counted(damaged, 'row')} of error code damaged, each for a damaged part of the source: "
+            "images that were in it have no row",
             file=sys.stderr,
         )
     if result.open_generations:
-        unfinished = f"{counts.remaining:,} images remain" if counts.remaining else "rows are not published yet"
-        print(f"captioner: the run is not finished: {unfinished}; run the same command again", file=sys.stderr)
+        unfinished = counted(counts.remaining, "image") if counts.remaining else "publishing"
+        print(
+            f"captioner: the run is not finished, {unfinished} left; run the same command to continue", file=sys.stderr
+        )
     if result.unchecked:
-        print(f"captioner: no checksums recorded for {result.unchecked:,} files, written by an earlier version")
-    verdict = "proven" if result.proven else "NOT proven"
-    print(
-        f"{printable(out)}: {verdict}: {counts.planned:,} planned, {counts.ok + counts.failed:,} rows, "
-        f"{result.lost:,} lost, {result.doubled:,} doubled"
-    )
+        print(f"captioner: {counted(result.unchecked, 'file')} of an earlier version without a checksum")
+    print(f"{printable(out)}: {_verdict(result)}")
     return OK if result.proven else ERROR
+
+
+def _verdict(result: Verification) -> str:
+    counts, num_rows = result.counts, result.counts.ok + result.counts.failed
+    faults = f"{result.lost or 'none'} missing, {result.doubled or 'none'} duplicated"
+    if result.proven:
+        return f"proven: {counted(counts.planned, 'planned image')}, each with one row; none missing or duplicated"
+    if result.problems or result.lost or result.doubled:
+        return f"NOT proven: {num_rows:,} of {counted(counts.planned, 'row')}; {faults}"
+    return f"incomplete: {num_rows:,} of {counted(counts.planned, 'row')}; none missing or duplicated so far"
 
 
 def status(out: str) -> int:
@@ -112,7 +120,7 @@ def status(out: str) -> int:
     models = table.info.get("models", {})
     for fingerprint, number in counts.by_fingerprint.items() if len(models) > 1 else ():
         name = models.get(fingerprint, {}).get("name", fingerprint[:12])
-        print(f"{number:,} rows made by {printable(name)} (fingerprint {fingerprint[:12]})")
+        print(f"{counted(number, 'row')} by model {printable(name)} (fingerprint {fingerprint[:12]})")
     for note in _notes_of(table, counts.planned):
         print(printable(note))
     with suppress(KeyError, TypeError, ValueError):  # the record is damaged or missing: the next run writes it
@@ -123,9 +131,9 @@ def status(out: str) -> int:
 def _print_latest_start(out: str, record: dict[str, Any]) -> None:
     rate, when = record["images_per_second"], datetime.fromisoformat(record["written_at"])
     state = record["state"]
-    print(f"{'images a second':<22}{'-' if rate is None else format(rate, ',.1f'):>14}")
+    print(f"{'images/s':<22}{'-' if rate is None else format(rate, ',.1f'):>14}")
     if state == "running" and not is_held(out):
-        state = "ended without finishing (killed, or its machine failed), the same command continues it; started"
+        state = "killed before its end; run the same command to continue; started"
     print(f"latest start {printable(record['run_id'])}: {printable(state)} at {when:%Y-%m-%d %H:%M} UTC")
 
 

@@ -18,9 +18,10 @@ from captioner.errors import InterruptedRunError, TerminatedRunError
 def stoppable(what_stays: str) -> Iterator[None]:
     """Turn Ctrl-C and SIGTERM into errors that say what is kept and that the same command continues the run.
 
-    `what_stays`: what is kept, such as "committed rows stay". Another Ctrl-C while the run cleans up ends the process.
+    `what_stays`: what is kept, such as "progress is saved in OUT". Another Ctrl-C while the run cleans up ends the
+    process.
     """
-    advice = f"{what_stays}; run the same command again to continue"
+    advice = f"{what_stays}; run the same command to continue"
 
     def terminate(*_: Any) -> None:
         raise TerminatedRunError(f"stopped by SIGTERM; {advice}")
@@ -33,7 +34,7 @@ def stoppable(what_stays: str) -> Iterator[None]:
         with _handlers({signal.SIGTERM: terminate, signal.SIGINT: interrupt}):
             yield
     except KeyboardInterrupt:
-        raise InterruptedRunError(f"stopped; {advice}") from None
+        raise InterruptedRunError(f"stopped by Ctrl-C; {advice}") from None
 
 
 def quit_at_once(signal_number: int, _: Any = None) -> None:

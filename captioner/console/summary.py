@@ -12,7 +12,7 @@ from rich.text import Text
 
 from captioner.config import CaptionConfig, command_line
 from captioner.console.progress import duration
-from captioner.console.text import printable
+from captioner.console.text import counted, printable
 from captioner.run.bottleneck import bottleneck_line
 
 
@@ -41,15 +41,15 @@ def _rows(record: dict[str, Any]) -> list[tuple[str, str]]:
     reasons = sorted(counts.get("failed_by_reason", {}).items(), key=lambda item: -item[1])
     rows += [(f"  {reason}", f"{number:,}") for reason, number in reasons]
     labels = {
-        "duplicates": "took a duplicate's caption",
+        "duplicates": "duplicates, caption reused",
         "skipped": "committed before this start",
-        "ignored": "files ignored",
+        "ignored": "skipped, no images",
     }
     rows += [(label, f"{counts[name]:,}") for name, label in labels.items() if counts.get(name)]
     if record.get("images_per_second"):
-        rows.append(("images a second", f"{record['images_per_second']:,.1f}"))
+        rows.append(("images/s", f"{record['images_per_second']:,.1f}"))
     seconds = record.get("seconds", {})
-    names = {"run": "time", "startup": "  of it start-up"}
+    names = {"run": "time", "startup": "  start-up"}
     rows += [(names[name], duration(seconds[name])) for name in names if name in seconds]
     return rows
 
@@ -63,8 +63,10 @@ def _lines(record: dict[str, Any]) -> list[str]:
     check = record.get("check")
     if check and check["wer"] is not None:
         baseline = check.get("shuffled_wer")
-        shuffled = "" if baseline is None else f" ({baseline:.3f} with the captions shuffled)"
-        lines.append(f"WER {check['wer']:.3f} against the references of {check['num_rows']:,} images{shuffled}")
+        shuffled = "" if baseline is None else f" (captions shuffled {baseline:.3f})"
+        lines.append(
+            f"WER {check['wer']:.3f} against the references of {counted(check['num_rows'], 'image')}{shuffled}"
+        )
     if record.get("counts", {}).get("failed"):
         lines.append(f"retry the failed: {_retry_command(record)}")
     if record.get("report"):

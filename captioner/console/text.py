@@ -18,6 +18,15 @@ def printable(text: object) -> str:
     return _SURROGATES.sub("\ufffd", _CONTROLS.sub("", _SPACES.sub(" ", str(text))))
 
 
+def counted(count: float, noun: str, plural: str = "") -> str:
+    """Return a number with its noun: "1 image", "1,200 images", "0.5 GPUs".
+
+    `plural`: where it is not the noun with an s.
+    """
+    number = f"{count:,}" if isinstance(count, int) else f"{count:g}"
+    return f"{number} {noun if count == 1 else plural or noun + 's'}"
+
+
 def shorten(text: str, max_length: int) -> str:
     """Return `text` cut to `max_length` characters, with an ellipsis when it is longer."""
     return text if len(text) <= max_length else text[: max_length - 1] + "…"

@@ -98,7 +98,7 @@ def _unidentified(data: bytes, failure: tuple[str, Exception] | None) -> ImageEr
     if name == "HEIF":
         return ImageError("unsupported_format", "HEIF needs the extra: pip install 'captioner[heif]'", format="heif")
     if name:
-        return ImageError("unsupported_format", f"{name} files are not decoded", format=name.lower())
+        return ImageError("unsupported_format", f"the format {name} is not supported", format=name.lower())
     if failure:
         name, error = failure
         return ImageError(code_of(error, data), one_line(error), format=name.lower())

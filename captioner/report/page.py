@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
-from captioner.console.text import printable
+from captioner.console.text import counted, printable
 from captioner.report import charts
 from captioner.report.page_images import MAX_BYTES
 from captioner.scoring.normalise import normalise
@@ -39,7 +39,7 @@ def _template() -> Template:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"number": _number, "decimal": _decimal, "interval": _interval, "words": _words}
     environment.filters |= {"percent": _percent, "capital": _capital}
-    environment.filters |= {"shown": printable, "moment": _moment}
+    environment.filters |= {"shown": printable, "moment": _moment, "counted": counted}
     return environment.from_string(files("captioner.report").joinpath("page.html").read_text(encoding="utf-8"))
 
 
@@ -75,7 +75,7 @@ def _wer_histogram(check: dict[str, Any]) -> Markup | None:
     rates = [(check[key], name) for key, name in names.items() if check[key] is not None]
     marks = [(1 + 10 * min(2.0, value), f"{name} {value:.2f}") for value, name in rates]
     description = (
-        f"WER of {check['num_rows']:,} captions, clipped at 2; {check['exact']:,} have no error. "
+        f"WER of {counted(check['num_rows'], 'caption')}, clipped at 2; {check['exact']:,} without an error. "
         + ", ".join(f"{name} {value:.3f}" for value, name in rates)
     )
     return charts.bars(check["wer_histogram"], labels, description, marks)

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from captioner.console.text import printable, shorten
+from captioner.console.text import counted, printable, shorten
 
 SHOWN, WIDTH = 3, 160  # rows of each kind; characters of a caption
 
@@ -39,7 +39,7 @@ def print_check(facts: dict[str, Any], stream: TextIO | None = None) -> None:
 def _print_comparison(console: Console, comparison: dict[str, Any] | None) -> None:
     if comparison is None:
         return
-    changed = f"{comparison['changed']:,} of {comparison['num_rows']:,} captions differ"
+    changed = f"{comparison['changed']:,} of {counted(comparison['num_rows'], 'caption')} changed"
     console.print(Text(printable(f"against {comparison['against']}: {changed}")), soft_wrap=True)
     for name, figures in comparison["differences"].items():
         low, high = figures["interval"] or (None, None)

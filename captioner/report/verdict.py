@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from captioner.console.text import counted
+
 Level = Literal["good", "mixed", "bad", "unknown"]
 # Lift over shuffled captions. A person's caption of a photo reaches about 0.2 against the best of four others.
 GOOD_LIFT, SOME_LIFT = 0.3, 0.1
@@ -29,26 +31,31 @@ def verdict_of(counts: dict[str, Any], check: dict[str, Any]) -> Verdict:
         return Verdict("bad", "No image has a caption", sentences)
     level, title = _level_of(check)
     if level in ("good", "unknown") and (_flagged_share(check) > MANY_FLAGGED or counts["failed"] > counts["ok"]):
-        return Verdict("mixed", f"{title}, but check the flags and failures", sentences)
+        return Verdict("mixed", f"{title}; look at the flags and failures", sentences)
     return Verdict(level, title, sentences)
 
 
 def _level_of(check: dict[str, Any]) -> tuple[Level, str]:
     lift = check["lift"]
     if lift is None:
-        return "unknown", "Captioned; there are no references to measure how good the captions are"
+        return "unknown", "Captioned, not scored"
     if lift >= GOOD_LIFT:
         return "good", "The captions match their images"
     if lift >= SOME_LIFT:
         return "mixed", "The captions partly match their images"
-    return "bad", "The captions hardly match their images"
+    return (
+        "bad",
+        "The captions are no better than shuffled ones"
+        if lift <= 0
+        else "The captions are hardly better than shuffled ones",
+    )
 
 
 def _completeness(counts: dict[str, Any]) -> str:
-    clauses = [f"{counts['ok']:,} of {counts['planned']:,} images have a caption"]
+    clauses = [f"{counts['ok']:,} of {counted(counts['planned'], 'image')} captioned"]
     clauses += [f"{counts['failed']:,} failed, each with a reason"] if counts["failed"] else []
     remaining = counts["planned"] - counts["ok"] - counts["failed"]
-    clauses += [f"{remaining:,} remain"] if remaining else []
+    clauses += [f"{remaining:,} left to do"] if remaining else []
     return "; ".join(clauses) + "."
 
 
@@ -59,14 +66,10 @@ def _about_scores(check: dict[str, Any]) -> list[str]:
             if not check["with_references"]
             else "No caption was scored."
         ]
-    sentence = (
-        f"{check['wer']:.2f} word errors for each word of the reference (WER, {check['num_rows']:,} captions scored)"
-    )
-    if check["shuffled_wer"] is not None:
-        sentence += f"; the same captions on other images have {check['shuffled_wer']:.2f}"
-    if check["human_wer"] is not None:
-        sentence += f", one person against the others {check['human_wer']:.2f}"
-    return [sentence + "."]
+    names = {"shuffled_wer": "captions shuffled", "human_wer": "people"}
+    beside = ", ".join(f"{name} {check[key]:.2f}" for key, name in names.items() if check[key] is not None)
+    compared = f" ({beside})" if beside else ""
+    return [f"WER {check['wer']:.2f}{compared}, {counted(check['num_rows'], 'caption')} scored."]
 
 
 def _about_flags(check: dict[str, Any]) -> list[str]:
@@ -74,7 +77,8 @@ def _about_flags(check: dict[str, Any]) -> list[str]:
     if not flags or not total:
         return []
     flag, count = max(flags.items(), key=lambda item: item[1])
-    return [f"The most frequent flag is “{flag.replace('_', ' ')}”: {count:,} captions ({100 * count / total:.1f} %)."]
+    share = f"{counted(count, 'caption')} ({100 * count / total:.1f} %)"
+    return [f"The most frequent flag is “{flag.replace('_', ' ')}”: {share}."]
 
 
 def _about_coverage(counts: dict[str, Any], check: dict[str, Any]) -> list[str]:
@@ -82,8 +86,8 @@ def _about_coverage(counts: dict[str, Any], check: dict[str, Any]) -> list[str]:
     if num_checked >= num_rows:
         return []
     return [
-        f"The table is large: scores, flags and figures are of {num_checked:,} of its {num_rows:,} rows, every n-th "
-        "file; captioner check reads all of them."
+        f"The table is large: scores, flags and figures are of {num_checked:,} of {counted(num_rows, 'row')}, every "
+        "n-th file; captioner check reads all of them."
     ]
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from captioner.console.text import counted
+
 ADVICE = {
     "read": "raise --read-concurrency, or store the images closer to the workers",
     "decode": "raise --decode-cpus",
@@ -38,7 +40,7 @@ def bottleneck_line(
     busy = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
     advice = ADVICE[flag]
     if flag == "decode" and slots and (needed := decode_cpus_needed(seconds, slots)):
-        advice += f" (with {needed:,} CPUs instead of {slots['decode']:g} it would not be the limit)"
+        advice += f" (with {counted(needed, 'CPU')} instead of {slots['decode']:g} decoding is not the bottleneck)"
     return f"busy: {busy}; bottleneck: {slowest}; to go faster: {advice}"
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from captioner.console.text import counted
 from captioner.data import Source
 from captioner.sources.huggingface import HuggingFaceSource
 from captioner.sources.plan_rows import WrappedSource
@@ -47,10 +48,11 @@ class Changed:
         """A line for a person; "" where nothing has changed."""
         if not self.num_images and not self.num_unsure:
             return ""
-        unsure = f"{self.num_unsure:,} more are newer than their captions" if self.num_unsure else ""
-        example = f"{self.num_images:,} images have changed since they were planned or captioned, e.g. {self.example!r}"
+        unsure = f"{counted(self.num_unsure, 'more is', 'more are')} newer than the captions" if self.num_unsure else ""
+        images = counted(self.num_images, "image has", "images have")
+        example = f"{images} changed since planned or captioned, e.g. {self.example!r}"
         facts = " and ".join(filter(None, [example if self.num_images else "", unsure]))
-        return f"{facts}: caption those that changed again with --extend"
+        return f"{facts}; --extend captions again what changed"
 
 
 def find_changed(table: CaptionsTable, source: Source, compare_up_to: int | None = COMPARE_FILES_UP_TO) -> Changed:

@@ -18,6 +18,7 @@ from typing import Protocol
 import pyarrow as pa
 
 from captioner.config import CaptionConfig, SourceConfig
+from captioner.console.text import counted
 from captioner.data import Chunk, Receipt, Source
 from captioner.errors import DamagedFileError, OutputError, SourceError, UsageError
 from captioner.files import is_uri, local_path, shown
@@ -115,13 +116,13 @@ class Job:
             if retry is None:
                 self.notify("nothing to retry: no image has failed")
             else:
-                self.notify(f"retrying {retry.num_rows:,} failed images")
+                self.notify(f"retrying {counted(retry.num_rows, 'failed image')}")
                 yield retry
         elif self.config.output.extend:
             changed = find_changed(self.table, self.work.source, compare_up_to=None)
             retry = make_retry_plan(self.table, self._refresh, changed.indices)
             if retry is not None:
-                self.notify(f"captioning {retry.num_rows:,} images again that have changed since they were planned")
+                self.notify(f"captioning {counted(retry.num_rows, 'changed image')} again")
                 yield retry
         if self.config.output.only:
             yield from self._recaption(self.config.output.only)
@@ -142,11 +143,11 @@ class Job:
             self._refresh,
         )
         if selection.settled:
-            self.notify(f"{selection.settled:,} more match --only, but a reviewer has settled their text")
+            self.notify(f"{selection.settled:,} more match --only, but have been reviewed")
         if plan is None:
             self.notify("nothing to recaption: --only matches no caption of another model")
             return
-        self.notify(f"recaptioning {plan.num_rows:,} images with {model.name}")
+        self.notify(f"recaptioning {counted(plan.num_rows, 'image')} with {model.name}")
         self.work = replace(self.work, table=rebind(self.table))
         yield plan
 
@@ -311,9 +312,10 @@ def _check_same_source(config: CaptionConfig, table: CaptionsTable) -> None:
         now = shown(now) if name == "path" else now
         before, now = (value or DEFAULT_SPLIT if name == "split" else value for value in (before, now))
         if name not in may_differ and before != now:
+            what = {"path": "from", "take_as": "with --as"}.get(name, f"with --{name.replace('_', '-')}")
             raise OutputError(
-                f"{shown(config.output.path)} was planned with source.{name}={before!r}, now it is {now!r}; "
-                "give the same, another OUT, or --overwrite"
+                f"{shown(config.output.path)} was created {what} {before!r}, not {now!r}; give the same, another OUT, "
+                "or --overwrite"
             )
 
 
@@ -335,19 +337,20 @@ def _bring_plan_up_to_date(planned: Planned, notify: Notify, rows_per_chunk: Cal
         notify("nothing to add: every image of the source is in the plan")
         return
     seconds = time.perf_counter() - started
-    notify(f"planned {plan.num_rows:,} images in {plan.num_chunks:,} chunks{_skipped(plan)} in {seconds:.1f} s")
+    images, chunks = counted(plan.num_rows, "image"), counted(plan.num_chunks, "chunk")
+    notify(f"planned {images} in {chunks}{_skipped(plan)} in {seconds:.1f} s")
     for note in plan.notes:
         notify(note)
 
 
 def _skipped(plan: Plan) -> str:
-    """Return which files were passed over: few by their names, many by their suffixes."""
+    """Return which files were skipped: few by their names, many by their suffixes."""
     if not plan.num_ignored:
         return ""
     kinds = sorted(plan.ignored_kinds.items(), key=lambda item: -item[1])[:5]
     by_kind = ", ".join(f"{number:,} {kind!r}" for kind, number in kinds)
     names = ", ".join(map(repr, plan.ignored_examples))
-    files = f"{plan.num_ignored:,} files that are no images" if plan.num_ignored > 1 else "1 file that is no image"
+    files = counted(plan.num_ignored, "file that is not an image", "files that are not images")
     return f", skipped {files} ({names if plan.num_ignored <= 3 else by_kind})"
 
 
@@ -355,7 +358,7 @@ def _note_changes(planned: Planned, notify: Notify, num_planned: int) -> None:
     """Note how the source has changed since it was planned."""
     if num_planned > COMPARE_UP_TO:
         planned.notes.append(
-            f"the source was not compared with the plan of {num_planned:,} images; --extend lists it again"
+            f"the source was not compared with the plan of {counted(num_planned, 'image')}; --extend lists it again"
         )
         return
     changed = find_changed(planned.table, planned.source).note
@@ -367,8 +370,8 @@ def _note_changes(planned: Planned, notify: Notify, num_planned: int) -> None:
     change = compare_with_source(planned.table, planned.source)
     if change.num_new or change.num_gone:
         planned.notes.append(
-            f"the source has changed since it was planned: {change.num_new:,} new images (add them with --extend), "
-            f"{change.num_gone:,} gone; going on with the plan"
+            f"the source has changed since it was planned: {counted(change.num_new, 'new image')} (--extend adds "
+            f"new images), {change.num_gone:,} removed; continuing with the plan"
         )
         notify(planned.notes[-1])
 
@@ -400,4 +403,4 @@ class _ListingProgress:
         now = time.monotonic()
         if now - self._last >= self._every:
             self._last = now
-            self._notify(f"listing: {num_rows:,} images so far")
+            self._notify(f"listing: {counted(num_rows, 'image')} so far")

@@ -11,6 +11,7 @@ from hashlib import sha256
 from typing import Any
 
 from captioner.config import CheckConfig, SpotCheckConfig
+from captioner.console.text import counted
 from captioner.data import Receipt
 from captioner.errors import CheckFailedError, StoppedEarlyError, UsageError
 from captioner.report import make_report
@@ -109,9 +110,10 @@ class SpotCheck:
         running.add((edits, words) for edits, words in receipt.scored)
         if settings.stop_early and settings.max_wer is not None and running.is_hopeless(settings.max_wer):
             low, high = running.interval() or (0.0, 0.0)
+            captions = counted(running.num_rows, "caption")
             raise StoppedEarlyError(
-                f"stopped early: WER {running.wer:.3f} of {running.num_rows} captions (95 % interval {low:.3f} to "
-                f"{high:.3f}) cannot come down to --max-wer {settings.max_wer:g}; committed rows stay"
+                f"stopped early: WER {running.wer:.3f} of {captions} (95 % interval {low:.3f} to {high:.3f}) "
+                f"cannot come down to --max-wer {settings.max_wer:g}; progress is saved"
             )
         return "" if running.wer is None else f"WER {running.wer:.3f} of {running.num_rows}"
 
@@ -141,10 +143,11 @@ class _CommonFaults:
         """Return a sentence about the fault of at least half of the captions, "" where there is none."""
         for flag, (fault, advice) in COMMON_FAULTS.items():
             if 2 * self._flags[flag] >= self.num_captions > 0:
-                return f"{self._flags[flag]:,} of {self.num_captions:,} captions {fault} ({advice})"
+                return f"{self._flags[flag]:,} of {counted(self.num_captions, 'caption')} {fault} ({advice})"
         caption, count = max(self._captions.items(), key=lambda item: item[1], default=("", 0))
         if count >= MIN_SAME and 2 * count >= self._num_different:
-            return f"{count:,} of {self._num_different:,} images have the same caption, {caption!r} (check the model)"
+            images = counted(self._num_different, "image")
+            return f"{count:,} of {images} with the same caption, {caption!r} (check the model)"
         return ""
 
 
@@ -172,18 +175,19 @@ def failed_gates(result: Check, settings: CheckConfig) -> list[str]:
     failed = []
     if settings.max_flagged is not None and num_faulty > settings.max_flagged * num_captions:
         failed.append(
-            f"{num_faulty:,} of {num_captions:,} captions are flagged, more than --max-flagged {settings.max_flagged:g}"
+            f"{num_faulty:,} of {counted(num_captions, 'caption')} flagged, more than --max-flagged "
+            f"{settings.max_flagged:g}"
         )
     if settings.max_wer is not None:
         if scores.wer is None:
-            failed.append(f"--max-wer {settings.max_wer:g} cannot be judged: no caption has a reference to score it by")
+            failed.append(f"--max-wer {settings.max_wer:g} cannot be checked: no caption has a reference")
         elif scores.wer > settings.max_wer:
             failed.append(
-                f"WER {scores.wer:.3f} of {scores.num_rows:,} captions is above --max-wer {settings.max_wer:g}"
+                f"WER {scores.wer:.3f} of {counted(scores.num_rows, 'caption')} is above --max-wer {settings.max_wer:g}"
             )
     if settings.min_lift is not None:
         if scores.lift is None:
-            failed.append(f"--min-lift {settings.min_lift:g} cannot be judged: fewer than two captions could be scored")
+            failed.append(f"--min-lift {settings.min_lift:g} cannot be checked: fewer than two captions were scored")
         elif scores.lift < settings.min_lift:
             better = "too little better" if scores.lift > 0 else "no better"
             failed.append(

@@ -98,8 +98,16 @@ def recorded(job: Job) -> Iterator[Tally]:
         is_finished = isinstance(error, (TooManyFailedError, CheckFailedError))  # its record is written
         if not is_finished or isinstance(error, StoppedEarlyError):
             with suppress(CaptionerError):
-                write_record(job, make_record(job, f"stopped: {str(error) or type(error).__name__}", tally))
+                write_record(job, make_record(job, _state_after(error), tally))
         raise
+
+
+def _state_after(error: BaseException) -> str:
+    """Return the state of a run that ended with an error: "stopped by Ctrl-C", "stopped: " and the message, ..."""
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped by Ctrl-C"
+    message = str(error) or type(error).__name__
+    return message.partition("; ")[0] if message.startswith("stopped") else f"stopped: {message}"
 
 
 def make_record(job: Job, state: str, tally: Tally, counts: TableCounts | None = None) -> dict[str, Any]:

@@ -101,7 +101,7 @@ def no_match_message(references: References, table: CaptionsTable) -> str:
     number, examples = references.unmatched()
     example = read_planned(table, next(table.plans()[0].chunks()))["image_id"][0].as_py()
     return (
-        f"--references {references.name}: none of its {number:,} names, such as {examples[0]!r}, is an image of the "
+        f"--references {references.name}: none of its names ({number:,}, such as {examples[0]!r}) is an image of the "
         f"table, whose ids are like {example!r}; give references with image ids or file names of the table"
     )
 

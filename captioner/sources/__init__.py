@@ -5,13 +5,14 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import pyarrow as pa
 from pyarrow.fs import FileType
 
 from captioner.config import CaptionConfig, SourceConfig, settings_of
+from captioner.console.text import counted
 from captioner.data import Source
 from captioner.errors import SourceError, UsageError
 from captioner.files import is_uri
@@ -178,20 +179,16 @@ def describe(source: Source) -> str:
         case FolderSource():
             return f"taken for a folder of images: {source.reason}"
         case WebDatasetSource():
-            return f"taken for WebDataset, {_counted(source.tars, 'tar')}: {source.reason}"
+            return f"taken for WebDataset, {counted(len(source.tars), 'tar')}: {source.reason}"
         case ParquetSource():
             where = f"images in column {source.columns.image!r}"
-            return f"taken for {_counted(source.files, 'table')} with {where}: {source.reason}"
+            return f"taken for {counted(len(source.files), 'table')} with {where}: {source.reason}"
         case ManifestSource():
             where = f"paths in column {source.columns.image!r}"
-            return f"taken for a manifest, {_counted(source.files, 'table')} with {where}: {source.reason}"
+            return f"taken for a manifest, {counted(len(source.files), 'table')} with {where}: {source.reason}"
         case HuggingFaceSource():
             return f"taken for a Hugging Face dataset, split {source.split!r}"
     return "a captions table, with the images of its source"
-
-
-def _counted(files: Sequence[bytes], name: str) -> str:
-    return f"{len(files):,} {name}{'s' if len(files) != 1 else ''}"
 
 
 def _first_schema(root: Root, files: list[bytes]) -> tuple[bytes, pa.Schema]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from pyarrow.fs import FileType
 
+from captioner.console.text import counted
 from captioner.errors import SourceError
 from captioner.files import is_uri
 from captioner.sources.root import (
@@ -55,10 +56,10 @@ class Content:
     @property
     def reason(self) -> str:
         """Why the directory is taken for what it is taken for, for a person."""
-        counts = (("tars", self.tars), ("Parquet files", self.tables), ("images by their names", self.images))
-        parts = [f"{len(files):,} {name}" for name, files in counts if files]
+        counts = (("tar", self.tars), ("Parquet file", self.tables), ("image file", self.images))
+        parts = [counted(len(files), name) for name, files in counts if files]
         if self.others:
-            parts.append(f"{len(self.others):,} other files, e.g. {readable(self.others[0])!r}")
+            parts.append(f"{counted(len(self.others), 'other file')}, e.g. {readable(self.others[0])!r}")
         return f"it holds {', '.join(parts) or 'no files'}"
 
 

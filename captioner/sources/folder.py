@@ -125,7 +125,7 @@ class _Folder:
                 try:
                     loaded.append(load_metadata(self.root, path, self.reference_column))
                 except ForeignMetadataError as error:
-                    notes.append(f"passed over, it holds no captions of images: {error}")
+                    notes.append(f"skipped, it holds no captions of images: {error}")
         return replace(self, metadata=(*loaded, *self.metadata)) if loaded else self, notes
 
     def excludes(self, name: bytes) -> bool:
@@ -177,7 +177,7 @@ def _walk(top: _Folder, names: Sequence[bytes], *, deep: bool) -> Iterator[_Path
     """Yield the paths of a folder, or of those below it that have these names, depth first.
 
     First come the files of a directory, then its sub-directories in order. A directory below `top` that cannot be
-    listed is passed over and noted.
+    listed is skipped and noted.
     """
     stack: list[tuple[_Folder, bytes]] = [(top, name) for name in reversed(names)] or [(top, b"")]
     while stack:
@@ -192,7 +192,7 @@ def _walk(top: _Folder, names: Sequence[bytes], *, deep: bool) -> Iterator[_Path
             if not name:
                 raise
             path = os.path.join(parent.directory, name, b"")
-            yield _Paths(ignored=[path], notes=[f"passed over, with all that is in it: {_short(str(error))}"])
+            yield _Paths(ignored=[path], notes=[f"skipped, with everything in it: {_short(str(error))}"])
             continue
         if folder.directory and is_captions_table(content.files, content.directories):
             yield _Paths(ignored=[folder.directory + b"/ (the OUT of a run)"])

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from captioner.console.text import counted
 from captioner.errors import SourceError
 from captioner.sources.root import Root
 
@@ -48,7 +49,7 @@ def choose_split(
         raise SourceError(f"{where}: no split {wanted!r}; choose one of {', '.join(splits)} with --split")
     others = ", ".join(f"{name} ({len(of_split)})" for name, of_split in splits.items() if name != wanted)
     rest = f"; left out are the files of {others}, which --split all takes" if others else ""
-    return splits[wanted], f"split {wanted!r}, {len(splits[wanted])} of {len(files)} files{rest}"
+    return splits[wanted], f"split {wanted!r}, {len(splits[wanted])} of {counted(len(files), 'file')}{rest}"
 
 
 def _by(files: Sequence[bytes], split_of: Any) -> dict[str, list[bytes]]:

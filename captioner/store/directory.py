@@ -80,7 +80,7 @@ def _retried(
         except FileNotFoundError as error:
             raise self.damage(str(args[0]), "is missing") from error
         except OSError as error:
-            raise OutputError(f"{self.shown(str(args[0]))} cannot be read: {error}; fix it and run again") from error
+            raise OutputError(f"{self.shown(str(args[0]))} cannot be read: {error}; fix it, then run again") from error
 
     return wrapper
 
@@ -172,7 +172,7 @@ class Directory:
         try:
             self.retry(lambda: self._put(name, data))
         except OSError as error:
-            raise OutputError(f"cannot write {self.shown(name)}: {error}; fix it and run again") from error
+            raise OutputError(f"cannot write {self.shown(name)}: {error}; fix it, then run again") from error
 
     def _put(self, name: str, data: bytes | pa.Buffer) -> None:
         if self.is_local:
@@ -286,7 +286,7 @@ class Directory:
             self.filesystem.delete_dir(self.path(name))
         except OSError as error:
             if self.list_names(name) or self.list_folders(name):
-                raise OutputError(f"{self.shown(name)} cannot be deleted: {error}; fix it and run again") from error
+                raise OutputError(f"{self.shown(name)} cannot be deleted: {error}; fix it, then run again") from error
 
     def sweep(self, folder: str) -> None:
         """Delete the temporary files that killed writers left in `folder`. No running writer may use it."""
@@ -296,7 +296,7 @@ class Directory:
             try:
                 os.unlink(name)
             except OSError as error:
-                raise OutputError(f"{name} cannot be deleted: {error.strerror}; fix it and run again") from error
+                raise OutputError(f"{name} cannot be deleted: {error.strerror}; fix it, then run again") from error
 
     @_retried
     def _temporary_files(self, folder: str) -> list[str]:

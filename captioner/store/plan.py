@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from captioner.console.text import counted
 from captioner.data import Chunk, Listing, Source
 from captioner.errors import DamagedFileError, SourceError
 from captioner.store.ids import IdIndex, digests_of
@@ -237,8 +238,8 @@ class _PlanWriter:
             names = self._names_of(duplicates)
             self._table.directory.delete_folder(plan_folder(self._generation))
             raise SourceError(
-                f"{source.name}: {len(duplicates)} image ids occur more than once, among them "
-                f"{', '.join(repr(name) for name in names)}; every image needs its own id (see --id-column)"
+                f"{source.name}: {counted(len(duplicates), 'image id occurs', 'image ids occur')} more than once, "
+                f"such as {', '.join(repr(name) for name in names)}; every image needs its own id (see --id-column)"
             )
         return Plan(
             self._generation,
@@ -257,7 +258,7 @@ class _PlanWriter:
         if number in (0, num_rows):
             return []
         examples = ", ".join(map(repr, self._listed.uncaptioned_examples[:3]))
-        return [f"{number:,} of {num_rows:,} images have no reference caption, e.g. {examples}"]
+        return [f"{number:,} of {counted(num_rows, 'image')} without a reference caption, e.g. {examples}"]
 
     def _write_part(self, num_rows: int) -> None:
         part_rows, rest = _split(self._pending, num_rows)
@@ -343,7 +344,7 @@ def _index_ids(table: CaptionsTable, generation: int, parts: list[int], ids: IdI
 def _no_images_message(source: Source, plan: Plan) -> str:
     if plan.num_ignored:
         return (
-            f"{source.name}: no images found; {plan.num_ignored} files were passed over as documents or hidden, "
+            f"{source.name}: no images found; skipped {counted(plan.num_ignored, 'file')} as documents or hidden, "
             f"e.g. {plan.ignored_examples[0]!r}"
         )
     return f"{source.name}: no images found; check the path and --include/--exclude"

@@ -16,6 +16,7 @@ from hashlib import sha256
 
 import pyarrow as pa
 
+from captioner.console.text import counted
 from captioner.data import Chunk
 from captioner.errors import DamagedFileError, OutputError
 from captioner.store.read import read_chunk, replace_rows, superseded_rows
@@ -122,7 +123,7 @@ def _delete_damaged(table: CaptionsTable, plan: Plan, part: int, is_published: b
             what = str(error).rpartition("; ")[0]
             table.directory.delete(table.chunk_name(chunk.chunk_id))
             if not is_published:
-                problems.append(f"{what}; its {chunk.num_rows} images are captioned again")
+                problems.append(f"{what}; captioning {counted(chunk.num_rows, 'image')} again")
     return problems
 
 
@@ -133,5 +134,7 @@ def commit_chunk(table: CaptionsTable, chunk: Chunk, rows: pa.Table) -> None:
     """
     chunk_rows = rows["chunk_row"].to_pylist()
     if chunk_rows != list(range(chunk.num_rows)):
-        raise OutputError(f"chunk {chunk.chunk_id}: {len(chunk_rows)} rows for {chunk.num_rows} images")
+        raise OutputError(
+            f"chunk {chunk.chunk_id}: {counted(len(chunk_rows), 'row')} for {counted(chunk.num_rows, 'image')}"
+        )
     table.directory.write_table(table.chunk_name(chunk.chunk_id), rows.cast(table.schema))

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from captioner.console.text import counted
 from captioner.data import PLAN_SCHEMA, STATUS_FAILED, Source
 from captioner.errors import DamagedFileError, OutputError
 from captioner.store.ids import IdIndex
@@ -123,7 +124,7 @@ def _restore_plan_parts(table: CaptionsTable, source: Source) -> list[str]:
             problems += [f"{damage}; it is made again from captions/" for damage in damaged.values()]
         elif not table.is_published(plan.generation):
             _forget(table, plan)
-            problems += [f"{damage}; what it was to caption again is forgotten" for damage in damaged.values()]
+            problems += [f"{damage}; the list of what to caption again is lost" for damage in damaged.values()]
     return problems
 
 
@@ -261,7 +262,7 @@ def _reopen_damaged_parts(table: CaptionsTable) -> list[str]:
             problem = damage_of_part(table, plan, part, digests.get(part))
             if problem:
                 _reopen(table, plans, plan, part)
-                problems.append(f"{problem}; its {plan.parts[part]:,} images are captioned again")
+                problems.append(f"{problem}; captioning {counted(plan.parts[part], 'image')} again")
     return problems
 
 

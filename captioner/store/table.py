@@ -210,7 +210,7 @@ class CaptionsTable:
         return {name.removesuffix(".parquet") for name in names if _CHUNK.fullmatch(name) and name.startswith(prefix)}
 
     def published_parts(self) -> set[int]:
-        """Return the numbers of the files in captions/; other files there are passed over."""
+        """Return the numbers of the files in captions/; other files there are skipped."""
         return set(part_numbers(self.directory.list_names("captions")))
 
     def parquet_files(self) -> Iterator[str]:

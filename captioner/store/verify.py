@@ -11,6 +11,7 @@ from hashlib import sha256
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from captioner.console.text import counted
 from captioner.data import ERROR_CODES, STATUS_FAILED, STATUS_OK
 from captioner.errors import DamagedFileError
 from captioner.store.checksum import parquet_matches
@@ -99,7 +100,7 @@ def verify(table: CaptionsTable) -> Verification:
         duplicates = len(planned.duplicates())
     if duplicates:
         result.doubled += duplicates
-        result.add_problem(f"{duplicates} image ids are planned more than once")
+        result.add_problem(f"{counted(duplicates, 'image id is', 'image ids are')} planned more than once")
     _verify_files(table, result)
     return result
 
@@ -115,7 +116,9 @@ def _verify_plan(table: CaptionsTable, plan: Plan, result: Verification, planned
             name = plan_part_name(plan.generation, part)
             ids = table.directory.read_table(name, ["image_id"])["image_id"].to_pylist()
             if len(ids) != plan.parts[part]:
-                raise table.directory.damage(name, f"is damaged: {len(ids)} rows for {plan.parts[part]} images")
+                raise table.directory.damage(
+                    name, f"is damaged: {counted(len(ids), 'row')} for {counted(plan.parts[part], 'image')}"
+                )
             if plan.adds_parts:
                 planned.add(ids)
             if is_published and plan.adds_parts:
@@ -135,13 +138,15 @@ def _verify_part(table: CaptionsTable, part: int, ids: list[str], is_there: bool
     name = captions_name(part)
     if not is_there:
         result.lost += len(ids)
-        result.add_problem(f"{name} is missing: {len(ids)} images have no row")
+        result.add_problem(f"{name} is missing: {counted(len(ids), 'image has', 'images have')} no row")
         return
     rows = table.directory.read_table(name, ["image_id", "status", "error_code"])
     _compare(name, Counter(ids), Counter(rows["image_id"].to_pylist()), result)
     wrong = rows.filter(pc.invert(_has_known_status(rows)))["image_id"]
     if len(wrong):
-        result.add_problem(f"{name}: {len(wrong)} rows have an unknown status or reason, e.g. {wrong[0].as_py()!r}")
+        result.add_problem(
+            f"{name}: {counted(len(wrong), 'row')} of unknown status or reason, e.g. {wrong[0].as_py()!r}"
+        )
 
 
 def _verify_history(table: CaptionsTable, plan: Plan, part: int, ids: list[str]) -> None:
@@ -163,9 +168,10 @@ def _compare(name: str, planned: Counter[str], actual: Counter[str], result: Ver
     result.lost += missing.total()
     result.doubled += extra.total()
     if missing:
-        result.add_problem(f"{name}: {missing.total()} planned images have no row, e.g. {next(iter(missing))!r}")
+        images = counted(missing.total(), "planned image")
+        result.add_problem(f"{name}: {images} without a row, e.g. {next(iter(missing))!r}")
     if extra:
-        result.add_problem(f"{name}: {extra.total()} rows too many, e.g. {next(iter(extra))!r}")
+        result.add_problem(f"{name}: {counted(extra.total(), 'row')} too many, e.g. {next(iter(extra))!r}")
 
 
 def _verify_files(table: CaptionsTable, result: Verification) -> None:

@@ -67,7 +67,7 @@ class SmallGpu:
 
         self.tried.append(size)
         if size > self._room:
-            raise torch.OutOfMemoryError(f"no memory for {size} images")
+            raise torch.OutOfMemoryError(f"no memory for a batch of {size}")
         self._now += self._start + self._each * size
 
     def free_memory(self) -> None:

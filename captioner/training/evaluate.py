@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import torch
 
+from captioner.console.text import counted
 from captioner.models.base import TransformersCaptioner
 from captioner.training.collate import Collate, batches_of, pixels_of
 from captioner.training.loss import CaptionLoss
@@ -52,7 +53,7 @@ class Evaluator:
         started before.
         """
         was_training = self.loss.training
-        self.show_status(f"evaluating {len(pairs):,} images")
+        self.show_status(f"evaluating {counted(len(pairs), 'image')}")
         self.loss.eval()
         try:
             windows = windows or self.decode(windows_of(pairs, self.rank, self.world_size))
@@ -87,7 +88,7 @@ class Evaluator:
                 sums[name] += scores[name]
             self._add_loss(sums, rows)
             sums["images"] += len(rows)
-            self.show_status(f"evaluated {int(sums['images']) * self.world_size:,} of {total:,} images")
+            self.show_status(f"evaluated {int(sums['images']) * self.world_size:,} of {counted(total, 'image')}")
             if self.rank == 0 and len(examples) < NUM_EXAMPLES:
                 columns = zip(rows["image_id"].to_pylist(), references, captions, strict=True)
                 examples += [{"image_id": i, "references": r, "caption": c} for i, r, c in columns]

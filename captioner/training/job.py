@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from captioner.config import ModelConfig, TrainConfig
 from captioner.console.stopping import notify, stoppable
+from captioner.console.text import counted
 from captioner.errors import OK, ModelError, TrainingError, UsageError
 from captioner.files import shown
 from captioner.models import ModelRef, check_in_subprocess, resolve
@@ -139,7 +140,7 @@ class TrainEngine(Protocol):
 
 def run(config: TrainConfig, engine: TrainEngine) -> int:
     """Train a model into OUT/model and return the exit code. Raises CaptionerError."""
-    with stoppable(f"checkpoints stay in {shown(config.output.path)}"):
+    with stoppable(f"checkpoints are saved in {shown(config.output.path)}"):
         return _run(config, engine)
 
 
@@ -265,16 +266,16 @@ def _examine(setup: TrainSetup, listed: list[pa.Table], engine: TrainEngine, pro
     config, out, model = setup.config, setup.out, setup.model
     total, num_examined = sum(map(len, listed)), 0
 
-    def counted(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    def with_progress(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
         nonlocal num_examined
         for table in tables:
             num_examined += len(table)
-            progress.show_status(f"examined {num_examined:,} of {total:,} pairs")
+            progress.show_status(f"examined {num_examined:,} of {counted(total, 'pair')}")
             yield table
 
-    progress.show_status(f"examining {total:,} pairs")
+    progress.show_status(f"examining {counted(total, 'pair')}")
     examine = Examine(setup.sources, model.spec, model.path, max_caption_tokens(model))
-    pairs = make_pairs(config.data, counted(engine.map_tables(examine, listed)), config.training.seed)
+    pairs = make_pairs(config.data, with_progress(engine.map_tables(examine, listed)), config.training.seed)
     for name, table in pairs.tables.items():
         out.write_table(f"pairs/{name}.parquet", table)
     splits = [name for name in SPLITS if name in pairs.tables]
@@ -293,9 +294,9 @@ def _epoch_size(config: TrainConfig, pairs: Pairs) -> int:
 def _notify_pairs(pairs: Pairs) -> None:
     sizes = ", ".join(f"{len(table):,} {name}" for name, table in pairs.tables.items())
     skipped = ", ".join(f"{count:,} {reason}" for reason, count in pairs.skipped.items())
-    notify(f"{pairs.num_listed:,} images: {sizes}" + (f"; left out: {skipped}" if skipped else ""))
+    notify(f"{counted(pairs.num_listed, 'image')}: {sizes}" + (f"; left out: {skipped}" if skipped else ""))
     if pairs.num_truncated:
-        notify(f"{pairs.num_truncated:,} captions are longer than the model allows and are cut")
+        notify(f"cutting {counted(pairs.num_truncated, 'caption')} longer than the model allows")
 
 
 def _push(config: TrainConfig, out: Directory) -> None:
@@ -309,8 +310,8 @@ def _notify_result(config: TrainConfig, result: dict[str, Any]) -> None:
     for name, figures in result["measured"].items():
         wer, baseline = figures["wer"], figures["shuffled_wer"]
         if wer is not None:
-            shuffled = "" if baseline is None else f" ({baseline:.3f} with the captions shuffled)"
-            notify(f"WER {wer:.3f} on {figures['num_pictures']:,} {name} images{shuffled}")
+            shuffled = "" if baseline is None else f" (captions shuffled {baseline:.3f})"
+            notify(f"WER {wer:.3f} on {counted(figures['num_pictures'], f'{name} image')}{shuffled}")
     before = result["before"]["wer"]
     if before is not None:
         notify(f"before training it was {before:.3f} on the eval images")

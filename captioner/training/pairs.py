@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from captioner.config import TrainDataConfig
+from captioner.console.text import counted
 from captioner.data import PixelSpec
 from captioner.errors import SourceError, UsageError
 from captioner.files import shown
@@ -151,13 +152,13 @@ def _check_num_failed(config: TrainDataConfig, pairs: Pairs, num_failed: int, nu
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in pairs.skipped.items())
     if not num_usable:
         raise SourceError(
-            f"{shown(config.path)}: no pairs: {pairs.num_listed:,} images ({reasons}); captions come from "
+            f"{shown(config.path)}: no pairs: {counted(pairs.num_listed, 'image')} ({reasons}); captions come from "
             "metadata.jsonl, .csv, .parquet (file_name and text, caption or captions), a column (--reference-column), "
             "or .txt or .json members"
         )
     if num_failed / pairs.num_listed > config.max_failed:
         raise SourceError(
-            f"{shown(config.path)}: {num_failed:,} of {pairs.num_listed:,} images are unusable ({reasons}), for "
+            f"{shown(config.path)}: {num_failed:,} of {counted(pairs.num_listed, 'image')} unusable ({reasons}), for "
             f"instance {pairs.examples[0]}; fix them, or allow more with --max-failed"
         )
 
@@ -217,8 +218,8 @@ def _refuse_empty(pairs: Pairs, config: TrainDataConfig) -> None:
     for name in ("eval", "test"):
         if name in pairs.tables and not len(pairs.tables[name]):
             raise UsageError(
-                f"the {name} set is empty: {len(pairs.tables['train']):,} images to train on, --{name}-fraction "
-                f"{getattr(config, f'{name}_fraction'):g}; raise it, or give --{name}-data"
+                f"the {name} set is empty: {counted(len(pairs.tables['train']), 'image')} to train on, "
+                f"--{name}-fraction {getattr(config, f'{name}_fraction'):g}; raise it, or give --{name}-data"
             )
 
 

@@ -250,6 +250,6 @@ def test_ctrl_c_asks_whether_to_stop_or_to_detach(head, archive: Path, tmp_path:
     second.press(CTRL_C)
     second.wait_for("Stop the job? [y/N] ")
     second.press("y\r")
-    second.wait_for(f"{job_id} is stopped; run the same command again to continue")
+    second.wait_for(f"{job_id} is stopped; run the same command to continue")
     assert second.process.wait() == 130
     assert str(head.client().get_job_status(job_id)) == "STOPPED"

@@ -153,7 +153,7 @@ def test_what_changed_after_it_was_captioned_is_told_and_captioned_again_by_exte
     moved = sum(name != number for name, number in enumerate(other_order(kind)))
     assert f"{moved if kind == 'folder' else COUNT} images have changed" in capsys.readouterr().err
     assert status(str(tmp_path / "out")) == 0
-    assert "caption those that changed again with --extend" in capsys.readouterr().out
+    assert "--extend captions again what changed" in capsys.readouterr().out
 
     assert run(tmp_path, extend=True) == 0
     order = other_order(kind)
@@ -175,7 +175,7 @@ def test_a_file_of_an_older_time_and_another_size_has_changed_and_one_of_the_fut
 
     assert run(tmp_path) == 0
 
-    assert "1 images have changed since they were planned or captioned, e.g. '003.bmp'" in capsys.readouterr().err
+    assert "1 image has changed since planned or captioned, e.g. '003.bmp'" in capsys.readouterr().err
 
 
 def test_a_plan_of_an_earlier_version_still_compares_tar_members(tmp_path, expected) -> None:

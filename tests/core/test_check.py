@@ -256,7 +256,7 @@ def test_references_that_fit_nothing_are_an_error_before_any_image_is_captioned(
     file = str(csv(tmp_path, {"other.jpg": ["a dog"]}))
 
     quality.check(true_table, CheckConfig())
-    with pytest.raises(UsageError, match=r"none of its 1 names, such as 'other.jpg'.*like '000000.png'"):
+    with pytest.raises(UsageError, match=r"none of its names \(1, such as 'other.jpg'\).*like '000000.png'"):
         quality.check(true_table, CheckConfig(references=file))
     with pytest.raises(UsageError, match=r"such as 'other.jpg'"):
         pipeline.run(caption_config(archive, tmp_path / "out", check={"references": file}))
@@ -443,7 +443,7 @@ def receipt(num_ok: int, num_duplicates: int = 0, **fields: Any) -> Receipt:
         ([receipt(64, flags={"repeated": 60})], "60 of 64 captions repeat"),
         ([receipt(64, flags={"no_logprob": 60})], "60 of 64 captions have no finite log-probability"),
         ([receipt(40, commonest=("a dog", 30)), receipt(40, commonest=("a dog", 20))], "50 of 80 images .*'a dog'"),
-        ([receipt(90, num_duplicates=70, commonest=("a dog", 12))], "12 of 20 images have the same caption"),
+        ([receipt(90, num_duplicates=70, commonest=("a dog", 12))], "12 of 20 images with the same caption"),
     ],
 )
 def test_a_fault_of_most_captions_is_said_once_while_running_and_at_the_end(receipts: list[Receipt], line: str) -> None:
@@ -517,7 +517,7 @@ def test_a_hopeless_run_stops_early_and_goes_on_when_asked_again(tmp_path: Path,
 
     table = open_table(str(tmp_path / "out"))
     assert count_rows(table).ok == 64  # four chunks of 16: the first from 50 rows on
-    assert table.directory.read_json("run.json")["state"].startswith("stopped: stopped early")
+    assert table.directory.read_json("run.json")["state"].startswith("stopped early")
     pipeline.run(caption_config(archive, tmp_path / "out"))
     assert verify(table).proven
 
@@ -577,5 +577,5 @@ def test_the_same_captions_are_not_shown_to_differ(
     assert exit_code("check", out, "--against", out) == 0
 
     shown = capsys.readouterr().out
-    assert "0 of 120 captions differ" in shown
+    assert "0 of 120 captions changed" in shown
     assert shown.count("not shown to differ") == 4

@@ -113,7 +113,7 @@ def test_a_chunk_that_was_damaged_is_captioned_again_and_said(
     assert pipeline.run(caption_config(archive, out)) == 0
 
     lines = [line for line in capsys.readouterr().err.splitlines() if name in line]
-    assert lines == [] if injury == "deleted" else len(lines) == 1 and "16 images are captioned again" in lines[0]
+    assert lines == [] if injury == "deleted" else len(lines) == 1 and "captioning 16 images again" in lines[0]
     assert verify(table).proven
     assert contents(out) == contents(finished)
 
@@ -133,7 +133,7 @@ def test_a_published_part_that_was_damaged_is_captioned_again_and_said(
 
     lines = [line for line in capsys.readouterr().err.splitlines() if "captions/part-00000.parquet" in line]
     assert len(lines) == 1
-    assert "its 16 images are captioned again" in lines[0]
+    assert "captioning 16 images again" in lines[0]
     assert {path: path.read_bytes() for path in untouched} == untouched
     assert verify(table).proven
     assert contents(out) == contents(finished)
@@ -298,7 +298,7 @@ def test_a_plan_is_not_made_again_from_a_source_that_has_changed(
     assert not verify(open_table(str(out))).proven
 
 
-def test_strangers_in_the_folders_of_a_table_are_passed_over_or_named(
+def test_strangers_in_the_folders_of_a_table_are_skipped_or_named(
     tmp_path: Path, archive: Path, finished: Path
 ) -> None:
     out = shutil.copytree(finished, tmp_path / "out")

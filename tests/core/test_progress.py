@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import threading
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from captioner.config import CaptionConfig
 from captioner.console.progress import Progress, duration
 from captioner.console.summary import print_summary
-from captioner.console.text import printable
+from captioner.console.text import counted, printable
 from captioner.data import Receipt
 
 
@@ -222,9 +223,9 @@ def test_summary_says_what_was_done_and_what_to_do_next() -> None:
     assert ("ok", "11,950") in rows
     assert rows.index(("not_an_image", "40")) == rows.index(("failed", "50")) + 1
     assert ("committed before this start", "512") in rows
-    assert ("images a second", "212.4") in rows
+    assert ("images/s", "212.4") in rows
     assert ("time", "01:10") in rows
-    assert "WER 0.040 against the references of 500 images (0.800 with the captions shuffled)" in shown
+    assert "WER 0.040 against the references of 500 images (captions shuffled 0.800)" in shown
     assert "the table: /data/out/captions" in shown
     assert "captioner caption 'my photos' /data/out/ --include '*.jpg' --model starter --retry-failed\n" in shown, (
         "the run's own settings, without --overwrite"
@@ -241,3 +242,19 @@ def test_summary_without_failures_speaks_of_no_retry() -> None:
 
 def test_summary_of_an_almost_empty_record() -> None:
     assert shown_summary({"counts": {}, "seconds": {}, "images_per_second": None, "model": None}).strip() == ""
+
+
+def test_summary_of_one_image_is_singular() -> None:
+    counts = {"planned": 1, "ok": 0, "failed": 1, "failed_by_reason": {"truncated": 1}}
+    shown = shown_summary({"counts": counts, "check": {"num_rows": 1, "wer": 0.5}})
+
+    assert "the references of 1 image\n" in shown
+    assert not re.search(r"\b1 \w+s\b", shown)
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(0, "0 images"), (1, "1 image"), (1_200, "1,200 images"), (1.0, "1 image"), (0.5, "0.5 images")],
+)
+def test_a_number_has_its_noun(number: float, text: str) -> None:
+    assert counted(number, "image") == text

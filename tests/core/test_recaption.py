@@ -76,7 +76,7 @@ def test_the_table_and_the_record_say_which_models_are_in_it(tmp_path: Path, run
     assert record["counts"]["by_fingerprint"] == dict(zip(info["models"], (16, 4), strict=True))
     with pytest.raises(SystemExit):
         main(["status", str(tmp_path / "out")])
-    assert "4 rows made by fake" in capsys.readouterr().out
+    assert "4 rows by model fake" in capsys.readouterr().out
 
 
 def test_the_same_command_twice_does_nothing_the_second_time(tmp_path: Path, run: Run, capsys) -> None:
@@ -146,7 +146,7 @@ def test_what_people_decided(tmp_path: Path, run: Run, capsys) -> None:
         "000004.png",
         "000005.png",
     ]
-    assert "2 more match --only, but a reviewer has settled their text" in capsys.readouterr().err
+    assert "2 more match --only, but have been reviewed" in capsys.readouterr().err
 
 
 def test_flags_and_failures(tmp_path: Path, run: Run) -> None:

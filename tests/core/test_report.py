@@ -147,7 +147,7 @@ def test_the_page_says_what_the_run_did(page: Page, figures: dict[str, Any]) -> 
     assert figures["counts"] == counts | {"by_fingerprint": {figures["fingerprint"]: 63}}
     for words in (
         f"WER (0 is best) {check['wer']:.3f}",
-        "62 of 63 images have a caption; 1 failed",
+        "62 of 63 images captioned; 1 failed",
         "60 of 60 captions with references were scored",
         "Special tokens",
         "empty file 1",

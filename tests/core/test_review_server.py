@@ -248,7 +248,7 @@ def test_two_reviewers_get_different_images_and_a_late_decision_is_refused(make_
         assert state["message"] == "ben has already decided about this image (accepted); nothing was changed"
         kept, state = ana.decide(half)
         assert kept
-        assert state["message"] == "Rejected; 1 were already decided by somebody else"
+        assert state["message"] == "Rejected; 1 already decided by somebody else"
         assert ben.next()["progress"]["left"] == 28
     assert decisions(out) == [("approved", ("000000.png",), "A dog."), ("rejected", ("000001.png",), None)]
 
@@ -772,7 +772,7 @@ def test_every_accepted_decision_survives_sigkill(make_reviewable) -> None:
         _, said = process.communicate()
         assert process.returncode == 143
         assert said.splitlines()[-1] == (
-            "captioner: error: stopped by SIGTERM; every decision is saved; run the same command again to continue"
+            "captioner: error: stopped by SIGTERM; every decision is saved; run the same command to continue"
         )
 
 
@@ -837,10 +837,10 @@ def test_a_journal_that_was_cut_off_is_told_and_the_rest_counts(
         process.send_signal(signal.SIGINT)
         _, said = process.communicate()
     assert process.returncode == 130
-    assert "ignored 1 damaged lines in its review journals" in said
+    assert "ignored 1 damaged line in its review journals" in said
     assert (
         said.splitlines()[-1]
-        == "captioner: error: stopped; every decision is saved; run the same command again to continue"
+        == "captioner: error: stopped by Ctrl-C; every decision is saved; run the same command to continue"
     )
 
 

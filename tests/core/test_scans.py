@@ -92,7 +92,7 @@ def test_by_default_a_tiff_is_its_first_page(tmp_path: Path, archive: Path) -> N
     rows = {row["image_id"]: row for row in rows_of(tmp_path / "out")}
     assert rows["letter.TIF"]["width"] == 64
     assert len(rows) == 5
-    with pytest.raises(OutputError, match=r"source.pages='first', now it is 'all'"):
+    with pytest.raises(OutputError, match=r"was created with --pages 'first', not 'all'"):
         pipeline.run(caption_config(archive, tmp_path / "out", source={"pages": "all"}))
 
 

@@ -67,7 +67,7 @@ def test_as_overrides(tmp_path: Path) -> None:
     assert isinstance(source_at(tmp_path, take_as="folder"), FolderSource)
     assert listed(tmp_path, take_as="tars")[0] == ["x.tar/000000.png", "x.tar/000001.png"]
     assert "--as tars" in describe(source_at(tmp_path, take_as="tars"))
-    with pytest.raises(UsageError, match=r"--as parquet: .* holds none: it holds 1 tars, 3 images"):
+    with pytest.raises(UsageError, match=r"--as parquet: .* holds none: it holds 1 tar, 3 image files"):
         source_at(tmp_path, take_as="parquet")
     with pytest.raises(UsageError, match="--as manifest"):
         source_at(make_parquet(tmp_path / "t.parquet", 1), take_as="manifest")
@@ -88,7 +88,7 @@ def make_deep(folder: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["refused", "deep"])
 @pytest.mark.parametrize("where", ["bad", "sub/bad"])
-def test_what_cannot_be_listed_is_passed_over_and_named(
+def test_what_cannot_be_listed_is_skipped_and_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, where: str
 ) -> None:
     make_folder(tmp_path, 3)
@@ -111,7 +111,7 @@ def test_what_cannot_be_listed_is_passed_over_and_named(
     assert len(ids) == 6
     assert any(name.startswith(f"{where}/") for name in ignored)
     (note,) = notes
-    assert note.startswith("passed over")
+    assert note.startswith("skipped")
     assert len(note) < 400
     assert listed(tmp_path, exclude=[f"{where}/*"]) == (ids, ["metadata.jsonl", "sub/metadata.jsonl"], [])
 
@@ -137,9 +137,7 @@ FOREIGN_LINES = {"metadata.csv": b"a,b\n1,2,3\n4\n", "metadata.jsonl": b"not JSO
 
 @pytest.mark.parametrize(("name", "data"), [*FOREIGN_METADATA.items(), *FOREIGN_LINES.items()])
 @pytest.mark.parametrize("where", ["", "sub/deeper/"])
-def test_metadata_of_something_else_is_passed_over_and_named(
-    tmp_path: Path, name: str, data: bytes, where: str
-) -> None:
+def test_metadata_of_something_else_is_skipped_and_named(tmp_path: Path, name: str, data: bytes, where: str) -> None:
     make_folder(tmp_path / where, 3)
     (tmp_path / where / "metadata.jsonl").unlink()
     (tmp_path / where / name).write_bytes(data)
@@ -149,7 +147,7 @@ def test_metadata_of_something_else_is_passed_over_and_named(
     assert len(ids) == 3
     assert ignored == [where + name]
     (note,) = notes
-    assert note.startswith("passed over, it holds no captions")
+    assert note.startswith("skipped, it holds no captions")
     assert f"{where}{name}" in note
     assert listed(tmp_path, exclude=[where + name])[2] == []
 

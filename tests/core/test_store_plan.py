@@ -114,14 +114,14 @@ def test_a_listing_that_was_cut_off_goes_on_to_the_same_plan(tmp_path: Path, arc
     (plan,) = cut.plans()
     assert plan.ignored_kinds == {"*.npz": 4}
     assert plan.notes == [
-        "26 of 30 images have no reference caption, e.g. 'a/000.jpg', 'a/001.jpg', 'a/002.jpg'",
+        "26 of 30 images without a reference caption, e.g. 'a/000.jpg', 'a/001.jpg', 'a/002.jpg'",
     ]
 
 
 def test_an_empty_source_says_what_was_passed_over(tmp_path: Path) -> None:
     archive = make_archive(tmp_path / "archive", ["notes.txt", ".hidden.jpg"])
 
-    with pytest.raises(SourceError, match=r"no images found; 2 files were passed over.*(notes|hidden)"):
+    with pytest.raises(SourceError, match=r"no images found; skipped 2 files.*(notes|hidden)"):
         plan_folder_of(make_table(tmp_path / "out"), archive)
 
 

@@ -146,9 +146,7 @@ def test_a_stopped_run_says_how_to_resume_it_and_resumes(
     config = settings(data, out, tiny, eval_steps=2)
     with monkeypatch.context() as patch:
         patch.setattr(LocalWorker, "show_progress", stop_at_step_3)
-        with pytest.raises(
-            error, match=rf"checkpoints stay in {out}; run the same command again to continue"
-        ) as raised:
+        with pytest.raises(error, match=rf"checkpoints are saved in {out}; run the same command to continue") as raised:
             job.run(config, LocalEngine())
     assert raised.value.exit_code == code
     assert [folder.name for folder in (out / "checkpoints").glob("*/step-*")] == ["step-00000002"]

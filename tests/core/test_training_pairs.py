@@ -106,7 +106,7 @@ def test_too_many_unusable_images_are_an_error(tmp_path: Path) -> None:
     root = make_folder(tmp_path, 5)
     (root / "000003.png").write_bytes(b"no image")
 
-    with pytest.raises(SourceError, match=r"1 of 5 images are unusable \(1 not_an_image\).*--max-failed"):
+    with pytest.raises(SourceError, match=r"1 of 5 images unusable \(1 not_an_image\).*--max-failed"):
         pairs_of(path=str(root))
 
 

@@ -151,7 +151,7 @@ def test_a_run_without_progress_ends_with_one_line_and_resumes(tmp_path: Path, m
     with monkeypatch.context() as patched:
         patched.setattr(caption, "no_progress_timeout", lambda decode_timeout: 2.0)
         patched.setattr(caption, "DecodeStage", waiting_stage(tmp_path / "gate"))
-        with pytest.raises(ClusterError, match=r"^no stage has finished a chunk for 2 s; committed rows stay"):
+        with pytest.raises(ClusterError, match=r"^no stage has finished a chunk for 2 s; progress is saved"):
             run(config)
     (tmp_path / "gate").touch()
 

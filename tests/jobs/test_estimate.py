@@ -30,7 +30,7 @@ def test_without_gaps_the_rate_is_that_of_the_slower_stage() -> None:
     slow_model = predict([piece(1.0, 8.0)] * 8, 1_000, num_workers=2, decoders=1)
     slow_decoding = predict([piece(8.0, 1.0)] * 8, 1_000, num_workers=1, decoders=2)
 
-    assert (slow_model.rate, slow_model.bound_by) == (4.0, "the model")
+    assert (slow_model.rate, slow_model.bound_by) == (4.0, "model")
     assert (slow_decoding.rate, slow_decoding.bound_by) == (4.0, "decoding")
     assert (slow_model.source_bytes, slow_model.output_bytes) == (100_000, 10_000)
 
@@ -46,7 +46,7 @@ def test_time_and_cost_are_shown_with_their_intervals() -> None:
     shown = "\n".join(lines(prediction, Sizes(4, 1.0, 1.0, 1, 8, 1), price_per_gpu_hour=1.5))
 
     assert "1,000,000, 200.0 GB" in shown
-    assert "100.0 (80.0 to 125.0), bound by the model" in shown
+    assert "100.0 (80.0 to 125.0), bottleneck: model" in shown
     assert "2.8 h (2.2 h to 3.5 h)" in shown
     assert "11.11 GPU h (8.89 to 13.89) on 4 GPUs" in shown
     assert "16.67 (13.33 to 20.83)" in shown

@@ -170,7 +170,8 @@ job.run(config, RayTrainEngine(config, tests.signalling_loop(Path({str(killed)!r
     config = settings(data, out, tiny, workers=1, gpus=0.5)
     engine = RayTrainEngine(config, signalling_loop(stopped, str(out), os.getpid(), signal.SIGINT))
     with pytest.raises(
-        InterruptedRunError, match=f"stopped; checkpoints stay in {out}; run the same command again to continue"
+        InterruptedRunError,
+        match=f"stopped by Ctrl-C; checkpoints are saved in {out}; run the same command to continue",
     ):
         job.run(config, engine)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from captioner.config import AltTextConfig
-from captioner.console.text import printable
+from captioner.console.text import counted, printable
 from captioner.errors import OK, UsageError
 from captioner.publishing.alt_text.findings import FINDINGS, CaptionedImage, findings
 from captioner.publishing.alt_text.rules import RULES, Limits, apply_rules
@@ -142,8 +142,10 @@ def _record(settings: AltTextConfig, rules: tuple[str, ...], terms: tuple[str, .
 
 
 def _print(out: str, counts: Counts) -> None:
-    without = f"; {counts.num_uncaptioned:,} images have no caption" if counts.num_uncaptioned else ""
-    print(f"{printable(out)}: {counts.num_texts:,} alt texts, {counts.num_changed:,} changed by rules{without}")
+    without = f"; {counted(counts.num_uncaptioned, 'image')} without a caption" if counts.num_uncaptioned else ""
+    print(
+        f"{printable(out)}: {counted(counts.num_texts, 'alt text')}, {counts.num_changed:,} changed by rules{without}"
+    )
     for title, by_name in (("changed by", counts.rules), ("for a person to check", counts.flags)):
         if by_name:
             print(f"{title}:")

@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from captioner.console.text import printable
+from captioner.console.text import counted, printable
 from captioner.errors import OK, OutputError
 from captioner.files import is_uri, local_path
 from captioner.publishing.alt_text.journal import latest_reviews, read_reviews
@@ -64,8 +64,8 @@ class Feedback:
         """The counts as one line."""
         pairs = ", ".join(f"{count:,} {name}" for name, count in self.pairs.most_common())
         left_out = ", ".join(f"{count:,} {name}" for name, count in self.left_out.most_common())
-        damaged = f"; ignored {self.damaged:,} damaged lines of the journal" if self.damaged else ""
-        return f"{self.pairs.total():,} pairs ({pairs or 'none'}); left out: {left_out or 'none'}{damaged}"
+        damaged = f"; ignored {counted(self.damaged, 'damaged line')} of the journal" if self.damaged else ""
+        return f"{counted(self.pairs.total(), 'pair')} ({pairs or 'none'}); left out: {left_out or 'none'}{damaged}"
 
 
 def run(out: str, pairs: str) -> int:

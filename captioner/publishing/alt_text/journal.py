@@ -41,7 +41,7 @@ class Journal:
             sync_folder(path.parent)
             self._truncated = bool(path.stat().st_size) and not _ends_with_newline(path)
         except OSError as error:
-            raise OutputError(f"{path} cannot be written: {error.strerror}; fix it and start again") from error
+            raise OutputError(f"{path} cannot be written: {error.strerror}; fix it, then start again") from error
 
     def __enter__(self) -> Journal:
         return self

@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from captioner.config import ExportConfig
-from captioner.console.text import printable
+from captioner.console.text import counted, printable
 from captioner.errors import OK, OutputError, UsageError
 from captioner.files import shown
 from captioner.publishing.alt_text.texts import read_texts
@@ -75,6 +75,9 @@ def run(out: str, settings: ExportConfig) -> int:
     return OK
 
 
+_FORMAT_NAMES = {"imagefolder": "ImageFolder", "webdataset": "WebDataset"}  # the others are upper case
+
+
 def export_texts(table: CaptionsTable, settings: ExportConfig) -> Tally:
     """Write the texts of a table in the format `settings.to`.
 
@@ -90,7 +93,8 @@ def export_texts(table: CaptionsTable, settings: ExportConfig) -> Tally:
         "include_unreviewed": settings.include_unreviewed,
         "supports_decorative": chosen_format.supports_decorative,
     }
-    selected = select_texts(read_texts(table), tally, mark=settings.automatic_mark, **rules)
+    name = _FORMAT_NAMES.get(str(settings.to), str(settings.to).upper())
+    selected = select_texts(read_texts(table), tally, name, mark=settings.automatic_mark, **rules)
     record = {
         "to": settings.to,
         "table": shown(table.directory.location),
@@ -153,11 +157,11 @@ def _print(tally: Tally, settings: ExportConfig) -> None:
     counts = [f"{count:,} {status}" for status, count in sorted(tally.written.items()) if count]
     verb = "would be exported" if settings.dry_run else "exported"
     where = "beside the originals" if settings.beside_originals else f"to {settings.path}" if settings.path else ""
-    total = f"{sum(tally.written.values()):,} texts {verb} {where}".rstrip()
+    total = f"{counted(sum(tally.written.values()), 'text')} {verb} {where}".rstrip()
     stream = sys.stderr if settings.to == "html" and settings.dry_run else sys.stdout
     print(printable(total) + (f": {', '.join(counts)}" if counts else ""), file=stream)
     if tally.withdrawn:
-        print(f"{tally.withdrawn:,} texts of an earlier export were removed", file=stream)
+        print(f"removed {counted(tally.withdrawn, 'text')} of an earlier export", file=stream)
     for reason, count in tally.left_out.most_common():
         print(f"captioner: left out: {count:,} {printable(reason)}", file=sys.stderr)
     for image_id, reason in tally.problems[:_MAX_PROBLEMS_PRINTED]:

@@ -137,7 +137,7 @@ def _output_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror or error}; fix it and run again") from error
+        raise OutputError(f"{path} cannot be written: {error.strerror or error}; fix it, then run again") from error
 
 
 def _sync(path: Path) -> None:

@@ -96,7 +96,7 @@ def write(texts: Iterator[pa.Table], export: Export) -> None:
     for rows in texts:
         unused = rows.num_rows - index.add(rows)
         if unused:
-            export.tally.left_out["of images that no page shows without an alt"] += unused
+            export.tally.left_out["not used on these pages, or already with alt text"] += unused
     export.tally.written.clear()
     if export.settings.dry_run:
         for page in pages:
@@ -126,7 +126,7 @@ def _fill(page: Page, index: TextIndex, export: Export) -> tuple[str, str, list[
     export.tally.written.update(rows[gap.src]["review_status"] for gap, _ in filled)
     num_unfilled = len(page.gaps) - len(filled)
     if num_unfilled:
-        export.tally.left_out["missing alt texts on the pages, for which there is no text"] += num_unfilled
+        export.tally.left_out["missing on the pages, without a text here"] += num_unfilled
     return text, unified_diff(page.name, page.text, text), [(gap, rows[gap.src]) for gap, _ in filled]
 
 

@@ -33,7 +33,7 @@ _REASONS = {
     UNREVIEWED: "not reviewed (--include-unreviewed exports them, marked as automatic)",
     "rejected": "rejected",
     "expert": "waiting for an expert",
-    "decorative": "decorative, which this format cannot express",
+    "decorative": "decorative, which {to} cannot express",
     "blank": "without words",
 }
 
@@ -56,12 +56,15 @@ class Tally:
 
 
 def select_texts(
-    texts: Iterator[pa.Table], tally: Tally, *, include_unreviewed: bool, mark: str, supports_decorative: bool
+    texts: Iterator[pa.Table], tally: Tally, to: str, *, include_unreviewed: bool, mark: str, supports_decorative: bool
 ) -> Iterator[pa.Table]:
-    """Yield tables of CHOSEN_SCHEMA with the texts to publish; `mark` is appended to texts nobody has reviewed."""
+    """Yield tables of CHOSEN_SCHEMA with the texts to publish.
+
+    `to`: the name of the format, for the reasons in the tally. `mark`: appended to texts nobody has reviewed.
+    """
     for rows in texts:
         reasons = [_reason(*row, include_unreviewed, supports_decorative) for row in _columns(rows)]
-        tally.left_out.update(_REASONS[reason] for reason in reasons if reason)
+        tally.left_out.update(_REASONS[reason].format(to=to) for reason in reasons if reason)
         kept = rows.filter(pa.array([not reason for reason in reasons], pa.bool_()))
         tally.written.update(kept["review_status"].to_pylist())
         yield _with_author(_marked(kept, mark))

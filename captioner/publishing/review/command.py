@@ -8,7 +8,7 @@ import sys
 import webbrowser
 
 from captioner.console.stopping import notify, stoppable
-from captioner.console.text import printable
+from captioner.console.text import counted, printable
 from captioner.errors import OK, CaptionerError, UsageError
 from captioner.publishing.review.next_steps import describe_counts
 from captioner.publishing.review.previews import Previews
@@ -30,11 +30,11 @@ def run(out: str, port: int, reviewer: str | None, queue: QueueKind, open_page: 
     table = open_table(out)
     with stoppable("every decision is saved"), ReviewSession(table, name, queue) as session:
         if session.decisions.num_damaged:
-            notify(f"{out}: ignored {session.decisions.num_damaged} damaged lines in its review journals")
+            notify(f"{out}: ignored {counted(session.decisions.num_damaged, 'damaged line')} in its review journals")
         previews = Previews(table)
         try:
             with _server(session, previews, port) as server:
-                print(f"reviewing {len(session):,} alt texts as {name}: {server.url}", flush=True)
+                print(f"reviewing {counted(len(session), 'alt text')} as {name}: {server.url}", flush=True)
                 print("captioner: every decision is saved at once; Ctrl-C ends the review", file=sys.stderr)
                 if open_page:
                     webbrowser.open(server.url)

@@ -80,7 +80,7 @@ class Decisions:
             temporary.write_text(json.dumps(claim))
             temporary.replace(self._claims_file)
         except OSError as error:
-            raise OutputError(f"{temporary} cannot be written: {error.strerror}; fix it and start again") from error
+            raise OutputError(f"{temporary} cannot be written: {error.strerror}; fix it, then start again") from error
 
     def claimed_by_others(self) -> set[str]:
         """Return the ids of the images that others started to look at less than 15 minutes ago."""

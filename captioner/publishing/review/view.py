@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from captioner.console.text import printable
+from captioner.console.text import counted, printable
 from captioner.publishing.alt_text.schemas import Review
 from captioner.publishing.review.rows import Row
 from captioner.publishing.review.standing_flags import describe_flag
@@ -43,8 +43,8 @@ def current_text(row: Row, review: Review | None) -> str:
 
 def describe_decision(review: Review, num_conflicts: int = 0) -> str:
     """Return a decision as a phrase. `num_conflicts`: images of its group that somebody else had decided about."""
-    group = f" for {len(review.image_ids)} images" if len(review.image_ids) > 1 else ""
-    conflicts = f"; {num_conflicts} were already decided by somebody else" if num_conflicts else ""
+    group = f" for {counted(len(review.image_ids), 'image')}" if len(review.image_ids) > 1 else ""
+    conflicts = f"; {num_conflicts} already decided by somebody else" if num_conflicts else ""
     return f"{DECISION_LABELS[review.decision]}{group}{conflicts}"
 
 
