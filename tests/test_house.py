@@ -19,8 +19,8 @@ HEAVY = ("ray", "torch", "transformers", "datasets", "evaluate")
 
 # A part may import the parts on the lines above its own, and itself; never a part on its own line or below.
 LAYERS = """
-    errors data console.text run.dedupe run.bottleneck run.prefetch
-    config files imaging starter
+    errors data console.text run.dedupe run.prefetch
+    config files imaging starter run.bottleneck
     sources models store console
     scoring
     steps report starter.build
