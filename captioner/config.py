@@ -160,6 +160,9 @@ class CheckConfig(Settings):
     references: str | None = Field(
         None, description="Known captions: COCO .json, .jsonl, .csv, .parquet, folder of .txt; else SOURCE's own."
     )
+    references_columns: CommaList = Field(
+        [], description="Columns of a table given as --references: that of the images' names, then those of captions."
+    )
     sample: Annotated[int, Field(ge=0)] | Literal["all"] = Field(
         500, description="Number of captions to score, or all."
     )

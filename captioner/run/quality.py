@@ -19,7 +19,7 @@ from captioner.scoring.changes import find_changes
 from captioner.scoring.check_table import CHECK_FILE, Check, check_table
 from captioner.scoring.compare import compare_tables
 from captioner.scoring.eligible_rows import CheckSpec, no_match_message
-from captioner.scoring.references import read_references
+from captioner.scoring.references import References, read_references
 from captioner.scoring.running_wer import RunningWer, Sample, draw_sample
 from captioner.scoring.terms import read_terms
 from captioner.store.table import CaptionsTable, open_table
@@ -41,9 +41,18 @@ MAX_SPOT_CHECKED = 5_000  # rows scored while captioning: they travel to every w
 
 def check_spec(settings: CheckConfig, max_rows: int | None = None) -> CheckSpec:
     """Return the settings with their files read. Raises SourceError or UsageError naming the file."""
-    references = read_references(settings.references) if settings.references else None
+    references = _references(settings)
     terms = read_terms(settings.terms) if settings.terms else ()
     return CheckSpec(references, settings.sample, settings.seed, terms, max_rows)
+
+
+def _references(settings: CheckConfig) -> References | None:
+    """Return what --references names. Raises SourceError or UsageError naming the file."""
+    if settings.references:
+        return read_references(settings.references, settings.references_columns)
+    if settings.references_columns:
+        raise UsageError("--references-columns: they are of the table that --references names; give that too")
+    return None
 
 
 def check(
@@ -90,7 +99,7 @@ class SpotCheck:
     def draw(self, table: CaptionsTable) -> Sample:
         """Return the rows to score, for `Work.sample`. Raises UsageError where references match no image."""
         settings = self._settings
-        references = read_references(settings.references) if settings.references else None
+        references = _references(settings)
         size = MAX_SPOT_CHECKED if settings.sample == "all" else min(settings.sample, MAX_SPOT_CHECKED)
         sample = draw_sample(table, size, settings.seed, references)
         if references and size and not sample:

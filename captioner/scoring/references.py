@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import islice
 from pathlib import Path, PurePosixPath
@@ -74,17 +74,24 @@ class References:
         return len(self.captions) - len(self._matched), examples
 
 
-def read_references(location: str) -> References:
-    """Read a file or folder of references. Raises SourceError when it cannot be read or holds no captions."""
+def read_references(location: str, columns: Sequence[str] = ()) -> References:
+    """Read a file or folder of references. Raises SourceError when it cannot be read or holds no captions.
+
+    `columns`: of a table, that of names, then those of captions; without them they are found by their names.
+    """
     root = Root.at(location)
     if not root.exists():
         raise SourceError(f"--references {location}: no such file or directory")
+    is_table = not os.path.isdir(location) and not location.lower().endswith(".json")
+    if columns and (not is_table or len(columns) < 2):
+        needed = "give a column of names, then one or more of captions" if is_table else f"{location} has no columns"
+        raise UsageError(f"--references-columns {','.join(columns)}: {needed}")
     if os.path.isdir(location):
         pairs: Iterable[tuple[str, Any]] = _read_folder(Path(location))
     elif location.lower().endswith(".json"):
         pairs = _read_json(location)
     else:
-        pairs = _read_table(location)
+        pairs = _read_table(location, columns)
     captions: dict[str, list[str]] = {}
     for key, value in pairs:
         captions.setdefault(key, []).extend(as_captions(value) or [])
@@ -136,8 +143,8 @@ def _read_json(location: str) -> Iterator[tuple[str, str]]:
         )
 
 
-def _read_table(location: str) -> Iterator[tuple[str, Any]]:
-    """Read a table with a column of names and one of captions; a name may come on several rows."""
+def _read_table(location: str, columns: Sequence[str] = ()) -> Iterator[tuple[str, Any]]:
+    """Read a table with a column of names and some of captions; a name may come on several rows."""
     if not location.lower().endswith(tuple(suffix.decode() for suffix in TABLE_SUFFIXES)):
         raise SourceError(
             f"--references {location}: expected COCO .json, .jsonl, .csv, .parquet, or a folder of .txt files"
@@ -145,17 +152,23 @@ def _read_table(location: str) -> Iterator[tuple[str, Any]]:
     folder, _, name = location.rpartition("/")
     root, file = Root.at(folder or ("/" if location.startswith("/") else ".")), os.fsencode(name)
     table: Table = open_table(root, file)
-    key, caption = _column(table, KEY_NAMES, location), _column(table, CAPTION_NAMES, location)
-    for batch in read_batches(root, file, table, [key, caption], caption):
-        for image_name, value in zip(batch[key].to_pylist(), batch[caption].to_pylist(), strict=True):
-            if image_name is not None:
-                yield str(image_name), value
+    if missing := [name for name in columns if name not in table.schema.names]:
+        names = ", ".join(table.schema.names)
+        raise SourceError(f"--references-columns: {location} has no column {missing[0]!r}; it has: {names}")
+    key, *captions = columns or (_column(table, KEY_NAMES, location), _column(table, CAPTION_NAMES, location))
+    for caption in captions:
+        for batch in read_batches(root, file, table, [key, caption], caption):
+            for image_name, value in zip(batch[key].to_pylist(), batch[caption].to_pylist(), strict=True):
+                if image_name is not None:
+                    yield str(image_name), value
 
 
 def _column(table: Table, accepted: tuple[str, ...], location: str) -> str:
     names = table.schema.names
     column = next((name for name in accepted if name in names), None)
     if column is None:
-        expected = " or ".join(accepted)
-        raise SourceError(f"--references {location}: no column named {expected}; it has: {', '.join(names)}")
+        raise SourceError(
+            f"--references {location}: no column named {' or '.join(accepted)}; it has: {', '.join(names)}; name the "
+            "columns with --references-columns"
+        )
     return column

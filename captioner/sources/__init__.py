@@ -24,10 +24,10 @@ from captioner.sources.manifest import ManifestSource
 from captioner.sources.pages import PagedSource
 from captioner.sources.parquet import ParquetSource
 from captioner.sources.plan_rows import FilteredSource, WrappedSource
-from captioner.sources.root import FETCH_FIRST, Root, is_excluded
+from captioner.sources.root import FETCH_FIRST, HEAD_BYTES, Root, is_excluded, is_ignored
 from captioner.sources.splits import choose_split, splits_of
 from captioner.sources.tables import TABLE_SUFFIXES, UnreadableTableError, open_table
-from captioner.sources.webdataset import COMPRESSED_SUFFIXES, WebDatasetSource
+from captioner.sources.webdataset import COMPRESSED_SUFFIXES, IMAGE_SUFFIXES, WebDatasetSource
 
 __all__ = ["FLAGS_OF_KINDS", "describe", "open_source", "reopen_source"]
 
@@ -109,12 +109,31 @@ def _open(config: SourceConfig, refuse_flags: bool) -> Source:
     kind = FileType.NotFound if is_hub_id and is_uri(path) else root.kind()
     if kind == FileType.File:
         folder, _, name = os.fsencode(root.location).rpartition(b"/")
-        return _open_files(config, Root(os.fsdecode(folder or b"/")), [name], "its name says so", refuse_flags)
+        root = Root(os.fsdecode(folder or b"/"))
+        if _is_image(root, name):
+            return FolderSource(config.path, root, config.reference_column, only=name)
+        return _open_files(config, root, [name], "its name says so", refuse_flags)
     if kind == FileType.Directory:
         return _open_directory(config, root, refuse_flags)
     if is_hub_id:
         return HuggingFaceSource.open(config, hub_id)
     raise SourceError(f"{path}: no such file or directory")
+
+
+def _is_image(root: Root, name: bytes) -> bool:
+    """Return whether one file is an image by its name, or else by its first bytes."""
+    lower = name.lower()
+    if os.path.splitext(lower)[1][1:] in IMAGE_SUFFIXES:
+        return True
+    if lower.endswith((b".tar", *COMPRESSED_SUFFIXES, *TABLE_SUFFIXES)) or is_ignored(name):
+        return False
+    from captioner.imaging.formats import why_not_an_image
+
+    try:
+        head = root.read(name, 0, HEAD_BYTES)
+    except OSError:
+        head = b""
+    return bool(head) and why_not_an_image(head) is None
 
 
 def _open_directory(config: SourceConfig, root: Root, refuse_flags: bool) -> Source:
@@ -146,6 +165,8 @@ def _open_files(config: SourceConfig, root: Root, files: list[bytes], reason: st
     is_tars = suffixes == {b".tar"} or all(file.lower().endswith(COMPRESSED_SUFFIXES) for file in files)
     if not is_tars and (len(suffixes) != 1 or not suffixes <= set(TABLE_SUFFIXES)):
         names = b", ".join(sorted(suffixes)).decode("utf-8", "replace")
+        if len(files) == 1:
+            raise SourceError(f"{config.path}: neither an image, a tar nor a table (.parquet, .csv, .jsonl)")
         raise SourceError(f"{config.path}: expected files of one kind, but there are {names}")
     files, split = _files_of_split(config, root, files, refuse_flags)
     reason = "; ".join(filter(None, [reason, split]))
@@ -176,6 +197,8 @@ def describe(source: Source) -> str:
     while isinstance(source, WrappedSource):
         source = source.source
     match source:
+        case FolderSource() if source.only:
+            return "taken for one image"
         case FolderSource():
             return f"taken for a folder of images: {source.reason}"
         case WebDatasetSource():

@@ -16,6 +16,7 @@ from captioner.sources.metadata import (
     Metadata,
     find_references,
     load_metadata,
+    names_of_caption_files,
     unmatched,
 )
 from captioner.sources.plan_rows import BATCH_ROWS, names_as_ids, plan_table
@@ -45,9 +46,10 @@ class FolderSource:
     reference_column: str | None = None
     exclude: tuple[str, ...] = ()  # globs: what is below an excluded folder is not even listed
     reason: str = ""  # why the source was taken for a folder
+    only: bytes = b""  # the one file of the root that is the source; b"": all
 
     def units(self) -> Sequence[str]:
-        directories = self.root.scan().directories
+        directories = [] if self.only else self.root.scan().directories
         return ["", *(unit_of_file(name) for name in directories if not is_excluded(name + b"/", self.exclude))]
 
     def kept_fields(self) -> list[pa.Field]:
@@ -59,9 +61,19 @@ class FolderSource:
             present = [name for name in METADATA_NAMES if self.root.exists(name)]
             top, _ = top.with_metadata(present)  # what is odd about it is a note of the unit ""
             batches = _walk(top, [file_of_unit(unit)], deep=True)
+        elif self.only:
+            batches = self._list_only(top)
         else:
             batches = _walk(top, [], deep=False)
         return (batch.listing() for batch in _merge(batches))
+
+    def _list_only(self, top: _Folder) -> Iterator[_Paths]:
+        """Yield the one file of the source, with its captions in files beside it."""
+        names = [*METADATA_NAMES, *names_of_caption_files(self.only)]
+        present = [name for name in names if self.root.exists(name)]
+        folder, notes = top.with_metadata(present)
+        yield _Paths(notes=notes)
+        yield from folder.classify([self.only, *(name for name in present if name not in METADATA_NAMES)])
 
     def read(self, rows: pa.Table) -> list[RawImage]:
         return read_rows(rows, self.root)

@@ -155,6 +155,11 @@ def _composed(path: bytes) -> bytes:
     return path if path.isascii() else os.fsencode(unicodedata.normalize("NFC", os.fsdecode(path)))
 
 
+def names_of_caption_files(image: bytes) -> list[bytes]:
+    """Return the names that a text file with captions of an image may have."""
+    return [base + suffix for base in (os.path.splitext(image)[0], image) for suffix in CAPTION_SUFFIXES]
+
+
 class CaptionFiles:
     """The captions in text files beside the images of a directory: a.caption, a.txt and a.png.txt of a.png.
 
@@ -182,8 +187,7 @@ class CaptionFiles:
         return [list(dict.fromkeys(captions)) or None for captions in captions_of]
 
     def _files_of(self, image: bytes) -> list[bytes]:
-        bases = (os.path.splitext(image)[0], image) if self._names else ()
-        return [base + suffix for base in bases for suffix in CAPTION_SUFFIXES if base + suffix in self._names]
+        return [name for name in names_of_caption_files(image) if name in self._names] if self._names else []
 
     def _read(self, name: bytes) -> list[str] | None:
         try:

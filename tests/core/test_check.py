@@ -283,6 +283,38 @@ def test_bad_references_are_one_line(tmp_path: Path, name: str, content: str | N
         read_references(str(tmp_path / name))
 
 
+@pytest.mark.parametrize("name", ["r.csv", "r.jsonl", "r.parquet"])
+def test_columns_of_references_can_be_named(tmp_path: Path, name: str) -> None:
+    table = pa.table(
+        {"Datei": ["a.png", "b.png"], "alt": ["a dog", "a cat"], "lang": ["a hound", None], "text": ["x", "y"]}
+    )
+    file = tmp_path / name
+    if name == "r.csv":
+        pa.csv.write_csv(table, file)
+    elif name == "r.parquet":
+        pq.write_table(table, file)
+    else:
+        file.write_text("".join(f"{json.dumps(row)}\n" for row in table.to_pylist()))
+
+    assert read_references(str(file), ["Datei", "alt"]).captions == {"a.png": ["a dog"], "b.png": ["a cat"]}
+    assert read_references(str(file), ["Datei", "alt", "lang"]).captions["a.png"] == ["a dog", "a hound"]
+    with pytest.raises(SourceError, match=r"no column 'name'; it has: Datei, alt, lang, text"):
+        read_references(str(file), ["name", "alt"])
+    with pytest.raises(SourceError, match=r"name the columns with --references-columns"):
+        read_references(str(file))
+
+
+def test_columns_are_refused_where_there_are_none(tmp_path: Path) -> None:
+    (tmp_path / "r.json").write_text('{"a.png": "a dog"}')
+    with pytest.raises(UsageError, match=r"--references-columns a,b: .* has no columns"):
+        read_references(str(tmp_path / "r.json"), ["a", "b"])
+    (tmp_path / "r.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(UsageError, match="give a column of names, then one or more of captions"):
+        read_references(str(tmp_path / "r.csv"), ["a"])
+    with pytest.raises(UsageError, match="--references-columns: they are of the table that --references names"):
+        quality.check_spec(CheckConfig(references_columns=["a", "b"]))
+
+
 # Flags
 
 

@@ -67,6 +67,7 @@ def example(setting: Setting) -> tuple[list[str], object]:
         "take_as": (["folder"], "folder"),
         "pages": (["all"], "all"),
         "keep_columns": (["a, b"], ["a", "b"]),
+        "references_columns": (["a, b"], ["a", "b"]),
         "decode_timeout": (["2.5"], 2.5),
         "max_failed": (["0.25"], 0.25),
         "gpus_per_worker": (["0.5"], 0.5),

@@ -14,6 +14,7 @@ from helpers import caption_config, listed, listed_rows, rows_of, source_at
 from captioner import pipeline
 from captioner.data import PLAN_SCHEMA
 from captioner.errors import SourceError, UsageError
+from captioner.sources import describe
 from captioner.sources.plan_rows import BATCH_ROWS
 from captioner.sources.root import Root, file_of_unit, is_ignored, readable, unit_of_file
 from captioner.testing import make_folder, make_parquet, make_tar
@@ -399,3 +400,24 @@ def test_names_in_metadata_that_match_no_image_are_counted_and_named(tmp_path, w
     assert repr(os.path.normpath(name.replace("\\", "/"))) in note
     assert "'x/y.png'" in note
     assert notes_of(source_at(tmp_path, exclude=[f"{where}x/*", f"*{os.path.normpath(name)}"])) == []
+
+
+@pytest.mark.parametrize("name", ["photo.png", "PHOTO.JPG", "no_suffix", "odd.xyz"])
+def test_one_image_is_a_source(tmp_path, name):
+    make_folder(tmp_path, 3)
+    (tmp_path / "000001.png").rename(tmp_path / name)
+    fill(tmp_path, f"{os.path.splitext(name)[0]}.txt", data=b"a caption beside it")
+    source = source_at(tmp_path / name)
+
+    assert source.units() == [""]
+    assert references_of(source) == {name: ["a caption beside it"]}
+    assert describe(source) == "taken for one image"
+    assert source.read(listed_rows(source))[0].data == (tmp_path / name).read_bytes()
+    assert references_of(source_at(tmp_path / "000002.png"))["000002.png"]  # of the metadata
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "x.zip", "x.pdf", "empty"])
+def test_one_file_of_something_else_is_an_error(tmp_path, name):
+    fill(tmp_path, name, data=b"" if name == "empty" else b"words, and nothing else")
+    with pytest.raises(SourceError, match="neither an image, a tar nor a table"):
+        source_at(tmp_path / name)
