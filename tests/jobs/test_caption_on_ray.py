@@ -1,7 +1,10 @@
 """The distributed job: the same table as one process makes, and none of Ray's traps."""
 
+import io
 import pickle
+import tarfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,10 +15,10 @@ from captioner import pipeline
 from captioner.config import CaptionConfig, ClusterConfig
 from captioner.errors import ClusterError, ModelError, SourceError
 from captioner.imaging.sandbox import decoder
-from captioner.run.job import ROWS_PER_CHUNK, open_job
+from captioner.run.job import ROWS_PER_CHUNK, open_job, plan_images
 from captioner.store.table import open_table
 from captioner.store.verify import verify
-from captioner.testing import make_folder, make_tiny_model
+from captioner.testing import make_folder, make_tar, make_tiny_model
 from ray_jobs import caption
 from ray_jobs.caption import RayEngine, _configure_ray_data, make_dataset, no_progress_timeout, run
 from ray_jobs.cluster import Resources, share_out
@@ -66,6 +69,40 @@ def test_the_distributed_table_equals_the_local_one(
     assert code == 0
     assert captions(tmp_path / "out") == local_captions
     assert verify(open_table(str(tmp_path / "out"))).proven
+
+
+def make_faulty_tars(root: Path) -> Path:
+    """Tars with a header that claims 2^31 pixels, and one with bytes in which no member is found."""
+    for number in range(4):
+        make_tar(root / f"{number}.tar", 20, seed=number)
+    with tarfile.open(root / "0.tar", "a") as tar:
+        data = b"P6\n4294967296 1\n255\n"
+        member = tarfile.TarInfo("extreme.ppm")
+        member.size = len(data)
+        tar.addfile(member, io.BytesIO(data))
+    damaged = bytearray((root / "3.tar").read_bytes())
+    damaged[5120:5632] = bytes(range(256)) * 2
+    (root / "3.tar").write_bytes(damaged)
+    return root
+
+
+def test_faults_of_a_source_are_the_same_rows_on_ray_and_in_one_process(tmp_path: Path) -> None:
+    tars = make_faulty_tars(tmp_path / "tars")
+    configs = {engine: settings(tars, tmp_path / engine.__module__) for engine in (run, pipeline.run)}
+    for config in configs.values():
+        plan_images(config, lambda line: None)
+    (tars / "1.tar").unlink()
+    make_tar(tars / "2.tar", 20, seed=9)  # other images under the same names
+
+    for engine, config in configs.items():
+        assert engine(config) == 0
+        assert verify(open_table(config.output.path)).proven
+
+    of_ray, of_one_process = (captions(Path(config.output.path)) for config in configs.values())
+    assert of_ray == of_one_process
+    codes = Counter((image_id[:5], error_code) for image_id, _, error_code, *_ in of_ray)
+    assert codes["0.tar", None] == codes["1.tar", "not_found"] == codes["2.tar", "changed"] == 20
+    assert codes["0.tar", "too_many_pixels"] == codes["3.tar", "damaged"] == 1
 
 
 def test_weak_rows_are_recaptioned_alike_on_ray_and_in_one_process(tmp_path: Path, archive: Path) -> None:
