@@ -105,6 +105,7 @@ def test_the_whole_loop(tmp_path: Path, archive: Path, open_page, review) -> Non
     captioner("feedback", out, tmp_path / "pairs")
     assert json.loads((tmp_path / "pairs/feedback.json").read_text())["pairs"] == {"edited": 14, "approved": 2}
     job.run(training(tmp_path), LocalEngine())
+    check_training_report(open_page, (tmp_path / "trained/report.html").as_uri())
 
     before = rows_of(out)
     caption(archive, out, str(tmp_path / "trained/model"), only="flags or logprob below 40% or rejected or expert")
@@ -125,6 +126,16 @@ def test_the_whole_loop(tmp_path: Path, archive: Path, open_page, review) -> Non
     shown = open_page((out / "report/index.html").as_uri()).locator("section[aria-labelledby=changes]")
     assert shown.locator("tbody tr ins").count()
     assert shown.get_by_role("rowheader", name="WER", exact=True).count() == 1
+
+
+def check_training_report(open_page, address: str) -> None:
+    """Its tables and images fit a phone, in the dark too."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    page = open_page(address, phone=True, dark=True)
+    assert page.get_by_role("heading", name="Result").count() == 1
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert Axe().run(page).response["violations"] == []
 
 
 def export_everything(out: Path, root: Path) -> None:

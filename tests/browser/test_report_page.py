@@ -58,6 +58,7 @@ def test_axe_finds_nothing_and_nothing_sticks_out(address: str, open_page, phone
     violations = Axe().run(page).response["violations"]
     assert [(violation["id"], node["target"]) for violation in violations for node in violation["nodes"]] == []
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert not phone or page.locator("section[aria-labelledby=scores] thead").is_hidden()  # rows are stacked
     assert page.evaluate("[...document.images].every((one) => one.complete && one.naturalWidth > 0)")
 
 
