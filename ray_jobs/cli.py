@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import signal
 import sys
 import threading
@@ -14,18 +15,18 @@ import typer
 from captioner.config import CaptionConfig, CheckTableConfig, ExportTextsConfig, MakeAltTextConfig, TrainConfig
 from captioner.console.stopping import quit_at_once
 from captioner.console.text import counted, printable
-from captioner.errors import ERROR, EXIT_CODES, INTERRUPTED, OK, CaptionerError
+from captioner.errors import ERROR, INTERRUPTED, OK, CaptionerError
+from ray_jobs.help import Command, Group
 from ray_jobs.options import takes
-
-EXIT_CODE_TABLE = "\n".join(["\b", "Exit codes:", *(f"  {code:<4} {meaning}" for code, meaning in EXIT_CODES.items())])
 
 app = typer.Typer(
     help="Caption image collections on Ray: every image ends in exactly one row.",
-    epilog=EXIT_CODE_TABLE,
+    cls=Group,
     add_completion=False,
     rich_markup_mode=None,  # plain help: nothing in it is markup
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
+command = functools.partial(app.command, cls=Command)
 Out = Annotated[str, typer.Argument(metavar="OUT", help="Directory of a captions table; local or a URI.")]
 
 
@@ -44,7 +45,7 @@ def _root(
     pass
 
 
-@app.command()
+@command()
 @takes(CaptionConfig)
 def caption(config: CaptionConfig) -> int:
     """Caption SOURCE into a table of Parquet files in OUT.
@@ -60,7 +61,26 @@ def caption(config: CaptionConfig) -> int:
     return caption.run(config)
 
 
-@app.command()
+@command()
+def init(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="Images to caption, as for `captioner caption`.")],
+    file: Annotated[str, typer.Argument(metavar="FILE", help="File to write.")] = "run.yaml",
+    out: Annotated[str, typer.Option(metavar="DIR", help="OUT of the run.")] = "captions",
+    model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Model of the run [default: one that suits the images].")
+    ] = None,
+) -> int:
+    """Write a commented run.yaml for SOURCE.
+
+    Looks at the first images, and says what SOURCE is taken for. Nothing is captioned. Change the file as you like,
+    then run captioner caption --config FILE.
+    """
+    from captioner.console import first_config
+
+    return first_config.run(source, file, model, out)
+
+
+@command()
 @takes(CaptionConfig, groups=["model", "cluster"])
 def doctor(
     config: CaptionConfig,
@@ -76,7 +96,7 @@ def doctor(
     return doctor.run(config, out)
 
 
-@app.command()
+@command()
 @takes(CaptionConfig, groups=["source", "model", "cluster"])
 def estimate(
     config: CaptionConfig,
@@ -95,7 +115,7 @@ def estimate(
     return estimate.run(config, sample, seed, price_per_gpu_hour)
 
 
-@app.command()
+@command()
 def submit(
     command: Annotated[
         list[str], typer.Argument(metavar="-- COMMAND...", help="Command to run, such as caption SOURCE OUT ...")
@@ -138,7 +158,7 @@ def submit(
     return submitting.submit(submission, address, follow, pending_timeout)
 
 
-@app.command("try")
+@command("try")
 @takes(CaptionConfig, groups=["model"])
 def try_images(
     config: CaptionConfig,
@@ -150,7 +170,7 @@ def try_images(
     return commands.try_images(images, config.model)
 
 
-@app.command()
+@command()
 def verify(out: Out) -> int:
     """Prove that every planned image has exactly one row.
 
@@ -164,7 +184,7 @@ def verify(out: Out) -> int:
     return commands.verify(out)
 
 
-@app.command()
+@command()
 def status(out: Out) -> int:
     """Count the images in OUT: ok, failed by reason, remaining."""
     from captioner.console import commands
@@ -172,7 +192,7 @@ def status(out: Out) -> int:
     return commands.status(out)
 
 
-@app.command()
+@command()
 @takes(CheckTableConfig)
 def check(
     config: CheckTableConfig,
@@ -190,7 +210,7 @@ def check(
     return commands.check(out, config.check, against)
 
 
-@app.command()
+@command()
 def report(
     out: Out,
     open: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
@@ -204,7 +224,7 @@ def report(
     return commands.report(out, open)
 
 
-@app.command()
+@command()
 @takes(MakeAltTextConfig)
 def alt_text(config: MakeAltTextConfig, out: Out) -> int:
     """Make alt texts from the captions, for people to review.
@@ -217,7 +237,7 @@ def alt_text(config: MakeAltTextConfig, out: Out) -> int:
     return run(out, config.alt_text)
 
 
-@app.command()
+@command()
 def review(
     out: Out,
     port: Annotated[int, typer.Option(min=0, max=65535, metavar="P", help="Port of the page; 0 is any free one.")] = 0,
@@ -243,7 +263,7 @@ def review(
     return command.run(out, port, reviewer, queue, open)
 
 
-@app.command()
+@command()
 @takes(ExportTextsConfig)
 def export(config: ExportTextsConfig, out: Out) -> int:
     """Write reviewed texts in a format for other programs.
@@ -256,7 +276,7 @@ def export(config: ExportTextsConfig, out: Out) -> int:
     return run(out, config.export)
 
 
-@app.command()
+@command()
 def feedback(
     out: Out,
     pairs: Annotated[str, typer.Argument(metavar="PAIRS", help="A new directory, for `captioner train`.")],
@@ -270,7 +290,7 @@ def feedback(
     return run(out, pairs)
 
 
-@app.command()
+@command()
 def models() -> int:
     """List the families of models and known checkpoints."""
     from captioner.models.catalogue import table
@@ -279,7 +299,7 @@ def models() -> int:
     return OK
 
 
-@app.command()
+@command()
 def render_scenes(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty directory.")],
     count: Annotated[int, typer.Option(min=1, metavar="N", help="Number of images.")],
@@ -296,7 +316,7 @@ def render_scenes(
     return OK
 
 
-@app.command()
+@command()
 @takes(TrainConfig)
 def train(config: TrainConfig) -> int:
     """Fine-tune a model on images with captions.
@@ -314,7 +334,7 @@ demo = typer.Typer(help="Small example runs.", rich_markup_mode=None)
 app.add_typer(demo, name="demo")
 
 
-@demo.command("train")
+@demo.command("train", cls=Command)
 def demo_train(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Directory for images and model.")] = Path(
         "demo-train"
@@ -332,9 +352,9 @@ def main(argv: list[str] | None = None) -> NoReturn:
     An error that the user can fix is one line on standard error; a traceback means a defect in this program.
     """
     words = (sys.argv[1:] if argv is None else argv) or ["--help"]
-    command: Any = typer.main.get_command(app)
+    commands: Any = typer.main.get_command(app)
     try:
-        sys.exit(command.main(words, prog_name="captioner", standalone_mode=False) or OK)
+        sys.exit(commands.main(words, prog_name="captioner", standalone_mode=False) or OK)
     except CaptionerError as error:
         _fail(str(error), error.exit_code)
     except typer.TyperException as error:  # an unknown flag or command, a missing or misplaced value

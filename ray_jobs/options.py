@@ -18,7 +18,9 @@ import yaml
 from captioner.config import Setting, Settings, load_config, parse_yaml, settings_of
 from captioner.console.logs import log_as_json
 from captioner.errors import OK, UsageError
+from ray_jobs.help import HelpAll
 
+LONGEST_METAVAR = 36
 ConfigFile = Annotated[str | None, typer.Option(metavar="FILE.yaml", help="Settings of this run; flags win over it.")]
 SetValue = Annotated[
     list[str] | None,
@@ -37,6 +39,7 @@ COMMON_FLAGS = {  # of every command with settings
     "set_": _keyword("set_", SetValue),
     "print_config": _keyword("print_config", PrintConfig, False),
     "log_format": _keyword("log_format", LogFormat, "text"),
+    "help_all": _keyword("help_all", HelpAll, False),
 }
 
 
@@ -137,11 +140,13 @@ def _parameter(name: str, setting: Setting) -> inspect.Parameter:
         info: Any = typer.Argument(metavar=setting.argument, help=help_text, show_default=False)
         return _keyword(name, Annotated[str | None, info])
     default = setting.info.get_default()
-    if default not in (None, "", False, []):
-        help_text += f" [default: {default}]"
+    shown_default = "" if default in (None, "", False, []) else f" [default: {default}]"
     is_flag = setting.info.annotation is bool
+    metavar = _metavar(setting)
+    if len(metavar) > LONGEST_METAVAR:  # a list of choices that is wider than a narrow terminal has space for
+        metavar, help_text = "KIND", f"{help_text} One of {metavar.replace('|', ', ')}."
     info = typer.Option(
-        setting.flag, metavar=None if is_flag else _metavar(setting), help=help_text, show_default=False
+        setting.flag, metavar=None if is_flag else metavar, help=help_text + shown_default, show_default=False
     )
     if is_flag:
         return _keyword(name, Annotated[bool, info], default=False)

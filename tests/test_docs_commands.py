@@ -10,6 +10,7 @@ import pytest
 import typer
 
 from ray_jobs.cli import app
+from ray_jobs.help import EXAMPLES
 from ray_jobs.options import settings_of_call
 from ray_jobs.submit import resolve_arguments
 
@@ -30,12 +31,16 @@ def commands_of(program: str) -> list[tuple[str, str]]:
     return [(file.name, line) for file in DOCUMENTS for line in shown_lines(file) if line.startswith(f"{program} ")]
 
 
-@pytest.mark.parametrize(("document", "line"), commands_of("captioner"))
+HELP = [("--help", example.replace("\\\n", "")) for examples in EXAMPLES.values() for example in examples]
+
+
+@pytest.mark.parametrize(("document", "line"), [*commands_of("captioner"), *HELP])
 def test_the_command_line_takes_what_the_documents_show(
     document: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "run.yaml").write_text("model: {name: starter}\n")
+    for name in ("run.yaml", "train.yaml"):
+        (tmp_path / name).write_text("model: {name: starter}\n")
     _, name, *words = shlex.split(line)
     commands = typer.main.get_command(app).commands
     if name == "submit":

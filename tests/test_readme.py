@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from captioner.data import CAPTIONS_SCHEMA, ERROR_CODES
@@ -19,15 +20,14 @@ OTHERS_FLAGS = {"--address", "--working-dir", "--generate", "--shm-size"}  # of 
 
 
 def help_of(*command: str) -> str:
-    done = CliRunner().invoke(app, [*command, "--help"])
-    assert done.exit_code == 0, done.output
-    return done.stdout
+    done = [CliRunner().invoke(app, [*command, flag]) for flag in ("--help-all", "--help")]
+    assert done[1].exit_code == 0, done[1].output
+    return done[0].stdout + done[1].stdout
 
 
 @pytest.fixture(scope="module")
 def commands() -> set[str]:
-    listed = help_of().split("Commands:")[1].split("Exit codes:")[0]
-    return set(re.findall(r"^  ([a-z][a-z-]*)", listed, re.MULTILINE))
+    return set(typer.main.get_command(app).commands)
 
 
 @pytest.fixture(scope="module")

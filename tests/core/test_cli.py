@@ -98,7 +98,7 @@ def test_every_setting_has_its_flag(setting: Setting, configs: list[CaptionConfi
 
 
 def test_every_flag_of_help_is_a_setting(capsys: pytest.CaptureFixture[str]) -> None:
-    assert exit_code("caption", "--help") == 0
+    assert exit_code("caption", "--help-all") == 0
 
     shown = set(re.findall(r"^  (?:-h, )?(--[a-z-]+)", capsys.readouterr().out, re.MULTILINE))
     assert shown == {setting.flag for setting in FLAGS} | {
@@ -107,11 +107,12 @@ def test_every_flag_of_help_is_a_setting(capsys: pytest.CaptureFixture[str]) -> 
         "--print-config",
         "--log-format",
         "--help",
+        "--help-all",
     }
 
 
 def test_help_shows_choices_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
-    exit_code("caption", "--help")
+    exit_code("caption", "--help-all")
 
     shown = " ".join(capsys.readouterr().out.split())
     assert "--dtype auto|float32|bfloat16|float16 " in shown
