@@ -296,7 +296,7 @@ def test_help_lists_commands_and_exit_codes(words: list[str], capsys: pytest.Cap
         name for name in ("caption", "try", "verify", "status", "render-scenes") if f"\n  {name} " not in shown
     ] == []
     for code, meaning in EXIT_CODES.items():
-        assert re.search(rf"^ *{code} +{re.escape(meaning)}$", shown, re.MULTILINE)
+        assert f" {code} {meaning} " in " ".join([*shown.split(), ""])
     assert "..." not in shown.replace("[ARGS]...", ""), "a description is cut off"
 
 
