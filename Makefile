@@ -20,7 +20,7 @@ FAST := $(addsuffix .py,tests/test_house tests/test_package tests/core/test_conf
 	tests/core/test_steps tests/core/test_sources_folder tests/core/test_sources_tables tests/core/test_sources_webdataset \
 	tests/core/test_scoring tests/core/test_terminal tests/core/test_progress tests/core/test_imaging_fit)
 
-.PHONY: help setup test test-fast test-browser lint unit docs chaos fuzz demo test-lowest clean
+.PHONY: help setup test test-fast test-browser lint unit docs chaos families fuzz demo test-lowest clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,6 +52,9 @@ endif
 
 chaos: setup ## Kill drivers at random moments, resume, compare: CHAOS_KILLS=10 CHAOS_SEED=0
 	$(BIN)/python -m pytest tests/cluster -m chaos -q
+
+families: setup ## Caption with a tiny model of every type; the ordinary suite has some of them
+	ALL_FAMILIES=1 $(BIN)/python -m pytest tests/core/test_models_families.py -q
 
 fuzz: setup ## Decode 100,000 damaged files, damage 10,000 tables and sources: FUZZ_CASES=... TABLE_CASES=... FUZZ_SEED=...
 	FUZZ_CASES=$(or $(FUZZ_CASES),100000) $(BIN)/python -m pytest tests/core/test_fuzz.py -q -s

@@ -1,8 +1,9 @@
-"""Chat models that take an image in the user's turn: Idefics3, SmolVLM, Qwen2-VL, Qwen2.5-VL.
+"""Chat models that take an image in the user's turn: any model type whose processor has a chat template.
 
 The model's own processor prepares image and prompt: it splits or scales the image, applies the chat template and
 inserts as many placeholders as the image has tokens. So the rows of a batch differ in length; they are padded on the
-left, so that all answers begin at the same position.
+left, so that all answers begin at the same position. Everything the processor returns goes to `generate`, as in
+transformers' own examples.
 """
 
 from __future__ import annotations
@@ -11,23 +12,19 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import Idefics3Processor, ProcessorMixin, Qwen2_5_VLProcessor, Qwen2VLProcessor
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from captioner.data import Pixels
 from captioner.errors import ModelError
 from captioner.models.base import TransformersCaptioner
-from captioner.models.pretrained import LOADING_ERRORS
+from captioner.models.families import family_of
+from captioner.models.pretrained import LOADING_ERRORS, quiet
 from captioner.models.processors import ProcessedBatch, open_processor
 from captioner.models.ref import ModelRef
 
-_PROCESSORS: dict[str, type[ProcessorMixin]] = {
-    "idefics3": Idefics3Processor,
-    # SmolVLM's own processor differs only for video, for which it needs one more package.
-    "smolvlm": Idefics3Processor,
-    "qwen2_vl": Qwen2VLProcessor,
-    "qwen2_5_vl": Qwen2_5_VLProcessor,
-}
-_TILED = ("idefics3", "smolvlm")
+# Image processors whose tiles are normalised on the device.
+_TILED = (Idefics3ImageProcessorPil, SmolVLMImageProcessorPil)
 
 
 class ChatCaptioner(TransformersCaptioner):
@@ -35,24 +32,27 @@ class ChatCaptioner(TransformersCaptioner):
 
     def __init__(self, ref: ModelRef, device: torch.device, batch_size: int) -> None:
         super().__init__(ref, device, batch_size)
-        self.question = _apply_template(self.processor, ref)
+        self.question = self.text_before_caption()
         bos_token = self.tokenizer.bos_token
         has_start_token = bos_token is not None and self.question.startswith(bos_token)
         # A template that contains the start token must not get a second one (as in transformers).
         self._special_tokens = {"add_special_tokens": False} if has_start_token else {}
         # Normalising the many tiles of an image takes most of the processor's time, so the device does it.
-        image_processor = self.processor.image_processor
-        steps = (image_processor.do_pad, image_processor.do_rescale, image_processor.do_normalize)
-        on_device = ref.family in _TILED and all(steps)
+        images = self.processor.image_processor
+        on_device = isinstance(images, _TILED) and images.do_pad and images.do_rescale and images.do_normalize
         self._unnormalised = {"do_rescale": False, "do_normalize": False} if on_device else {}
 
     def open_native_processor(self) -> Any:
-        return open_processor(self.ref.path, _PROCESSORS[self.ref.family])
+        return open_processor(self.ref.path, family_of(self.ref.family))
+
+    def text_before_caption(self) -> str:
+        """Return the text that the processor gets with each image, with a placeholder where the image belongs."""
+        return _apply_template(self.processor, self.ref)
 
     def start_ids(self) -> list[int]:
         return []
 
-    def process(self, images: Pixels) -> dict[str, torch.Tensor]:
+    def process(self, images: Pixels) -> dict[str, Any]:
         """Return the processor's output for the images and the question, without the steps in `_unnormalised`."""
         inputs = self.processor(
             text=[self.question] * len(images),
@@ -64,13 +64,18 @@ class ChatCaptioner(TransformersCaptioner):
         )
         return dict(inputs)
 
-    def prepare(self, values: ProcessedBatch) -> dict[str, torch.Tensor]:
-        inputs = {name: tensor.to(self.device, non_blocking=True) for name, tensor in values.inputs().items()}
+    def prepare(self, values: ProcessedBatch) -> dict[str, Any]:
+        inputs = {name: self._to_device(value) for name, value in values.inputs().items()}
         if self._unnormalised:
             inputs["pixel_values"] = self._normalise_tiles(inputs["pixel_values"], inputs["pixel_attention_mask"])
-        return {
-            name: tensor.to(self.dtype) if tensor.is_floating_point() else tensor for name, tensor in inputs.items()
-        }
+        return {name: self._to_dtype(value) for name, value in inputs.items()}
+
+    def _to_device(self, value: Any) -> Any:
+        """Return a tensor on the device; what is none, such as a list of sizes, unchanged."""
+        return value.to(self.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+
+    def _to_dtype(self, value: Any) -> Any:
+        return value.to(self.dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
     def _normalise_tiles(self, tiles: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Return uint8 tiles [N, tiles, 3, H, W] normalised as by the image processor, float32.
@@ -83,10 +88,12 @@ class ChatCaptioner(TransformersCaptioner):
         normalised: torch.Tensor = (tiles.float() * settings.rescale_factor - mean) / std
         return normalised * mask[:, :, None]
 
-    def search(self, prepared: dict[str, torch.Tensor], /) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.search_after(prepared["input_ids"].shape[1], prepared)
+    def search(self, prepared: dict[str, Any], /) -> tuple[torch.Tensor, torch.Tensor]:
+        # An encoder-decoder returns a start token before the answer, other models the question.
+        num_start = 1 if self.model.config.is_encoder_decoder else prepared["input_ids"].shape[1]
+        return self.search_after(num_start, prepared)
 
-    def generate(self, prepared: dict[str, torch.Tensor], /, **options: Any) -> Any:
+    def generate(self, prepared: dict[str, Any], /, **options: Any) -> Any:
         return self.model.generate(**prepared, **options)
 
 
@@ -94,14 +101,18 @@ def _apply_template(processor: Any, ref: ModelRef) -> str:
     """Return the prompt after an image in a user's turn of the model's chat template."""
     content = [{"type": "image"}, {"type": "text", "text": ref.prompt}]
     try:
-        question = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        with quiet():  # transformers warns of templates without the switch for thinking
+            question = processor.apply_chat_template(
+                [{"role": "user", "content": content}], add_generation_prompt=True, enable_thinking=False
+            )
     except LOADING_ERRORS as error:
         reason = " ".join(str(error).split())
         raise ModelError(f"{ref.path}: its chat template cannot be used: {reason}") from None
-    num_placeholders = question.count(processor.image_token)
+    placeholder = getattr(processor, "image_token", None)
+    num_placeholders = 1 if placeholder is None else question.count(placeholder)
     if num_placeholders != 1:
         raise ModelError(
             f"{ref.path}: --prompt and its chat template contain {num_placeholders} image placeholders"
-            f" ({processor.image_token}), not 1; remove them from the prompt, or use a model whose template has one"
+            f" ({placeholder}), not 1; remove them from the prompt, or use a model whose template has one"
         )
     return str(question)

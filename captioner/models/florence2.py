@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import Florence2Processor
 
 from captioner.models.base import TransformersCaptioner
+from captioner.models.families import family_of
 from captioner.models.processors import open_processor
 from captioner.models.ref import ModelRef
 
@@ -17,7 +17,7 @@ class Florence2Captioner(TransformersCaptioner):
     """The prompt is a task token (<CAPTION>, ...), which the processor replaces by its question, or a question."""
 
     def __init__(self, ref: ModelRef, device: torch.device, batch_size: int) -> None:
-        processor = open_processor(ref.path, Florence2Processor)
+        processor = open_processor(ref.path, family_of(ref.family))
         self.question_ids: list[int] = processor(images=Image.new("RGB", (32, 32)), text=ref.prompt).input_ids[0]
         super().__init__(ref, device, batch_size)
 

@@ -22,17 +22,13 @@ if TYPE_CHECKING:
 # Below this, an operation takes less time than waking the threads that would share it: one thread captions faster than
 # four on an idle machine, and many times faster on a busy one.
 SMALL_MODEL_BYTES = 20_000_000
-_CHAT = "chat", "ChatCaptioner"
-CLASSES = {
+CHAT_CLASS = "chat", "ChatCaptioner"
+CLASSES = {  # of the families that are not CHAT_CLASS
     "git": ("git", "GitCaptioner"),
     "blip": ("blip", "BlipCaptioner"),
     "blip-2": ("blip2", "Blip2Captioner"),
     "vision-encoder-decoder": ("vision_encoder_decoder", "VisionEncoderDecoderCaptioner"),
     "florence2": ("florence2", "Florence2Captioner"),
-    "idefics3": _CHAT,
-    "smolvlm": _CHAT,
-    "qwen2_vl": _CHAT,
-    "qwen2_5_vl": _CHAT,
 }
 
 
@@ -94,6 +90,6 @@ def weights_bytes(ref: ModelRef) -> int:
 def _import_family(family: str) -> type[TransformersCaptioner]:
     """Return the class of a family, after importing its module and with it that family's part of transformers."""
     set_wait_policy()
-    module, name = CLASSES[family]
+    module, name = CLASSES.get(family, CHAT_CLASS)
     captioner_class: type[TransformersCaptioner] = getattr(import_module(f"captioner.models.{module}"), name)
     return captioner_class

@@ -15,19 +15,27 @@ from typing import Any
 
 from captioner.data import PixelSpec
 from captioner.errors import ModelError
+from captioner.models.families import family_of
 
 FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # by number in PIL.Image.Resampling
 LARGEST_EDGE = 4096  # `MAX_IMAGE_SIZE` of Idefics3 and SmolVLM
 _DEFAULT_EDGE = 2048
+_LARGEST_SIDE = 1 << 14  # a size above it is an area, which some processors keep under the names of sides
 
 
 def native_spec(family: str, file: Path, settings: dict[str, Any]) -> PixelSpec:
     """Return the PixelSpec for a family's processor. Raises ModelError where a size is not a positive integer."""
-    return _qwen(file, settings) if family.startswith("qwen") else _tiled(file, settings)
+    limit = family_of(family).limit
+    if limit == "area":
+        return _qwen(file, settings)
+    return _tiled(file, settings) if limit == "edge" else default_native_spec(settings)
 
 
 def default_native_spec(settings: dict[str, Any]) -> PixelSpec:
-    """Return the PixelSpec for any processor: up to twice the largest side in its settings, and at least 2048."""
+    """Return the PixelSpec for any processor: up to twice the largest side in its settings, and at least 2048.
+
+    Of a processor with a largest area instead: up to the side of a square of that area.
+    """
     sides = [_largest(settings.get(name)) for name in ("size", "crop_size", "pad_size", "max_image_size")]
     return _at_most_edge(max(_DEFAULT_EDGE, *(2 * side for side in sides)), 1, _filter(settings, "bicubic"))
 
@@ -72,4 +80,5 @@ def _side(file: Path, key: str, value: Any) -> int:
 
 def _largest(size: Any) -> int:
     sides = size.values() if isinstance(size, dict) else size if isinstance(size, list) else [size]
-    return max((side for side in sides if isinstance(side, int)), default=0)
+    largest = max((side for side in sides if isinstance(side, int)), default=0)
+    return largest if largest <= _LARGEST_SIDE else math.isqrt(largest) // 2

@@ -15,7 +15,7 @@ from typing import Any
 
 from captioner.data import PixelSpec
 from captioner.errors import ModelError
-from captioner.models.families import FAMILY_BY_NAME
+from captioner.models.families import family_of
 from captioner.models.native_processor import FILTERS, default_native_spec, native_spec
 from captioner.models.weights import read_json
 
@@ -76,7 +76,7 @@ def read_pixel_spec(directory: Path, family: str, vision: str = "", preprocess: 
     """
     file, settings = _read_settings(directory)
     settings = {key: value for key, value in settings.items() if value is not None}
-    if FAMILY_BY_NAME[family].pixels == "any":
+    if family_of(family).pixels == "any":
         return native_spec(family, file, settings)
     kind = _class_of(settings, vision or family)
     if kind not in _CLASSES:

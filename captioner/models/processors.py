@@ -2,7 +2,7 @@
 
 transformers uses torchvision for images where it is installed, which gives other pixels than Pillow. Here it is always
 Pillow, so that captions do not depend on what else is installed. Processors that also support video refuse to load
-without torchvision, so they are built from their image processor and tokenizer alone.
+without torchvision, so they are built from their image processor and tokenizer alone (`images_only`).
 """
 
 from __future__ import annotations
@@ -10,12 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
+import transformers
 from transformers import AutoImageProcessor, ProcessorMixin
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from captioner.data import Pixels
 from captioner.errors import ModelError
+from captioner.models.families import Family
 from captioner.models.pretrained import LOADING_ERRORS, open_tokenizer, quiet
 from captioner.run.prefetch import one_ahead
 
@@ -31,23 +34,50 @@ def open_image_processor(path: str) -> Any:
         raise ModelError(f"{path}: the image processor cannot be loaded: {' '.join(str(error).split())}") from None
 
 
-def open_processor(path: str, kind: type[ProcessorMixin]) -> Any:
-    """Return a processor of class `kind` for images and text, which pads text on the left. Raises ModelError."""
-    parts = [open_image_processor(path), open_tokenizer(path)]
+def open_processor(path: str, family: Family) -> Any:
+    """Return a family's processor for images and text, which pads text on the left. Raises ModelError."""
+    parts = {"image_processor": open_image_processor(path), "tokenizer": open_tokenizer(path)}
     try:
         with quiet():
+            kind = processor_class(family)
             settings, _ = kind.get_processor_dict(path, local_files_only=True)
-            processor = without_video(kind).from_args_and_dict(parts, settings)
+            absent = dict.fromkeys(set(kind.get_attributes()) - set(parts))
+            processor = images_only(kind).from_args_and_dict([], settings, **parts, **absent)
     except LOADING_ERRORS as error:
         raise ModelError(f"{path}: the processor cannot be loaded: {' '.join(str(error).split())}") from None
     processor.tokenizer.padding_side = "left"
     return processor
 
 
-def without_video(kind: type[ProcessorMixin]) -> type[ProcessorMixin]:
-    """Return a subclass of `kind` that needs no video processor, which directories and machines may lack."""
-    parts = [name for name in kind.get_attributes() if name != "video_processor"]
-    return type(kind.__name__, (kind,), {"get_attributes": classmethod(lambda cls: parts)})
+def processor_class(family: Family) -> type[ProcessorMixin]:
+    """Return the processor's class. Raises LookupError or AttributeError where transformers has none."""
+    kind: type[ProcessorMixin] = getattr(transformers, family.processor or PROCESSOR_MAPPING_NAMES[family.name])
+    return kind
+
+
+def images_only(kind: type[ProcessorMixin]) -> type[ProcessorMixin]:
+    """Return a subclass of `kind` without its parts for video and sound, which directories and machines may lack."""
+    names = kind.get_attributes()
+    absent = [name for name in names if name not in ("image_processor", "tokenizer")]
+    present = [name for name in names if name not in absent]
+
+    class ImagesOnly(ProcessorMixin):  # between `kind` and ProcessorMixin in the order of methods
+        def __init__(self, *args: Any, **options: Any) -> None:
+            given = dict(zip(names, args, strict=False)) | options
+            super().__init__(**{name: part for name, part in given.items() if name not in absent})
+
+    attributes: dict[str, Any] = {name: _AbsentPart() for name in absent}
+    attributes["get_attributes"] = classmethod(lambda cls: present)
+    return type(kind.__name__, (kind, ImagesOnly), attributes)
+
+
+class _AbsentPart:
+    """In place of a processor's part: has any setting, with the value None."""
+
+    model_input_names: ClassVar[list[str]] = []
+
+    def __getattr__(self, name: str) -> None:
+        return None
 
 
 @dataclass(frozen=True)

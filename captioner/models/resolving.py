@@ -16,7 +16,7 @@ from captioner.data import PixelSpec
 from captioner.errors import ModelError
 from captioner.files import is_uri, local_path
 from captioner.models import weights
-from captioner.models.families import FAMILIES, FAMILY_BY_NAME
+from captioner.models.families import FAMILIES, family_of
 from captioner.models.pixels import read_pixel_spec
 from captioner.models.ref import ModelRef
 
@@ -28,8 +28,8 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 def resolve(config: ModelConfig, dtype: str | None = None, notify: Callable[[str], None] = print) -> ModelRef:
     """Find the model that `config` names, download it if needed, and return what its files say without loading it.
 
-    `dtype`: the meaning of `config.dtype` "auto". `notify`: called with a line before a download starts. Raises
-    ModelError where there is no such model or it cannot be used.
+    `dtype`: the meaning of `config.dtype` "auto". `notify`: called with a line before a download starts, and where
+    a model's type is not one of FAMILIES. Raises ModelError where there is no such model or it cannot be used.
     """
     settings: dict[str, Any] = {
         "name": config.name,
@@ -44,7 +44,7 @@ def resolve(config: ModelConfig, dtype: str | None = None, notify: Callable[[str
         )
     else:
         directory, revision = locate(config.name, config.revision, notify)
-        ref = _describe(directory, revision, settings, config.preprocess)
+        ref = _describe(directory, revision, settings, config.preprocess, notify)
     return dataclasses.replace(ref, spec=dataclasses.replace(ref.spec, preprocess=config.preprocess))
 
 
@@ -101,12 +101,14 @@ def ensure_local(ref: ModelRef) -> ModelRef:
     return dataclasses.replace(ref, path=str(path))
 
 
-def _describe(directory: Path, revision: str | None, settings: dict[str, Any], preprocess: str) -> ModelRef:
+def _describe(
+    directory: Path, revision: str | None, settings: dict[str, Any], preprocess: str, notify: Callable[[str], None]
+) -> ModelRef:
     config_file = directory / "config.json"
     if not config_file.is_file():
         raise ModelError(f"{directory}: no config.json; give the directory that save_pretrained wrote")
     config = weights.read_json(config_file)
-    family = _family(config_file, config)
+    family = _family(config_file, config, notify)
     max_positions = _max_positions(family, config)
     settings = settings | {"prompt": _prompt(directory, family, settings["prompt"])}
     _check_length(directory, max_positions, settings["max_new_tokens"])
@@ -131,10 +133,17 @@ def _describe(directory: Path, revision: str | None, settings: dict[str, Any], p
     )
 
 
-def _family(config_file: Path, config: dict[str, Any]) -> str:
+def _family(config_file: Path, config: dict[str, Any], notify: Callable[[str], None]) -> str:
     model_type = config.get("model_type")
     if model_type not in FAMILIES:
-        raise ModelError(f"{config_file}: model_type {model_type!r} is not supported; supported: {', '.join(FAMILIES)}")
+        from captioner.models.untested import why_not  # imports transformers
+
+        reason = why_not(config_file.parent, config)
+        if reason is not None:
+            raise ModelError(
+                f"{config_file}: model_type {model_type!r} is not supported: {reason}; supported: {', '.join(FAMILIES)}"
+            )
+        notify(f"model_type {model_type} is not tested; used through its chat template")
     vision = config.get("vision_config")
     if model_type == "florence2" and isinstance(vision, dict) and vision.get("model_type") == "davit":
         raise ModelError(
@@ -146,7 +155,7 @@ def _family(config_file: Path, config: dict[str, Any]) -> str:
 
 def _max_positions(family: str, config: dict[str, Any]) -> int | None:
     """Return the number of the decoder's text positions; None where its configuration does not limit them."""
-    name = FAMILY_BY_NAME[family].text
+    name = family_of(family).text
     section = config if name == "." else config.get(name)
     section = section if isinstance(section, dict) else {}
     positions = section.get("max_position_embeddings", section.get("n_positions"))
@@ -155,7 +164,7 @@ def _max_positions(family: str, config: dict[str, Any]) -> int | None:
 
 def _prompt(directory: Path, name: str, prompt: str | None) -> str | None:
     """Return the given prompt, or the default of a family that needs one."""
-    family = FAMILY_BY_NAME[name]
+    family = family_of(name)
     if prompt is None:
         return family.default_prompt
     if family.prompt == "none":

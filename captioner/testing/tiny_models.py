@@ -10,10 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import captioner.starter
+from captioner.testing.tiny_chat_models import CHAT, TINY_CHATS, make_tiny_chat
+from captioner.testing.tiny_parts import END, LAYERS, PAD, START, special_ids, starter_tokenizer
 
 TINY_SIDE = 32  # pixels, of the tiny models' images
-_PAD, _START, _END = 0, 1, 2  # of the starter's tokenizer, which the tiny models share
 
 
 def make_tiny_model(family: str, path: Path, seed: int = 0) -> Path:
@@ -38,10 +38,11 @@ def make_tiny_model(family: str, path: Path, seed: int = 0) -> Path:
         "qwen2_vl": _make_qwen2,
         "qwen2_5_vl": _make_qwen2_5,
     }
+    makers |= {family: partial(make_tiny_chat, family) for family in TINY_CHATS}
     with quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = makers[family](path)
-        _enlarge(model, **_GAINS[family])
+        _enlarge(model, **_gains(family))
         model.save_pretrained(path)
     return path
 
@@ -54,11 +55,12 @@ _GAINS: dict[str, dict[str, float]] = {
     "blip-2": {"gain": 25.0, "end_gain": 1.6},
     "vision-encoder-decoder": {"gain": 25.0, "end_gain": 1.6},
     "florence2": {"gain": 15.0, "end_gain": 1.6},
-    "idefics3": {"gain": 15.0, "end_gain": 1.6},
-    "smolvlm": {"gain": 15.0, "end_gain": 1.6},
-    "qwen2_vl": {"gain": 15.0, "end_gain": 1.6},
-    "qwen2_5_vl": {"gain": 15.0, "end_gain": 1.6},
 }
+
+
+def _gains(family: str) -> dict[str, float]:
+    gain = TINY_CHATS[family].gain if family in TINY_CHATS else 15.0
+    return _GAINS.get(family, {"gain": gain, "end_gain": 1.6})
 
 
 def _enlarge(model: Any, gain: float, end_gain: float, text_gain: float | None = None) -> None:
@@ -70,10 +72,9 @@ def _enlarge(model: Any, gain: float, end_gain: float, text_gain: float | None =
                 weight.mul_(text_gain if text_gain and name.startswith("text_decoder.bert.encoder") else gain)
         parts = (getattr(model, name, None) for name in ("text_decoder", "decoder", "language_model"))
         writer = next((part for part in parts if part is not None), model)
-        writer.get_output_embeddings().weight[_END] *= end_gain
+        writer.get_output_embeddings().weight[END] *= end_gain
 
 
-_LAYERS = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 _NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
@@ -81,20 +82,20 @@ def _make_git(path: Path) -> Any:
     from transformers import GitConfig, GitForCausalLM, GitProcessor
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    tokenizer = _tokenizer()
+    tokenizer = starter_tokenizer()
     side = {"height": TINY_SIDE, "width": TINY_SIDE}
     GitProcessor(CLIPImageProcessorPil(size={"shortest_edge": TINY_SIDE}, crop_size=side), tokenizer).save_pretrained(
         path
     )
     return GitForCausalLM(
         GitConfig(
-            vision_config=_LAYERS | {"image_size": TINY_SIDE, "patch_size": 8},
+            vision_config=LAYERS | {"image_size": TINY_SIDE, "patch_size": 8},
             vocab_size=len(tokenizer),
             max_position_embeddings=64,
-            pad_token_id=_PAD,
-            bos_token_id=_START,
-            eos_token_id=_END,
-            **_LAYERS,
+            pad_token_id=PAD,
+            bos_token_id=START,
+            eos_token_id=END,
+            **LAYERS,
             **_NO_DROPOUT,
         )
     )
@@ -104,22 +105,22 @@ def _make_blip(path: Path) -> Any:
     from transformers import BlipConfig, BlipForConditionalGeneration, BlipProcessor
     from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
-    tokenizer = _tokenizer()
+    tokenizer = starter_tokenizer()
     side = {"height": TINY_SIDE, "width": TINY_SIDE}
     BlipProcessor(BlipImageProcessorPil(size=side), tokenizer).save_pretrained(path)
     text = {
         "vocab_size": len(tokenizer),
         "max_position_embeddings": 64,
-        "encoder_hidden_size": _LAYERS["hidden_size"],
-        "pad_token_id": _PAD,
-        "bos_token_id": _START,
-        "eos_token_id": _END,
-        "sep_token_id": _END,
+        "encoder_hidden_size": LAYERS["hidden_size"],
+        "pad_token_id": PAD,
+        "bos_token_id": START,
+        "eos_token_id": END,
+        "sep_token_id": END,
     }
     return BlipForConditionalGeneration(
         BlipConfig(
-            text_config=_LAYERS | _NO_DROPOUT | text,
-            vision_config=_LAYERS | {"image_size": TINY_SIDE, "patch_size": 8, "initializer_range": 0.02},
+            text_config=LAYERS | _NO_DROPOUT | text,
+            vision_config=LAYERS | {"image_size": TINY_SIDE, "patch_size": 8, "initializer_range": 0.02},
         )
     )
 
@@ -128,10 +129,10 @@ def _make_vision_encoder_decoder(path: Path) -> Any:
     from transformers import GPT2Config, VisionEncoderDecoderConfig, VisionEncoderDecoderModel, ViTConfig
     from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-    tokenizer = _tokenizer()
+    tokenizer = starter_tokenizer()
     tokenizer.save_pretrained(path)
     ViTImageProcessorPil(size={"height": TINY_SIDE, "width": TINY_SIDE}).save_pretrained(path)
-    encoder = ViTConfig(image_size=TINY_SIDE, patch_size=8, **_LAYERS, **_NO_DROPOUT)
+    encoder = ViTConfig(image_size=TINY_SIDE, patch_size=8, **LAYERS, **_NO_DROPOUT)
     decoder = GPT2Config(
         vocab_size=len(tokenizer),
         n_positions=64,
@@ -139,12 +140,12 @@ def _make_vision_encoder_decoder(path: Path) -> Any:
         n_layer=2,
         n_head=2,
         add_cross_attention=True,
-        pad_token_id=_PAD,
-        bos_token_id=_START,
-        eos_token_id=_END,
+        pad_token_id=PAD,
+        bos_token_id=START,
+        eos_token_id=END,
     )
     config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
-    config.decoder_start_token_id, config.pad_token_id, config.eos_token_id = _START, _PAD, _END
+    config.decoder_start_token_id, config.pad_token_id, config.eos_token_id = START, PAD, END
     return VisionEncoderDecoderModel(config=config)
 
 
@@ -152,15 +153,17 @@ def _make_blip2(path: Path) -> Any:
     from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2Processor, OPTConfig
     from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
-    tokenizer = _tokenizer("<image>", ends=False)
+    tokenizer = starter_tokenizer("<image>", ends=False)
     side = {"height": TINY_SIDE, "width": TINY_SIDE}
     Blip2Processor(BlipImageProcessorPil(size=side), tokenizer, num_query_tokens=4).save_pretrained(path)
-    text = {"ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 64, "dropout": 0.0} | _ids(tokenizer)
+    text = {"ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 64, "dropout": 0.0} | special_ids(
+        tokenizer
+    )
     return Blip2ForConditionalGeneration(
         Blip2Config(
-            vision_config=_LAYERS | {"image_size": TINY_SIDE, "patch_size": 8, "initializer_range": 0.02},
-            qformer_config=_LAYERS | _NO_DROPOUT,
-            text_config=OPTConfig(**_LAYERS, **text).to_dict(),
+            vision_config=LAYERS | {"image_size": TINY_SIDE, "patch_size": 8, "initializer_range": 0.02},
+            qformer_config=LAYERS | _NO_DROPOUT,
+            text_config=OPTConfig(**LAYERS, **text).to_dict(),
             num_query_tokens=4,
             image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         )
@@ -171,7 +174,7 @@ def _make_florence2(path: Path) -> Any:
     from transformers import BartConfig, Florence2Config, Florence2ForConditionalGeneration, Florence2Processor
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    tokenizer = _tokenizer("<image>", extra_special_tokens={"image_token": "<image>"})
+    tokenizer = starter_tokenizer("<image>", extra_special_tokens={"image_token": "<image>"})
     side = {"height": TINY_SIDE, "width": TINY_SIDE}
     tokens = {"image_seq_length": 65}  # 8 x 8 places, and one for all of them
     images = CLIPImageProcessorPil(size=side, crop_size=side, do_center_crop=False, **tokens)
@@ -186,10 +189,10 @@ def _make_florence2(path: Path) -> Any:
         decoder_ffn_dim=64,
         max_position_embeddings=256,
         dropout=0.0,
-        decoder_start_token_id=_END,
-        forced_bos_token_id=_START,
+        decoder_start_token_id=END,
+        forced_bos_token_id=START,
         **halves,
-        **_ids(tokenizer),
+        **special_ids(tokenizer),
     )
     return Florence2ForConditionalGeneration(
         Florence2Config(
@@ -208,20 +211,20 @@ def _make_tiled(kind: str, path: Path) -> Any:
 
     positions = [f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)]
     special = ["<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>", *positions]
-    tokenizer = _tokenizer(*special, ends=False)
+    tokenizer = starter_tokenizer(*special, ends=False)
     images = {"Idefics3": Idefics3ImageProcessorPil, "SmolVLM": SmolVLMImageProcessorPil}[kind](
         size={"longest_edge": TINY_SIDE}, max_image_size={"longest_edge": TINY_SIDE // 2}
     )
     # 16 x 16 pixels are 4 x 4 patches, of which each 2 x 2 become one token.
     transformers.Idefics3Processor(
-        images, tokenizer, image_seq_len=4, chat_template=_CHAT.replace("IMAGE", "<image>")
+        images, tokenizer, image_seq_len=4, chat_template=CHAT.replace("IMAGE", "<image>")
     ).save_pretrained(path)
     config = getattr(transformers, f"{kind}Config")(
-        vision_config=_LAYERS | {"image_size": TINY_SIDE // 2, "patch_size": 4},
-        text_config=_LAYERS | _ids(tokenizer) | {"model_type": "llama", "max_position_embeddings": 256},
+        vision_config=LAYERS | {"image_size": TINY_SIDE // 2, "patch_size": 4},
+        text_config=LAYERS | special_ids(tokenizer) | {"model_type": "llama", "max_position_embeddings": 256},
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         scale_factor=2,
-        pad_token_id=_PAD,
+        pad_token_id=PAD,
     )
     return getattr(transformers, f"{kind}ForConditionalGeneration")(config)
 
@@ -244,55 +247,24 @@ def _make_qwen2_5(path: Path) -> Any:
 
 
 _QWEN_VISION: dict[str, Any] = {"depth": 2, "num_heads": 2, "patch_size": 4}
-_CHAT = (
-    "{% for message in messages %}{{ message['role'] }}:{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}IMAGE{% else %} {{ part['text'] }}{% endif %}{% endfor %}{{ '\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}assistant:{% endif %}"
-)
 
 
 def _qwen(path: Path, kind: Any) -> dict[str, Any]:
     """Settings of a Qwen-VL; saves its processor: images of 64 to 1024 pixels, in multiples of 8."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    from captioner.models.processors import without_video
+    from captioner.models.processors import images_only
 
     special = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
-    tokenizer = _tokenizer(*special, ends=False)
+    tokenizer = starter_tokenizer(*special, ends=False)
     images = Qwen2VLImageProcessorPil(
         size={"shortest_edge": 64, "longest_edge": TINY_SIDE**2}, patch_size=4, merge_size=2
     )
-    template = _CHAT.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
-    without_video(kind)(images, tokenizer, None, chat_template=template).save_pretrained(path)
+    template = CHAT.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
+    images_only(kind)(images, tokenizer, None, chat_template=template).save_pretrained(path)
     names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
     heads = {"num_key_value_heads": 2, "max_position_embeddings": 256, "rope_parameters": rope}
     return dict(zip(names, tokenizer.convert_tokens_to_ids(special), strict=True)) | {
-        "text_config": _LAYERS | _ids(tokenizer) | heads
+        "text_config": LAYERS | special_ids(tokenizer) | heads
     }
-
-
-def _ids(tokenizer: Any) -> dict[str, int]:
-    special = {"pad_token_id": _PAD, "bos_token_id": _START, "eos_token_id": _END}
-    return {"vocab_size": len(tokenizer)} | special
-
-
-def _tokenizer(*special: str, ends: bool = True, **options: Any) -> Any:
-    """The starter's, with more special tokens. Unless it `ends` a text, it only begins it."""
-    from tokenizers import Tokenizer, processors
-    from transformers import PreTrainedTokenizerFast
-
-    backend = Tokenizer.from_file(str(Path(captioner.starter.__file__).parent / "model" / "tokenizer.json"))
-    if not ends:
-        backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", _START)])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        clean_up_tokenization_spaces=False,
-        model_max_length=64 if not special else 4096,
-        **options,
-    )
-    tokenizer.add_tokens(list(special), special_tokens=True)
-    return tokenizer

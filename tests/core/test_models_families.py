@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import io
 import json
-from functools import cache
+import os
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
@@ -22,15 +23,19 @@ from captioner.data import RawImage
 from captioner.errors import ModelError
 from captioner.imaging import decode_images
 from captioner.models import load, resolve
-from captioner.models.families import FAMILY_BY_NAME, QUESTION
+from captioner.models.families import FAMILY_BY_NAME, QUESTION, family_of
+from captioner.models.processors import open_processor
 from captioner.starter.scenes import make_scenes
 from captioner.steps import caption_or_reasons
 from captioner.testing import make_tiny_model
+from captioner.testing.tiny_chat_models import TINY_CHATS
 
 LIMIT = 12
 START, END = 1, 2
-CHAT = ("idefics3", "smolvlm", "qwen2_vl", "qwen2_5_vl")
-NEW = ("blip-2", "florence2", *CHAT)
+# The ordinary suite has some types of each kind of processor; `make families` tests all.
+SOME = ("qwen3_vl", "gemma3", "llava", "internvl", "vipllava")
+BY_TABLE = tuple(TINY_CHATS) if "ALL_FAMILIES" in os.environ else SOME
+NEW = ("blip-2", "florence2", "idefics3", "smolvlm", "qwen2_vl", "qwen2_5_vl", *BY_TABLE)
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -42,7 +47,7 @@ def model(tmp_path_factory):
 
 
 @cache
-def images() -> list[Image.Image]:
+def small_images() -> list[Image.Image]:
     """Return images with sizes below, at and above those of the tiny models."""
     sizes = [(20 + 7 * index % 31, 18 + 5 * index % 29) for index in range(24)]
     return [scene.render(64).resize(size) for scene, size in zip(make_scenes(24, seed=5), sizes, strict=True)]
@@ -57,20 +62,22 @@ def as_files(images: list[Image.Image]) -> list[RawImage]:
     return raws
 
 
-def caption(directory: Path, batch_size: int = 16, **settings):
-    """Return the captions of the images, read from files."""
+def caption(directory: Path, batch_size: int = 16, images: list[Image.Image] | None = None, **settings):
+    """Return the captions of images, read from files."""
     config = ModelConfig(name=str(directory), **({"max_new_tokens": LIMIT, "preprocess": "processor"} | settings))
     ref = resolve(config)
-    decoded = decode_images(as_files(images()), ref.spec, max_pixels=10**6)
+    decoded = decode_images(as_files(images or small_images()), ref.spec, max_pixels=10**6)
     return load(ref, device="cpu", batch_size=batch_size).caption(decoded.pixels)
 
 
-def generate_one_by_one(family: str, directory: Path, prompt: str | None = None) -> list[str]:
+def generate_one_by_one(
+    family: str, directory: Path, prompt: str | None = None, images: list[Image.Image] | None = None
+) -> list[str]:
     """Return captions by `generate` on one image after the other, prepared by transformers' own classes."""
     model = AutoModelForImageTextToText.from_pretrained(directory).eval()
     tokenizer = AutoTokenizer.from_pretrained(directory)
     texts = []
-    for image in images():
+    for image in images or small_images():
         inputs = INPUTS[family](directory, tokenizer, image, prompt)
         with torch.inference_mode():
             ids = model.generate(**inputs, do_sample=False, max_new_tokens=LIMIT)[0]
@@ -113,7 +120,28 @@ def qwen_inputs(directory, tokenizer, image, prompt):
     return inputs | {"mm_token_type_ids": kinds}
 
 
-INPUTS = {
+@cache
+def processor_of(family: str, directory: Path):
+    """Return the processor as transformers opens it or, where that needs torchvision for videos, without that part."""
+    try:
+        return AutoProcessor.from_pretrained(directory, backend="pil")
+    except (ImportError, OSError, ValueError):
+        return open_processor(str(directory), family_of(family))
+
+
+def chat_inputs(directory, tokenizer, image, prompt, family):
+    """Return the inputs as in the documentation of each of these models in transformers."""
+    content = [{"type": "image", "image": image}, {"type": "text", "text": prompt or QUESTION}]
+    return processor_of(family, directory).apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+
+
+INPUTS = {family: partial(chat_inputs, family=family) for family in TINY_CHATS} | {
     "blip-2": blip2_inputs,
     "florence2": florence2_inputs,
     "idefics3": lambda *args: tiled_inputs(*args, kind=Idefics3ImageProcessorPil),
@@ -142,6 +170,15 @@ def test_batches_do_not_change_captions(family, num_beams, model) -> None:
     assert len(set(single.texts)) >= len(single.texts) / 2
     assert (batched.texts, batched.num_tokens, batched.finished) == (single.texts, single.num_tokens, single.finished)
     np.testing.assert_allclose(batched.logprob_mean, single.logprob_mean, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", NEW)
+def test_images_of_very_different_sizes_are_captioned_in_one_batch(family, model) -> None:
+    sizes = [(8, 8), (9, 150), (300, 20), (200, 170), (33, 32), (64, 64)]
+    images = [scene.render(64).resize(size) for scene, size in zip(make_scenes(6, seed=8), sizes, strict=True)]
+    expected = generate_one_by_one(family, model(family), images=images)
+
+    assert caption(model(family), batch_size=6, images=images).texts == expected
 
 
 @pytest.mark.parametrize("family", NEW)
@@ -236,7 +273,7 @@ def test_a_question_without_exactly_one_image_placeholder_is_an_error(prompt, tm
 def test_only_the_image_that_the_processor_refuses_fails(model) -> None:
     ref = resolve(ModelConfig(name=str(model("qwen2_vl")), max_new_tokens=LIMIT))
     strip = Image.new("RGB", (900, 2))  # Qwen refuses aspect ratios above 200
-    decoded = decode_images(as_files([*images()[:3], strip]), ref.spec, max_pixels=10**6)
+    decoded = decode_images(as_files([*small_images()[:3], strip]), ref.spec, max_pixels=10**6)
 
     results = caption_or_reasons(load(ref, device="cpu", batch_size=4), decoded.pixels)
 
@@ -246,7 +283,7 @@ def test_only_the_image_that_the_processor_refuses_fails(model) -> None:
 
 def test_a_batch_that_exceeds_the_memory_is_halved_and_no_image_is_lost(model, monkeypatch: pytest.MonkeyPatch) -> None:
     captioner = load(resolve(ModelConfig(name=str(model("smolvlm")), max_new_tokens=LIMIT)), device="cpu", batch_size=9)
-    decoded = decode_images(as_files(images()), captioner.ref.spec, max_pixels=10**6)
+    decoded = decode_images(as_files(small_images()), captioner.ref.spec, max_pixels=10**6)
     expected = captioner.caption(decoded.pixels)
     search = captioner.search
 

@@ -15,6 +15,7 @@ from captioner.config import ModelConfig
 from captioner.data import PixelSpec
 from captioner.errors import ModelError
 from captioner.models import load, resolve
+from captioner.models.families import QUESTION
 from captioner.testing import make_tiny_model
 
 
@@ -134,7 +135,7 @@ def only_pickles(model) -> None:
         (lambda model: (model / "processor_config.json").write_text("{'"), "processor_config.json: cannot be read"),
         (
             lambda model: edit_json(model / "config.json", model_type="llama"),
-            "model_type 'llama' is not supported; supported: git, blip, blip-2, vision-encoder-decoder",
+            "model_type 'llama' is not supported: transformers .* has no model .*; supported: git, blip, blip-2",
         ),
         (
             lambda model: edit_json(model / "config.json", vision_config={"image_size": 48}),
@@ -188,6 +189,39 @@ def test_a_vision_encoder_decoder_takes_no_prompt(tmp_path) -> None:
 
     with pytest.raises(ModelError, match=r"--prompt 'a photo of': .* takes no prompt"):
         resolved(model, prompt="a photo of")
+
+
+def test_a_chat_model_of_a_type_not_in_the_table_is_tried_with_a_line_that_says_so(tmp_path) -> None:
+    lines: list[str] = []
+
+    ref = resolve(ModelConfig(name=str(make_tiny_model("vipllava", tmp_path))), notify=lines.append)
+
+    assert (ref.family, ref.prompt) == ("vipllava", QUESTION)
+    assert lines == ["model_type vipllava is not tested; used through its chat template"]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "damage", "reason"),
+    [
+        ("lfm2_vl", lambda model: None, "its image processor needs torchvision"),
+        ("glm_ocr", lambda model: None, "transformers .* has no processor of this type"),
+        ("pixtral", lambda model: None, "transformers .* has no model of this type"),
+        ("moondream1", lambda model: edit_json(model / "config.json", auto_map={}), "it needs the .* own code"),
+        ("aria", remove("chat_template.jinja"), "its directory has no chat template"),
+    ],
+)
+def test_a_chat_model_that_cannot_work_is_refused_with_the_reason(model_type, damage, reason, tmp_path) -> None:
+    model = make_tiny_model("llava", tmp_path)
+    edit_json(model / "config.json", model_type=model_type)
+    settings = json.loads((model / "processor_config.json").read_text())
+    del settings["image_processor"]["image_processor_type"]
+    (model / "processor_config.json").write_text(json.dumps(settings))
+    damage(model)
+
+    with pytest.raises(ModelError, match=f"model_type '{model_type}' is not supported: {reason}") as raised:
+        resolved(model)
+
+    assert_one_line(raised.value, str(model))
 
 
 def test_a_missing_shard_is_named(model) -> None:
