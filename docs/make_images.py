@@ -1,8 +1,8 @@
 """Make the images of the README and of docs/alt-text.md.
 
 python docs/make_images.py OUT ARCHIVE   contact-sheet.png, from a captioned table
-python docs/make_images.py alt-text      review-*.png and recaptioned.png: goes the whole way of docs/alt-text.md on
-                                           rendered posters, in a minute or two; needs playwright and a Chromium
+python docs/make_images.py review        review-*.png: reviews rendered posters; needs playwright and a Chromium
+python docs/make_images.py alt-text      those and recaptioned.png: the whole way of docs/alt-text.md, in some minutes
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -92,7 +93,7 @@ def review(browser: Any, address: str, decisions: str, known: dict[str, str]) ->
         wait_for_card(page)
         if number == 1:
             save(page.screenshot(), "review.png")
-        place = page.locator("#card").get_attribute("data-place")
+        shown = int(str(page.locator("#card").get_attribute("data-shown")))
         page.keyboard.press("o" if page.locator("#only").is_visible() else "Shift")
         page.keyboard.press(key)
         if key == "e":
@@ -101,24 +102,33 @@ def review(browser: Any, address: str, decisions: str, known: dict[str, str]) ->
             if number == 2:
                 save(page.screenshot(), "review-edit.png")
             page.keyboard.press("Control+Enter")
-        page.wait_for_selector(f"#card:not([data-place='{place}'])", state="attached")
+        page.wait_for_selector(f"#card[data-shown='{shown + 1}']", state="attached")
+    wait_for_card(page)
+    page.keyboard.press("g")
+    page.locator("#tiles img").first.wait_for()
+    page.wait_for_load_state("networkidle")
+    save(page.screenshot(), "review-grid.png")
+    page.keyboard.press("Escape")
     page.set_viewport_size({"width": 390, "height": 844})
     wait_for_card(page)
     save(page.screenshot(), "review-phone.png")
 
 
-def alt_text_images() -> None:
-    """In an empty working directory."""
+def alt_text_images(everything: bool) -> None:
+    """In an empty working directory. `everything`: recaptioned.png as well."""
     from playwright.sync_api import sync_playwright
 
+    as_root = ["--no-sandbox"] if os.geteuid() == 0 else []  # Chromium's sandbox refuses root
     archive, out = Path("posters"), Path("captions")
     known = render_posters(archive, 160)
     captioner("caption", archive, out, "--model", "starter", "--local")
     captioner("alt-text", out, "--language", "en")
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"))
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=as_root)
         with review_page(out) as address:
             review(browser, address, "a" + "e" * 72 + "rrrx", known)
+        if not everything:
+            return
         captioner("feedback", out, "pairs")
         taught = ("--max-steps", 150, "--learning-rate", 1e-3, "--warmup-steps", 10, "--eval-steps", 50)
         captioner("train", "pairs", "trained", "--model", "starter", *taught)
@@ -132,12 +142,12 @@ def alt_text_images() -> None:
 
 
 def main(words: list[str]) -> None:
-    if words == ["alt-text"]:
+    if words in (["alt-text"], ["review"]):
         museum = Path(tempfile.gettempdir()) / "museum"  # its name is seen in the images
         museum.mkdir()
         try:
             with contextlib.chdir(museum):
-                alt_text_images()
+                alt_text_images(words == ["alt-text"])
         finally:
             shutil.rmtree(museum)
         return
