@@ -120,7 +120,7 @@ class ThisProcess:
 
 def close_job(job: Job, tally: Tally) -> int:
     """Count the table against the plan, check its captions and write the record; return the exit code."""
-    counts = count_rows(job.table)
+    counts = count_rows(job.table, whole_files=False)
     if counts.remaining:
         raise VerificationError(
             f"{shown(job.config.output.path)}: {counts.remaining:,} of "

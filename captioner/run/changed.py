@@ -62,7 +62,8 @@ def find_changed(table: CaptionsTable, source: Source, compare_up_to: int | None
     request for each file, for a tar or a table and all its images, for a folder of a store.
     """
     changed, files = Changed(), _Files(source, compare_up_to)
-    for rows in read_parts(table, _COLUMNS, on_damage=lambda error: None):  # a run captions those again anyway
+    # What is damaged is captioned again anyway.
+    for rows in read_parts(table, _COLUMNS, on_damage=lambda error: None, whole_files=False):
         if not len(rows):
             continue
         part = int(rows["chunk_id"][0].as_py().split("-")[1])

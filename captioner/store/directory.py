@@ -9,7 +9,7 @@ import os
 import re
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -33,6 +33,7 @@ from captioner.store.checksum import (
 _TEMPORARY = ".tmp"
 ROW_GROUP_ROWS = 2_048
 LEASE_FILE = "writer.json"  # the marker of a running writer: see `captioner.store.lease`
+RECHECK_FILE = "plan/recheck.json"  # a file was found damaged: the next start reads all of them
 
 # Errors after which the same request fails again.
 _FINAL_ERRORS = (FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError, PermissionError)
@@ -85,6 +86,20 @@ def _retried(
     return wrapper
 
 
+@dataclass(frozen=True, slots=True)
+class FileStat:
+    """Size in bytes of a file, and when it was last changed, in ns; None where the store does not say."""
+
+    num_bytes: int
+    changed_at: int | None
+
+    def is_unchanged(self, num_bytes: int | None, since: FileStat | None) -> bool:
+        """Return whether the file has a size, and was not changed after another file, which was written after it."""
+        if since is None or since.changed_at is None or self.changed_at is None:
+            return False
+        return self.num_bytes == num_bytes and self.changed_at <= since.changed_at
+
+
 @dataclass(frozen=True)
 class Directory:
     """The directory at `location`; names are relative to it, with forward slashes.
@@ -124,20 +139,34 @@ class Directory:
         return f"{shown(self.location)}/{name}" if name else shown(self.location)
 
     def damage(self, name: str, what: str) -> DamagedFileError:
-        """Return the error for a damaged or missing file. `what`: "is missing", "is damaged: ..."."""
-        return DamagedFileError(f"{self.shown(name)} {what}; {_WAYS_OUT.get(name.partition('/')[0], _NO_WAY_OUT)}")
+        """Return the error for a damaged or missing file. `what`: "is missing", "is damaged: ...".
+
+        A start compares only sizes and times, in which damage may not show: it is noted for the next one.
+        """
+        folder = name.partition("/")[0]
+        if folder in ("plan", "captions") and what.startswith("is damaged"):
+            with suppress(OutputError):  # of somebody else, who may not write here
+                self.write_json(RECHECK_FILE, {"damaged": name})
+        return DamagedFileError(f"{self.shown(name)} {what}; {_WAYS_OUT.get(folder, _NO_WAY_OUT)}")
 
     @_retried
     def exists(self, name: str) -> bool:
         """Return whether there is a file or folder of that name."""
         return bool(self.filesystem.get_file_info(self.path(name)).type != FileType.NotFound)
 
-    @_retried
     def list_names(self, folder: str) -> list[str]:
         """Return the names of the files directly in `folder`, sorted, without the temporary files of killed writers."""
-        selector = FileSelector(self.path(folder), allow_not_found=True)
-        infos = self.filesystem.get_file_info(selector)
-        return sorted(i.base_name for i in infos if i.is_file and not i.base_name.endswith(_TEMPORARY))
+        return sorted(self.list_files(folder))
+
+    @_retried
+    def list_files(self, folder: str) -> dict[str, FileStat]:
+        """Return size and time of the files directly in `folder` by name, without temporary files."""
+        infos = self.filesystem.get_file_info(FileSelector(self.path(folder), allow_not_found=True))
+        return {
+            info.base_name: FileStat(info.size or 0, info.mtime_ns)
+            for info in infos
+            if info.is_file and not info.base_name.endswith(_TEMPORARY)
+        }
 
     @_retried
     def list_folders(self, folder: str) -> list[str]:
@@ -245,6 +274,14 @@ class Directory:
             return from_parquet(self.read_bytes(name), columns)
         except ValueError as error:
             raise self.damage(name, f"is damaged: {error}") from error
+
+    def read_columns(self, name: str, columns: list[str]) -> pa.Table:
+        """Return some columns of a Parquet file; no other bytes are read. Raises DamagedFileError."""
+        with self.open_parquet(name) as file:
+            table = file.read(columns, use_threads=False)
+            if missing := sorted(set(columns) - set(table.column_names)):
+                raise ValueError(f"it has no column {missing[0]}")
+            return table
 
     def read_checked(self, name: str) -> bytes:
         """Return the bytes of a Parquet file. Raises DamagedFileError where they are not those that were written."""

@@ -22,13 +22,18 @@ def raise_damage(error: DamagedFileError) -> None:
 
 
 def read_parts(
-    table: CaptionsTable, columns: Sequence[str] | None = None, every: int = 1, on_damage: OnDamage = raise_damage
+    table: CaptionsTable,
+    columns: Sequence[str] | None = None,
+    every: int = 1,
+    on_damage: OnDamage = raise_damage,
+    whole_files: bool = True,
 ) -> Iterator[pa.Table]:
     """Yield the committed rows, one part of the table (about --rows-per-file rows) at a time, in plan order.
 
     `every`: yield only one of so many parts. Of a run that is not finished, images without a committed row are left
     out; committed rows of an unfinished `--retry-failed` replace the older ones. `on_damage` is called for each file
-    that is damaged or missing; where it returns, the rows of that file are left out.
+    that is damaged or missing; where it returns, the rows of that file are left out. `whole_files`: compare published
+    files with their checksums; without, only the pages of `columns` are read and checked.
     """
     plans = table.plans()
     published = table.published_parts()
@@ -39,7 +44,7 @@ def read_parts(
         for part in sorted(plan.parts)[::every] if plan.adds_parts else ():
             try:
                 if part in published or is_published:
-                    rows = read_part(table, plan, part, columns)
+                    rows = read_part(table, plan, part, columns, whole_files)
                     yield _with_newer_rows(table, rows, part, retries, columns, on_damage)
                 else:
                     yield _read_chunks(table, plan.part_chunks(part), committed, columns, on_damage)
@@ -47,14 +52,17 @@ def read_parts(
                 on_damage(error)
 
 
-def read_part(table: CaptionsTable, plan: Plan, part: int, columns: Sequence[str] | None = None) -> pa.Table:
-    """Return the rows of a published part: these columns, or all.
+def read_part(
+    table: CaptionsTable, plan: Plan, part: int, columns: Sequence[str] | None = None, whole_file: bool = True
+) -> pa.Table:
+    """Return the rows of a published part: these columns, or all. `whole_file`: see `read_parts`.
 
     Raises DamagedFileError where its file is damaged, missing, or that of another part.
     """
     name = captions_name(part)
     names = table.schema.names if columns is None else list(columns)
-    rows = table.directory.read_table(name, list(dict.fromkeys([*names, "chunk_id"])))
+    read = table.directory.read_table if whole_file else table.directory.read_columns
+    rows = read(name, list(dict.fromkeys([*names, "chunk_id"])))
     is_this_part = pc.all(pc.match_substring(rows["chunk_id"], f"-{part:05d}-")).as_py()
     if rows.num_rows != plan.parts[part] or not is_this_part:
         raise table.directory.damage(name, "is damaged: it holds the rows of another part")

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from captioner.console.text import counted
 from captioner.data import PLAN_SCHEMA, STATUS_FAILED, Source
 from captioner.errors import DamagedFileError, OutputError
+from captioner.store.directory import RECHECK_FILE, FileStat
 from captioner.store.ids import IdIndex
 from captioner.store.parallel_listing import list_units
 from captioner.store.replan import current_plan_rows, write_rows_again
@@ -37,9 +38,16 @@ from captioner.store.table import (
 def restore_table(table: CaptionsTable, source: Source) -> list[str]:
     """Make again what can be made of the rest of a table, or by captioning; return a sentence for each damaged file.
 
-    Raises OutputError for what cannot be made again.
+    A file that has the size it was written with, and was not changed since, is not read: at 100 million images that
+    would take minutes. Where something was found damaged (see `Directory.damage`) all files are read. Raises
+    OutputError for what cannot be made again.
     """
-    return [*_restore_plan_records(table), *_restore_plan_parts(table, source), *_reopen_damaged_parts(table)]
+    problems = _restore_plan_records(table)
+    recheck = table.directory.exists(RECHECK_FILE)
+    problems += _restore_plan_parts(table, source, recheck)
+    problems += _reopen_damaged_parts(table, recheck)
+    table.directory.delete(RECHECK_FILE)
+    return problems
 
 
 def _restore_plan_records(table: CaptionsTable) -> list[str]:
@@ -50,6 +58,7 @@ def _restore_plan_records(table: CaptionsTable) -> list[str]:
             table.read_plan(generation)
         except DamagedFileError as error:
             if table.directory.exists(plan_name(generation)) or table.was_complete(generation):
+                table.directory.write_json(RECHECK_FILE, {"damaged": plan_name(generation)})
                 table.write_plan(_plan_of_parts(table, generation))
                 problems.append(f"{_what(error)}; it is made again from the parts of the plan")
     return problems
@@ -104,15 +113,17 @@ def _num_rows(table: CaptionsTable, part: int) -> int:
     return 0
 
 
-def _restore_plan_parts(table: CaptionsTable, source: Source) -> list[str]:
+def _restore_plan_parts(table: CaptionsTable, source: Source, recheck: bool) -> list[str]:
     """Write each plan part that is damaged or missing: by listing the source again, or from the published table."""
     problems = []
     for plan in table.plans():
-        damaged = {part: damage for part in sorted(plan.parts) if (damage := damage_of_plan_part(table, plan, part))}
+        parts = _changed_plan_parts(table, plan) if not recheck else sorted(plan.parts)
+        damaged = {part: damage for part in parts if (damage := damage_of_plan_part(table, plan, part))}
         if not damaged:
             continue
         if plan.adds_parts:
             _list_again(table, source, plan, damaged)
+            table.write_plan(plan)
             problems += [f"{damage}; it is made again by listing the source" for damage in damaged.values()]
             continue
         indices = {part: _rows_planned_again(table, plan, part) for part in damaged}
@@ -121,11 +132,28 @@ def _restore_plan_parts(table: CaptionsTable, source: Source) -> list[str]:
                 assert numbers is not None
                 rows = current_plan_rows(table, part, before=plan.generation).take(numbers)
                 write_rows_again(table, plan, part, rows, numbers)
+            table.write_plan(plan)
             problems += [f"{damage}; it is made again from captions/" for damage in damaged.values()]
         elif not table.is_published(plan.generation):
             _forget(table, plan)
             problems += [f"{damage}; the list of what to caption again is lost" for damage in damaged.values()]
     return problems
+
+
+def _changed_plan_parts(table: CaptionsTable, plan: Plan) -> list[int]:
+    """Return the parts of a plan whose files do not look as they did when plan.json was written after them."""
+    files = table.directory.list_files(plan_folder(plan.generation))
+    record = files.get(_file_name(plan_name(plan.generation)))
+
+    def is_unchanged(part: int) -> bool:
+        file = files.get(_file_name(plan_part_name(plan.generation, part)))
+        return file is not None and file.is_unchanged(plan.num_bytes.get(part), record)
+
+    return [part for part in sorted(plan.parts) if not is_unchanged(part)]
+
+
+def _file_name(name: str) -> str:
+    return name.rpartition("/")[2]
 
 
 def damage_of_plan_part(table: CaptionsTable, plan: Plan, part: int) -> str:
@@ -241,11 +269,12 @@ def _what(error: DamagedFileError) -> str:
     return str(error).rpartition("; ")[0]
 
 
-def _reopen_damaged_parts(table: CaptionsTable) -> list[str]:
+def _reopen_damaged_parts(table: CaptionsTable, recheck: bool) -> list[str]:
     """Make the generations of damaged published parts unfinished again; return a sentence for each file.
 
-    Each published part is read once. A damaged one is deleted: a run then captions its rows and publishes it, as after
-    a kill in the middle of publishing. The order of the steps does not matter to a start that finds some of them done.
+    Each published part that may have changed is read once. A damaged one is deleted: a run then captions its rows and
+    publishes it, as after a kill in the middle of publishing. The order of the steps does not matter to a start that
+    finds some of them done.
     """
     problems = []
     plans = table.plans()
@@ -255,15 +284,34 @@ def _reopen_damaged_parts(table: CaptionsTable) -> list[str]:
             problems.append(f"{problem}; it is made again from captions/")
     digests = recorded_digests(table)
     present = table.published_parts()
+    unchanged = set() if recheck else _unchanged_parts(table, plans, digests)
     for plan in plans:
         for part in sorted(plan.parts) if plan.adds_parts else ():
-            if part not in present and not table.is_published(plan.generation):
+            if part in unchanged or (part not in present and not table.is_published(plan.generation)):
                 continue
             problem = damage_of_part(table, plan, part, digests.get(part))
             if problem:
                 _reopen(table, plans, plan, part)
                 problems.append(f"{problem}; captioning {counted(plan.parts[part], 'image')} again")
     return problems
+
+
+def _unchanged_parts(table: CaptionsTable, plans: list[Plan], digests: dict[int, dict[str, str | int]]) -> set[int]:
+    """Return the published parts whose files look as they did when published.json was written after them."""
+    records: dict[int, FileStat | None] = {}  # the latest one of each part
+    for plan in plans:
+        if table.is_published(plan.generation):
+            record = table.directory.list_files(plan_folder(plan.generation)).get(
+                _file_name(published_name(plan.generation))
+            )
+            records |= dict.fromkeys(plan.parts, record)
+    files = table.directory.list_files("captions")
+    return {
+        part
+        for part, digest in digests.items()
+        if (file := files.get(_file_name(captions_name(part)))) is not None
+        and file.is_unchanged(int(digest["num_bytes"]), records.get(part))
+    }
 
 
 def recorded_digests(table: CaptionsTable) -> dict[int, dict[str, str | int]]:

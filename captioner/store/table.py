@@ -19,7 +19,7 @@ from __future__ import annotations
 import re
 import uuid
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
@@ -76,6 +76,7 @@ class Plan:
     ignored_examples: list[str] = field(default_factory=list)
     recaption: Recaption | None = None
     notes: list[str] = field(default_factory=list)  # what a person should know of the source, as it was listed
+    num_bytes: dict[int, int] = field(default_factory=dict)  # of the file of each part; {} in earlier versions
     ignored_kinds: dict[str, int] = field(default_factory=dict)  # number of ignored files by suffix, or name
 
     @property
@@ -113,6 +114,7 @@ class Plan:
             "ignored_examples": self.ignored_examples,
             "recaption": self.recaption and asdict(self.recaption),
             "notes": self.notes,
+            "num_bytes": {str(part): size for part, size in sorted(self.num_bytes.items())},
             "ignored_kinds": self.ignored_kinds,
         }
 
@@ -176,7 +178,10 @@ class CaptionsTable:
             raise self.directory.damage(name, f"is damaged: {error!r}") from error
 
     def write_plan(self, plan: Plan) -> None:
-        """Write plan.json: from then on the list is complete."""
+        """Write plan.json, with the sizes of the plan's files: from then on the list is complete."""
+        files = self.directory.list_files(plan_folder(plan.generation))
+        names = {part: plan_part_name(plan.generation, part).rpartition("/")[2] for part in plan.parts}
+        plan = replace(plan, num_bytes={part: files[name].num_bytes for part, name in names.items() if name in files})
         self.directory.write_json(plan_name(plan.generation), plan.to_json(), checksum=True)
 
     def is_published(self, generation: int) -> bool:
@@ -388,5 +393,6 @@ def _plan_from_json(generation: int, value: dict[str, Any]) -> Plan:
         ignored_examples=value["ignored_examples"],
         recaption=recaption and Recaption(**recaption),
         notes=value.get("notes", []),
+        num_bytes={int(part): size for part, size in value.get("num_bytes", {}).items()},
         ignored_kinds=value.get("ignored_kinds", {}),
     )

@@ -70,12 +70,14 @@ class Verification:
             self.add_problem(str(error))
 
 
-def count_rows(table: CaptionsTable, on_damage: OnDamage = raise_damage) -> TableCounts:
-    """Count the committed rows by status and by fingerprint. `on_damage`: see `read_parts`."""
+def count_rows(table: CaptionsTable, on_damage: OnDamage = raise_damage, whole_files: bool = True) -> TableCounts:
+    """Count the committed rows by status and by fingerprint. `on_damage`, `whole_files`: see `read_parts`."""
     counts = TableCounts(planned=sum(plan.num_rows for plan in table.plans() if plan.adds_parts))
     reasons: Counter[str] = Counter()
     fingerprints: Counter[str] = Counter()
-    for rows in read_parts(table, ["status", "error_code", "fingerprint"], on_damage=on_damage):
+    for rows in read_parts(
+        table, ["status", "error_code", "fingerprint"], on_damage=on_damage, whole_files=whole_files
+    ):
         failed = rows.filter(pc.equal(rows["status"], STATUS_FAILED))
         counts.ok += rows.num_rows - failed.num_rows
         counts.failed += failed.num_rows

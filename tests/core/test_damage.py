@@ -20,7 +20,9 @@ from captioner import pipeline
 from captioner.config import CaptionConfig
 from captioner.errors import DamagedFileError, VerificationError
 from captioner.run.job import open_job
+from captioner.sources import open_source
 from captioner.store.directory import Directory
+from captioner.store.repair import restore_table
 from captioner.store.table import CaptionsTable, open_table
 from captioner.store.verify import count_rows, verify
 from captioner.testing import Killed, killed_at_write, make_folder
@@ -137,6 +139,46 @@ def test_a_published_part_that_was_damaged_is_captioned_again_and_said(
     assert {path: path.read_bytes() for path in untouched} == untouched
     assert verify(table).proven
     assert contents(out) == contents(finished)
+
+
+@pytest.mark.parametrize("name", ["captions/part-00000.parquet", "plan/g000/part-00001.parquet"])
+def test_damage_that_changes_neither_size_nor_time_is_found_by_verify_and_then_repaired(
+    tmp_path: Path, archive: Path, finished: Path, name: str
+) -> None:
+    out = shutil.copytree(finished, tmp_path / "out")
+    table, before = open_table(str(out)), (out / name).stat()
+    injure(table.directory, name, INJURIES["a bit flipped"])
+    os.utime(out / name, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+    assert named(verify(table).problems, name)
+    assert pipeline.run(caption_config(archive, out)) == 0
+
+    assert verify(table).proven
+    assert contents(out) == contents(finished)
+
+
+def test_a_start_reads_no_file_that_has_the_size_and_time_it_was_written_with(
+    tmp_path: Path, archive: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = shutil.copytree(finished, tmp_path / "out")
+    table, source = open_table(str(out)), open_source(caption_config(archive, out).source)
+    read_bytes, names = Directory.read_bytes, list[str]()
+
+    def noted(self: Directory, name: str) -> bytes:
+        names.append(name)
+        return read_bytes(self, name)
+
+    monkeypatch.setattr(Directory, "read_bytes", noted)
+    assert restore_table(table, source) == []
+    assert [name for name in names if name.endswith(".parquet")] == []
+
+    for name in ("captions/part-00001.parquet", "plan/g000/part-00002.parquet"):
+        (out / name).touch()
+    assert restore_table(table, source) == []
+    assert {name for name in names if name.endswith(".parquet")} == {
+        "captions/part-00001.parquet",
+        "plan/g000/part-00002.parquet",
+    }
 
 
 def test_chunks_and_parts_in_each_others_place_are_damage(

@@ -91,6 +91,17 @@ def lines_of(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
+def test_damaged_lines_of_review_journals_are_counted(home: Path, tmp_path: Path) -> None:
+    (journal,) = (home / "out/reviews").iterdir()
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join([lines[0][:20] + b"\n", *lines[1:], b"\x00\xff\n"]))
+
+    tally = export(home, "jsonl", tmp_path / "texts.jsonl")
+
+    assert sum(tally.written.values()) == 3
+    assert tally.left_out["damaged lines of the review journals, and the decisions in them"] == 2
+
+
 def test_only_what_a_person_let_pass_goes_out(finished: Path, tmp_path: Path) -> None:
     tally = export(finished, "jsonl", tmp_path / "texts.jsonl")
 

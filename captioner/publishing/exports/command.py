@@ -14,6 +14,7 @@ from captioner.config import ExportConfig
 from captioner.console.text import counted, printable
 from captioner.errors import OK, OutputError, UsageError
 from captioner.files import shown
+from captioner.publishing.alt_text.journal import read_reviews
 from captioner.publishing.alt_text.texts import read_texts
 from captioner.publishing.exports import (
     coco,
@@ -89,6 +90,8 @@ def export_texts(table: CaptionsTable, settings: ExportConfig) -> Tally:
     chosen_format = FORMATS[settings.to or ""]
     dest = Path(table.directory.path("")) if settings.beside_originals else _destination(settings)
     tally = Tally()
+    if damaged := read_reviews(table.directory)[1]:
+        tally.left_out["damaged lines of the review journals, and the decisions in them"] = damaged
     rules = {
         "include_unreviewed": settings.include_unreviewed,
         "supports_decorative": chosen_format.supports_decorative,
