@@ -102,6 +102,8 @@ def _unidentified(data: bytes, failure: tuple[str, Exception] | None) -> ImageEr
     if failure:
         name, error = failure
         return ImageError(code_of(error, data), one_line(error), format=name.lower())
+    if data.startswith(b"version https://git-lfs.github.com/spec/"):
+        return ImageError("not_an_image", "a pointer of Git LFS, without the image; fetch that with `git lfs pull`")
     return ImageError("not_an_image", f"no known image format; the file begins with {data[:12]!r}")
 
 

@@ -8,7 +8,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import pyarrow as pa
 from pyarrow.fs import FileType
 
 from captioner.config import CaptionConfig, SourceConfig, settings_of
@@ -16,7 +15,7 @@ from captioner.console.text import counted
 from captioner.data import Source
 from captioner.errors import SourceError, UsageError
 from captioner.files import is_uri
-from captioner.sources.columns import choose_columns
+from captioner.sources.columns import Columns, choose_columns
 from captioner.sources.detect import look_into, match_glob
 from captioner.sources.folder import FolderSource
 from captioner.sources.huggingface import HuggingFaceSource
@@ -26,7 +25,7 @@ from captioner.sources.parquet import ParquetSource
 from captioner.sources.plan_rows import FilteredSource, WrappedSource
 from captioner.sources.root import FETCH_FIRST, HEAD_BYTES, Root, is_excluded, is_ignored
 from captioner.sources.splits import choose_split, splits_of
-from captioner.sources.tables import TABLE_SUFFIXES, UnreadableTableError, open_table
+from captioner.sources.tables import TABLE_SUFFIXES, open_table
 from captioner.sources.webdataset import COMPRESSED_SUFFIXES, IMAGE_SUFFIXES, WebDatasetSource
 
 __all__ = ["FLAGS_OF_KINDS", "describe", "open_source", "reopen_source"]
@@ -162,7 +161,7 @@ def _open_files(config: SourceConfig, root: Root, files: list[bytes], reason: st
     """Open files that are all tars, or all tables."""
     files = [file for file in files if not is_excluded(file + b"/", config.exclude)] or files
     suffixes = {os.path.splitext(file.lower())[1] for file in files}
-    is_tars = suffixes == {b".tar"} or all(file.lower().endswith(COMPRESSED_SUFFIXES) for file in files)
+    is_tars = all(file.lower().endswith((b".tar", *COMPRESSED_SUFFIXES)) for file in files)
     if not is_tars and (len(suffixes) != 1 or not suffixes <= set(TABLE_SUFFIXES)):
         names = b", ".join(sorted(suffixes)).decode("utf-8", "replace")
         if len(files) == 1:
@@ -172,8 +171,7 @@ def _open_files(config: SourceConfig, root: Root, files: list[bytes], reason: st
     reason = "; ".join(filter(None, [reason, split]))
     if is_tars:
         return WebDatasetSource(config.path, root, tuple(files), config.reference_column, reason)
-    file, schema = _first_schema(root, files)
-    columns = choose_columns(schema, config, root.uri(file))
+    columns = _columns_of_first(config, root, files)
     kind = ManifestSource if columns.kind == "path" else ParquetSource
     return kind(config.path, root, tuple(files), columns, reason)
 
@@ -214,11 +212,13 @@ def describe(source: Source) -> str:
     return "a captions table, with the images of its source"
 
 
-def _first_schema(root: Root, files: list[bytes]) -> tuple[bytes, pa.Schema]:
-    """Return the first table that can be opened, and its schema. Raises SourceError where none can."""
-    for file in files[:-1]:
+def _columns_of_first(config: SourceConfig, root: Root, files: list[bytes]) -> Columns:
+    """Return the columns of the first table that has images. Raises SourceError where none has: why, of the first."""
+    first_error: SourceError | None = None
+    for file in files:
         try:
-            return file, open_table(root, file).schema
-        except UnreadableTableError:
-            continue
-    return files[-1], open_table(root, files[-1]).schema
+            return choose_columns(open_table(root, file).schema, config, root.uri(file))
+        except SourceError as error:
+            first_error = first_error or error
+    assert first_error is not None
+    raise first_error

@@ -24,6 +24,10 @@ ACCEPTED = "accepted are binary, struct{bytes, path}, and strings that are paths
 CellKind = Literal["bytes", "struct", "path"]
 
 
+class MissingColumnError(SourceError):
+    """A table that lacks a column which was asked for, or which another table of the source has."""
+
+
 @dataclass(frozen=True, slots=True)
 class Columns:
     """The columns of a table that are used. `sha256`: of the images' files, where the table has it."""
@@ -174,7 +178,7 @@ def _first_match(names: Sequence[str], wanted: Sequence[str]) -> str | None:
 
 def _field(schema: pa.Schema, name: str, flag: str, where: str) -> pa.Field:
     if schema.names.count(name) != 1:
-        raise SourceError(f"{where}: {flag} {name!r}: no such column; it has: {', '.join(schema.names)}")
+        raise MissingColumnError(f"{where}: {flag} {name!r}: no such column; it has: {', '.join(schema.names)}")
     return schema.field(name)
 
 

@@ -73,7 +73,8 @@ def look_into(root: Root, exclude: Sequence[str] = ()) -> Content:
         if lower.endswith((b".tar", *COMPRESSED_SUFFIXES)):
             content.tars.append(file)
         elif lower.endswith(b".parquet"):
-            content.tables.append(file)
+            if not file.startswith(b"_") and b"/_" not in file:  # else of Spark, Hadoop or Delta: no data
+                content.tables.append(file)
         elif os.path.splitext(lower)[1][1:] in IMAGE_SUFFIXES:
             content.images.append(file)
         elif not is_ignored(base) and not base.startswith(b"_") and not lower.endswith(COMPANION_SUFFIXES):

@@ -15,8 +15,8 @@ import pyarrow as pa
 from captioner.errors import SourceError
 from captioner.sources.columns import as_captions, reference_column_of, references_of
 from captioner.sources.reading import concurrency
-from captioner.sources.root import Root, UnlistableError, is_excluded, is_hidden, is_ignored
-from captioner.sources.tables import UnreadableTableError, open_table, read_batches
+from captioner.sources.root import Root, UnlistableError, is_excluded, is_hidden, is_ignored, readable
+from captioner.sources.tables import UnreadableTableError, encoding_of, open_table, read_batches
 
 CAPTION_SUFFIXES = (b".caption", b".txt")  # of text files beside images, as tools for training write them
 MAX_CAPTION_BYTES = 1 << 16  # a longer text is no caption
@@ -108,15 +108,16 @@ def load_metadata(root: Root, file: bytes, reference_column: str | None) -> Meta
     try:
         return _load(root, file, reference_column, root.stamp(file))
     except UnreadableTableError as error:
-        if _names_files(root, file):
-            raise
-        raise ForeignMetadataError(str(error)) from None
+        if not _names_files(root, file):
+            raise ForeignMetadataError(str(error)) from None
+        raise SourceError(f"{error}; repair it, or leave it out with --exclude {readable(file)!r}") from None
 
 
 def _names_files(root: Root, file: bytes) -> bool:
     """Return whether the beginning of a damaged file has the name of the column that metadata need."""
     try:
-        return b"file_name" in root.read(file, 0, 1 << 16)
+        head = root.read(file, 0, 1 << 16)
+        return "file_name" in head.decode(encoding_of(head), "replace")
     except OSError:
         return False
 
@@ -134,7 +135,7 @@ def _load(root: Root, file: bytes, reference_column: str | None, stamp: object) 
     rows = 0
     for batch in read_batches(root, file, table, ["file_name", column] if column else ["file_name"], column):
         for row, name in enumerate(batch["file_name"].to_pylist(), start=rows):
-            path = _path_of(str(name))
+            path = _path_of(os.fsdecode(name) if isinstance(name, bytes) else str(name or ""))
             if row_of.setdefault(path, row) != row:
                 more_rows.setdefault(path, []).append(row)
             if "\\" in str(name):
@@ -168,11 +169,13 @@ class CaptionFiles:
 
     def __init__(self, root: Root, directory: bytes, files: Sequence[bytes], exclude: Sequence[str] = ()) -> None:
         self._root, self._prefix = root, os.path.join(directory, b"")
-        self._names = frozenset(
-            name
+        # By the name with its suffix in small letters.
+        self._names = {
+            stem + suffix.lower(): name
             for name in files
-            if name.lower().endswith(CAPTION_SUFFIXES) and not is_excluded(self._prefix + name, exclude)
-        )
+            for stem, suffix in [os.path.splitext(name)]
+            if suffix.lower() in CAPTION_SUFFIXES and not is_excluded(self._prefix + name, exclude)
+        }
         self.used: set[bytes] = set()
         self.undecodable: set[bytes] = set()
 
@@ -187,7 +190,7 @@ class CaptionFiles:
         return [list(dict.fromkeys(captions)) or None for captions in captions_of]
 
     def _files_of(self, image: bytes) -> list[bytes]:
-        return [name for name in names_of_caption_files(image) if name in self._names] if self._names else []
+        return [self._names[name] for name in names_of_caption_files(image) if name in self._names]
 
     def _read(self, name: bytes) -> list[str] | None:
         try:
@@ -206,6 +209,6 @@ def captions_in_text(data: bytes) -> list[str] | None:
 
     Raises UnicodeDecodeError where it is neither UTF-8 nor UTF-16 with its mark.
     """
-    encoding = "utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
-    lines = data.decode(encoding).splitlines()
+    encoding = encoding_of(data)
+    lines = data.decode("utf-8-sig" if encoding == "utf-8" else encoding).splitlines()
     return as_captions([line for line in lines if any(map(str.isalpha, line))])

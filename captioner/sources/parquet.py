@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from captioner.data import Listing, RawImage
 from captioner.sources.cells import Cell, make_cell, read_cells
-from captioner.sources.columns import table_rows
+from captioner.sources.columns import MissingColumnError, table_rows
 from captioner.sources.plan_rows import plan_table
 from captioner.sources.reading import as_planned, concurrency, with_stamp
 from captioner.sources.root import file_of_unit, readable
@@ -35,7 +35,8 @@ class ParquetSource(TableFiles):
     def list_unit(self, unit: str) -> Iterator[Listing]:
         """Read the columns of ids, captions and kept values; never that of the images.
 
-        One of several tables that is damaged, or refused, is a single row that will fail, or one after its good rows.
+        One of several tables that is damaged or refused, or that lacks a column, is a single row that will fail, or one
+        after its good rows.
         """
         file, first_row = file_of_unit(unit), 0
         stamp = self.root.stamp(file)
@@ -45,7 +46,7 @@ class ParquetSource(TableFiles):
                 rows = table_rows(batch, self.columns, file, readable(file), first_row)
                 yield Listing(with_stamp(rows, stamp), [])
                 first_row += batch.num_rows
-        except UnreadableTableError as error:
+        except (UnreadableTableError, MissingColumnError) as error:
             if len(self.files) == 1:
                 raise
             yield Listing(with_stamp(self._damaged_row(file, first_row), stamp), [], [str(error)])
@@ -60,9 +61,11 @@ class ParquetSource(TableFiles):
     def read(self, rows: pa.Table) -> list[RawImage]:
         """Read the image column of the row groups that hold these rows."""
         locations = list(zip(rows.column("file").to_pylist(), rows.column("row").to_pylist(), strict=True))
+        is_damage = [size is not None for size in rows.column("size").to_pylist()]
         rows_of: dict[bytes, list[int]] = defaultdict(list)
-        for file, row in locations:
-            rows_of[file].append(row)
+        for (file, row), damage in zip(locations, is_damage, strict=True):
+            if not damage:
+                rows_of[file].append(row)
         cells: dict[tuple[bytes, int], Cell] = {}
         with ThreadPoolExecutor(concurrency()) as pool:
             groups = [group for of_file in pool.map(self._groups, rows_of, rows_of.values()) for group in of_file]
@@ -70,10 +73,7 @@ class ParquetSource(TableFiles):
                 cells |= {(group.file, row): cell for row, cell in group_cells.items()}
         uris = [f"{self.root.uri(file)}#{row}" for file, row in locations]
         images = read_cells(rows, [cells.get(location) for location in locations], uris, self.root)
-        images = [
-            _damaged(image) if size is not None else image
-            for image, size in zip(images, rows.column("size").to_pylist(), strict=True)
-        ]
+        images = [_damaged(image) if damage else image for image, damage in zip(images, is_damage, strict=True)]
         return as_planned(images, rows, self.root)
 
     def _groups(self, file: bytes, rows: Sequence[int]) -> list[_Group]:
@@ -140,7 +140,10 @@ class _GroupReader:
         last = max(wanted)
         while self.position <= last and not self.is_at_end:
             if not len(self._left):
-                self._left = next(self._batches).column(0)
+                batch = next(self._batches)
+                if not batch.num_columns:  # the file was rewritten after it was planned
+                    raise pa.ArrowInvalid("the column of images is gone")
+                self._left = batch.column(0)
             taken = min(len(self._left), last + 1 - self.position)
             for offset in range(taken):
                 if self.position + offset in wanted:
@@ -184,7 +187,7 @@ _kept_readers = _KeptReaders()
 
 
 def _damaged(image: RawImage) -> RawImage:
-    message = "the table is damaged, or could not be opened: the rows from here on could not be listed"
+    message = "the table is damaged, could not be opened or lacks a column: its rows from here on could not be listed"
     return replace(image, data=None, error_code="damaged", error_message=message)
 
 

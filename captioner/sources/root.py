@@ -24,6 +24,8 @@ from captioner.errors import SourceError
 from captioner.files import Retry, is_uri, local_path, open_filesystem
 
 FETCH_FIRST = "captioner does not fetch http(s) URLs; fetch them with img2dataset first and caption its output"
+FETCH_LFS = "it is a pointer of Git LFS, without the content; fetch that with `git lfs pull`"
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 TABLE_FILE = b"table.json"  # in the OUT of a run
 HEAD_BYTES = 4096  # in which the formats of images have their signatures
 BUFFER_BYTES = 4 << 20  # of one request to a store

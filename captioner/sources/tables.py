@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,10 +14,11 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from captioner.errors import SourceError
-from captioner.sources.columns import Columns, with_valid_text
+from captioner.sources.columns import REFERENCE_NAMES, Columns, with_valid_text
 from captioner.sources.plan_rows import BATCH_ROWS
-from captioner.sources.root import Root, file_of_unit, is_transient, unit_of_file
+from captioner.sources.root import FETCH_LFS, LFS_POINTER, Root, file_of_unit, is_transient, unit_of_file
 
+LOOK_FOR_CAPTIONS = 1_000_000  # lines of a file whose first ones have no captions
 TABLE_SUFFIXES = (b".parquet", b".csv", b".jsonl", b".ndjson")
 
 
@@ -26,8 +28,11 @@ class Table(Protocol):
     @property
     def schema(self) -> pa.Schema: ...
 
-    def batches(self, columns: Sequence[str]) -> Iterator[pa.Table]:
-        """Yield these columns of every row, in order, at most BATCH_ROWS rows at a time."""
+    def batches(self, columns: Sequence[str], captions: str | None = None) -> Iterator[pa.Table]:
+        """Yield these columns of every row, in order, at most BATCH_ROWS rows at a time.
+
+        In the column `captions` what is no caption may be null.
+        """
         ...
 
 
@@ -49,7 +54,7 @@ def read_batches(
     Raises SourceError where the file is damaged, and where a column of text other than `captions` becomes lists.
     """
     try:
-        for batch in table.batches(columns):
+        for batch in table.batches(columns, captions):
             for name in columns:
                 becomes_list = pa.types.is_list(batch.schema.field(name).type) and pa.types.is_string(
                     table.schema.field(name).type
@@ -66,9 +71,19 @@ class UnreadableTableError(SourceError):
 
 
 def _unreadable(root: Root, file: bytes, error: Exception) -> SourceError:
-    message = f"{root.uri(file)}: cannot be read as a table: {' '.join(str(error).split())}"
+    message = f"{root.uri(file)}: cannot be read as a table: {' '.join(str(error).split())}{_hint(root, file, error)}"
     is_for_good = isinstance(error, pa.ArrowInvalid) or (isinstance(error, OSError) and not is_transient(error))
     return UnreadableTableError(message) if is_for_good else SourceError(message)
+
+
+def _hint(root: Root, file: bytes, error: Exception) -> str:
+    if "UTF8" in str(error):
+        return "; save it as UTF-8"
+    try:
+        is_pointer = root.read(file, 0, len(LFS_POINTER)) == LFS_POINTER
+    except OSError:
+        return ""
+    return f"; {FETCH_LFS}" if is_pointer else ""
 
 
 class ParquetTable:
@@ -78,7 +93,7 @@ class ParquetTable:
         self.file = open_parquet(root, file)
         self.schema: pa.Schema = self.file.schema_arrow
 
-    def batches(self, columns: Sequence[str]) -> Iterator[pa.Table]:
+    def batches(self, columns: Sequence[str], captions: str | None = None) -> Iterator[pa.Table]:
         for batch in self.file.iter_batches(BATCH_ROWS, columns=list(columns)):
             yield pa.Table.from_batches([batch])
 
@@ -89,14 +104,21 @@ def open_parquet(root: Root, file: bytes, footer: pq.FileMetaData | None = None)
 
 
 class CsvTable:
-    """A CSV file whose columns are all text: an id such as 007 stays as it is."""
+    """A CSV file whose columns are all text: an id such as 007 stays as it is.
+
+    Columns may be separated by commas, semicolons or tabs, as spreadsheets of different countries write them.
+    """
 
     def __init__(self, root: Root, file: bytes) -> None:
         self.root, self.file = root, file
+        head = root.read(file, 0, 1 << 16)
+        self._encoding = encoding_of(head)
+        header = head.decode(self._encoding, "replace").partition("\n")[0]
+        self._delimiter = max(",;\t", key=header.count)
         with self._open([]) as reader:
             self.schema = pa.schema([(name, pa.string()) for name in reader.schema.names])
 
-    def batches(self, columns: Sequence[str]) -> Iterator[pa.Table]:
+    def batches(self, columns: Sequence[str], captions: str | None = None) -> Iterator[pa.Table]:
         with self._open(self.schema.names) as reader:
             for block in reader:
                 table = pa.Table.from_batches([block]).select(list(columns))
@@ -105,7 +127,8 @@ class CsvTable:
     def _open(self, text_columns: Sequence[str]) -> pyarrow.csv.CSVStreamingReader:
         return pyarrow.csv.open_csv(
             self.root.open(self.file),
-            parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
+            read_options=pyarrow.csv.ReadOptions(encoding=self._encoding),
+            parse_options=pyarrow.csv.ParseOptions(delimiter=self._delimiter, newlines_in_values=True),
             convert_options=pyarrow.csv.ConvertOptions(column_types={name: pa.string() for name in text_columns}),
         )
 
@@ -123,25 +146,53 @@ class JsonLinesTable:
         self.root, self.file = root, file
         first = list(itertools.islice(self._lines(), BATCH_ROWS))
         names = dict.fromkeys(name for line in first for name in line.values)
-        self.schema = pa.schema([(name, _type_of([line.values.get(name) for line in first])) for name in names])
+        fields = {name: _type_of([line.values.get(name) for line in first]) for name in names}
+        self.schema = pa.schema(fields | self._late_captions(fields))
 
-    def batches(self, columns: Sequence[str]) -> Iterator[pa.Table]:
+    def _late_captions(self, fields: Collection[str]) -> dict[str, pa.DataType]:
+        """Return a column of captions that begins after the first BATCH_ROWS lines; {} where there is none."""
+        keys = (
+            []
+            if any(name in fields for name in REFERENCE_NAMES)
+            else [f'"{name}"'.encode() for name in REFERENCE_NAMES]
+        )
+        for number, text in itertools.islice(self._texts(), BATCH_ROWS, LOOK_FOR_CAPTIONS if keys else BATCH_ROWS):
+            if any(key in text for key in keys):
+                values = self._parse(text, number)
+                present = [name for name in REFERENCE_NAMES if values.get(name) is not None]
+                if present:
+                    return {present[0]: _type_of([values[present[0]]])}
+        return {}
+
+    def batches(self, columns: Sequence[str], captions: str | None = None) -> Iterator[pa.Table]:
         lines = self._lines()
         while block := list(itertools.islice(lines, BATCH_ROWS)):
-            yield pa.table([self._typed(block, name) for name in columns], names=list(columns))
+            yield pa.table([self._typed(block, name, name == captions) for name in columns], names=list(columns))
 
-    def _typed(self, block: list[_Line], name: str) -> pa.Array:
+    def _typed(self, block: list[_Line], name: str, is_caption: bool) -> pa.Array:
+        values = [line.values.get(name) for line in block]
+        if is_caption:
+            values = [_caption(value) for value in values]
         try:
-            return _column([line.values.get(name) for line in block], self.schema.field(name).type)
+            return _column(values, self.schema.field(name).type)
         except (pa.ArrowException, TypeError, OverflowError) as error:
             lines = f"lines {block[0].number} to {block[-1].number}"
             raise SourceError(f"{self.root.uri(self.file)}: {lines}, {name!r}: {error}") from None
 
     def _lines(self) -> Iterator[_Line]:
+        for number, text in self._texts():
+            if text.strip():
+                yield _Line(number, self._parse(text, number))
+
+    def _texts(self) -> Iterator[tuple[int, bytes]]:
+        """Yield the number and the UTF-8 text of each line."""
         with self.root.open(self.file) as stream:
-            for number, text in enumerate(stream, start=1):
-                if text.strip():
-                    yield _Line(number, self._parse(text, number))
+            encoding = encoding_of(stream.read(2))
+            stream.seek(0)
+            lines: Iterable[bytes] = stream
+            if encoding == "utf-16":
+                lines = (line.encode() for line in io.TextIOWrapper(stream, encoding))
+            yield from enumerate(lines, start=1)
 
     def _parse(self, text: bytes, number: int) -> dict[str, Any]:
         try:
@@ -153,6 +204,11 @@ class JsonLinesTable:
         return _storable(values) if b"\\ud" in text.lower() else values
 
 
+def encoding_of(head: bytes) -> str:
+    """Return the encoding of a text by its first bytes: UTF-16 by its mark, else UTF-8."""
+    return "utf-16" if head.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8"
+
+
 def _storable(value: Any) -> Any:
     """Return a JSON value in which halves of surrogate pairs, which no UTF-8 text may hold, are written as numbers."""
     if isinstance(value, str):
@@ -160,6 +216,13 @@ def _storable(value: Any) -> Any:
     if isinstance(value, list):
         return [_storable(item) for item in value]
     return {_storable(name): _storable(item) for name, item in value.items()} if isinstance(value, dict) else value
+
+
+def _caption(value: Any) -> Any:
+    """Return text, a number, or a list of text as it is; of anything else None, or what text is in it."""
+    if isinstance(value, list):
+        return [item for item in value if isinstance(item, str)]
+    return value if type(value) in (str, int) else None
 
 
 def _column(values: list[Any], type_: pa.DataType | None = None) -> pa.Array:

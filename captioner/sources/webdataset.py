@@ -18,7 +18,16 @@ from captioner.errors import SourceError
 from captioner.sources.columns import REFERENCE_NAMES, as_captions
 from captioner.sources.plan_rows import BATCH_ROWS, plan_table
 from captioner.sources.reading import read_rows, with_stamp
-from captioner.sources.root import Root, file_of_unit, is_hidden, is_transient, readable, unit_of_file
+from captioner.sources.root import (
+    FETCH_LFS,
+    LFS_POINTER,
+    Root,
+    file_of_unit,
+    is_hidden,
+    is_transient,
+    readable,
+    unit_of_file,
+)
 from captioner.sources.tar_members import Damage, EndMark, walk
 
 IMAGE_SUFFIXES = frozenset(
@@ -66,7 +75,7 @@ class WebDatasetSource:
                     yield batch.listing()
                     batch = _Batch(tar, batch.stamp)
         except _UnreadableTarError as error:
-            if len(self.tars) == 1:
+            if len(self.tars) == 1 or all(name.lower().endswith(COMPRESSED_SUFFIXES) for name in self.tars):
                 raise SourceError(str(error)) from None
             batch = _Batch(tar, batch.stamp, notes=[str(error)])
             batch.add_sample([_damaged_member(Damage(0, error.size), None, error.size)], None)
@@ -202,7 +211,11 @@ def _walk(stream: BinaryIO, name: str, uri: str, notes: list[str]) -> Iterator[_
             continue
         if isinstance(entry, Damage):
             if is_empty and (entry.start, entry.end) == (0, size):
-                raise _UnreadableTarError(f"{uri}: not a tar; repair it or remove it", size)
+                stream.seek(0)
+                is_pointer = stream.read(len(LFS_POINTER)) == LFS_POINTER
+                raise _UnreadableTarError(
+                    f"{uri}: not a tar; {FETCH_LFS if is_pointer else 'repair it or remove it'}", size
+                )
             notes.append(f"{name}: damaged from byte {entry.start:,} to {entry.end:,}; what images were there is lost")
             member = _damaged_member(entry, last, size)
             last = None if last is not None and last.offset == member.offset else last
@@ -254,7 +267,7 @@ def _text(header: tarfile.TarInfo, archive: tarfile.TarFile) -> bytes | None:
 
 def _refuse_compressed(root: Root, tar: bytes, start: bytes) -> None:
     if tar.lower().endswith(COMPRESSED_SUFFIXES) or start.startswith(_COMPRESSED_STARTS):
-        raise SourceError(
+        raise _UnreadableTarError(
             f"{root.uri(tar)}: images inside a compressed tar cannot be read one by one; decompress it first "
             "(it hardly grows: images are compressed already)"
         )

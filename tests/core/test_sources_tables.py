@@ -138,13 +138,6 @@ def test_tables_that_hold_no_images(tmp_path):
         source_at(tmp_path / "broken.parquet")
 
 
-def test_a_second_file_without_the_columns_is_named(tmp_path):
-    parquet(tmp_path / "a.parquet", image=[b"x"])
-    parquet(tmp_path / "b.parquet", other=[b"x"])
-    with pytest.raises(SourceError, match=r"b.parquet: column 'image': no such column"):
-        listed_rows(source_at(tmp_path))
-
-
 def write_manifest(path, rows):
     if path.suffix == ".parquet":
         pq.write_table(pa.Table.from_pylist(rows), path)
@@ -274,6 +267,75 @@ def test_a_column_that_becomes_lists_and_holds_no_captions_is_an_error_with_its_
     (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, lines)))
     with pytest.raises(SourceError, match=rf"m.jsonl: column '{column}' is text in some lines and a list in others"):
         listed_rows(source_at(tmp_path / "m.jsonl", **flags))
+
+
+ENCODINGS = ["utf-8", "utf-8-sig", "utf-16", "utf-16-le with mark"]
+
+
+def encoded(text: str, encoding: str) -> bytes:
+    return b"\xff\xfe" + text.encode("utf-16-le") if "mark" in encoding else text.encode(encoding)
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_csv_of_any_spreadsheet(tmp_path, encoding, delimiter, end):
+    lines = [["path", "text", "id"], ["é.png", '"two, or; more"', "007"], ["b.png", "Übung", "x"]]
+    text = "".join(delimiter.join(line) + end for line in lines)
+    (tmp_path / "t.csv").write_bytes(encoded(text, encoding))
+    rows = listed_rows(source_at(tmp_path / "t.csv", id_column="id"))
+    assert rows["image_id"].to_pylist() == ["007", "x"]
+    assert rows["reference_captions"].to_pylist() == [["two, or; more"], ["Übung"]]
+    assert rows["file"].to_pylist() == [str(tmp_path / name).encode() for name in ("é.png", "b.png")]
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_json_lines_in_any_encoding_with_a_mark(tmp_path, encoding):
+    text = "".join(json.dumps({"path": "é.png", "text": "Übung"}, ensure_ascii=False) + "\r\n" for _ in range(3))
+    (tmp_path / "t.jsonl").write_bytes(encoded(text, encoding))
+    assert listed_rows(source_at(tmp_path / "t.jsonl"))["reference_captions"].to_pylist() == [["Übung"]] * 3
+
+
+@pytest.mark.parametrize("early", [{}, {"text": None}, {"other": 1}])
+@pytest.mark.parametrize("late", ["a", ["a", "b"], ["a", 3, None]])
+def test_captions_that_begin_after_thousands_of_lines_are_read(tmp_path, early, late):
+    lines = [{"path": "a.png", **early}] * 5000 + [{"path": "b.png", "text": late}]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    expected = [text for text in ([late] if isinstance(late, str) else late) if isinstance(text, str)]
+    assert listed_rows(source_at(tmp_path / "t.jsonl"))["reference_captions"].to_pylist()[-1] == expected
+
+
+@pytest.mark.parametrize("value", [{"en": "x"}, [["x"]], True, 1.5, [{"raw": "x"}]])
+def test_what_is_no_caption_in_a_column_of_captions_is_none(tmp_path, value):
+    lines = [{"path": "a.png", "text": value}, {"path": "b.png", "text": "y"}]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    references = listed_rows(source_at(tmp_path / "t.jsonl"))["reference_captions"].to_pylist()
+    assert references[1] == ["y"]
+    assert references[0] is None
+
+
+@pytest.mark.parametrize("name", ["0.parquet", "zz.parquet"])
+def test_a_table_of_something_else_among_tables_stops_no_other(tmp_path, name):
+    parquet(tmp_path / "images.parquet", image=[b"a", b"b"])
+    parquet(tmp_path / name, stats=[1])
+    (tmp_path / "_delta_log").mkdir()
+    parquet(tmp_path / "_delta_log" / "1.parquet", add=["x"])
+    source = source_at(tmp_path)
+    (note,) = [note for unit in source.units() for listing in source.list_unit(unit) for note in listing.notes]
+
+    assert "no such column; it has: stats" in note
+    rows = listed_rows(source)
+    assert sorted(rows["image_id"].to_pylist()) == sorted(
+        ["images.parquet#0", "images.parquet#1", f"{name}/[damaged from row 0]"]
+    )
+    assert {image.error_code for image in source.read(rows)} == {"", "damaged"}
+
+
+@pytest.mark.parametrize("name", ["t.parquet", "t.tar"])
+def test_a_pointer_of_git_lfs_says_how_to_fetch_it(tmp_path, name):
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 12\n")
+    with pytest.raises(SourceError, match="git lfs pull"):
+        listed_rows(source_at(tmp_path / name))
 
 
 class CountingFile(io.FileIO):

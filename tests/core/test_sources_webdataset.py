@@ -247,6 +247,20 @@ def test_compressed_tars_are_refused(tmp_path, name):
         listed(source_at(tmp_path / name))
 
 
+@pytest.mark.parametrize("name", ["x.tar.gz", "x.tar"])
+def test_a_compressed_tar_among_others_is_a_row(tmp_path, name):
+    tar = write_tar(tmp_path / "plain.tar", ("1.jpg", b"x"))
+    (tmp_path / name).write_bytes(gzip.compress(tar.read_bytes()))
+    source = source_at(tmp_path)
+    rows, _ = listed(source)
+    assert rows["image_id"].to_pylist() == ["plain.tar/1.jpg", f"{name}/[damaged from byte 0]"]
+    assert [image.error_code for image in source.read(rows)] == ["", "damaged"]
+    tar.rename(tmp_path / "other.tar.gz")
+    if name == "x.tar.gz":  # all of them
+        with pytest.raises(SourceError, match="decompress it first"):
+            listed(source_at(tmp_path))
+
+
 def test_what_is_no_tar_is_an_error(tmp_path):
     (tmp_path / "x.tar").write_bytes(b"not a tar at all" * 100)
     with pytest.raises(SourceError, match="not a tar"):
