@@ -113,6 +113,39 @@ class ModelConfig(Settings):
     preprocess: Literal["fast", "processor"] = Field(
         "fast", description="How images are resized: fast, or exactly as by the model's own image processor."
     )
+    endpoint: list[str] = Field(
+        [],
+        description="URL of an OpenAI-compatible model server, such as http://gpu1:8000/v1, that captions with the "
+        "--model it serves. Repeatable: servers share the images.",
+    )
+    concurrency: int = Field(32, ge=1, description="Requests under way at each --endpoint.")
+    max_side: int = Field(
+        1536, ge=28, le=16_384, description="Longer side, in pixels, of the images that are sent to an --endpoint."
+    )
+    request_timeout: float = Field(
+        300.0, gt=0, description="Seconds; an --endpoint that answers later counts as not answering."
+    )
+    endpoint_timeout: float = Field(
+        600.0, gt=0, description="Seconds after which a run stops when no --endpoint has answered."
+    )
+    price_in: float | None = Field(
+        None, ge=0, description="Price of a million prompt tokens of the --endpoint, to compute the cost."
+    )
+    price_out: float | None = Field(
+        None, ge=0, description="Price of a million answer tokens of the --endpoint, to compute the cost."
+    )
+
+    @property
+    def compute_on(self) -> Device:
+        """The device of a worker: where a server captions, the worker needs none."""
+        return "cpu" if self.endpoint else self.device
+
+    def cost_of(self, prompt_tokens: float, completion_tokens: float) -> float | None:
+        """Return what tokens of an --endpoint cost; None without --price-in and --price-out."""
+        if self.price_in is None and self.price_out is None:
+            return None
+        price_in, price_out = self.price_in or 0.0, self.price_out or 0.0
+        return (prompt_tokens * price_in + completion_tokens * price_out) / 1e6
 
 
 class ClusterConfig(Settings):

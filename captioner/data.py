@@ -8,9 +8,9 @@ makes use of: never full images, never floats.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -218,18 +218,38 @@ class ImageBatch:
     pixels: Pixels
 
 
+class Usage(NamedTuple):
+    """Tokens that model servers counted, also for answers that are no captions."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+    @classmethod
+    def total(cls, usages: Iterable[Usage]) -> Usage:
+        """Return the sum."""
+        prompt, completion = zip((0, 0), *usages, strict=True)
+        return cls(sum(prompt), sum(completion))
+
+
+NO_USAGE = Usage()
+
+
 @dataclass(frozen=True, slots=True)
 class Captions:
     """The captions of N images, in order.
 
-    `num_tokens`: generated tokens, the end token included. `logprob_mean`: mean natural-log probability of
-    those tokens; NaN where there are none. `finished`: whether the end token was reached within the limit.
+    `num_tokens`: generated tokens, the end token included; None where a model server does not count them.
+    `logprob_mean`: mean natural-log probability of those tokens; NaN where there are none, None where a model server
+    gives none. `finished`: whether the end token was reached within the limit. `errors`: why an image has no caption,
+    "" where it has one; empty where all have one. `usage`: tokens that a server counted for each image; or empty.
     """
 
     texts: list[str]
-    num_tokens: list[int]
-    logprob_mean: list[float]
+    num_tokens: Sequence[int | None]
+    logprob_mean: Sequence[float | None]
     finished: list[bool]
+    errors: Sequence[str] = ()
+    usage: Sequence[Usage] = ()
 
 
 class Captioner(Protocol):
@@ -291,6 +311,8 @@ class Receipt:
     num_duplicates: int = 0  # rows that took the caption of a byte-equal image
     flags: dict[str, int] = field(default_factory=dict)  # captions by flag (see `captioner.scoring.flags`)
     commonest: tuple[str, int] = ("", 0)  # the most frequent caption of different images, and its number
-    engine: str = ""  # "fast" or "generic", of a model
+    engine: str = ""  # "fast" or "generic", of a model; "endpoint" for a model server
     device: str = ""  # "cpu", "mps", or a GPU's name and memory
     scored: Sequence[Sequence[int]] = ()  # (edits, words) of each row that was spot-checked
+    prompt_tokens: int = 0  # that model servers counted
+    completion_tokens: int = 0

@@ -4,6 +4,7 @@
     +-- UsageError                 an invalid flag, YAML key or value
     +-- SourceError                the source: missing, empty, unreadable as a whole
     +-- ModelError                 the model: missing, without weights or tensors, of an unknown kind
+    |   +-- EndpointError          a model server: not reachable, refuses the key, or serves another model than before
     +-- OutputError                OUT: unreadable, damaged, or of another run
     |   +-- FingerprintError       OUT holds captions made with other weights or settings
     |   +-- DamagedFileError       a file in OUT is damaged or missing
@@ -56,6 +57,10 @@ class SourceError(CaptionerError):
 
 class ModelError(CaptionerError):
     """Raised where the model cannot be used: missing, without weights or tensors, of an unknown kind."""
+
+
+class EndpointError(ModelError):
+    """Raised where a run cannot go on with its model servers; never for a single image."""
 
 
 class OutputError(CaptionerError):

@@ -32,7 +32,7 @@ from captioner.models import load
 from captioner.models.devices import pick_device
 from captioner.publishing.alt_text.journal import read_latest_reviews
 from captioner.run.job import Engine, Job, open_job, plan_images
-from captioner.run.prefetch import one_ahead
+from captioner.run.prefetch import in_parallel, one_ahead
 from captioner.run.quality import ROWS_AT_THE_END, SpotCheck, check, enforce, report
 from captioner.run.record import Tally, make_record, recorded, write_record
 from captioner.steps import Work, caption, commit, decode, read
@@ -101,7 +101,7 @@ class ThisProcess:
         """Do nothing: the model is loaded with the first chunk."""
 
     def device(self) -> str:
-        return pick_device(self._model.device).type
+        return "cpu" if self._model.endpoint else pick_device(self._model.device).type
 
     def slots(self) -> dict[str, float]:
         return {"decode": 1, "device": 1, "write": 1}
@@ -114,8 +114,9 @@ class ThisProcess:
             one_ahead(decode(work, raw, decoder) for raw in raws) as decoded,
         ):
             captioner: Captioner = load(work.model, work.device, self._model.batch_size, notify=notify)
-            for rows in decoded:
-                yield commit(work, caption(work, captioner, rows, memory))
+            calls = getattr(captioner, "max_calls", 1)
+            for rows in in_parallel(lambda rows: caption(work, captioner, rows, memory), decoded, calls):
+                yield commit(work, rows)
 
 
 def close_job(job: Job, tally: Tally) -> int:

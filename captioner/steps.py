@@ -20,6 +20,7 @@ from captioner.config import SourceConfig
 from captioner.console.text import counted
 from captioner.data import (
     CAPTIONS_SCHEMA,
+    NO_USAGE,
     STATUS_FAILED,
     STATUS_OK,
     Captioner,
@@ -30,7 +31,9 @@ from captioner.data import (
     RawImage,
     Receipt,
     Source,
+    Usage,
 )
+from captioner.errors import EndpointError
 from captioner.imaging.sandbox.decoder import GuardedDecoder
 from captioner.models import ModelRef
 from captioner.run.dedupe import CaptionMemory, find_copies
@@ -43,6 +46,7 @@ from captioner.store.publish import commit_chunk
 from captioner.store.table import CaptionsTable
 
 READ_BYTES = 1 << 30  # of the files of a chunk that are in memory at once; but a single one may be larger
+MAX_REASON = 200  # characters of an error_message
 ROWS_ELSEWHERE = 16  # rows that are read to find out whether the source is there, where no image of a chunk is
 
 
@@ -86,7 +90,8 @@ class ChunkRows:
     """A chunk between two steps.
 
     `rows`: its columns so far. `pixels`: of its images, None once they are captioned. `seconds`: spent in each step.
-    `engine`, `device`: what captioned it (see `captioner.models.base`), or "".
+    `engine`, `device`: what captioned it (see `captioner.models.base`), or "". `usage`: tokens that model servers
+    counted.
     """
 
     chunk: Chunk
@@ -95,6 +100,7 @@ class ChunkRows:
     seconds: dict[str, float]
     engine: str = ""
     device: str = ""
+    usage: Usage = NO_USAGE
 
 
 def read(work: Work, chunk: Chunk) -> ReadChunk:
@@ -161,11 +167,12 @@ def caption(
     """Caption a chunk: its rows then have all columns of the table. With a `memory`, copies are captioned once."""
     started = time.perf_counter()
     assert decoded.pixels is not None
-    results = _caption_rows(captioner, decoded.rows, decoded.pixels, memory)
+    usages: list[Usage] = []
+    results = _caption_rows(captioner, decoded.rows, decoded.pixels, memory, usages)
     rows = _finished_rows(work, decoded, results)
     seconds = decoded.seconds | {"generate": time.perf_counter() - started}
     engine, device = getattr(captioner, "engine", "generic"), getattr(captioner, "device_name", "cpu")
-    return ChunkRows(decoded.chunk, rows, None, seconds, engine, device)
+    return ChunkRows(decoded.chunk, rows, None, seconds, engine, device, Usage.total(usages))
 
 
 def commit(work: Work, captioned: ChunkRows) -> Receipt:
@@ -192,6 +199,7 @@ def commit(work: Work, captioned: ChunkRows) -> Receipt:
         engine=captioned.engine,
         device=captioned.device,
         scored=score_sampled(work.sample, _column_of(captioned, "image_id"), captions),
+        **captioned.usage._asdict(),
     )
 
 
@@ -204,25 +212,32 @@ class Caption:
     """The columns that a model fills for one image."""
 
     text: str
-    num_tokens: int
+    num_tokens: int | None
     logprob_mean: float | None
     flags: list[str]
 
 
-def caption_or_reasons(captioner: Captioner, pixels: Pixels) -> list[Caption | str]:
+def caption_or_reasons(captioner: Captioner, pixels: Pixels, usages: list[Usage] | None = None) -> list[Caption | str]:
     """Return a caption for each image, or the reason why it has none.
 
-    A batch that fails is tried again in halves, so that one image does not fail the others.
+    A batch that fails is tried again in halves, so that one image does not fail the others. `usages`: a list to which
+    the tokens that a model server counted are appended. Raises EndpointError where no model server can be used.
     """
     if not len(pixels):
         return []
     try:
-        return _as_list(captioner.caption(pixels), len(pixels))
+        captions = captioner.caption(pixels)
+        if usages is not None:
+            usages.extend(captions.usage)
+        return _as_list(captions, len(pixels))
+    except EndpointError:
+        raise
     except Exception as error:
         if len(pixels) == 1:
-            return [f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]]
+            return [f"{type(error).__name__}: {' '.join(str(error).split())}"[:MAX_REASON]]
         half = len(pixels) // 2
-        return caption_or_reasons(captioner, pixels[:half]) + caption_or_reasons(captioner, pixels[half:])
+        first = caption_or_reasons(captioner, pixels[:half], usages)
+        return first + caption_or_reasons(captioner, pixels[half:], usages)
 
 
 def _as_list(captions: Captions, num_images: int) -> list[Caption | str]:
@@ -231,11 +246,16 @@ def _as_list(captions: Captions, num_images: int) -> list[Caption | str]:
     pa.array(captions.num_tokens, CAPTIONS_SCHEMA.field("num_tokens").type)
     if len(captions.texts) != num_images:
         raise ValueError(f"the model gave {counted(len(captions.texts), 'caption')} for {counted(num_images, 'image')}")
-    columns = zip(captions.texts, captions.num_tokens, captions.logprob_mean, captions.finished, strict=True)
+    errors = captions.errors or [""] * num_images
+    columns = zip(captions.texts, captions.num_tokens, captions.logprob_mean, captions.finished, errors, strict=True)
     return [
-        Caption(text, tokens, logprob if math.isfinite(logprob) else None, caption_flags(text, logprob, finished))
-        for text, tokens, logprob, finished in columns
+        error[:MAX_REASON] or Caption(text, tokens, _finite(logprob), caption_flags(text, logprob, finished))
+        for text, tokens, logprob, finished, error in columns
     ]
+
+
+def _finite(logprob: float | None) -> float | None:
+    return logprob if logprob is not None and math.isfinite(logprob) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,7 +269,11 @@ class RowResult:
 
 
 def _caption_rows(
-    captioner: Captioner, rows: pa.Table, pixels: Pixels, memory: CaptionMemory[Caption] | None
+    captioner: Captioner,
+    rows: pa.Table,
+    pixels: Pixels,
+    memory: CaptionMemory[Caption] | None,
+    usages: list[Usage],
 ) -> list[RowResult]:
     """Return a result for each row, in order: of images that were not decoded, their error."""
     errors = zip(rows["error_code"].to_pylist(), rows["error_message"].to_pylist(), strict=True)
@@ -257,7 +281,8 @@ def _caption_rows(
     ids, sha256s = rows["image_id"].to_pylist(), rows["sha256"].to_pylist()
     copies = find_copies([index for index, row in enumerate(results) if not row.error_code], sha256s, memory)
     all_unique = len(copies.unique) == len(pixels)
-    captions = caption_or_reasons(captioner, pixels if all_unique else pixels[copies.unique])  # indexing copies them
+    unique_pixels = pixels if all_unique else pixels[copies.unique]  # indexing copies them
+    captions = caption_or_reasons(captioner, unique_pixels, usages)
     for index, outcome in zip(copies.unique, captions, strict=True):
         if isinstance(outcome, str):
             results[index] = RowResult(error_code="generate_error", error_message=outcome)

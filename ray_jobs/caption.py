@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from captioner import pipeline
@@ -22,6 +22,8 @@ from captioner.console.stopping import notify
 from captioner.data import Chunk, Receipt
 from captioner.errors import ClusterError
 from captioner.models import is_small
+from captioner.models.endpoint.api_key import ApiKey
+from captioner.models.ref import Endpoint
 from captioner.steps import Work
 from captioner.store.table import TABLE_FILE
 from ray_jobs.cluster import Connection, Sizes, share_out
@@ -59,7 +61,7 @@ class RayEngine:
         self._connection.start()
 
     def device(self) -> str:
-        return device_kind(self._connection.resources(), self._share_out(), self._config.model.device)
+        return device_kind(self._connection.resources(), self._share_out(), self._config.model.compute_on)
 
     def slots(self) -> dict[str, float]:
         sizes = self._sizes or self._share_out()
@@ -67,10 +69,12 @@ class RayEngine:
 
     def caption_chunks(self, work: Work, chunks: list[Chunk]) -> Iterator[Receipt]:
         sizes = self._sizes = self._share_out(is_small(work.model))
+        work = replace(work, model=work.model.shared_by(max(sizes.num_workers, sizes.max_workers)))
         check_gpu_nodes(work.device, sizes)
         check_shared(work.table.directory, TABLE_FILE)
         metrics = DriverMetrics(sum(chunk.num_rows for chunk in chunks))
-        with shown_messages() if sizes.gpus_per_worker else nullcontext() as messages:
+        has_messages = sizes.gpus_per_worker or work.model.endpoint
+        with shown_messages() if has_messages else nullcontext() as messages:
             for first in range(0, len(chunks), CHUNKS_PER_EXECUTION):
                 window = chunks[first : first + CHUNKS_PER_EXECUTION]
                 for receipt in _execute(work, window, sizes, self._config.model.batch_size, messages):
@@ -79,7 +83,10 @@ class RayEngine:
 
     def _share_out(self, one_thread: bool = False) -> Sizes:
         resources, config = self._connection.resources(), self._config
-        return share_out(resources, config.cluster, one_thread, device=config.model.device)
+        model = config.model
+        return share_out(
+            resources, config.cluster, one_thread, device=model.compute_on, waits_for_servers=bool(model.endpoint)
+        )
 
 
 @contextmanager
@@ -147,12 +154,20 @@ def make_dataset(
             "batch_size": batch_size,
             "num_threads": sizes.threads_per_worker,
             "messages": messages,
+            "api_key": ApiKey.from_environment(),
         },
         num_cpus=sizes.cpus_per_worker,
         num_gpus=sizes.gpus_per_worker or None,
-        **pool(sizes.num_workers, sizes.max_workers, CaptionStage.MAX_CALLS if sizes.gpus_per_worker else 1),
+        **pool(sizes.num_workers, sizes.max_workers, _calls_at_once(work, sizes)),
     )
     return dataset.map_batches(CommitStage, fn_constructor_kwargs={"work": work}, num_cpus=0, **pool(sizes.committers))
+
+
+def _calls_at_once(work: Work, sizes: Sizes) -> int:
+    """Return how many chunks a caption worker has at the same time."""
+    if work.model.endpoint:
+        return work.model.endpoint.chunks_at_once
+    return CaptionStage.MAX_CALLS if sizes.gpus_per_worker else 1
 
 
 def _execute(
@@ -176,7 +191,7 @@ def _execute(
     except ExecutionTimeoutError as error:
         release_actors(error)
         raise ClusterError(
-            f"no stage has finished a chunk for {no_progress_timeout(work.decode_timeout):g} s; "
+            f"no stage has finished a chunk for {no_progress_timeout(work.decode_timeout, work.model.endpoint):g} s; "
             "progress is saved; run the same command to continue"
         ) from error
 
@@ -190,15 +205,17 @@ def _configure_ray_data(work: Work) -> None:
     context.max_errored_blocks = 0
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    context.execution_no_progress_timeout_s = no_progress_timeout(work.decode_timeout)
+    context.execution_no_progress_timeout_s = no_progress_timeout(work.decode_timeout, work.model.endpoint)
 
 
-def no_progress_timeout(decode_timeout: float) -> float:
+def no_progress_timeout(decode_timeout: float, endpoint: Endpoint | None = None) -> float:
     """Return the seconds without a block from any stage after which a run counts as stalled.
 
-    A chunk of images that all hang takes less (see `captioner.imaging.sandbox.decoder`).
+    A chunk of images that all hang takes less (see `captioner.imaging.sandbox.decoder`), and so does a chunk that a
+    slow model server captions one image after the other.
     """
-    return max(900.0, 20 * decode_timeout)
+    of_servers = endpoint.rows_per_chunk * endpoint.request_timeout + endpoint.endpoint_timeout if endpoint else 0.0
+    return max(900.0, 20 * decode_timeout, of_servers)
 
 
 if __name__ == "__main__":  # the same arguments and exit code as `captioner caption`

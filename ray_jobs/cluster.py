@@ -254,12 +254,21 @@ def available_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def share_out(resources: Resources, config: ClusterConfig, one_thread: bool = False, *, device: str = "auto") -> Sizes:
+def share_out(
+    resources: Resources,
+    config: ClusterConfig,
+    one_thread: bool = False,
+    *,
+    device: str = "auto",
+    waits_for_servers: bool = False,
+) -> Sizes:
     """Return the workers and decoders for a cluster. Raises ClusterError where the settings do not fit it.
 
     `device`: a --device; workers on the CPU reserve no GPU unless --gpus-per-worker says so. `one_thread`: without a
-    GPU the model captions on one thread, about as fast as one CPU decodes.
+    GPU the model captions on one thread, about as fast as one CPU decodes. `waits_for_servers`: the model is on servers
+    (--endpoint), so that one worker on each node, of one CPU, is enough.
     """
+    one_thread = one_thread and not waits_for_servers
     if config.gpus_per_worker is None:
         gpus = 1.0 if resources.num_gpus and device != "cpu" else 0.0
         config = config.model_copy(update={"gpus_per_worker": gpus})
@@ -267,7 +276,7 @@ def share_out(resources: Resources, config: ClusterConfig, one_thread: bool = Fa
         return _share_out_growing(resources, config)
     gpus = _gpus_per_worker(resources, config)
     workers = _num_workers(resources, config, gpus, one_thread)
-    spare = resources.num_cpus - workers if gpus or one_thread else resources.num_cpus / 4
+    spare = resources.num_cpus - workers if gpus or one_thread or waits_for_servers else resources.num_cpus / 4
     decode = max(1, int(spare)) if config.decode_cpus == "auto" else config.decode_cpus
     per_decoder = min(1.0, resources.least_cpus / 2)
     cpus = int((resources.num_cpus - decode * per_decoder) / workers * 1000) / 1000  # the precision of Ray
@@ -281,7 +290,7 @@ def share_out(resources: Resources, config: ClusterConfig, one_thread: bool = Fa
     # A large model needs far more CPU time than decoding: it gets a thread on each CPU, also on those of the decoders,
     # which are idle most of the time.
     threads = max(1, round(cpus if gpus or one_thread else cpus + decode * per_decoder / workers))
-    cpus = min(cpus, 1.0) if gpus else cpus
+    cpus = min(cpus, 1.0) if gpus or waits_for_servers else cpus
     return Sizes(workers, cpus, gpus, threads, decode, 1 + workers // 4, cpus_per_decoder=per_decoder)
 
 

@@ -18,6 +18,7 @@ from captioner.console.text import counted, printable
 from captioner.errors import ERROR, OK, CaptionerError
 from captioner.files import absolute, is_uri
 from captioner.models.devices import pick_device
+from captioner.models.endpoint.api_key import ApiKey
 from ray_jobs.cluster import Resources, Sizes, connect, share_out
 from ray_jobs.gpus import worker_device
 from ray_jobs.nodes import alive_nodes, node_facts, only_on
@@ -67,11 +68,13 @@ def findings(config: CaptionConfig, out: str | None) -> Iterator[Finding]:
         yield from _limits(address, facts)
         yield _memory(address, node["Resources"], facts["shared_memory"])
         yield _clock(address, ahead, seconds)
-        if node["Resources"].get("GPU") and config.model.device != "cpu":
+        if node["Resources"].get("GPU") and config.model.compute_on != "cpu":
             yield _on_a_worker("gpu", _see_gpu, config.model.device, num_gpus=1, node=node)
     sizes = _share_out(resources, config)
     yield _sizes(sizes)
-    if config.model.name:
+    if config.model.endpoint:
+        yield from _servers(config.model)
+    elif config.model.name:
         gpus = float(resources.num_gpus > 0) if isinstance(sizes, CaptionerError) else sizes.gpus_per_worker
         yield _on_a_worker("model", _caption_one, config.model, num_gpus=gpus)
     if out:
@@ -136,7 +139,8 @@ def _gigabytes(size: float) -> str:
 
 def _share_out(resources: Resources, config: CaptionConfig) -> Sizes | CaptionerError:
     try:
-        return share_out(resources, config.cluster, device=config.model.device)
+        model = config.model
+        return share_out(resources, config.cluster, device=model.compute_on, waits_for_servers=bool(model.endpoint))
     except CaptionerError as error:
         return error
 
@@ -179,6 +183,27 @@ def _caption_one(model: ModelConfig) -> str:
     shape = (512, 512) if ref.spec.variable_size else (ref.spec.height, ref.spec.width)
     captioner.caption(np.full((1, *shape, 3), 128, np.uint8))
     return f"{model.name} loads in {loaded - started:.1f} s, first caption in {time.perf_counter() - loaded:.2f} s"
+
+
+def _servers(model: ModelConfig) -> Iterator[Finding]:
+    """Send one small image to every model server from every node, and list the models of each."""
+    key = ApiKey.from_environment()
+    for node, answers, _ in _on_every_node(_ask_servers, model, key):
+        for url, problem, message in answers:
+            yield Finding("endpoint", not problem, f"node {node['NodeManagerAddress']}: {url} {problem or message}")
+
+
+def _ask_servers(model: ModelConfig, key: ApiKey) -> list[tuple[str, str, str]]:
+    """Return (URL, problem or "", what was answered) for each server."""
+    from captioner.models.endpoint.probing import describe_server
+
+    answers = []
+    for url in model.endpoint:
+        try:
+            answers.append((url, "", describe_server(url, model, key)))
+        except CaptionerError as error:
+            answers.append((url, str(error), ""))
+    return answers
 
 
 def _writable(out: str, num_nodes: int) -> Iterator[Finding]:

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from captioner.config import CaptionConfig
+from captioner.config import CaptionConfig, ModelConfig
 from captioner.console.stopping import notify
+from captioner.console.summary import usage_rows
 from captioner.console.text import counted
-from captioner.data import Source
+from captioner.data import Source, Usage
 from captioner.errors import OK, SourceError, UsageError
 from captioner.files import shown
 from captioner.models import is_small, resolve, resolve_dtype
@@ -35,7 +36,8 @@ LOW, HIGH = 0.05, 0.95  # a 90 % interval
 class Prediction:
     """What is predicted for the whole source.
 
-    `rate`: images/s; `low`, `high`: the bounds of its 90 % interval. Sizes are in bytes.
+    `rate`: images/s; `low`, `high`: the bounds of its 90 % interval. Sizes are in bytes. `usage`: prompt tokens and
+    answer tokens of model servers.
     """
 
     num_images: int
@@ -46,6 +48,7 @@ class Prediction:
     source_bytes: float
     output_bytes: float
     share_ok: float
+    usage: tuple[float, float] = (0.0, 0.0)
 
 
 def run(config: CaptionConfig, sample: int, seed: int, price_per_gpu_hour: float | None) -> int:
@@ -59,8 +62,9 @@ def run(config: CaptionConfig, sample: int, seed: int, price_per_gpu_hour: float
         raise SourceError(f"{config.source.path}: no images found")
     notify(f"{counted(total, 'image')} listed; captioning a sample of {rows.num_rows:,}")
     resources = connect(config.cluster)
-    model, device = resolve(config.model, notify=notify), config.model.device
-    sizes = share_out(resources, config.cluster, is_small(model), device=device)
+    model, device = resolve(config.model, notify=notify), config.model.compute_on
+    sizes = share_out(resources, config.cluster, is_small(model), device=device, waits_for_servers=bool(model.endpoint))
+    model = model.shared_by(sizes.num_workers)
     check_gpu_nodes(device, sizes)
     model = resolve_dtype(model, config.model.dtype, device_kind(resources, sizes, device))
     pieces = measure(source, rows, model, sizes, config)
@@ -70,7 +74,7 @@ def run(config: CaptionConfig, sample: int, seed: int, price_per_gpu_hour: float
             "`captioner try FILE` says why for one file"
         )
     prediction = predict(pieces, total, sizes.num_workers, sizes.decode_cpus, seed)
-    for line in lines(prediction, sizes, price_per_gpu_hour):
+    for line in lines(prediction, sizes, price_per_gpu_hour, config.model):
         print(line)
     return OK
 
@@ -98,7 +102,9 @@ def predict(pieces: Sequence[Piece], total: int, num_workers: int, decoders: int
     The interval of the rate is a bootstrap over the pieces. Its upper bound is at least the capacity of the slower
     stage, since a run has larger pieces and so less overhead.
     """
-    table = np.array([[p.num_rows, p.prepare, p.generate, p.source_bytes, p.output_bytes, p.num_ok] for p in pieces])
+    table = np.array(
+        [[p.num_rows, p.prepare, p.generate, p.source_bytes, p.output_bytes, p.num_ok, *p.usage] for p in pieces]
+    )
     gaps = np.array([[p.num_rows, p.gap] for p in pieces if p.gap > 0])
     random = np.random.default_rng(seed)
 
@@ -126,10 +132,13 @@ def predict(pieces: Sequence[Piece], total: int, num_workers: int, decoders: int
         float(sums[3] * total / sums[0]),
         float(sums[4] * total / sums[0]),
         float(sums[5] / sums[0]),
+        (float(sums[6] * total / sums[0]), float(sums[7] * total / sums[0])),
     )
 
 
-def lines(prediction: Prediction, sizes: Sizes, price_per_gpu_hour: float | None) -> list[str]:
+def lines(
+    prediction: Prediction, sizes: Sizes, price_per_gpu_hour: float | None, model: ModelConfig | None = None
+) -> list[str]:
     """Return the prediction as lines to print, with intervals in brackets."""
     rates = (prediction.rate, prediction.high, prediction.low)
     seconds = [prediction.num_images / rate for rate in rates]
@@ -151,6 +160,9 @@ def lines(prediction: Prediction, sizes: Sizes, price_per_gpu_hour: float | None
         if price_per_gpu_hour is not None:
             cost, lowest, highest = (price_per_gpu_hour * gpu_hours for gpu_hours in hours)
             shown.append(f"cost            {cost:,.2f} ({lowest:,.2f} to {highest:,.2f})")
+    if model is not None and model.endpoint:
+        usage = dict(zip(Usage._fields, prediction.usage, strict=True)) | {"cost": model.cost_of(*prediction.usage)}
+        shown += [f"{label:<16}{value}" for label, value in usage_rows(usage)]
     return [*shown, "in brackets: 90 % interval of this sample, not counting start-up, faults and other load"]
 
 

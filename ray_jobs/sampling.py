@@ -17,10 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from captioner.config import AutoInt, CaptionConfig
-from captioner.data import Pixels, Source
+from captioner.data import NO_USAGE, Pixels, Source, Usage
 from captioner.errors import ClusterError
 from captioner.imaging.sandbox.decoder import GuardedDecoder
 from captioner.models import ModelRef, load
+from captioner.models.endpoint.api_key import ApiKey
 from captioner.sources.reading import ReadLimits, each_row_alone, limited_to, read_images, reads_at_once
 from captioner.steps import Caption, caption_or_reasons
 from ray_jobs.cluster import Sizes
@@ -38,7 +39,7 @@ class Piece:
     """The measurements of one piece, a part of the sampled images.
 
     `prepare`: seconds of a decode worker. `generate`: seconds of a caption worker. `gap`: seconds since the full
-    pipeline finished the previous piece; 0 while it fills.
+    pipeline finished the previous piece; 0 while it fills. `usage`: tokens of model servers.
     """
 
     num_rows: int
@@ -48,6 +49,7 @@ class Piece:
     source_bytes: int
     output_bytes: int
     gap: float = 0.0
+    usage: Usage = NO_USAGE
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,17 +85,21 @@ class Preparer:
 class Sampler:
     """A caption worker: holds the model."""
 
-    def __init__(self, model: ModelRef, device: str, batch_size: AutoInt, num_threads: int) -> None:
-        self._captioner = load(model, worker_device(device), batch_size, num_threads)
+    def __init__(
+        self, model: ModelRef, device: str, batch_size: AutoInt, num_threads: int, api_key: ApiKey | None = None
+    ) -> None:
+        self._captioner = load(model, worker_device(device), batch_size, num_threads, api_key=api_key)
 
     def measure(self, prepared: Prepared) -> Piece:
         started = time.perf_counter()
-        results = caption_or_reasons(self._captioner, prepared.pixels)
+        usages: list[Usage] = []
+        results = caption_or_reasons(self._captioner, prepared.pixels, usages)
         seconds = time.perf_counter() - started
         texts = [result.text for result in results if isinstance(result, Caption)]
         rows = prepared.rows.append_column("caption", [texts + [""] * (prepared.rows.num_rows - len(texts))])
         size = _parquet_bytes(rows) - _parquet_bytes(rows.slice(0, 0))
-        return replace(prepared.piece, num_ok=len(texts), generate=seconds, output_bytes=size)
+        usage = Usage.total(usages)
+        return replace(prepared.piece, num_ok=len(texts), generate=seconds, output_bytes=size, usage=usage)
 
 
 def measure(source: Source, rows: pa.Table, model: ModelRef, sizes: Sizes, config: CaptionConfig) -> list[Piece]:
@@ -106,7 +112,8 @@ def measure(source: Source, rows: pa.Table, model: ModelRef, sizes: Sizes, confi
     pieces = cut(rows, sizes, config.model.batch_size)
     prepare = ray.remote(num_cpus=sizes.cpus_per_decoder)(Preparer)
     caption = ray.remote(num_cpus=sizes.cpus_per_worker, num_gpus=sizes.gpus_per_worker or None)(Sampler)
-    settings = (model, config.model.device, config.model.batch_size, sizes.threads_per_worker)
+    key = ApiKey.from_environment() if model.endpoint else None
+    settings = (model, config.model.compute_on, config.model.batch_size, sizes.threads_per_worker, key)
     decoders = [prepare.remote(source, model, config) for _ in range(min(sizes.decode_cpus, len(pieces)))]
     workers = [caption.remote(*settings) for _ in range(sizes.num_workers)]
     try:

@@ -20,7 +20,8 @@ import pyarrow as pa
 
 from captioner.config import AutoInt
 from captioner.console.text import counted
-from captioner.data import Chunk, Pixels, Receipt, object_array
+from captioner.data import Chunk, Pixels, Receipt, Usage, object_array
+from captioner.models.endpoint.api_key import ApiKey
 from captioner.steps import ChunkRows, Work, caption, commit, decode, read
 from ray_jobs.gpus import worker_device
 from ray_jobs.metrics import DeviceMetrics, RunMetrics
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 _CHUNK, _IMAGES = "chunk", "images"
 _PIXELS, _WIDTHS = "_pixels", "_widths"
-_FACTS = ("seconds", "engine", "device")  # of a ChunkRows
+_FACTS = ("seconds", "engine", "device", "usage")  # of a ChunkRows
 _ERROR = "error"
 
 
@@ -57,13 +58,24 @@ class CaptionStage:
 
     MAX_CALLS = 2
 
-    def __init__(self, work: Work, batch_size: AutoInt, num_threads: int, messages: Queue | None = None) -> None:
-        """Load the model. `messages`: a queue for lines about the start, each with the worker's name."""
+    def __init__(
+        self,
+        work: Work,
+        batch_size: AutoInt,
+        num_threads: int,
+        messages: Queue | None = None,
+        api_key: ApiKey | None = None,
+    ) -> None:
+        """Load the model.
+
+        `messages`: a queue for lines about the start, each with the worker's name. `api_key`: of the model servers; the
+        environment of a worker may lack it.
+        """
         from captioner.models import load
 
         self.work = work
         notify = None if messages is None else partial(_put, messages, uuid.uuid4().hex)
-        self.captioner = load(work.model, worker_device(work.device), batch_size, num_threads, notify)
+        self.captioner = load(work.model, worker_device(work.device), batch_size, num_threads, notify, api_key)
         self.memory = work.new_memory()
         self.metrics = DeviceMetrics()
 
@@ -137,6 +149,7 @@ def from_block(block: pa.Table, work: Work) -> ChunkRows:
     images = pa.Table.from_struct_array(block[_IMAGES][0].values)
     pixels = _pixels_of(images, work) if _PIXELS in images.column_names else None
     rows = images.drop_columns([name for name in (_PIXELS, _WIDTHS) if name in images.column_names])
+    facts["usage"] = Usage(*facts["usage"])
     return ChunkRows(Chunk(**facts["chunk"]), rows, pixels, **{name: facts[name] for name in _FACTS})
 
 

@@ -17,6 +17,21 @@ README = (ROOT / "README.md").read_text()
 NAMING_FILES = ("CONTRIBUTING.md", "docs/promises.md", "docs/security.md")
 FOR_PEOPLE = README + "".join((ROOT / name).read_text() for name in NAMING_FILES)
 OTHERS_FLAGS = {"--address", "--working-dir", "--generate", "--shm-size"}  # of ray and docker
+OTHERS_FLAGS |= {  # of model servers
+    "--context-length",
+    "--enable-prefix-caching",
+    "--generation-config",
+    "--host",
+    "--limit-mm-per-prompt",
+    "--max-batch-size",
+    "--max-model-len",
+    "--max-num-seqs",
+    "--max-running-requests",
+    "--mm-processor-kwargs",
+    "--model-path",
+    "--reasoning-parser",
+    "--session-len",
+}
 
 
 def help_of(*command: str) -> str:

@@ -39,8 +39,8 @@ def try_images(files: Sequence[str], model: ModelConfig) -> int:
     from captioner.imaging import decode_images
 
     ref = resolve(model)
-    device = pick_device(model.device)
-    ref = resolve_dtype(ref, model.dtype, device.type)
+    device = "cpu" if model.endpoint else str(pick_device(model.device))
+    ref = resolve_dtype(ref, model.dtype, device.partition(":")[0])
     print(f"captioner: {printable(ref.summary)}", file=sys.stderr)
     limits = SourceConfig()
     with GuardedDecoder(ref.spec, limits.max_pixels, limits.decode_timeout) as decoder:
@@ -50,7 +50,7 @@ def try_images(files: Sequence[str], model: ModelConfig) -> int:
     decoded = [index for index, code in enumerate(codes) if not code]
     captioned = 0
     if decoded:
-        captioner = load(ref, str(device), model.batch_size)
+        captioner = load(ref, device, model.batch_size)
         started = time.perf_counter()
         captions = caption_or_reasons(captioner, batch.pixels[decoded])
         seconds = time.perf_counter() - started

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Mapping
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -48,16 +49,26 @@ def _rows(record: dict[str, Any]) -> list[tuple[str, str]]:
     rows += [(label, f"{counts[name]:,}") for name, label in labels.items() if counts.get(name)]
     if record.get("images_per_second"):
         rows.append(("images/s", f"{record['images_per_second']:,.1f}"))
+    rows += usage_rows(record.get("usage") or {})
     seconds = record.get("seconds", {})
     names = {"run": "time", "startup": "  start-up"}
     rows += [(names[name], duration(seconds[name])) for name in names if name in seconds]
     return rows
 
 
+def usage_rows(usage: Mapping[str, float | None]) -> list[tuple[str, str]]:
+    """Return the tokens that model servers counted, and their cost where prices are given."""
+    labels = {"prompt_tokens": "prompt tokens", "completion_tokens": "answer tokens"}
+    rows = [(label, f"{usage[name]:,.0f}") for name, label in labels.items() if usage.get(name)]
+    cost = usage.get("cost")
+    return rows if cost is None else [*rows, ("cost", f"{cost:,.2f}")]
+
+
 def _lines(record: dict[str, Any]) -> list[str]:
     """Return the lines below the table."""
     lines = []
-    busy = bottleneck_line(record.get("busy", {}), record.get("seconds", {}), record.get("slots"))
+    is_served = record.get("engine") == "endpoint"
+    busy = bottleneck_line(record.get("busy", {}), record.get("seconds", {}), record.get("slots"), is_served)
     if busy is not None:
         lines.append(busy)
     check = record.get("check")

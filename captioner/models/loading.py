@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from captioner.data import Captioner
 from captioner.models.devices import auto_dtype, pick_device, set_wait_policy
+from captioner.models.endpoint.api_key import ApiKey
 from captioner.models.fake import FakeCaptioner
 from captioner.models.ref import ModelRef
 from captioner.models.resolving import ensure_local
@@ -38,17 +39,23 @@ def load(
     batch_size: int | Literal["auto"] = "auto",
     num_threads: int | None = None,
     notify: Callable[[str], None] | None = None,
+    api_key: ApiKey | None = None,
 ) -> Captioner:
     """Return the captioner of `ref` with its weights on `device` (see `captioner.models.devices.pick_device`).
 
     `batch_size`: images in a forward pass; "auto" measures on a GPU which is fastest. `num_threads`: CPU threads of
-    torch, None for its default; a small model gets one. `notify`: called with a line about each step that takes long. A
-    model that is not on this machine is downloaded again. Raises ModelError where the model or the device cannot be
+    torch, None for its default; a small model gets one. `notify`: called with a line about each step that takes long.
+    `api_key`: of the model servers; None for that of the environment. A model that is not on this machine is downloaded
+    again. Raises ModelError where the model or the device cannot be
     used, or where the weights differ from those of `ref`.
     """
+    notify, started = notify or (lambda line: None), time.perf_counter()
     if ref.family == "fake":
         return FakeCaptioner(prompt=ref.prompt)
-    notify, started = notify or (lambda line: None), time.perf_counter()
+    if ref.endpoint:
+        from captioner.models.endpoint.captioning import EndpointCaptioner
+
+        return EndpointCaptioner(ref, api_key or ApiKey.from_environment(), notify)
     with ThreadPoolExecutor(2) as threads:
         local_ref = threads.submit(ensure_local, ref)  # hashes the weights
         torch_device = pick_device(device)
@@ -74,6 +81,8 @@ def load(
 
 def resolve_dtype(ref: ModelRef, dtype: str, device: str) -> ModelRef:
     """Return `ref` with the dtype that a value of --dtype means on a kind of device."""
+    if ref.endpoint:
+        return ref
     return replace(ref, dtype=auto_dtype(device) if dtype == "auto" else dtype)
 
 

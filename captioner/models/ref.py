@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from captioner.data import PixelSpec
@@ -12,6 +13,41 @@ from captioner.files import shown
 
 # To be increased when the same file and the same PixelSpec give other pixels than before.
 PREPROCESSING_VERSION = 2
+MAX_ENDPOINT_ROWS, ENDPOINT_CHUNK_BYTES = 64, 400_000_000
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Model servers that answer as one model, and how they are asked. Holds no key.
+
+    `model`: the name that requests give. `served_model`, `system_fingerprint`: what the answers say who gave them.
+    `logprobs`: whether the servers give log-probabilities. `concurrency`: requests under way at each server.
+    `request_timeout`, `endpoint_timeout`: in seconds (see `captioner.config.ModelConfig`).
+    """
+
+    urls: tuple[str, ...]
+    model: str
+    served_model: str
+    system_fingerprint: str | None
+    logprobs: bool
+    concurrency: int
+    max_side: int
+    request_timeout: float
+    endpoint_timeout: float
+
+    @property
+    def rows_per_chunk(self) -> int:
+        """The images of a chunk: few, since a kill loses at most the chunks under way, and each answer may cost."""
+        return max(1, min(MAX_ENDPOINT_ROWS, ENDPOINT_CHUNK_BYTES // (3 * self.max_side**2)))
+
+    @property
+    def chunks_at_once(self) -> int:
+        """The chunks that must be under way so that no server waits while the last images of one are answered."""
+        return 1 + math.ceil(self.concurrency * len(self.urls) / self.rows_per_chunk)
+
+    def shared_by(self, num_workers: int) -> Endpoint:
+        """Return the part of one of several workers that together keep `concurrency`."""
+        return replace(self, concurrency=max(1, self.concurrency // num_workers))
 
 
 @dataclass(frozen=True)
@@ -23,6 +59,7 @@ class ModelRef:
     `settings_sha256`: of the configuration, tokenizer, processor and generation files.
     `max_positions`: text positions of the decoder, prompt included; None where config.json does not limit them.
     `training_run_id`: the training run that made the model, from `training_run.json` in its directory.
+    `endpoint`: the servers of a model that is not loaded here; `sha256` is then that of its name and fingerprint there.
     """
 
     name: str
@@ -38,6 +75,23 @@ class ModelRef:
     max_positions: int | None = None
     revision: str | None = None
     training_run_id: str | None = None
+    endpoint: Endpoint | None = None
+
+    @property
+    def served_model(self) -> str | None:
+        return self.endpoint.served_model if self.endpoint else None
+
+    @property
+    def system_fingerprint(self) -> str | None:
+        return self.endpoint.system_fingerprint if self.endpoint else None
+
+    @property
+    def max_side(self) -> int | None:
+        return self.endpoint.max_side if self.endpoint else None
+
+    def shared_by(self, num_workers: int) -> ModelRef:
+        """Return the model for one of several workers: of servers, with its part of the requests under way."""
+        return replace(self, endpoint=self.endpoint.shared_by(num_workers)) if self.endpoint else self
 
     @property
     def preprocess(self) -> str:
@@ -47,6 +101,9 @@ class ModelRef:
     def summary(self) -> str:
         """Return a line for the user: the model's family, what prepares its images, and the prompt."""
         prompt = "" if self.prompt is None else f"; prompt {self.prompt!r}"
+        if self.endpoint:
+            servers = ", ".join(self.endpoint.urls)
+            return f"model {self.name}: served by {servers}; images of at most {self.max_side} pixels a side{prompt}"
         preparation = "its own image processor" if self.spec.variable_size else f"--preprocess {self.preprocess}"
         return f"model {shown(self.name)}: {self.family}; images prepared by {preparation}{prompt}"
 

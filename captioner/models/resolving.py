@@ -31,6 +31,10 @@ def resolve(config: ModelConfig, dtype: str | None = None, notify: Callable[[str
     `dtype`: the meaning of `config.dtype` "auto". `notify`: called with a line before a download starts, and where
     a model's type is not one of FAMILIES. Raises ModelError where there is no such model or it cannot be used.
     """
+    if config.endpoint:
+        from captioner.models.endpoint.probing import resolve_endpoint
+
+        return resolve_endpoint(config, notify)
     settings: dict[str, Any] = {
         "name": config.name,
         "dtype": (dtype or "float32") if config.dtype == "auto" else config.dtype,

@@ -74,7 +74,7 @@ class CaptionBatches:
             if isinstance(result, str):
                 codes[row], messages[row] = "generate_error", result
             else:
-                texts[row], tokens[row] = result.text, result.num_tokens
+                texts[row], tokens[row] = result.text, result.num_tokens or 0
                 logprobs[row] = np.nan if result.logprob_mean is None else result.logprob_mean
         return batch | {
             "caption": np.array(texts, dtype=object),

@@ -12,6 +12,7 @@ ADVICE = {
     "decode": "raise --decode-cpus",
     "device": "raise --num-workers where there are more GPUs or CPUs, or lower --num-beams",
     "write": "put OUT on faster storage",
+    "servers": "raise --concurrency, or give another --endpoint",
 }
 
 
@@ -30,9 +31,14 @@ def busy_shares(seconds: Mapping[str, float], slots: Mapping[str, float], wall: 
 
 
 def bottleneck_line(
-    shares: Mapping[str, float], seconds: Mapping[str, float], slots: Mapping[str, float] | None = None
+    shares: Mapping[str, float],
+    seconds: Mapping[str, float],
+    slots: Mapping[str, float] | None = None,
+    waits_for_servers: bool = False,
 ) -> str | None:
     """Return one line for a person; None where nothing was measured. `slots`: as for `busy_shares`."""
+    if waits_for_servers:
+        shares = {"servers" if name == "device" else name: share for name, share in shares.items()}
     if not shares:
         return None
     slowest = max(shares, key=lambda name: shares[name])

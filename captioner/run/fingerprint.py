@@ -16,7 +16,15 @@ from captioner.models.devices import auto_dtype
 from captioner.store.table import CaptionsTable
 
 FACTS = ("name", "revision", "sha256", "dtype", "num_beams", "max_new_tokens", "prompt", "preprocess")
-_FLAGS = {"sha256": "weights", "num_beams": "--num-beams", "max_new_tokens": "--max-new-tokens"}
+ENDPOINT_FACTS = ("served_model", "system_fingerprint", "max_side")
+_WORDS = {  # where they are not --NAME
+    "sha256": "weights",
+    "num_beams": "--num-beams",
+    "max_new_tokens": "--max-new-tokens",
+    "served_model": "served model",
+    "system_fingerprint": "system_fingerprint",
+    "max_side": "--max-side",
+}
 
 
 def bind(
@@ -30,7 +38,9 @@ def bind(
     table = rebind(table)
     recorded = table.info["model"]
     dtype: str = config.model.dtype
-    if dtype == "auto":
+    if model.endpoint:
+        dtype = model.dtype
+    elif dtype == "auto":
         same_model = recorded and (not config.output.only or recorded["sha256"] == model.sha256)
         dtype = recorded["dtype"] if same_model else auto_dtype(device())
     model = replace(model, dtype=dtype)
@@ -57,7 +67,7 @@ def rebind(table: CaptionsTable) -> CaptionsTable:
 
 def facts_of(model: ModelRef) -> dict[str, Any]:
     """Return what table.json records about a model."""
-    return {name: getattr(model, name) for name in FACTS}
+    return {name: getattr(model, name) for name in (*FACTS, *(ENDPOINT_FACTS if model.endpoint else ()))}
 
 
 def _bound(table: CaptionsTable, fingerprint: str, facts: dict[str, Any]) -> CaptionsTable:
@@ -82,9 +92,11 @@ def _refusal(table: CaptionsTable, model: ModelRef) -> str:
 
 def _difference(recorded: dict[str, Any], model: ModelRef) -> str:
     """Return in words how the recorded model differs from `model`."""
+    both_served = model.endpoint and recorded.get("served_model")
+    ignored = {"name", "revision"} | ({"sha256"} if both_served else set())
     differing = [
-        f"{_FLAGS.get(key, '--' + key)} {str(value)[:12]} instead of {str(getattr(model, key))[:12]}"
+        f"{_WORDS.get(key, '--' + key)} {str(value)[:12]} instead of {str(getattr(model, key))[:12]}"
         for key, value in recorded.items()
-        if key not in ("name", "revision") and getattr(model, key) != value
+        if key not in ignored and getattr(model, key) != value
     ]
     return ", ".join(differing) or f"another tokenizer, processor or generation config of {recorded['name']}"

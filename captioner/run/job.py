@@ -177,7 +177,7 @@ def open_job(config: CaptionConfig, engine: Engine, notify: Notify, read_reviews
         read_concurrency=config.cluster.read_concurrency,
         max_file_size=config.source.max_file_size,
         dedupe=not config.output.no_dedupe,
-        device=config.model.device,
+        device=config.model.compute_on,
     )
     notify(model.summary)
     job = Job(planned.config, work, rows_per_chunk, notify, started, planned.notes, read_reviews)
@@ -384,6 +384,8 @@ def _holds_scenes(table: CaptionsTable) -> bool:
 
 
 def _rows_per_chunk(model: ModelRef, engine: Engine) -> int:
+    if model.endpoint:
+        return model.endpoint.rows_per_chunk
     slow = weights_bytes(model) > LARGE_MODEL_BYTES and engine.device() == "cpu"
     max_bytes = VARIABLE_SIZE_CHUNK_BYTES if model.spec.variable_size else CHUNK_PIXEL_BYTES
     return max(1, min(ROWS_PER_CHUNK_SLOW if slow else ROWS_PER_CHUNK, max_bytes // model.spec.max_bytes))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
 
 T = TypeVar("T")
+U = TypeVar("U")
 
 
 def in_background(function: Callable[[], T]) -> Future[T]:
@@ -30,6 +32,25 @@ def one_ahead(items: Iterator[T]) -> Iterator[Iterator[T]]:
     """Yield an iterator over `items` that computes each in a thread while the caller uses the one before it."""
     with ThreadPoolExecutor(1) as thread:
         yield _prefetched(thread, items, thread.submit(lambda: next(items, None)))
+
+
+def in_parallel(function: Callable[[T], U], items: Iterator[T], count: int) -> Iterator[U]:
+    """Yield `function` of each item, in order; `count` calls run at the same time, in threads where it is above 1."""
+    if count == 1:
+        yield from map(function, items)
+        return
+    with ThreadPoolExecutor(count) as threads:
+        pending: deque[Future[U]] = deque()
+        try:
+            for item in items:
+                pending.append(threads.submit(function, item))
+                while len(pending) >= count or (pending and pending[0].done()):
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
 
 
 def _prefetched(thread: ThreadPoolExecutor, items: Iterator[T], pending: Future[T | None]) -> Iterator[T]:

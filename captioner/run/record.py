@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from captioner.config import CaptionConfig
-from captioner.data import Chunk, Receipt
+from captioner.data import NO_USAGE, Chunk, Receipt, Usage
 from captioner.errors import CaptionerError, CheckFailedError, StoppedEarlyError, TooManyFailedError
 from captioner.files import shown
 from captioner.run.bottleneck import busy_shares
@@ -41,6 +41,7 @@ class Tally:
     devices: set[str] = field(default_factory=set)
     slots: dict[str, float] | None = None
     working_since: float = 0.0
+    usage: Usage = NO_USAGE
 
     def skip(self, plan: Plan, missing: list[Chunk]) -> int:
         """Count the images of a plan that were committed before this run, and return their number."""
@@ -54,6 +55,7 @@ class Tally:
         parts = (receipt.read_seconds, receipt.decode_seconds, receipt.generate_seconds, receipt.commit_seconds)
         self.num_rows += receipt.num_rows
         self.duplicates += receipt.num_duplicates
+        self.usage = Usage.total([self.usage, Usage(receipt.prompt_tokens, receipt.completion_tokens)])
         self.engine = receipt.engine or self.engine
         self.devices |= {receipt.device} - {""}
         self.read, self.decode = self.read + parts[0], self.decode + parts[1]
@@ -137,6 +139,7 @@ def make_record(job: Job, state: str, tally: Tally, counts: TableCounts | None =
         "slots": tally.slots,
         "images_per_second": None if rate is None else round(rate, 2),
         "engine": tally.engine,
+        "usage": tally.usage._asdict() | {"cost": job.config.model.cost_of(*tally.usage)} if model.endpoint else None,
         "model": {**asdict(model), "fingerprint": model.fingerprint},
         "fingerprint": job.table.info["fingerprint"],
         "models": job.table.info.get("models", {}),

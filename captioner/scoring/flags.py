@@ -10,6 +10,7 @@ CAPTION_FLAGS = {
     "empty": "no text",
     "truncated": "cut off at the token limit",
     "no_logprob": "the model gave no finite log-probability",
+    "logprob_not_given": "the model server gives no log-probabilities",
     "repeated": "repeats a word or phrase",
     "special_tokens": "contains special or [unused] tokens",
     "image_of": "starts with words like “image of”, which tell a reader of alt text nothing",
@@ -43,15 +44,17 @@ _TOKENS = re.compile(r"\w+|[^\w\s]")
 MAX_PHRASE_WORDS = 6
 
 
-def caption_flags(text: str, logprob_mean: float = 0.0, finished: bool = True) -> list[str]:
+def caption_flags(text: str, logprob_mean: float | None = 0.0, finished: bool = True) -> list[str]:
     """Return the flags of one caption, in the order of CAPTION_FLAGS.
 
-    `logprob_mean`: NaN when the model gave none. `finished`: the end token came within the limit.
+    `logprob_mean`: NaN when the model gave none, None when it never gives any. `finished`: the end token came within
+    the limit.
     """
     applies = {
         "empty": not text.strip(),
         "truncated": not finished,
-        "no_logprob": not math.isfinite(logprob_mean),
+        "no_logprob": logprob_mean is not None and not math.isfinite(logprob_mean),
+        "logprob_not_given": logprob_mean is None,
         "repeated": is_repetitive(text),
         "special_tokens": _SPECIAL.search(text) is not None,
         "image_of": _IMAGE_OF.match(text) is not None,

@@ -74,6 +74,11 @@ def example(setting: Setting) -> tuple[list[str], object]:
         "max_wer": (["0.5"], 0.5),
         "min_lift": (["0.5"], 0.5),
         "max_flagged": (["0.5"], 0.5),
+        "max_side": (["512"], 512),
+        "request_timeout": (["0.5"], 0.5),
+        "endpoint_timeout": (["0.5"], 0.5),
+        "price_in": (["0.5"], 0.5),
+        "price_out": (["0.5"], 0.5),
     }
     annotation = str(setting.info.annotation)
     if setting.field in known:

@@ -186,7 +186,7 @@ def waiting_stage(gate: Path) -> type[DecodeStage]:
 def test_a_run_without_progress_ends_with_one_line_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = settings(make_folder(tmp_path / "archive", 20), tmp_path / "out")
     with monkeypatch.context() as patched:
-        patched.setattr(caption, "no_progress_timeout", lambda decode_timeout: 2.0)
+        patched.setattr(caption, "no_progress_timeout", lambda decode_timeout, endpoint: 2.0)
         patched.setattr(caption, "DecodeStage", waiting_stage(tmp_path / "gate"))
         with pytest.raises(ClusterError, match=r"^no stage has finished a chunk for 2 s; progress is saved"):
             run(config)

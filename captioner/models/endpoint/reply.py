@@ -1,0 +1,134 @@
+"""Judge what a model server answers: whether it is a caption, and if not, why."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from captioner.data import NO_USAGE, Usage
+
+_THOUGHT = re.compile(r"<think(?:ing)?>.*?</think(?:ing)?>", re.DOTALL | re.IGNORECASE)
+# Templates that begin the thought themselves give only its end; an answer that is cut gives only its beginning.
+_END_OF_THOUGHT = re.compile(r"^.*</think(?:ing)?>", re.DOTALL | re.IGNORECASE)
+_BEGINNING_OF_THOUGHT = re.compile(r"<think(?:ing)?>.*$", re.DOTALL | re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """An answer to one image.
+
+    `error`: why it is no caption, or "". `model`, `system_fingerprint`: who gave it, None where it does not say.
+    The other fields are as in `captioner.data.Captions`.
+    """
+
+    text: str = ""
+    error: str = ""
+    num_tokens: int | None = None
+    logprob_mean: float | None = None
+    finished: bool = True
+    usage: Usage = NO_USAGE
+    model: str | None = None
+    system_fingerprint: str | None = None
+
+
+class NoReplyError(ValueError):
+    """Raised where a server's JSON is no chat completion."""
+
+
+def error_in(body: Any) -> tuple[str, int | None] | None:
+    """Return the message and the status of the error that a JSON body is; None where it is none.
+
+    Servers and the gateways before them send errors with status 200 too.
+    """
+    if not isinstance(body, dict):
+        return None
+    error = body.get("error")
+    if error is None and body.get("object") == "error":  # vLLM before 0.10
+        error = body
+    if error is None and "choices" not in body and ("detail" in body or "message" in body):
+        error = {"message": body.get("detail", body.get("message"))}
+    if not error:
+        return None
+    if not isinstance(error, dict):
+        return str(error), None
+    code = error.get("code", error.get("status"))
+    code = int(code) if isinstance(code, str) and code.isdecimal() else code
+    message = error.get("message") or error.get("type") or "an error without a message"
+    return str(message), code if isinstance(code, int) and 400 <= code < 600 else None
+
+
+def judge(body: Any) -> Reply:
+    """Return the reply that a chat completion holds. Raises NoReplyError where it is none."""
+    choices = body.get("choices") if isinstance(body, dict) else None
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    message = choice.get("message") if isinstance(choice, dict) else None
+    if not isinstance(choice, dict) or not isinstance(message, dict):
+        raise NoReplyError("the answer holds no message")
+    if choice.get("error"):
+        raise NoReplyError(f"the answer holds an error: {choice['error']}")
+    content, reason = _text(message.get("content")), choice.get("finish_reason")
+    text = _without_thought(content)
+    usage = body.get("usage") if isinstance(body.get("usage"), dict) else {}
+    completion = _count(usage.get("completion_tokens"))
+    error = _why_no_caption(message, content, text, reason)
+    return Reply(
+        "" if error else text,
+        error,
+        completion,
+        _logprob_mean(choice.get("logprobs")),
+        reason != "length",
+        Usage(_count(usage.get("prompt_tokens")) or 0, completion or 0),
+        _name(body.get("model")),
+        _name(body.get("system_fingerprint")),
+    )
+
+
+def _why_no_caption(message: dict[str, Any], content: str, text: str, reason: object) -> str:
+    if reason == "content_filter":
+        return "content filter: the server withheld the answer"
+    if message.get("refusal"):
+        return f"refused: {message['refusal']}"
+    if reason in ("tool_calls", "function_call"):
+        return "no caption: the answer calls a tool"
+    if not text:
+        cut = ", cut at --max-new-tokens" if reason == "length" else ""
+        thought = content.strip() or message.get("reasoning_content") or message.get("reasoning")
+        return f"only reasoning, no caption{cut}" if thought else f"an empty answer{cut}"
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return "the answer is no valid Unicode"
+    return ""
+
+
+def _text(content: object) -> str:
+    """Return the text of a message, which may come in parts."""
+    if isinstance(content, list):
+        parts = [part.get("text") for part in content if isinstance(part, dict)]
+        return "".join(part for part in parts if isinstance(part, str))
+    return content if isinstance(content, str) else ""
+
+
+def _without_thought(content: str) -> str:
+    text = _END_OF_THOUGHT.sub("", _THOUGHT.sub("", content))
+    return _BEGINNING_OF_THOUGHT.sub("", text).strip()
+
+
+def _logprob_mean(logprobs: object) -> float | None:
+    """Return the mean natural-log probability of the answer's tokens; None where the server gives none."""
+    tokens = logprobs.get("content") if isinstance(logprobs, dict) else None
+    if not isinstance(tokens, list) or not tokens:
+        return None
+    values = [token.get("logprob") if isinstance(token, dict) else None for token in tokens]
+    numbers = [float(value) for value in values if isinstance(value, int | float)]
+    return math.fsum(numbers) / len(numbers) if len(numbers) == len(tokens) else math.nan
+
+
+def _count(value: object) -> int | None:
+    return value if isinstance(value, int) and 0 <= value < 1 << 31 else None
+
+
+def _name(value: object) -> str | None:
+    return value if isinstance(value, str) and value else None

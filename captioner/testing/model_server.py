@@ -1,0 +1,236 @@
+"""An OpenAI-compatible model server for tests, which misbehaves on order.
+
+    with ModelServer(lambda asked: too_many_requests(5) if asked.number == 3 else None) as server:
+        captioner caption images/ out/ --endpoint {server.url} --model {server.model}
+
+`python -m captioner.testing.model_server --help` starts one that answers after a fixed time, for measurements.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import io
+import json
+import threading
+import time
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import TracebackType
+from typing import Any, Self
+
+from PIL import Image
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request about an image.
+
+    `number`: from 1, without the requests by which a run finds out what the server is. `image`: the bytes that came.
+    """
+
+    number: int
+    image: bytes
+    body: dict[str, Any]
+    headers: dict[str, str]
+
+    @property
+    def caption(self) -> str:
+        """Words that only equal images share."""
+        return f"a picture {zlib.crc32(self.image):08x}"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the server does with a request.
+
+    `changes`: to the chat completion. `body`: instead of it, JSON or bytes. `sent`: share of the bytes that are sent
+    before the connection is cut. `held`: an event to wait for before anything is sent.
+    """
+
+    status: int = 200
+    changes: dict[str, Any] = field(default_factory=dict)
+    body: Any = None
+    headers: dict[str, str] = field(default_factory=dict)
+    sent: float = 1.0
+    held: threading.Event | None = None
+
+
+def too_many_requests(seconds: float | str) -> Answer:
+    """Return the answer 429 with Retry-After."""
+    return Answer(429, body={"error": {"message": "slow down"}}, headers={"Retry-After": str(seconds)})
+
+
+def failing(status: int, message: str = "out of order") -> Answer:
+    """Return an error of a status."""
+    return Answer(status, body={"error": {"message": message, "code": status}})
+
+
+def saying(content: str | None, finish_reason: str = "stop", **message: Any) -> Answer:
+    """Return a chat completion with this content, reason to finish and other fields of its message."""
+    choice = {"index": 0, "message": {"role": "assistant", "content": content, **message}}
+    return Answer(changes={"choices": [{**choice, "finish_reason": finish_reason}]})
+
+
+HALF_A_REPLY, NO_REPLY = Answer(sent=0.5), Answer(sent=0.0)
+Rule = Callable[[Asked], Answer | None]
+
+
+class ModelServer:
+    """A server on a free port of this machine; a context manager.
+
+    `rule`: what it does with a request about an image; None is a caption of the image. `delay`: seconds before each
+    answer. `logprobs`: whether it gives log-probabilities. `key`: what it accepts, "" for anything. `asked`: the
+    requests about images so far, `probes`: those by which runs find out what it is. `most_at_once`: under way.
+    """
+
+    def __init__(
+        self,
+        rule: Rule | None = None,
+        model: str = "tiny-vlm",
+        delay: float = 0.0,
+        logprobs: bool = True,
+        key: str = "",
+        system_fingerprint: str | None = None,
+        port: int = 0,
+    ) -> None:
+        self.rule: Rule = rule or (lambda asked: None)
+        self.model, self.system_fingerprint = model, system_fingerprint
+        self.delay, self.logprobs, self.key = delay, logprobs, key
+        self.asked: list[Asked] = []
+        self.probes: list[Asked] = []
+        self.most_at_once = 0
+        self._at_once = 0
+        self._changed = threading.Condition()
+        self._http = _Http(("127.0.0.1", port), _handler_of(self))
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._http.server_address[1]}/v1"
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._http.shutdown()
+        self._http.server_close()
+
+    def wait_for(self, count: int) -> None:
+        """Wait until it was asked about `count` images."""
+        with self._changed:
+            self._changed.wait_for(lambda: len(self.asked) >= count)
+
+    def answer(self, body: dict[str, Any], headers: dict[str, str]) -> tuple[Answer, Asked]:
+        """Note a request and return what to do with it."""
+        image = _image_in(body)
+        with self._changed:
+            is_probe = _is_grey(image)
+            asked = Asked(0 if is_probe else len(self.asked) + 1, image, body, headers)
+            (self.probes if is_probe else self.asked).append(asked)
+            self._at_once += not is_probe
+            self.most_at_once = max(self.most_at_once, self._at_once)
+            self._changed.notify_all()
+        if self.key and headers.get("Authorization") != f"Bearer {self.key}":
+            return failing(401, f"Incorrect API key provided: {headers.get('Authorization')}"), asked
+        if body["model"] != self.model:
+            return failing(404, f"The model `{body['model']}` does not exist."), asked
+        return (self.rule(asked) if asked.number else None) or Answer(), asked
+
+    def ended(self, asked: Asked) -> None:
+        """Note that a request is about to be answered."""
+        with self._changed:
+            self._at_once -= asked.number > 0
+
+    def completion(self, asked: Asked) -> dict[str, Any]:
+        """Return the chat completion with the caption of an image."""
+        tokens = asked.caption.split()
+        choice: dict[str, Any] = {
+            "index": 0,
+            "message": {"role": "assistant", "content": asked.caption},
+            "finish_reason": "stop",
+        }
+        if self.logprobs and asked.body.get("logprobs"):
+            choice["logprobs"] = {"content": [{"token": token, "logprob": -0.5} for token in tokens]}
+        return {
+            "object": "chat.completion",
+            "model": self.model,
+            "system_fingerprint": self.system_fingerprint,
+            "choices": [choice],
+            "usage": {"prompt_tokens": 100, "completion_tokens": len(tokens)},
+        }
+
+
+class _Http(ThreadingHTTPServer):
+    request_queue_size = 1024
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing: clients that go away are what tests are about."""
+
+
+def _handler_of(server: ModelServer) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True
+
+        def log_message(self, format: str, *args: Any) -> None:
+            """Write no log."""
+
+        def do_GET(self) -> None:
+            models = {"object": "list", "data": [{"id": server.model, "object": "model"}]}
+            self._send(Answer(body=models), {})
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            answer, asked = server.answer(body, dict(self.headers))
+            if answer.held is not None:
+                answer.held.wait()
+            time.sleep(server.delay)
+            server.ended(asked)
+            self._send(answer, server.completion(asked))
+
+        def _send(self, answer: Answer, completion: dict[str, Any]) -> None:
+            body = completion | answer.changes if answer.body is None else answer.body
+            data = body if isinstance(body, bytes) else json.dumps(body).encode()
+            if answer.sent:
+                self.send_response(answer.status)
+                for name, value in {"Content-Length": str(len(data)), **answer.headers}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(data[: int(len(data) * answer.sent)])
+            self.close_connection = answer.sent < 1
+
+    return Handler
+
+
+def _image_in(body: dict[str, Any]) -> bytes:
+    (url,) = (part["image_url"]["url"] for part in body["messages"][-1]["content"] if part["type"] == "image_url")
+    header, _, data = url.partition(",")
+    assert header == "data:image/jpeg;base64"
+    return base64.b64decode(data)
+
+
+def _is_grey(image: bytes) -> bool:
+    """Return whether an image is of one colour: no image of an archive is."""
+    with Image.open(io.BytesIO(image)) as opened:
+        return all(low == high for low, high in opened.convert("RGB").getextrema())  # type: ignore[misc]
+
+
+def main() -> None:
+    """Start a server and print its URL."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--delay", type=float, default=0.0, help="seconds before each answer")
+    arguments = parser.parse_args()
+    with ModelServer(port=arguments.port, delay=arguments.delay) as server:
+        print(server.url, flush=True)
+        threading.Event().wait()
+
+
+if __name__ == "__main__":
+    main()
