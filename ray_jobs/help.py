@@ -22,6 +22,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "caption": (
         "captioner caption photos/ captions/ --model starter",
         "captioner caption --config run.yaml --limit 100",
+        "captioner caption photos/ captions/ \\\n      --endpoint http://localhost:8000/v1",
         "captioner caption photos/ captions/ --retry-failed",
     ),
     "init": ("captioner init photos/", "captioner init shards/ run.yaml --out captions/"),
@@ -73,7 +74,7 @@ COMMAND_GROUPS = {
 # The flags that --help shows of a command that has more than FEW of them, besides the command's own.
 FEW = 12
 EVERYDAY = (
-    *("--model", "--prompt", "--num-beams", "--max-new-tokens", "--batch-size", "--device"),
+    *("--model", "--endpoint", "--prompt", "--num-beams", "--max-new-tokens", "--batch-size", "--device"),
     *("--include", "--limit", "--keep-columns", "--local", "--address", "--num-workers"),
     *("--retry-failed", "--extend", "--only", "--references", "--max-wer", "--max-flagged"),
     *("--num-train-epochs", "--learning-rate", "--per-device-train-batch-size", "--lora-rank", "--bf16"),
