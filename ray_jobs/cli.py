@@ -290,13 +290,37 @@ def feedback(
     return run(out, pairs)
 
 
-@command()
-def models() -> int:
+models = typer.Typer(
+    help="List the families of models and known checkpoints.",
+    invoke_without_command=True,
+    no_args_is_help=False,
+    cls=Group,
+    rich_markup_mode=None,
+)
+app.add_typer(models, name="models")
+
+
+@models.callback()
+def list_models(context: typer.Context) -> None:
     """List the families of models and known checkpoints."""
     from captioner.models.catalogue import table
 
-    typer.echo(table())
-    return OK
+    if context.invoked_subcommand is None:
+        typer.echo(table())
+
+
+@models.command("convert", cls=Command)
+def convert(
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="Model directory with pytorch_model.bin.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="A new directory, for --model.")],
+) -> int:
+    """Write the pickled weights (.bin) of a model as safetensors.
+
+    Opens the pickles in a process of its own and refuses those that would run code. Other files are copied.
+    """
+    from captioner.models import converting
+
+    return converting.run(directory, out)
 
 
 @command()

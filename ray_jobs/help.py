@@ -55,7 +55,8 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "captioner export captions/ --to html --html-dir site/ \\\n      --dry-run",
     ),
     "feedback": ("captioner feedback captions/ pairs/",),
-    "models": ("captioner models",),
+    "models": ("captioner models", "captioner models convert DIR OUT"),
+    "models convert": ("captioner models convert vit-gpt2/ vit-gpt2-safe/",),
     "render-scenes": ("captioner render-scenes scenes/ --count 100",),
     "train": (
         "captioner train pairs/ trained/ --model starter",
@@ -135,14 +136,17 @@ class Group(TyperGroup):
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write examples, the commands in their groups, and the options."""
         _write_examples(formatter, ctx.command_path.partition(" ")[2])
-        for title, names in COMMAND_GROUPS.items():
+        groups = {"Commands": tuple(self.commands)} if ctx.parent else COMMAND_GROUPS
+        for title, names in groups.items():
             rows = [(name, _first_sentence(self.commands[name].help)) for name in names]
             _write_section(formatter, title, rows)
         options = [record for param in self.get_params(ctx) if (record := param.get_help_record(ctx))]
         _write_section(formatter, "Options", options)
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
-        """Write the exit codes."""
+        """Write the exit codes, below the help of the whole program."""
+        if ctx.parent:
+            return
         _write_section(formatter, "Exit codes", [(str(code), meaning) for code, meaning in EXIT_CODES.items()])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +72,13 @@ def weight_files(directory: Path) -> list[Path]:
     )
     if pickles:
         raise ModelError(
-            f"{directory}: only pickled weights ({pickles[0]}), which can run code when opened; if you trust them,"
-            " load the model with transformers, then save_pretrained(DIR, safe_serialization=True)"
+            f"{directory}: only pickled weights ({pickles[0]}), which can run code when opened; convert them safely:"
+            f" captioner models convert {shlex.quote(str(directory))} OUT"
         )
-    raise ModelError(f"{directory}: no weights; it needs {SINGLE_FILE} (or {INDEX_FILE} and its shards)")
+    raise ModelError(
+        f"{directory}: no weights; it needs {SINGLE_FILE} (or {INDEX_FILE} and its shards); of a model that has only"
+        " pytorch_model.bin: hf download NAME --local-dir DIR, then captioner models convert DIR OUT"
+    )
 
 
 def _sharded_files(directory: Path) -> list[Path]:

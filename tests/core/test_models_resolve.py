@@ -123,7 +123,7 @@ def only_pickles(model) -> None:
     [
         (remove("config.json"), "no config.json; give the directory"),
         (remove("model.safetensors"), "no weights; it needs model.safetensors"),
-        (only_pickles, r"only pickled weights \(pytorch_model.bin\).*load the model with transformers"),
+        (only_pickles, r"only pickled weights \(pytorch_model.bin\).*captioner models convert"),
         (remove("processor_config.json"), "no image processor settings"),
         (remove("tokenizer.json"), "no tokenizer .*save the model's processor or tokenizer"),
         (lambda model: truncate(model / "model.safetensors", 5000), "model.safetensors: is not a safetensors file"),
