@@ -16,7 +16,7 @@ DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs
 README = (ROOT / "README.md").read_text()
 NAMING_FILES = ("CONTRIBUTING.md", "docs/promises.md", "docs/security.md")
 FOR_PEOPLE = README + "".join((ROOT / name).read_text() for name in NAMING_FILES)
-OTHERS_FLAGS = {"--address", "--working-dir", "--generate", "--shm-size"}  # of ray and docker
+OTHERS_FLAGS = {"--address", "--working-dir", "--generate", "--shm-size", "--local-dir"}  # of ray, docker and hf
 OTHERS_FLAGS |= {  # of model servers
     "--context-length",
     "--enable-prefix-caching",
