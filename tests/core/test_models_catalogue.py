@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 
 from captioner.models import FAMILIES
-from captioner.models.catalogue import CATALOGUE
+from captioner.models.catalogue import CATALOGUE, RECOMMENDED
 from captioner.models.families import FAMILY_BY_NAME
 from captioner.models.loading import CLASSES
 from ray_jobs import cli
+
+CHECKPOINTS = [checkpoint for listed in CATALOGUE.values() for checkpoint in listed]
 
 
 def test_every_family_is_listed_with_a_checkpoint_and_has_a_class() -> None:
@@ -16,13 +18,35 @@ def test_every_family_is_listed_with_a_checkpoint_and_has_a_class() -> None:
     assert all(CATALOGUE.values())
 
 
-def test_the_command_prints_all_checkpoints(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_the_command_prints_all_checkpoints(
+    width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
     with pytest.raises(SystemExit) as end:
         cli.main(["models"])
 
     shown = capsys.readouterr().out
-    assert end.value.code == 0
-    checkpoints = [checkpoint for listed in CATALOGUE.values() for checkpoint in listed]
-    assert all(checkpoint.name in shown and checkpoint.licence in shown for checkpoint in checkpoints)
+    assert end.value.code in (0, None)
+    assert all(line in shown for checkpoint in CHECKPOINTS for line in checkpoint.lines)
+    assert all(f"\n{name}: search" in shown for name in CATALOGUE)
     assert all(task in shown for task in FAMILY_BY_NAME["florence2"].tasks)
-    assert max(map(len, shown.splitlines())) <= 120
+    assert max(map(len, shown.splitlines())) <= width
+
+
+def test_every_checkpoint_has_its_facts() -> None:
+    for checkpoint in CHECKPOINTS:
+        assert 2021 < checkpoint.year <= 2026
+        assert checkpoint.memory == 2 * checkpoint.parameters > 0
+        assert checkpoint.licence
+        assert "card" not in checkpoint.licence
+
+
+@pytest.mark.parametrize(("use", "gigabytes"), [("8", 8), ("24", 24), ("80", 80)])
+def test_what_is_recommended_for_a_gpu_fits_it(use: str, gigabytes: int) -> None:
+    by_name = {checkpoint.name: checkpoint for checkpoint in CHECKPOINTS}
+
+    assert set(RECOMMENDED.values()) <= set(by_name)
+    recommended = by_name[RECOMMENDED[f"a GPU of {use} GB"]]
+    assert gigabytes / 3 < recommended.memory < 0.85 * gigabytes
+    assert all(by_name[name].safetensors for name in RECOMMENDED.values())
