@@ -134,11 +134,14 @@ _RECOMMENDED_NOTE = (
     "--prompt 'List ten tags for this image, separated by commas.'"
 )
 _PICKLED = "Pickled weights are refused; make safetensors of them: captioner models convert DIR OUT."
-_LICENCES = "A licence here is that of the checkpoint's own card, which may have changed. Qwen Research is for non-commercial use."
+_LICENCES = (
+    "A licence here is that of the checkpoint's own card, which may have changed. Qwen Research is for "
+    "non-commercial use."
+)
 _OFFLINE = "For machines without network, download a checkpoint once and give its directory to --model:"
 _DOWNLOAD = """\
   hf download microsoft/git-base-coco --exclude '*.bin' \\
-      --exclude '*.h5' --exclude '*/*' --local-dir models/git"""
+    --exclude '*.h5' --exclude '*/*' --local-dir models/git"""
 
 
 def table() -> str:
