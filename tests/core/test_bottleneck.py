@@ -53,7 +53,7 @@ def test_where_decoding_is_the_limit_it_says_with_how_many_cpus_it_would_not_be(
 
     print_summary({"busy": shares, "seconds": {**seconds, "run": 10.0}, "slots": SLOTS}, stream)
 
-    assert "raise --decode-cpus (with 5 CPUs instead of 2 it would not be the limit)" in stream.getvalue()
+    assert "raise --decode-cpus (with 5 CPUs instead of 2 decoding is not the bottleneck)" in stream.getvalue()
     enough = SLOTS | {"decode": 5}
     assert max(busy_shares(seconds, enough, wall=4), key=busy_shares(seconds, enough, wall=4).get) == "device"
 

@@ -148,7 +148,7 @@ def test_the_page_says_what_the_run_did(page: Page, figures: dict[str, Any]) -> 
     for words in (
         f"WER (0 is best) {check['wer']:.3f}",
         "62 of 63 images captioned; 1 failed",
-        "60 of 60 captions with references were scored",
+        "Scored 60 of 60 captions with references",
         "Special tokens",
         "empty file 1",
         "--retry-failed",
@@ -205,7 +205,7 @@ def test_a_page_of_part_of_a_table_says_so_and_colours_are_not_lost_in_print(
 
     sentences = verdict_of(figures["counts"], check).sentences
 
-    assert sentences[-1].startswith("The table is large: scores, flags and figures are of 20 of its 63 rows")
+    assert sentences[-1].startswith("The table is large: scores, flags and figures are of 20 of 63 rows")
 
 
 def test_throughput_has_no_more_bins_than_commits_tell_and_shows_a_stall() -> None:

@@ -38,10 +38,12 @@ def run(out: str, port: int, reviewer: str | None, queue: QueueKind, open_page: 
                 print("captioner: every decision is saved at once; Ctrl-C ends the review", file=sys.stderr)
                 if open_page:
                     webbrowser.open(server.url)
-                server.serve_forever()
+                try:
+                    server.serve_forever()
+                finally:
+                    _print_summary(session)
         finally:
             previews.close()
-            _print_summary(session)
     return OK
 
 
