@@ -152,9 +152,17 @@ def _open_directory(config: SourceConfig, root: Root, refuse_flags: bool) -> Sou
 
 
 def _is_saved_dataset(root: Root) -> bool:
-    """Return whether `datasets` saved a dataset here: a single file of one of these names may be anybody's."""
-    has_dict = root.exists(b"dataset_dict.json")
-    return has_dict or all(root.exists(name) for name in (b"state.json", b"dataset_info.json"))
+    """Return whether `datasets` saved a dataset here: files of these names may be anybody's."""
+    return _contains(root, b"dataset_dict.json", b'"splits"') or (
+        _contains(root, b"state.json", b'"_data_files"') and root.exists(b"dataset_info.json")
+    )
+
+
+def _contains(root: Root, name: bytes, text: bytes) -> bool:
+    try:
+        return text in root.read(name, 0, 1 << 20)
+    except OSError:
+        return False
 
 
 def _open_files(config: SourceConfig, root: Root, files: list[bytes], reason: str, refuse_flags: bool) -> Source:

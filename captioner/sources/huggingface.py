@@ -104,7 +104,7 @@ def _load_split(location: str, split: str, stamp: object) -> Any:
     datasets.disable_progress_bars()
     try:
         dataset = datasets.load_from_disk(location) if os.path.isdir(location) else datasets.load_dataset(location)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError) as error:
         missing = "" if os.path.isdir(location) else "no such file or directory, and "
         reason = " ".join(str(error).split())
         raise SourceError(f"{location}: {missing}cannot be loaded as a Hugging Face dataset: {reason}") from None

@@ -46,6 +46,9 @@ class ParquetSource(TableFiles):
                 rows = table_rows(batch, self.columns, file, readable(file), first_row)
                 yield Listing(with_stamp(rows, stamp), [])
                 first_row += batch.num_rows
+            if not first_row:
+                rows = plan_table([], [], kept=pa.schema(self.columns.kept).empty_table())
+                yield Listing(with_stamp(rows, stamp), [], [f"{readable(file)}: an empty table: it has no row"])
         except (UnreadableTableError, MissingColumnError) as error:
             if len(self.files) == 1:
                 raise

@@ -41,7 +41,7 @@ OnProgress = Callable[[int], None]
 class _Position:
     """How far a listing has come: rows of `unit` taken into the plan, and what was ignored before that unit.
 
-    `num_uncaptioned`: of the taken rows, how many images have no reference captions.
+    `num_captioned`, `num_uncaptioned`: images with and without reference captions among the taken rows.
     """
 
     unit: str | None = None
@@ -50,6 +50,7 @@ class _Position:
     ignored_examples: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     ignored_kinds: dict[str, int] = field(default_factory=dict)
+    num_captioned: int = 0
     num_uncaptioned: int = 0
     uncaptioned_examples: list[str] = field(default_factory=list)
 
@@ -64,8 +65,10 @@ class _Position:
 
     def take(self, rows: pa.Table) -> None:
         """Count the images without captions among rows that are written. A row of damage is no image."""
+        has_captions = pc.is_valid(rows["reference_captions"])
         is_damage = pc.fill_null(pc.less(rows["size"], 0), False)
-        uncaptioned = rows["image_id"].filter(pc.and_not(pc.is_null(rows["reference_captions"]), is_damage))
+        uncaptioned = rows["image_id"].filter(pc.invert(pc.or_(has_captions, is_damage)))
+        self.num_captioned += pc.sum(has_captions).as_py() or 0
         self.num_uncaptioned += len(uncaptioned)
         self.uncaptioned_examples += uncaptioned[: MAX_EXAMPLES - len(self.uncaptioned_examples)].to_pylist()
 
@@ -254,11 +257,12 @@ class _PlanWriter:
 
     def _note_of_uncaptioned(self) -> list[str]:
         """Return a line about images without captions where others have some."""
-        number, num_rows = self._listed.num_uncaptioned, sum(self._parts.values())
-        if number in (0, num_rows):
+        number, num_captioned = self._listed.num_uncaptioned, self._listed.num_captioned
+        if not number or not num_captioned:
             return []
         examples = ", ".join(map(repr, self._listed.uncaptioned_examples[:3]))
-        return [f"{number:,} of {counted(num_rows, 'image')} without a reference caption, e.g. {examples}"]
+        images = counted(number + num_captioned, "image")
+        return [f"{number:,} of {images} without a reference caption, e.g. {examples}"]
 
     def _write_part(self, num_rows: int) -> None:
         part_rows, rest = _split(self._pending, num_rows)
@@ -269,6 +273,7 @@ class _PlanWriter:
             self._position,
             unit=unit,
             taken=last["_row"][-1].as_py() + 1,
+            num_captioned=self._listed.num_captioned,
             num_uncaptioned=self._listed.num_uncaptioned,
             uncaptioned_examples=self._listed.uncaptioned_examples,
         )
@@ -347,4 +352,5 @@ def _no_images_message(source: Source, plan: Plan) -> str:
             f"{source.name}: no images found; skipped {counted(plan.num_ignored, 'file')} as documents or hidden, "
             f"e.g. {plan.ignored_examples[0]!r}"
         )
-    return f"{source.name}: no images found; check the path and --include/--exclude"
+    reason = plan.notes[0] if plan.notes else "check the path and --include/--exclude"
+    return f"{source.name}: no images found; {reason}"

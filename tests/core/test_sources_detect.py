@@ -60,6 +60,18 @@ def test_a_folder_of_images_is_one_whatever_lies_in_it(tmp_path: Path, foreign: 
     assert [name for name in listed(tmp_path)[0] if name != foreign] == [f"{n:06d}.png" for n in range(3)]
 
 
+@pytest.mark.parametrize("content", ["{}", "[]", "not JSON", '{"splits": 3}'])
+def test_json_files_of_something_else_make_no_saved_dataset(tmp_path: Path, content: str) -> None:
+    make_folder(tmp_path, 3)
+    for name in ("state.json", "dataset_info.json", "dataset_dict.json"):
+        (tmp_path / name).write_text(content)
+    if "splits" in content:
+        with pytest.raises(SourceError, match="cannot be loaded as a Hugging Face dataset"):
+            source_at(tmp_path)
+    else:
+        assert isinstance(source_at(tmp_path), FolderSource)
+
+
 def test_as_overrides(tmp_path: Path) -> None:
     make_folder(tmp_path, 3)
     make_tar(tmp_path / "x.tar", 2)

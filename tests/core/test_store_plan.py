@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,6 +13,7 @@ from captioner.sources import open_source
 from captioner.store.ids import IdIndex
 from captioner.store.plan import compare_with_source, make_plan, read_planned
 from captioner.store.table import CaptionsTable, Plan, create_table, open_table
+from captioner.testing import make_parquet, make_tar
 
 
 def make_archive(root: Path, names: list[str]) -> Path:
@@ -123,6 +125,25 @@ def test_an_empty_source_says_what_was_passed_over(tmp_path: Path) -> None:
 
     with pytest.raises(SourceError, match=r"no images found; skipped 2 files.*(notes|hidden)"):
         plan_folder_of(make_table(tmp_path / "out"), archive)
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_empty_containers_are_named(tmp_path: Path, kind: str) -> None:
+    archive = tmp_path / "archive"
+    make = {"tar": make_tar, "parquet": make_parquet}[kind]
+    make(archive / f"empty.{kind}", 0 if kind == "tar" else 1)
+    if kind == "parquet":
+        pq.write_table(pq.read_table(archive / "empty.parquet").slice(0, 0), archive / "empty.parquet")
+    with pytest.raises(SourceError, match=rf"no images found; empty.{kind}: an empty (tar|table): it has no "):
+        plan_folder_of(make_table(tmp_path / "none"), archive)
+    make(archive / f"full.{kind}", 2)
+
+    plan = plan_folder_of(make_table(tmp_path / "some"), archive)
+
+    assert plan is not None
+    assert plan.num_rows == 2
+    assert len(plan.notes) == 1
+    assert f"empty.{kind}: an empty" in plan.notes[0]
 
 
 def test_include_exclude_and_limit_choose_what_is_planned(tmp_path: Path, archive: Path) -> None:
