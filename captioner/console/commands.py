@@ -149,9 +149,24 @@ def _notes_of(table: CaptionsTable, num_planned: int) -> list[str]:
     return [*notes, changed] if changed else notes
 
 
+def _progress_of(table: CaptionsTable) -> str:
+    """Return how much of an unfinished run is done; "" of a finished one."""
+    if not table.open_plans():
+        return ""
+    counts = count_rows(table, on_damage=lambda error: None, whole_files=False)
+    done = counts.ok + counts.failed
+    share = 100 * done // counts.planned if counts.planned else 0
+    return (
+        f"not finished: {done:,} of {counted(counts.planned, 'image')} captioned ({share}%); only these are "
+        "checked; run the same `captioner caption` command to continue"
+    )
+
+
 def check(out: str, settings: CheckConfig, against: str | None = None) -> int:
     """Check a table, write its report and print a summary. Raises CheckFailedError when a gate is not met."""
     table = open_table(out)
+    if unfinished := _progress_of(table):
+        print(unfinished)
     result = quality.check(table, settings, against)
     page = quality.report(table)
     print_check(table.directory.read_json(FIGURES))

@@ -11,9 +11,11 @@ from hashlib import sha256
 from typing import Any
 
 from captioner.config import CheckConfig, SpotCheckConfig
+from captioner.console.stopping import notify
 from captioner.console.text import counted
 from captioner.data import Receipt
-from captioner.errors import CheckFailedError, StoppedEarlyError, UsageError
+from captioner.errors import CheckFailedError, SourceError, StoppedEarlyError, UsageError
+from captioner.files import absolute
 from captioner.report import make_report
 from captioner.scoring.changes import find_changes
 from captioner.scoring.check_table import CHECK_FILE, Check, check_table
@@ -26,6 +28,7 @@ from captioner.store.table import CaptionsTable, open_table
 
 # The most rows that are checked at the end of a run: a minute or two, whatever the size of the table.
 ROWS_AT_THE_END = 2_000_000
+REFERENCES_FILE = "references.json"  # in OUT: the latest --references, used by later runs and checks
 MIN_TO_WARN = 64  # captions of the first chunks, before a fault of most of them is reported
 MIN_SAME = 10  # images with the same caption: a few may be alike
 # Flags that, on most captions, mean that the run as a whole is wrong: the fault in words, and what to do.
@@ -39,20 +42,39 @@ COMMON_FAULTS = {
 MAX_SPOT_CHECKED = 5_000  # rows scored while captioning: they travel to every worker
 
 
-def check_spec(settings: CheckConfig, max_rows: int | None = None) -> CheckSpec:
+def check_spec(table: CaptionsTable, settings: CheckConfig, max_rows: int | None = None) -> CheckSpec:
     """Return the settings with their files read. Raises SourceError or UsageError naming the file."""
-    references = _references(settings)
+    references = _references(table, settings)
     terms = read_terms(settings.terms) if settings.terms else ()
     return CheckSpec(references, settings.sample, settings.seed, terms, max_rows)
 
 
-def _references(settings: CheckConfig) -> References | None:
-    """Return what --references names. Raises SourceError or UsageError naming the file."""
+def _references(table: CaptionsTable, settings: CheckConfig) -> References | None:
+    """Return what --references names, or named before for this table; None for the source's own.
+
+    Raises SourceError or UsageError naming the file that is given.
+    """
     if settings.references:
         return read_references(settings.references, settings.references_columns)
     if settings.references_columns:
         raise UsageError("--references-columns: they are of the table that --references names; give that too")
-    return None
+    if settings.references is not None:  # --references '': the source's own again
+        return None
+    before = table.directory.read_record(REFERENCES_FILE) if table.directory.exists(REFERENCES_FILE) else {}
+    try:
+        return read_references(str(before["path"]), before["columns"]) if before else None
+    except (SourceError, UsageError, KeyError, TypeError) as error:
+        notify(f"checked without the references that were given before: {error}")
+        return None
+
+
+def _remember_references(table: CaptionsTable, settings: CheckConfig) -> None:
+    """Note what --references names, once it has matched images of the table, for later checks and runs."""
+    if settings.references:
+        given = {"path": absolute(settings.references), "columns": settings.references_columns}
+        table.directory.write_json(REFERENCES_FILE, given)
+    elif settings.references is not None:
+        table.directory.delete(REFERENCES_FILE)
 
 
 def check(
@@ -60,8 +82,9 @@ def check(
 ) -> Check:
     """Check a table and write the result to OUT/checks. `max_rows`: see `CheckSpec`."""
     other = open_table(against) if against else None
-    spec = check_spec(settings, max_rows)
+    spec = check_spec(table, settings, max_rows)
     result = check_table(table, spec)
+    _remember_references(table, settings)
     if other is not None:
         result.comparison = compare_tables(table, other, spec)
     result.changes = find_changes(table, spec)
@@ -99,11 +122,12 @@ class SpotCheck:
     def draw(self, table: CaptionsTable) -> Sample:
         """Return the rows to score, for `Work.sample`. Raises UsageError where references match no image."""
         settings = self._settings
-        references = _references(settings)
+        references = _references(table, settings)
         size = MAX_SPOT_CHECKED if settings.sample == "all" else min(settings.sample, MAX_SPOT_CHECKED)
         sample = draw_sample(table, size, settings.seed, references)
         if references and size and not sample:
             raise UsageError(no_match_message(references, table))
+        _remember_references(table, settings)
         return sample
 
     def add(self, receipt: Receipt) -> str:

@@ -3,6 +3,7 @@
     OUT/
       table.json                    which table this is: id, source, kept columns, fingerprint, and every model in it
       run.json, runs/RUN_ID.json    the latest start, and each start
+      references.json               the latest --references
       plan/gNNN/part-PPPPP.parquet  the planned images; one row group for each chunk
       plan/gNNN/plan.json           written last: the listing is complete
       plan/gNNN/published.json      written last: the generation is in captions/

@@ -16,6 +16,7 @@ from helpers import caption_config
 
 from captioner import pipeline, steps
 from captioner.config import CaptionConfig, CheckConfig
+from captioner.console import commands
 from captioner.console.progress import Progress
 from captioner.data import Captions, Receipt
 from captioner.errors import CheckFailedError, SourceError, StoppedEarlyError, UsageError
@@ -65,8 +66,14 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def true_table(tmp_path_factory: pytest.TempPathFactory, archive: Path) -> CaptionsTable:
+def true_out(tmp_path_factory: pytest.TempPathFactory, archive: Path) -> CaptionsTable:
     return captioned(archive, tmp_path_factory.mktemp("true") / "out", tell_the_truth)
+
+
+@pytest.fixture
+def true_table(true_out: CaptionsTable, tmp_path: Path) -> CaptionsTable:
+    """A copy for one test: references that are given are remembered."""
+    return open_table(str(shutil.copytree(true_out.directory.location, tmp_path / "true")))
 
 
 def exit_code(*words: str) -> int:
@@ -228,6 +235,47 @@ def test_a_run_is_checked_against_the_references_it_is_given(tmp_path: Path, arc
     assert open_table(str(tmp_path / "out")).directory.read_json("run.json")["check"]["wer"] == check["wer"] == 1.0
 
 
+def test_references_given_once_are_those_of_later_checks(
+    tmp_path: Path, archive: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare = make_folder(tmp_path / "bare", 120)
+    (bare / "metadata.jsonl").unlink()
+    file = csv(tmp_path, known_captions(archive))
+    table = captioned(bare, tmp_path / "out")
+    quality.report(table)
+    assert quality.check(table, CheckConfig()).references is None
+
+    quality.check(table, CheckConfig(references=str(file)))
+    assert quality.check(table, CheckConfig()).references == str(file)
+    pipeline.run(caption_config(bare, tmp_path / "out"))  # nothing to do, but check
+    assert table.directory.read_json("checks/check.json")["references"] == str(file)
+
+    file.rename(tmp_path / "moved.csv")
+    assert quality.check(table, CheckConfig()).references is None
+    assert f"without the references that were given before: --references {file}" in capsys.readouterr().err
+    quality.check(table, CheckConfig(references=""))
+    (tmp_path / "moved.csv").rename(file)
+    assert quality.check(table, CheckConfig()).references is None
+
+
+def test_a_check_of_an_unfinished_run_begins_with_how_much_is_done(
+    tmp_path: Path, archive: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = caption_config(archive, tmp_path / "out")
+    engine = pipeline.ThisProcess(config)
+    job = open_job(config, engine, lambda line: None)
+    list(engine.caption_chunks(job.work, job.missing_chunks(job.table.open_plans()[0])[:3]))
+    capsys.readouterr()
+
+    commands.check(str(tmp_path / "out"), CheckConfig())
+    assert capsys.readouterr().out.startswith("not finished: 48 of 120 images captioned (40%)")
+
+    pipeline.run(caption_config(archive, tmp_path / "out"))
+    capsys.readouterr()
+    commands.check(str(tmp_path / "out"), CheckConfig())
+    assert "not finished" not in capsys.readouterr().out
+
+
 def test_images_are_found_by_id_then_path_then_name_then_stem(tmp_path: Path) -> None:
     (tmp_path / "r.csv").write_text("path,text\na/1.jpg,one\n2.jpg,two\n3,three\nb/5.jpg,x\nc/5.jpg,y\n")
     references = read_references(str(tmp_path / "r.csv"))
@@ -312,7 +360,10 @@ def test_columns_are_refused_where_there_are_none(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="give a column of names, then one or more of captions"):
         read_references(str(tmp_path / "r.csv"), ["a"])
     with pytest.raises(UsageError, match="--references-columns: they are of the table that --references names"):
-        quality.check_spec(CheckConfig(references_columns=["a", "b"]))
+        quality.check_spec(
+            captioned(make_folder(tmp_path / "archive", 4), tmp_path / "out"),
+            CheckConfig(references_columns=["a", "b"]),
+        )
 
 
 # Flags
