@@ -93,6 +93,9 @@ def verify(out: str) -> int:
     if result.unchecked:
         print(f"captioner: {counted(result.unchecked, 'file')} of an earlier version without a checksum")
     print(f"{printable(out)}: {_verdict(result)}")
+    if result.proven:
+        print("compared: rows with the plan, files with their checksums; not compared: captions with their images")
+        print("(captioner check does, on a sample), and the source with what was captioned (captioner status does)")
     return OK if result.proven else ERROR
 
 
