@@ -16,10 +16,10 @@ ROOT = Path(__file__).parents[1]
 OWN = ("captioner", "ray_jobs")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = ("heif", "lora")
-IMPORTING_OPTIONAL = {  # the module that says what to install where it is missing
-    "pillow-heif": "captioner/imaging/formats.py",
-    "peft": "captioner/training/lora.py",
-    "triton": "captioner/models/git/triton_kernels.py",
+IMPORTING_OPTIONAL = {  # the modules that say what to install where it is missing
+    "pillow-heif": {"captioner/imaging/formats.py"},
+    "peft": {"captioner/models/adapters.py", "captioner/training/lora.py"},
+    "triton": {"captioner/models/git/triton_kernels.py"},
 }
 IMPORTED_BY_TRANSFORMERS = {"accelerate"}  # where a Trainer is made; transformers itself does not require it
 LEFT_BEHIND = {".py", ".pyc"}
@@ -47,7 +47,7 @@ def test_dependencies_are_the_distributions_that_are_imported() -> None:
     assert required | optional == importing.keys() | IMPORTED_BY_TRANSFORMERS
     assert not required & optional
     for name in optional:
-        assert importing[name] == {IMPORTING_OPTIONAL[name]}
+        assert importing[name] == IMPORTING_OPTIONAL[name]
 
 
 def declared(requirements: Iterable[str]) -> set[str]:

@@ -63,7 +63,7 @@ class TransformersCaptioner:
         self.dtype: torch.dtype = getattr(torch, ref.dtype)
         self.uploads = Uploads(device)
         self._search_lock = threading.Lock()  # calls from two threads are searched one after the other
-        self.model = open_model(ref.path, self.dtype, device, self.attention)
+        self.model = open_model(ref.path, self.dtype, device, self.attention, ref.adapter)
         self.tokenizer = open_tokenizer(ref.path)
         self.prefix = self.start_ids()
         self._check_length()

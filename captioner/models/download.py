@@ -13,6 +13,7 @@ from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType, FSSpecHandl
 
 from captioner.errors import ModelError, UsageError
 from captioner.files import cache_dir, open_filesystem
+from captioner.models.adapters import CONFIG_FILE
 from captioner.models.weights import weight_files
 
 # Files that cannot run code: no pickles, no Python.
@@ -56,8 +57,8 @@ def _from_hub_cache(name: str, revision: str | None) -> tuple[Path, str]:
 def _cached(name: str, revision: str | None) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
-    file = try_to_load_from_cache(name, "config.json", revision=revision)
-    return Path(file).parent if isinstance(file, str) else None
+    files = [try_to_load_from_cache(name, file, revision=revision) for file in ("config.json", CONFIG_FILE)]
+    return next((Path(file).parent for file in files if isinstance(file, str)), None)
 
 
 def _has_weights(directory: Path | None) -> bool:

@@ -11,6 +11,7 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer, TokenizersB
 from transformers.utils import logging as transformers_logging
 
 from captioner.errors import ModelError
+from captioner.models.adapters import merge
 
 # What transformers raises for directories that it cannot open a model or a tokenizer from.
 LOADING_ERRORS = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError)
@@ -41,9 +42,16 @@ def decode_all(tokenizer: Any, rows: list[list[int]]) -> list[str]:
     return list(tokenizer.batch_decode(rows, skip_special_tokens=True))
 
 
-def open_model(path: str, dtype: torch.dtype, device: torch.device | str, attention: str | None = None) -> Any:
+def open_model(
+    path: str,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    attention: str | None = None,
+    adapter: str | None = None,
+) -> Any:
     """Return the network in evaluation mode; on device "meta" without reading the weights.
 
+    `adapter`: the directory of a LoRA adapter to merge into it.
     Raises ModelError naming tensors that are missing, unexpected or of a wrong shape.
     """
     options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
@@ -64,6 +72,8 @@ def open_model(path: str, dtype: torch.dtype, device: torch.device | str, attent
     except LOADING_ERRORS as error:
         raise ModelError(f"{path}: the model cannot be loaded: {' '.join(str(error).split())}") from None
     _check_loading_info(path, info)
+    if adapter is not None:
+        model = merge(model, adapter)
     return model.to(device).eval()
 
 

@@ -59,6 +59,7 @@ class ModelRef:
     `settings_sha256`: of the configuration, tokenizer, processor and generation files.
     `max_positions`: text positions of the decoder, prompt included; None where config.json does not limit them.
     `training_run_id`: the training run that made the model, from `training_run.json` in its directory.
+    `adapter`: the directory of the LoRA adapter that is merged into the model in `path`, if any.
     `endpoint`: the servers of a model that is not loaded here; `sha256` is then that of its name and fingerprint there.
     """
 
@@ -76,6 +77,7 @@ class ModelRef:
     revision: str | None = None
     training_run_id: str | None = None
     endpoint: Endpoint | None = None
+    adapter: str | None = None
 
     @property
     def served_model(self) -> str | None:
@@ -105,7 +107,8 @@ class ModelRef:
             servers = ", ".join(self.endpoint.urls)
             return f"model {self.name}: served by {servers}; images of at most {self.max_side} pixels a side{prompt}"
         preparation = "its own image processor" if self.spec.variable_size else f"--preprocess {self.preprocess}"
-        return f"model {shown(self.name)}: {self.family}; images prepared by {preparation}{prompt}"
+        merged = "" if self.adapter is None else f" with a LoRA adapter merged into {self.path}"
+        return f"model {shown(self.name)}: {self.family}{merged}; images prepared by {preparation}{prompt}"
 
     @cached_property
     def fingerprint(self) -> str:

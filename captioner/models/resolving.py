@@ -15,7 +15,7 @@ from captioner.config import ModelConfig
 from captioner.data import PixelSpec
 from captioner.errors import ModelError
 from captioner.files import is_uri, local_path
-from captioner.models import weights
+from captioner.models import adapters, weights
 from captioner.models.families import FAMILIES, family_of
 from captioner.models.pixels import read_pixel_spec
 from captioner.models.ref import ModelRef
@@ -48,7 +48,10 @@ def resolve(config: ModelConfig, dtype: str | None = None, notify: Callable[[str
         )
     else:
         directory, revision = locate(config.name, config.revision, notify)
-        ref = _describe(directory, revision, settings, config.preprocess, notify)
+        adapter = directory if adapters.is_adapter(directory) else None
+        if adapter is not None:
+            directory = _base_of(adapter, notify)
+        ref = _describe(directory, adapter, revision, settings, config.preprocess, notify)
     return dataclasses.replace(ref, spec=dataclasses.replace(ref.spec, preprocess=config.preprocess))
 
 
@@ -90,7 +93,7 @@ def ensure_local(ref: ModelRef) -> ModelRef:
     Downloads the model if needed. Raises ModelError where that is not possible, or where the directory holds other
     weights or settings than `ref`.
     """
-    path = Path(ref.path)
+    path = Path(ref.adapter or ref.path)  # what ref.name means
     downloadable = ref.name == STARTER or ref.revision is not None or is_uri(ref.name)
     if not path.is_dir() and not downloadable:
         raise ModelError(
@@ -99,14 +102,25 @@ def ensure_local(ref: ModelRef) -> ModelRef:
         )
     if ref.name == STARTER or not path.is_dir():
         path, _ = locate(ref.name, ref.revision, print)
-    hashes = weights.sha256_of(weights.weight_files(path)), weights.settings_sha256(path)
-    if hashes != (ref.sha256, ref.settings_sha256):
-        raise ModelError(f"{path}: not the files that the run started with; restore them, or start again")
-    return dataclasses.replace(ref, path=str(path))
+    adapter = path if ref.adapter else None
+    if adapter is not None:
+        path = Path(ref.path) if Path(ref.path).is_dir() else _base_of(adapter, print)
+    if adapters.hashes(path, adapter) != (ref.sha256, ref.settings_sha256):
+        raise ModelError(f"{adapter or path}: not the files that the run started with; restore them, or start again")
+    return dataclasses.replace(ref, path=str(path), adapter=None if adapter is None else str(adapter))
+
+
+def _base_of(adapter: Path, notify: Callable[[str], None]) -> Path:
+    return adapters.locate_base(adapter, lambda name, revision: locate(name, revision, notify)[0])
 
 
 def _describe(
-    directory: Path, revision: str | None, settings: dict[str, Any], preprocess: str, notify: Callable[[str], None]
+    directory: Path,
+    adapter: Path | None,
+    revision: str | None,
+    settings: dict[str, Any],
+    preprocess: str,
+    notify: Callable[[str], None],
 ) -> ModelRef:
     config_file = directory / "config.json"
     if not config_file.is_file():
@@ -121,18 +135,19 @@ def _describe(
             f"{directory}: no tokenizer ({', '.join(weights.VOCABULARY_FILES)}); save the model's processor or"
             " tokenizer there with save_pretrained"
         )
-    files = weights.weight_files(directory)
-    for file in files:
+    for file in weights.weight_files(directory) + ([] if adapter is None else [adapter / adapters.WEIGHTS_FILE]):
         weights.check_header(file)
+    sha256, settings_sha256 = adapters.hashes(directory, adapter)
     return ModelRef(
         path=str(directory),
         family=family,
-        sha256=weights.sha256_of(files),
-        settings_sha256=weights.settings_sha256(directory),
+        sha256=sha256,
+        settings_sha256=settings_sha256,
         spec=_pixel_spec(directory, family, config, preprocess),
         max_positions=max_positions,
         revision=revision,
-        training_run_id=_training_run_id(directory),
+        training_run_id=_training_run_id(adapter or directory),
+        adapter=None if adapter is None else str(adapter),
         **settings,
     )
 
