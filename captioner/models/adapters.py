@@ -67,7 +67,7 @@ def merge(network: Any, adapter: str) -> Any:
 
     try:
         wrapped = peft.PeftModel(network, peft.LoraConfig.from_pretrained(adapter))
-        result = peft.set_peft_model_state_dict(wrapped, load_file(Path(adapter) / WEIGHTS_FILE))
+        result: Any = peft.set_peft_model_state_dict(wrapped, load_file(Path(adapter) / WEIGHTS_FILE))
     except (ValueError, RuntimeError, LookupError, TypeError) as error:
         raise ModelError(f"{adapter}: does not fit its base model: {' '.join(str(error).split())[:300]}") from None
     wrong = [*result.unexpected_keys, *(name for name in result.missing_keys if "lora_" in name)]
