@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Mapping
 from typing import Any, TextIO
@@ -13,7 +12,7 @@ from rich.text import Text
 
 from captioner.config import CaptionConfig, command_line
 from captioner.console.progress import duration
-from captioner.console.text import counted, printable
+from captioner.console.text import counted, printable, shell_command
 from captioner.run.bottleneck import bottleneck_line
 
 
@@ -94,4 +93,4 @@ def _retry_command(record: dict[str, Any]) -> str:
     config = CaptionConfig.model_validate(record["settings"])
     changes = {"retry_failed": True, "overwrite": False, "extend": False, "only": None}
     config = config.model_copy(update={"output": config.output.model_copy(update=changes)})
-    return shlex.join(["captioner", "caption", *command_line(config)])
+    return shell_command("caption", *command_line(config))

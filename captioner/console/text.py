@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 
 # Characters that move the cursor, change colours, turn the reading direction or break the line.
 _SPACES = re.compile(r"[\t\n\v\f\r\x85\u2028\u2029]+")
@@ -25,6 +26,11 @@ def counted(count: float, noun: str, plural: str = "") -> str:
     """
     number = f"{count:,}" if isinstance(count, int) else f"{count:g}"
     return f"{number} {noun if count == 1 else plural or noun + 's'}"
+
+
+def shell_command(*words: str) -> str:
+    """Return a command of the captioner as it is typed in a shell."""
+    return shlex.join(["captioner", *words])
 
 
 def shorten(text: str, max_length: int) -> str:

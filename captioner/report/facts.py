@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -11,6 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from captioner.config import CaptionConfig, command_line
+from captioner.console.text import shell_command
 from captioner.report.verdict import verdict_of
 from captioner.run.bottleneck import bottleneck_line
 from captioner.scoring.check_table import CHECK_FILE
@@ -97,7 +97,7 @@ def _commands(record: dict[str, Any]) -> dict[str, str]:
 
 
 def _shell(config: CaptionConfig) -> str:
-    return shlex.join(["captioner", "caption", *command_line(config)])
+    return shell_command("caption", *command_line(config))
 
 
 def _starts(table: CaptionsTable) -> list[dict[str, Any]]:

@@ -125,7 +125,7 @@ def test_what_cannot_be_is_said_and_nothing_is_left_behind(tmp_path: Path, capti
         write_feedback(table, "s3://bucket/pairs")
 
     caption(make_folder(tmp_path / "archive", 2), tmp_path / "out")
-    with pytest.raises(OutputError, match=r"has no reviews; run `captioner review`"):
+    with pytest.raises(OutputError, match=r"has no reviews; run `captioner review /"):
         write_feedback(open_table(str(tmp_path / "out")), str(tmp_path / "pairs"))
     review(tmp_path / "out", "rejected", "000000.png")
     with pytest.raises(OutputError, match=r"0 pairs .*left out: 1 rejected"):

@@ -810,7 +810,7 @@ def test_what_cannot_be_reviewed_is_one_line(
 ) -> None:
     out = make_reviewable()
     assert "holds no captions table" in refusal(capsys, str(tmp_path / "nothing"))
-    assert "has no alt texts; run `captioner alt-text`" in refusal(capsys, str(finished / "out"))
+    assert "has no alt texts; run `captioner alt-text /" in refusal(capsys, str(finished / "out"))
     assert "--reviewer: give a name" in refusal(capsys, str(out), "--reviewer", " ")
     (out / "plan" / "g000" / "published.json").unlink()
     assert "is not finished; run the same `captioner caption` again" in refusal(capsys, str(out))
@@ -822,6 +822,17 @@ def test_a_port_in_use_is_one_line(make_reviewable, capsys: pytest.CaptureFixtur
         port = str(server.server_address[1])
         line = refusal(capsys, str(out), "--port", port, "--reviewer", "ben")
     assert f"--port {port}: cannot listen on 127.0.0.1: Address already in use; give another port" in line
+
+
+def test_a_browser_that_is_killed_is_no_error(make_reviewable, capsys: pytest.CaptureFixture[str]) -> None:
+    with serving(make_reviewable()) as (_, server):
+        for error, printed in ((ConnectionResetError(), False), (BrokenPipeError(), False), (KeyError(3), True)):
+            capsys.readouterr()
+            try:
+                raise error
+            except (OSError, KeyError):
+                server.handle_error(None, ("127.0.0.1", 9))
+            assert ("Traceback" in capsys.readouterr().err) == printed
 
 
 def test_a_journal_that_was_cut_off_is_told_and_the_rest_counts(

@@ -256,7 +256,7 @@ def test_a_decision_about_an_earlier_caption_holds_only_where_it_gave_the_text(m
 
 
 def test_texts_of_a_table_without_alt_texts_or_with_older_ones_are_refused(make_reviewable, finished: Path) -> None:
-    with pytest.raises(OutputError, match="has no alt texts; run `captioner alt-text`"):
+    with pytest.raises(OutputError, match="has no alt texts; run `captioner alt-text /"):
         list(read_texts(open_table(str(finished / "out"))))
     out = make_reviewable()
     (part,) = (out / "alt_text").glob("*.parquet")

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from captioner.config import AltTextConfig
-from captioner.console.text import counted, printable
+from captioner.console.text import counted, printable, shell_command
 from captioner.errors import OK, UsageError
 from captioner.publishing.alt_text.findings import FINDINGS, CaptionedImage, findings
 from captioner.publishing.alt_text.rules import RULES, Limits, apply_rules
@@ -151,4 +151,5 @@ def _print(out: str, counts: Counts) -> None:
             print(f"{title}:")
         for name, count in by_name.most_common():
             print(f"  {name:<20}{count:>12,}  {FINDINGS.get(name, '')}".rstrip())
-    print("review them before they are published: captioner review", file=sys.stderr)
+    advice = f"review them before they are published: {shell_command('review', out)}"
+    print(printable(advice), file=sys.stderr)

@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from captioner.console.text import counted, printable
+from captioner.console.text import counted, printable, shell_command
 from captioner.errors import OK, OutputError
 from captioner.files import is_uri, local_path
 from captioner.publishing.alt_text.journal import latest_reviews, read_reviews
@@ -91,7 +91,8 @@ def write_feedback(table: CaptionsTable, location: str) -> Feedback:
     require_finished(table)
     reviews, damaged = read_reviews(table.directory)
     if not reviews:
-        raise OutputError(f"{table.directory.location} has no reviews; run `captioner review` on it first")
+        out = table.directory.shown("")
+        raise OutputError(f"{out} has no reviews; run `{shell_command('review', out)}` first")
     feedback = Feedback(damaged=damaged)
     temporary = target.with_name(f"{target.name}.{uuid.uuid4().hex}.tmp")
     try:

@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from captioner.console.text import shell_command
 from captioner.errors import OutputError
 from captioner.publishing.alt_text.journal import read_latest_reviews
 from captioner.publishing.alt_text.schemas import TEXTS_SCHEMA, UNREVIEWED, Review
@@ -50,7 +51,8 @@ def read_settings(table: CaptionsTable) -> dict[str, Any]:
     """
     require_finished(table)
     if not table.directory.exists(SETTINGS_FILE):
-        raise OutputError(f"{table.directory.location} has no alt texts; run `captioner alt-text` on it first")
+        out = table.directory.shown("")
+        raise OutputError(f"{out} has no alt texts; run `{shell_command('alt-text', out)}` first")
     return table.directory.read_json(SETTINGS_FILE)
 
 
@@ -61,9 +63,8 @@ def read_alt_texts(table: CaptionsTable, columns: list[str]) -> Iterator[tuple[i
     for part, rows in zip(generation_of_parts(table), read_parts(table, columns), strict=True):
         alt_texts = table.directory.read_table(alt_text_name(part))
         if not all(alt_texts[name].equals(rows[name]) for name in ("image_id", "run_id", "created_at")):
-            raise OutputError(
-                f"{table.directory.location} has newer captions than alt texts; run `captioner alt-text` on it again"
-            )
+            out = table.directory.shown("")
+            raise OutputError(f"{out} has newer captions than alt texts; run `{shell_command('alt-text', out)}` again")
         yield part, rows, alt_texts
 
 

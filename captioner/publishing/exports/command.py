@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from captioner.config import ExportConfig
-from captioner.console.text import counted, printable
+from captioner.console.text import counted, printable, shell_command
 from captioner.errors import OK, OutputError, UsageError
 from captioner.files import shown
 from captioner.publishing.alt_text.journal import read_reviews
@@ -107,7 +107,7 @@ def export_texts(table: CaptionsTable, settings: ExportConfig) -> Tally:
     originals = Originals(table)
     export = Export(dest, settings, tally, originals, lambda: unselected_texts(read_texts(table), **rules), record)
     if not settings.update:
-        selected = _require_texts(selected, tally)
+        selected = _require_texts(selected, tally, table.directory.shown(""))
     if settings.dry_run and settings.to != "html":
         for _ in selected:
             pass
@@ -146,13 +146,15 @@ def _with_suffix(settings: ExportConfig) -> ExportConfig:
     return settings.model_copy(update={"path": settings.path.rstrip("/") + suffix})
 
 
-def _require_texts(tables: Iterator[pa.Table], tally: Tally) -> Iterator[pa.Table]:
+def _require_texts(tables: Iterator[pa.Table], tally: Tally, out: str) -> Iterator[pa.Table]:
     """Return the same tables. Raises OutputError when none of them has a row: an empty export is a mistake."""
     for table in tables:
         if table.num_rows:
             return itertools.chain([table], tables)
     reasons = "; ".join(f"{count:,} {reason}" for reason, count in tally.left_out.most_common())
-    raise OutputError(f"nothing to export: {reasons or 'there are no texts'}; review them with `captioner review`")
+    raise OutputError(
+        f"nothing to export: {reasons or 'there are no texts'}; review them with `{shell_command('review', out)}`"
+    )
 
 
 def _print(tally: Tally, settings: ExportConfig) -> None:

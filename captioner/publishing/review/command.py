@@ -32,18 +32,15 @@ def run(out: str, port: int, reviewer: str | None, queue: QueueKind, open_page: 
         if session.decisions.num_damaged:
             notify(f"{out}: ignored {counted(session.decisions.num_damaged, 'damaged line')} in its review journals")
         previews = Previews(table)
-        try:
-            with _server(session, previews, port) as server:
-                print(f"reviewing {counted(len(session), 'alt text')} as {name}: {server.url}", flush=True)
-                print("captioner: every decision is saved at once; Ctrl-C ends the review", file=sys.stderr)
-                if open_page:
-                    webbrowser.open(server.url)
-                try:
-                    server.serve_forever()
-                finally:
-                    _print_summary(session)
-        finally:
-            previews.close()
+        with contextlib.closing(previews), _server(session, previews, port) as server:
+            print(f"reviewing {counted(len(session), 'alt text')} as {name}: {server.url}", flush=True)
+            print("captioner: every decision is saved at once; Ctrl-C ends the review", file=sys.stderr)
+            if open_page:
+                webbrowser.open(server.url)
+            try:
+                server.serve_forever()
+            finally:
+                _print_summary(session)
     return OK
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Any
+
+from captioner.console.text import shell_command
 
 _WORDS = {
     "approved": "approved",
@@ -36,7 +37,7 @@ def next_commands(out: str, reviewer: str, counts: dict[str, int]) -> list[dict[
     if num_texts:
         commands.append(("Sidecar files with IPTC alt text", ["export", out, _free(f"{out}-xmp"), "--to", "xmp"]))
         commands.append(("Training pairs, to teach the model", ["feedback", out, _free(f"{out}-pairs")]))
-    return [{"purpose": purpose, "command": shlex.join(["captioner", *words])} for purpose, words in commands]
+    return [{"purpose": purpose, "command": shell_command(*words)} for purpose, words in commands]
 
 
 def _free(path: str) -> str:
