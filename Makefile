@@ -1,13 +1,24 @@
-# Needs make, and Python 3.11 or 3.12 with venv (Debian: apt install python3-venv).
+# Needs make, and uv or Python 3.11 to 3.14 with venv (Debian: apt install python3-venv).
 
-PYTHON ?= $(shell for python in python3.12 python3.11 python3; do \
-	$$python -c 'import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null \
-	&& echo $$python && break; done)
+UV ?= $(shell command -v uv)
+PYTHON ?= $(shell for python in python3.12 python3.11 python3.13 python3.14 python3; do \
+	$$python -c 'import $(if $(UV),,ensurepip,) sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' \
+	2>/dev/null && echo $$python && break; done)
 # More arguments for pip, for instance an index that has torch without CUDA.
 PIP_ARGS ?=
 PYTEST_ARGS ?=
 DOCS_MODULES ?= captioner ray_jobs
 BIN := .venv/bin
+NO_PYTHON = found neither uv nor Python 3.11 to 3.14 with venv; install one (Debian: apt install python3-venv), or give PYTHON=...
+UV_PYTHON = >=3.11,<3.15
+ifneq ($(UV),)
+# uv brings a Python where the machine has none.
+NEW_VENV = test -x $(@D)/bin/python || "$(UV)" venv --quiet --python "$(or $(PYTHON),$(UV_PYTHON))" $(@D)
+INSTALL = "$(UV)" pip install --quiet --python $(@D)/bin/python
+else
+NEW_VENV = "$(PYTHON)" -m venv $(@D)
+INSTALL = $(@D)/bin/python -m pip install --quiet
+endif
 
 # Tests and the demo need no network and report to nobody.
 export HF_HUB_OFFLINE := 1
@@ -78,11 +89,12 @@ clean: ## Remove environments, caches and the demo
 .venv/.installed: constraints.txt
 .venv-lowest/.installed: constraints-lowest.txt
 .venv/.installed .venv-lowest/.installed: pyproject.toml
-	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or 3.12 with venv found; install it or give PYTHON=..." >&2; exit 1; }
-	"$(PYTHON)" -m venv $(@D)
-	$(@D)/bin/python -m pip install --quiet $(PIP_ARGS) -c $(filter constraints%,$^) -e '.[dev]'
+	@test -n "$(UV)$(PYTHON)" || { echo "make: $(NO_PYTHON)" >&2; exit 1; }
+	@$(NEW_VENV)
+	@echo "make: $$($(@D)/bin/python --version) in $(@D), packages by $(if $(UV),uv,pip)"
+	$(INSTALL) $(PIP_ARGS) -c $(filter constraints%,$^) -e '.[dev]'
 	@touch $@
 
 .venv/.browser: .venv/.installed
-	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e '.[browser]'
+	$(INSTALL) $(PIP_ARGS) -c constraints.txt -e '.[browser]'
 	@touch $@

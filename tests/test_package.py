@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import shutil
+import subprocess
 import sys
 import tomllib
 from collections import defaultdict
@@ -11,6 +13,8 @@ from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import packages_distributions
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 OWN = ("captioner", "ray_jobs")
@@ -48,6 +52,47 @@ def test_dependencies_are_the_distributions_that_are_imported() -> None:
     assert not required & optional
     for name in optional:
         assert importing[name] == IMPORTING_OPTIONAL[name]
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """What `make setup` reads, and a uv that writes down what it is asked for."""
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    uv = tmp_path / "uv"
+    uv.write_text("""#!/bin/sh
+echo "$@" >> uv.log
+[ "$1" = pip ] || { mkdir -p .venv/bin; ln -s /bin/echo .venv/bin/python; }
+""")
+    uv.chmod(0o755)
+    return tmp_path
+
+
+def test_make_takes_uv_where_there_is_one(checkout: Path) -> None:
+    done = subprocess.run(
+        ["make", "setup", f"UV={checkout / 'uv'}", "PYTHON="], cwd=checkout, capture_output=True, text=True
+    )
+
+    assert done.returncode == 0, done.stderr
+    venv, install = (checkout / "uv.log").read_text().splitlines()
+    assert venv == "venv --quiet --python >=3.11,<3.15 .venv"
+    assert install == "pip install --quiet --python .venv/bin/python -c constraints.txt -e .[dev]"
+    assert "in .venv, packages by uv" in done.stdout
+
+
+def test_make_says_what_to_install_where_there_is_neither_uv_nor_python(checkout: Path) -> None:
+    done = subprocess.run(["make", "setup", "UV=", "PYTHON="], cwd=checkout, capture_output=True, text=True)
+
+    assert done.returncode != 0
+    assert "found neither uv nor Python 3.11 to 3.14 with venv; install one" in done.stderr
+
+
+def test_the_versions_of_python_are_the_same_everywhere() -> None:
+    versions = [line.rpartition(" ")[2] for line in PROJECT["classifiers"] if re.search(r":: 3\.\d+$", line)]
+
+    assert versions == ["3.11", "3.12", "3.13", "3.14"]
+    assert PROJECT["requires-python"] == ">=3.11,<3.15"
+    assert {f"python{version}" for version in versions} <= set((ROOT / "Makefile").read_text().split())
 
 
 def declared(requirements: Iterable[str]) -> set[str]:
