@@ -43,7 +43,7 @@ def _rows(record: dict[str, Any]) -> list[tuple[str, str]]:
     labels = {
         "duplicates": "duplicates, caption reused",
         "skipped": "committed before this start",
-        "ignored": "skipped, no images",
+        "ignored": "skipped, not images",
     }
     rows += [(label, f"{counts[name]:,}") for name, label in labels.items() if counts.get(name)]
     if record.get("images_per_second"):

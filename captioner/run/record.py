@@ -100,11 +100,11 @@ def recorded(job: Job) -> Iterator[Tally]:
         is_finished = isinstance(error, (TooManyFailedError, CheckFailedError))  # its record is written
         if not is_finished or isinstance(error, StoppedEarlyError):
             with suppress(CaptionerError):
-                write_record(job, make_record(job, _state_after(error), tally))
+                write_record(job, make_record(job, state_after(error), tally))
         raise
 
 
-def _state_after(error: BaseException) -> str:
+def state_after(error: BaseException) -> str:
     """Return the state of a run that ended with an error: "stopped by Ctrl-C", "stopped: " and the message, ..."""
     if isinstance(error, KeyboardInterrupt):
         return "stopped by Ctrl-C"

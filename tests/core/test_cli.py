@@ -18,6 +18,7 @@ import captioner.starter.render
 from captioner.config import CaptionConfig, Setting, command_line, load_config, settings_of
 from captioner.errors import EXIT_CODES, CaptionerError, InterruptedRunError, SourceError, TerminatedRunError
 from captioner.errors import TooManyFailedError as TooMany
+from captioner.run.record import state_after
 from captioner.testing import make_folder
 from ray_jobs.cli import main
 
@@ -354,3 +355,29 @@ def test_a_uri_that_cannot_be_opened_is_one_line_wherever_it_is_given(
     ):
         assert exit_code(*words) == 1, words
         assert message in capsys.readouterr().err, words
+
+
+def test_verify_says_what_is_left_of_an_unfinished_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["caption", str(make_folder(tmp_path / "images", 1)), str(tmp_path / "out"), "--model", "fake", "--local"]
+    assert exit_code(*words, "--plan-only") == 0
+    assert exit_code("verify", str(tmp_path / "out")) == 1
+
+    shown = capsys.readouterr()
+    assert "incomplete: 0 of 1 row; none missing or duplicated so far" in shown.out
+    assert "1 image left; run the same command to continue" in shown.err
+    assert exit_code(*words) == exit_code("verify", str(tmp_path / "out")) == 0
+    assert "proven: 1 planned image, each with one row" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("error", "state"),
+    [
+        (KeyboardInterrupt(), "stopped by Ctrl-C"),
+        (InterruptedRunError("stopped by Ctrl-C; progress is saved in OUT; run ..."), "stopped by Ctrl-C"),
+        (TerminatedRunError("stopped by SIGTERM; progress is saved in OUT"), "stopped by SIGTERM"),
+        (SourceError("the disk is gone; mount it"), "stopped: the disk is gone; mount it"),
+        (MemoryError(), "stopped: MemoryError"),
+    ],
+)
+def test_the_state_of_a_run_that_ended_says_why(error: BaseException, state: str) -> None:
+    assert state_after(error) == state
