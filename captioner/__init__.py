@@ -37,9 +37,13 @@ _use_writable_caches()
 
 
 def __getattr__(name: str) -> Any:
-    """`captioner.CaptionBatches`, imported when it is asked for: the package itself imports nothing."""
+    """`CaptionBatches` and `open_table`, imported when they are asked for: the package itself imports nothing."""
     if name == "CaptionBatches":
         from captioner.run.batches import CaptionBatches
 
         return CaptionBatches
+    if name == "open_table":
+        from captioner.store.read import open_datasets
+
+        return open_datasets
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

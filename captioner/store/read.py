@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+from pyarrow.dataset import Dataset, dataset, field
 
-from captioner.data import Chunk
+from captioner.data import STATUS_FAILED, STATUS_OK, Chunk
 from captioner.errors import DamagedFileError
-from captioner.store.table import CaptionsTable, Plan, captions_name, plan_part_name
+from captioner.store.table import CaptionsTable, Plan, captions_name, open_table, plan_part_name
 
 OnDamage = Callable[[DamagedFileError], None]
 
@@ -140,3 +142,48 @@ def _read_chunks(
             except DamagedFileError as error:
                 on_damage(error)
     return pa.concat_tables(chunk_tables)
+
+
+@dataclass(frozen=True)
+class TableDatasets:
+    """A captions table as Arrow datasets, which are read where and when they are asked for.
+
+    `rows`: the current row of each image. `history`: rows that `--retry-failed`, `--only` and `--extend` superseded.
+    """
+
+    rows: Dataset
+    history: Dataset
+
+    @property
+    def captions(self) -> Dataset:
+        """The rows that have a caption."""
+        return self.rows.filter(field("status") == STATUS_OK)
+
+    @property
+    def failed(self) -> Dataset:
+        """The rows that have none, with `error_code` and `error_message`."""
+        return self.rows.filter(field("status") == STATUS_FAILED)
+
+
+def open_datasets(location: str) -> TableDatasets:
+    """Open the captions table in OUT. Of a run that is not finished, only the committed rows are in it.
+
+    Checksums are not compared: that is what `captioner verify` does. Raises OutputError where there is no table.
+    """
+    table = open_table(location)
+    published = table.published_parts()
+    names = [captions_name(part) for part in sorted(published)]
+    for plan in table.open_plans():
+        if plan.adds_parts:
+            committed = table.committed_chunks(plan.generation)
+            chunks = [chunk for chunk in plan.chunks() if chunk.part not in published and chunk.chunk_id in committed]
+            names += [table.chunk_name(chunk.chunk_id) for chunk in chunks]
+    history = [name for name in table.parquet_files() if name.startswith("history/")]
+    return TableDatasets(_dataset(table, names), _dataset(table, history))
+
+
+def _dataset(table: CaptionsTable, names: Sequence[str]) -> Dataset:
+    directory = table.directory
+    paths = [directory.path(name) for name in names]
+    opened: Dataset = dataset(paths, table.schema, format="parquet", filesystem=directory.filesystem)
+    return opened
