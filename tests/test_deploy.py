@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import json
 import re
 import shlex
@@ -93,6 +94,25 @@ def test_the_command_of_a_manifest_is_one_that_the_command_line_takes(manifest: 
     assert resolve_arguments(commands, words)[0] == manifest.stem
     with pytest.raises((UsageError, typer.TyperException)):
         resolve_arguments(commands, [*words, "--no-such-flag"])
+
+
+def test_the_job_beside_model_servers_asks_them_and_takes_no_gpu() -> None:
+    servers, service, job = yaml.safe_load_all((ROOT / "deploy/model-server.yaml").read_text())
+    jsonschema.validate(job, SCHEMA)
+    name, words = servers["metadata"]["name"], shlex.split(job["spec"]["entrypoint"])
+    (vllm,) = servers["spec"]["template"]["spec"]["containers"]
+    (head,) = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"]
+
+    assert resolve_arguments(typer.main.get_command(app).commands, words[1:])[0] == "caption"
+    endpoints = [word for flag, word in itertools.pairwise(words) if flag == "--endpoint"]
+    assert endpoints == [f"http://{name}-{number}.{name}:8000/v1" for number in range(servers["spec"]["replicas"])]
+    assert service["metadata"]["name"] == servers["spec"]["serviceName"] == name
+    assert f"--model={words[words.index('--model') + 1]}" in vllm["args"]
+    assert "nvidia.com/gpu" in vllm["resources"]["limits"]
+    assert "nvidia.com/gpu" not in str(job)
+    assert head["env"][0]["name"] == "CAPTIONER_API_KEY"
+    assert head["env"][0]["valueFrom"] == vllm["env"][0]["valueFrom"]
+    assert job["spec"]["rayClusterSpec"]["rayVersion"] == RAY_VERSION
 
 
 def test_the_image_is_built_from_files_that_are_there() -> None:

@@ -526,3 +526,27 @@ def test_all_that_concurrency_allows_is_under_way(tmp_path: Path) -> None:
 
     assert server.most_at_once == 24
     assert len(rows_of(tmp_path / "out")) == 40
+
+
+def test_a_run_waits_for_a_server_that_is_gone_and_goes_on_when_it_is_back() -> None:
+    lines: list[str] = []
+    gone = threading.Event()
+
+    def notify(line: str) -> None:
+        lines.append(line)
+        gone.set()
+
+    with ModelServer() as server:
+        port = int(server.url.split(":")[2].split("/")[0])
+        captioner = load(resolve(settings(server), notify=ignore), notify=notify)
+        first = captioner.caption(pictures(8))
+    results: list[Captions] = []
+    captioning = threading.Thread(target=lambda: results.append(captioner.caption(pictures(8))))
+    captioning.start()
+    assert gone.wait(60)
+    with ModelServer(port=port):
+        captioning.join()
+
+    assert results[0].texts == first.texts
+    assert "does not answer" in lines[0]
+    assert lines[-1].endswith("answers again")

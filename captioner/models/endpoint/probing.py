@@ -44,15 +44,11 @@ _OF_LOADED_MODELS = {
 
 @dataclass(frozen=True)
 class Probe:
-    """What one server said. `model`: the name that it was asked for. `logprobs`: whether it took the request for them.
-
-    `error`: why it did not answer, or "".
-    """
+    """What one server said. `model`: the name that it was asked for. `error`: why it did not answer, or ""."""
 
     url: str
     model: str = ""
     reply: Reply = field(default_factory=Reply)
-    logprobs: bool = False
     error: str = ""
 
 
@@ -89,7 +85,7 @@ def _describe(config: ModelConfig, urls: tuple[str, ...], probes: list[Probe]) -
         probes[0].model,
         first[0],
         first[1],
-        all(probe.logprobs for probe in probes),
+        all(probe.reply.logprob_mean is not None for probe in probes),
         config.concurrency,
         config.max_side,
         config.request_timeout,
@@ -177,9 +173,9 @@ async def _ask_about_test_image(client: Client, url: str, model: str, config: Mo
         return await client.ask(url, request_body(TEST_IMAGE, model, config.prompt or QUESTION, tokens, logprobs))
 
     try:
-        return Probe(url, model, await ask(True), True)
+        return Probe(url, model, await ask(logprobs=True))
     except RejectedError:
-        return Probe(url, model, await ask(False), False)
+        return Probe(url, model, await ask(logprobs=False))
 
 
 async def _only_model(client: Client, url: str) -> str:

@@ -1,0 +1,99 @@
+"""Captioning by a model server that answers after a fixed time: images/s beside what its concurrency allows.
+
+    python -m benchmarks.endpoint [--images 640] [--concurrency 32] [--delay 1.0] [--ray] [--peer]
+
+The server answers every request after --delay seconds, so that it can answer at most concurrency / delay images/s.
+Measured from its first request to its last answer, over the whole run: start and end count. --ray: on a local Ray in
+place of --local. --peer: Ray's HttpRequestProcessor instead, on the same server with as many requests under way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from captioner.starter.scenes import make_scenes
+from captioner.testing.model_server import ModelServer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=640)
+    parser.add_argument("--concurrency", type=int, default=32)
+    parser.add_argument("--delay", type=float, default=1.0)
+    parser.add_argument("--ray", action="store_true")
+    parser.add_argument("--peer", action="store_true")
+    options = parser.parse_args()
+    times: list[float] = []
+    with tempfile.TemporaryDirectory() as folder, ModelServer(delay=options.delay) as server:
+        archive = make_photos(Path(folder) / "images", options.images)
+        server.rule = lambda asked: times.append(time.perf_counter())  # type: ignore[func-returns-value]
+        started = time.perf_counter()
+        with_peer(archive, server, options) if options.peer else with_captioner(archive, server, options)
+        run = time.perf_counter() - started
+    allowed = options.concurrency / options.delay
+    rate = len(times) / (times[-1] + options.delay - times[0])
+    print(
+        json.dumps(
+            {
+                "who": "ray.data.llm" if options.peer else "captioner on Ray" if options.ray else "captioner --local",
+                "images": len(times),
+                "images_per_second": round(rate, 2),
+                "allowed": allowed,
+                "share": round(rate / allowed, 3),
+                "most_at_once": server.most_at_once,
+                "run_seconds": round(run, 1),
+                "cpus": os.cpu_count(),
+                "load": round(os.getloadavg()[0], 1),
+            }
+        )
+    )
+
+
+def make_photos(directory: Path, count: int) -> Path:
+    """JPEGs of 640 x 480: rendered scenes."""
+    directory.mkdir()
+    for index, scene in enumerate(make_scenes(count, seed=0)):
+        scene.render(640).resize((640, 480)).save(directory / f"{index:06d}.jpg", quality=90)
+    return directory
+
+
+def with_captioner(archive: Path, server: ModelServer, options: argparse.Namespace) -> None:
+    command = [sys.executable, "-m", "ray_jobs.cli", "caption", str(archive), str(archive.parent / "out")]
+    command += ["--endpoint", server.url, "--concurrency", str(options.concurrency), "--no-dedupe"]
+    subprocess.run(command if options.ray else [*command, "--local"], check=True)
+
+
+def with_peer(archive: Path, server: ModelServer, options: argparse.Namespace) -> None:
+    import ray
+    from ray.data.llm import HttpRequestProcessorConfig, build_processor
+
+    config = HttpRequestProcessorConfig(
+        url=f"{server.url}/chat/completions", concurrency=1, batch_size=options.concurrency, qps=None
+    )
+
+    model = server.model
+
+    def ask(row: dict[str, Any]) -> dict[str, Any]:
+        url = "data:image/jpeg;base64," + base64.b64encode(row["bytes"]).decode()
+        content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "Describe it."}]
+        return {"payload": {"model": model, "messages": [{"role": "user", "content": content}]}}
+
+    def answer(row: dict[str, Any]) -> dict[str, Any]:
+        return {"text": row["http_response"]["choices"][0]["message"]["content"]}
+
+    processor = build_processor(config, preprocess=ask, postprocess=answer)
+    rows = processor(ray.data.read_binary_files(str(archive))).take_all()
+    assert len(rows) == options.images, f"{len(rows)} rows"
+
+
+if __name__ == "__main__":
+    main()

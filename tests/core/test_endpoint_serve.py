@@ -1,0 +1,66 @@
+"""A real model server: `transformers serve` with a tiny chat model."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from helpers import caption_config, rows_of
+
+from captioner import pipeline
+from captioner.config import ModelConfig
+from captioner.errors import EndpointError
+from captioner.models import resolve
+from captioner.store.table import open_table
+from captioner.store.verify import verify
+from captioner.testing import make_folder, make_tiny_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model("smolvlm", tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def url(model: Path) -> Iterator[str]:
+    program = str(Path(sys.executable).with_name("transformers"))
+    command = [program, "serve", str(model), "--device", "cpu", "--port", "0"]
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=offline) as server:
+        assert server.stderr is not None
+        running = (re.search(r"running on (http://\S+)", line) for line in server.stderr)
+        match = next(filter(None, running), None)
+        assert match, "the server did not start"
+        try:
+            yield f"{match[1]}/v1"
+        finally:
+            server.kill()
+
+
+def test_transformers_serve_captions_a_table(tmp_path: Path, url: str, model: Path) -> None:
+    archive = make_folder(tmp_path / "images", 6)
+    (archive / "broken.png").write_bytes(b"no image")
+    settings = {"name": str(model), "endpoint": [url], "concurrency": 2, "max_new_tokens": 8}
+
+    assert pipeline.run(caption_config(archive, tmp_path / "out", model=settings, cluster={"local": True})) == 0
+
+    assert verify(open_table(str(tmp_path / "out"))).proven
+    rows = {row["image_id"]: row for row in rows_of(tmp_path / "out")}
+    assert rows.pop("broken.png")["error_code"] == "not_an_image"
+    assert {row["status"] for row in rows.values()} == {"ok"}
+    assert len({row["caption"] for row in rows.values()}) > 3
+    assert {row["num_tokens"] <= 8 for row in rows.values()} == {True}
+    assert all("logprob_not_given" in row["flags"] for row in rows.values())
+
+
+def test_a_model_that_transformers_serve_cannot_load_is_one_line(url: str, tmp_path: Path) -> None:
+    with pytest.raises(EndpointError) as refused:
+        resolve(ModelConfig(name=str(tmp_path / "none"), endpoint=[url], request_timeout=30))
+
+    assert url in str(refused.value)
+    assert "\n" not in str(refused.value)
