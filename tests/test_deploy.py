@@ -97,7 +97,8 @@ def test_the_command_of_a_manifest_is_one_that_the_command_line_takes(manifest: 
 
 
 def test_the_job_beside_model_servers_asks_them_and_takes_no_gpu() -> None:
-    servers, service, job = yaml.safe_load_all((ROOT / "deploy/model-server.yaml").read_text())
+    servers, service = yaml.safe_load_all((ROOT / "deploy/model-server.yaml").read_text())
+    job = yaml.safe_load((ROOT / "deploy/model-server-job.yaml").read_text())
     jsonschema.validate(job, SCHEMA)
     name, words = servers["metadata"]["name"], shlex.split(job["spec"]["entrypoint"])
     (vllm,) = servers["spec"]["template"]["spec"]["containers"]

@@ -217,7 +217,8 @@ def _handler_of(server: ModelServer) -> type[BaseHTTPRequestHandler]:
             data = body if isinstance(body, bytes) else json.dumps(body).encode()
             if answer.sent:
                 self.send_response(answer.status)
-                for name, value in {"Content-Length": str(len(data)), **answer.headers}.items():
+                standard = {"Content-Type": "application/json", "Content-Length": str(len(data))}
+                for name, value in (standard | answer.headers).items():
                     self.send_header(name, value)
                 self.end_headers()
                 self.wfile.write(data[: int(len(data) * answer.sent)])
