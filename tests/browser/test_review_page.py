@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from captioner.publishing.alt_text.journal import read_reviews
+from captioner.publishing.alt_text.journal import Journal, read_reviews
+from captioner.publishing.alt_text.schemas import Review
 from captioner.store.directory import Directory
 
 pytestmark = pytest.mark.browser
@@ -169,6 +170,23 @@ def test_what_was_typed_outlives_escape_a_reload_and_a_killed_server(out: Path, 
         page.wait_for_selector("#card[data-draft=none]")
         assert not list((out / "reviews/drafts").rglob("*.json"))
     assert decisions(out) == []
+
+
+def test_a_text_that_comes_too_late_stays_as_a_draft(out: Path, review, open_page) -> None:
+    with review(out, "--queue", "all") as (_, url):
+        page = open_page(url)
+        page.wait_for_selector(READY)
+        with Journal(Directory(str(out)), "ben") as journal:
+            journal.append(Review("rejected", ("000000.png",), None, "ben"))
+        page.keyboard.press("e")
+        page.keyboard.insert_text(" It barks.")
+        press_and_wait(page, "Control+Enter")
+        page.get_by_role("status").get_by_text("ben has already decided about this image").wait_for()
+        page.keyboard.press("g")
+        page.get_by_label("Show").select_option("drafts")
+        page.get_by_role("button", name="1 Rejected Flagged Draft").click()
+        page.get_by_text("A dog. It barks.").wait_for()
+    assert len(decisions(out)) == 1
 
 
 def test_texts_and_names_of_others_are_never_html(out: Path, review, open_page) -> None:

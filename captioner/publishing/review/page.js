@@ -28,8 +28,8 @@ async function request(path, body) {
 async function change(path, body) {
   if ($("card").dataset.state === "saving") return;
   const before = $("card").dataset.state;
+  if (before === "editing") keepDraft($("editor").value);  // where somebody else has decided, the text stays as a draft
   $("card").dataset.state = "saving";
-  clearTimeout(draftTimer);
   try {
     await draftSaved;
     const state = await request(path, body), back = path === "decide" && fromGrid;
@@ -40,9 +40,7 @@ async function change(path, body) {
     showStatus(state.message ? `${state.message}.` : "");
   } catch (error) {
     $("card").dataset.state = before;
-    const editing = before === "editing";
-    $(editing ? "edit-error" : "trouble").textContent = error.message;
-    if (editing) keepDraft($("editor").value);
+    $(before === "editing" ? "edit-error" : "trouble").textContent = error.message;
   }
 }
 
