@@ -128,8 +128,8 @@ class ModelServer:
         with self._changed:
             self._changed.wait_for(lambda: len(self.asked) >= count)
 
-    def answer(self, body: dict[str, Any], headers: dict[str, str]) -> tuple[Answer, Asked]:
-        """Note a request and return what to do with it."""
+    def ask(self, body: dict[str, Any], headers: dict[str, str]) -> Asked:
+        """Note a request."""
         image = _image_in(body)
         with self._changed:
             is_probe = _is_grey(image)
@@ -138,11 +138,16 @@ class ModelServer:
             self._at_once += not is_probe
             self.most_at_once = max(self.most_at_once, self._at_once)
             self._changed.notify_all()
-        if self.key and headers.get("Authorization") != f"Bearer {self.key}":
-            return failing(401, f"Incorrect API key provided: {headers.get('Authorization')}"), asked
-        if body["model"] != self.model:
-            return failing(404, f"The model `{body['model']}` does not exist."), asked
-        return (self.rule(asked) if asked.number else None) or Answer(), asked
+        return asked
+
+    def answer(self, asked: Asked) -> Answer:
+        """Return what to do with a request."""
+        key, model = asked.headers.get("Authorization"), asked.body["model"]
+        if self.key and key != f"Bearer {self.key}":
+            return failing(401, f"Incorrect API key provided: {key}")
+        if model != self.model:
+            return failing(404, f"The model `{model}` does not exist.")
+        return (self.rule(asked) if asked.number else None) or Answer()
 
     def ended(self, asked: Asked) -> None:
         """Note that a request is about to be answered."""
@@ -205,11 +210,14 @@ def _handler_of(server: ModelServer) -> type[BaseHTTPRequestHandler]:
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            answer, asked = server.answer(body, dict(self.headers))
-            if answer.held is not None:
-                answer.held.wait()
-            time.sleep(server.delay)
-            server.ended(asked)
+            asked = server.ask(body, dict(self.headers))
+            try:
+                answer = server.answer(asked)
+                if answer.held is not None:
+                    answer.held.wait()
+                time.sleep(server.delay)
+            finally:
+                server.ended(asked)
             self._send(answer, server.completion(asked))
 
         def _send(self, answer: Answer, completion: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -65,8 +66,11 @@ def test_a_run_on_ray_makes_the_local_table_without_a_gpu_and_keeps_the_key(
 
 
 def every_command_line() -> set[str]:
-    own = psutil.Process()
-    return {" ".join(process.cmdline()) for process in [own, *own.children(recursive=True)] if process.is_running()}
+    own, lines = psutil.Process(), set()
+    for process in [own, *own.children(recursive=True)]:
+        with suppress(psutil.Error):  # it has ended
+            lines.add(" ".join(process.cmdline()))
+    return lines
 
 
 def ray_session() -> Path:

@@ -42,7 +42,7 @@ def test_the_rate_is_that_of_the_pipeline_and_its_interval_reaches_up_to_the_cap
 
 
 def test_time_and_cost_are_shown_with_their_intervals() -> None:
-    prediction = Prediction(1_000_000, 100.0, 80.0, 125.0, "the model", 2e11, 3.4e8, 0.999)
+    prediction = Prediction(1_000_000, 100.0, 80.0, 125.0, "model", 2e11, 3.4e8, 0.999)
     shown = "\n".join(lines(prediction, Sizes(4, 1.0, 1.0, 1, 8, 1), price_per_gpu_hour=1.5))
 
     assert "1,000,000, 200.0 GB" in shown

@@ -134,7 +134,7 @@ def test_everything_killed_while_captioning(
     assert ": running at" in capsys.readouterr().out
     kill_tree(job)
     assert commands.status(str(tmp_path / "out")) == 0
-    assert ": ended without finishing" in capsys.readouterr().out
+    assert ": killed before its end" in capsys.readouterr().out
     committed = num_chunks(tmp_path / "out")
 
     assert 3 <= committed < -(-(IMAGES + 1) // 16)
@@ -171,8 +171,8 @@ def test_the_driver_killed_while_it_publishes_a_retry(tmp_path: Path, archive: P
     shutil.copytree(archive, ours)
     assert pipeline.run(caption_config(ours, out, **SETTINGS)) == 0
     (ours / "broken.png").write_bytes((ours / "000000.png").read_bytes())
-    # Its writes before publishing: plan part, plan, two records, a chunk; then history, part, published.
-    job = start_job(ours, out, "-c", KILLED_AT_WRITE, "8", more=["--retry-failed", "--local"])
+    # Before it publishes: two deletes, then plan part, plan, two records, a chunk. Then history, part, published.
+    job = start_job(ours, out, "-c", KILLED_AT_WRITE, "9", more=["--retry-failed", "--local"])
     assert job.wait() == -signal.SIGKILL
     assert list(out.glob("history/*/*.parquet"))
     assert not open_table(str(out)).is_published(1)

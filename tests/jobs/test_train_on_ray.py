@@ -221,7 +221,7 @@ def test_what_a_task_says_of_the_archive_reaches_the_person(tmp_path: Path, tiny
 
 
 def test_more_gpu_workers_than_gpus_are_refused() -> None:
-    with pytest.raises(ClusterError, match="4 workers with 1 GPUs each do not fit; the cluster has 2 GPUs"):
+    with pytest.raises(ClusterError, match="4 workers with 1 GPU each do not fit; the cluster has 2 GPUs"):
         share_out(Resources(num_cpus=16, num_gpus=2, num_nodes=1), ClusterConfig(num_workers=4))
 
 
