@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from captioner.config import ClusterConfig
-from captioner.errors import ClusterError
 from captioner.store.table import open_table
 from captioner.store.verify import verify
 from captioner.testing import GATE_MARKER, decoder_faults, make_folder
@@ -153,8 +152,3 @@ def test_a_pool_that_grows_is_sized_for_nodes_that_are_not_there_yet(
 
     shares = (sizes.num_workers, sizes.max_workers, sizes.cpus_per_worker, sizes.gpus_per_worker)
     assert (*shares, sizes.decode_cpus, sizes.max_decode_cpus) == expected
-
-
-def test_a_pool_whose_numbers_are_swapped_is_refused() -> None:
-    with pytest.raises(ClusterError, match="4:2"):
-        share_out(Resources(8, 0, 1, 8), ClusterConfig(num_workers="4:2"))

@@ -143,7 +143,7 @@ def test_the_exit_code_is_that_of_the_command(head, tmp_path: Path) -> None:
     log, _ = job.communicate()
 
     assert job.returncode == 2, log
-    assert "1 of 1 images failed" in log
+    assert "1 of 1 image failed" in log
     (job_id,) = re.findall(r"submitted: (\S+)", log)
     sent = head.client().get_job_info(job_id).runtime_env
     assert len(sent["py_modules"]) == 2
