@@ -121,6 +121,15 @@ def test_only_what_a_person_let_pass_goes_out(finished: Path, tmp_path: Path) ->
         assert row["created_at"].startswith("20")
 
 
+@pytest.mark.parametrize(("to", "name"), [("xmp", "XMP"), ("coco", "COCO"), ("imagefolder", "ImageFolder")])
+def test_a_decorative_image_is_left_out_where_the_format_cannot_say_so(
+    finished: Path, tmp_path: Path, to: str, name: str
+) -> None:
+    tally = export(finished, to, tmp_path / "out")
+
+    assert tally.left_out[f"decorative, which {name} cannot express"] == 1
+
+
 def test_unreviewed_texts_are_marked_and_rejected_ones_never_go_out(finished: Path, tmp_path: Path) -> None:
     export(finished, "jsonl", tmp_path / "texts.jsonl", include_unreviewed=True, automatic_mark="[machine]")
 
