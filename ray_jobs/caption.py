@@ -53,7 +53,7 @@ class RayEngine:
 
     def __init__(self, config: CaptionConfig) -> None:
         self._config = config
-        self._connection = Connection(config.cluster)
+        self._connection = Connection(config.cluster, lambda seconds: notify(f"starting Ray, {seconds:.0f} s so far"))
         self._sizes: Sizes | None = None
 
     def start(self) -> None:

@@ -19,7 +19,9 @@ from rich.text import Text
 from captioner.data import Receipt
 
 RATE_WINDOW_S = 60.0
+WIDE = 100  # columns that the bar and the whole line need
 HEARTBEAT_S = 10.0
+START_S = 2.5  # between lines until the first images are captioned
 SILENCE_S = 30.0  # without a commit for so long, the line says how long ago the last one was
 
 
@@ -34,7 +36,8 @@ class Progress:
     """Shows a run's progress from its receipts; a context manager, used by one thread.
 
     `total`: planned images. `already`: those committed before this start. `stream`: standard error by default; a
-    terminal gets a live display, anything else a line every `interval` seconds and at the end. The lines come from a
+    terminal gets a live display, anything else a line every `interval` seconds (START_S, if that is shorter, until the
+    first commit) and at the end. The lines come from a
     separate thread, so that a stall is visible. A stream that takes fields gets `fields()` with each line. `clock`:
     monotonic seconds.
     """
@@ -112,6 +115,17 @@ class Progress:
             silence = f"  last commit {duration(now - self._last)} ago" if now - self._last >= SILENCE_S else ""
             return f"{self._count()}  {_rounded(rate)} img/s  failed {self._failed:,}{self._note}  ETA {left}{silence}"
 
+    def short_line(self) -> str:
+        """Return the progress as one line of at most 60 characters, for narrow terminals."""
+        with self._lock:
+            now = self._clock()
+            rate = self._rate(now) if self._commits else 0.0
+            count, elapsed = f"{self._done:,}/{self._total:,}", duration(now - self._started)
+            if not rate:
+                return f"{count}  starting, {elapsed}"
+            left = duration((self._total - self._done) / rate)
+            return f"{count}  {_rounded(rate)}/s  ETA {left}" + (f"  failed {self._failed:,}" if self._failed else "")
+
     def fields(self) -> dict[str, Any]:
         """Return the progress as figures for a log with fields; `None` for what is not known yet."""
         with self._lock:
@@ -143,7 +157,7 @@ class Progress:
         return (self._done - done_at_start) / (now - start) if now > start else 0.0
 
     def _write_lines(self) -> None:
-        while not self._ended.wait(self._interval):
+        while not self._ended.wait(self._interval if self._commits else min(self._interval, START_S)):
             self._write(self.line())
 
     def _write(self, line: str) -> None:
@@ -154,6 +168,8 @@ class Progress:
         self._stream.flush()
 
     def _render(self) -> RenderableType:
+        if self._live is not None and self._live.console.width < WIDE:
+            return Text(self.short_line(), no_wrap=True, overflow="ellipsis")
         bar = ProgressBar(total=max(self._total, 1), completed=self._done if self._total else 1, width=20)
         elapsed = duration(self._clock() - self._started)
         grid = Table.grid(padding=(0, 1))

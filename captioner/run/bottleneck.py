@@ -36,7 +36,10 @@ def bottleneck_line(
     slots: Mapping[str, float] | None = None,
     waits_for_servers: bool = False,
 ) -> str | None:
-    """Return one line for a person; None where nothing was measured. `slots`: as for `busy_shares`."""
+    """Return one line for a person; None where nothing was measured. `slots`: as for `busy_shares`.
+
+    A run that spent most of its time on starting gets no advice about its stages: `seconds` of "run" and "startup".
+    """
     if waits_for_servers:
         shares = {"servers" if name == "device" else name: share for name, share in shares.items()}
     if not shares:
@@ -44,6 +47,11 @@ def bottleneck_line(
     slowest = max(shares, key=lambda name: shares[name])
     flag = "read" if slowest == "decode" and seconds["read"] > seconds["decode"] else slowest
     busy = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+    run, startup = seconds.get("run", 0.0), seconds.get("startup", 0.0)
+    if startup > run / 2:
+        return (
+            f"busy: {busy}; most of the {run:.0f} s was start-up ({startup:.0f} s), the same for any number of images"
+        )
     advice = ADVICE[flag]
     if flag == "decode" and slots and (needed := decode_cpus_needed(seconds, slots)):
         advice += f" (with {counted(needed, 'CPU')} instead of {slots['decode']:g} decoding is not the bottleneck)"

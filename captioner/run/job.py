@@ -398,7 +398,7 @@ def _new_run_id() -> str:
 class _ListingProgress:
     """Reports the progress of a long listing every few seconds."""
 
-    def __init__(self, notify: Notify, every: float = 5.0) -> None:
+    def __init__(self, notify: Notify, every: float = 2.5) -> None:
         self._notify, self._every, self._last = notify, every, time.monotonic()
 
     def __call__(self, num_rows: int) -> None:

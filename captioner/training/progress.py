@@ -37,6 +37,10 @@ class TrainProgress(Progress):
         """
         self._read = read
 
+    def short_line(self) -> str:
+        """Return the same line, which is short."""
+        return self.line()
+
     def line(self) -> str:
         """Return the state as one line of plain text."""
         latest = self._latest = self._read() or self._latest

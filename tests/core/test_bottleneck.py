@@ -58,6 +58,15 @@ def test_where_decoding_is_the_limit_it_says_with_how_many_cpus_it_would_not_be(
     assert max(busy_shares(seconds, enough, wall=4), key=busy_shares(seconds, enough, wall=4).get) == "device"
 
 
+def test_a_run_that_was_mostly_start_up_gets_no_advice_about_its_stages() -> None:
+    seconds = {"read": 0.1, "decode": 2, "generate": 0.5, "commit": 0.1, "run": 14.0, "startup": 12.0}
+    line = bottleneck_line(busy_shares(seconds, SLOTS, wall=2), seconds)
+
+    assert line is not None
+    assert line.endswith("most of the 14 s was start-up (12 s), the same for any number of images")
+    assert "--decode-cpus" not in line
+
+
 def test_nothing_measured_says_nothing() -> None:
     assert busy_shares({"read": 0, "decode": 0, "generate": 0, "commit": 0}, SLOTS, wall=0) == {}
     assert bottleneck_line({}, {}) is None

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import io
+import os
 import re
+import struct
+import subprocess
+import sys
+import termios
 import threading
 
 import pytest
@@ -117,6 +124,50 @@ def test_percent_is_100_only_when_all_is_done() -> None:
 
 def test_an_empty_run_is_whole() -> None:
     assert quiet(Clock(), total=0).line().startswith("captioned 0/0 (100%)")
+
+
+@given(
+    total=st.integers(1, 99_999_999),
+    share=st.floats(0, 1),
+    seconds=st.floats(0.01, 90_000),
+    failed=st.integers(0, 99_999),
+)
+def test_the_line_of_a_narrow_terminal_is_short(total: int, share: float, seconds: float, failed: int) -> None:
+    clock = Clock()
+    progress = quiet(clock, total=total)
+    assert len(progress.short_line()) <= 60
+    clock.now += seconds
+    progress.update(receipt(max(1, int(share * total)), num_failed=min(failed, max(1, int(share * total)))))
+
+    assert len(progress.short_line()) <= 60
+
+
+NARROW = """
+from captioner.console.progress import Progress
+from captioner.data import Receipt
+with Progress(20_000_000, 12_000_000) as progress:
+    for number in range(3):
+        progress.update(Receipt(f"g000-00000-{number:04}", 512, 500, {"truncated": 12}))
+"""
+
+
+def test_the_live_line_fits_a_terminal_of_60_columns() -> None:
+    terminal, end = os.openpty()
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 60, 0, 0))
+    environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"} | {"TERM": "xterm"}
+    done = subprocess.run([sys.executable, "-c", NARROW], stdin=end, stdout=end, stderr=end, env=environment)
+    os.close(end)
+    text = ""
+    with contextlib.suppress(OSError):  # the end, on Linux
+        while data := os.read(terminal, 65_536):
+            text += data.decode()
+    os.close(terminal)
+
+    lines = [line for line in re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)) if line.strip()]
+    assert done.returncode == 0, text
+    assert "12,001,536/20,000,000" in lines[-1]
+    assert "failed 36" in lines[-1]
+    assert all(len(line) <= 60 for line in lines)
 
 
 def test_a_log_gets_a_line_while_nothing_happens() -> None:
