@@ -370,6 +370,18 @@ def demo_train(
     return demo.train(directory)
 
 
+@demo.command("server", cls=Command)
+def demo_server(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Directory for images, model and captions.")] = Path(
+        "demo-server"
+    ),
+) -> int:
+    """Caption by a model server that is killed half-way, in about a minute on two cores."""
+    from ray_jobs import demo
+
+    return demo.server(directory)
+
+
 def main(argv: list[str] | None = None) -> NoReturn:
     """Run the command line and end the process: SystemExit with one of `captioner.errors.EXIT_CODES`.
 

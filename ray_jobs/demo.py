@@ -1,14 +1,23 @@
-"""`captioner demo train`: train the starter model on new images and a new wording."""
+"""`captioner demo train`: train the starter model. `captioner demo server`: caption by a server that fails half-way."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
+import socket
+import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
-from captioner.config import TrainConfig
+from captioner.config import CaptionConfig, TrainConfig
+from captioner.console.stopping import notify
+from captioner.errors import UsageError
 
 IMAGES, SEED = 2_000, 3
+SERVED_IMAGES, REST_S = 60, 5.0
 
 
 def train(directory: Path) -> int:
@@ -49,3 +58,88 @@ def demo_config(images: Path, out: Path) -> TrainConfig:
             "output": {"path": str(out)},
         }
     )
+
+
+def server(directory: Path) -> int:
+    """Caption scenes by `transformers serve` with a tiny model; kill it half-way, start it again, verify the table.
+
+    The model has random weights: its captions mean nothing. Raises UsageError where the server's packages are missing.
+    """
+    from captioner import pipeline
+    from captioner.console import commands
+    from captioner.starter.render import render_scenes
+    from captioner.testing import make_tiny_model
+
+    if not all(importlib.util.find_spec(name) for name in ("fastapi", "uvicorn", "openai")):
+        raise UsageError("demo server: transformers serve is not complete; run: pip install fastapi uvicorn openai")
+    images, model, out = directory / "images", directory / "model", directory / "captions"
+    if not (images / "metadata.jsonl").exists():
+        render_scenes(images, SERVED_IMAGES, SEED, width=64)
+    if not (model / "config.json").exists():
+        make_tiny_model("smolvlm", model)
+    with DemoServer(model) as served:
+        threading.Thread(target=served.fail_once, args=(SERVED_IMAGES // 2,), daemon=True).start()
+        code = pipeline.run(served_config(images, out, model, served.url))
+    return code or commands.verify(str(out))
+
+
+def served_config(images: Path, out: Path, model: Path, url: str) -> CaptionConfig:
+    """Return settings for a run of half a minute."""
+    served = {"name": str(model), "endpoint": [url], "concurrency": 2, "max_new_tokens": 12}
+    return CaptionConfig.model_validate(
+        {
+            "source": {"path": str(images)},
+            "model": served,
+            "cluster": {"local": True},
+            "output": {"path": str(out), "overwrite": True},
+        }
+    )
+
+
+class DemoServer:
+    """`transformers serve` on a free port of this machine. A context manager."""
+
+    def __init__(self, model: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self._port = int(free.getsockname()[1])
+        self._model = model
+        self.url = f"http://127.0.0.1:{self._port}/v1"
+
+    def __enter__(self) -> DemoServer:
+        self._start()
+        self._wait_for("Uvicorn running", 1)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def fail_once(self, after: int) -> None:
+        """Kill the server after some answers, start it again a few seconds later and read its log to the end."""
+        self._wait_for('" 200', after)
+        notify(f"demo: the server is killed after {after} answers")
+        self._process.kill()
+        self._process.wait()
+        time.sleep(REST_S)
+        notify("demo: the server is started again")
+        self._start()
+        self._wait_for("no such line", 1)
+
+    def _start(self) -> None:
+        program = str(Path(sys.executable).with_name("transformers"))
+        command = [program, "serve", str(self._model), "--device", "cpu", "--host", "127.0.0.1"]
+        self._process = subprocess.Popen(
+            [*command, "--port", str(self._port)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        )
+
+    def _wait_for(self, text: str, count: int) -> None:
+        """Read the server's log until that many lines hold the text, or to its end."""
+        for line in self._process.stdout or ():
+            count -= text in line
+            if not count:
+                return

@@ -64,6 +64,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "captioner train --config train.yaml",
     ),
     "demo train": ("captioner demo train",),
+    "demo server": ("captioner demo server",),
 }
 COMMAND_GROUPS = {
     "Captions": ("caption", "init", "try", "status", "verify", "check", "report"),

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +15,7 @@ from captioner.models import resolve
 from captioner.store.table import open_table
 from captioner.store.verify import verify
 from captioner.testing import make_folder, make_tiny_model
+from ray_jobs.demo import DemoServer
 
 
 @pytest.fixture(scope="module")
@@ -28,18 +25,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def url(model: Path) -> Iterator[str]:
-    program = str(Path(sys.executable).with_name("transformers"))
-    command = [program, "serve", str(model), "--device", "cpu", "--port", "0"]
-    offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=offline) as server:
-        assert server.stderr is not None
-        running = (re.search(r"running on (http://\S+)", line) for line in server.stderr)
-        match = next(filter(None, running), None)
-        assert match, "the server did not start"
-        try:
-            yield f"{match[1]}/v1"
-        finally:
-            server.kill()
+    with DemoServer(model) as server:
+        yield server.url
 
 
 def test_transformers_serve_captions_a_table(tmp_path: Path, url: str, model: Path) -> None:

@@ -21,7 +21,7 @@ from ray_jobs.cli import app, main
 from ray_jobs.help import COMMAND_GROUPS, EVERYDAY, EXAMPLES
 
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands
-PATHS = ["", *COMMANDS, "demo train", "models convert"]
+PATHS = ["", *COMMANDS, "demo train", "demo server", "models convert"]
 
 
 def run(*words: str) -> int:
