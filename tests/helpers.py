@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -15,6 +16,7 @@ from captioner.data import PLAN_SCHEMA, Source
 from captioner.sources import open_source
 from captioner.store.read import read_parts
 from captioner.store.table import open_table
+from captioner.testing.tiny_chat_models import TINY_CHATS
 
 Settings = Mapping[str, Any]
 DEFAULTS: Settings = MappingProxyType({})
@@ -95,3 +97,9 @@ def listed(source: Source) -> tuple[pa.Table, list[str]]:
 
 def listed_rows(source: Source) -> pa.Table:
     return listed(source)[0]
+
+
+def chats_to_test() -> tuple[str, ...]:
+    """Chat types of the ordinary suite, some of each kind of processor; with ALL_FAMILIES (`make families`) all."""
+    some = "qwen3_vl", "gemma3", "llava", "internvl", "vipllava", "paligemma"
+    return tuple(TINY_CHATS) if "ALL_FAMILIES" in os.environ else some

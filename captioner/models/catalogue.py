@@ -126,7 +126,8 @@ _LEGEND = {
     "pixels": "fixed: images are resized to one size as by the model's image processor (--preprocess fast, or "
     "processor for exactly its pixels); any: images of any size go to the model's image processor itself.",
     "prompt": "none: takes none; start: the caption continues --prompt; question: asked of a chat model (default "
-    f"{QUESTION!r}); task: {', '.join(_TASKS)}, or a question in words (default {_TASKS[0]}).",
+    f"{QUESTION!r}); task: {', '.join(_TASKS)}, or a question in words (default {_TASKS[0]});"
+    f" prefix: text before the caption, in the words of the model's card.",
     "memory": "of the weights in bfloat16; images, beams and the batch take more. Twice as much in float32.",
 }
 _RECOMMENDED_NOTE = (

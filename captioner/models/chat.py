@@ -1,5 +1,7 @@
 """Chat models that take an image in the user's turn: any model type whose processor has a chat template.
 
+PaliGemma differs only in the text that the processor gets.
+
 The model's own processor prepares image and prompt: it splits or scales the image, applies the chat template and
 inserts as many placeholders as the image has tokens. So the rows of a batch differ in length; they are padded on the
 left, so that all answers begin at the same position. Everything the processor returns goes to `generate`, as in
@@ -95,6 +97,13 @@ class ChatCaptioner(TransformersCaptioner):
 
     def generate(self, prepared: dict[str, Any], /, **options: Any) -> Any:
         return self.model.generate(**prepared, **options)
+
+
+class PrefixCaptioner(ChatCaptioner):
+    """PaliGemma: the prompt is the text between the image and the caption, without a chat template."""
+
+    def text_before_caption(self) -> str:
+        return f"{self.processor.image_token}{self.ref.prompt}"
 
 
 def _apply_template(processor: Any, ref: ModelRef) -> str:

@@ -20,7 +20,8 @@ class Family:
     `pixels`: "fixed" images are resized to one size by this package, as the model's image processor would; images of
     "any" size go to the image processor itself. `limit`: how that processor limits them: the length of the longer side,
     the area, or "" where it has no such limit or another one.
-    `processor`: the class of the processor in transformers, "" for the one transformers has for the model type.
+    `processor`: the class of the processor in transformers; "" for the one that the directory names or, where it names
+    none, that of the model type.
     `text`: the section of config.json with the number of the text decoder's positions; "" where they are no limit.
     """
 
@@ -55,9 +56,21 @@ _ALL = (
     _chat("qwen2_vl", limit="area"),
     _chat("qwen2_5_vl", limit="area"),
     _chat("qwen3_vl", limit="area"),
+    _chat("qwen3_vl_moe", limit="area"),
+    _chat("qwen3_5", limit="area"),
     _chat("gemma3"),
+    _chat("gemma4"),
     _chat("llava"),
+    _chat("llava_next"),
+    _chat("llava_onevision"),
     _chat("internvl"),
+    _chat("glm4v"),
+    _chat("aya_vision"),
+    _chat("ovis2"),
+    _chat("minicpmv4_6"),
+    _chat("deepseek_vl"),
+    # The prompt of its model card.
+    Family("paligemma", "prefix", pixels="any", default_prompt="caption en"),
 )
 FAMILY_BY_NAME = {family.name: family for family in _ALL}
 FAMILIES = tuple(FAMILY_BY_NAME)

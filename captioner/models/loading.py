@@ -30,6 +30,7 @@ CLASSES = {  # of the families that are not CHAT_CLASS
     "blip-2": ("blip2", "Blip2Captioner"),
     "vision-encoder-decoder": ("vision_encoder_decoder", "VisionEncoderDecoderCaptioner"),
     "florence2": ("florence2", "Florence2Captioner"),
+    "paligemma": ("chat", "PrefixCaptioner"),
 }
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import transformers
@@ -18,10 +19,12 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from captioner.data import Pixels
 from captioner.errors import ModelError
+from captioner.models import weights
 from captioner.models.families import Family
 from captioner.models.pretrained import LOADING_ERRORS, open_tokenizer, quiet
 from captioner.run.prefetch import one_ahead
 
+_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 _OPTIONS = {"trust_remote_code": False, "local_files_only": True}
 
 
@@ -39,7 +42,7 @@ def open_processor(path: str, family: Family) -> Any:
     parts = {"image_processor": open_image_processor(path), "tokenizer": open_tokenizer(path)}
     try:
         with quiet():
-            kind = processor_class(family)
+            kind = processor_class(family, Path(path))
             settings, _ = kind.get_processor_dict(path, local_files_only=True)
             absent = dict.fromkeys(set(kind.get_attributes()) - set(parts))
             processor = images_only(kind).from_args_and_dict([], settings, **parts, **absent)
@@ -49,9 +52,17 @@ def open_processor(path: str, family: Family) -> Any:
     return processor
 
 
-def processor_class(family: Family) -> type[ProcessorMixin]:
-    """Return the processor's class. Raises LookupError or AttributeError where transformers has none."""
-    kind: type[ProcessorMixin] = getattr(transformers, family.processor or PROCESSOR_MAPPING_NAMES[family.name])
+def processor_class(family: Family, directory: Path) -> type[ProcessorMixin]:
+    """Return the class of the processor: the family's, the one the directory names, or transformers' for the type.
+
+    Raises LookupError or AttributeError where transformers has none.
+    """
+    files = (weights.read_json(directory / name) for name in _PROCESSOR_FILES)
+    named = next((name for file in files if isinstance(name := file.get("processor_class"), str)), "")
+    by_directory = named if hasattr(transformers, named) else ""
+    kind: type[ProcessorMixin] = getattr(
+        transformers, family.processor or by_directory or PROCESSOR_MAPPING_NAMES[family.name]
+    )
     return kind
 
 

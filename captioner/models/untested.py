@@ -13,7 +13,10 @@ import transformers
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+from transformers.utils.import_utils import DummyObject
 
+from captioner.models.families import family_of
+from captioner.models.processors import processor_class
 from captioner.models.weights import read_json
 
 
@@ -26,6 +29,9 @@ def why_not(directory: Path, config: dict[str, Any]) -> str | None:
         return f"transformers {transformers.__version__} has no model of this type that captions images"
     if model_type not in PROCESSOR_MAPPING_NAMES:
         return f"transformers {transformers.__version__} has no processor of this type"
+    processor = processor_class(family_of(model_type), directory)
+    if isinstance(processor, DummyObject):
+        return f"its {processor.__name__} needs a package that is not installed ({', '.join(processor._backends)})"
     if not _is_on_pillow(directory, model_type):
         return "its image processor needs torchvision, and only those that use Pillow are supported"
     if not _has_chat_template(directory):

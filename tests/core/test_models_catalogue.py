@@ -13,8 +13,8 @@ from ray_jobs import cli
 CHECKPOINTS = [checkpoint for listed in CATALOGUE.values() for checkpoint in listed]
 
 
-def test_every_family_is_listed_with_a_checkpoint_and_has_a_class() -> None:
-    assert set(CLASSES) <= set(CATALOGUE) <= set(FAMILIES)
+def test_the_families_of_the_tables_exist() -> None:
+    assert set(CLASSES) | set(CATALOGUE) <= set(FAMILIES)
     assert all(CATALOGUE.values())
 
 

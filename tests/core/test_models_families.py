@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import chats_to_test
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
@@ -32,10 +32,7 @@ from captioner.testing.tiny_chat_models import TINY_CHATS
 
 LIMIT = 12
 START, END = 1, 2
-# The ordinary suite has some types of each kind of processor; `make families` tests all.
-SOME = ("qwen3_vl", "gemma3", "llava", "internvl", "vipllava")
-BY_TABLE = tuple(TINY_CHATS) if "ALL_FAMILIES" in os.environ else SOME
-NEW = ("blip-2", "florence2", "idefics3", "smolvlm", "qwen2_vl", "qwen2_5_vl", *BY_TABLE)
+NEW = ("blip-2", "florence2", "idefics3", "smolvlm", "qwen2_vl", "qwen2_5_vl", *chats_to_test())
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -141,7 +138,13 @@ def chat_inputs(directory, tokenizer, image, prompt, family):
     )
 
 
+def paligemma_inputs(directory, tokenizer, image, prompt):
+    processor = processor_of("paligemma", directory)
+    return processor(text=f"<image>{prompt or 'caption en'}", images=image, return_tensors="pt")
+
+
 INPUTS = {family: partial(chat_inputs, family=family) for family in TINY_CHATS} | {
+    "paligemma": paligemma_inputs,
     "blip-2": blip2_inputs,
     "florence2": florence2_inputs,
     "idefics3": lambda *args: tiled_inputs(*args, kind=Idefics3ImageProcessorPil),
@@ -196,7 +199,7 @@ def test_a_prompt_changes_captions_without_being_in_them(family, model) -> None:
 def test_the_prompt_is_in_the_summary_and_in_the_fingerprint(family, model) -> None:
     plain, other = (resolve(ModelConfig(name=str(model(family)), prompt=prompt)) for prompt in (None, "What is this?"))
 
-    assert plain.prompt == {"blip-2": None, "florence2": "<CAPTION>"}.get(family, QUESTION)
+    assert plain.prompt == family_of(family).default_prompt
     assert repr(plain.prompt) in plain.summary or plain.prompt is None
     assert plain.fingerprint != other.fingerprint
     assert plain.fingerprint == resolve(ModelConfig(name=str(model(family)), prompt=plain.prompt)).fingerprint

@@ -200,11 +200,16 @@ def test_a_chat_model_of_a_type_not_in_the_table_is_tried_with_a_line_that_says_
     assert lines == ["model_type vipllava is not tested; used through its chat template"]
 
 
+def name_processor(model, name) -> None:
+    edit_json(model / "processor_config.json", processor_class=name)
+
+
 @pytest.mark.parametrize(
     ("model_type", "damage", "reason"),
     [
         ("lfm2_vl", lambda model: None, "its image processor needs torchvision"),
         ("glm_ocr", lambda model: None, "transformers .* has no processor of this type"),
+        ("mllama", lambda model: name_processor(model, "PixtralProcessor"), "its PixtralProcessor needs a package"),
         ("pixtral", lambda model: None, "transformers .* has no model of this type"),
         ("moondream1", lambda model: edit_json(model / "config.json", auto_map={}), "it needs the .* own code"),
         ("aria", remove("chat_template.jinja"), "its directory has no chat template"),
