@@ -123,8 +123,15 @@ def make_plan(
 
 
 def read_planned(table: CaptionsTable, chunk: Chunk) -> pa.Table:
-    """Return the planned rows of one chunk: PLAN_SCHEMA, kept columns, and `part_row` where they are recaptioned."""
-    with table.directory.open_parquet(plan_part_name(chunk.generation, chunk.part)) as file:
+    """Return the planned rows of one chunk: PLAN_SCHEMA, kept columns, and `part_row` where they are recaptioned.
+
+    Raises DamagedFileError where the file is that of another part.
+    """
+    name = plan_part_name(chunk.generation, chunk.part)
+    with table.directory.open_parquet(name) as file:
+        is_other = is_marked_otherwise(table, name, file.schema_arrow.metadata or {})
+        if is_other or chunk.index >= file.num_row_groups:
+            raise table.directory.damage(name, "is damaged: it is that of another part")
         return file.read_row_group(chunk.index)
 
 

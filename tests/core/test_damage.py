@@ -22,8 +22,9 @@ from captioner.errors import DamagedFileError, VerificationError
 from captioner.run.job import open_job
 from captioner.sources import open_source
 from captioner.store.directory import Directory
+from captioner.store.plan import read_planned
 from captioner.store.repair import restore_table
-from captioner.store.table import CaptionsTable, open_table
+from captioner.store.table import CaptionsTable, open_table, plan_part_name
 from captioner.store.verify import count_rows, verify
 from captioner.testing import Killed, killed_at_write, make_folder
 from ray_jobs.cli import main
@@ -194,6 +195,17 @@ def test_chunks_and_parts_in_each_others_place_are_damage(
         assert pipeline.run(caption_config(archive, out)) == 0
         assert verify(open_table(str(out))).proven
         assert contents(out) == contents(finished)
+
+
+def test_a_part_of_the_plan_in_the_place_of_another_is_damage(tmp_path: Path, finished: Path) -> None:
+    shutil.copytree(finished, tmp_path / "out")
+    table = open_table(str(tmp_path / "out"))
+    plan = table.plans()[0]
+    first, *_, last = (table.directory.path(plan_part_name(0, part)) for part in sorted(plan.parts))
+    shutil.copyfile(last, first)
+
+    with pytest.raises(DamagedFileError, match="it is that of another part"):
+        read_planned(table, plan.part_chunks(min(plan.parts))[0])
 
 
 def test_a_store_without_renames_is_repaired_alike(tmp_path: Path, archive: Path, finished: Path) -> None:
