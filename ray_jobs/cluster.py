@@ -30,7 +30,7 @@ from ray_jobs.workers import job_config, keep_messages
 
 MIN_CPU_SHARE = 0.05
 JOIN_TIMEOUT_S = 30.0  # for a cluster that answers
-START_TIMEOUT_S = 60.0  # for a local Ray
+START_TIMEOUT_S = 120.0  # for a local Ray; it took 23 s on two CPUs with a load of 10
 WAIT_INTERVAL_S = 2.5
 EXIT_TIMEOUT_S = 10.0  # for a Ray that is still starting when the program ends
 
