@@ -11,10 +11,19 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic.fields import FieldInfo
 
 from captioner.errors import UsageError
@@ -46,10 +55,22 @@ def _language_tag(text: str) -> str:
     return text
 
 
+def _types_in(annotation: Any) -> set[Any]:
+    """Return the types that an annotation is made of, such as int and None for `int | None`."""
+    return {annotation}.union(*map(_types_in, get_args(annotation))) if get_args(annotation) else {annotation}
+
+
 class Settings(BaseModel):
     """Base class of all settings: frozen; an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _bool_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Turn true and false, which pydantic takes for the numbers 1 and 0, into texts, which are no numbers."""
+        is_number = not _types_in(cls.model_fields[str(info.field_name)].annotation).isdisjoint((int, float))
+        return str(value).lower() if isinstance(value, bool) and is_number else value
 
 
 SPLIT = "Split of a dataset, or of files whose names say it; without it train where there are several; or all."

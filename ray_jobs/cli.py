@@ -254,7 +254,8 @@ def review(
 ) -> int:
     """Decide about each alt text on a page.
 
-    Serves a page on this machine for accepting, editing and rejecting alt texts.
+    Serves a page on this machine: one key for each decision (a accept, e edit, r reject, ? lists all), g for a grid of
+    all images; Ctrl-C here ends it.
 
     Every decision is saved at once in OUT/reviews; the same command again continues the review.
     """

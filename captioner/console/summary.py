@@ -83,6 +83,9 @@ def _lines(record: dict[str, Any]) -> list[str]:
         lines.append(f"the report: {record['report']}")
     if record.get("output"):
         lines.append(f"the table: {record['output'].rstrip('/')}/captions")
+        if record.get("state") == "finished" and record["counts"]["ok"]:
+            alt_text, review = (shell_command(name, record["output"]) for name in ("alt-text", "review"))
+            lines.append(f"to publish alt texts: {alt_text}, then {review}")
     return lines + [f"note: {note}" for note in record.get("notes", [])]
 
 

@@ -155,13 +155,18 @@ class _Folder:
         )
 
     def classify(self, names: Sequence[bytes]) -> Iterator[_Paths]:
-        """Yield the images among the files of the directory, with their captions; then the other files."""
+        """Yield the images among the files of the directory, with their captions; then the other files.
+
+        Files whose captions are used are neither.
+        """
         images = [name for name in names if not self.hidden and not is_ignored(name)]
         # With --reference-column captions are those of a column.
         texts = CaptionFiles(self.root, self.directory, [] if self.reference_column else names, self.exclude)
         for start in range(0, len(images), BATCH_ROWS):
             yield self._captioned(images[start : start + BATCH_ROWS], texts)
-        others = sorted({*names} - {*images} - texts.used)
+        captions = {metadata.file for metadata in self.metadata}
+        used = texts.used | {name for name in names if os.path.join(self.directory, name) in captions}
+        others = sorted({*names} - {*images} - used)
         for start in range(0, len(others), BATCH_ROWS):
             batch = others[start : start + BATCH_ROWS]
             yield _Paths(ignored=[os.path.join(self.directory, name) for name in batch])

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
-from captioner.config import CaptionConfig, command_line, load_config, settings_of
+from captioner.config import (
+    CaptionConfig,
+    CheckTableConfig,
+    ExportTextsConfig,
+    MakeAltTextConfig,
+    Settings,
+    TrainConfig,
+    command_line,
+    load_config,
+    settings_of,
+)
 from captioner.errors import UsageError
 
 
@@ -53,7 +64,8 @@ def test_a_file_may_be_empty_or_commented_out(tmp_path: Path, yaml: str) -> None
         ),
         ("model:\n  batch_size: [8]\n", "model.batch_size is [8], but should be a valid integer or 'auto'"),
         ("model:\n  batch_size: 0\n", "model.batch_size is 0, but should be greater than or equal to 1 or 'auto'"),
-        ("source:\n  limit: no\n", "source.limit is False, but should be"),
+        ("cluster:\n  num_workers: true\n", "cluster.num_workers is 'true', but should be a number, auto, or MIN:MAX"),
+        ("source:\n  limit: no\n", "source.limit is 'false', but should be a valid integer"),
         ("output:\n  max_failed: 1.5\n", "output.max_failed is 1.5, but should be less than or equal to 1"),
         ("cluster:\n  gpus_per_worker: .inf\n", "cluster.gpus_per_worker is inf, but should be a finite number"),
         ("source:\n  include: '*.jpg'\n", "source.include is '*.jpg', but should be a valid list"),
@@ -68,6 +80,17 @@ def test_a_wrong_file_is_one_line_that_names_file_key_and_value(tmp_path: Path, 
     assert str(caught.value).startswith(f"--config {tmp_path / 'run.yaml'}: ")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [CaptionConfig, TrainConfig, CheckTableConfig, MakeAltTextConfig, ExportTextsConfig])
+def test_only_settings_that_are_on_or_off_take_true(kind: type[Settings]) -> None:
+    taken = []
+    for setting in settings_of(kind):
+        with contextlib.suppress(ValidationError):
+            kind.model_validate({setting.group: {setting.field: True}})
+            taken.append(setting)
+
+    assert taken == [setting for setting in settings_of(kind) if setting.info.annotation is bool]
 
 
 def test_a_file_that_is_not_there_is_named() -> None:

@@ -278,9 +278,16 @@ def test_summary_says_what_was_done_and_what_to_do_next() -> None:
     assert ("time", "01:10") in rows
     assert "WER 0.040 against the references of 500 images (captions shuffled 0.800)" in shown
     assert "the table: /data/out/captions" in shown
+    assert "alt texts" not in shown, "the run is not finished"
     assert "captioner caption 'my photos' /data/out/ --include '*.jpg' --model starter --retry-failed\n" in shown, (
         "the run's own settings, without --overwrite"
     )
+
+
+def test_summary_of_a_finished_run_names_the_commands_for_alt_texts() -> None:
+    shown = shown_summary(RECORD | {"state": "finished", "output": "my captions"})
+
+    assert "to publish alt texts: captioner alt-text 'my captions', then captioner review 'my captions'\n" in shown
 
 
 def test_summary_shows_text_from_data_as_it_is_but_for_control_characters() -> None:

@@ -117,7 +117,7 @@ def test_metadata_gives_references(tmp_path, key):
     rows, ignored = listed(source_at(tmp_path))
     known = dict(zip(rows["image_id"].to_pylist(), rows["reference_captions"].to_pylist(), strict=True))
     assert known == {"c.jpg": None, "train/a.jpg": ["outer"], "train/b.jpg": ["inner"]}
-    assert ignored == ["metadata.jsonl", "train/metadata.csv"]
+    assert ignored == [], "a file whose captions are used is not skipped"
 
 
 def test_metadata_may_mix_texts_and_lists_and_changes_are_seen(tmp_path):
@@ -364,7 +364,7 @@ def test_captions_in_text_files_beside_images_are_references(tmp_path):
         "d.jpg": ["of metadata"],
         "sub/c.png": ["Übung"],
     }
-    assert listed(source)[1] == ["boxes.txt", "d.txt", "latin.txt", "long.txt", "metadata.jsonl"]
+    assert listed(source)[1] == ["boxes.txt", "d.txt", "latin.txt", "long.txt"]
     (note,) = notes_of(source)
     assert note == "captions in 1 text files are not UTF-8 and not used, e.g. 'latin.txt'"
     assert references_of(source_at(tmp_path, reference_column="text"))["a.jpg"] is None
