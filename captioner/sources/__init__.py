@@ -225,7 +225,7 @@ def _columns_of_first(config: SourceConfig, root: Root, files: list[bytes]) -> C
     first_error: SourceError | None = None
     for file in files:
         try:
-            return choose_columns(open_table(root, file).schema, config, root.uri(file))
+            return choose_columns(open_table(root, file, config.reference_column).schema, config, root.uri(file))
         except SourceError as error:
             first_error = first_error or error
     assert first_error is not None

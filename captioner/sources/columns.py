@@ -87,9 +87,9 @@ def reference_column_of(schema: pa.Schema, name: str | None, where: str) -> str 
     """Return the column of reference captions: text, or lists of text."""
     if name is None:
         present = (column for column in REFERENCE_NAMES if column in schema.names)
-        return next((column for column in present if _is_text(schema.field(column).type)), None)
+        return next((column for column in present if is_text(schema.field(column).type)), None)
     type_ = _field(schema, name, "--reference-column", where).type
-    if not _is_text(type_):
+    if not is_text(type_):
         raise SourceError(f"{where}: column {name!r} is {type_}; captions are strings or lists of strings")
     return name
 
@@ -140,7 +140,7 @@ def with_valid_text(batch: pa.Table) -> pa.Table:
 
 def _as_valid_text(column: pa.ChunkedArray) -> pa.Array:
     """Return a column of text, or of lists of text, as UTF-8; null where it holds anything else."""
-    if not _is_text(column.type):
+    if not is_text(column.type):
         return pa.nulls(len(column), column.type)
     as_bytes = pa.large_binary() if _is_string(column.type) else pa.large_list(pa.large_binary())
     return pa.array([_readable(value) for value in column.cast(as_bytes).to_pylist()], column.type)
@@ -210,7 +210,7 @@ def _is_string(type_: pa.DataType) -> bool:
     return bool(types.is_string(type_) or types.is_large_string(type_) or types.is_string_view(type_))
 
 
-def _is_text(type_: pa.DataType) -> bool:
+def is_text(type_: pa.DataType) -> bool:
     is_list = types.is_list(type_) or types.is_large_list(type_) or types.is_fixed_size_list(type_)
     return _is_string(type_.value_type if is_list or types.is_dictionary(type_) else type_)
 

@@ -124,7 +124,7 @@ def _names_files(root: Root, file: bytes) -> bool:
 
 @lru_cache(maxsize=8)
 def _load(root: Root, file: bytes, reference_column: str | None, stamp: object) -> Metadata:
-    table = open_table(root, file)
+    table = open_table(root, file, reference_column)
     if "file_name" not in table.schema.names:
         columns = ", ".join(table.schema.names[:20])
         raise ForeignMetadataError(f"{root.uri(file)}: no column 'file_name'; it has: {columns}")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import itertools
 import json
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,11 +15,12 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from captioner.errors import SourceError
-from captioner.sources.columns import REFERENCE_NAMES, Columns, with_valid_text
+from captioner.sources.columns import REFERENCE_NAMES, Columns, is_text, with_valid_text
 from captioner.sources.plan_rows import BATCH_ROWS
 from captioner.sources.root import FETCH_LFS, LFS_POINTER, Root, file_of_unit, is_transient, unit_of_file
 
-LOOK_FOR_CAPTIONS = 1_000_000  # lines of a file whose first ones have no captions
+LOOK_FOR_CAPTIONS = 1_000_000  # lines of a file whose first ones have no text as captions
+SAVE_AS_UTF8 = "save it as UTF-8 (where it is Windows-1252: iconv -f CP1252 -t UTF-8 OLD > NEW)"
 TABLE_SUFFIXES = (b".parquet", b".csv", b".jsonl", b".ndjson")
 
 
@@ -36,12 +38,18 @@ class Table(Protocol):
         ...
 
 
-def open_table(root: Root, file: bytes) -> Table:
-    """Open a table file. Raises SourceError where it is missing or is not what its suffix says."""
+def open_table(root: Root, file: bytes, captions: str | None = None) -> Table:
+    """Open a table file. `captions`: the column that is asked for captions, if one is.
+
+    Raises SourceError where the file is missing or is not what its suffix says.
+    """
     lower = file.lower()
-    kind = ParquetTable if lower.endswith(b".parquet") else CsvTable if lower.endswith(b".csv") else JsonLinesTable
     try:
-        return kind(root, file)
+        if lower.endswith((b".parquet", b".csv")):
+            return ParquetTable(root, file) if lower.endswith(b".parquet") else CsvTable(root, file)
+        return JsonLinesTable(root, file, [captions] if captions else REFERENCE_NAMES)
+    except UnicodeDecodeError:  # in the names of columns
+        raise UnreadableTableError(_not_utf8(root, file)) from None
     except (OSError, pa.ArrowException) as error:
         raise _unreadable(root, file, error) from None
 
@@ -71,14 +79,30 @@ class UnreadableTableError(SourceError):
 
 
 def _unreadable(root: Root, file: bytes, error: Exception) -> SourceError:
-    message = f"{root.uri(file)}: cannot be read as a table: {' '.join(str(error).split())}{_hint(root, file, error)}"
+    if "UTF8" in str(error):
+        return UnreadableTableError(_not_utf8(root, file))
+    message = f"{root.uri(file)}: cannot be read as a table: {' '.join(str(error).split())}{_hint(root, file)}"
     is_for_good = isinstance(error, pa.ArrowInvalid) or (isinstance(error, OSError) and not is_transient(error))
     return UnreadableTableError(message) if is_for_good else SourceError(message)
 
 
-def _hint(root: Root, file: bytes, error: Exception) -> str:
-    if "UTF8" in str(error):
-        return "; save it as UTF-8"
+def _not_utf8(root: Root, file: bytes) -> str:
+    """Return the message for a file with text in another encoding: its first such line, and how to convert it."""
+    line = "it "
+    with suppress(OSError), root.open(file) as stream:
+        line = next((f"line {number} " for number, text in enumerate(stream, start=1) if not _is_utf8(text)), "it ")
+    return f"{root.uri(file)}: {line}is not UTF-8 text; {SAVE_AS_UTF8}"
+
+
+def _is_utf8(text: bytes) -> bool:
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _hint(root: Root, file: bytes) -> str:
     try:
         is_pointer = root.read(file, 0, len(LFS_POINTER)) == LFS_POINTER
     except OSError:
@@ -140,28 +164,29 @@ class _Line:
 
 
 class JsonLinesTable:
-    """A file with a JSON object per line. Its schema is that of the first BATCH_ROWS lines."""
+    """A file with a JSON object per line. Its schema is that of the first BATCH_ROWS lines.
 
-    def __init__(self, root: Root, file: bytes) -> None:
+    `captions`: columns that may hold captions. Where none of them has text in those lines, later lines are looked at.
+    """
+
+    def __init__(self, root: Root, file: bytes, captions: Sequence[str] = REFERENCE_NAMES) -> None:
         self.root, self.file = root, file
         first = list(itertools.islice(self._lines(), BATCH_ROWS))
         names = dict.fromkeys(name for line in first for name in line.values)
         fields = {name: _type_of([line.values.get(name) for line in first]) for name in names}
-        self.schema = pa.schema(fields | self._late_captions(fields))
+        has_text = any(name in fields and is_text(fields[name]) for name in captions)
+        self.schema = pa.schema(fields if has_text else fields | self._late_captions(captions))
 
-    def _late_captions(self, fields: Collection[str]) -> dict[str, pa.DataType]:
-        """Return a column of captions that begins after the first BATCH_ROWS lines; {} where there is none."""
-        keys = (
-            []
-            if any(name in fields for name in REFERENCE_NAMES)
-            else [f'"{name}"'.encode() for name in REFERENCE_NAMES]
-        )
-        for number, text in itertools.islice(self._texts(), BATCH_ROWS, LOOK_FOR_CAPTIONS if keys else BATCH_ROWS):
+    def _late_captions(self, names: Sequence[str]) -> dict[str, pa.DataType]:
+        """Return the column that first has text after the first BATCH_ROWS lines; {} where there is none."""
+        keys = [f'"{name}"'.encode() for name in names]
+        for number, text in itertools.islice(self._texts(), BATCH_ROWS, LOOK_FOR_CAPTIONS):
             if any(key in text for key in keys):
                 values = self._parse(text, number)
-                present = [name for name in REFERENCE_NAMES if values.get(name) is not None]
-                if present:
-                    return {present[0]: _type_of([values[present[0]]])}
+                types = {name: _type_of([values[name]]) for name in names if values.get(name) is not None}
+                for name, type_ in types.items():
+                    if is_text(type_):
+                        return {name: type_}
         return {}
 
     def batches(self, columns: Sequence[str], captions: str | None = None) -> Iterator[pa.Table]:
@@ -170,11 +195,11 @@ class JsonLinesTable:
             yield pa.table([self._typed(block, name, name == captions) for name in columns], names=list(columns))
 
     def _typed(self, block: list[_Line], name: str, is_caption: bool) -> pa.Array:
-        values = [line.values.get(name) for line in block]
+        values, type_ = [line.values.get(name) for line in block], self.schema.field(name).type
         if is_caption:
-            values = [_caption(value) for value in values]
+            values = [_caption(value, is_text(type_)) for value in values]
         try:
-            return _column(values, self.schema.field(name).type)
+            return _column(values, type_)
         except (pa.ArrowException, TypeError, OverflowError) as error:
             lines = f"lines {block[0].number} to {block[-1].number}"
             raise SourceError(f"{self.root.uri(self.file)}: {lines}, {name!r}: {error}") from None
@@ -197,6 +222,8 @@ class JsonLinesTable:
     def _parse(self, text: bytes, number: int) -> dict[str, Any]:
         try:
             values = json.loads(text)
+        except UnicodeDecodeError:
+            raise UnreadableTableError(_not_utf8(self.root, self.file)) from None
         except ValueError as error:
             raise UnreadableTableError(f"{self.root.uri(self.file)}: line {number} is not JSON: {error}") from None
         if not isinstance(values, dict):
@@ -218,11 +245,16 @@ def _storable(value: Any) -> Any:
     return {_storable(name): _storable(item) for name, item in value.items()} if isinstance(value, dict) else value
 
 
-def _caption(value: Any) -> Any:
-    """Return text, a number, or a list of text as it is; of anything else None, or what text is in it."""
+def _caption(value: Any, in_text: bool) -> Any:
+    """Return text or a list of text as it is; of anything else None, or what text is in it.
+
+    `in_text`: whether the column is one of text. There an integer becomes text; elsewhere it stays as it is.
+    """
     if isinstance(value, list):
         return [item for item in value if isinstance(item, str)]
-    return value if type(value) in (str, int) else None
+    if type(value) is int:
+        return str(value) if in_text else value
+    return value if isinstance(value, str) else None
 
 
 def _column(values: list[Any], type_: pa.DataType | None = None) -> pa.Array:
@@ -273,6 +305,6 @@ class TableFiles:
     def open_unit(self, unit: str) -> tuple[bytes, Table]:
         """Open the table of a unit. Raises SourceError where it cannot be read, or lacks a column."""
         file = file_of_unit(unit)
-        table = open_table(self.root, file)
+        table = open_table(self.root, file, self.columns.reference)
         self.columns.check(table.schema, self.root.uri(file))
         return file, table

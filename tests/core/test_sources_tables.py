@@ -305,6 +305,45 @@ def test_captions_that_begin_after_thousands_of_lines_are_read(tmp_path, early, 
     assert listed_rows(source_at(tmp_path / "t.jsonl"))["reference_captions"].to_pylist()[-1] == expected
 
 
+@pytest.mark.parametrize("early", [7, 1.5, True, [1, 2], {"en": "x"}])
+@pytest.mark.parametrize("late", ["a", ["a", "b"]])
+@pytest.mark.parametrize("kind", ["metadata", "manifest", "asked for"])
+def test_captions_after_thousands_of_lines_with_other_values_are_read(tmp_path, early, late, kind):
+    key, column = "file_name" if kind == "metadata" else "path", "note" if kind == "asked for" else "text"
+    lines = [{key: "a.png", column: early}] * 4096 + [{key: "b.png", column: late}]
+    file = tmp_path / ("metadata.jsonl" if kind == "metadata" else "t.jsonl")
+    file.write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "b.png").touch()
+    source = source_at(tmp_path if kind == "metadata" else file, reference_column=column if column == "note" else None)
+    references = listed_rows(source)["reference_captions"].to_pylist()
+    assert references[-1] == ([late] if isinstance(late, str) else late)
+    assert kind == "metadata" or references[0] == (["7"] if early == 7 else None)
+
+
+def test_numbers_in_a_column_of_captions_in_a_csv_are_text(tmp_path):
+    (tmp_path / "metadata.csv").write_text("file_name,text\n" + "a.png,7\n" * 5000 + "b.png,a cat\n")
+    (tmp_path / "b.png").touch()
+    assert listed_rows(source_at(tmp_path))["reference_captions"].to_pylist() == [["a cat"]]
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "cp1252"])
+@pytest.mark.parametrize(
+    ("name", "lines", "line"),
+    [
+        ("metadata.csv", ["file_name,text", "a.png,x", "b.png,Übung"], 3),
+        ("metadata.csv", ["file_name,légende", "a.png,x"], 1),
+        ("metadata.jsonl", ['{"file_name": "a.png", "text": "x"}', '{"file_name": "b.png", "text": "Übung"}'], 2),
+        ("list.csv", ["path,text", *["a.png,x"] * 5000, "b.png,Übung"], 5002),
+        ("list.jsonl", ['{"path": "a.png"}'] * 5000 + ['{"path": "é.png"}'], 5001),
+    ],
+)
+def test_text_in_another_encoding_is_an_error_with_its_file_and_line(tmp_path, encoding, name, lines, line):
+    (tmp_path / "a.png").touch()
+    (tmp_path / name).write_bytes("\n".join(lines).encode(encoding))
+    with pytest.raises(SourceError, match=rf"{name}: line {line} is not UTF-8 text; save it as UTF-8 .*iconv"):
+        listed_rows(source_at(tmp_path if "metadata" in name else tmp_path / name))
+
+
 @pytest.mark.parametrize("value", [{"en": "x"}, [["x"]], True, 1.5, [{"raw": "x"}]])
 def test_what_is_no_caption_in_a_column_of_captions_is_none(tmp_path, value):
     lines = [{"path": "a.png", "text": value}, {"path": "b.png", "text": "y"}]
