@@ -6,13 +6,14 @@ import itertools
 import json
 import os
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import BinaryIO
 
 import pyarrow as pa
 
+from captioner.console.text import counted
 from captioner.data import Listing, RawImage
 from captioner.errors import SourceError
 from captioner.sources.columns import REFERENCE_NAMES, as_captions
@@ -41,6 +42,7 @@ OTHER_SUFFIXES = frozenset(
 )
 COMPRESSED_SUFFIXES = (b".tar.gz", b".tgz", b".tar.bz2", b".tar.xz", b".tar.zst", b".tar.lz4")
 MAX_TEXT_BYTES = 16 << 20  # of a .txt, .caption or .json member; a longer one holds no captions
+HELD_LISTINGS = 16  # of one tar, each of at least BATCH_ROWS members
 _COMPRESSED_STARTS = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18")
 
 
@@ -63,25 +65,37 @@ class WebDatasetSource:
     def list_unit(self, unit: str) -> Iterator[Listing]:
         """List the images of a tar; damage is a row that will fail.
 
-        One of several tars that cannot be opened, or is no tar, is a single row that will fail.
+        One of several tars that cannot be opened, or is no tar, is a single row that will fail. Of members with the
+        same name, as `tar -r` leaves them, the last one is listed: in a tar of fewer than HELD_LISTINGS listings, which
+        are held back until the end of the tar is known. In a larger tar, the same name twice is the same id twice.
         """
-        tar = file_of_unit(unit)
+        tar, versions = file_of_unit(unit), _Versions()
+        listings = self._listings(tar, versions.noted, [])
+        held = list(itertools.islice(listings, HELD_LISTINGS))
+        if versions.newest and len(held) < HELD_LISTINGS:
+            yield from self._listings(tar, versions.in_place, [versions.note(readable(tar))])
+        else:
+            yield from itertools.chain(held, listings)
+
+    def _listings(self, tar: bytes, arranged: _Arranged, notes: list[str]) -> Iterator[Listing]:
+        """Yield the rows of a tar whose members are first given to `arranged`; `notes`: of the tar, so far."""
         batch = _Batch(tar, self.root.stamp(tar))
         try:
             # The members of a sample follow each other in the tar: the format requires it.
-            for _, members in itertools.groupby(_members(self.root, tar, batch.notes), key=attrgetter("key")):
-                batch.add_sample(list(members), self.reference_column)
+            members = arranged(_members(self.root, tar, notes))
+            for _, sample in itertools.groupby(members, key=attrgetter("key")):
+                batch.add_sample(list(sample), self.reference_column)
                 if len(batch) >= BATCH_ROWS:
-                    yield batch.listing()
-                    batch = _Batch(tar, batch.stamp)
+                    yield batch.listing(notes)
+                    batch, notes[:] = _Batch(tar, batch.stamp), []
         except _UnreadableTarError as error:
             if len(self.tars) == 1 or all(name.lower().endswith(COMPRESSED_SUFFIXES) for name in self.tars):
                 raise SourceError(str(error)) from None
-            batch = _Batch(tar, batch.stamp, notes=[str(error)])
+            batch = _Batch(tar, batch.stamp)
             batch.add_sample([_damaged_member(Damage(0, error.size), None, error.size)], None)
-            yield batch.listing()
+            yield batch.listing([*notes, str(error)])
         else:
-            yield batch.listing()
+            yield batch.listing(notes)
 
     def read(self, rows: pa.Table) -> list[RawImage]:
         return read_rows(rows, self.root)
@@ -113,6 +127,48 @@ class _Member:
         return self.is_file and self.suffix not in OTHER_SUFFIXES and not hidden
 
 
+_Arranged = Callable[[Iterator[_Member]], Iterator[_Member]]
+
+
+class _Versions:
+    """The members of a tar that have a newer version in it: another one of the same name, nearer to the end.
+
+    `newest`: by name, the last member of those that occur several times. Links and devices are no versions: GNU tar
+    writes a file that is added twice as a link to itself.
+    """
+
+    def __init__(self) -> None:
+        self.newest: dict[bytes, _Member] = {}
+        self._names: set[bytes] = set()
+        self._num_older = 0
+
+    def noted(self, members: Iterator[_Member]) -> Iterator[_Member]:
+        """Yield the members as they are, and note those that occur several times."""
+        for member in members:
+            if member.is_file or member.is_damage:
+                if member.name in self._names:
+                    self.newest[member.name] = member
+                    self._num_older += 1
+                self._names.add(member.name)
+            yield member
+
+    def in_place(self, members: Iterator[_Member]) -> Iterator[_Member]:
+        """Yield every name once: the newest version where the first one is, in its sample, as if it were unpacked."""
+        placed = set()
+        for member in members:
+            if member.name not in self.newest or not (member.is_file or member.is_damage):
+                yield member
+            elif member.name not in placed:
+                placed.add(member.name)
+                yield self.newest[member.name]
+
+    def note(self, tar: str) -> str:
+        """Return a line about the members that are not used."""
+        names = ", ".join(repr(readable(name)) for name in itertools.islice(self.newest, 3))
+        older = counted(self._num_older, "older member is", "older members are")
+        return f"{tar}: {older} superseded by a later one of the same name, as when tar unpacks it, e.g. {names}"
+
+
 @dataclass(slots=True)
 class _Batch:
     """The rows of a batch of samples."""
@@ -122,7 +178,6 @@ class _Batch:
     images: list[_Member] = field(default_factory=list)
     references: list[list[str] | None] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.images) + len(self.ignored)
@@ -139,7 +194,7 @@ class _Batch:
         used.update(map(id, images))
         self.ignored += [self._label(member.name) for member in members if id(member) not in used]
 
-    def listing(self) -> Listing:
+    def listing(self, notes: Sequence[str]) -> Listing:
         rows = plan_table(
             [self._label(member.name) for member in self.images],
             [self.tar] * len(self.images),
@@ -147,7 +202,7 @@ class _Batch:
             size=[member.size for member in self.images],
             references=self.references,
         )
-        return Listing(with_stamp(rows, self.stamp), self.ignored, self.notes)
+        return Listing(with_stamp(rows, self.stamp), self.ignored, list(notes))
 
     def _label(self, name: bytes) -> str:
         return f"{readable(self.tar)}/{readable(name)}"

@@ -249,7 +249,8 @@ class _PlanWriter:
             self._table.directory.delete_folder(plan_folder(self._generation))
             raise SourceError(
                 f"{source.name}: {counted(len(duplicates), 'image id occurs', 'image ids occur')} more than once, "
-                f"such as {', '.join(repr(name) for name in names)}; every image needs its own id (see --id-column)"
+                f"such as {', '.join(repr(name) for name in names)}; every image needs its own id "
+                "(for a table choose another --id-column; a tar: write it anew without the older members)"
             )
         return Plan(
             self._generation,

@@ -78,14 +78,6 @@ def test_a_name_of_10000_characters_in_a_tar_is_read_and_in_a_manifest_a_row(tmp
     assert [image.error_code for image in images] == ["not_found", ""]
 
 
-def test_a_name_that_occurs_twice_in_a_tar_is_an_error_that_names_it(tmp_path):
-    source = source_at(write_tar(tmp_path / "x.tar", ["a.jpg", "b.jpg", "a.jpg"]))
-    table = create_table(str(tmp_path / "out"), {}, [])
-
-    with pytest.raises(SourceError, match=r"x\.tar/a\.jpg"):
-        make_plan(table, source, 16, 100)
-
-
 def test_ids_that_occur_twice_in_a_table_are_an_error_that_names_them(tmp_path):
     pq.write_table(pa.table({"id": ["a", "b", "a"], "image": [b"1", b"2", b"3"]}), tmp_path / "t.parquet")
     source = source_at(tmp_path / "t.parquet", id_column="id")

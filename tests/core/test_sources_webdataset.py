@@ -6,12 +6,18 @@ import gzip
 import io
 import json
 import tarfile
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from helpers import listed, source_at
+from hypothesis import given
+from hypothesis import strategies as st
 
 from captioner.data import PLAN_SCHEMA
 from captioner.errors import SourceError, UsageError
+from captioner.store.plan import make_plan
+from captioner.store.table import create_table
 
 
 def write_tar(path, *members, format=tarfile.PAX_FORMAT):
@@ -164,6 +170,88 @@ def test_tars_that_were_joined_are_one(tmp_path, padding):
 
     assert found == {f"x.tar/{name}": data for name, data in IMAGES}
     assert notes == []
+
+
+def append(tar, *members):
+    """Add members as `tar -r` does: at the end, whatever is there already."""
+    with tarfile.open(tar, "a") as archive:
+        for name, data in members:
+            header = tarfile.TarInfo(name)
+            header.size = len(data)
+            archive.addfile(header, io.BytesIO(data))
+
+
+versions = st.lists(st.tuples(st.sampled_from(["a.jpg", "a.txt", "b.jpg", "c.jpg"]), st.binary(min_size=1, max_size=9)))
+
+
+@given(versions)
+def test_of_members_with_the_same_name_the_last_one_is_read_as_tar_unpacks_it(members):
+    with TemporaryDirectory() as folder:
+        tar = write_tar(Path(folder, "x.tar"), *members[:1])
+        append(tar, *members[1:])
+        found, notes = read_back(tar)
+        images = {name: data for name, data in members if name.endswith(".jpg")}
+        assert found == {f"x.tar/{name}": data for name, data in images.items()}
+        num_older = len(members) - len(dict(members))
+        counts = [note.split()[1] for note in notes if "superseded" in note]
+        assert counts == ([str(num_older)] if num_older else [])
+
+
+def test_a_newer_version_stays_in_the_sample_of_the_older_one(tmp_path):
+    tar = write_tar(tmp_path / "x.tar", ("a.jpg", b"1"), ("a.txt", b"old"), ("b.jpg", b"2"), ("b.txt", b"same"))
+    append(tar, ("b.jpg", b"3"), ("c.jpg", b"4"), ("a.txt", b"new"))
+    rows, ignored = listed(source_at(tar))
+    assert rows["image_id"].to_pylist() == ["x.tar/a.jpg", "x.tar/b.jpg", "x.tar/c.jpg"]
+    assert rows["reference_captions"].to_pylist() == [["new"], ["same"], None]
+    assert ignored == []
+    note = "x.tar: 2 older members are superseded by a later one of the same name, as when tar unpacks it, e.g. "
+    assert read_back(tar)[1] == [f"{note}'b.jpg', 'a.txt'"]
+
+
+def test_the_same_name_in_two_tars_is_two_images(tmp_path):
+    for name in ("1", "2"):
+        write_tar(tmp_path / f"{name}.tar", ("a.jpg", name.encode()))
+    append(tmp_path / "2.tar", ("a.jpg", b"newer"))
+    assert read_back(tmp_path)[0] == {"1.tar/a.jpg": b"1", "2.tar/a.jpg": b"newer"}
+
+
+def test_a_file_that_was_added_twice_and_is_a_link_to_itself_is_there(tmp_path):
+    link = tarfile.TarInfo("a.jpg")
+    link.type, link.linkname = tarfile.LNKTYPE, "a.jpg"
+    found, notes = read_back(write_tar(tmp_path / "x.tar", ("a.jpg", b"1"), (link, b"")))
+    assert found == {"x.tar/a.jpg": b"1"}
+    assert notes == []
+
+
+def test_a_newer_version_that_is_damaged_fails(tmp_path):
+    tar = write_tar(tmp_path / "x.tar", ("a.jpg", b"1"), ("a.jpg", b"2" * 3000), *IMAGES)
+    data = bytearray(tar.read_bytes())
+    del data[2000:3000]
+    tar.write_bytes(data)
+    found, notes = read_back(tar)
+    assert found == {"x.tar/a.jpg": "damaged"} | {f"x.tar/{name}": data for name, data in IMAGES}
+    assert any("superseded" in note for note in notes)
+
+
+def test_in_a_tar_of_very_many_members_the_same_name_twice_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr("captioner.sources.webdataset.HELD_LISTINGS", 1)
+    monkeypatch.setattr("captioner.sources.webdataset.BATCH_ROWS", 2)
+    source = source_at(write_tar(tmp_path / "x.tar", ("a.jpg", b"1"), ("b.jpg", b"2"), ("a.jpg", b"3")))
+    with pytest.raises(SourceError, match=r"'x.tar/a.jpg'; .* a tar: write it anew without the older members"):
+        make_plan(create_table(str(tmp_path / "out"), {}, []), source, 16, 100)
+
+
+def test_damage_far_into_a_tar_is_noted(tmp_path, monkeypatch):
+    monkeypatch.setattr("captioner.sources.webdataset.HELD_LISTINGS", 1)
+    monkeypatch.setattr("captioner.sources.webdataset.BATCH_ROWS", 2)
+    tar = write_tar(tmp_path / "x.tar", *IMAGES)
+    with tarfile.open(tar) as archive:
+        start = archive.getmembers()[4].offset
+    data = bytearray(tar.read_bytes())
+    data[start : start + 512] = b"?" * 512
+    tar.write_bytes(data)
+    (note,) = [note for listing in source_at(tar).list_unit("x.tar") for note in tuple(listing.notes)]
+    assert "damaged from byte" in note
 
 
 def test_a_tar_that_ends_between_members_is_said_to_have_no_end_mark(tmp_path):
