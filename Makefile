@@ -76,9 +76,7 @@ docs: setup ## API pages from the docstrings, into build/docs
 
 demo: setup ## Render 300 scenes, caption them with the starter model, check the result, show the report
 	rm -rf demo
-	$(BIN)/captioner render-scenes demo/archive --count 300
-	$(BIN)/captioner caption demo/archive demo/captions --model starter
-	$(BIN)/captioner check demo/captions
+	$(BIN)/captioner demo
 
 test-lowest: .venv-lowest/.installed ## The test suite on the oldest versions that pyproject.toml allows
 	.venv-lowest/bin/python -m pytest $(PYTEST_ARGS)

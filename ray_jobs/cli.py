@@ -355,8 +355,28 @@ def train(config: TrainConfig) -> int:
     return train.run(config)
 
 
-demo = typer.Typer(help="Small example runs.", rich_markup_mode=None)
+demo = typer.Typer(
+    invoke_without_command=True,
+    no_args_is_help=False,
+    cls=Group,
+    rich_markup_mode=None,
+)
 app.add_typer(demo, name="demo")
+
+
+@demo.callback()
+def demo_caption(
+    context: typer.Context,
+    count: Annotated[int, typer.Option(min=1, metavar="N", help="Number of images.")] = 300,
+    local: Annotated[bool, typer.Option("--local", help="Run in this process, without Ray.")] = False,
+) -> int:
+    """Caption rendered scenes with the starter model, or run another example.
+
+    Alone it renders scenes into demo/archive, captions them into demo/captions, checks them and names the report.
+    """
+    from ray_jobs import demo
+
+    return OK if context.invoked_subcommand else demo.caption(Path("demo"), count, local)
 
 
 @demo.command("train", cls=Command)

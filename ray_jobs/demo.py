@@ -1,4 +1,4 @@
-"""`captioner demo train`: train the starter model. `captioner demo server`: caption by a server that fails half-way."""
+"""The example runs: `captioner demo` captions rendered scenes, `demo train` trains, `demo server` loses its server."""
 
 from __future__ import annotations
 
@@ -14,10 +14,37 @@ from pathlib import Path
 
 from captioner.config import CaptionConfig, TrainConfig
 from captioner.console.stopping import notify
+from captioner.console.text import counted, printable
 from captioner.errors import UsageError
 
 IMAGES, SEED = 2_000, 3
 SERVED_IMAGES, REST_S = 60, 5.0
+
+
+def caption(directory: Path, count: int, is_local: bool) -> int:
+    """Render `count` scenes into DIR/archive, caption them into DIR/captions with the starter model, check the table.
+
+    Again in the same directory it goes on where it was stopped. `is_local`: without Ray.
+    """
+    from captioner import pipeline
+    from captioner.console import commands
+    from captioner.starter.render import render_scenes
+    from ray_jobs import caption
+
+    images, out = directory / "archive", directory / "captions"
+    if not (images / "metadata.jsonl").exists():
+        render_scenes(images, count)
+        print(f"rendered {counted(count, 'scene')} into {printable(images)}", flush=True)
+    config = CaptionConfig.model_validate(
+        {
+            "source": {"path": str(images)},
+            "model": {"name": "starter"},
+            "cluster": {"local": is_local},
+            "output": {"path": str(out)},
+        }
+    )
+    code = pipeline.run(config) if is_local else caption.run(config)
+    return code or commands.check(str(out), config.check)
 
 
 def train(directory: Path) -> int:
@@ -71,7 +98,7 @@ def server(directory: Path) -> int:
     from captioner.testing import make_tiny_model
 
     if not all(importlib.util.find_spec(name) for name in ("fastapi", "uvicorn", "openai")):
-        raise UsageError("demo server: transformers serve is not complete; run: pip install fastapi uvicorn openai")
+        raise UsageError("demo server: fastapi, uvicorn or openai is missing; pip install 'captioner[demo-server]'")
     images, model, out = directory / "images", directory / "model", directory / "captions"
     if not (images / "metadata.jsonl").exists():
         render_scenes(images, SERVED_IMAGES, SEED, width=64)

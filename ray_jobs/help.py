@@ -15,6 +15,7 @@ from captioner.errors import EXIT_CODES
 
 EXAMPLES: dict[str, tuple[str, ...]] = {
     "": (
+        "captioner demo",
         "captioner try photo.jpg --model microsoft/git-base-coco",
         "captioner init photos/",
         "captioner caption --config run.yaml",
@@ -63,6 +64,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "captioner train pairs/ trained/ --lora-rank 16 --bf16",
         "captioner train --config train.yaml",
     ),
+    "demo": ("captioner demo", "captioner demo --local", "captioner demo train"),
     "demo train": ("captioner demo train",),
     "demo server": ("captioner demo server",),
 }

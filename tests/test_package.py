@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import json
+import os
 import re
 import shutil
 import subprocess
@@ -16,28 +18,64 @@ from pathlib import Path
 
 import pytest
 
+from captioner.testing import make_folder
+from ray_jobs.cli import main
+
 ROOT = Path(__file__).parents[1]
 OWN = ("captioner", "ray_jobs")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-EXTRAS = ("heif", "lora")
+FOR_DEVELOPERS = {"dev", "browser"}
+EXTRAS = ("heif", "lora", "cuda")
 IMPORTING_OPTIONAL = {  # the modules that say what to install where it is missing
     "pillow-heif": {"captioner/imaging/formats.py"},
     "peft": {"captioner/models/adapters.py", "captioner/training/lora.py"},
     "triton": {"captioner/models/git/triton_kernels.py"},
 }
 IMPORTED_BY_TRANSFORMERS = {"accelerate"}  # where a Trainer is made; transformers itself does not require it
-LEFT_BEHIND = {".py", ".pyc"}
 
 
-def test_files_that_are_no_modules_are_installed_with_the_package() -> None:
-    package = ROOT / "captioner"
-    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    patterns = settings["tool"]["setuptools"]["package-data"]["captioner"]
-    installed = {file for pattern in patterns for file in package.glob(pattern)}
-    there = {file for file in package.rglob("*") if file.is_file() and file.suffix not in LEFT_BEHIND}
+@pytest.fixture(scope="module")
+def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files of the wheel, as an installation has them."""
+    source, unpacked = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("unpacked")
+    for package in OWN:
+        shutil.copytree(ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", PROJECT["readme"], *PROJECT["license-files"]):
+        shutil.copy(ROOT / name, source)
+    build = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", build, unpacked], cwd=source, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    [wheel] = unpacked.glob("*.whl")
+    shutil.unpack_archive(wheel, unpacked, "zip")
+    wheel.unlink()
+    return unpacked
 
-    assert package / "report/page.html" in there
-    assert there - installed == set()
+
+def test_the_wheel_has_every_file_of_the_packages(unpacked: Path) -> None:
+    there, installed = files_of(ROOT), files_of(unpacked)
+
+    assert {"captioner/py.typed", "captioner/starter/model/model.safetensors"} <= there
+    assert installed == there
+
+
+def test_what_the_wheel_installs_runs_alone(unpacked: Path, tmp_path: Path) -> None:
+    def captioner(*words: str) -> str:
+        """The output of a command, run in another directory by the entry point of the wheel."""
+        start = "from importlib.metadata import entry_points as e; [c] = e(group='console_scripts', name='captioner'); "
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", f"{start}c.load()()", *words],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(unpacked), "HF_HUB_OFFLINE": "1"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert captioner("--version") == f"captioner {PROJECT['version']}\n"
+    assert "the report: demo/captions/report/index.html" in captioner("demo", "--local", "--count", "4")
+    record = json.loads((tmp_path / "demo/captions/run.json").read_text(encoding="utf-8"))
+    assert record["counts"]["ok"] == 4
 
 
 def test_dependencies_are_the_distributions_that_are_imported() -> None:
@@ -52,6 +90,46 @@ def test_dependencies_are_the_distributions_that_are_imported() -> None:
     assert not required & optional
     for name in optional:
         assert importing[name] == IMPORTING_OPTIONAL[name]
+
+
+def test_every_extra_of_a_user_is_named_where_it_is_missing() -> None:
+    texts = [file.read_text(encoding="utf-8") for package in OWN for file in (ROOT / package).rglob("*.py")]
+    extras = PROJECT["optional-dependencies"].keys() - FOR_DEVELOPERS
+
+    assert extras >= set(EXTRAS)
+    assert [extra for extra in extras if not any(f"pip install 'captioner[{extra}]'" in text for text in texts)] == []
+
+
+@pytest.mark.parametrize(
+    ("words", "package", "extra"),
+    [
+        (["train", "pairs", "out", "--model", "starter", "--lora-rank", "4"], "peft", "lora"),
+        (["caption", "images", "out", "--local", "--model", "adapter"], "peft", "lora"),
+        *((["demo", "server"], package, "demo-server") for package in ("fastapi", "uvicorn", "openai")),
+    ],
+)
+def test_a_command_names_the_extra_that_it_misses(
+    words: list[str],
+    package: str,
+    extra: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, package, None)
+    make_folder(tmp_path / "images", 2)
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "starter"}')
+    (tmp_path / "adapter/adapter_model.safetensors").touch()
+
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+
+    assert ended.value.code == 1
+    *_, error = capsys.readouterr().err.splitlines()
+    assert error.startswith("captioner: error: ")
+    assert error.endswith(f"; pip install 'captioner[{extra}]'")
 
 
 @pytest.fixture
@@ -93,6 +171,12 @@ def test_the_versions_of_python_are_the_same_everywhere() -> None:
     assert versions == ["3.11", "3.12", "3.13", "3.14"]
     assert PROJECT["requires-python"] == ">=3.11,<3.15"
     assert {f"python{version}" for version in versions} <= set((ROOT / "Makefile").read_text().split())
+
+
+def files_of(root: Path) -> set[str]:
+    """Files of the packages below a directory, without what Python compiled."""
+    files = (file for package in OWN for file in (root / package).rglob("*"))
+    return {str(file.relative_to(root)) for file in files if file.is_file() and file.suffix != ".pyc"}
 
 
 def declared(requirements: Iterable[str]) -> set[str]:

@@ -49,7 +49,7 @@ def test_help_fits_the_terminal(
     assert [line for line in capsys.readouterr().out.splitlines() if len(line) > width] == []
 
 
-@pytest.mark.parametrize("path", [path for path in PATHS if path != "demo"])
+@pytest.mark.parametrize("path", PATHS)
 def test_help_begins_with_examples(path: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(*path.split(), "--help") == 0
 
@@ -74,7 +74,7 @@ def test_every_command_is_in_one_group_and_every_everyday_flag_is_one() -> None:
     listed = [name for names in COMMAND_GROUPS.values() for name in names]
 
     assert sorted(listed) == sorted(COMMANDS)
-    assert set(EVERYDAY) <= {flag for path in COMMANDS if path != "demo" for flag in flags_of(path)} | {"--help"}
+    assert set(EVERYDAY) <= {flag for path in COMMANDS for flag in flags_of(path)} | {"--help"}
 
 
 def test_init_writes_a_file_that_caption_takes_as_it_is(

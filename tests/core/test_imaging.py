@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import io
 import re
 import struct
@@ -20,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import ExifTags, Image, PngImagePlugin, features
 
 from captioner.data import CAPTIONS_SCHEMA, ERROR_CODES, PixelSpec, RawImage
-from captioner.imaging import ImageError, decode, decode_images, open_image
+from captioner.imaging import ImageError, decode, decode_images, formats, open_image
 
 SPEC = PixelSpec(height=32, width=48)
 NO_LIMIT = 300_000_000
@@ -383,12 +382,17 @@ def test_an_empty_file_is_said_to_be_empty():
     assert decode(b"", SPEC, NO_LIMIT).error_code == "empty_file"
 
 
-@pytest.mark.skipif(importlib.util.find_spec("pillow_heif") is not None, reason="the extra heif is installed")
-def test_heif_without_its_extra_names_the_extra():
+def test_heif_without_its_extra_names_the_extra(monkeypatch):
+    Image.init()
+    monkeypatch.delitem(Image.OPEN, "HEIF", raising=False)
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    formats.available_formats.cache_clear()
+
     decoded = decode(b"\x00\x00\x00\x18ftypheic\x00\x00\x00\x00mif1heic" + bytes(50), SPEC, NO_LIMIT)
 
+    formats.available_formats.cache_clear()
     assert decoded.error_code == "unsupported_format"
-    assert "captioner[heif]" in decoded.error_message
+    assert "pip install 'captioner[heif]'" in decoded.error_message
 
 
 @pytest.mark.parametrize("orientation", [1, 6])

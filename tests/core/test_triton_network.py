@@ -5,6 +5,7 @@ On a GPU `benchmarks/gpu.sh` compares the token ids of whole searches with those
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from captioner.config import ModelConfig
 from captioner.models import load, resolve
 from captioner.models.git import FastSearch, triton_kernels
 from captioner.models.git.network import GitNetwork
+from captioner.models.git.search import has_triton
 from captioner.models.git.triton_network import TritonGitNetwork
 from captioner.starter.scenes import make_scenes
 from captioner.testing import make_tiny_model
@@ -86,6 +88,15 @@ def test_a_device_on_which_kernels_cannot_run_is_recognised(monkeypatch, caplog)
 
     assert not triton_kernels.can_run(device)
     assert "Failed to find C compiler" in caplog.text
+
+
+def test_without_triton_a_line_names_the_extra(monkeypatch, caplog) -> None:
+    assert has_triton()
+    monkeypatch.setitem(sys.modules, "triton", None)
+
+    assert not has_triton()
+    [warning] = caplog.messages
+    assert warning.endswith("; pip install 'captioner[cuda]'")
 
 
 def test_quick_gelu_is_in_place() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from importlib.util import find_spec
 from typing import Any
 
@@ -99,13 +100,23 @@ def open_network(model: Any) -> GitNetwork:
     It may copy weights, which must not change afterwards.
     """
     device: torch.device = model.device
-    if device.type == "cuda" and find_spec("triton") is not None:
+    if device.type == "cuda" and has_triton():
         from captioner.models.git.triton_kernels import can_run
         from captioner.models.git.triton_network import TritonGitNetwork
 
         if can_run(device):
             return TritonGitNetwork(model)
     return GitNetwork(model)
+
+
+def has_triton() -> bool:
+    """Return whether Triton is installed; say how to install it where it is not."""
+    if find_spec("triton") is not None:
+        return True
+    logging.getLogger(__name__).warning(
+        "triton is not installed: GIT captions more slowly without its GPU kernels; pip install 'captioner[cuda]'"
+    )
+    return False
 
 
 def _task(settings: GenerationConfig, prefix: list[int], device: torch.device) -> Task:
