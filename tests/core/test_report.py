@@ -157,7 +157,7 @@ def test_the_page_says_what_the_run_did(page: Page, figures: dict[str, Any]) -> 
         "In references only, by images:",
         "Of 60 scored captions:",
         "Images per second, one worker",
-        "; bottleneck: ",
+        "Busy: ",
     ):
         assert words in page.text, words
     assert len(check["shown"]["random"]) == 24
