@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from captioner.console.text import counted
+from captioner.console.text import counted, printable
 from captioner.data import Chunk, Listing, Source
 from captioner.errors import DamagedFileError, SourceError
 from captioner.store.ids import IdIndex, digests_of
@@ -25,14 +25,17 @@ from captioner.store.table import (
     is_marked_otherwise,
     part_numbers,
     plan_folder,
+    plan_notes_name,
     plan_part_mark,
     plan_part_name,
 )
 
 MAX_EXAMPLES = 5
-MAX_NOTES = 20
+MAX_NOTES = 20  # that are shown, of any number
+MAX_KINDS = 20
 MIN_ROWS_PER_CHUNK = 16
-_POSITION = b"captioner.listing"  # schema metadata of a plan part: a _Position as JSON
+# Schema metadata of a plan part, as JSON: a _Position, and its notes that no earlier part has.
+_POSITION, _NOTES = b"captioner.listing", b"captioner.notes"
 
 OnProgress = Callable[[int], None]
 
@@ -41,6 +44,7 @@ OnProgress = Callable[[int], None]
 class _Position:
     """How far a listing has come: rows of `unit` taken into the plan, and what was ignored before that unit.
 
+    `num_notes`: notes about the source before that unit.
     `num_captioned`, `num_uncaptioned`: images with and without reference captions among the taken rows.
     """
 
@@ -48,19 +52,19 @@ class _Position:
     taken: int = 0
     num_ignored: int = 0
     ignored_examples: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    num_notes: int = 0
     ignored_kinds: dict[str, int] = field(default_factory=dict)
     num_captioned: int = 0
     num_uncaptioned: int = 0
     uncaptioned_examples: list[str] = field(default_factory=list)
 
     def ignore(self, listing: Listing) -> None:
-        """Add what a listing ignored, and its notes."""
+        """Count what a listing ignored, and its notes."""
         self.num_ignored += len(listing.ignored)
         self.ignored_examples += listing.ignored[: MAX_EXAMPLES - len(self.ignored_examples)]
-        self.notes += listing.notes[: MAX_NOTES - len(self.notes)]
+        self.num_notes += len(listing.notes)
         for kind, number in Counter(map(_kind_of, listing.ignored)).items():
-            if kind in self.ignored_kinds or len(self.ignored_kinds) < MAX_NOTES:
+            if kind in self.ignored_kinds or len(self.ignored_kinds) < MAX_KINDS:
                 self.ignored_kinds[kind] = self.ignored_kinds.get(kind, 0) + number
 
     def take(self, rows: pa.Table) -> None:
@@ -180,6 +184,8 @@ class _PlanWriter:
         self._num_pending = 0
         self._position = _Position()  # of the last row that was written
         self._listed = _Position()  # of all that was listed
+        self._notes: list[str] = []  # of all that was listed
+        self._num_written_notes = 0  # those in the parts
 
     @property
     def num_rows(self) -> int:
@@ -208,7 +214,7 @@ class _PlanWriter:
         try:
             rows = self._table.directory.read_table(name)
             metadata = rows.schema.metadata or {}
-            position = _Position(**json.loads(metadata[_POSITION]))
+            position, notes = _Position(**json.loads(metadata[_POSITION])), json.loads(metadata[_NOTES])
             with self._table.directory.open_parquet(name) as file:
                 rows_per_chunk = file.metadata.row_group(0).num_rows
         except (DamagedFileError, KeyError, TypeError, ValueError):
@@ -217,12 +223,15 @@ class _PlanWriter:
             is_marked_otherwise(self._table, name, metadata)
             or part != self._first_part + len(self._parts)
             or "part_row" in rows.column_names
+            or position.num_notes != len(self._notes) + len(notes)
         ):
             return False
         if not self._parts:  # a small collection has smaller chunks
             self._rows_per_chunk = rows_per_chunk
             self._rows_per_part = max(1, round(self._rows_per_file / rows_per_chunk)) * rows_per_chunk
         self._parts[part], self._position = rows.num_rows, position
+        self._notes += notes
+        self._num_written_notes = len(self._notes)
         self._ids.add(rows["image_id"].to_pylist())
         return True
 
@@ -231,6 +240,7 @@ class _PlanWriter:
         if unit != self._position.unit:
             self._position = replace(copy.deepcopy(self._listed), unit=unit, taken=0)
         self._listed.ignore(listing)
+        self._notes += listing.notes
         self._ids.add(rows["image_id"].to_pylist())
         self._pending.append((unit, rows))
         self._num_pending += rows.num_rows
@@ -259,9 +269,19 @@ class _PlanWriter:
             self._parts,
             self._listed.num_ignored,
             self._listed.ignored_examples,
-            notes=[*self._listed.notes, *self._note_of_uncaptioned()],
+            notes=[*self._first_notes(), *self._note_of_uncaptioned()],
             ignored_kinds=self._listed.ignored_kinds,
         )
+
+    def _first_notes(self) -> list[str]:
+        """Return the notes about the source: of very many the first, and a line about the file that has all of them."""
+        num_more = len(self._notes) - MAX_NOTES
+        if num_more <= 0 or not self._parts:
+            return self._notes[:MAX_NOTES]
+        name = plan_notes_name(self._generation)
+        lines = "".join(f"{printable(note)}\n" for note in self._notes)
+        self._table.directory.write_bytes(name, lines.encode())
+        return [*self._notes[:MAX_NOTES], f"and {counted(num_more, 'more such note')}; all are in {name} of OUT"]
 
     def _note_of_uncaptioned(self) -> list[str]:
         """Return a line about images without captions where others have some."""
@@ -279,15 +299,18 @@ class _PlanWriter:
         self._listed.take(rows)
         position = replace(
             self._position,
-            unit=unit,
-            taken=last["_row"][-1].as_py() + 1,
+            # Units after that of the last row may have no rows.
+            taken=last["_row"][-1].as_py() + 1 if unit == self._position.unit else 0,
             num_captioned=self._listed.num_captioned,
             num_uncaptioned=self._listed.num_uncaptioned,
             uncaptioned_examples=self._listed.uncaptioned_examples,
         )
         part = max(self._parts, default=self._first_part - 1) + 1
         name = plan_part_name(self._generation, part)
-        metadata = {_POSITION: json.dumps(asdict(position)).encode()} | plan_part_mark(self._table, name)
+        notes = self._notes[self._num_written_notes : position.num_notes]
+        self._num_written_notes = position.num_notes
+        listing = {_POSITION: json.dumps(asdict(position)).encode(), _NOTES: json.dumps(notes).encode()}
+        metadata = listing | plan_part_mark(self._table, name)
         self._table.directory.write_table(name, rows.replace_schema_metadata(metadata), self._rows_per_chunk)
         self._parts[part] = rows.num_rows
         self._pending = rest

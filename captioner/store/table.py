@@ -6,6 +6,7 @@
       references.json               the latest --references
       plan/gNNN/part-PPPPP.parquet  the planned images; one row group for each chunk
       plan/gNNN/plan.json           written last: the listing is complete
+      plan/gNNN/notes.txt           every note about the source, where plan.json has only the first ones
       plan/gNNN/published.json      written last: the generation is in captions/
       chunks/TABLE_ID/CHUNK_ID.parquet   the committed rows of a generation that is not published yet
       captions/part-PPPPP.parquet   the published table: rows in plan order, exactly the current row of each image
@@ -263,6 +264,10 @@ def plan_folder(generation: int) -> str:
 
 def plan_name(generation: int) -> str:
     return f"{plan_folder(generation)}/plan.json"
+
+
+def plan_notes_name(generation: int) -> str:
+    return f"{plan_folder(generation)}/notes.txt"
 
 
 def plan_part_mark(table: CaptionsTable, name: str) -> dict[bytes, bytes]:

@@ -120,6 +120,52 @@ def test_a_listing_that_was_cut_off_goes_on_to_the_same_plan(tmp_path: Path, arc
     ]
 
 
+@pytest.fixture
+def unreadable(tmp_path: Path) -> Path:
+    """Folders with two images each, and metadata in each that is none: 30 notes."""
+    names = [f"{number:02d}/{name}" for number in range(30) for name in ("a.jpg", "b.jpg", "metadata.csv")]
+    return make_archive(tmp_path / "unreadable", names)
+
+
+def test_notes_about_a_source_are_all_kept_and_counted(tmp_path: Path, unreadable: Path) -> None:
+    plan = plan_folder_of(make_table(tmp_path / "out"), unreadable)
+
+    assert plan is not None
+    assert plan.notes[20:] == ["and 10 more such notes; all are in plan/g000/notes.txt of OUT"]
+    lines = (tmp_path / "out/plan/g000/notes.txt").read_text().splitlines()
+    assert lines[:20] == plan.notes[:20]
+    assert [f"/{number:02d}/metadata.csv" in line for number, line in enumerate(lines)] == [True] * 30
+    assert open_table(str(tmp_path / "out")).plans()[0].notes == plan.notes
+
+
+def test_a_listing_killed_before_its_last_file_keeps_each_note_once(tmp_path: Path, unreadable: Path) -> None:
+    make_archive(unreadable, ["zz/metadata.csv", "zz/notes.txt"])
+    table = make_table(tmp_path / "out")
+    plan_folder_of(table, unreadable)
+    before = table.plans()
+    (tmp_path / "out/plan/g000/plan.json").unlink()
+
+    plan_folder_of(table, unreadable)
+
+    assert table.plans() == before
+    assert before[0].notes[20:] == ["and 11 more such notes; all are in plan/g000/notes.txt of OUT"]
+
+
+@pytest.mark.parametrize("units", [2, 11, 30])
+def test_notes_of_a_listing_that_was_cut_off_are_each_kept_once(tmp_path: Path, unreadable: Path, units: int) -> None:
+    whole, cut = make_table(tmp_path / "whole"), make_table(tmp_path / "cut")
+    plan_folder_of(whole, unreadable)
+    source = open_source(SourceConfig(path=str(unreadable)))
+    with pytest.raises(KeyboardInterrupt):
+        make_plan(cut, StopsAfter(source, units), 4, 8)
+
+    plan_folder_of(cut, unreadable)
+
+    assert cut.plans() == whole.plans()
+    notes = "plan/g000/notes.txt"
+    assert (tmp_path / "cut" / notes).read_text() == (tmp_path / "whole" / notes).read_text()
+
+
 def test_an_empty_source_says_what_was_passed_over(tmp_path: Path) -> None:
     archive = make_archive(tmp_path / "archive", ["notes.txt", ".hidden.jpg"])
 
