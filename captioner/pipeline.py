@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from captioner.config import CaptionConfig
+from captioner.console.phases import phase
 from captioner.console.progress import Progress
 from captioner.console.stopping import notify, stoppable
 from captioner.console.summary import print_summary
@@ -82,7 +83,8 @@ def _caption_and_publish(
                     progress.update(receipt, note=spot_check.add(receipt))
             tally.slots = engine.slots()
         check_held()
-        damaged = publish(job.table, plan, on_part=lambda part: check_held())
+        with phase("publishing the captions", notify):
+            damaged = publish(job.table, plan, on_part=lambda part: check_held())
         if not damaged:
             return
         for problem in damaged:
@@ -101,7 +103,10 @@ class ThisProcess:
         """Do nothing: the model is loaded with the first chunk."""
 
     def device(self) -> str:
-        return "cpu" if self._model.endpoint else pick_device(self._model.device).type
+        if self._model.endpoint:
+            return "cpu"
+        with phase("importing torch", notify):
+            return pick_device(self._model.device).type
 
     def slots(self) -> dict[str, float]:
         return {"decode": 1, "device": 1, "write": 1}
@@ -129,10 +134,12 @@ def close_job(job: Job, tally: Tally) -> int:
             "run `captioner verify` on it"
         )
     record = make_record(job, "finished", tally, counts)
-    result = check(job.table, job.config.check, max_rows=ROWS_AT_THE_END)
-    record["check"] = result.summary()
-    write_record(job, record)
-    record["report"] = report(job.table)
+    with phase("checking the captions", notify):
+        result = check(job.table, job.config.check, max_rows=ROWS_AT_THE_END)
+        record["check"] = result.summary()
+        write_record(job, record)
+    with phase("writing the report", notify):
+        record["report"] = report(job.table)
     if not tally.num_rows:
         notify(f"nothing to do: every planned image has its row in {shown(job.config.output.path)}")
     print_summary(record, sys.stderr)

@@ -12,12 +12,13 @@ import logging
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from captioner import pipeline
 from captioner.config import AutoInt, CaptionConfig
+from captioner.console.phases import phase
 from captioner.console.stopping import notify
 from captioner.data import Chunk, Receipt
 from captioner.errors import ClusterError
@@ -53,7 +54,7 @@ class RayEngine:
 
     def __init__(self, config: CaptionConfig) -> None:
         self._config = config
-        self._connection = Connection(config.cluster, lambda seconds: notify(f"starting Ray, {seconds:.0f} s so far"))
+        self._connection = Connection(config.cluster)
         self._sizes: Sizes | None = None
 
     def start(self) -> None:
@@ -177,13 +178,15 @@ def _execute(
     from ray.exceptions import RayError
 
     _configure_ray_data(work)
-    starts = WorkerStarts()
+    starts, waiting = WorkerStarts(), ExitStack()
+    waiting.enter_context(phase("starting workers" if work.model.endpoint else "starting workers, loading weights"))
     try:
-        with starts.watched():
+        with starts.watched(), waiting:
             for block in make_dataset(work, chunks, sizes, batch_size, messages).iter_batches(
                 batch_size=None, batch_format="pyarrow", prefetch_batches=0
             ):
                 starts.has_started()
+                waiting.close()
                 yield from receipts_of(block)
     except RayError as error:
         release_actors(error)

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 
 from captioner.config import CaptionConfig, CheckTableConfig, ExportTextsConfig, MakeAltTextConfig, TrainConfig
+from captioner.console.phases import HEARTBEAT
 from captioner.console.stopping import quit_at_once
 from captioner.console.text import counted, printable
 from captioner.errors import ERROR, INTERRUPTED, OK, CaptionerError
@@ -408,6 +409,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
 
     An error that the user can fix is one line on standard error; a traceback means a defect in this program.
     """
+    HEARTBEAT.line_printed()  # what this process did before does not count as silence
     words = (sys.argv[1:] if argv is None else argv) or ["--help"]
     commands: Any = typer.main.get_command(app)
     try:

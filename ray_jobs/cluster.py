@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from captioner.config import ClusterConfig
+from captioner.console.phases import phase
 from captioner.console.stopping import notify
 from captioner.console.text import counted
 from captioner.errors import ClusterError
@@ -31,7 +32,6 @@ from ray_jobs.workers import job_config, keep_messages
 MIN_CPU_SHARE = 0.05
 JOIN_TIMEOUT_S = 30.0  # for a cluster that answers
 START_TIMEOUT_S = 120.0  # for a local Ray; it took 23 s on two CPUs with a load of 10
-WAIT_INTERVAL_S = 2.5
 EXIT_TIMEOUT_S = 10.0  # for a Ray that is still starting when the program ends
 
 
@@ -102,9 +102,8 @@ def accelerator_of(resources: Iterable[str]) -> str:
 class Connection:
     """Connects in a thread, since Ray's core waits in C++: other work continues, and signals are handled."""
 
-    def __init__(self, config: ClusterConfig, on_wait: Callable[[float], None] = lambda seconds: None) -> None:
-        """`on_wait`: called every few seconds while something waits for Ray, with the seconds that it waits."""
-        self._config, self._on_wait = config, on_wait
+    def __init__(self, config: ClusterConfig) -> None:
+        self._config = config
         self._resources: Future[Resources] | None = None
 
     def start(self) -> None:
@@ -120,7 +119,8 @@ class Connection:
         address = cluster_address(self._config)
         is_own = address == "local"
         try:
-            return self._wait(self._resources, START_TIMEOUT_S if is_own else JOIN_TIMEOUT_S)
+            with phase("starting Ray" if is_own else f"connecting to Ray at {address}", notify):
+                return self._resources.result(START_TIMEOUT_S if is_own else JOIN_TIMEOUT_S)
         except TimeoutError:
             if is_own:
                 raise ClusterError(
@@ -131,18 +131,6 @@ class Connection:
                 f"{address}: Ray answers but could not be joined within {JOIN_TIMEOUT_S:g} s; is this machine one of "
                 "the cluster's nodes, and are its ports open? `captioner submit` needs only the dashboard"
             ) from None
-
-    def _wait(self, resources: Future[Resources], timeout: float) -> Resources:
-        """Return the result of the connection. Raises TimeoutError."""
-        started = time.monotonic()
-        while True:
-            left = timeout - (time.monotonic() - started)
-            try:
-                return resources.result(min(WAIT_INTERVAL_S, max(left, 0.0)))
-            except TimeoutError:
-                if left <= 0 or resources.done():
-                    raise
-                self._on_wait(time.monotonic() - started)
 
     def _connect(self, resources: Future[Resources]) -> None:
         started = time.perf_counter()

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from captioner.config import CaptionConfig, ModelConfig
+from captioner.console.phases import phase
+from captioner.console.stopping import notify
 from captioner.console.text import counted, printable
 from captioner.errors import ERROR, OK, CaptionerError
 from captioner.files import absolute, is_uri
@@ -257,9 +259,10 @@ def _on_every_node(function: Callable[..., Any], *arguments: Any) -> Iterator[tu
 
     for node in alive_nodes():
         task = ray.remote(num_cpus=0, scheduling_strategy=only_on(node))(function)
-        ray.get(task.remote(*arguments), timeout=TIMEOUT_S)  # the first call starts a process
-        started = time.time()
-        result = ray.get(task.remote(*arguments), timeout=TIMEOUT_S)
+        with phase(f"checking node {node['NodeManagerAddress']}", notify):
+            ray.get(task.remote(*arguments), timeout=TIMEOUT_S)  # the first call starts a process
+            started = time.time()
+            result = ray.get(task.remote(*arguments), timeout=TIMEOUT_S)
         yield node, result, time.time() - started
 
 
@@ -274,9 +277,9 @@ def _on_a_worker(
         options["scheduling_strategy"] = only_on(node)
     where = f"node {node['NodeManagerAddress']}: " if node else ""
     try:
-        return Finding(
-            name, True, where + ray.get(ray.remote(**options)(function).remote(*arguments), timeout=TIMEOUT_S)
-        )
+        with phase(f"checking {name} on a worker", notify):
+            message = ray.get(ray.remote(**options)(function).remote(*arguments), timeout=TIMEOUT_S)
+        return Finding(name, True, where + message)
     except ray.exceptions.GetTimeoutError:
         return Finding(name, False, f"{where}no worker was free within {TIMEOUT_S:g} s")
     except ray.exceptions.RayError as error:

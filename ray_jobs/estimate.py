@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from captioner.config import CaptionConfig, ModelConfig
+from captioner.console.phases import phase
 from captioner.console.stopping import notify
 from captioner.console.summary import usage_rows
 from captioner.console.text import counted
@@ -55,9 +56,11 @@ def run(config: CaptionConfig, sample: int, seed: int, price_per_gpu_hour: float
     """Print the prediction; return the exit code. Raises CaptionerError."""
     if not config.source.path or not config.model.name:
         raise UsageError("estimate needs SOURCE and --model")
-    source = open_source(config.source)
+    with phase(f"opening {shown(config.source.path)}", notify):
+        source = open_source(config.source)
     notify(f"{shown(config.source.path)} is {describe(source)}")
-    total, rows = draw_sample(source, config.source.limit, sample, seed)
+    with phase("listing images", notify):
+        total, rows = draw_sample(source, config.source.limit, sample, seed)
     if not total:
         raise SourceError(f"{config.source.path}: no images found")
     notify(f"{counted(total, 'image')} listed; captioning a sample of {rows.num_rows:,}")
@@ -67,7 +70,8 @@ def run(config: CaptionConfig, sample: int, seed: int, price_per_gpu_hour: float
     model = model.shared_by(sizes.num_workers)
     check_gpu_nodes(device, sizes)
     model = resolve_dtype(model, config.model.dtype, device_kind(resources, sizes, device))
-    pieces = measure(source, rows, model, sizes, config)
+    with phase("starting workers, captioning the sample", notify):
+        pieces = measure(source, rows, model, sizes, config)
     if not any(piece.num_ok for piece in pieces):
         raise SourceError(
             f"{config.source.path}: none of {counted(rows.num_rows, 'sampled image')} can be read and captioned; "

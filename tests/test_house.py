@@ -19,7 +19,7 @@ HEAVY = ("ray", "torch", "transformers", "datasets", "evaluate")
 
 # A part may import the parts on the lines above its own, and itself; never a part on its own line or below.
 LAYERS = """
-    errors data console.text run.dedupe run.prefetch
+    errors data console.text console.phases run.dedupe run.prefetch
     config files imaging starter run.bottleneck
     sources models store console
     scoring

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from captioner.config import CheckConfig, ModelConfig, SourceConfig
+from captioner.console.phases import phase
+from captioner.console.stopping import notify
 from captioner.console.text import counted, printable
 from captioner.data import RawImage
 from captioner.errors import ERROR, OK, TOO_MANY_FAILED, CaptionerError, DamagedFileError
@@ -38,8 +40,9 @@ def try_images(files: Sequence[str], model: ModelConfig) -> int:
     """Print a caption for each file, and failures on standard error; returns exit code 2 when all files failed."""
     from captioner.imaging import decode_images
 
-    ref = resolve(model)
-    device = "cpu" if model.endpoint else str(pick_device(model.device))
+    ref = resolve(model, notify=notify)
+    with phase("importing torch", notify):
+        device = "cpu" if model.endpoint else str(pick_device(model.device))
     ref = resolve_dtype(ref, model.dtype, device.partition(":")[0])
     print(f"captioner: {printable(ref.summary)}", file=sys.stderr)
     limits = SourceConfig()
@@ -50,7 +53,7 @@ def try_images(files: Sequence[str], model: ModelConfig) -> int:
     decoded = [index for index, code in enumerate(codes) if not code]
     captioned = 0
     if decoded:
-        captioner = load(ref, device, model.batch_size)
+        captioner = load(ref, device, model.batch_size, notify=notify)
         started = time.perf_counter()
         captions = caption_or_reasons(captioner, batch.pixels[decoded])
         seconds = time.perf_counter() - started
@@ -74,7 +77,8 @@ def _read(name: str) -> RawImage:
 
 def verify(out: str) -> int:
     """Compare a table with its plan row by row and print the result; returns exit code 1 unless it is proven."""
-    result = verify_table(open_table(out))
+    with phase(f"verifying {out}", notify):
+        result = verify_table(open_table(out))
     counts = result.counts
     for problem in result.problems:
         print(f"captioner: {printable(problem)}", file=sys.stderr)
@@ -113,7 +117,8 @@ def status(out: str) -> int:
     """Print the progress of a table: planned, ok, failed by reason, remaining, and the rate of the latest start."""
     table = open_table(out)
     damaged: list[DamagedFileError] = []
-    counts: TableCounts = count_rows(table, damaged.append)
+    with phase("counting rows", notify):
+        counts: TableCounts = count_rows(table, damaged.append)
     lines = [("planned", counts.planned), ("ok", counts.ok), ("failed", counts.failed)]
     lines += [(f"  {reason}", number) for reason, number in counts.failed_by_reason.items()]
     for name, number in [*lines, ("remaining", counts.remaining)]:
@@ -146,7 +151,8 @@ def _notes_of(table: CaptionsTable, num_planned: int) -> list[str]:
     if num_planned > COMPARE_UP_TO:
         return notes
     try:
-        changed = find_changed(table, reopen_source(table.info["source"])).note
+        with phase("comparing the source with its captions", notify):
+            changed = find_changed(table, reopen_source(table.info["source"])).note
     except (CaptionerError, OSError) as error:
         return [*notes, f"the source was not compared with its captions: {error}"]
     return [*notes, changed] if changed else notes
@@ -170,8 +176,10 @@ def check(out: str, settings: CheckConfig, against: str | None = None) -> int:
     table = open_table(out)
     if unfinished := _progress_of(table):
         print(unfinished)
-    result = quality.check(table, settings, against)
-    page = quality.report(table)
+    with phase("checking the captions", notify):
+        result = quality.check(table, settings, against)
+    with phase("writing the report", notify):
+        page = quality.report(table)
     print_check(table.directory.read_json(FIGURES))
     print(f"the report: {printable(page)}")
     enforce(result, settings)
@@ -180,7 +188,8 @@ def check(out: str, settings: CheckConfig, against: str | None = None) -> int:
 
 def report(out: str, open_page: bool) -> int:
     """Write the report of a table and print its location."""
-    page = quality.report(open_table(out))
+    with phase("writing the report", notify):
+        page = quality.report(open_table(out))
     print(printable(page))
     if open_page:
         webbrowser.open(page if "://" in page else Path(page).absolute().as_uri())

@@ -16,12 +16,12 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from captioner.console.phases import HEARTBEAT, INTERVAL_S
 from captioner.data import Receipt
 
 RATE_WINDOW_S = 60.0
 WIDE = 100  # columns that the bar and the whole line need
 HEARTBEAT_S = 10.0
-START_S = 2.5  # between lines until the first images are captioned
 SILENCE_S = 30.0  # without a commit for so long, the line says how long ago the last one was
 
 
@@ -36,8 +36,8 @@ class Progress:
     """Shows a run's progress from its receipts; a context manager, used by one thread.
 
     `total`: planned images. `already`: those committed before this start. `stream`: standard error by default; a
-    terminal gets a live display, anything else a line every `interval` seconds (START_S, if that is shorter, until the
-    first commit) and at the end. The lines come from a
+    terminal gets a live display, anything else a line every `interval` seconds (INTERVAL_S, if that is shorter, until
+    the first commit) and at the end. Until the first commit the line names the open phase. The lines come from a
     separate thread, so that a stall is visible. A stream that takes fields gets `fields()` with each line. `clock`:
     monotonic seconds.
     """
@@ -64,6 +64,7 @@ class Progress:
         self._thread = threading.Thread(target=self._write_lines, name="progress", daemon=True)
 
     def __enter__(self) -> Self:
+        HEARTBEAT.num_displays += 1
         console = Console(file=self._given, stderr=True)
         if self._stream.isatty() and not console.is_dumb_terminal:
             self._live = Live(console=console, get_renderable=self._render, refresh_per_second=4)
@@ -75,6 +76,7 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        HEARTBEAT.num_displays -= 1
         if self._live is not None:
             self._live.stop()
             return
@@ -109,7 +111,8 @@ class Progress:
         with self._lock:
             now = self._clock()
             if not self._commits:
-                return f"{self._count()}  starting, {duration(now - self._started)} so far"
+                waiting = HEARTBEAT.line() or f"starting, {duration(now - self._started)} so far"
+                return f"{self._count()}  {waiting}"
             rate = self._rate(now)
             left = duration((self._total - self._done) / rate) if rate else "--:--"
             silence = f"  last commit {duration(now - self._last)} ago" if now - self._last >= SILENCE_S else ""
@@ -157,7 +160,7 @@ class Progress:
         return (self._done - done_at_start) / (now - start) if now > start else 0.0
 
     def _write_lines(self) -> None:
-        while not self._ended.wait(self._interval if self._commits else min(self._interval, START_S)):
+        while not self._ended.wait(self._interval if self._commits else min(self._interval, INTERVAL_S)):
             self._write(self.line())
 
     def _write(self, line: str) -> None:
@@ -166,6 +169,7 @@ class Progress:
         else:
             self._stream.write(line + "\n")
         self._stream.flush()
+        HEARTBEAT.line_printed()
 
     def _render(self) -> RenderableType:
         if self._live is not None and self._live.console.width < WIDE:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from captioner.console.phases import HEARTBEAT
 from captioner.console.text import printable
 from captioner.errors import InterruptedRunError, TerminatedRunError
 
@@ -65,3 +66,4 @@ def _handlers(handlers: dict[signal.Signals, Callable[..., None]]) -> Iterator[N
 def notify(line: str) -> None:
     """Print one line on standard error, next to the progress display."""
     print(f"captioner: {printable(line)}", file=sys.stderr, flush=True)
+    HEARTBEAT.line_printed()

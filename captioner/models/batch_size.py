@@ -17,6 +17,7 @@ from typing import Protocol
 
 import torch
 
+from captioner.console.phases import phase
 from captioner.files import cache_dir
 from captioner.models.ref import ModelRef
 
@@ -72,7 +73,8 @@ def choose_batch_size(
             started + TIME_LIMIT_S,
             FIRST_SIZE_VARIABLE if captioner.ref.spec.variable_size else FIRST_SIZE,
         )
-        sizes[key] = fastest_size(lambda size: seconds_for(captioner, size, clock, deadline), start)
+        with phase("trying out batch sizes", notify):
+            sizes[key] = fastest_size(lambda size: seconds_for(captioner, size, clock, deadline), start)
         notify(f"batch size {sizes[key]}, tried out in {clock() - started:.1f} s")
         _write_cache(file, sizes)
     captioner.batch_size = sizes[key]

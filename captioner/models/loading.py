@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from captioner.console.phases import phase
 from captioner.data import Captioner
 from captioner.models.devices import auto_dtype, pick_device, set_wait_policy
 from captioner.models.endpoint.api_key import ApiKey
@@ -59,12 +60,14 @@ def load(
         return EndpointCaptioner(ref, api_key or ApiKey.from_environment(), notify)
     with ThreadPoolExecutor(2) as threads:
         local_ref = threads.submit(ensure_local, ref)  # hashes the weights
-        torch_device = pick_device(device)
-        import torch
+        with phase("importing torch and transformers", notify):
+            torch_device = pick_device(device)
+            import torch
 
-        threads.submit(lambda: torch.empty(1, device=torch_device))  # a GPU takes a second to start
-        family = _import_family(ref.family)
-        ref = local_ref.result()
+            threads.submit(lambda: torch.empty(1, device=torch_device))  # a GPU takes a second to start
+            family = _import_family(ref.family)
+        with phase(f"reading the files of model {ref.name}", notify):
+            ref = local_ref.result()
     imported = time.perf_counter()
     notify(f"torch and transformers imported in {imported - started:.1f} s")
     from captioner.models.batch_size import CPU_SIZE, SMALL_CPU_SIZE, choose_batch_size
@@ -73,7 +76,8 @@ def load(
         num_threads = 1
     if num_threads is not None:
         torch.set_num_threads(num_threads)
-    captioner = family(ref, torch_device, 1 if batch_size == "auto" else batch_size)
+    with phase("loading weights", notify):
+        captioner = family(ref, torch_device, 1 if batch_size == "auto" else batch_size)
     notify(f"weights on {captioner.device_name} in {time.perf_counter() - imported:.1f} s")
     if batch_size == "auto":
         choose_batch_size(captioner, SMALL_CPU_SIZE if is_small(ref) else CPU_SIZE, notify=notify)

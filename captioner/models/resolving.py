@@ -12,9 +12,10 @@ from typing import Any
 
 import captioner.starter
 from captioner.config import ModelConfig
+from captioner.console.phases import phase
 from captioner.data import PixelSpec
 from captioner.errors import ModelError
-from captioner.files import is_uri, local_path
+from captioner.files import is_uri, local_path, shown
 from captioner.models import adapters, weights
 from captioner.models.families import FAMILIES, family_of
 from captioner.models.pixels import read_pixel_spec
@@ -28,9 +29,16 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 def resolve(config: ModelConfig, dtype: str | None = None, notify: Callable[[str], None] = print) -> ModelRef:
     """Find the model that `config` names, download it if needed, and return what its files say without loading it.
 
-    `dtype`: the meaning of `config.dtype` "auto". `notify`: called with a line before a download starts, and where
-    a model's type is not one of FAMILIES. Raises ModelError where there is no such model or it cannot be used.
+    `dtype`: the meaning of `config.dtype` "auto". `notify`: called with a line before a download starts, while it and
+    hashing take long, and where a model's type is not one of FAMILIES. Raises ModelError where there is no such model
+    or it cannot be used.
     """
+    servers = "asking the model servers"
+    with phase(servers if config.endpoint else f"reading the files of model {shown(config.name)}", notify):
+        return _resolve(config, dtype, notify)
+
+
+def _resolve(config: ModelConfig, dtype: str | None, notify: Callable[[str], None]) -> ModelRef:
     if config.endpoint:
         from captioner.models.endpoint.probing import resolve_endpoint
 

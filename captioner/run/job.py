@@ -18,6 +18,7 @@ from typing import Protocol
 import pyarrow as pa
 
 from captioner.config import CaptionConfig, SourceConfig
+from captioner.console.phases import phase
 from captioner.console.text import counted
 from captioner.data import Chunk, Receipt, Source
 from captioner.errors import DamagedFileError, OutputError, SourceError, UsageError
@@ -51,6 +52,7 @@ VARIABLE_SIZE_CHUNK_BYTES = 400_000_000
 ROWS_PER_CHUNK_SLOW = 64
 LARGE_MODEL_BYTES = 50_000_000
 MODES = ("overwrite", "only", "retry_failed", "extend")  # fields of OutputConfig; some exclude each other
+COMPARING = "comparing the source with the plan"  # a phase
 STARTER_NOTE = (
     "the starter model was trained on rendered scenes only: its captions of other images are meaningless; "
     "give --model your own model or a hub id"
@@ -119,7 +121,8 @@ class Job:
                 self.notify(f"retrying {counted(retry.num_rows, 'failed image')}")
                 yield retry
         elif self.config.output.extend:
-            changed = find_changed(self.table, self.work.source, compare_up_to=None)
+            with phase(COMPARING, self.notify):
+                changed = find_changed(self.table, self.work.source, compare_up_to=None)
             retry = make_retry_plan(self.table, self._refresh, changed.indices)
             if retry is not None:
                 self.notify(f"captioning {counted(retry.num_rows, 'changed image')} again")
@@ -207,10 +210,13 @@ def _plan(
         replan, table = True, None
     if table is not None:
         _check_same_source(config, table)
-    source = open_source(config.source)
+    with phase(f"opening {shown(config.source.path)}", notify):
+        source = open_source(config.source)
     notify(f"{shown(config.source.path)} is {describe(source)}")
-    for problem in restore_table(table, source) if table is not None else ():
-        notify(problem)
+    if table is not None:
+        with phase(f"checking the plan in {shown(config.output.path)}", notify):
+            for problem in restore_table(table, source):
+                notify(problem)
     if _may_have_work(config, table):
         on_work()
     if table is None:
@@ -325,14 +331,15 @@ def _bring_plan_up_to_date(planned: Planned, notify: Notify, rows_per_chunk: Cal
         _note_changes(planned, notify, sum(plan.num_rows for plan in plans if plan.adds_parts))
         return
     started = time.perf_counter()
-    plan = make_plan(
-        planned.table,
-        planned.source,
-        rows_per_chunk(),
-        config.output.rows_per_file,
-        config.source.limit,
-        on_progress=_ListingProgress(notify),
-    )
+    max_rows = rows_per_chunk()
+    with phase("listing images", notify) as listing:
+
+        def show(num_rows: int) -> None:
+            listing.text = f"listing images, {num_rows:,} listed"
+
+        plan = make_plan(
+            planned.table, planned.source, max_rows, config.output.rows_per_file, config.source.limit, on_progress=show
+        )
     if plan is None:
         notify("nothing to add: every image of the source is in the plan")
         return
@@ -361,13 +368,15 @@ def _note_changes(planned: Planned, notify: Notify, num_planned: int) -> None:
             f"the source was not compared with the plan of {counted(num_planned, 'image')}; --extend lists it again"
         )
         return
-    changed = find_changed(planned.table, planned.source).note
+    with phase(COMPARING, notify):
+        changed = find_changed(planned.table, planned.source).note
     if changed and not (planned.config.output.retry_failed or planned.config.output.only):
         planned.notes.append(changed)
         notify(changed)
     if planned.config.source.limit is not None:
         return
-    change = compare_with_source(planned.table, planned.source)
+    with phase(COMPARING, notify):
+        change = compare_with_source(planned.table, planned.source)
     if change.num_new or change.num_gone:
         planned.notes.append(
             f"the source has changed since it was planned: {counted(change.num_new, 'new image')} (--extend adds "
@@ -393,16 +402,3 @@ def _rows_per_chunk(model: ModelRef, engine: Engine) -> int:
 
 def _new_run_id() -> str:
     return f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
-
-
-class _ListingProgress:
-    """Reports the progress of a long listing every few seconds."""
-
-    def __init__(self, notify: Notify, every: float = 2.5) -> None:
-        self._notify, self._every, self._last = notify, every, time.monotonic()
-
-    def __call__(self, num_rows: int) -> None:
-        now = time.monotonic()
-        if now - self._last >= self._every:
-            self._last = now
-            self._notify(f"listing: {counted(num_rows, 'image')} so far")

@@ -147,11 +147,15 @@ def run(config: TrainConfig, engine: TrainEngine) -> int:
 def _run(config: TrainConfig, engine: TrainEngine) -> int:
     started = time.perf_counter()
     _check_settings(config)
+    notify(f"training {shown(config.model.name)} on {shown(config.data.path)} into {shown(config.output.path)}")
     engine.start()
-    out, model, sources = Directory(config.output.path), _resolve(config), open_pair_sources(config.data)
-    for source in sources.sources:
-        notify(f"{shown(source.name)} is {describe(source)}")
     with TrainProgress() as progress:
+        progress.show_status("reading the files of the model")
+        out, model = Directory(config.output.path), _resolve(config)
+        progress.show_status(f"opening {shown(config.data.path)}")
+        sources = open_pair_sources(config.data)
+        for source in sources.sources:
+            notify(f"{shown(source.name)} is {describe(source)}")
         listing = in_background(partial(_list_new_pairs, config, out, sources))
         check = check_in_subprocess(model)
         progress.show_status("starting Ray")
@@ -163,7 +167,7 @@ def _run(config: TrainConfig, engine: TrainEngine) -> int:
             notify(f"nothing to train: {shown(config.output.path)}/model is there")
             _push(config, out)
             return OK
-        progress.show_status("reading pairs")
+        progress.show_status("listing pairs")
         outcome = _train(setup, listing.result(), engine, check, progress)
         progress.show_status("making OUT/model")
         result = engine.finish(outcome.checkpoint, outcome.finish_inputs())

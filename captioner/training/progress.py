@@ -23,7 +23,7 @@ class TrainProgress(Progress):
         self._latest: dict[str, Any] = {}
 
     def show_status(self, text: str) -> None:
-        """Set what the run waits for, such as "reading pairs"; "" while it waits only for its workers."""
+        """Set what the run waits for, such as "listing pairs"; "" while it waits only for its workers."""
         self._status = text
 
     def set_total(self, total: int, samples_per_step: int) -> None:

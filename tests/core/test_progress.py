@@ -12,16 +12,21 @@ import subprocess
 import sys
 import termios
 import threading
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from captioner.config import CaptionConfig
+from captioner.config import CaptionConfig, ModelConfig
+from captioner.console.phases import HEARTBEAT, Heartbeat, phase
 from captioner.console.progress import Progress, duration
 from captioner.console.summary import print_summary
 from captioner.console.text import counted, printable
 from captioner.data import Receipt
+from captioner.models import adapters, resolve
+from captioner.run.job import plan_images
+from captioner.sources.root import Root
 
 
 class Clock:
@@ -47,6 +52,22 @@ class SignallingLog(io.StringIO):
         length = super().write(text)
         self.written.set()
         return length
+
+
+class Ticks(threading.Event):
+    """An event whose first waits last as long on a clock as they may, without waiting; `over` is set after them."""
+
+    def __init__(self, clock: Clock, num_ticks: int) -> None:
+        super().__init__()
+        self.clock, self.num_ticks, self.over = clock, num_ticks, threading.Event()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        if self.num_ticks == 0:
+            self.over.set()
+            return super().wait()
+        self.num_ticks -= 1
+        self.clock.now += timeout or 0.0
+        return False
 
 
 def receipt(num_rows: int, num_failed: int = 0) -> Receipt:
@@ -206,6 +227,106 @@ def test_a_terminal_gets_one_live_display(monkeypatch: pytest.MonkeyPatch) -> No
     last = terminal.getvalue().rsplit("\r", 1)[-1]
     assert "captioned 10/10 (100%)" in last
     assert "elapsed 00:00" in last
+
+
+def test_a_phase_that_lasts_says_so_again_and_again() -> None:
+    clock, lines = Clock(), []
+    ticks = Ticks(clock, 3)
+    heartbeat = Heartbeat(clock, lambda: ticks)
+    with heartbeat.phase("listing images", lines.append) as listing:
+        assert ticks.over.wait(timeout=120)
+        listing.text = "listing images, 512 listed"
+        assert heartbeat.line() == "listing images, 512 listed, 8 s so far"
+
+    assert lines == ["listing images, 2 s so far", "listing images, 5 s so far", "listing images, 8 s so far"]
+    assert heartbeat.line() == ""
+
+
+def test_silence_counts_across_phases_and_ends_with_any_line() -> None:
+    clock, lines = Clock(), []
+    events = [Ticks(clock, 0), Ticks(clock, 1), Ticks(clock, 1)]
+    heartbeat = Heartbeat(clock, iter(events).__next__)
+    with heartbeat.phase("opening the source", lines.append):
+        clock.now += 2
+    with heartbeat.phase("listing images", lines.append):
+        assert events[1].over.wait(timeout=120)
+    assert lines == ["listing images, 0 s so far"], "2.5 s after the start, of which the first phase took 2"
+    clock.now += 2
+    heartbeat.line_printed()
+    with heartbeat.phase("loading weights", lines.append):
+        assert events[2].over.wait(timeout=120)
+
+    assert lines[1:] == ["loading weights, 2 s so far"], "2.5 s after the line, rounded"
+
+
+def test_a_phase_within_another_is_named_by_its_line() -> None:
+    heartbeat = Heartbeat(Clock())
+    with contextlib.suppress(ValueError), heartbeat.phase("trying out batch sizes"):
+        with heartbeat.phase("capturing graphs"):
+            assert heartbeat.line() == "capturing graphs, 0 s so far"
+        assert heartbeat.line() == "trying out batch sizes, 0 s so far"
+        raise ValueError
+
+    assert heartbeat.line() == "", "a phase that fails is over, too"
+
+
+def test_a_progress_display_shows_the_phase_and_nothing_else_is_printed() -> None:
+    log, lines, clock = SignallingLog(), [], Clock()
+    ticks = Ticks(clock, 2)
+    heartbeat = Heartbeat(clock, lambda: ticks)
+    heartbeat.num_displays += 1
+    with heartbeat.phase("loading weights", lines.append):
+        assert ticks.over.wait(timeout=120)
+    with Progress(10, stream=log, interval=0.01) as progress, phase("loading weights", lines.append):
+        assert HEARTBEAT.num_displays == 1
+        assert progress.line() == "captioned 0/10 (0%)  loading weights, 0 s so far"
+
+    assert not lines
+    assert HEARTBEAT.num_displays == 0
+
+
+class Unblocks:
+    """Collects lines; `wait` waits for the first that names what is blocked."""
+
+    def __init__(self, text: str) -> None:
+        self.text, self.lines, self._printed = text, [], threading.Event()
+
+    def __call__(self, line: str) -> None:
+        self.lines.append(line)
+        if self.text in line and line.endswith(" s so far"):
+            self._printed.set()
+
+    def wait(self) -> None:
+        assert self._printed.wait(timeout=120), self.lines
+
+
+def test_a_listing_that_is_stuck_in_a_folder_is_not_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("captioner.console.phases.INTERVAL_S", 0.01)
+    monkeypatch.setattr("captioner.console.phases.MIN_PHASE_S", 0.01)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/a.jpg").touch()
+    notify, scan = Unblocks("listing images"), Root.scan
+
+    def slow_scan(root: Root, *arguments: bytes) -> object:
+        if threading.current_thread().name.startswith("listing"):
+            notify.wait()
+        return scan(root, *arguments)
+
+    monkeypatch.setattr(Root, "scan", slow_scan)
+    config = {"source": {"path": str(tmp_path / "photos")}, "output": {"path": str(tmp_path / "out")}}
+    plan_images(CaptionConfig.model_validate(config), notify)
+
+    assert any(line.startswith("planned 1 image ") for line in notify.lines)
+
+
+def test_weights_that_are_hashed_for_long_are_not_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("captioner.console.phases.INTERVAL_S", 0.01)
+    monkeypatch.setattr("captioner.console.phases.MIN_PHASE_S", 0.01)
+    notify = Unblocks("reading the files of model starter")
+    hashes = adapters.hashes
+    monkeypatch.setattr(adapters, "hashes", lambda *directories: (notify.wait(), hashes(*directories))[1])
+
+    assert resolve(ModelConfig(name="starter"), notify=notify).sha256
 
 
 @pytest.mark.parametrize(("seconds", "shown"), [(0, "00:00"), (59.6, "01:00"), (3599, "59:59"), (360_000, "100:00:00")])

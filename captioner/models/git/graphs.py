@@ -12,6 +12,7 @@ from typing import Protocol
 
 import torch
 
+from captioner.console.phases import phase
 from captioner.models.git.beam import BeamSearch
 from captioner.models.git.greedy import GreedySearch
 from captioner.models.git.network import GitNetwork
@@ -85,7 +86,8 @@ class Stepper:
         cached.search.begin()
         cached.search.state.position.zero_()
         try:
-            cached.graph = capture(self.network.device, lambda: cached.search.step(0))
+            with phase("capturing graphs"):
+                cached.graph = capture(self.network.device, lambda: cached.search.step(0))
         except torch.OutOfMemoryError:
             raise
         except RuntimeError:
