@@ -17,10 +17,12 @@ from rich.table import Table
 from rich.text import Text
 
 from captioner.console.phases import HEARTBEAT, INTERVAL_S
+from captioner.console.text import shorten
 from captioner.data import Receipt
 
 RATE_WINDOW_S = 60.0
 WIDE = 100  # columns that the bar and the whole line need
+NARROW = 60  # columns that the short line fits
 HEARTBEAT_S = 10.0
 SILENCE_S = 30.0  # without a commit for so long, the line says how long ago the last one was
 
@@ -77,6 +79,7 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         HEARTBEAT.num_displays -= 1
+        HEARTBEAT.line_printed()
         if self._live is not None:
             self._live.stop()
             return
@@ -125,9 +128,10 @@ class Progress:
             rate = self._rate(now) if self._commits else 0.0
             count, elapsed = f"{self._done:,}/{self._total:,}", duration(now - self._started)
             if not rate:
-                return f"{count}  starting, {elapsed}"
+                return shorten(f"{count}  {HEARTBEAT.line() or f'starting, {elapsed}'}", NARROW)
             left = duration((self._total - self._done) / rate)
-            return f"{count}  {_rounded(rate)}/s  ETA {left}" + (f"  failed {self._failed:,}" if self._failed else "")
+            failed = f"  failed {self._failed:,}" if self._failed else ""
+            return shorten(f"{count}  {_rounded(rate)}/s  ETA {left}{failed}", NARROW)
 
     def fields(self) -> dict[str, Any]:
         """Return the progress as figures for a log with fields; `None` for what is not known yet."""

@@ -15,7 +15,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from captioner.config import CaptionConfig, ModelConfig
@@ -147,6 +147,7 @@ def test_an_empty_run_is_whole() -> None:
     assert quiet(Clock(), total=0).line().startswith("captioned 0/0 (100%)")
 
 
+@example(total=10_000_000, share=1.0, seconds=0.0625, failed=1_000)
 @given(
     total=st.integers(1, 99_999_999),
     share=st.floats(0, 1),
