@@ -57,6 +57,10 @@ def walk(stream: BinaryIO) -> Iterator[Entry | Damage | EndMark]:
             yield entry, archive
         following = _first_data(stream, end, size)
         if following is None and end <= size:
+            if hidden := _hidden_header(stream, data_start, end, size):
+                yield Damage(data_start, hidden)
+                position = hidden
+                continue
             if end < size:
                 yield EndMark()
             return
@@ -74,6 +78,18 @@ def walk(stream: BinaryIO) -> Iterator[Entry | Damage | EndMark]:
         if header is None:
             return
         position = header
+
+
+def _hidden_header(stream: BinaryIO, start: int, end: int, size: int) -> int | None:
+    """Return where a header begins inside the data of the last member; None where there is none.
+
+    Bytes that were cut out of a tar put the next members there, and its end among the zeros. A tar from which nothing
+    was cut has whole records, as most programs write them, and is not searched; nor is a member that is a tar itself.
+    """
+    if size % tarfile.RECORDSIZE == 0 or _is_header(stream, start):
+        return None
+    header = _next_header(stream, start, end)
+    return header if header is not None and header < end else None
 
 
 def _members_from(stream: BinaryIO, position: int) -> Iterator[Entry]:

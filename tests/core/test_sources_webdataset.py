@@ -160,6 +160,30 @@ def test_bytes_that_are_missing_inside_an_image_cost_no_other(tmp_path):
     assert all(found[f"x.tar/{name}"] == data for name, data in IMAGES if name != "3.jpg")
 
 
+@pytest.mark.parametrize("num_bytes", [1000, 512, 1024, 2048])
+def test_bytes_that_are_missing_just_before_the_last_image_do_not_hide_it(tmp_path, num_bytes):
+    tar = write_tar(tmp_path / "x.tar", ("1.jpg", b"a" * 3000), ("2.jpg", b"b"))
+    data = bytearray(tar.read_bytes())
+    del data[600 : 600 + num_bytes]
+    tar.write_bytes(data)
+
+    found, notes = read_back(tar)
+
+    assert found == {"x.tar/1.jpg": "damaged", "x.tar/2.jpg": b"b"}
+    assert "damaged from byte 512" in notes[0]
+
+
+def test_a_tar_inside_a_tar_without_whole_records_is_a_member(tmp_path):
+    inner = write_tar(tmp_path / "inner.tar", *IMAGES).read_bytes()
+    tar = write_tar(tmp_path / "x.tar", ("1.jpg", b"x"), ("2.tar", inner))
+    with tarfile.open(tar) as archive:
+        last = archive.getmembers()[-1]
+    tar.write_bytes(tar.read_bytes()[: last.offset_data + len(inner) + 1024])
+
+    assert list(read_back(tar)[0]) == ["x.tar/1.jpg", "x.tar/2.tar"]
+    assert read_back(tar)[1] == []
+
+
 @pytest.mark.parametrize("padding", [0, 512, 10_240, 3 << 20])
 def test_tars_that_were_joined_are_one(tmp_path, padding):
     first = write_tar(tmp_path / "1/x.tar", *IMAGES[:3]).read_bytes()
