@@ -49,14 +49,12 @@ class PendingCheck:
             raise self._error
 
     def _finish(self, process: subprocess.Popen[str]) -> ModelError | None:
-        out, err = process.communicate()
-        if process.returncode == 0:
-            _remember(self._ref)
-            return None
-        if out.strip():  # the last line is the error; transformers may have printed others before it
-            return ModelError(out.strip().splitlines()[-1])
-        crash = (err.strip() or f"exit code {process.returncode}").splitlines()[-1]
-        return ModelError(f"{self._ref.path}: the check of its tensors did not finish: {crash}")
+        try:
+            result_of(process, f"{self._ref.path}: the check of its tensors")
+        except ModelError as error:
+            return error
+        _remember(self._ref)
+        return None
 
     def cancel(self) -> None:
         """Stop the check; `result` then returns at once."""
@@ -70,14 +68,31 @@ def check_in_subprocess(ref: ModelRef) -> PendingCheck:
     """Start `check` in another process, unless the model is the fake or its files have passed before."""
     if not ref.path or _passed(ref):
         return PendingCheck(ref, None)
+    return PendingCheck(ref, start_module("captioner.models", ref.path))
+
+
+def start_module(module: str, *arguments: str) -> subprocess.Popen[str]:
+    """Start a module of this package in another Python, without network. See `result_of`."""
     root = str(Path(__file__).parents[2])
     search_path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": search_path}
-    command = [sys.executable, "-m", "captioner.models", ref.path]
-    process = subprocess.Popen(
+    command = [sys.executable, "-m", module, *arguments]
+    return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", env=environment
     )
-    return PendingCheck(ref, process)
+
+
+def result_of(process: subprocess.Popen[str], work: str) -> str:
+    """Wait for a module and return the last line of its output: transformers may have printed others before it.
+
+    `work`: what it does, for the error of a crash. Raises ModelError with that line where the module failed.
+    """
+    out, err = process.communicate()
+    line = (out.strip().splitlines() or [""])[-1]
+    if process.returncode:
+        crash = (err.strip() or f"exit code {process.returncode}").splitlines()[-1]
+        raise ModelError(line or f"{work} did not finish: {crash}")
+    return line
 
 
 def _passed(ref: ModelRef) -> bool:

@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 
 from captioner.console.text import counted, printable
 from captioner.errors import ERROR, OK, ModelError
+from captioner.models.checking import result_of, start_module
 from captioner.models.weights import INDEX_FILE, PICKLE_SUFFIXES, SINGLE_FILE, read_json
 
 PICKLE_FILE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -85,17 +85,10 @@ def _copy_others(source: Path, folder: Path) -> None:
 
 def _run_in_process(module: str, arguments: list[str], source: Path) -> str:
     """Run a module in another Python and return the last line of its output; raise ModelError where it fails."""
-    search_path = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": search_path}
-    done = subprocess.run(
-        [sys.executable, "-m", module, *arguments], capture_output=True, text=True, errors="replace", env=environment
-    )
-    lines = done.stdout.strip().splitlines() or [""]
-    if done.returncode:
-        crash = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
-        message = lines[-1] or f"{source}: its conversion did not finish: {crash}"
-        raise ModelError(message.replace(arguments[0], str(source)))
-    return lines[-1]
+    try:
+        return result_of(start_module(module, *arguments), f"{source}: its conversion")
+    except ModelError as error:
+        raise ModelError(str(error).replace(arguments[0], str(source))) from None
 
 
 def convert_file(pickle: str, target: str) -> list[str]:
