@@ -27,7 +27,7 @@ from captioner.models.endpoint.api_key import ApiKey
 from captioner.models.ref import Endpoint
 from captioner.steps import Work
 from captioner.store.table import TABLE_FILE
-from ray_jobs.cluster import Connection, Sizes, share_out
+from ray_jobs.cluster import Connection, Sizes, sizes_of
 from ray_jobs.failures import cause_of, release_actors
 from ray_jobs.gpus import device_kind
 from ray_jobs.metrics import DriverMetrics
@@ -83,11 +83,7 @@ class RayEngine:
                     yield receipt
 
     def _share_out(self, one_thread: bool = False) -> Sizes:
-        resources, config = self._connection.resources(), self._config
-        model = config.model
-        return share_out(
-            resources, config.cluster, one_thread, device=model.compute_on, waits_for_servers=bool(model.endpoint)
-        )
+        return sizes_of(self._config, self._connection.resources(), one_thread)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from captioner.config import ClusterConfig
+from captioner.config import CaptionConfig, ClusterConfig
 from captioner.console.phases import phase
 from captioner.console.stopping import notify
 from captioner.console.text import counted
@@ -294,6 +294,14 @@ def share_out(
     threads = max(1, round(cpus if gpus or one_thread else cpus + decode * per_decoder / workers))
     cpus = min(cpus, 1.0) if gpus or waits_for_servers else cpus
     return Sizes(workers, cpus, gpus, threads, decode, 1 + workers // 4, cpus_per_decoder=per_decoder)
+
+
+def sizes_of(config: CaptionConfig, resources: Resources, one_thread: bool = False) -> Sizes:
+    """Return `share_out` for a captioning run. Raises ClusterError as it does."""
+    model = config.model
+    return share_out(
+        resources, config.cluster, one_thread, device=model.compute_on, waits_for_servers=bool(model.endpoint)
+    )
 
 
 def _share_out_growing(resources: Resources, config: ClusterConfig) -> Sizes:

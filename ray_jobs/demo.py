@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 from captioner.config import CaptionConfig, TrainConfig
 from captioner.console.stopping import notify
@@ -28,12 +29,10 @@ def caption(directory: Path, count: int, is_local: bool) -> int:
     """
     from captioner import pipeline
     from captioner.console import commands
-    from captioner.starter.render import render_scenes
     from ray_jobs import caption
 
     images, out = directory / "archive", directory / "captions"
-    if not (images / "metadata.jsonl").exists():
-        render_scenes(images, count)
+    if _render_once(images, count):
         print(f"rendered {counted(count, 'scene')} into {printable(images)}", flush=True)
     config = CaptionConfig.model_validate(
         {
@@ -52,12 +51,10 @@ def train(directory: Path) -> int:
 
     The posters are those of `captioner.starter.scenes`.
     """
-    from captioner.starter.render import render_scenes
     from ray_jobs import train
 
     images, out = directory / "images", directory / "run"
-    if not (images / "metadata.jsonl").exists():
-        render_scenes(images, IMAGES, SEED, width=64, family="poster")
+    _render_once(images, IMAGES, SEED, width=64, family="poster")
     config = demo_config(images, out)
     code = train.run(config)
     measured = json.loads((out / "train.json").read_text(encoding="utf-8"))
@@ -65,6 +62,16 @@ def train(directory: Path) -> int:
     print(f"WER {before:.3f} before, {after:.3f} after {config.training.max_steps} steps", flush=True)
     print(f"see {out}/report.html", file=sys.stderr)
     return code
+
+
+def _render_once(images: Path, count: int, seed: int = 0, **options: Any) -> bool:
+    """Render scenes where an earlier run did not, and return whether it did now. `options`: of `render_scenes`."""
+    from captioner.starter.render import render_scenes
+
+    if (images / "metadata.jsonl").exists():
+        return False
+    render_scenes(images, count, seed, **options)
+    return True
 
 
 def demo_config(images: Path, out: Path) -> TrainConfig:
@@ -94,14 +101,12 @@ def server(directory: Path) -> int:
     """
     from captioner import pipeline
     from captioner.console import commands
-    from captioner.starter.render import render_scenes
     from captioner.testing import make_tiny_model
 
     if not all(importlib.util.find_spec(name) for name in ("fastapi", "uvicorn", "openai")):
         raise UsageError("demo server: fastapi, uvicorn or openai is missing; pip install 'captioner[demo-server]'")
     images, model, out = directory / "images", directory / "model", directory / "captions"
-    if not (images / "metadata.jsonl").exists():
-        render_scenes(images, SERVED_IMAGES, SEED, width=64)
+    _render_once(images, SERVED_IMAGES, SEED, width=64)
     if not (model / "config.json").exists():
         make_tiny_model("smolvlm", model)
     with DemoServer(model) as served:

@@ -21,7 +21,7 @@ from captioner.errors import ERROR, OK, CaptionerError
 from captioner.files import absolute, is_uri
 from captioner.models.devices import pick_device
 from captioner.models.endpoint.api_key import ApiKey
-from ray_jobs.cluster import Resources, Sizes, connect, share_out
+from ray_jobs.cluster import Resources, Sizes, connect, sizes_of
 from ray_jobs.gpus import worker_device
 from ray_jobs.nodes import alive_nodes, node_facts, only_on
 
@@ -141,8 +141,7 @@ def _gigabytes(size: float) -> str:
 
 def _share_out(resources: Resources, config: CaptionConfig) -> Sizes | CaptionerError:
     try:
-        model = config.model
-        return share_out(resources, config.cluster, device=model.compute_on, waits_for_servers=bool(model.endpoint))
+        return sizes_of(config, resources)
     except CaptionerError as error:
         return error
 

@@ -24,7 +24,7 @@ from captioner.files import shown
 from captioner.models import is_small, resolve, resolve_dtype
 from captioner.sources import describe, open_source
 from captioner.store.parallel_listing import list_units
-from ray_jobs.cluster import Sizes, connect, share_out
+from ray_jobs.cluster import Sizes, connect, sizes_of
 from ray_jobs.gpus import device_kind
 from ray_jobs.nodes import check_gpu_nodes
 from ray_jobs.sampling import Piece, measure
@@ -66,7 +66,7 @@ def run(config: CaptionConfig, sample: int, seed: int, price_per_gpu_hour: float
     notify(f"{counted(total, 'image')} listed; captioning a sample of {rows.num_rows:,}")
     resources = connect(config.cluster)
     model, device = resolve(config.model, notify=notify), config.model.compute_on
-    sizes = share_out(resources, config.cluster, is_small(model), device=device, waits_for_servers=bool(model.endpoint))
+    sizes = sizes_of(config, resources, is_small(model))
     model = model.shared_by(sizes.num_workers)
     check_gpu_nodes(device, sizes)
     model = resolve_dtype(model, config.model.dtype, device_kind(resources, sizes, device))

@@ -48,8 +48,8 @@ def load(
     `batch_size`: images in a forward pass; "auto" measures on a GPU which is fastest. `num_threads`: CPU threads of
     torch, None for its default; a small model gets one. `notify`: called with a line about each step that takes long.
     `api_key`: of the model servers; None for that of the environment. A model that is not on this machine is downloaded
-    again. Raises ModelError where the model or the device cannot be
-    used, or where the weights differ from those of `ref`.
+    again. Raises ModelError where the model or the device cannot be used, or where the weights differ from those of
+    `ref`.
     """
     notify, started = notify or (lambda line: None), time.perf_counter()
     if ref.family == "fake":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import posixpath
 from contextlib import suppress
 from hashlib import sha256
 from typing import Any
@@ -143,17 +144,13 @@ def _restore_plan_parts(table: CaptionsTable, source: Source, recheck: bool) -> 
 def _changed_plan_parts(table: CaptionsTable, plan: Plan) -> list[int]:
     """Return the parts of a plan whose files do not look as they did when plan.json was written after them."""
     files = table.directory.list_files(plan_folder(plan.generation))
-    record = files.get(_file_name(plan_name(plan.generation)))
+    record = files.get(posixpath.basename(plan_name(plan.generation)))
 
     def is_unchanged(part: int) -> bool:
-        file = files.get(_file_name(plan_part_name(plan.generation, part)))
+        file = files.get(posixpath.basename(plan_part_name(plan.generation, part)))
         return file is not None and file.is_unchanged(plan.num_bytes.get(part), record)
 
     return [part for part in sorted(plan.parts) if not is_unchanged(part)]
-
-
-def _file_name(name: str) -> str:
-    return name.rpartition("/")[2]
 
 
 def damage_of_plan_part(table: CaptionsTable, plan: Plan, part: int) -> str:
@@ -302,14 +299,14 @@ def _unchanged_parts(table: CaptionsTable, plans: list[Plan], digests: dict[int,
     for plan in plans:
         if table.is_published(plan.generation):
             record = table.directory.list_files(plan_folder(plan.generation)).get(
-                _file_name(published_name(plan.generation))
+                posixpath.basename(published_name(plan.generation))
             )
             records |= dict.fromkeys(plan.parts, record)
     files = table.directory.list_files("captions")
     return {
         part
         for part, digest in digests.items()
-        if (file := files.get(_file_name(captions_name(part)))) is not None
+        if (file := files.get(posixpath.basename(captions_name(part)))) is not None
         and file.is_unchanged(int(digest["num_bytes"]), records.get(part))
     }
 

@@ -18,6 +18,7 @@ is finished and what is missing.
 
 from __future__ import annotations
 
+import posixpath
 import re
 import uuid
 from collections.abc import Iterator
@@ -182,7 +183,7 @@ class CaptionsTable:
     def write_plan(self, plan: Plan) -> None:
         """Write plan.json, with the sizes of the plan's files: from then on the list is complete."""
         files = self.directory.list_files(plan_folder(plan.generation))
-        names = {part: plan_part_name(plan.generation, part).rpartition("/")[2] for part in plan.parts}
+        names = {part: posixpath.basename(plan_part_name(plan.generation, part)) for part in plan.parts}
         plan = replace(plan, num_bytes={part: files[name].num_bytes for part, name in names.items() if name in files})
         self.directory.write_json(plan_name(plan.generation), plan.to_json(), checksum=True)
 

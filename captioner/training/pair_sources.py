@@ -64,7 +64,7 @@ def open_pair_sources(config: TrainDataConfig) -> PairSources:
 
 
 def _open(path: str, config: TrainDataConfig, refuse_flags: bool = True) -> Source:
-    """Open a source of pairs. Flags that only other sources of the run can take are passed over, or refused."""
+    """Open a source of pairs. Flags that only other sources of the run can take are ignored, or refused."""
     settings = {name: getattr(config, name) for name in SOURCE_FLAGS}
     if not table_exists(path):
         return open_source(SourceConfig(path=path, **settings), refuse_flags)

@@ -12,7 +12,7 @@ from captioner.store.directory import Directory
 class Drafts:
     """One reviewer's unsaved texts, by image id. A draft is on the disk when `keep` returns.
 
-    Damaged files are passed over. Raises OutputError when OUT cannot be written.
+    Damaged files are ignored. Raises OutputError when OUT cannot be written.
     """
 
     def __init__(self, out: Directory, reviewer: str) -> None:
