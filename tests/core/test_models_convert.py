@@ -70,6 +70,18 @@ def test_a_converted_model_captions_as_before(
     assert "give it to --model" in capsys.readouterr().out
 
 
+def test_a_module_in_the_current_folder_is_not_imported(
+    safe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, folder = pickled(safe, tmp_path / "bin"), tmp_path / "folder"
+    folder.mkdir()
+    (folder / "torch.py").write_text("raise SystemExit('the torch.py of somebody else')")
+    monkeypatch.chdir(folder)
+
+    assert run(str(source), str(tmp_path / "out")) == 0
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() == load_file(safe / "model.safetensors").keys()
+
+
 def test_tied_and_cut_tensors_become_tensors_of_their_own(tmp_path: Path) -> None:
     base = torch.arange(12.0).reshape(3, 4)
     torch.save({"a": base, "tied": base, "row": base[1], "turned": base.T}, tmp_path / "x.bin")
