@@ -160,15 +160,21 @@ def submit(
 
 
 @command("try")
-@takes(CaptionConfig, groups=["model"])
+@takes(CaptionConfig, groups=["model"], each="model.name")
 def try_images(
-    config: CaptionConfig,
+    configs: list[CaptionConfig],
     images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Image files.")],
+    page: Annotated[
+        str | None, typer.Option(metavar="FILE.html", help="Write images, captions, time and memory as a page.")
+    ] = None,
 ) -> int:
-    """Caption a few images on the terminal, without Ray."""
-    from captioner.console import commands
+    """Caption a few images on the terminal, without Ray.
 
-    return commands.try_images(images, config.model)
+    Several --model are compared: the captions of each image one below the other, and time and memory of each model.
+    """
+    from captioner.console import trying
+
+    return trying.try_images(images, [config.model for config in configs], page)
 
 
 @command()

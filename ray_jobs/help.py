@@ -39,6 +39,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "try": (
         "captioner try photo.jpg --model starter",
         "captioner try a.jpg b.jpg --num-beams 3 --model starter",
+        "captioner try a.jpg --model starter --model models/git \\\n      --page models.html",
     ),
     "verify": ("captioner verify captions/",),
     "status": ("captioner status captions/",),

@@ -44,10 +44,14 @@ COMMON_FLAGS = {  # of every command with settings
 
 
 class SettingsFlags:
-    """The flags of a command for the settings `kind`. `groups`: only these groups have flags; None: all."""
+    """The flags of a command for the settings `kind`. `groups`: only these groups have flags; None: all.
 
-    def __init__(self, kind: type[Settings], groups: Collection[str] | None = None) -> None:
+    `each`: the GROUP.KEY of a setting whose flag may be given several times, for settings that differ in it; or "".
+    """
+
+    def __init__(self, kind: type[Settings], groups: Collection[str] | None = None, each: str = "") -> None:
         self.kind, self.groups = kind, set(kind.model_fields) if groups is None else set(groups)
+        self.each = each.replace(".", "__")
         self._settings = {
             f"{setting.group}__{setting.field}": setting
             for setting in settings_of(kind)
@@ -56,13 +60,20 @@ class SettingsFlags:
 
     def parameters(self) -> list[inspect.Parameter]:
         """Return what typer makes flags and arguments of."""
-        return [*(_parameter(name, setting) for name, setting in self._settings.items()), *COMMON_FLAGS.values()]
+        flags = (_parameter(name, setting, name == self.each) for name, setting in self._settings.items())
+        return [*flags, *COMMON_FLAGS.values()]
 
-    def resolve(self, values: Mapping[str, Any]) -> tuple[Settings, dict[str, Any]]:
+    def resolve(self, values: Mapping[str, Any]) -> tuple[list[Settings], dict[str, Any]]:
         """Split the values of a parsed command line into validated settings and the command's own values.
 
-        A flag wins over `--set`, and both win over the file of `--config`. Raises UsageError.
+        There is one settings object, or one for each value of the flag `each`. A flag wins over `--set`, and both win
+        over the file of `--config`. Raises UsageError.
         """
+        several = values.get(self.each) or [None]
+        own = {name: value for name, value in values.items() if name not in {*self._settings, *COMMON_FLAGS}}
+        return [self._resolve_one({**values, self.each: value}) for value in several], own
+
+    def _resolve_one(self, values: Mapping[str, Any]) -> Settings:
         overrides: dict[str, dict[str, Any]] = {}
         for text in values["set_"] or []:
             group, field, value = parse_set(self.kind, text)
@@ -70,18 +81,18 @@ class SettingsFlags:
         for name, setting in self._settings.items():
             if values[name] not in (None, False, []):  # the flag was given; its text may be empty
                 overrides.setdefault(setting.group, {})[setting.field] = _to_validate(setting, values[name])
-        own = {name: value for name, value in values.items() if name not in {*self._settings, *COMMON_FLAGS}}
-        return load_config(self.kind, values["config"], overrides), own
+        return load_config(self.kind, values["config"], overrides)
 
 
 def takes(
-    kind: type[Settings], groups: Collection[str] | None = None
+    kind: type[Settings], groups: Collection[str] | None = None, each: str = ""
 ) -> Callable[[Callable[..., int]], Callable[..., int]]:
     """Decorate `command(settings, **own)`: typer then gives it the flags of `kind` beside its own parameters.
 
-    The command is called with the validated settings first. `groups`: see `SettingsFlags`.
+    The command is called with the validated settings first; with a list of them where there is an `each`. `groups`,
+    `each`: see `SettingsFlags`.
     """
-    flags = SettingsFlags(kind, groups)
+    flags = SettingsFlags(kind, groups, each)
 
     def decorate(command: Callable[..., int]) -> Callable[..., int]:
         @functools.wraps(command)
@@ -90,9 +101,9 @@ def takes(
                 log_as_json()
             settings, own = flags.resolve(values)
             if values["print_config"]:
-                typer.echo(to_yaml(settings, flags.groups), nl=False)
+                typer.echo("---\n".join(to_yaml(one, flags.groups) for one in settings), nl=False)
                 return OK
-            return command(settings, **own)
+            return command(settings if each else settings[0], **own)
 
         # typer reads the signature: the settings are replaced by their flags.
         _, *own = inspect.signature(command, eval_str=True).parameters.values()
@@ -108,7 +119,7 @@ def settings_of_call(command: Any, values: Mapping[str, Any]) -> tuple[Settings,
     command = inspect.unwrap(command, stop=lambda function: hasattr(function, "flags"))
     if not hasattr(command, "flags"):
         return None
-    settings, own = command.flags.resolve(values)
+    (settings, *_), own = command.flags.resolve(values)
     if values["log_format"] != "text":
         own["log_format"] = values["log_format"]
     return type(settings).model_validate({group: getattr(settings, group) for group in command.flags.groups}), own
@@ -133,7 +144,7 @@ def to_yaml(config: Settings, groups: Collection[str]) -> str:
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 
-def _parameter(name: str, setting: Setting) -> inspect.Parameter:
+def _parameter(name: str, setting: Setting, repeatable: bool = False) -> inspect.Parameter:
     """Return a typer parameter whose value is None (`[]`, False) where the command line does not give it."""
     help_text = setting.info.description or ""
     if setting.argument:
@@ -143,6 +154,7 @@ def _parameter(name: str, setting: Setting) -> inspect.Parameter:
     shown_default = "" if default in (None, "", False, []) else f" [default: {default}]"
     is_flag = setting.info.annotation is bool
     metavar = _metavar(setting)
+    help_text += " Repeatable." if repeatable else ""
     if len(metavar) > LONGEST_METAVAR:  # a list of choices that is wider than a narrow terminal has space for
         metavar, help_text = "KIND", f"{help_text} One of {metavar.replace('|', ', ')}."
     info = typer.Option(
@@ -150,7 +162,7 @@ def _parameter(name: str, setting: Setting) -> inspect.Parameter:
     )
     if is_flag:
         return _keyword(name, Annotated[bool, info], default=False)
-    return _keyword(name, Annotated[list[str] | None if _is_list(setting) else str | None, info])
+    return _keyword(name, Annotated[list[str] | None if repeatable or _is_list(setting) else str | None, info])
 
 
 def _to_validate(setting: Setting, value: Any) -> Any:

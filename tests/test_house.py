@@ -25,7 +25,7 @@ LAYERS = """
     scoring
     steps report starter.build
     run publishing
-    pipeline training testing console.commands console.first_config
+    pipeline training testing console.commands console.trying console.first_config
 """
 # Files of one name in several packages, where they are the same thing for each.
 SAME_IN_SEVERAL = {"command", "job", "parquet", "progress", "record", "webdataset"}

@@ -2,77 +2,28 @@
 
 from __future__ import annotations
 
-import os
 import sys
-import time
 import webbrowser
-from collections.abc import Sequence
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from captioner.config import CheckConfig, ModelConfig, SourceConfig
+from captioner.config import CheckConfig
 from captioner.console.phases import phase
 from captioner.console.stopping import notify
 from captioner.console.text import counted, printable
-from captioner.data import RawImage
-from captioner.errors import ERROR, OK, TOO_MANY_FAILED, CaptionerError, DamagedFileError
-from captioner.imaging.sandbox.decoder import GuardedDecoder
-from captioner.models import load, resolve, resolve_dtype
-from captioner.models.devices import pick_device
+from captioner.errors import ERROR, OK, CaptionerError, DamagedFileError
 from captioner.report import FIGURES
 from captioner.report.terminal import print_check
 from captioner.run import quality
 from captioner.run.changed import COMPARE_UP_TO, find_changed
 from captioner.run.quality import enforce
 from captioner.sources import reopen_source
-from captioner.sources.reading import ReadLimits, read_file
-from captioner.sources.root import Root, readable
-from captioner.steps import caption_or_reasons
 from captioner.store.lock import is_held
 from captioner.store.table import CaptionsTable, open_table
 from captioner.store.verify import TableCounts, Verification, count_rows
 from captioner.store.verify import verify as verify_table
-
-
-def try_images(files: Sequence[str], model: ModelConfig) -> int:
-    """Print a caption for each file, and failures on standard error; returns exit code 2 when all files failed."""
-    from captioner.imaging import decode_images
-
-    ref = resolve(model, notify=notify)
-    with phase("importing torch", notify):
-        device = "cpu" if model.endpoint else str(pick_device(model.device))
-    ref = resolve_dtype(ref, model.dtype, device.partition(":")[0])
-    print(f"captioner: {printable(ref.summary)}", file=sys.stderr)
-    limits = SourceConfig()
-    with GuardedDecoder(ref.spec, limits.max_pixels, limits.decode_timeout) as decoder:
-        batch = decode_images([_read(name) for name in files], ref.spec, limits.max_pixels, decoder)
-    codes = batch.rows["error_code"].to_pylist()
-    messages = batch.rows["error_message"].to_pylist()
-    decoded = [index for index, code in enumerate(codes) if not code]
-    captioned = 0
-    if decoded:
-        captioner = load(ref, device, model.batch_size, notify=notify)
-        started = time.perf_counter()
-        captions = caption_or_reasons(captioner, batch.pixels[decoded])
-        seconds = time.perf_counter() - started
-        for index, caption in zip(decoded, captions, strict=True):
-            if isinstance(caption, str):
-                codes[index], messages[index] = "generate_error", caption
-            else:
-                captioned += 1
-                print(f"{printable(files[index])}: {printable(caption.text)}")
-        print(f"captioner: {counted(captioned, 'image')} in {seconds:.2f} s", file=sys.stderr)
-    for name, code, message in zip(files, codes, messages, strict=True):
-        if code:
-            print(f"captioner: {printable(name)}: {code}: {printable(message)}", file=sys.stderr)
-    return OK if captioned else TOO_MANY_FAILED
-
-
-def _read(name: str) -> RawImage:
-    path = os.fsencode(os.path.abspath(name))
-    return read_file(Root("/"), ReadLimits(), readable(os.fsencode(name)), path)
 
 
 def verify(out: str) -> int:

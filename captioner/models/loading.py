@@ -65,7 +65,7 @@ def load(
             import torch
 
             threads.submit(lambda: torch.empty(1, device=torch_device))  # a GPU takes a second to start
-            family = _import_family(ref.family)
+            family = import_family(ref.family)
         with phase(f"reading the files of model {ref.name}", notify):
             ref = local_ref.result()
     imported = time.perf_counter()
@@ -101,7 +101,7 @@ def weights_bytes(ref: ModelRef) -> int:
     return sum(file.stat().st_size for file in Path(ref.path).glob("*.safetensors")) if ref.path else 0
 
 
-def _import_family(family: str) -> type[TransformersCaptioner]:
+def import_family(family: str) -> type[TransformersCaptioner]:
     """Return the class of a family, after importing its module and with it that family's part of transformers."""
     set_wait_policy()
     module, name = CLASSES.get(family, CHAT_CLASS)

@@ -45,7 +45,7 @@ def thumbnails(table: CaptionsTable, shown: Iterable[Mapping[str, Any]]) -> tupl
                 readable = {raw.image_id: raw.data for raw in read_images(source, planned) if raw.data is not None}
                 for image_id, decoded in zip(readable, decoder(readable.values()), strict=True):
                     if decoded.pixels is not None:
-                        uris[image_id] = _data_uri(decoded.pixels, decoded.width, decoded.height)
+                        uris[image_id] = data_uri(decoded.pixels, decoded.width, decoded.height)
     except (CaptionerError, OSError) as error:
         return uris, f"images could not be read from the source: {error}"
     return uris, ""
@@ -56,7 +56,7 @@ def _chunk(chunk_id: str) -> Chunk:
     return Chunk(generation, part, index, num_rows=0)
 
 
-def _data_uri(square: npt.NDArray[np.uint8], width: int, height: int) -> str:
+def data_uri(square: npt.NDArray[np.uint8], width: int, height: int) -> str:
     """Return the square pixels as a JPEG in the image's own aspect ratio."""
     scale = min(1.0, SIDE / max(width, height))
     size = max(1, round(width * scale)), max(1, round(height * scale))

@@ -267,16 +267,22 @@ def test_render_scenes_calls_the_renderer(monkeypatch: pytest.MonkeyPatch, capsy
 
 
 def test_try_takes_images_and_the_flags_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[tuple[list[str], int]] = []
+    calls: list[tuple[list[str], list[tuple[str, int]]]] = []
 
-    def try_images(paths: list[str], model: Any) -> int:
-        calls.append((paths, model.num_beams))
+    def try_images(paths: list[str], models: Any, page: str | None) -> int:
+        calls.append((paths, [(model.name, model.num_beams) for model in models]))
         return 0
 
-    monkeypatch.setattr(captioner.console.commands, "try_images", try_images)
+    monkeypatch.setattr(captioner.console.trying, "try_images", try_images)
 
     assert exit_code("try", "a.jpg", "b.jpg", "--model", "starter", "--num-beams", "3") == 0
-    assert calls == [(["a.jpg", "b.jpg"], 3)]
+    assert exit_code("try", "a.jpg", "--model", "starter", "--model", "models/git") == 0
+    assert exit_code("try", "a.jpg", "--set", "model.name=starter") == 0
+    assert calls == [
+        (["a.jpg", "b.jpg"], [("starter", 3)]),
+        (["a.jpg"], [("starter", 1), ("models/git", 1)]),
+        (["a.jpg"], [("starter", 1)]),
+    ]
 
 
 @pytest.mark.parametrize("command", ["verify", "status"])

@@ -11,7 +11,7 @@ from PIL import Image
 
 from captioner import CaptionBatches, pipeline
 from captioner.config import ModelConfig
-from captioner.console.commands import try_images
+from captioner.console.trying import try_images
 from captioner.data import PixelSpec
 from captioner.imaging import decode
 from captioner.imaging.sandbox.decoder import GuardedDecoder
@@ -194,7 +194,7 @@ def test_a_crashing_image_does_not_end_try_or_caption_batches(
     for name, data in images.items():
         (tmp_path / name).write_bytes(data)
 
-    code = try_images([str(tmp_path / name) for name in images], ModelConfig(name="fake"))
+    code = try_images([str(tmp_path / name) for name in images], [ModelConfig(name="fake")])
     batch = CaptionBatches("fake")({"bytes": list(images.values())})
 
     output = capsys.readouterr()

@@ -17,7 +17,7 @@ from PIL import Image
 
 from captioner import pipeline
 from captioner.config import ModelConfig
-from captioner.console.commands import try_images
+from captioner.console.trying import try_images
 from captioner.data import Captions, object_array
 from captioner.errors import EndpointError, FingerprintError, UsageError
 from captioner.models import load, resolve
@@ -109,7 +109,7 @@ def test_images_are_turned_and_shrunk_to_the_longest_side(tmp_path: Path) -> Non
     picture = Image.linear_gradient("L").resize((400, 200)).convert("RGB")
     picture.save(tmp_path / "turned.jpg", exif=exif)
     with ModelServer() as server:
-        assert try_images([str(tmp_path / "turned.jpg")], settings(server, max_side=100)) == 0
+        assert try_images([str(tmp_path / "turned.jpg")], [settings(server, max_side=100)]) == 0
 
     (asked,) = server.asked
     with Image.open(io.BytesIO(asked.image)) as sent:

@@ -17,7 +17,7 @@ from PIL import Image
 
 from captioner import pipeline
 from captioner.config import CaptionConfig, ModelConfig, SourceConfig
-from captioner.console.commands import try_images
+from captioner.console.trying import try_images
 from captioner.data import CAPTIONS_SCHEMA, ERROR_CODES, Captions, DecodedImage, PixelSpec, RawImage
 from captioner.errors import OK, SourceError
 from captioner.imaging import IMAGE_SCHEMA, decode_images
@@ -234,7 +234,7 @@ def test_try_captions_the_others(tmp_path, capsys) -> None:
     (tmp_path / "good.png").write_bytes(png())
     (tmp_path / "zz.ppm").write_bytes(headers_that_claim(2**32)["ppm"])
 
-    assert try_images([str(tmp_path / "good.png"), str(tmp_path / "zz.ppm")], ModelConfig(name="fake")) == OK
+    assert try_images([str(tmp_path / "good.png"), str(tmp_path / "zz.ppm")], [ModelConfig(name="fake")]) == OK
 
     printed = capsys.readouterr()
     assert "good.png: picture" in printed.out

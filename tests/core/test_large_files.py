@@ -13,7 +13,7 @@ from PIL import Image
 
 from captioner import pipeline, steps
 from captioner.config import ModelConfig
-from captioner.console.commands import try_images
+from captioner.console.trying import try_images
 from captioner.imaging.sandbox.child import Slots
 from captioner.sources.reading import SNIFF_ABOVE
 from captioner.testing import make_folder, make_tar
@@ -54,7 +54,7 @@ def test_large_files_that_are_no_images_are_not_read(tmp_path: Path, decoding_he
 def test_try_does_not_read_them_either(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_sparse(tmp_path / "huge.jpg", b"", 10 << 30)
 
-    assert try_images([str(tmp_path / "huge.jpg")], ModelConfig(name="fake")) == 2
+    assert try_images([str(tmp_path / "huge.jpg")], [ModelConfig(name="fake")]) == 2
 
     assert "huge.jpg: too_large" in capsys.readouterr().err
 

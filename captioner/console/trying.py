@@ -1,0 +1,184 @@
+"""`captioner try`: caption a few images with one model, or with several to compare them, without Ray and a table."""
+
+from __future__ import annotations
+
+import gc
+import os
+import shutil
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from captioner.config import ModelConfig, SourceConfig
+from captioner.console.phases import phase
+from captioner.console.stopping import notify
+from captioner.console.text import counted, printable, shorten
+from captioner.data import RawImage
+from captioner.errors import ERROR, OK, TOO_MANY_FAILED, CaptionerError, ModelError, UsageError
+from captioner.imaging.sandbox.decoder import GuardedDecoder
+from captioner.models import ModelRef, load, resolve, resolve_dtype
+from captioner.models.devices import pick_device
+from captioner.models.loading import import_family
+from captioner.report.comparison import ImageText, Trial, render
+from captioner.report.page_images import MAX_PIXELS, SIDE, data_uri
+from captioner.sources.reading import ReadLimits, read_file
+from captioner.sources.root import Root, readable
+from captioner.steps import caption_or_reasons
+
+MODEL_WIDTH, TABLE_WIDTH = 28, 100
+
+
+def try_images(files: Sequence[str], models: Sequence[ModelConfig], page: str | None = None) -> int:
+    """Print a caption for each file, and failures on standard error; of several models, a comparison.
+
+    `page`: an HTML file to write, with the images. Returns exit code 2 when no file has a caption, and 1 when one of
+    several models could not be loaded; where it is the only one, its error is raised.
+    """
+    if page and not Path(page).absolute().parent.is_dir():
+        raise UsageError(f"--page {page}: its folder does not exist; create it, or give another file")
+    refs = [_resolve(model) for model in models]
+    images = [_read(name) for name in files]
+    trials = [_try_model(ref, device, model, images) for (ref, device), model in zip(refs, models, strict=True)]
+    if len(trials) == 1:
+        if trials[0].error:
+            raise ModelError(trials[0].error)
+        _print_captions(files, trials[0])
+    else:
+        _print_comparison(files, trials)
+    if page:
+        names = [printable(name) for name in files]
+        Path(page).write_text(render(names, _thumbnails(images), trials), encoding="utf-8")
+        print(f"captioner: the page: {printable(page)}", file=sys.stderr)
+    if any(trial.error for trial in trials):
+        return ERROR
+    return OK if any(trial.num_captions for trial in trials) else TOO_MANY_FAILED
+
+
+def _read(name: str) -> RawImage:
+    path = os.fsencode(os.path.abspath(name))
+    return read_file(Root("/"), ReadLimits(), readable(os.fsencode(name)), path)
+
+
+def _resolve(model: ModelConfig) -> tuple[ModelRef, str]:
+    """Return a model and the device that it is tried on."""
+    ref = resolve(model, notify=notify)
+    with phase("importing torch", notify):
+        device = "cpu" if model.endpoint else str(pick_device(model.device))
+    ref = resolve_dtype(ref, model.dtype, device.partition(":")[0])
+    print(f"captioner: {printable(ref.summary)}", file=sys.stderr)
+    return ref, device
+
+
+def _try_model(ref: ModelRef, device: str, model: ModelConfig, images: list[RawImage]) -> Trial:
+    """Caption the images with a model."""
+    from captioner.imaging import decode_images
+
+    limits = SourceConfig()
+    with GuardedDecoder(ref.spec, limits.max_pixels, limits.decode_timeout) as decoder:
+        batch = decode_images(images, ref.spec, limits.max_pixels, decoder)
+    codes, messages = (batch.rows[name].to_pylist() for name in ("error_code", "error_message"))
+    texts = [ImageText("", code, message) for code, message in zip(codes, messages, strict=True)]
+    trial = Trial(ref.name, ref.prompt, f"{ref.dtype} on {device}", texts)
+    decoded = [index for index, code in enumerate(codes) if not code]
+    if not decoded:
+        return trial
+    peak_bytes = _measured_memory(ref, device)
+    started = time.perf_counter()
+    try:
+        captioner = load(ref, device, model.batch_size, notify=notify)
+    except CaptionerError as error:
+        return replace(trial, error=str(error))
+    loaded = time.perf_counter()
+    for index, caption in zip(decoded, caption_or_reasons(captioner, batch.pixels[decoded]), strict=True):
+        if isinstance(caption, str):
+            texts[index] = ImageText("", "generate_error", caption)
+        else:
+            texts[index] = ImageText(caption.text)
+    seconds = (loaded - started, time.perf_counter() - loaded)
+    memory = peak_bytes()
+    del captioner
+    gc.collect()
+    return replace(trial, load_seconds=seconds[0], seconds=seconds[1], memory=memory)
+
+
+def _measured_memory(ref: ModelRef, device: str) -> Callable[[], int | None]:
+    """Start to measure the most memory that a model takes, and return a function that returns it in bytes.
+
+    Of a CUDA GPU what torch has reserved for it; on a CPU, where the system can tell, what this process takes beyond
+    what it took before.
+    """
+    if ref.endpoint or not ref.path:
+        return lambda: None
+    import_family(ref.family)
+    if device.startswith("cuda"):
+        import torch
+
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.max_memory_reserved
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # from now on VmHWM is the peak since now (Linux: proc(5))
+        before = _bytes_of_process("VmRSS")
+    except (OSError, LookupError):
+        return lambda: None
+    return lambda: max(0, _bytes_of_process("VmHWM") - before)
+
+
+def _bytes_of_process(name: str) -> int:
+    """Return a figure in /proc/self/status, which has kB. Raises LookupError."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return 1024 * int(fields[name].split()[0])
+
+
+def _print_captions(files: Sequence[str], trial: Trial) -> None:
+    for name, text in zip(files, trial.texts, strict=True):
+        if not text.error_code:
+            print(f"{printable(name)}: {printable(text.caption)}")
+    if trial.seconds is not None:
+        print(f"captioner: {counted(trial.num_captions, 'image')} in {trial.seconds:.2f} s", file=sys.stderr)
+    for name, text in zip(files, trial.texts, strict=True):
+        if text.error_code:
+            print(f"captioner: {printable(name)}: {text.error_code}: {printable(text.message)}", file=sys.stderr)
+
+
+def _print_comparison(files: Sequence[str], trials: list[Trial]) -> None:
+    """Print the captions of each image below its name, then a table of time and memory."""
+    names = [_fitting(trial.model) for trial in trials]
+    width = max(map(len, names))
+    columns = min(TABLE_WIDTH, shutil.get_terminal_size().columns)
+    for index, file in enumerate(files):
+        print(printable(file))
+        for name, trial in zip(names, trials, strict=True):
+            text = trial.error or trial.texts[index].shown
+            print(
+                textwrap.fill(
+                    printable(text),
+                    columns,
+                    initial_indent=f"  {name:<{width}}  ",
+                    subsequent_indent=" " * (width + 4),
+                )
+            )
+        print()
+    print(f"{'model':<{width}}{'load':>9}{'s/image':>9}{'memory':>10}")
+    for name, trial in zip(names, trials, strict=True):
+        print(f"{name:<{width}}{trial.load_time:>9}{trial.time_per_image:>9}{trial.peak_memory:>10}")
+
+
+def _fitting(name: str) -> str:
+    """Return the end of a model's name, which tells it from others better than its beginning."""
+    name = printable(name)
+    return name if len(name) <= MODEL_WIDTH else "…" + shorten(name[::-1], MODEL_WIDTH)[:-1][::-1]
+
+
+def _thumbnails(images: list[RawImage]) -> list[str]:
+    """Return a data URI for each image; "" for one that cannot be decoded."""
+    uris = [""] * len(images)
+    present = [index for index, image in enumerate(images) if image.data]
+    with GuardedDecoder(SIDE, MAX_PIXELS, SourceConfig().decode_timeout) as decoder:
+        for index, decoded in zip(present, decoder(images[index].data or b"" for index in present), strict=True):
+            if decoded.pixels is not None:
+                uris[index] = data_uri(decoded.pixels, decoded.width, decoded.height)
+    return uris

@@ -1,0 +1,77 @@
+"""The page of `captioner try --page`: images with the captions of several models, and time and memory of each model.
+
+One self-contained HTML file without scripts or network access; all data is escaped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+
+from jinja2 import Environment, StrictUndefined
+
+from captioner.console.text import counted, printable
+
+NO_FIGURE = "-"
+
+
+@dataclass(frozen=True, slots=True)
+class ImageText:
+    """What a model wrote of an image, or why it wrote nothing (`error_code`; "" = a caption)."""
+
+    caption: str
+    error_code: str = ""
+    message: str = ""
+
+    @property
+    def shown(self) -> str:
+        """The caption, or the reason."""
+        return f"{self.error_code}: {self.message}" if self.error_code else self.caption
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A model and what it wrote of each image.
+
+    `arithmetic`: dtype and device. `load_seconds`, and `seconds` of captioning all images; `memory`: the most bytes it
+    took; None where not measured. `error`: why the model could not be loaded.
+    """
+
+    model: str
+    prompt: str | None
+    arithmetic: str
+    texts: list[ImageText]
+    load_seconds: float | None = None
+    seconds: float | None = None
+    memory: int | None = None
+    error: str = ""
+
+    @property
+    def num_captions(self) -> int:
+        return sum(not text.error_code for text in self.texts) if self.seconds is not None else 0
+
+    @property
+    def load_time(self) -> str:
+        return NO_FIGURE if self.load_seconds is None else f"{self.load_seconds:.1f} s"
+
+    @property
+    def time_per_image(self) -> str:
+        if not self.num_captions or self.seconds is None:
+            return NO_FIGURE
+        return f"{self.seconds / self.num_captions:.3f}"
+
+    @property
+    def peak_memory(self) -> str:
+        if self.memory is None:
+            return NO_FIGURE
+        return f"{self.memory / 1e9:.1f} GB" if self.memory >= 1e9 else f"{self.memory / 1e6:.0f} MB"
+
+
+def render(names: Sequence[str], uris: Sequence[str], trials: Sequence[Trial]) -> str:
+    """Return the page. `names`, `uris`: of each image its file and the data URI of its thumbnail, or ""."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"shown": printable}
+    template = environment.from_string(files("captioner.report").joinpath("comparison.html").read_text("utf-8"))
+    title = f"{counted(len(trials), 'model')} on {counted(len(names), 'image')}"
+    return template.render(title=title, images=list(enumerate(zip(names, uris, strict=True))), trials=trials)

@@ -1,0 +1,69 @@
+"""`captioner try`: captions of several models beside each other, on the terminal and as a page."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from captioner.config import ModelConfig
+from captioner.console.trying import try_images
+from captioner.errors import ERROR, OK, TOO_MANY_FAILED, ModelError, UsageError
+from captioner.testing import make_folder, make_tiny_model
+
+FAKE = ModelConfig(name="fake")
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> str:
+    make_folder(tmp_path / "images", 1)
+    return str(next((tmp_path / "images").glob("*.*g")))
+
+
+@pytest.fixture
+def unloadable(tmp_path: Path) -> ModelConfig:
+    """Return a model whose files can be read but whose tensors do not fit its config.json."""
+    directory = make_tiny_model("git", tmp_path / "git")
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    return ModelConfig(name=str(directory))
+
+
+def test_models_are_compared_image_by_image(image: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    damaged = tmp_path / "<b>.jpg"
+    damaged.write_bytes(b"no image")
+    page = tmp_path / "models.html"
+    models = [FAKE.model_copy(update={"prompt": prompt}) for prompt in ("a <i>", "two")]
+
+    assert try_images([image, str(damaged)], models, str(page)) == OK
+
+    printed = capsys.readouterr().out
+    assert printed.index(image) < printed.index("a <i>") < printed.index("two") < printed.index("<b>.jpg")
+    assert printed.count("not_an_image") == 2
+    assert [line.split()[0] for line in printed.splitlines()[-3:]] == ["model", "fake", "fake"]
+    html = page.read_text()
+    assert html.count("data:image/jpeg;base64") == 1
+    assert "a &lt;i&gt; " in html
+    assert "<i>" not in html
+    assert "<b>" not in html
+
+
+def test_a_model_that_cannot_be_loaded_leaves_the_others(
+    image: str, unloadable: ModelConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert try_images([image], [unloadable, FAKE]) == ERROR
+
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "tensors do not fit config.json" in printed
+    assert "picture" in printed
+    with pytest.raises(ModelError, match="tensors do not fit"):
+        try_images([image], [unloadable])
+
+
+def test_what_can_be_known_is_said_before_a_model_is_loaded(image: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="its folder does not exist"):
+        try_images([image], [FAKE], str(tmp_path / "no" / "models.html"))
+    with pytest.raises(ModelError, match="no such directory"):
+        try_images([image], [FAKE, ModelConfig(name=str(tmp_path / "no"))])
+    assert try_images([str(tmp_path / "no.jpg")], [FAKE, FAKE]) == TOO_MANY_FAILED
