@@ -374,11 +374,17 @@ class TrainingConfig(Settings):
 
     num_train_epochs: float = Field(3.0, gt=0, description="Passes over the training images.")
     max_steps: int | None = Field(None, ge=1, description="Number of optimiser steps, instead of epochs.")
-    learning_rate: float = Field(5e-5, gt=0, description="Highest learning rate.")
-    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial"] = Field(
-        "linear", description="How the learning rate decreases."
+    learning_rate: float | None = Field(
+        None, gt=0, description="Highest learning rate; default by model family, such as 5e-5 for git."
     )
-    warmup_steps: int = Field(0, ge=0, description="Steps over which the learning rate rises.")
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial"] | None = Field(
+        None, description="How the learning rate decreases; default by model family."
+    )
+    warmup_steps: float | None = Field(
+        None,
+        ge=0,
+        description="Steps over which the learning rate rises, below 1 a share of all steps; default by model family.",
+    )
     weight_decay: float = Field(0.0, ge=0, description="Weight decay of AdamW.")
     max_grad_norm: float = Field(1.0, ge=0, description="Gradients are clipped to this norm; 0 is never.")
     per_device_train_batch_size: int = Field(32, ge=1, description="Pairs in each forward pass of a worker.")
@@ -393,9 +399,14 @@ class TrainingConfig(Settings):
     eval_steps: int | None = Field(None, ge=1, description="Steps between evaluations; default once an epoch.")
     save_steps: int | None = Field(None, ge=1, description="Steps between checkpoints; a multiple of --eval-steps.")
     save_total_limit: int = Field(3, ge=1, description="Checkpoints kept: the best ones, and the latest.")
-    metric_for_best_model: Literal["wer", "loss"] = Field("wer", description="Metric that chooses the best checkpoint.")
+    metric_for_best_model: Literal["wer", "loss", "cider"] = Field(
+        "wer", description="Metric that chooses the best checkpoint."
+    )
     early_stopping_patience: int | None = Field(
         None, ge=1, description="Stop after N evaluations without a better one."
+    )
+    stop_on_collapse: bool = Field(
+        False, description="End the run with an error when more than half of the captions of an evaluation are equal."
     )
     seed: int = Field(42, ge=0, description="Seed of the split, the order and the choice of captions.")
     report_to: Literal["none", "tensorboard"] = Field("none", description="Where to write curves besides OUT.")

@@ -30,6 +30,7 @@ from captioner.training import job
 from captioner.training.job import PreparedRun, TrainOutcome, TrainSetup
 from captioner.training.progress import TrainProgress
 from captioner.training.record import RUN_FILE
+from captioner.training.schedule import is_higher_better, rank
 from captioner.training.worker import FinishInputs
 from ray_jobs.cluster import Connection, Resources, Sizes, import_ray, share_out
 from ray_jobs.failures import cause_of
@@ -99,7 +100,7 @@ class RayTrainEngine:
         checkpoints = result.best_checkpoints or []
         if not checkpoints:
             return TrainOutcome(prepared, None, {}, **ended)
-        checkpoint, metrics = min(checkpoints, key=lambda pair: (_number(pair[1][metric]), pair[1]["step"]))
+        checkpoint, metrics = min(checkpoints, key=lambda pair: rank(pair[1], metric))
         return TrainOutcome(prepared, checkpoint, metrics, **ended)
 
     def finish(self, checkpoint: Any, inputs: FinishInputs) -> dict[str, Any]:
@@ -123,6 +124,7 @@ class RayTrainEngine:
 
         logging.getLogger("ray.train").setLevel(logging.ERROR)
         sizes, settings = self._sizes(), setup.config.training
+        metric = f"eval_{settings.metric_for_best_model}"
         resources = {"CPU": sizes.cpus_per_worker} | ({"GPU": sizes.gpus_per_worker} if sizes.gpus_per_worker else {})
         config = {
             "config": _with_absolute_out(setup.config),
@@ -143,8 +145,8 @@ class RayTrainEngine:
                 storage_filesystem=setup.out.filesystem,
                 checkpoint_config=CheckpointConfig(
                     num_to_keep=settings.save_total_limit,
-                    checkpoint_score_attribute=f"eval_{settings.metric_for_best_model}",
-                    checkpoint_score_order="min",
+                    checkpoint_score_attribute=metric,
+                    checkpoint_score_order="max" if is_higher_better(metric) else "min",
                 ),
                 failure_config=FailureConfig(max_failures=MAX_FAILURES),
             ),
@@ -242,10 +244,6 @@ class _Preparing:
         except BaseException as error:  # raised by the thread that trains
             self.error = error
             self._board.set_task.remote(None)
-
-
-def _number(value: float | None) -> float:
-    return float("inf") if value is None else value
 
 
 def _cause_of(error: BaseException) -> CaptionerError:

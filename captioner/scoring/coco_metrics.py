@@ -32,12 +32,20 @@ class _Vector:
     length: int
 
 
-def cider_d(captions: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> list[float]:
-    """Return a score for each caption, 0 to 10; their mean is the corpus score."""
+def cider_d(
+    captions: Sequence[Tokens],
+    references: Sequence[Sequence[Tokens]],
+    documents: Sequence[Sequence[Tokens]] | None = None,
+) -> list[float]:
+    """Return a score for each caption, 0 to 10; their mean is the corpus score.
+
+    `documents`: the references of the whole corpus, where `captions` are a part of it.
+    """
+    documents = references if documents is None else documents
     frequency: Counter[Gram] = Counter()
-    for image_references in references:
+    for image_references in documents:
         frequency.update({gram for reference in image_references for n in range(1, 5) for gram in ngrams(reference, n)})
-    scale = log(len(references)) if references else 0.0
+    scale = log(len(documents)) if documents else 0.0
     scores = []
     for caption, image_references in zip(captions, references, strict=True):
         vector = _vector(caption, frequency, scale)

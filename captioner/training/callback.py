@@ -13,8 +13,9 @@ import torch
 from transformers import TrainerCallback
 
 from captioner.store.directory import Directory
+from captioner.training.advice import COLLAPSED, collapse_warning, is_collapsed, warnings_of
 from captioner.training.checkpoints import Checkpoints, Snapshot
-from captioner.training.evaluate import Evaluator
+from captioner.training.evaluate import SHARES, Evaluator
 from captioner.training.schedule import best_of, evaluations, is_stale
 from captioner.training.tensorboard import write_events
 from captioner.training.worker import Worker, WorkerTask
@@ -81,6 +82,10 @@ class TrainingCallback(TrainerCallback):
         if schedule.is_evaluated(step):
             self._evaluate(state)
             self._show_progress(state)
+            if self._task.config.training.stop_on_collapse and is_collapsed(evaluations(state.log_history)[-1]):
+                self.stopped = f"{COLLAPSED} at step {step}"
+                control.should_training_stop = True  # without a checkpoint of this step
+                return
             if is_stale(state.log_history, self._task.config.training):
                 self.stopped = f"no better evaluation since step {best_of(state.log_history, self._metric)['step']}"
                 control.should_training_stop = True
@@ -88,7 +93,8 @@ class TrainingCallback(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         latest = evaluations(state.log_history)[-1]
-        metrics = {"step": state.global_step, "eval_wer": latest["eval_wer"], "eval_loss": latest["eval_loss"]}
+        names = dict.fromkeys(("eval_wer", "eval_loss", self._metric))
+        metrics = {"step": state.global_step, **{name: latest[name] for name in names}}
         snapshot, self._trainer.snapshot = self._trainer.snapshot, None
         self._checkpoints.save(snapshot, metrics)
         if self._worker.rank == 0 and self._task.config.training.report_to == "tensorboard":
@@ -111,6 +117,8 @@ class TrainingCallback(TrainerCallback):
     def _evaluate(self, state: Any, windows: Iterator[pa.Table] | None = None) -> None:
         result = self._evaluator(self._task.eval, windows)
         state.log_history.append({"step": state.global_step, **{f"eval_{name}": v for name, v in result.items()}})
+        if warning := collapse_warning(state.log_history, self._task.config):
+            state.log_history[-1]["warning"] = warning
         self._seed(state)
 
     def _seed(self, state: Any) -> None:
@@ -123,12 +131,15 @@ class TrainingCallback(TrainerCallback):
         step, seconds = state.global_step, time.perf_counter() - self._started
         num_samples = (step - self._first_step) * self._task.schedule.global_batch_size
         evaluated = evaluations(state.log_history)
+        latest = evaluated[-1] if evaluated else {}
         self._worker.show_progress(
             {
                 "step": step,
                 "total": self._task.schedule.max_steps,
                 "loss": self._loss,
-                "wer": evaluated[-1]["eval_wer"] if evaluated else None,
+                "wer": latest.get("eval_wer"),
+                **{name: latest.get(f"eval_{name}") for name in SHARES},
+                "warnings": warnings_of(evaluated),
                 "samples_per_second": num_samples / seconds if num_samples else None,
             }
         )

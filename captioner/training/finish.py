@@ -18,7 +18,7 @@ from captioner.models.weights import SETTINGS_FILES
 from captioner.scoring.eligible_rows import TRAINING_IMAGES
 from captioner.training.checkpoints import save_network
 from captioner.training.collate import Decode
-from captioner.training.evaluate import Evaluator
+from captioner.training.evaluate import SHARES, Evaluator
 from captioner.training.hub import model_card
 from captioner.training.job import MODEL_FILE
 from captioner.training.loop import eval_batch_size, make_collate
@@ -66,7 +66,15 @@ def finish(checkpoint: Path, inputs: FinishInputs, device: torch.device) -> dict
 def _evaluate(captioner: TransformersCaptioner, inputs: FinishInputs, pairs: pa.Table) -> dict[str, Any]:
     decode = Decode(inputs.sources, inputs.model.spec)
     loss, collate = CaptionLoss(captioner), make_collate(captioner)
-    return Evaluator(captioner, loss, collate, lambda tables: map(decode, tables), captioner.batch_size)(pairs)
+    evaluator = Evaluator(
+        captioner,
+        loss,
+        collate,
+        lambda tables: map(decode, tables),
+        captioner.batch_size,
+        scores_cider=inputs.config.training.metric_for_best_model == "cider",
+    )
+    return evaluator(pairs)
 
 
 def _without_prefix(entry: dict[str, Any]) -> dict[str, Any]:
@@ -111,7 +119,8 @@ def _publish(directory: Path, inputs: FinishInputs, result: dict[str, Any]) -> N
 
 
 def _figures(evaluation: dict[str, Any]) -> dict[str, Any]:
-    return {name: evaluation[name] for name in ("wer", "shuffled_wer", "loss", "num_pictures")}
+    names = ("wer", "shuffled_wer", "loss", "cider", *SHARES, "num_pictures")
+    return {name: evaluation[name] for name in names if name in evaluation}
 
 
 def training_images(tables: dict[str, pa.Table], of_base: Path) -> pa.Table:

@@ -28,9 +28,11 @@ from captioner.models.checking import PendingCheck
 from captioner.run.prefetch import in_background
 from captioner.sources import describe
 from captioner.store.directory import Directory
+from captioner.training.advice import COLLAPSED, length_warning
 from captioner.training.pair_sources import PairSources, list_pairs, open_pair_sources
 from captioner.training.pairs import SPLITS, TRAINABLE, Examine, Pairs, make_pairs, max_caption_tokens
 from captioner.training.progress import TrainProgress
+from captioner.training.recipes import with_recipe
 from captioner.training.record import RUN_FILE, open_record
 from captioner.training.schedule import Schedule, make_schedule
 from captioner.training.worker import FinishInputs, WorkerTask
@@ -152,6 +154,7 @@ def _run(config: TrainConfig, engine: TrainEngine) -> int:
     with TrainProgress() as progress:
         progress.show_status("reading the files of the model")
         out, model = Directory(config.output.path), _resolve(config)
+        config = with_recipe(config, model.family)
         progress.show_status(f"opening {shown(config.data.path)}")
         sources = open_pair_sources(config.data)
         for source in sources.sources:
@@ -195,7 +198,7 @@ def _train(
         outcome = engine.train(setup, prepare, progress)
     if outcome.stopped:
         notify(f"stopped at step {outcome.step}: {outcome.stopped}")
-    if outcome.stopped.startswith("the loss of"):
+    if outcome.stopped.startswith(("the loss of", COLLAPSED)):
         raise TrainingError(
             f"{outcome.stopped}; the last good checkpoint stays in {shown(setup.config.output.path)}/checkpoints; "
             "train with a lower --learning-rate into another OUT"
@@ -218,6 +221,8 @@ def _prepare(
     config, record = setup.config, setup.record
     pairs = _read_pairs(setup.out) if listed is None else _examine(setup, listed, engine, progress)
     _notify_pairs(pairs)
+    if warning := length_warning(pairs.tables["train"], config, setup.model.family):
+        notify(warning)
     check.result()
     schedule = make_schedule(config.training, _epoch_size(config, pairs), record["num_workers"])
     setup.out.write_json(RUN_FILE, record | {"state": "running"})

@@ -13,6 +13,7 @@ import pyarrow as pa
 from captioner.models.devices import pick_device
 from captioner.training.job import PreparedRun, TrainOutcome, TrainSetup
 from captioner.training.progress import TrainProgress
+from captioner.training.schedule import rank
 from captioner.training.worker import FinishInputs
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class LocalEngine:
         ended = train_worker(setup.config, setup.model, worker, worker.latest_checkpoint())
         checkpoints = [(folder, json.loads((folder / _METRICS).read_text())) for folder in worker.checkpoints()]
         metric = f"eval_{setup.config.training.metric_for_best_model}"
-        best, metrics = min(checkpoints, key=lambda pair: (pair[1][metric], pair[1]["step"]), default=(None, {}))
+        best, metrics = min(checkpoints, key=lambda pair: rank(pair[1], metric), default=(None, {}))
         return TrainOutcome(run, best, metrics, **ended)
 
     def finish(self, checkpoint: Any, inputs: FinishInputs) -> dict[str, Any]:

@@ -124,6 +124,7 @@ def _train(
         eval_batch_size(task.config),
         worker.rank,
         worker.world_size,
+        scores_cider=task.config.training.metric_for_best_model == "cider",
         all_reduce=lambda sums: sum_over_workers(sums, captioner.device),
         show_status=partial(_show_status, worker),
     )

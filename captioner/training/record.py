@@ -21,7 +21,7 @@ RUN_FILE = "train.json"
 # Settings that may differ when a run is resumed: where it runs and what it reports.
 UNBOUND_SETTINGS = {
     "cluster": {"address", "gpus_per_worker", "num_workers"},
-    "training": {"logging_steps", "per_device_eval_batch_size", "report_to", "save_total_limit"},
+    "training": {"logging_steps", "per_device_eval_batch_size", "report_to", "save_total_limit", "stop_on_collapse"},
     "output": {"path", "push_to_hub", "hub_model_id"},
     "data": {"max_failed"},
     "model": {"device"},

@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from captioner.data import RawImage
 from captioner.store.directory import Directory
+from captioner.training.advice import warnings_of
 from captioner.training.pair_sources import PairSources
 from captioner.training.schedule import evaluations
 
@@ -42,11 +43,18 @@ def write_report(
             _curve("training loss", losses, None),
             _curve("eval loss", [(entry["step"], entry["eval_loss"]) for entry in evaluated], best_step),
             _curve("eval WER", [(entry["step"], entry["eval_wer"]) for entry in evaluated], best_step),
+            _curve("eval CIDEr-D", _points(evaluated, "eval_cider"), best_step),
+            _curve("share of the most frequent caption", _points(evaluated, "eval_equal_share"), best_step),
         ],
+        warnings=warnings_of(history),
         train_sheet=_sheet(sources, tables["train"].slice(0, NUM_IMAGES)),
         eval_sheet=_eval_sheet(sources, tables["eval"], result),
     )
     out.write_bytes("report.html", html.encode())
+
+
+def _points(evaluated: list[dict[str, Any]], name: str) -> list[tuple[int, float | None]]:
+    return [(entry["step"], entry.get(name)) for entry in evaluated]
 
 
 def _curve(name: str, points: list[tuple[int, float | None]], best_step: int | None) -> dict[str, Any] | None:

@@ -53,8 +53,8 @@ def evaluations(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def best_of(history: list[dict[str, Any]], metric: str) -> dict[str, Any]:
-    """Return the first evaluation with the lowest value of "eval_wer" or "eval_loss"."""
-    return min(evaluations(history), key=lambda entry: (_value(entry, metric), entry["step"]))
+    """Return the first evaluation with the best value of "eval_wer", "eval_loss" or "eval_cider"."""
+    return min(evaluations(history), key=lambda entry: rank(entry, metric))
 
 
 def is_stale(history: list[dict[str, Any]], config: TrainingConfig) -> bool:
@@ -66,6 +66,14 @@ def is_stale(history: list[dict[str, Any]], config: TrainingConfig) -> bool:
     return len(later) >= config.early_stopping_patience
 
 
-def _value(entry: dict[str, Any], metric: str) -> float:
+def rank(entry: dict[str, Any], metric: str) -> tuple[float, int]:
+    """Return a key that sorts evaluations, or metrics of checkpoints: the best first, of equal ones the earliest."""
     value = entry[metric]
-    return math.inf if value is None else float(value)
+    if value is None:
+        return math.inf, entry["step"]
+    return (-float(value) if is_higher_better(metric) else float(value)), entry["step"]
+
+
+def is_higher_better(metric: str) -> bool:
+    """Return whether a higher value of a metric is better: of CIDEr, but not of WER and loss."""
+    return metric == "eval_cider"
