@@ -230,7 +230,7 @@ class CheckConfig(Settings):
         ge=0,
         le=1,
         description="Exit 2 when a larger share of the captions is empty, cut off, repetitive, the same for many "
-        "images, in another language, or has special tokens or a term of --terms.",
+        "images, in another language, a refusal or the prompt, or has special tokens or a term of --terms.",
     )
     terms: str | None = Field(
         None, description="File with one word or phrase per line; captions that contain one are flagged."

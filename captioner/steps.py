@@ -168,7 +168,7 @@ def caption(
     started = time.perf_counter()
     assert decoded.pixels is not None
     usages: list[Usage] = []
-    results = _caption_rows(captioner, decoded.rows, decoded.pixels, memory, usages)
+    results = _caption_rows(captioner, decoded.rows, decoded.pixels, memory, usages, work.model.question)
     rows = _finished_rows(work, decoded, results)
     seconds = decoded.seconds | {"generate": time.perf_counter() - started}
     engine, device = getattr(captioner, "engine", "generic"), getattr(captioner, "device_name", "cpu")
@@ -217,11 +217,14 @@ class Caption:
     flags: list[str]
 
 
-def caption_or_reasons(captioner: Captioner, pixels: Pixels, usages: list[Usage] | None = None) -> list[Caption | str]:
+def caption_or_reasons(
+    captioner: Captioner, pixels: Pixels, usages: list[Usage] | None = None, question: str = ""
+) -> list[Caption | str]:
     """Return a caption for each image, or the reason why it has none.
 
     A batch that fails is tried again in halves, so that one image does not fail the others. `usages`: a list to which
-    the tokens that a model server counted are appended. Raises EndpointError where no model server can be used.
+    the tokens that a model server counted are appended. `question`: what a chat model is asked, see `ModelRef`. Raises
+    EndpointError where no model server can be used.
     """
     if not len(pixels):
         return []
@@ -229,18 +232,18 @@ def caption_or_reasons(captioner: Captioner, pixels: Pixels, usages: list[Usage]
         captions = captioner.caption(pixels)
         if usages is not None:
             usages.extend(captions.usage)
-        return _as_list(captions, len(pixels))
+        return _as_list(captions, len(pixels), question)
     except EndpointError:
         raise
     except Exception as error:
         if len(pixels) == 1:
             return [f"{type(error).__name__}: {' '.join(str(error).split())}"[:MAX_REASON]]
         half = len(pixels) // 2
-        first = caption_or_reasons(captioner, pixels[:half], usages)
-        return first + caption_or_reasons(captioner, pixels[half:], usages)
+        first = caption_or_reasons(captioner, pixels[:half], usages, question)
+        return first + caption_or_reasons(captioner, pixels[half:], usages, question)
 
 
-def _as_list(captions: Captions, num_images: int) -> list[Caption | str]:
+def _as_list(captions: Captions, num_images: int, question: str) -> list[Caption | str]:
     """Return the captions one by one. Raises ValueError, or an Arrow error, where they do not fit the table."""
     pa.array(captions.texts, CAPTIONS_SCHEMA.field("caption").type)
     pa.array(captions.num_tokens, CAPTIONS_SCHEMA.field("num_tokens").type)
@@ -249,7 +252,7 @@ def _as_list(captions: Captions, num_images: int) -> list[Caption | str]:
     errors = captions.errors or [""] * num_images
     columns = zip(captions.texts, captions.num_tokens, captions.logprob_mean, captions.finished, errors, strict=True)
     return [
-        error[:MAX_REASON] or Caption(text, tokens, _finite(logprob), caption_flags(text, logprob, finished))
+        error[:MAX_REASON] or Caption(text, tokens, _finite(logprob), caption_flags(text, logprob, finished, question))
         for text, tokens, logprob, finished, error in columns
     ]
 
@@ -274,6 +277,7 @@ def _caption_rows(
     pixels: Pixels,
     memory: CaptionMemory[Caption] | None,
     usages: list[Usage],
+    question: str,
 ) -> list[RowResult]:
     """Return a result for each row, in order: of images that were not decoded, their error."""
     errors = zip(rows["error_code"].to_pylist(), rows["error_message"].to_pylist(), strict=True)
@@ -282,7 +286,7 @@ def _caption_rows(
     copies = find_copies([index for index, row in enumerate(results) if not row.error_code], sha256s, memory)
     all_unique = len(copies.unique) == len(pixels)
     unique_pixels = pixels if all_unique else pixels[copies.unique]  # indexing copies them
-    captions = caption_or_reasons(captioner, unique_pixels, usages)
+    captions = caption_or_reasons(captioner, unique_pixels, usages, question)
     for index, outcome in zip(copies.unique, captions, strict=True):
         if isinstance(outcome, str):
             results[index] = RowResult(error_code="generate_error", error_message=outcome)

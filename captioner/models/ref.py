@@ -10,6 +10,7 @@ from functools import cached_property
 
 from captioner.data import PixelSpec
 from captioner.files import shown
+from captioner.models.families import family_of
 
 # To be increased when the same file and the same PixelSpec give other pixels than before.
 PREPROCESSING_VERSION = 2
@@ -90,6 +91,11 @@ class ModelRef:
     @property
     def max_side(self) -> int | None:
         return self.endpoint.max_side if self.endpoint else None
+
+    @property
+    def question(self) -> str:
+        """The prompt where it is a question to a chat model, which is no part of a caption; else ""."""
+        return (self.prompt or "") if family_of(self.family).prompt == "question" else ""
 
     def shared_by(self, num_workers: int) -> ModelRef:
         """Return the model for one of several workers: of servers, with its part of the requests under way."""

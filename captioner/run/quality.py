@@ -37,6 +37,8 @@ COMMON_FAULTS = {
     "no_logprob": ("have no finite log-probability", "try --dtype float32"),
     "special_tokens": ("contain special tokens", "check that the tokenizer is the model's own"),
     "repeated": ("repeat a word or phrase", "try another model or --num-beams"),
+    "refusal": ("refuse to describe the image", "try another --prompt or model"),
+    "repeats_prompt": ("repeat the prompt", "try another --prompt or model"),
     "truncated": ("are cut off at the token limit", "raise --max-new-tokens"),
 }
 MAX_SPOT_CHECKED = 5_000  # rows scored while captioning: they travel to every worker

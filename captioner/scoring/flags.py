@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import re
 
+from captioner.scoring.chat_habits import HABITS, KINDS, chat_habits
+
 # Flags of one caption, stored in its row of the captions table.
 CAPTION_FLAGS = {
     "empty": "no text",
@@ -16,7 +18,7 @@ CAPTION_FLAGS = {
     "image_of": "starts with words like “image of”, which tell a reader of alt text nothing",
     "over_125": "longer than 125 characters, the recommended limit for alt text",
     "over_250": "longer than 250 characters",
-}
+} | HABITS
 # Flags of a caption compared with the others of its run, stored in OUT/checks.
 RUN_FLAGS = {
     "same_caption": "the same caption for many different images",
@@ -28,39 +30,40 @@ ALL_FLAGS = CAPTION_FLAGS | RUN_FLAGS
 
 # Flags that say a caption is wrong whatever the image shows; the others are a matter of style, length or rank.
 FAULTS = frozenset(
-    {"empty", "truncated", "no_logprob", "repeated", "special_tokens", "same_caption", "other_language", "listed_term"}
+    {"empty", "truncated", "no_logprob", "repeated", "special_tokens", "refusal", "repeats_prompt"}
+    | {"same_caption", "other_language", "listed_term"}
 )
 
-_SPECIAL = re.compile(
+SPECIAL_TOKENS = re.compile(
     r"\[(?:unused\d+|unk|pad|cls|sep|mask)\]|<(?:/?s|pad|unk|bos|eos|mask|image|\|[^|>]*\|)>|\ufffd", re.I
 )
-_KINDS = "image|picture|photo|photograph|photography|pic|drawing|illustration|screenshot|graphic|icon"
 _IMAGE_OF = re.compile(
     r"\W*(?:(?:this|here|there)\s+is\s+)?(?:an?\s+|the\s+|this\s+)?(?:close[\s-]?up\s+|black and white\s+|\w+\s+)?"
-    rf"(?:{_KINDS})s?\s+(?:of|showing|shows|depicting)\b",
+    rf"{KINDS}\s+(?:of|showing|depicting)\b",
     re.I,
 )
 _TOKENS = re.compile(r"\w+|[^\w\s]")
 MAX_PHRASE_WORDS = 6
 
 
-def caption_flags(text: str, logprob_mean: float | None = 0.0, finished: bool = True) -> list[str]:
+def caption_flags(text: str, logprob_mean: float | None = 0.0, finished: bool = True, prompt: str = "") -> list[str]:
     """Return the flags of one caption, in the order of CAPTION_FLAGS.
 
     `logprob_mean`: NaN when the model gave none, None when it never gives any. `finished`: the end token came within
-    the limit.
+    the limit. `prompt`: the question that a chat model was asked.
     """
+    habits = chat_habits(text, prompt)
     applies = {
         "empty": not text.strip(),
         "truncated": not finished,
         "no_logprob": logprob_mean is not None and not math.isfinite(logprob_mean),
         "logprob_not_given": logprob_mean is None,
         "repeated": is_repetitive(text),
-        "special_tokens": _SPECIAL.search(text) is not None,
+        "special_tokens": SPECIAL_TOKENS.search(text) is not None,
         "image_of": _IMAGE_OF.match(text) is not None,
         "over_125": len(text) > 125,
         "over_250": len(text) > 250,
-    }
+    } | {name: name in habits for name in HABITS}
     return [flag for flag in CAPTION_FLAGS if applies[flag]]
 
 

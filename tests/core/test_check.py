@@ -388,6 +388,7 @@ def test_columns_are_refused_where_there_are_none(tmp_path: Path) -> None:
         ("this is a black and white photo of a street", ["image_of"]),
         ("a photographer of birds", []),
         ("a man taking a picture of a cat", []),
+        ("The picture shows a cat", ["preamble"]),
         ("w" * 126, ["over_125"]),
         ("w" * 251, ["over_125", "over_250"]),
     ],

@@ -9,9 +9,19 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 
-from captioner.publishing.alt_text.rules import QUOTED, has_words
+from captioner.publishing.alt_text.rules import has_words
+from captioner.scoring.chat_habits import (
+    CONDITIONS,
+    FAITHS,
+    ORIGINS,
+    PEOPLE,
+    QUOTED,
+    VISIBLE_TEXT,
+    are_described,
+    lexicon,
+    words_of,
+)
 
 FINDINGS = {
     "maybe_decorative": "may be decorative; a decorative image has an empty alt text",
@@ -43,32 +53,18 @@ class CaptionedImage:
 Finding = Callable[[CaptionedImage], bool]
 
 
-def _lexicon(words: str) -> frozenset[str]:
-    """Return the words and their plurals in -s."""
-    return frozenset(form for word in words.split() for form in (word, f"{word}s"))
-
-
-_DECORATIVE = _lexicon("background pattern texture gradient wallpaper border ornament divider swirl blank")
-_TEXT = _lexicon(
-    "sign text word letter lettering logo label poster banner billboard caption inscription writing written says "
-    "reads reading screenshot document newspaper headline graffiti license titled handwriting "
-    "subtitle menu ticket map chart graph diagram"
+_DECORATIVE = lexicon("background pattern texture gradient wallpaper border ornament divider swirl blank")
+_PEOPLE_ADJECTIVES = (  # only before a word for people: there are African elephants and window blinds
+    ORIGINS | CONDITIONS | lexicon("black white brown poor gay lesbian old elderly young middle-aged homeless foreign")
 )
-_PEOPLE = _lexicon(
-    "man men woman women boy girl male female person people child children kid baby couple family lady ladies guy "
-    "gentleman soldier worker farmer player dancer musician student"
+_IDENTITY = (
+    FAITHS
+    | lexicon("handicapped autistic pregnant obese overweight wheelchair amputee transgender")
+    | lexicon("eskimo gypsy gypsie immigrant refugee migrant nun rabbi imam beggar slave")
+    | lexicon("mother father mom mum dad wife wives husband bride groom son daughter sister brother sibling")
+    | lexicon("grandmother grandfather")
 )
-_PEOPLE_ADJECTIVES = _lexicon(  # only before a word for people: there are African elephants and window blinds
-    "african african-american asian american european chinese japanese korean indian arab arabic mexican hispanic "
-    "latino latina caucasian black white brown native indigenous tribal ethnic blind deaf disabled poor gay lesbian "
-    "old elderly young middle-aged homeless foreign"
-)
-_IDENTITY = _lexicon(
-    "eskimo gypsy gypsie immigrant refugee migrant muslim jewish jew christian hindu buddhist sikh nun rabbi imam "
-    "handicapped wheelchair amputee autistic transgender pregnant beggar slave mother father mom mum dad wife wives "
-    "husband bride groom son daughter sister brother sibling grandmother grandfather obese overweight"
-)
-_GENDER = _lexicon("man men woman women boy girl male female gentleman gentlemen lady ladies ladie he she his her guy")
+_GENDER = lexicon("man men woman women boy girl male female gentleman gentlemen lady ladies ladie he she his her guy")
 _NAME = re.compile(r"\b[A-Z][a-z’']+\s+(?:(?:de|van|von|di|da|of)\s+)?[A-Z][a-z’']+")
 
 
@@ -79,7 +75,7 @@ def maybe_decorative(image: CaptionedImage) -> bool:
     knows the page can decide.
     """
     sides = [side for side in (image.width, image.height) if side is not None]
-    return any(side < SPACER_PIXELS for side in sides) or not _DECORATIVE.isdisjoint(_words_of(image.caption)[:3])
+    return any(side < SPACER_PIXELS for side in sides) or not _DECORATIVE.isdisjoint(words_of(image.caption)[:3])
 
 
 def text_in_picture(image: CaptionedImage) -> bool:
@@ -87,7 +83,7 @@ def text_in_picture(image: CaptionedImage) -> bool:
 
     Source: W3C WAI, alt Decision Tree.
     """
-    return QUOTED.search(image.caption) is not None or not _TEXT.isdisjoint(_words_of(image.caption))
+    return QUOTED.search(image.caption) is not None or not VISIBLE_TEXT.isdisjoint(words_of(image.caption))
 
 
 def identity(image: CaptionedImage) -> bool:
@@ -95,12 +91,8 @@ def identity(image: CaptionedImage) -> bool:
 
     Source: Cooper Hewitt, Guidelines for Image Description; Nasjonalmuseet: observable elements only.
     """
-    words = _words_of(image.caption)
-    describes_people = (
-        word in _PEOPLE_ADJECTIVES and not _PEOPLE.isdisjoint(words[index + 1 : index + 3])
-        for index, word in enumerate(words)
-    )
-    return not _IDENTITY.isdisjoint(words) or any(describes_people)
+    words = words_of(image.caption)
+    return not _IDENTITY.isdisjoint(words) or are_described(words, _PEOPLE_ADJECTIVES, PEOPLE, reach=2)
 
 
 def gender(image: CaptionedImage) -> bool:
@@ -109,7 +101,7 @@ def gender(image: CaptionedImage) -> bool:
     A flag of its own, since it is far more frequent than `identity`. Source: as for `identity`; captioning models
     reproduce the bias of their data (Hendricks et al., Women also Snowboard, 2018).
     """
-    return not _GENDER.isdisjoint(_words_of(image.caption))
+    return not _GENDER.isdisjoint(words_of(image.caption))
 
 
 def name(image: CaptionedImage) -> bool:
@@ -125,11 +117,6 @@ def cut_short(image: CaptionedImage) -> bool:
 def no_words(image: CaptionedImage) -> bool:
     """Return whether no words are left. Source: W3C ATAG 2.0, B.2.3.2: no meaningless strings as repairs."""
     return not has_words(re.sub(r"[\[<][^\]>]*[\]>]", "", image.alt_text))
-
-
-@lru_cache(maxsize=64)
-def _words_of(caption: str) -> tuple[str, ...]:
-    return tuple(re.findall(r"\w+(?:-\w+)*", caption.lower()))
 
 
 def findings(image: CaptionedImage, holds_term: Callable[[str], bool]) -> list[str]:

@@ -12,16 +12,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from captioner.console.text import printable
+from captioner.scoring.chat_habits import PICTURES, QUOTED, SHOWS
+from captioner.scoring.flags import SPECIAL_TOKENS
 from captioner.scoring.terms import UNSPACED
 
-QUOTED = re.compile(r'"[^"]*"|“[^”]*”|«[^»]*»|「[^」]*」')
-_SPECIAL = re.compile(
-    r"\[(?:unused\d+|unk|pad|cls|sep|mask)\]|<(?:/?s|pad|unk|bos|eos|mask|image|\|[^|>]*\|)>|\ufffd", re.I
-)
 _PICTURE_OF = re.compile(
     r"\W*(?:(?:this|here|there)\s+is\s+|this\s+|these\s+are\s+)?(?:an?\s+|the\s+)?"
-    r"(?:image|picture|photo|photograph|pic)s?\s+"
-    r"(?:of|that\s+shows?|that\s+depicts?|showing|shows?|depicting|depicts?|featuring|features?)\b[\s:,]*",
+    rf"{PICTURES}\s+(?:of|that\s+shows?|that\s+depicts?|{SHOWS})\b[\s:,]*",
     re.I,
 )
 _TOKEN = re.compile(rf"{QUOTED.pattern}|\w+(?:['’-]\w+)*")
@@ -54,7 +51,7 @@ def special_tokens(text: str, limits: Limits) -> str:
     19 and 29).
     """
     text = printable(text)
-    while (shorter := _SPECIAL.sub(" ", text)) != text:
+    while (shorter := SPECIAL_TOKENS.sub(" ", text)) != text:
         text = shorter
     return text
 

@@ -10,11 +10,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from captioner.publishing.alt_text.findings import FINDINGS
+from captioner.scoring.chat_habits import HABITS
 from captioner.scoring.flags import ALL_FLAGS, caption_flags
 
 _DESCRIPTIONS = ALL_FLAGS | FINDINGS
 # Flags about the caption's words, which a rule may have fixed. The others are about how the caption was generated.
-_ABOUT_WORDS = {"empty", "repeated", "special_tokens", "image_of", "over_125", "over_250"}
+_ABOUT_WORDS = {"empty", "repeated", "special_tokens", "image_of", "over_125", "over_250", *HABITS} - {"repeats_prompt"}
 
 
 def standing_flags(of_caption: Iterable[str] | None, of_text: Iterable[str], alt_text: str) -> list[str]:
