@@ -125,6 +125,16 @@ class ModelConfig(Settings):
     revision: str | None = Field(None, description="Branch, tag or commit of a hub id.")
     prompt: str | None = Field(None, description="Text the caption starts from, or the question to a chat model.")
     num_beams: int = Field(1, ge=1, description="Beams of the search; 1 is greedy.")
+    temperature: float = Field(
+        0.0, ge=0, description="Sample captions at this temperature, such as 0.8; 0 takes the most probable."
+    )
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="Sample from the most probable tokens that together have this probability."
+    )
+    num_captions: int = Field(
+        1, ge=1, le=100, description="Sampled captions of each image, in column captions; the first one is caption."
+    )
+    seed: int = Field(0, ge=0, description="Seed of sampled captions; others give other captions.")
     max_new_tokens: int = Field(40, ge=1, description="Longest caption, in tokens.")
     device: Device = _device_field()
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -240,6 +250,7 @@ class CheckConfig(Settings):
 class SpotCheckConfig(CheckConfig):
     """How to check the captions of a run while it captions and at its end."""
 
+    seed: int = Field(0, ge=0, description="Seed of the sample.", json_schema_extra={"flag": "check-seed"})
     stop_early: bool = Field(False, description="Stop when the WER can no longer come down to --max-wer.")
 
 

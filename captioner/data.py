@@ -89,6 +89,8 @@ CAPTIONS_SCHEMA = pa.schema(
     ]
 )
 
+SAMPLES_FIELD = pa.field("captions", pa.list_(pa.string()))  # a column of tables with --num-captions
+
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
@@ -242,6 +244,8 @@ class Captions:
     `logprob_mean`: mean natural-log probability of those tokens; NaN where there are none, None where a model server
     gives none. `finished`: whether the end token was reached within the limit. `errors`: why an image has no caption,
     "" where it has one; empty where all have one. `usage`: tokens that a server counted for each image; or empty.
+    `samples`: all captions of each image with --num-captions, of which `texts` has the first, None for an answer that
+    is no caption; else empty.
     """
 
     texts: list[str]
@@ -250,6 +254,7 @@ class Captions:
     finished: list[bool]
     errors: Sequence[str] = ()
     usage: Sequence[Usage] = ()
+    samples: Sequence[Sequence[str | None]] = ()
 
 
 class Captioner(Protocol):

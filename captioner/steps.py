@@ -21,6 +21,7 @@ from captioner.console.text import counted
 from captioner.data import (
     CAPTIONS_SCHEMA,
     NO_USAGE,
+    SAMPLES_FIELD,
     STATUS_FAILED,
     STATUS_OK,
     Captioner,
@@ -215,6 +216,7 @@ class Caption:
     num_tokens: int | None
     logprob_mean: float | None
     flags: list[str]
+    samples: Sequence[str | None] | None = None  # all of them, with --num-captions
 
 
 def caption_or_reasons(
@@ -250,10 +252,15 @@ def _as_list(captions: Captions, num_images: int, question: str) -> list[Caption
     if len(captions.texts) != num_images:
         raise ValueError(f"the model gave {counted(len(captions.texts), 'caption')} for {counted(num_images, 'image')}")
     errors = captions.errors or [""] * num_images
-    columns = zip(captions.texts, captions.num_tokens, captions.logprob_mean, captions.finished, errors, strict=True)
+    samples: Sequence[Sequence[str | None] | None] = captions.samples or [None] * num_images
+    pa.array(samples, SAMPLES_FIELD.type)
+    columns = zip(
+        captions.texts, captions.num_tokens, captions.logprob_mean, captions.finished, samples, errors, strict=True
+    )
     return [
-        error[:MAX_REASON] or Caption(text, tokens, _finite(logprob), caption_flags(text, logprob, finished, question))
-        for text, tokens, logprob, finished, error in columns
+        error[:MAX_REASON]
+        or Caption(text, tokens, _finite(logprob), caption_flags(text, logprob, finished, question), sampled)
+        for text, tokens, logprob, finished, sampled, error in columns
     ]
 
 
@@ -311,6 +318,7 @@ def _finished_rows(work: Work, decoded: ChunkRows, results: list[RowResult]) -> 
         "error_code": [result.error_code or None for result in results],
         "error_message": [result.error_message or None for result in results],
         "caption": [caption and caption.text for caption in captions],
+        "captions": [caption and caption.samples for caption in captions],
         "num_tokens": [caption and caption.num_tokens for caption in captions],
         "logprob_mean": [caption and caption.logprob_mean for caption in captions],
         "flags": [caption.flags if caption else [] for caption in captions],

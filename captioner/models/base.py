@@ -18,10 +18,12 @@ from transformers import GenerationConfig, LogitsProcessorList
 
 from captioner.data import Captions, Pixels, object_array
 from captioner.errors import ModelError
+from captioner.models.drawing import DrawingProcessor, Sampling
 from captioner.models.logprobs import ScoreRecorder, mean_logprobs, token_counts
 from captioner.models.pretrained import decode_all, open_model, open_tokenizer, quiet
 from captioner.models.processors import ProcessedBatch, open_image_processor, processed_batches
 from captioner.models.ref import ModelRef
+from captioner.models.seeds import random_numbers
 from captioner.models.uploads import Uploads
 
 _MAX_TRIAL_SIDE = 1024  # pixels; images of variable size may be much larger, but few are
@@ -62,6 +64,7 @@ class TransformersCaptioner:
         self.ref, self.device, self.batch_size = ref, device, batch_size
         self.dtype: torch.dtype = getattr(torch, ref.dtype)
         self.uploads = Uploads(device)
+        self.sampling = Sampling.of(ref)
         self._search_lock = threading.Lock()  # calls from two threads are searched one after the other
         self.model = open_model(ref.path, self.dtype, device, self.attention, ref.adapter)
         self.tokenizer = open_tokenizer(ref.path)
@@ -115,7 +118,7 @@ class TransformersCaptioner:
             )
 
     def search_settings(self) -> GenerationConfig:
-        """Return the checkpoint's generation settings, with the beams and the length of `ref`."""
+        """Return the checkpoint's generation settings, with beams, number of captions and length of `ref`."""
         checkpoint = self.text_model().generation_config
         kept = {name: getattr(checkpoint, name, None) for name in KEPT_GENERATION_SETTINGS}
         kept |= self.special_token_settings()
@@ -125,9 +128,13 @@ class TransformersCaptioner:
         kept["min_new_tokens"] = min(kept["min_new_tokens"] or 0, limit) or None
         if self.ref.num_beams == 1:  # transformers warns about these two where there is no beam search
             kept |= {"early_stopping": None, "length_penalty": None}
+        sampling: dict[str, Any] = {"do_sample": False}
+        if self.sampling:
+            # `generate` draws from what DrawingProcessor leaves; only so it returns several captions without beams.
+            sampling = {"do_sample": True, "top_k": 0, "num_return_sequences": self.sampling.num_captions}
         return GenerationConfig(
             **{name: value for name, value in kept.items() if value is not None},
-            do_sample=False,
+            **sampling,
             num_beams=self.ref.num_beams,
             max_new_tokens=limit,
             return_dict_in_generate=True,
@@ -199,21 +206,39 @@ class TransformersCaptioner:
 
         Raises torch.OutOfMemoryError.
         """
-        return self.search(self.prepare(values))
+        return self.search(self.prepare(values), self._numbers(values))
+
+    def _numbers(self, values: Any) -> torch.Tensor | None:
+        """Return the random numbers of sampled captions, float64 [N, captions, steps]; None where none are sampled."""
+        if self.sampling is None:
+            return None
+        images = values.images if isinstance(values, ProcessedBatch) else values.cpu().numpy()
+        ref = self.ref
+        return torch.from_numpy(random_numbers(images, ref.seed, ref.num_captions, ref.max_new_tokens))
 
     def to_captions(self, tokens: torch.Tensor, logprobs: torch.Tensor) -> Captions:
         """Return the captions of a result of `search`."""
         counts, finished = token_counts(tokens, self._end_ids())
         rows = [row[:count] for row, count in zip(tokens.tolist(), counts, strict=True)]
-        return Captions(self.decode(rows), counts, mean_logprobs(logprobs, counts), finished)
+        texts, means, every = self.decode(rows), mean_logprobs(logprobs, counts), self.ref.num_captions
+        samples = [texts[first : first + every] for first in range(0, len(texts), every)] if every > 1 else []
+        return Captions(texts[::every], counts[::every], means[::every], finished[::every], samples=samples)
 
-    def search(self, prepared: Any, /) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return new tokens int64 [N, T] and their log-probabilities float32 [N, T], on the CPU, by `generate`."""
-        return self.search_after(len(self.prefix), prepared)
+    def search(self, prepared: Any, numbers: torch.Tensor | None = None, /) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return new tokens int64 [N, T] and their log-probabilities float32 [N, T], on the CPU, by `generate`.
 
-    def search_after(self, num_start: int, prepared: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        `numbers`: random numbers of sampled captions (see `captioner.models.seeds`), [N, captions, steps]. The result
+        then has a row for each caption, those of an image one after the other.
+        """
+        return self.search_after(len(self.prefix), prepared, numbers)
+
+    def search_after(
+        self, num_start: int, prepared: Any, numbers: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return `search` where the first `num_start` ids that `generate` returns are not part of the caption."""
-        recorder = ScoreRecorder(self.ref.num_beams, len(self._end_ids()))
+        recorder: ScoreRecorder | DrawingProcessor = ScoreRecorder(self.ref.num_beams, len(self._end_ids()))
+        if self.sampling is not None and numbers is not None:
+            recorder = DrawingProcessor(self.sampling, numbers.flatten(0, 1))
         with quiet():
             output = self.generate(prepared, logits_processor=LogitsProcessorList([recorder]))
         tokens = output.sequences[:, num_start:].cpu()
@@ -247,4 +272,5 @@ def _concatenate(parts: list[Captions]) -> Captions:
         [count for part in parts for count in part.num_tokens],
         [mean for part in parts for mean in part.logprob_mean],
         [finished for part in parts for finished in part.finished],
+        samples=[samples for part in parts for samples in part.samples],
     )

@@ -90,10 +90,12 @@ class ChatCaptioner(TransformersCaptioner):
         normalised: torch.Tensor = (tiles.float() * settings.rescale_factor - mean) / std
         return normalised * mask[:, :, None]
 
-    def search(self, prepared: dict[str, Any], /) -> tuple[torch.Tensor, torch.Tensor]:
+    def search(
+        self, prepared: dict[str, Any], numbers: torch.Tensor | None = None, /
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         # An encoder-decoder returns a start token before the answer, other models the question.
         num_start = 1 if self.model.config.is_encoder_decoder else prepared["input_ids"].shape[1]
-        return self.search_after(num_start, prepared)
+        return self.search_after(num_start, prepared, numbers)
 
     def generate(self, prepared: dict[str, Any], /, **options: Any) -> Any:
         return self.model.generate(**prepared, **options)

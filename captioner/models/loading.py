@@ -53,7 +53,9 @@ def load(
     """
     notify, started = notify or (lambda line: None), time.perf_counter()
     if ref.family == "fake":
-        return FakeCaptioner(prompt=ref.prompt)
+        return FakeCaptioner(
+            prompt=ref.prompt, num_captions=ref.num_captions, seed=ref.seed if ref.temperature else None
+        )
     if ref.endpoint:
         from captioner.models.endpoint.captioning import EndpointCaptioner
 

@@ -7,6 +7,7 @@ import json
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 from captioner.data import PixelSpec
 from captioner.files import shown
@@ -72,6 +73,10 @@ class ModelRef:
     spec: PixelSpec
     dtype: str = "float32"
     num_beams: int = 1
+    temperature: float = 0.0
+    top_p: float = 1.0
+    num_captions: int = 1
+    seed: int = 0
     max_new_tokens: int = 40
     prompt: str | None = None
     max_positions: int | None = None
@@ -119,7 +124,7 @@ class ModelRef:
     @cached_property
     def fingerprint(self) -> str:
         """Return the hex sha256 over all that determines captions: not the name, path, device or batch size."""
-        parts = {
+        parts: dict[str, Any] = {
             "weights": self.sha256,
             "settings": self.settings_sha256,
             "dtype": self.dtype,
@@ -130,4 +135,6 @@ class ModelRef:
         }
         if self.preprocess != "fast":
             parts["preprocess"] = self.preprocess
+        if self.temperature:
+            parts["sampling"] = [self.temperature, self.top_p, self.num_captions, self.seed]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

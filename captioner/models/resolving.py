@@ -20,6 +20,7 @@ from captioner.models import adapters, weights
 from captioner.models.families import FAMILIES, family_of
 from captioner.models.pixels import read_pixel_spec
 from captioner.models.ref import ModelRef
+from captioner.models.seeds import check_sampling, sampling_settings
 
 STARTER, FAKE = "starter", "fake"
 FAKE_SPEC = PixelSpec(height=32, width=32)
@@ -39,6 +40,7 @@ def resolve(config: ModelConfig, dtype: str | None = None, notify: Callable[[str
 
 
 def _resolve(config: ModelConfig, dtype: str | None, notify: Callable[[str], None]) -> ModelRef:
+    check_sampling(config)
     if config.endpoint:
         from captioner.models.endpoint.probing import resolve_endpoint
 
@@ -46,6 +48,7 @@ def _resolve(config: ModelConfig, dtype: str | None, notify: Callable[[str], Non
     settings: dict[str, Any] = {
         "name": config.name,
         "dtype": (dtype or "float32") if config.dtype == "auto" else config.dtype,
+        **sampling_settings(config),
         "num_beams": config.num_beams,
         "max_new_tokens": config.max_new_tokens,
         "prompt": config.prompt or None,

@@ -10,13 +10,16 @@ from dataclasses import replace
 from typing import Any
 
 from captioner.config import CaptionConfig
-from captioner.errors import FingerprintError
+from captioner.data import SAMPLES_FIELD
+from captioner.errors import FingerprintError, UsageError
 from captioner.models import ModelRef
 from captioner.models.devices import auto_dtype
 from captioner.store.table import CaptionsTable
 
 FACTS = ("name", "revision", "sha256", "dtype", "num_beams", "max_new_tokens", "prompt", "preprocess")
 ENDPOINT_FACTS = ("served_model", "system_fingerprint", "max_side")
+# Recorded where captions are sampled, and their values where they are not.
+SAMPLING_FACTS = {"temperature": 0.0, "top_p": 1.0, "num_captions": 1, "seed": 0}
 _WORDS = {  # where they are not --NAME
     "sha256": "weights",
     "num_beams": "--num-beams",
@@ -24,6 +27,8 @@ _WORDS = {  # where they are not --NAME
     "served_model": "served model",
     "system_fingerprint": "system_fingerprint",
     "max_side": "--max-side",
+    "top_p": "--top-p",
+    "num_captions": "--num-captions",
 }
 
 
@@ -37,6 +42,7 @@ def bind(
     """
     table = rebind(table)
     recorded = table.info["model"]
+    _check_columns(table, model)
     dtype: str = config.model.dtype
     if model.endpoint:
         dtype = model.dtype
@@ -67,7 +73,24 @@ def rebind(table: CaptionsTable) -> CaptionsTable:
 
 def facts_of(model: ModelRef) -> dict[str, Any]:
     """Return what table.json records about a model."""
-    return {name: getattr(model, name) for name in (*FACTS, *(ENDPOINT_FACTS if model.endpoint else ()))}
+    facts = (*FACTS, *(ENDPOINT_FACTS if model.endpoint else ()), *(SAMPLING_FACTS if model.temperature else ()))
+    return {name: getattr(model, name) for name in facts}
+
+
+def _check_columns(table: CaptionsTable, model: ModelRef) -> None:
+    """Raise FingerprintError where the model would write other columns than the table has, or one of them twice."""
+    location, now = table.directory.location, model.num_captions
+    before = (table.info["model"] or facts_of(model)).get("num_captions", 1)
+    if before != now:
+        raise FingerprintError(
+            f"{location} holds captions made with --num-captions {before}, not {now}; give the same, another OUT, or "
+            "--overwrite"
+        )
+    if now > 1 and any(field.name == SAMPLES_FIELD.name for field in table.kept_fields):
+        raise UsageError(
+            f"--num-captions {now} writes column {SAMPLES_FIELD.name!r}, but --keep-columns keeps one of that name; "
+            "leave one of them out"
+        )
 
 
 def _bound(table: CaptionsTable, fingerprint: str, facts: dict[str, Any]) -> CaptionsTable:
@@ -96,7 +119,7 @@ def _difference(recorded: dict[str, Any], model: ModelRef) -> str:
     ignored = {"name", "revision"} | ({"sha256"} if both_served else set())
     differing = [
         f"{_WORDS.get(key, '--' + key)} {str(value)[:12]} instead of {str(getattr(model, key))[:12]}"
-        for key, value in recorded.items()
+        for key, value in (SAMPLING_FACTS | recorded).items()
         if key not in ignored and getattr(model, key) != value
     ]
     return ", ".join(differing) or f"another tokenizer, processor or generation config of {recorded['name']}"

@@ -28,7 +28,7 @@ from typing import Any
 import pyarrow as pa
 
 from captioner.config import SourceConfig
-from captioner.data import CAPTIONS_SCHEMA, Chunk
+from captioner.data import CAPTIONS_SCHEMA, SAMPLES_FIELD, Chunk
 from captioner.errors import OutputError
 from captioner.store.directory import Directory
 
@@ -143,8 +143,12 @@ class CaptionsTable:
 
     @property
     def schema(self) -> pa.Schema:
-        """CAPTIONS_SCHEMA and the source's kept columns."""
-        return pa.schema([*CAPTIONS_SCHEMA, *self.kept_fields])
+        """CAPTIONS_SCHEMA, `captions` where several were asked for, and the source's kept columns."""
+        return pa.schema([*CAPTIONS_SCHEMA, *self._sample_fields, *self.kept_fields])
+
+    @property
+    def _sample_fields(self) -> list[pa.Field]:
+        return [SAMPLES_FIELD] if (self.info["model"] or {}).get("num_captions", 1) > 1 else []
 
     def plans(self) -> list[Plan]:
         """Return the complete generations, in order; without a listing that was interrupted.

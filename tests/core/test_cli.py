@@ -73,6 +73,8 @@ def example(setting: Setting) -> tuple[list[str], object]:
         "max_failed": (["0.25"], 0.25),
         "gpus_per_worker": (["0.5"], 0.5),
         "max_wer": (["0.5"], 0.5),
+        "temperature": (["0.5"], 0.5),
+        "top_p": (["0.5"], 0.5),
         "min_lift": (["0.5"], 0.5),
         "max_flagged": (["0.5"], 0.5),
         "max_side": (["512"], 512),

@@ -163,7 +163,7 @@ def test_settings_that_only_generate_supports_are_left_to_it(tmp_path) -> None:
 def test_settings_without_effect_do_not_need_generate() -> None:
     assert unsupported_settings(GenerationConfig(repetition_penalty=1.0, max_new_tokens=3, num_beams=3)) == []
     assert unsupported_settings(GenerationConfig(repetition_penalty=1.2)) == ["repetition_penalty"]
-    assert unsupported_settings(GenerationConfig(do_sample=True)) == ["do_sample"]
+    assert unsupported_settings(GenerationConfig(do_sample=True, temperature=0.5)) == ["temperature"]
 
 
 def test_a_packed_layer_has_the_results_of_the_layer() -> None:

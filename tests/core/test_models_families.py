@@ -290,10 +290,10 @@ def test_a_batch_that_exceeds_the_memory_is_halved_and_no_image_is_lost(model, m
     expected = captioner.caption(decoded.pixels)
     search = captioner.search
 
-    def with_little_memory(prepared):
+    def with_little_memory(prepared, numbers):
         if len(prepared["input_ids"]) > 3:
             raise torch.OutOfMemoryError("no memory")
-        return search(prepared)
+        return search(prepared, numbers)
 
     monkeypatch.setattr(captioner, "search", with_little_memory)
 

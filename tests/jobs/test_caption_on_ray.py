@@ -71,6 +71,20 @@ def test_the_distributed_table_equals_the_local_one(
     assert verify(open_table(str(tmp_path / "out"))).proven
 
 
+def test_sampled_captions_on_ray_are_those_of_one_process(tmp_path: Path, archive: Path, model: Path) -> None:
+    def sampled(out: Path, **cluster) -> CaptionConfig:
+        config = settings(archive, out, model, **cluster)
+        drawn = config.model.model_copy(update={"temperature": 4.0, "num_captions": 2, "seed": 5})
+        return config.model_copy(update={"model": drawn})
+
+    assert pipeline.run(sampled(tmp_path / "local", batch_size=16)) == 0
+    assert run(sampled(tmp_path / "ray", num_workers=2, batch_size=5)) == 0
+
+    drawn = {row["image_id"]: row["captions"] for row in rows_of(tmp_path / "local")}
+    assert len({text for texts in drawn.values() for text in texts or []}) >= 100
+    assert {row["image_id"]: row["captions"] for row in rows_of(tmp_path / "ray")} == drawn
+
+
 def make_faulty_tars(root: Path) -> Path:
     """Tars with a header that claims 2^31 pixels, and one with bytes in which no member is found."""
     for number in range(4):

@@ -36,6 +36,7 @@ MAX_NAMES = 5  # models that an error names
 _OF_LOADED_MODELS = {
     "revision": None,
     "num_beams": 1,
+    "temperature": 0.0,
     "dtype": "auto",
     "batch_size": "auto",
     "preprocess": "fast",

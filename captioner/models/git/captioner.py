@@ -22,18 +22,20 @@ class GitCaptioner(TransformersCaptioner):
         pack_linears(self.model)
         self._fast: FastSearch | None = None
         if not unsupported_settings(self.settings):
-            self._fast = FastSearch(open_network(self.model), self.settings, self.prefix)
+            self._fast = FastSearch(open_network(self.model), self.settings, self.prefix, self.sampling)
             self.engine = "fast"
 
     def start_ids(self) -> list[int]:
         """Return start token and prompt, without an end token, as in transformers' GIT examples."""
         return [self.model.generation_config.bos_token_id, *self.prompt_ids()]
 
-    def search(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def search(
+        self, pixel_values: torch.Tensor, numbers: torch.Tensor | None = None, /
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         if self._fast is None:
-            return super().search(pixel_values)
-        result = self._fast(pixel_values)
-        return result.tokens.cpu(), result.logprobs.cpu()
+            return super().search(pixel_values, numbers)
+        result = self._fast(pixel_values, numbers)
+        return result.tokens.flatten(0, -2).cpu(), result.logprobs.flatten(0, -2).cpu()
 
     def free_memory(self) -> None:
         if self._fast is not None:

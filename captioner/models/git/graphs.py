@@ -16,6 +16,7 @@ from captioner.console.phases import phase
 from captioner.models.git.beam import BeamSearch
 from captioner.models.git.greedy import GreedySearch
 from captioner.models.git.network import GitNetwork
+from captioner.models.git.sampled import SampledSearch
 from captioner.models.git.task import Search, Task
 
 WARM_UP_STEPS = 3  # as recommended in torch's documentation of CUDA graphs
@@ -63,6 +64,8 @@ class Stepper:
 
     def _new_search(self, images: int) -> Search:
         kind: Callable[..., Search] = GreedySearch if self.task.beams == 1 else BeamSearch
+        if self.task.sampling is not None:
+            kind = SampledSearch
         return kind(self.network, self.task, images)
 
     def step(self, search: Search, index: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -15,8 +16,10 @@ from transformers import (
     NoRepeatNGramLogitsProcessor,
 )
 
+from captioner.models.drawing import Sampling
 from captioner.models.git.graphs import Stepper, UnfinishedCount
 from captioner.models.git.network import GitNetwork
+from captioner.models.git.sampled import SampledSearch
 from captioner.models.git.task import Search, SearchResult, Task
 
 # Settings of a GenerationConfig that these searches support. Any other that is set needs `generate`.
@@ -25,7 +28,8 @@ SUPPORTED_SETTINGS = frozenset(
         *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"),
         *("num_beams", "early_stopping", "length_penalty"),
         *("max_new_tokens", "min_length", "min_new_tokens", "no_repeat_ngram_size"),
-        *("do_sample", "return_dict_in_generate", "transformers_version"),
+        *("do_sample", "top_k", "num_return_sequences"),  # of Task.sampling, which draws by itself
+        *("return_dict_in_generate", "transformers_version"),
     )
 )
 # Values that have no effect.
@@ -34,28 +38,35 @@ _NEUTRAL = {"repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0, "encod
 
 def unsupported_settings(settings: GenerationConfig) -> list[str]:
     """Return the names of the settings that only `generate` supports."""
-    names = [
+    return [
         name
         for name, value in settings.to_diff_dict().items()
         if name not in SUPPORTED_SETTINGS and value is not False and _NEUTRAL.get(name) != value
     ]
-    return names + (["do_sample"] if settings.do_sample else [])
 
 
 class FastSearch:
     """Searches captions with one GIT model and one set of generation settings."""
 
-    def __init__(self, network: GitNetwork, settings: GenerationConfig, prefix: list[int]) -> None:
-        """Prepare a search. `prefix`: the ids that every caption starts with."""
+    def __init__(
+        self, network: GitNetwork, settings: GenerationConfig, prefix: list[int], sampling: Sampling | None = None
+    ) -> None:
+        """Prepare a search. `prefix`: the ids that every caption starts with. `sampling`: None: the most probable."""
         self.network = network
-        self.task = _task(settings, prefix, self.network.device)
+        self.task = replace(_task(settings, prefix, self.network.device), sampling=sampling)
         self.stepper = Stepper(self.network, self.task)
         self._count = UnfinishedCount(self.network.device)
 
-    def __call__(self, pixel_values: torch.Tensor) -> SearchResult:
-        """Return the captions of normalised pixels [N, 3, H, W]."""
+    def __call__(self, pixel_values: torch.Tensor, numbers: torch.Tensor | None = None) -> SearchResult:
+        """Return the captions of normalised pixels [N, 3, H, W].
+
+        `numbers`: random numbers of sampled captions, [N, captions, limit].
+        """
         search = self.stepper.search(len(pixel_values))
         self.network.encode(pixel_values, search.state)
+        if isinstance(search, SampledSearch):
+            assert numbers is not None
+            search.numbers.copy_(numbers)
         self._start(search)
         texts, logprobs = (values.clone() for values in search.result())
         rows = torch.arange(len(pixel_values), device=texts.device)  # the image of each row of the search

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple, Protocol, Self
 import torch
 from transformers import LogitsProcessorList
 
+from captioner.models.drawing import Sampling
 from captioner.models.git.network import State
 
 
@@ -16,7 +17,7 @@ class Task:
     """The settings of a search. Their meanings are those of transformers' GenerationConfig.
 
     `prefix`: the P ids that every caption starts with. `limit`: the number of new tokens. `ends`: the ids that end a
-    caption, int64 [E].
+    caption, int64 [E]. `sampling`: how tokens are drawn; None where the most probable are taken.
     """
 
     prefix: tuple[int, ...]
@@ -27,6 +28,7 @@ class Task:
     beams: int
     early_stopping: bool | Literal["never"]
     length_penalty: float
+    sampling: Sampling | None = None
 
     @property
     def length(self) -> int:
@@ -35,7 +37,10 @@ class Task:
 
 
 class SearchResult(NamedTuple):
-    """`tokens` int64 [N, limit], padded after a caption's end token; `logprobs` float32 of the same shape."""
+    """`tokens` int64 [N, limit], padded after a caption's end token; `logprobs` float32 of the same shape.
+
+    Of a search for several captions of an image both are [N, captions, limit].
+    """
 
     tokens: torch.Tensor
     logprobs: torch.Tensor
