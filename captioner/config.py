@@ -222,7 +222,8 @@ class CheckConfig(Settings):
     """How to check the captions, and the limits that they must keep."""
 
     references: str | None = Field(
-        None, description="Known captions: COCO .json, .jsonl, .csv, .parquet, folder of .txt; else SOURCE's own."
+        None,
+        description="Known captions: COCO .json, .jsonl, .csv, .parquet, folder of .txt; else SOURCE's own.",
     )
     references_columns: CommaList = Field(
         [], description="Columns of a table given as --references: that of the images' names, then those of captions."

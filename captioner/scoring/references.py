@@ -109,9 +109,9 @@ def _names_of(key: str) -> list[str]:
 
 
 def _read_folder(folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """Read `NAME.txt` files with a caption on each line, or else the folder's metadata file."""
+    """Read `NAME.txt` and `NAME.caption` files with a caption on each line, or else the folder's metadata file."""
     metadata = next((folder / name for name in ("metadata.jsonl", "metadata.csv", "metadata.parquet")), None)
-    files = sorted(folder.rglob("*.txt"))
+    files = sorted(file for suffix in ("txt", "caption") for file in folder.rglob(f"*.{suffix}"))
     if not files and metadata is not None and metadata.exists():
         yield from _read_table(str(metadata))
     for file in files:
@@ -147,7 +147,7 @@ def _read_table(location: str, columns: Sequence[str] = ()) -> Iterator[tuple[st
     """Read a table with a column of names and some of captions; a name may come on several rows."""
     if not location.lower().endswith(tuple(suffix.decode() for suffix in TABLE_SUFFIXES)):
         raise SourceError(
-            f"--references {location}: expected COCO .json, .jsonl, .csv, .parquet, or a folder of .txt files"
+            f"--references {location}: expected COCO .json, .jsonl, .csv, .parquet, a folder of .txt or .caption files"
         )
     folder, _, name = location.rpartition("/")
     root, file = Root.at(folder or ("/" if location.startswith("/") else ".")), os.fsencode(name)

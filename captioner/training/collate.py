@@ -29,9 +29,7 @@ class Decode:
     spec: PixelSpec
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        from captioner.imaging import decode_images
-
-        batch = decode_images(self.sources.read(rows), self.spec, self.sources.max_pixels)
+        batch = self.sources.decode(rows, self.spec)
         for row in batch.rows.to_pylist():
             if row["error_code"]:
                 raise SourceError(

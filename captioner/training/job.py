@@ -267,7 +267,9 @@ def _read_pairs(out: Directory) -> Pairs:
     """Return the pairs that an earlier start has fixed."""
     facts = out.read_json(PAIRS_FILE)
     tables = {name: out.read_table(f"pairs/{name}.parquet") for name in facts["splits"]}
-    return Pairs(tables, facts["skipped"], facts["examples"], facts["truncated_captions"], facts["listed"])
+    return Pairs(
+        tables, facts["skipped"], facts["examples"], facts["truncated_captions"], facts["listed"], facts.get("rows", 0)
+    )
 
 
 def _examine(setup: TrainSetup, listed: list[pa.Table], engine: TrainEngine, progress: TrainProgress) -> Pairs:
@@ -303,7 +305,8 @@ def _epoch_size(config: TrainConfig, pairs: Pairs) -> int:
 def _notify_pairs(pairs: Pairs) -> None:
     sizes = ", ".join(f"{len(table):,} {name}" for name, table in pairs.tables.items())
     skipped = ", ".join(f"{count:,} {reason}" for reason, count in pairs.skipped.items())
-    notify(f"{counted(pairs.num_listed, 'image')}: {sizes}" + (f"; left out: {skipped}" if skipped else ""))
+    in_rows = f" in {counted(pairs.num_rows, 'row')}" if pairs.num_rows > pairs.num_listed else ""
+    notify(f"{counted(pairs.num_listed, 'image')}{in_rows}: {sizes}" + (f"; left out: {skipped}" if skipped else ""))
     if pairs.num_truncated:
         notify(f"cutting {counted(pairs.num_truncated, 'caption')} longer than the model allows")
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import pyarrow as pa
 
 from captioner.config import SourceConfig, TrainConfig, TrainDataConfig, settings_of
-from captioner.data import PLAN_SCHEMA, Listing, RawImage, Source
-from captioner.errors import SourceError, UsageError
+from captioner.data import PLAN_SCHEMA, ImageBatch, Listing, PixelSpec, RawImage, Source
+from captioner.errors import UsageError
+from captioner.imaging.sandbox.decoder import GuardedDecoder
 from captioner.sources import open_source, reopen_source
 from captioner.sources.reading import each_row_alone, read_images
-from captioner.store.ids import IdIndex, digests_of
 from captioner.store.parallel_listing import list_units
 from captioner.store.table import open_table, plan_part_name, table_exists
 
@@ -52,6 +54,26 @@ class PairSources:
             for index, image in zip(indices, raws, strict=True):
                 images[index] = image
         return [image for image in images if image is not None]
+
+    def decode(self, rows: pa.Table, spec: PixelSpec) -> ImageBatch:
+        """Return the decoded images of PAIRS_SCHEMA rows, in order.
+
+        A child process decodes them, so an image that crashes or hangs its decoder is a failed row.
+        """
+        from captioner.imaging import decode_images
+
+        images = self.read(rows)
+        with _decoding:
+            return decode_images(images, spec, self.max_pixels, _decoder(spec, self.max_pixels))
+
+
+_decoding = threading.Lock()  # a decoder is used by one thread at a time
+
+
+@lru_cache(maxsize=1)
+def _decoder(spec: PixelSpec, max_pixels: int) -> GuardedDecoder:
+    """Return the decoder of this process, which is kept, because its child takes a second to start."""
+    return GuardedDecoder(spec, max_pixels, SourceConfig().decode_timeout)
 
 
 def open_pair_sources(config: TrainDataConfig) -> PairSources:
@@ -106,20 +128,15 @@ def list_pairs(
     """Yield everything the sources list, ROWS_PER_TABLE rows at a time. `limit`: rows taken of DATA.
 
     `notify` is called with what a person should know of the sources.
-
-    Raises SourceError for an id that occurs twice in one source.
     """
     for number, source in enumerate(sources.sources):
         remaining = limit if number == 0 else None
-        with IdIndex() as ids:
-            for rows in _tables_of(source, notify):
-                rows = rows if remaining is None else rows.slice(0, remaining)
-                remaining = None if remaining is None else remaining - len(rows)
-                ids.add(rows["image_id"].to_pylist())
-                yield rows.append_column(PAIRS_SCHEMA.field("data"), pa.array([number] * len(rows), pa.int8()))
-                if remaining == 0:
-                    break
-            _refuse_duplicates(source, ids)
+        for rows in _tables_of(source, notify):
+            rows = rows if remaining is None else rows.slice(0, remaining)
+            remaining = None if remaining is None else remaining - len(rows)
+            yield rows.append_column(PAIRS_SCHEMA.field("data"), pa.array([number] * len(rows), pa.int8()))
+            if remaining == 0:
+                break
 
 
 def _tables_of(source: Source, notify: Callable[[str], None] = lambda note: None) -> Iterator[pa.Table]:
@@ -129,14 +146,3 @@ def _tables_of(source: Source, notify: Callable[[str], None] = lambda note: None
         rows = listing.rows.select(PLAN_SCHEMA.names)
         for first in range(0, len(rows), ROWS_PER_TABLE):
             yield rows.slice(first, ROWS_PER_TABLE).combine_chunks()
-
-
-def _refuse_duplicates(source: Source, listed: IdIndex) -> None:
-    duplicates = listed.duplicates()
-    if not len(duplicates):
-        return
-    for rows in _tables_of(source):
-        ids = rows["image_id"].to_pylist()
-        for image_id, digest in zip(ids, digests_of(ids), strict=True):
-            if digest in duplicates:
-                raise SourceError(f"{source.name}: the id {image_id!r} occurs more than once; make ids unique")

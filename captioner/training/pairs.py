@@ -23,6 +23,7 @@ from captioner.models.ref import ModelRef
 from captioner.training.pair_sources import PAIRS_SCHEMA, PairSources
 
 SPLITS = ("train", "eval", "test")
+NUM_EXAMPLES = 20  # lines about skipped pairs
 
 
 @dataclass
@@ -30,6 +31,7 @@ class Pairs:
     """The usable pairs of a run by set (tables of PAIRS_SCHEMA), and how many were skipped for which reason.
 
     `examples`: lines about the first skipped pairs. `num_truncated`: captions longer than the model allows.
+    `num_listed`: images; `num_rows`: rows that list them, more where an image has a row for each of its captions.
     """
 
     tables: dict[str, pa.Table]
@@ -37,6 +39,7 @@ class Pairs:
     examples: list[str] = field(default_factory=list)
     num_truncated: int = 0
     num_listed: int = 0
+    num_rows: int = 0
 
     @property
     def fingerprint(self) -> str:
@@ -53,6 +56,7 @@ class Pairs:
         """Return the figures that pairs.json and the report have."""
         return {
             "listed": self.num_listed,
+            "rows": self.num_rows,
             **{name: len(table) for name, table in self.tables.items()},
             "skipped": self.skipped,
             "examples": self.examples,
@@ -82,15 +86,12 @@ class Examine:
 
     def _decode(self, rows: pa.Table) -> list[dict[str, Any]]:
         """Return `sha256`, `error_code` and `error_message` of each row; images without captions are not read."""
-        from captioner.imaging import decode_images
-
         counts = pc.fill_null(pc.list_value_length(rows["reference_captions"]), 0).to_pylist()
         without_caption = {"sha256": None, "error_code": "no_caption", "error_message": "the image has no caption"}
         results: list[dict[str, Any]] = [without_caption] * len(rows)
         indices = [index for index, count in enumerate(counts) if count]
         if indices:
-            images = self.sources.read(rows.take(indices))
-            decoded = decode_images(images, self.spec, self.sources.max_pixels).rows
+            decoded = self.sources.decode(rows.take(indices), self.spec).rows
             for index, result in zip(indices, decoded.to_pylist(), strict=True):
                 results[index] = result
         return results
@@ -115,22 +116,21 @@ def _tokenizer(path: str) -> Any:
 
 
 def make_pairs(config: TrainDataConfig, examined: Iterable[pa.Table], seed: int) -> Pairs:
-    """Select the usable pairs and split them.
+    """Select the usable pairs, join those of one image, and split them.
 
     Raises SourceError where too few are usable, UsageError where the eval or test set would be empty.
     """
-    pairs, usable_tables, num_failed = Pairs({}), [PAIRS_SCHEMA.empty_table()], 0
+    pairs, usable_tables, failed_images = Pairs({}), [PAIRS_SCHEMA.empty_table()], set[tuple[int, str]]()
     for table in examined:
-        pairs.num_listed += len(table)
+        pairs.num_rows += len(table)
         is_usable = pc.equal(table["error_code"], "")
-        failed = table.filter(pc.invert(is_usable))
-        num_failed += len(failed)
-        _count_skipped(pairs, failed)
+        _count_skipped(pairs, table.filter(pc.invert(is_usable)), failed_images)
         usable_tables.append(table.filter(is_usable))
-    if not pairs.num_listed:
+    if not pairs.num_rows:
         raise SourceError(f"{shown(config.path)}: no images")
-    usable = pa.concat_tables(usable_tables).combine_chunks()
-    _check_num_failed(config, pairs, num_failed, len(usable))
+    usable = join_captions(pa.concat_tables(usable_tables).combine_chunks())
+    pairs.num_listed = len(usable) + len(failed_images)
+    _check_num_failed(config, pairs, len(failed_images), len(usable))
     pairs.num_truncated = pc.sum(usable["num_truncated"]).as_py() or 0
     pairs.tables = split(usable, config, seed)
     num_overlapping = len(usable) - sum(map(len, pairs.tables.values()))
@@ -141,11 +141,52 @@ def make_pairs(config: TrainDataConfig, examined: Iterable[pa.Table], seed: int)
     return pairs
 
 
-def _count_skipped(pairs: Pairs, failed: pa.Table) -> None:
-    counts = Counter(pairs.skipped) + Counter(failed["error_code"].to_pylist())
+def join_captions(rows: pa.Table) -> pa.Table:
+    """Return one row for each image of a source, the first, with the captions of all its rows, each caption once.
+
+    `rows`: usable pairs. Raises SourceError where one id names two images of a source.
+    """
+    images = zip(rows["data"].to_pylist(), rows["sha256"].to_pylist(), strict=True)
+    first_rows: dict[tuple[int, str], int] = {}
+    captions: dict[int, dict[str, None]] = {}  # by first row; a dict for its order
+    truncated: Counter[int] = Counter()
+    columns = zip(images, rows["reference_captions"].to_pylist(), rows["num_truncated"].to_pylist(), strict=True)
+    for row, (image, texts, num_truncated) in enumerate(columns):
+        first = first_rows.setdefault(image, row)
+        captions.setdefault(first, {}).update(dict.fromkeys(texts))
+        truncated[first] += num_truncated
+    joined = rows.take(pa.array(list(captions), pa.int64()))
+    _refuse_shared_ids(joined)
+    values = {
+        "reference_captions": [list(texts) for texts in captions.values()],
+        "num_truncated": [truncated[row] for row in captions],
+    }
+    for name, column in values.items():
+        field_ = PAIRS_SCHEMA.field(name)
+        joined = joined.set_column(joined.schema.get_field_index(name), field_, pa.array(column, field_.type))
+    return joined
+
+
+def _refuse_shared_ids(images: pa.Table) -> None:
+    ids: set[tuple[int, str]] = set()
+    for key in zip(images["data"].to_pylist(), images["image_id"].to_pylist(), strict=True):
+        if key in ids:
+            raise SourceError(f"the id {key[1]!r} occurs more than once, with different images; make ids unique")
+        ids.add(key)
+
+
+def _count_skipped(pairs: Pairs, failed: pa.Table, images: set[tuple[int, str]]) -> None:
+    """Count the images of failed rows, each once. `images`: those counted before; they are added to it."""
+    counts = Counter(pairs.skipped)
+    for row in failed.select(["data", "sha256", "image_id", "error_code", "error_message"]).to_pylist():
+        image = row["data"], row["sha256"] or row["image_id"]
+        if image in images:
+            continue
+        images.add(image)
+        counts[row["error_code"]] += 1
+        if len(pairs.examples) < NUM_EXAMPLES:
+            pairs.examples.append(f"{row['image_id']}: {row['error_code']}: {row['error_message']}")
     pairs.skipped = dict(counts.most_common())
-    for row in failed.slice(0, max(0, 20 - len(pairs.examples))).to_pylist():
-        pairs.examples.append(f"{row['image_id']}: {row['error_code']}: {row['error_message']}")
 
 
 def _check_num_failed(config: TrainDataConfig, pairs: Pairs, num_failed: int, num_usable: int) -> None:

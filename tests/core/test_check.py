@@ -205,8 +205,8 @@ def parquet(path: Path, known: dict[str, list[str]]) -> Path:
 
 
 def texts(path: Path, known: dict[str, list[str]]) -> Path:
-    for name, several in known.items():
-        (path / name).with_suffix(".txt").write_text("\n".join(several))
+    for number, (name, several) in enumerate(known.items()):
+        (path / name).with_suffix(".txt" if number % 2 else ".caption").write_text("\n".join(several))
     return path
 
 

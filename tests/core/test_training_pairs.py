@@ -15,9 +15,9 @@ from captioner import pipeline
 from captioner.config import TrainDataConfig
 from captioner.data import PixelSpec
 from captioner.errors import SourceError, UsageError
-from captioner.testing import make_folder, make_parquet, make_tar
+from captioner.testing import ABORT_MARKER, decoder_faults, make_folder, make_parquet, make_tar
 from captioner.training.pair_sources import PAIRS_SCHEMA, list_pairs, open_pair_sources
-from captioner.training.pairs import Examine, Pairs, make_pairs, split
+from captioner.training.pairs import Examine, Pairs, join_captions, make_pairs, split
 
 SPEC = PixelSpec(32, 32)
 TOKENIZER = str(Path(__file__).parents[2] / "captioner" / "starter" / "model")
@@ -52,6 +52,23 @@ def folder_with_parquet(root: Path) -> Path:
     return root
 
 
+def folder_with_texts(root: Path) -> Path:
+    """As tools for training write them: a text file beside each image."""
+    make_folder(root, 12)
+    for number, line in enumerate((root / "metadata.jsonl").read_text().splitlines()):
+        image, suffix = json.loads(line), ".caption" if number % 2 else ".txt"
+        (root / image["file_name"]).with_suffix(suffix).write_text(image["captions"][0])
+    (root / "metadata.jsonl").unlink()
+    return root
+
+
+def parquet_with_a_row_for_each_caption(root: Path) -> Path:
+    table = pq.read_table(make_parquet(root / "scenes.parquet", 12)).drop_columns(["captions"])
+    captions = pa.array([f"caption {number} with a background" for number in range(24)])
+    pq.write_table(pa.concat_tables([table, table]).append_column("caption", captions), root / "scenes.parquet")
+    return root / "scenes.parquet"
+
+
 def saved_dataset(root: Path) -> Path:
     import datasets
 
@@ -71,6 +88,8 @@ FORMS = {
     "jsonl": lambda root: make_folder(root, 12),
     "csv": folder_with_csv,
     "metadata-parquet": folder_with_parquet,
+    "texts": folder_with_texts,
+    "parquet-rows": parquet_with_a_row_for_each_caption,
     "webdataset": lambda root: make_tar(root / "scenes.tar", 12),
     "parquet": lambda root: make_parquet(root / "scenes.parquet", 12),
     "dataset": saved_dataset,
@@ -102,6 +121,39 @@ def test_unusable_images_are_left_out_and_counted_by_reason(tmp_path: Path) -> N
     assert any(line.startswith("without.png: no_caption") for line in pairs.examples)
 
 
+def test_an_image_that_crashes_its_decoder_costs_one_pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in decoder_faults().items():
+        monkeypatch.setenv(name, value)
+    root = make_folder(tmp_path, 6)
+    with (root / "000003.png").open("ab") as file:
+        file.write(ABORT_MARKER)
+
+    # Decoders of processes without the faults are kept: another limit needs a decoder of its own.
+    pairs = pairs_of(path=str(root), max_failed=0.5, max_pixels=10**6)
+
+    assert pairs.skipped == {"decoder_crashed": 1}
+    assert len(rows_of(pairs)) == 5
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 5), st.lists(st.sampled_from("abcd"), min_size=1, max_size=3)), min_size=1))
+def test_joining_rows_keeps_each_caption_of_each_image_once(listed: list[tuple[int, list[str]]]) -> None:
+    table = table_of([f"{image:064d}" for image, _ in listed])
+    captions = pa.array([texts for _, texts in listed], pa.list_(pa.string()))
+    index = table.schema.get_field_index("reference_captions")
+    table = table.set_column(index, PAIRS_SCHEMA.field("reference_captions"), captions)
+
+    joined = join_captions(table).to_pylist()
+
+    expected: dict[str, dict[str, None]] = {}
+    for image, texts in listed:
+        expected.setdefault(f"{image:064d}", {}).update(dict.fromkeys(texts))
+    assert [(row["sha256"], row["reference_captions"]) for row in joined] == [
+        (sha, list(texts)) for sha, texts in expected.items()
+    ]
+    assert join_captions(join_captions(table)).equals(join_captions(table))
+
+
 def test_too_many_unusable_images_are_an_error(tmp_path: Path) -> None:
     root = make_folder(tmp_path, 5)
     (root / "000003.png").write_bytes(b"no image")
@@ -123,11 +175,34 @@ def test_an_empty_folder_is_an_error(tmp_path: Path) -> None:
         pairs_of(path=str(tmp_path))
 
 
-def test_an_id_that_occurs_twice_is_named(tmp_path: Path) -> None:
-    table = pq.read_table(make_parquet(tmp_path / "scenes.parquet", 3))
-    pq.write_table(pa.concat_tables([table, table.slice(1, 1)]), tmp_path / "scenes.parquet")
+def test_rows_of_one_image_are_one_image_with_several_captions(tmp_path: Path) -> None:
+    table = pq.read_table(make_parquet(tmp_path / "scenes.parquet", 4))
+    images = table["image"].to_pylist()
+    images[3]["bytes"] = b"no image"
+    index = table.schema.get_field_index("image")
+    table = table.set_column(index, "image", pa.array(images, table.schema.field("image").type))
+    table = table.drop_columns(["captions"])
+    rows = pa.concat_tables([table, table]).append_column("caption", pa.array([f"caption {n}" for n in range(8)]))
+    pq.write_table(rows, tmp_path / "scenes.parquet")
 
-    with pytest.raises(SourceError, match="'scene-1' occurs more than once"):
+    pairs = pairs_of(path=str(tmp_path / "scenes.parquet"), id_column="id", eval_fraction=0.3, max_failed=0.5)
+
+    assert sorted(row["reference_captions"] for row in rows_of(pairs)) == [
+        ["caption 0", "caption 4"],
+        ["caption 1", "caption 5"],
+        ["caption 2", "caption 6"],
+    ]
+    assert pairs.skipped == {"not_an_image": 1}
+    assert (pairs.num_listed, pairs.num_rows) == (4, 8)
+
+
+def test_an_id_of_two_images_is_named(tmp_path: Path) -> None:
+    table = pq.read_table(make_parquet(tmp_path / "scenes.parquet", 3))
+    ids = pa.array(["scene-0", "scene-1", "scene-1"])
+    table = table.set_column(table.schema.get_field_index("id"), "id", ids)
+    pq.write_table(table, tmp_path / "scenes.parquet")
+
+    with pytest.raises(SourceError, match="'scene-1' occurs more than once, with different images"):
         pairs_of(path=str(tmp_path / "scenes.parquet"), id_column="id")
 
 
