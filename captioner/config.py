@@ -246,6 +246,10 @@ class CheckConfig(Settings):
     terms: str | None = Field(
         None, description="File with one word or phrase per line; captions that contain one are flagged."
     )
+    language: Annotated[str, AfterValidator(_language_tag)] | None = Field(
+        None,
+        description="Language that the captions should be in (en, pt-BR); others are flagged. Default: that of most.",
+    )
 
 
 class SpotCheckConfig(CheckConfig):

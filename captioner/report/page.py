@@ -14,7 +14,7 @@ from markupsafe import Markup
 from captioner.console.text import counted, printable
 from captioner.report import charts
 from captioner.report.page_images import MAX_BYTES
-from captioner.scoring.normalise import normalise
+from captioner.scoring.normalise import normalise, split_words
 
 
 def render(facts: dict[str, Any], images: Mapping[str, str]) -> str:
@@ -24,6 +24,7 @@ def render(facts: dict[str, Any], images: Mapping[str, str]) -> str:
         facts=facts,
         check=check,
         survey=survey,
+        unit=check.get("unit", "words"),  # absent in checks of earlier versions
         run=facts["run"],
         image=_Thumbnails(images),
         charts=_charts(facts),
@@ -175,7 +176,7 @@ def word_diff(reference: str, caption: str) -> list[Piece]:
     """Return the difference between a reference and a caption in pieces of words; both normalised as for WER."""
     import jiwer
 
-    expected, actual = normalise(reference).split(), normalise(caption).split()
+    expected, actual = split_words(normalise(reference)), split_words(normalise(caption))
     if not expected or not actual:
         return [piece for piece in (("missing", " ".join(expected)), ("added", " ".join(actual))) if piece[1]]
     pieces: list[Piece] = []

@@ -69,7 +69,9 @@ def _about_scores(check: dict[str, Any]) -> list[str]:
     names = {"shuffled_wer": "captions shuffled", "human_wer": "people"}
     beside = ", ".join(f"{name} {check[key]:.2f}" for key, name in names.items() if check[key] is not None)
     compared = f" ({beside})" if beside else ""
-    return [f"WER {check['wer']:.2f}{compared}, {counted(check['num_rows'], 'caption')} scored."]
+    unit = check.get("unit", "words")  # absent in checks of earlier versions
+    measure = "WER" if unit == "words" else f"WER in {unit}"
+    return [f"{measure} {check['wer']:.2f}{compared}, {counted(check['num_rows'], 'caption')} scored."]
 
 
 def _about_flags(check: dict[str, Any]) -> list[str]:

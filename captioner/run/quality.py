@@ -21,6 +21,7 @@ from captioner.scoring.changes import find_changes
 from captioner.scoring.check_table import CHECK_FILE, Check, check_table
 from captioner.scoring.compare import compare_tables
 from captioner.scoring.eligible_rows import CheckSpec, no_match_message
+from captioner.scoring.language import recognised_language
 from captioner.scoring.references import References, read_references
 from captioner.scoring.running_wer import RunningWer, Sample, draw_sample
 from captioner.scoring.terms import read_terms
@@ -48,7 +49,8 @@ def check_spec(table: CaptionsTable, settings: CheckConfig, max_rows: int | None
     """Return the settings with their files read. Raises SourceError or UsageError naming the file."""
     references = _references(table, settings)
     terms = read_terms(settings.terms) if settings.terms else ()
-    return CheckSpec(references, settings.sample, settings.seed, terms, max_rows)
+    language = recognised_language(settings.language) if settings.language else None
+    return CheckSpec(references, settings.sample, settings.seed, terms, language, max_rows)
 
 
 def _references(table: CaptionsTable, settings: CheckConfig) -> References | None:

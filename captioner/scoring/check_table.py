@@ -54,7 +54,7 @@ class Check:
 
     def summary(self) -> dict[str, Any]:
         """Return the figures that run.json holds."""
-        names = ("num_rows", "wer", "interval", "shuffled_wer", "lift", "cider_d", "normalisation")
+        names = ("num_rows", "wer", "interval", "shuffled_wer", "lift", "cider_d", "unit", "normalisation")
         scores = self.scores.to_json()
         return {name: scores[name] for name in names} | {"flags": dict(self.flags.most_common())}
 

@@ -24,6 +24,7 @@ class CheckSpec:
     """What to check.
 
     `sample`: how many of the rows with references to score, drawn by `seed`. `terms`: captions with one are flagged.
+    `language`: code of that which captions should be in; that of most captions without it.
     `max_rows`: of a larger table only every n-th part is read, about this many rows in all.
     """
 
@@ -31,6 +32,7 @@ class CheckSpec:
     sample: int | Literal["all"] = 500
     seed: int = 0
     terms: tuple[str, ...] = ()
+    language: str | None = None
     max_rows: int | None = None
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 import re
 
+import regex
+
 from captioner.scoring.chat_habits import HABITS, KINDS, chat_habits
+from captioner.scoring.normalise import separate_characters
 
 # Flags of one caption, stored in its row of the captions table.
 CAPTION_FLAGS = {
@@ -23,7 +26,7 @@ CAPTION_FLAGS = {
 RUN_FLAGS = {
     "same_caption": "the same caption for many different images",
     "low_confidence": "among the lowest log-probabilities of this run",
-    "other_language": "in another language or script than the rest of the run",
+    "other_language": "in another language than --language, or than the rest of the run",
     "listed_term": "contains a term of the list given with --terms",
 }
 ALL_FLAGS = CAPTION_FLAGS | RUN_FLAGS
@@ -42,7 +45,7 @@ _IMAGE_OF = re.compile(
     rf"{KINDS}\s+(?:of|showing|depicting)\b",
     re.I,
 )
-_TOKENS = re.compile(r"\w+|[^\w\s]")
+_TOKENS = regex.compile(r"\w+|[^\w\s]")
 MAX_PHRASE_WORDS = 6
 
 
@@ -68,11 +71,11 @@ def caption_flags(text: str, logprob_mean: float | None = 0.0, finished: bool = 
 
 
 def is_repetitive(text: str) -> bool:
-    """Return whether a word, or a phrase of up to 6 words, comes three times in a row.
+    """Return whether a word, or a phrase of up to 6 words, comes three times in a row; see `split_words`.
 
     Twice is fine: "a red square, a red square and a ring" may be a correct caption.
     """
-    words = _TOKENS.findall(text.lower())
+    words = _TOKENS.findall(separate_characters(text.lower()))
     if len(words) - len(set(words)) < 2:
         return False  # no word comes three times
     return any(_repeats(words, size) for size in range(1, MAX_PHRASE_WORDS + 1))

@@ -1,54 +1,59 @@
-"""Guess the script of a caption, and for some Latin languages the language, to find captions unlike the others.
+"""The language of captions, by py3langid: a Bayes model of 140 languages whose 4.6 MB come in its wheel.
 
-Captions are too short for language identification libraries: langdetect takes "red dog" for Welsh with probability
-0.99. This module answers None unless function words or the script decide.
+Captions are short, so one is said to be in another language only where that is far more probable: none of 482 English
+texts, most of them captions of COCO, and 51 of 59 short captions in 21 other languages.
 """
 
 from __future__ import annotations
 
-import unicodedata
-from collections import Counter
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
-_FUNCTION_WORDS = {
-    "en": "the a an of on in with and is are at to by from for that this it its there two some near next",
-    "de": "der die das ein eine einer einem einen und ist sind mit auf im am von zu den dem vor bei",
-    "fr": "le la les un une des et est sont avec sur dans au aux du de à en qui près",
-    "es": "el la los las un una y es son con en del de al por que sobre su junto unos",
-    "it": "il lo la gli le un una e è sono con su nel nella di del della che sul al",
-    "pt": "o a os as um uma e é são com em no na do da de que ao sobre dos",
-    "nl": "de het een en is zijn met op in van aan te bij voor naast die",
-}
-_LANGUAGES_OF: dict[str, list[str]] = {}
-for _language, _words in _FUNCTION_WORDS.items():
-    for _word in _words.split():
-        _LANGUAGES_OF.setdefault(_word, []).append(_language)
-_MIN_HITS = 2
+from captioner.errors import UsageError
+
+if TYPE_CHECKING:
+    from py3langid.langid import LanguageIdentifier
+
+MIN_PROBABILITY = 0.5  # of the language of a caption
+TIMES_AS_PROBABLE = 250  # another language must be, for a caption to be in it
+_SAME = {"nb": "no"}  # tags that the model has under another name
 
 
-@lru_cache(maxsize=10_000)
 def language_of(text: str) -> str | None:
-    """Return a code of _FUNCTION_WORDS or the name of a script ("cyrillic", "cjk"); `None` when undecided.
-
-    A Latin text needs two function words, and more of one language than of any other.
-    """
-    script = "latin" if text.isascii() else _main_script(text)
-    if script != "latin":
-        return script
-    words = set(text.lower().replace(",", " ").replace(".", " ").split())
-    hits = Counter(language for word in words & _LANGUAGES_OF.keys() for language in _LANGUAGES_OF[word])
-    best = hits.most_common(2)
-    if not best or best[0][1] < _MIN_HITS or (len(best) > 1 and best[0][1] == best[1][1]):
-        return None
-    return best[0][0]
+    """Return the language code of a caption, such as "en"; None when undecided."""
+    code, probability = _probabilities(text)[0]
+    return code if probability >= MIN_PROBABILITY else None
 
 
-def _main_script(text: str) -> str | None:
-    scripts = Counter(_script(char) for char in text if char.isalpha())
-    return min(scripts, key=lambda script: (-scripts[script], script)) if scripts else None
+def is_in_other_language(text: str, language: str) -> bool:
+    """Return whether a caption is certainly not in this language, a code of `known_languages`."""
+    probabilities = _probabilities(text)
+    return probabilities[0][1] > TIMES_AS_PROBABLE * dict(probabilities)[language]
+
+
+def recognised_language(tag: str) -> str:
+    """Return the language code of a tag such as "pt-BR". Raises UsageError when the model does not know it."""
+    primary = tag.split("-")[0].lower()
+    code = _SAME.get(primary, primary)
+    if code not in known_languages():
+        names = ", ".join(sorted(known_languages()))
+        raise UsageError(f"--language {tag}: captions in this language are not recognised; recognised are: {names}")
+    return code
+
+
+def known_languages() -> set[str]:
+    """Return the language codes that the model knows."""
+    return set(_identifier().labels) - {"zxx"}  # no language at all
 
 
 @lru_cache(maxsize=10_000)
-def _script(char: str) -> str:
-    name = unicodedata.name(char, "other").split()[0].split("-")[0].lower()
-    return {"hiragana": "japanese", "katakana": "japanese", "fullwidth": "latin"}.get(name, name)
+def _probabilities(text: str) -> tuple[tuple[str, float], ...]:
+    """Return each language code with its probability, the most probable first."""
+    return tuple(_identifier().rank(text))
+
+
+@lru_cache(maxsize=1)
+def _identifier() -> LanguageIdentifier:
+    from py3langid import langid
+
+    return langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True)

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from captioner.data import STATUS_OK
 from captioner.scoring.eligible_rows import CheckSpec, EligibleRow
 from captioner.scoring.flags import ALL_FLAGS, FAULTS, RUN_FLAGS
-from captioner.scoring.language import language_of
+from captioner.scoring.language import is_in_other_language
 from captioner.scoring.sample import LowestRanks, rank
 from captioner.scoring.scores import ScoreSums
 from captioner.scoring.table_stats import TableStats
@@ -71,7 +71,8 @@ class RowChecker:
 
     def __init__(self, spec: CheckSpec, stats: TableStats) -> None:
         self._seed = spec.seed
-        self._repeated, self._low_logprob, self._language = stats.repeated, stats.low_logprob, stats.language
+        self._repeated, self._low_logprob = stats.repeated, stats.low_logprob
+        self._language = spec.language or stats.language
         self._contains_term = term_finder(spec.terms)
         self.sums = ScoreSums(spec.seed)
         self.flags: Counter[str] = Counter()
@@ -111,7 +112,7 @@ class RowChecker:
         applies = {
             "same_caption": caption in self._repeated,
             "low_confidence": logprob is not None and low is not None and logprob < low,
-            "other_language": language is not None and language_of(caption) not in (language, None),
+            "other_language": language is not None and is_in_other_language(caption, language),
             "listed_term": self._contains_term(caption),
         }
         return [flag for flag in RUN_FLAGS if applies[flag]]

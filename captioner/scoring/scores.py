@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from captioner.scoring.bootstrap import Interval, mean_interval, wer_interval
 from captioner.scoring.coco_metrics import bleu, cider_d, rouge_l
-from captioner.scoring.normalise import NORMALISATION, caption_tokens
+from captioner.scoring.normalise import NORMALISATION, caption_tokens, count_characters, normalise
 from captioner.scoring.sample import LowestRanks
 from captioner.scoring.vocabulary import compare_vocabulary
 from captioner.scoring.wer import Edits, Match, character_edits, human_wer, shuffled_wer
@@ -18,6 +18,9 @@ from captioner.scoring.wer import Edits, Match, character_edits, human_wer, shuf
 # first rows in the seed's order.
 OVERLAP_ROWS = 5_000
 BASELINE_ROWS = 1_000
+# What WER counts, and the share of the references' words below which their rarer kind is not mentioned.
+Unit = Literal["words", "characters", "words and characters"]
+_RARE = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +29,8 @@ class Scores:
 
     `wer`: against each image's best reference; `wer_single`: against its first. `interval`: 95 % bootstrap interval of
     `wer`. `shuffled_wer`: mean of 20 derangements; `lift` = 1 - wer / shuffled_wer; `human_wer`: one reference against
-    the others. CIDEr-D, BLEU, ROUGE-L and the vocabulary are computed from `overlap_rows` rows.
+    the others. CIDEr-D, BLEU, ROUGE-L and the vocabulary are computed from `overlap_rows` rows. `unit`: what WER and
+    MER count; characters where the references are in scripts without spaces.
     """
 
     num_rows: int
@@ -50,6 +54,7 @@ class Scores:
     bleu: list[float] | None = None
     rouge_l: float | None = None
     vocabulary: dict[str, Any] | None = None
+    unit: Unit = "words"
     normalisation: str = NORMALISATION
 
     def to_json(self) -> dict[str, Any]:
@@ -66,6 +71,7 @@ class ScoreSums:
     total: Edits = field(default_factory=lambda: Edits(0, 0, 0, 0))
     single: tuple[int, int] = (0, 0)
     characters: tuple[int, int] = (0, 0)
+    unspaced: int = 0  # words of the best references that are characters of scripts without spaces
     kept: LowestRanks[tuple[str, list[str]]] = field(default_factory=lambda: LowestRanks(OVERLAP_ROWS))
 
     def add(self, row_rank: int, image_id: str, caption: str, references: Sequence[str], match: Match) -> None:
@@ -81,6 +87,7 @@ class ScoreSums:
         self.single = (self.single[0] + first.edits, self.single[1] + first.words)
         ((edits, length),) = character_edits([(references[match.best], caption)])
         self.characters = (self.characters[0] + edits, self.characters[1] + length)
+        self.unspaced += count_characters(normalise(references[match.best]))
         self.kept.offer(row_rank, image_id, (caption, list(references)))
 
     def scores(self) -> Scores:
@@ -116,7 +123,15 @@ class ScoreSums:
             bleu=bleu(tokens, reference_tokens),
             rouge_l=_ratio(sum(rouges), len(rouges)),
             vocabulary=compare_vocabulary(tokens, reference_tokens),
+            unit=_unit(self.unspaced, total.words),
         )
+
+
+def _unit(unspaced: int, words: int) -> Unit:
+    """Return what most words of the references are."""
+    if unspaced <= _RARE * words:
+        return "words"
+    return "characters" if unspaced >= (1 - _RARE) * words else "words and characters"
 
 
 def _ratio(part: float, whole: float) -> float | None:

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 
 from captioner.data import STATUS_OK
 from captioner.scoring.language import language_of
+from captioner.scoring.normalise import split_words
 
 COLUMNS = ["image_id", "status", "error_code", "error_message", "sha256", "caption", "logprob_mean", "created_at"]
 EXAMPLES = 5
@@ -123,7 +124,7 @@ class TableStats:
         self.captions.add(dict(zip(texts, grouped["sha256_count_distinct"].to_pylist(), strict=True)))
         words: Counter[str] = Counter()
         for text, count in zip(texts, grouped["caption_count"].to_pylist(), strict=True):
-            tokens = text.lower().split()
+            tokens = split_words(text.lower())
             for word in tokens:
                 words[word.strip('.,;:!?"()')] += count
             self.num_words += len(tokens) * count

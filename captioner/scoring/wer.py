@@ -2,6 +2,8 @@
 
 Each image is scored against its reference with the lowest WER; the corpus WER is the sum of edits over the sum of words
 of those references. A WER can exceed 1 (ten words instead of one are 9 or 10 edits a word), so it is not a percentage.
+
+In scripts without spaces each character counts as a word, see `captioner.scoring.normalise`.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from captioner.scoring.normalise import normalise
+from captioner.scoring.normalise import normalise, split_words
 
 _BATCH_SIZE = 10_000  # pairs; jiwer needs about 3 kB for each
 
@@ -74,10 +76,15 @@ def match_captions(captions: Sequence[str], references: Sequence[Sequence[str]])
 
 def word_edits(pairs: Sequence[tuple[str, str]]) -> list[Edits]:
     """Return the edits of each (reference, caption)."""
-    normal = [(normalise(reference), normalise(caption)) for reference, caption in pairs]
+    normal = [(_spaced_words(reference), _spaced_words(caption)) for reference, caption in pairs]
     to_align = {pair: None for pair in normal if pair[0] and pair[1] and pair[0] != pair[1]}
     aligned = dict(zip(to_align, _align(list(to_align)), strict=True))
     return [aligned[pair] if pair in aligned else _trivial_edits(*pair) for pair in normal]
+
+
+def _spaced_words(text: str) -> str:
+    """Return the normalised words, separated by spaces."""
+    return " ".join(split_words(normalise(text)))
 
 
 def _trivial_edits(reference: str, caption: str) -> Edits:

@@ -24,7 +24,7 @@ from captioner.run import quality
 from captioner.run.job import open_job
 from captioner.scoring.eligible_rows import TRAINING_IMAGES
 from captioner.scoring.flags import caption_flags
-from captioner.scoring.language import language_of
+from captioner.scoring.language import is_in_other_language, language_of
 from captioner.scoring.references import read_references
 from captioner.scoring.running_wer import RunningWer, draw_sample
 from captioner.scoring.sample import LowestRanks, rank
@@ -407,8 +407,12 @@ def test_flags_of_how_a_caption_came_about() -> None:
         ("a dog on the grass", "en"),
         ("ein Hund auf der Wiese", "de"),
         ("un chien sur la table", "fr"),
-        ("собака на траве", "cyrillic"),
-        ("草地上的狗", "cjk"),
+        ("женщина держит зонт под дождём", "ru"),
+        ("一只红色的狗", "zh"),
+        ("犬が草の上を走っている", "ja"),
+        ("สุนัขวิ่งบนสนามหญ้า", "th"),
+        ("एक कुत्ता घास पर दौड़ रहा है", "hi"),
+        ("كلب يجري على العشب", "ar"),
         ("red dog", None),
         ("42", None),
         ("", None),
@@ -418,6 +422,46 @@ def test_language(text: str, language: str | None) -> None:
     assert language_of(text) == language
 
 
+@pytest.mark.parametrize(
+    ("text", "language", "is_other"),
+    [
+        ("two cats on a sofa", "de", True),
+        ("zwei Katzen auf einem Sofa", "en", True),
+        ("собака бежит по траве", "en", True),  # in which Cyrillic language is uncertain
+        ("一只红色的狗", "ja", True),
+        ("une pizza margherita", "it", False),  # too little to be sure
+        ("red dog", "de", False),
+        ("兩隻貓在沙發上", "zh", False),
+        ("", "en", False),
+    ],
+)
+def test_only_captions_that_are_surely_in_another_language(text: str, language: str, is_other: bool) -> None:
+    assert is_in_other_language(text, language) is is_other
+
+
+def test_captions_are_flagged_that_are_not_in_the_language_asked_for(true_table: CaptionsTable) -> None:
+    assert quality.check(true_table, CheckConfig(language="en-GB")).flags["other_language"] == 0
+    assert quality.check(true_table, CheckConfig(language="de", sample=0)).flags["other_language"] == 120
+    with pytest.raises(UsageError, match=r"--language tlh: captions in this language are not recognised; .* de, "):
+        quality.check(true_table, CheckConfig(language="tlh"))
+
+
+def test_the_report_says_that_words_are_characters(tmp_path: Path, archive: Path, capsys) -> None:
+    def change(number: int, row: dict[str, Any]) -> None:
+        digits = "零一二三四五六七八九"
+        row["reference_captions"] = ["图片" + "".join(digits[int(digit)] for digit in str(number)) + "号"]
+        row["caption"] = row["reference_captions"][0].replace("号", "张")
+
+    table = captioned(archive, tmp_path / "out", change)
+
+    assert commands.check(table.directory.location, CheckConfig(sample="all")) == 0
+    # Of 120 numbers 10 have one character, 90 two and 20 three: 120 wrong of 3 * 120 + 10 + 180 + 60 characters.
+    assert "WER in characters 0.20 (" in capsys.readouterr().out
+    assert table.directory.read_json("checks/check.json")["wer"] == 120 / 610
+    page = Path(table.directory.location, "report", "index.html").read_text(encoding="utf-8")
+    assert "WER and MER count characters: references are in a script without spaces between words." in page
+
+
 def test_flags_of_a_caption_among_its_run(tmp_path: Path, archive: Path) -> None:
     def change(number: int, row: dict[str, Any]) -> None:
         row["logprob_mean"] = -4.0 if number < 2 else -0.2
@@ -425,7 +469,7 @@ def test_flags_of_a_caption_among_its_run(tmp_path: Path, archive: Path) -> None
         if number % 10 == 0:
             row["caption"] = "a man riding a wave on the beach"
         if number in (5, 7):
-            row["caption"] = "ein Hund auf der Wiese"
+            row["caption"] = "ein Hund läuft über die Wiese"
         if number == 8:
             row["caption"] = "a Naughty Word on the wall"
 

@@ -31,11 +31,58 @@ WORDS = st.lists(st.sampled_from(["a", "dog", "cat", "runs", "on", "grass", "red
         ("नमस्ते दुनिया!", "नमस्ते दुनिया"),
         ("snake_case & more", "snake case more"),
         ("?!", ""),
+        ("一只 红色的狗。", "一只红色的狗"),
+        ("T恤 shirt 2只", "t恤 shirt 2只"),
+        ("كَلْبٌ أحـــمر، جميل", "كلب أحمر جميل"),
+        ("می\u200cدود", "میدود"),
     ],
 )
 def test_normalisation(text: str, normal: str) -> None:
     assert normalise(text) == normal
     assert normalise(normal) == normal
+
+
+@pytest.mark.parametrize(
+    ("reference", "caption", "edits", "count"),
+    [
+        ("一只红色的狗", "一只黑色的狗。", 1, 6),
+        ("一只红色的狗", "一只 红色的 狗", 0, 6),
+        ("赤いTシャツを着た犬", "赤いTシャツの猫", 4, 10),  # を着た犬 -> の猫
+        ("หมาสีแดง", "แมวสีแดง", 2, 7),  # ห ม า -> แ ม ว; the mark of สี belongs to it
+        ("ໝາສີແດງ", "ແມວສີແດງ", 2, 7),  # as in Thai; normalised, ໝ is two letters
+        ("ឆ្កែក្រហម", "ឆ្កែខ្មៅ", 3, 4),  # ឆ្កែ and ក្រ ហ ម, of which ខ្មៅ replaces one
+        ("ခွေးနီ", "ခွေးမည်း", 2, 2),  # ခွေး နီ -> ခွေး မ ည်း
+        ("كلبٌ أحمر يجري", "كلب أسود يجري", 1, 3),
+        ("एक लाल कुत्ता।", "एक काला कुत्ता", 1, 3),
+    ],
+)
+def test_words_are_split_as_the_language_is_written(reference: str, caption: str, edits: int, count: int) -> None:
+    [counted] = word_edits([(reference, caption)])
+
+    assert (counted.edits, counted.words) == (edits, count)
+
+
+@pytest.mark.parametrize(
+    ("references", "unit"),
+    [
+        (["一只红色的狗", "两只猫在沙发上"], "characters"),
+        (["a red dog", "two cats on a sofa in 上海"], "words and characters"),
+        (["a red dog", "एक लाल कुत्ता"], "words"),
+    ],
+)
+def test_scores_name_what_they_count(references: list[str], unit: str) -> None:
+    sums = ScoreSums()
+    for number, match in enumerate(match_captions(references, [[text] for text in references])):
+        sums.add(number, str(number), references[number], [references[number]], match)
+    scores = sums.scores()
+
+    assert (scores.unit, scores.wer, scores.cer) == (unit, 0, 0)
+    assert scores.cider_d == pytest.approx(10 if unit == "characters" else scores.cider_d)
+
+
+def test_tokens_hold_whole_letters_and_characters() -> None:
+    assert caption_tokens("एक लाल कुत्ता।") == ["एक", "लाल", "कुत्ता"]
+    assert caption_tokens("白い犬、T恤") == ["白", "い", "犬", "t", "恤"]
 
 
 def test_tokens_are_those_of_coco_caption() -> None:
