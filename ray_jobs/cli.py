@@ -417,15 +417,20 @@ def main(argv: list[str] | None = None) -> NoReturn:
     """
     HEARTBEAT.line_printed()  # what this process did before does not count as silence
     words = (sys.argv[1:] if argv is None else argv) or ["--help"]
-    commands: Any = typer.main.get_command(app)
     try:
-        sys.exit(commands.main(words, prog_name="captioner", standalone_mode=False) or OK)
+        sys.exit(_commands().main(words, prog_name="captioner", standalone_mode=False) or OK)
     except CaptionerError as error:
         _fail(str(error), error.exit_code)
     except typer.TyperException as error:  # an unknown flag or command, a missing or misplaced value
         _fail(f"{error.format_message().rstrip('.')}; see captioner --help", ERROR)
     except (KeyboardInterrupt, typer.Abort):
         _fail("stopped by Ctrl-C", INTERRUPTED)
+
+
+@functools.cache
+def _commands() -> Any:
+    """Return `app` as a command, with all its flags; built once in a process, since that takes 25 ms."""
+    return typer.main.get_command(app)
 
 
 def _fail(message: str, exit_code: int) -> NoReturn:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -168,9 +169,18 @@ def versions() -> dict[str, str]:
     """Return the versions of the packages on which a caption depends."""
     installed = {"python": platform.python_version()}
     for package in ("captioner", "ray", "transformers", "torch", "pyarrow", "pillow"):
-        with suppress(PackageNotFoundError):
-            installed[package] = version(package)
+        if number := _version_of(package):
+            installed[package] = number
     return installed
+
+
+@cache  # reading a package's metadata takes milliseconds, and a run writes several records
+def _version_of(package: str) -> str:
+    """Return the version of an installed package, "" where it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
 
 
 def hardware(devices: set[str]) -> dict[str, str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from captioner.scoring.normalise import normalise, split_words
@@ -128,9 +129,23 @@ def character_edits(pairs: Sequence[tuple[str, str]]) -> list[tuple[int, int]]:
 
 def corpus_wer(captions: Sequence[str], references: Sequence[Sequence[str]]) -> float | None:
     """Return the summed edits over the summed words of the best references; `None` without any reference word."""
-    best = [match.best_edits for match in match_captions(captions, references)]
-    words = sum(edits.words for edits in best)
-    return sum(edits.edits for edits in best) / words if words else None
+    best = [_best_counts(caption, texts) for caption, texts in zip(captions, references, strict=True)]
+    words = sum(words for _, words in best)
+    return sum(edits for edits, _ in best) / words if words else None
+
+
+def _best_counts(caption: str, references: Sequence[str]) -> tuple[int, int]:
+    """Return (edits, words) of the reference that `match_captions` chooses, without aligning them."""
+    from rapidfuzz.distance import Levenshtein  # the same counting as jiwer
+
+    words = _words(caption)
+    counts = [(Levenshtein.distance(_words(reference), words), len(_words(reference))) for reference in references]
+    return min(counts, key=lambda count: count[0] / max(count[1], 1))
+
+
+@lru_cache(maxsize=10_000)
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(normalise(text).split())
 
 
 SHUFFLES = 20

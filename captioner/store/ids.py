@@ -13,22 +13,24 @@ import numpy.typing as npt
 
 _BUCKETS = 64
 _DIGEST = np.dtype([("high", "<u8"), ("low", "<u8")])
-_BUFFERED = 65_536
+_BUFFERED = 65_536  # ids in memory before they are written to files
 
 Digests = npt.NDArray[np.void]
 
 
 class IdIndex:
-    """A set of strings, kept as 16-byte digests in 64 temporary files.
+    """A set of strings, kept as 16-byte digests: up to `buffered` in memory, more in 64 temporary files.
 
     100 million ids take 1.6 GB of disk and 25 MB of memory while one bucket is sorted. Two different ids share a digest
     with a probability below 1e-22 at that size.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, buffered: int = _BUFFERED) -> None:
+        self._buffered = buffered
         self._folder = tempfile.TemporaryDirectory(prefix="captioner-ids-")
         self._pending: list[Digests] = []
         self._num_pending = 0
+        self._is_on_disk = False
         self._sorted: list[Digests] | None = None
 
     def __enter__(self) -> IdIndex:
@@ -45,7 +47,7 @@ class IdIndex:
         self._sorted = None
         self._pending.append(digests_of(ids))
         self._num_pending += len(ids)
-        if self._num_pending >= _BUFFERED:
+        if self._num_pending >= self._buffered:
             self._flush()
 
     def duplicates(self) -> Digests:
@@ -70,34 +72,38 @@ class IdIndex:
         return is_added
 
     def _buckets(self) -> Iterator[Digests]:
-        self._flush()
+        if self._is_on_disk and self._pending:
+            self._flush()
+        pending = _in_buckets(self._pending)
         for number in range(_BUCKETS):
-            path = self._path(number)
-            bucket = np.fromfile(path, _DIGEST) if path.exists() else np.empty(0, _DIGEST)
+            bucket = np.fromfile(self._path(number), _DIGEST) if self._is_on_disk else pending[number]
             yield bucket[np.lexsort((bucket["low"], bucket["high"]))]
 
     def _map_sorted(self, number: int, bucket: Digests) -> Digests:
-        """Write the sorted bucket to its file, and map that instead of holding it in memory."""
-        if not len(bucket):
+        """Write a sorted bucket of a set on disk to its file, and map that instead of holding it in memory."""
+        if not self._is_on_disk or not len(bucket):
             return bucket
         bucket.tofile(self._path(number))
         return np.memmap(self._path(number), _DIGEST, mode="r")
 
     def _flush(self) -> None:
-        if not self._pending:
-            return
-        digests = np.concatenate(self._pending)
-        self._pending, self._num_pending = [], 0
-        bucket_of = digests["high"] % _BUCKETS
-        order = np.argsort(bucket_of, kind="stable")
-        ends = np.searchsorted(bucket_of[order], np.arange(_BUCKETS + 1))
-        for number in range(_BUCKETS):
-            part = digests[order[ends[number] : ends[number + 1]]]
+        """Append the digests in memory to the files of their buckets."""
+        for number, digests in enumerate(_in_buckets(self._pending)):
             with self._path(number).open("ab") as file:
-                part.tofile(file)
+                digests.tofile(file)
+        self._pending, self._num_pending, self._is_on_disk = [], 0, True
 
     def _path(self, number: int) -> Path:
         return Path(self._folder.name) / f"{number:02d}"
+
+
+def _in_buckets(parts: list[Digests]) -> list[Digests]:
+    """Return the digests of each bucket."""
+    digests = np.concatenate([np.empty(0, _DIGEST), *parts])
+    bucket_of = digests["high"] % _BUCKETS
+    order = np.argsort(bucket_of, kind="stable")
+    ends = np.searchsorted(bucket_of[order], np.arange(_BUCKETS + 1))
+    return [digests[order[ends[number] : ends[number + 1]]] for number in range(_BUCKETS)]
 
 
 def digests_of(ids: Sequence[str]) -> Digests:

@@ -139,6 +139,19 @@ def test_wer_agrees_with_jiwer_for_plain_words(pairs: list[tuple[str, str]]) -> 
             assert edits.hits + edits.substitutions + edits.deletions == len(known.split())
 
 
+TEXTS = st.text("abc .'", max_size=12)
+
+
+@given(st.lists(st.tuples(TEXTS, st.lists(TEXTS, min_size=1, max_size=4)), min_size=1, max_size=4))
+def test_corpus_wer_counts_the_edits_of_the_best_references(rows: list[tuple[str, list[str]]]) -> None:
+    captions, references = [caption for caption, _ in rows], [texts for _, texts in rows]
+    best = [match.best_edits for match in match_captions(captions, references)]
+    words = sum(edits.words for edits in best)
+
+    expected = sum(edits.edits for edits in best) / words if words else None
+    assert corpus_wer(captions, references) == expected
+
+
 CAPTIONS = [["a", "dog", "runs"], ["the", "red", "car", "is", "parked", "here"]]
 REFERENCES = [
     [["a", "dog", "runs", "fast"], ["the", "dog", "is", "running"]],

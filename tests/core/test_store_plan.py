@@ -242,12 +242,13 @@ ids = st.lists(st.text(max_size=6), max_size=60)
 
 
 @settings(max_examples=60, deadline=None)
-@given(added=st.lists(ids, max_size=4), asked=ids)
-def test_the_id_index_is_a_set(added: list[list[str]], asked: list[str]) -> None:
+@given(added=st.lists(ids, max_size=4), asked=ids, buffered=st.sampled_from([1, 3, 1000]))
+def test_the_id_index_is_a_set_in_memory_and_on_disk(added: list[list[str]], asked: list[str], buffered: int) -> None:
     everything = [image_id for batch in added for image_id in batch]
-    with IdIndex() as index:
+    with IdIndex(buffered) as index:
         for batch in added:
             index.add(batch)
+            assert index.contains(batch).all()
 
         assert len(index.duplicates()) == len({i for i in everything if everything.count(i) > 1})
         assert index.contains(asked).tolist() == [image_id in everything for image_id in asked]
