@@ -278,6 +278,7 @@ class CaptionConfig(Settings):
 class AltTextConfig(Settings):
     """How to make alt texts from captions."""
 
+    field: str = Field("caption", description="Column of the table to make alt texts of: caption, or an answer.")
     max_chars: int = Field(
         125, ge=1, description="Drop the last sentences of longer texts; the first sentence is kept whole."
     )
@@ -303,11 +304,18 @@ class ExportConfig(Settings):
     """Which texts to export, in what format and to where."""
 
     path: str = Field(
-        "", description="File or folder to write; not with --beside-originals.", json_schema_extra={"argument": "DEST"}
+        "",
+        description="File or folder to write; not with --beside-originals. hub: repository, OWNER/NAME.",
+        json_schema_extra={"argument": "DEST"},
     )
-    to: Literal["xmp", "html", "csv", "jsonl", "txt", "coco", "imagefolder", "webdataset", "parquet"] | None = Field(
-        None, description="Format of the export."
+    to: Literal["xmp", "html", "csv", "jsonl", "txt", "coco", "imagefolder", "webdataset", "parquet", "hub"] | None = (
+        Field(None, description="Format of the export.")
     )
+    field: str | None = Field(
+        None, description="Column of the table to export, such as caption or an answer; default the alt text."
+    )
+    prefix: str = Field("", description="Text to put before each text of a training set, such as a trigger word.")
+    suffix: str = Field("", description="Text to put after each text of a training set.")
     approved_only: bool = Field(
         False, description="Export only texts that a person approved or edited, and decorative images; the default."
     )

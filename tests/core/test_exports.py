@@ -325,7 +325,7 @@ def test_images_of_a_tar_keep_their_names_apart(tmp_path: Path, decoding_here: N
     assert len(list((tmp_path / "data").rglob("*.png"))) == 3
 
 
-@pytest.mark.parametrize("to", sorted(set(FORMATS) - {"html", "xmp", "txt"}))
+@pytest.mark.parametrize("to", sorted(set(FORMATS) - {"html", "xmp", "txt", "hub"}))
 def test_dest_that_is_there_is_an_error_and_update_refreshes_it(finished: Path, tmp_path: Path, to: str) -> None:
     dest = tmp_path / "dest"
     export(finished, to, dest)

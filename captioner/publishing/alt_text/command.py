@@ -19,13 +19,14 @@ from captioner.publishing.alt_text.findings import FINDINGS, CaptionedImage, fin
 from captioner.publishing.alt_text.rules import RULES, Limits, apply_rules
 from captioner.publishing.alt_text.schemas import ALT_TEXT_SCHEMA
 from captioner.publishing.alt_text.texts import SETTINGS_FILE, alt_text_name, require_finished
+from captioner.publishing.fields import CAPTION_FIELD, check_field, texts_of
 from captioner.scoring.terms import read_terms, term_finder
 from captioner.store.lock import sole_writer
 from captioner.store.read import read_parts
 from captioner.store.replan import generation_of_parts
 from captioner.store.table import CaptionsTable, open_table
 
-_COLUMNS = ["image_id", "caption", "width", "height", "run_id", "created_at"]
+_COLUMNS = ["image_id", "width", "height", "run_id", "created_at"]
 
 
 @dataclass
@@ -44,7 +45,7 @@ def run(out: str, settings: AltTextConfig) -> int:
     table = open_table(out)
     with sole_writer(out):
         counts = make_alt_texts(table, settings)
-    _print(out, counts)
+    _print(out, counts, settings.field)
     return OK
 
 
@@ -57,10 +58,12 @@ def make_alt_texts(table: CaptionsTable, settings: AltTextConfig) -> Counts:
     rules, limits = chosen_rules(settings), _limits(settings)
     terms = read_terms(settings.terms) if settings.terms else ()
     require_finished(table)
+    check_field(table, settings.field)
     counts = Counts()
-    maker = _AltTextMaker(rules, limits, term_finder(terms), counts)
+    maker = _AltTextMaker(settings.field, rules, limits, term_finder(terms), counts)
     table.directory.delete(SETTINGS_FILE)
-    for part, rows in zip(generation_of_parts(table), read_parts(table, _COLUMNS), strict=True):
+    columns = list(dict.fromkeys([*_COLUMNS, settings.field]))
+    for part, rows in zip(generation_of_parts(table), read_parts(table, columns), strict=True):
         table.directory.write_table(alt_text_name(part), maker.rows(rows))
     table.directory.write_json(SETTINGS_FILE, _record(settings, rules, terms, counts), checksum=True)
     return counts
@@ -86,8 +89,12 @@ def _limits(settings: AltTextConfig) -> Limits:
 
 @dataclass
 class _AltTextMaker:
-    """Makes the rows of a part; caches the text of each caption, since many images have the same one."""
+    """Makes the rows of a part; caches the text of each caption, since many images have the same one.
 
+    `field`: the column that holds the captions.
+    """
+
+    field: str
     names: tuple[str, ...]
     limits: Limits
     holds_term: Callable[[str], bool]
@@ -97,7 +104,8 @@ class _AltTextMaker:
         """Return the rows of ALT_TEXT_SCHEMA for one part of the captions table."""
         cached: dict[str, tuple[str, list[str]]] = {}
         texts, changed, flags = [], [], []
-        for caption, width, height in zip(*(rows[name].to_pylist() for name in _COLUMNS[1:4]), strict=True):
+        columns_read = [texts_of(rows, self.field), rows["width"], rows["height"]]
+        for caption, width, height in zip(*(column.to_pylist() for column in columns_read), strict=True):
             text: str | None = None
             rules: list[str] = []
             text_flags: list[str] = []
@@ -128,6 +136,7 @@ class _AltTextMaker:
 def _record(settings: AltTextConfig, rules: tuple[str, ...], terms: tuple[str, ...], counts: Counts) -> dict[str, Any]:
     """Return the contents of SETTINGS_FILE."""
     return {
+        "field": settings.field,
         "language": settings.language,
         "max_chars": settings.max_chars,
         "hard_max": settings.hard_max,
@@ -141,8 +150,9 @@ def _record(settings: AltTextConfig, rules: tuple[str, ...], terms: tuple[str, .
     }
 
 
-def _print(out: str, counts: Counts) -> None:
-    without = f"; {counted(counts.num_uncaptioned, 'image')} without a caption" if counts.num_uncaptioned else ""
+def _print(out: str, counts: Counts, field: str) -> None:
+    lacking = "a caption" if field == CAPTION_FIELD else printable(f"a value in {field}")
+    without = f"; {counted(counts.num_uncaptioned, 'image')} without {lacking}" if counts.num_uncaptioned else ""
     print(
         f"{printable(out)}: {counted(counts.num_texts, 'alt text')}, {counts.num_changed:,} changed by rules{without}"
     )

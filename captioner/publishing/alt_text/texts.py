@@ -12,6 +12,7 @@ from captioner.console.text import shell_command
 from captioner.errors import OutputError
 from captioner.publishing.alt_text.journal import read_latest_reviews
 from captioner.publishing.alt_text.schemas import TEXTS_SCHEMA, UNREVIEWED, Review
+from captioner.publishing.fields import CAPTION_FIELD, check_field, texts_of
 from captioner.store.read import read_parts
 from captioner.store.replan import generation_of_parts
 from captioner.store.table import CaptionsTable
@@ -42,6 +43,28 @@ def read_texts(table: CaptionsTable) -> Iterator[pa.Table]:
     language = read_settings(table)["language"]
     for _, rows, alt_texts in read_alt_texts(table, [*_FROM_CAPTIONS, "flags"]):
         yield _join(rows, alt_texts, reviews, language)
+
+
+def read_field(table: CaptionsTable, field: str) -> Iterator[pa.Table]:
+    """Yield tables as `read_texts` does, with the texts of a column; "" where an image has no value in it.
+
+    Needs no alt texts. Decisions of reviewers that keep an image back hold for every column; those that let a text
+    pass hold for the column that the alt texts were made of, and give the text that the person saw or wrote.
+    """
+    require_finished(table)
+    check_field(table, field)
+    settings = table.directory.read_json(SETTINGS_FILE) if table.directory.exists(SETTINGS_FILE) else {}
+    is_reviewed = settings.get("field", CAPTION_FIELD) == field
+    reviews = {
+        image_id: review
+        for image_id, review in read_latest_reviews(table.directory).items()
+        if is_reviewed or review.decision not in ("approved", "edited")
+    }
+    for rows in read_parts(table, list(dict.fromkeys([*_FROM_CAPTIONS, "flags", field]))):
+        captioned = rows.filter(pc.is_valid(rows["caption"]))
+        texts = pc.fill_null(texts_of(captioned, field), "")
+        flags = pa.repeat(pa.scalar([], pa.list_(pa.string())), captioned.num_rows)
+        yield _join(captioned, pa.table({"alt_text": texts, "flags": flags}), reviews, settings.get("language"))
 
 
 def read_settings(table: CaptionsTable) -> dict[str, Any]:

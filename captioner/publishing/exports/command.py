@@ -6,6 +6,7 @@ import itertools
 import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,11 +16,12 @@ from captioner.console.text import counted, printable, shell_command
 from captioner.errors import OK, OutputError, UsageError
 from captioner.files import shown
 from captioner.publishing.alt_text.journal import read_reviews
-from captioner.publishing.alt_text.texts import read_texts
+from captioner.publishing.alt_text.texts import read_field, read_texts
 from captioner.publishing.exports import (
     coco,
     embedded,
     html_pages,
+    hub_dataset,
     imagefolder,
     lines,
     parquet,
@@ -31,7 +33,7 @@ from captioner.publishing.exports import (
 from captioner.publishing.exports.context import Export, Format
 from captioner.publishing.exports.destination import open_destination
 from captioner.publishing.exports.originals import Originals
-from captioner.publishing.exports.select import Tally, select_texts, unselected_texts
+from captioner.publishing.exports.select import Tally, Wording, select_texts, unselected_texts
 from captioner.store.lock import sole_writer
 from captioner.store.table import CaptionsTable, open_table
 
@@ -51,7 +53,9 @@ FORMATS = {
     "imagefolder": Format(imagefolder.write),
     "webdataset": Format(webdataset.write),
     "parquet": Format(parquet.write, supports_decorative=True, suffix=".parquet"),
+    "hub": Format(hub_dataset.write),
 }
+TRAINING_FORMATS = ("txt", "jsonl", "coco", "imagefolder", "webdataset", "parquet", "hub")
 _ONLY_FOR = {  # setting -> the formats it applies to
     "beside_originals": ("xmp", "txt"),
     "existing": ("txt",),
@@ -61,6 +65,8 @@ _ONLY_FOR = {  # setting -> the formats it applies to
     "html_dir": ("html",),
     "embed": ("xmp",),
     "allow_c2pa": ("xmp",),
+    "prefix": TRAINING_FORMATS,
+    "suffix": TRAINING_FORMATS,
 }
 _MAX_PROBLEMS_PRINTED = 20
 
@@ -76,7 +82,7 @@ def run(out: str, settings: ExportConfig) -> int:
     return OK
 
 
-_FORMAT_NAMES = {"imagefolder": "ImageFolder", "webdataset": "WebDataset"}  # the others are upper case
+_FORMAT_NAMES = {"imagefolder": "ImageFolder", "webdataset": "WebDataset", "hub": "the hub"}  # the others: upper case
 
 
 def export_texts(table: CaptionsTable, settings: ExportConfig) -> Tally:
@@ -97,7 +103,11 @@ def export_texts(table: CaptionsTable, settings: ExportConfig) -> Tally:
         "supports_decorative": chosen_format.supports_decorative,
     }
     name = _FORMAT_NAMES.get(str(settings.to), str(settings.to).upper())
-    selected = select_texts(read_texts(table), tally, name, mark=settings.automatic_mark, **rules)
+    read = read_texts if settings.field is None else partial(read_field, field=settings.field)
+    # A model that learns from marked texts would write the mark; the texts' provenance says who wrote them.
+    is_marked = settings.field is None or settings.to not in TRAINING_FORMATS
+    wording = Wording(settings.automatic_mark if is_marked else "", settings.prefix, settings.suffix)
+    selected = select_texts(read(table), tally, name, wording, field=settings.field, **rules)
     record = {
         "to": settings.to,
         "table": shown(table.directory.location),
@@ -105,7 +115,7 @@ def export_texts(table: CaptionsTable, settings: ExportConfig) -> Tally:
         "made_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     originals = Originals(table)
-    export = Export(dest, settings, tally, originals, lambda: unselected_texts(read_texts(table), **rules), record)
+    export = Export(dest, settings, tally, originals, lambda: unselected_texts(read(table), **rules), record, wording)
     if not settings.update:
         selected = _require_texts(selected, tally, table.directory.shown(""))
     if settings.dry_run and settings.to != "html":
@@ -133,6 +143,8 @@ def check_settings(settings: ExportConfig) -> None:
 
 
 def _destination(settings: ExportConfig) -> Path:
+    if settings.to == "hub":
+        return Path(hub_dataset.checked_repository(settings))
     if settings.dry_run and not settings.path:
         return Path("captioner-export").absolute()  # nothing is written
     return open_destination(settings.path, settings.update or settings.dry_run)

@@ -12,15 +12,16 @@ import pyarrow as pa
 
 from captioner.config import ExportConfig
 from captioner.publishing.exports.originals import Originals
-from captioner.publishing.exports.select import Tally, provenance
+from captioner.publishing.exports.select import AS_THEY_ARE, Tally, Wording, provenance
 
 
 @dataclass(frozen=True)
 class Export:
     """Everything a `write` function needs besides the texts.
 
-    `dest` is a path that may be written. `unselected` returns the texts that are not exported, so that an update can
-    remove them from an earlier export. `record` describes the export and is kept in its folder.
+    `dest` is a path that may be written; for the hub, its repository. `unselected` returns the texts that are not
+    exported, so that an update can remove them from an earlier export. `record` describes the export and is kept in its
+    folder. `wording` is what was added to the texts.
     """
 
     dest: Path
@@ -29,6 +30,7 @@ class Export:
     originals: Originals
     unselected: Callable[[], Iterator[pa.Table]]
     record: dict[str, Any]
+    wording: Wording = AS_THEY_ARE
 
 
 Write = Callable[[Iterator[pa.Table], Export], None]

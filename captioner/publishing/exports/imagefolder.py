@@ -18,18 +18,18 @@ task_categories:
 - image-to-text
 {language}configs:
 - config_name: default
-  data_files: "**"
+  data_files: "{data_files}"
 ---
 
-# Images with alt texts
+# Images with {texts}
 
-{count:,} images with alt texts, exported from a captions table by `captioner export`.
+{count:,} images with {texts}, exported from a captions table by `captioner export`.
 
 | review status | texts |
 |---|---|
 {statuses}
 
-`text` is the alt text, `machine_caption` the model's original caption, `text_by` who wrote the text ("machine" or
+`text` is {text}, `machine_caption` the model's original caption, `text_by` who wrote the text ("machine" or
 "person"), `reviewer` and `reviewed_at` who reviewed it and when. `model`, `model_revision`, `model_sha256` and `run_id`
 identify the model and the run. Texts of status `unreviewed` have not been reviewed by a person.
 """
@@ -51,7 +51,7 @@ def write(texts: Iterator[pa.Table], export: Export) -> None:
                     name = _write_image(folder, row, raw.data)
                     languages.update(filter(None, [row["language"]]))
                     write_line(metadata, _line(name, row))
-        (folder / "README.md").write_text(_card(export, languages), encoding="utf-8")
+        (folder / "README.md").write_text(dataset_card(export, languages, "**"), encoding="utf-8")
 
 
 def _write_image(folder: Path, row: dict[str, Any], data: bytes) -> str:
@@ -66,10 +66,15 @@ def _line(name: str, row: dict[str, Any]) -> dict[str, Any]:
     return own | {"machine_caption": row["caption"], "language": row["language"], **provenance(row)}
 
 
-def _card(export: Export, languages: set[str]) -> str:
+def dataset_card(export: Export, languages: set[str], data_files: str) -> str:
+    """Return the README.md of a dataset. `data_files`: a glob of the files that hold it."""
+    field = export.settings.field
     counts = {status: count for status, count in export.tally.written.items() if count}
     return _CARD.format(
         language="".join(["language:\n", *(f"- {name}\n" for name in sorted(languages))]) if languages else "",
+        data_files=data_files,
+        texts="alt texts" if field is None else "texts",
+        text="the alt text" if field is None else f"column `{field}` of the table",
         count=sum(counts.values()),
         statuses="\n".join(f"| {status} | {count:,} |" for status, count in sorted(counts.items())),
     )

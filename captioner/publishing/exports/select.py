@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,23 +51,56 @@ class Tally:
         """Count a selected text that could not be written as left out, and keep the reason."""
         self.written[row["review_status"]] -= 1
         self.left_out[reason] += 1
-        if len(self.problems) < MAX_PROBLEMS:
-            self.problems.append((row["image_id"], reason))
+        self.name_all([row["image_id"]], reason)
+
+    def name_all(self, image_ids: list[str], reason: str) -> None:
+        """Keep the reason of images, up to MAX_PROBLEMS of them."""
+        space = MAX_PROBLEMS - len(self.problems)
+        self.problems.extend((image_id, reason) for image_id in image_ids[:space])
+
+
+@dataclass(frozen=True)
+class Wording:
+    """What an export adds to texts. `mark`: to those that nobody has reviewed, or ""."""
+
+    mark: str
+    prefix: str = ""
+    suffix: str = ""
+
+    def variants(self, texts: Iterable[str]) -> set[bytes]:
+        """Return how these texts may have been written by an earlier export, as UTF-8."""
+        endings = ("", f" {self.mark}")
+        return {f"{self.prefix}{text}{end}{self.suffix}".encode() for text in texts if text for end in endings}
+
+
+AS_THEY_ARE = Wording("")
 
 
 def select_texts(
-    texts: Iterator[pa.Table], tally: Tally, to: str, *, include_unreviewed: bool, mark: str, supports_decorative: bool
+    texts: Iterator[pa.Table],
+    tally: Tally,
+    to: str,
+    wording: Wording,
+    *,
+    include_unreviewed: bool,
+    supports_decorative: bool,
+    field: str | None = None,
 ) -> Iterator[pa.Table]:
     """Yield tables of CHOSEN_SCHEMA with the texts to publish.
 
-    `to`: the name of the format, for the reasons in the tally. `mark`: appended to texts nobody has reviewed.
+    `to`: the name of the format, for the reasons in the tally. `field`: the column that the texts are of, if not alt
+    texts; images without a value in it are named in the tally.
     """
+    words = _REASONS | ({"blank": f"without a value in {field}"} if field else {})
     for rows in texts:
         reasons = [_reason(*row, include_unreviewed, supports_decorative) for row in _columns(rows)]
-        tally.left_out.update(_REASONS[reason].format(to=to) for reason in reasons if reason)
+        tally.left_out.update(words[reason].format(to=to) for reason in reasons if reason)
+        if field:
+            ids = rows.filter(pa.array([reason == "blank" for reason in reasons], pa.bool_()))["image_id"]
+            tally.name_all(ids.to_pylist(), words["blank"])
         kept = rows.filter(pa.array([not reason for reason in reasons], pa.bool_()))
         tally.written.update(kept["review_status"].to_pylist())
-        yield _with_author(_marked(kept, mark))
+        yield _with_author(_worded(kept, wording))
 
 
 def unselected_texts(
@@ -93,10 +126,15 @@ def _reason(status: str, text: str, flags: list[str], include_unreviewed: bool, 
     return "blank" if blank else ""
 
 
-def _marked(rows: pa.Table, mark: str) -> pa.Table:
+def _worded(rows: pa.Table, wording: Wording) -> pa.Table:
     column = rows.schema.get_field_index("alt_text")
-    unreviewed = pc.equal(rows["review_status"], UNREVIEWED)
-    texts = pc.if_else(unreviewed, pc.binary_join_element_wise(rows["alt_text"], mark, " "), rows["alt_text"])
+    texts = rows["alt_text"]
+    if wording.mark:
+        marked = pc.binary_join_element_wise(texts, wording.mark, " ")
+        texts = pc.if_else(pc.equal(rows["review_status"], UNREVIEWED), marked, texts)
+    if wording.prefix or wording.suffix:
+        worded = pc.binary_join_element_wise(wording.prefix, texts, wording.suffix, "")
+        texts = pc.if_else(pc.equal(rows["review_status"], "decorative"), texts, worded)
     return rows.set_column(column, TEXTS_SCHEMA.field("alt_text"), texts)
 
 

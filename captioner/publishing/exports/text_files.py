@@ -77,7 +77,7 @@ def _appended(before: bytes, text: str) -> bytes:
 def _withdraw(row: dict[str, Any], export: Export) -> None:
     """Delete the file of a text that is no longer published, unless somebody has changed it."""
     path = with_suffix(Path(row["uri"]), ".txt")
-    exported = (row["alt_text"], f"{row['alt_text']} {export.settings.automatic_mark}", row["caption"])
-    if path.is_file() and path.read_bytes().rstrip(b"\n") in [text.encode() for text in exported if text]:
+    exported = export.wording.variants((row["alt_text"], row["caption"]))
+    if path.is_file() and path.read_bytes().rstrip(b"\n") in exported:
         path.unlink()
         export.tally.withdrawn += 1
