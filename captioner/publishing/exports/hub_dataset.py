@@ -94,7 +94,7 @@ def _failure(export: Export, error: Exception) -> Exception:
 
     reason, token = " ".join(str(error).split()), get_token()
     reason = (reason.replace(token, "***") if token else reason)[:300] or type(error).__name__
-    return OutputError(f"{export.settings.path}: the upload failed: {reason}; the same command goes on where it was")
+    return OutputError(f"{export.settings.path}: the upload failed: {reason}; run the same command to continue")
 
 
 def _shards(texts: Iterator[pa.Table], export: Export, languages: set[str], folder: Path) -> Iterator[Path]:
