@@ -123,7 +123,15 @@ class ModelConfig(Settings):
         "", description="starter, a model directory, a hub id or a URI.", json_schema_extra={"flag": "model"}
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a hub id.")
-    prompt: str | None = Field(None, description="Text the caption starts from, or the question to a chat model.")
+    prompt: str | None = Field(
+        None,
+        description="Text the caption starts from, or the question to a chat model, which may hold {image_id} and "
+        "{COLUMN}, a kept column.",
+    )
+    system: str | None = Field(None, description="System prompt of a chat model.")
+    questions: str | None = Field(
+        None, description="YAML file with several questions for a chat model; one of them is the caption."
+    )
     num_beams: int = Field(1, ge=1, description="Beams of the search; 1 is greedy.")
     temperature: float = Field(
         0.0, ge=0, description="Sample captions at this temperature, such as 0.8; 0 takes the most probable."
@@ -521,7 +529,7 @@ def load_config(kind: type[ConfigT], file: str | None, flags: dict[str, dict[str
 
     Raises UsageError naming the file, the key or value at fault, and the nearest known key.
     """
-    tree = _read_yaml(file) if file else {}
+    tree = read_yaml(file) if file else {}
     for group in kind.model_fields:
         section = tree.get(group)
         if section is None:  # absent, or all its keys are commented out
@@ -552,17 +560,18 @@ def parse_yaml(text: str) -> Any:
     return yaml.load(text, _Yaml)
 
 
-def _read_yaml(file: str) -> dict[Any, Any]:
+def read_yaml(file: str, flag: str = "--config") -> dict[Any, Any]:
+    """Return the keys of a YAML file. Raises UsageError, which names the flag, where it cannot be read."""
     try:
         tree = parse_yaml(Path(file).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UsageError(f"--config {file}: no such file") from None
+        raise UsageError(f"{flag} {file}: no such file") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"--config {file}: cannot be read as YAML: {' '.join(str(error).split())}") from None
+        raise UsageError(f"{flag} {file}: cannot be read as YAML: {' '.join(str(error).split())}") from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):
-        raise UsageError(f"--config {file}: must hold keys at the top level, not a {type(tree).__name__}")
+        raise UsageError(f"{flag} {file}: must hold keys at the top level, not a {type(tree).__name__}")
     return tree
 
 

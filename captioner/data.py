@@ -8,9 +8,9 @@ makes use of: never full images, never floats.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -237,6 +237,23 @@ NO_USAGE = Usage()
 
 
 @dataclass(frozen=True, slots=True)
+class Question:
+    """What a model is asked about each image.
+
+    `name`: of the column with the answers; CAPTION for the question whose answer is the caption. `prompt`: may hold
+    columns of the image's row, in braces (see `captioner.models.questions`).
+    """
+
+    name: str
+    prompt: str | None
+    max_new_tokens: int
+
+
+CAPTION = "caption"
+Prompts = tuple[str, ...]  # what is asked about one image: the prompt of each question
+
+
+@dataclass(frozen=True, slots=True)
 class Captions:
     """The captions of N images, in order.
 
@@ -246,6 +263,7 @@ class Captions:
     "" where it has one; empty where all have one. `usage`: tokens that a server counted for each image; or empty.
     `samples`: all captions of each image with --num-captions, of which `texts` has the first, None for an answer that
     is no caption; else empty.
+    `answers`: to the other questions about each image, by column; empty where there are none.
     """
 
     texts: list[str]
@@ -255,13 +273,17 @@ class Captions:
     errors: Sequence[str] = ()
     usage: Sequence[Usage] = ()
     samples: Sequence[Sequence[str | None]] = ()
+    answers: Sequence[Mapping[str, Any]] = ()
 
 
 class Captioner(Protocol):
     """Turns pixels into captions: a model of `captioner.models`, or the fake of `captioner.testing`."""
 
-    def caption(self, pixels: Pixels) -> Captions:
-        """Return the captions of N >= 1 images."""
+    def caption(self, pixels: Pixels, prompts: Sequence[Prompts] | None = None) -> Captions:
+        """Return the captions of N >= 1 images, and the answers to the model's other questions about them.
+
+        `prompts`: what to ask about each image; None where the prompts are the same for all.
+        """
         ...
 
 
@@ -321,3 +343,5 @@ class Receipt:
     scored: Sequence[Sequence[int]] = ()  # (edits, words) of each row that was spot-checked
     prompt_tokens: int = 0  # that model servers counted
     completion_tokens: int = 0
+    blank_columns: dict[str, int] = field(default_factory=dict)  # images without a value in a column of the prompt
+    unanswered: dict[str, int] = field(default_factory=dict)  # images by question, other than the caption

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -29,6 +31,7 @@ from captioner.data import (
     Chunk,
     ImageBatch,
     Pixels,
+    Prompts,
     RawImage,
     Receipt,
     Source,
@@ -37,6 +40,7 @@ from captioner.data import (
 from captioner.errors import EndpointError
 from captioner.imaging.sandbox.decoder import GuardedDecoder
 from captioner.models import ModelRef
+from captioner.models.questions import asked_columns, blank_columns, prompts_of, unanswered
 from captioner.run.dedupe import CaptionMemory, find_copies
 from captioner.scoring.flags import caption_flags
 from captioner.scoring.running_wer import Sample, score_sampled
@@ -167,10 +171,10 @@ def caption(
 ) -> ChunkRows:
     """Caption a chunk: its rows then have all columns of the table. With a `memory`, copies are captioned once."""
     started = time.perf_counter()
-    assert decoded.pixels is not None
     usages: list[Usage] = []
-    results = _caption_rows(captioner, decoded.rows, decoded.pixels, memory, usages, work.model.question)
-    rows = _finished_rows(work, decoded, results)
+    prompts = prompts_of(work.model, decoded.rows)
+    results = _caption_rows(work, captioner, decoded, prompts, memory, usages)
+    rows = _finished_rows(work, decoded, results, prompts)
     seconds = decoded.seconds | {"generate": time.perf_counter() - started}
     engine, device = getattr(captioner, "engine", "generic"), getattr(captioner, "device_name", "cpu")
     return ChunkRows(decoded.chunk, rows, None, seconds, engine, device, Usage.total(usages))
@@ -200,6 +204,8 @@ def commit(work: Work, captioned: ChunkRows) -> Receipt:
         engine=captioned.engine,
         device=captioned.device,
         scored=score_sampled(work.sample, _column_of(captioned, "image_id"), captions),
+        blank_columns=blank_columns(work.model, captioned.rows),
+        unanswered=unanswered(work.model, captioned.rows),
         **captioned.usage._asdict(),
     )
 
@@ -210,57 +216,63 @@ def _column_of(rows: ChunkRows, name: str) -> list[Any]:
 
 @dataclass(frozen=True, slots=True)
 class Caption:
-    """The columns that a model fills for one image."""
+    """The columns that a model fills for one image. `answers`: to the questions besides the caption, by column."""
 
     text: str
     num_tokens: int | None
     logprob_mean: float | None
     flags: list[str]
     samples: Sequence[str | None] | None = None  # all of them, with --num-captions
+    answers: Mapping[str, Any] = field(default_factory=dict)
 
 
 def caption_or_reasons(
-    captioner: Captioner, pixels: Pixels, usages: list[Usage] | None = None, question: str = ""
+    captioner: Captioner,
+    pixels: Pixels,
+    usages: list[Usage] | None = None,
+    question: str = "",
+    prompts: Sequence[Prompts] | None = None,
 ) -> list[Caption | str]:
     """Return a caption for each image, or the reason why it has none.
 
     A batch that fails is tried again in halves, so that one image does not fail the others. `usages`: a list to which
-    the tokens that a model server counted are appended. `question`: what a chat model is asked, see `ModelRef`. Raises
-    EndpointError where no model server can be used.
+    the tokens that a model server counted are appended. `question`: what a chat model is asked, see `ModelRef`.
+    `prompts`: see `Captioner.caption`. Raises EndpointError where no model server can be used.
     """
     if not len(pixels):
         return []
     try:
-        captions = captioner.caption(pixels)
+        captions = captioner.caption(pixels) if prompts is None else captioner.caption(pixels, prompts)
         if usages is not None:
             usages.extend(captions.usage)
-        return _as_list(captions, len(pixels), question)
+        differ = prompts is not None and question
+        return _as_list(captions, [asked[0] for asked in prompts or ()] if differ else [question] * len(pixels))
     except EndpointError:
         raise
     except Exception as error:
         if len(pixels) == 1:
             return [f"{type(error).__name__}: {' '.join(str(error).split())}"[:MAX_REASON]]
         half = len(pixels) // 2
-        first = caption_or_reasons(captioner, pixels[:half], usages, question)
-        return first + caption_or_reasons(captioner, pixels[half:], usages, question)
+        first = caption_or_reasons(captioner, pixels[:half], usages, question, prompts and prompts[:half])
+        return first + caption_or_reasons(captioner, pixels[half:], usages, question, prompts and prompts[half:])
 
 
-def _as_list(captions: Captions, num_images: int, question: str) -> list[Caption | str]:
+def _as_list(captions: Captions, questions: Sequence[str]) -> list[Caption | str]:
     """Return the captions one by one. Raises ValueError, or an Arrow error, where they do not fit the table."""
     pa.array(captions.texts, CAPTIONS_SCHEMA.field("caption").type)
     pa.array(captions.num_tokens, CAPTIONS_SCHEMA.field("num_tokens").type)
+    num_images = len(questions)
     if len(captions.texts) != num_images:
         raise ValueError(f"the model gave {counted(len(captions.texts), 'caption')} for {counted(num_images, 'image')}")
-    errors = captions.errors or [""] * num_images
+    errors, answers = captions.errors or [""] * num_images, captions.answers or [{}] * num_images
     samples: Sequence[Sequence[str | None] | None] = captions.samples or [None] * num_images
     pa.array(samples, SAMPLES_FIELD.type)
-    columns = zip(
-        captions.texts, captions.num_tokens, captions.logprob_mean, captions.finished, samples, errors, strict=True
-    )
+    numbers = zip(captions.num_tokens, captions.logprob_mean, captions.finished, strict=True)
+    columns = zip(captions.texts, numbers, questions, errors, samples, answers, strict=True)
     return [
         error[:MAX_REASON]
-        or Caption(text, tokens, _finite(logprob), caption_flags(text, logprob, finished, question), sampled)
-        for text, tokens, logprob, finished, sampled, error in columns
+        or Caption(text, tokens, _finite(logprob), caption_flags(text, logprob, finished, question), sampled, more)
+        for text, (tokens, logprob, finished), question, error, sampled, more in columns
     ]
 
 
@@ -279,28 +291,32 @@ class RowResult:
 
 
 def _caption_rows(
+    work: Work,
     captioner: Captioner,
-    rows: pa.Table,
-    pixels: Pixels,
+    decoded: ChunkRows,
+    prompts: list[Prompts] | None,
     memory: CaptionMemory[Caption] | None,
     usages: list[Usage],
-    question: str,
 ) -> list[RowResult]:
     """Return a result for each row, in order: of images that were not decoded, their error."""
+    rows, pixels = decoded.rows, decoded.pixels
+    assert pixels is not None
     errors = zip(rows["error_code"].to_pylist(), rows["error_message"].to_pylist(), strict=True)
     results = [RowResult(error_code=code, error_message=message) for code, message in errors]
-    ids, sha256s = rows["image_id"].to_pylist(), rows["sha256"].to_pylist()
-    copies = find_copies([index for index, row in enumerate(results) if not row.error_code], sha256s, memory)
+    ids, keys = rows["image_id"].to_pylist(), _copy_keys(rows["sha256"].to_pylist(), prompts)
+    copies = find_copies([index for index, row in enumerate(results) if not row.error_code], keys, memory)
     all_unique = len(copies.unique) == len(pixels)
     unique_pixels = pixels if all_unique else pixels[copies.unique]  # indexing copies them
-    captions = caption_or_reasons(captioner, unique_pixels, usages, question)
+    unique_prompts = prompts and [prompts[index] for index in copies.unique]
+    captions = caption_or_reasons(captioner, unique_pixels, usages, work.model.question, unique_prompts)
     for index, outcome in zip(copies.unique, captions, strict=True):
         if isinstance(outcome, str):
             results[index] = RowResult(error_code="generate_error", error_message=outcome)
             continue
         results[index] = RowResult(outcome)
-        if memory is not None and sha256s[index]:
-            memory.add(sha256s[index], ids[index], outcome)
+        key = keys[index]
+        if memory is not None and key:
+            memory.add(key, ids[index], outcome)
     for index, first in copies.first_of.items():
         results[index] = replace(results[first], duplicate_of=ids[first] if results[first].caption else None)
     for index, (image_id, remembered) in copies.remembered.items():
@@ -308,10 +324,19 @@ def _caption_rows(
     return results
 
 
-def _finished_rows(work: Work, decoded: ChunkRows, results: list[RowResult]) -> pa.Table:
+def _copy_keys(sha256s: list[str | None], prompts: list[Prompts] | None) -> list[str | None]:
+    """Return what byte-equal images have in common that may share a caption: they are asked the same too."""
+    if prompts is None:
+        return sha256s
+    asked = [hashlib.sha256(json.dumps(of_image).encode()).hexdigest() for of_image in prompts]
+    return [sha256 and sha256 + digest for sha256, digest in zip(sha256s, asked, strict=True)]
+
+
+def _finished_rows(work: Work, decoded: ChunkRows, results: list[RowResult], prompts: list[Prompts] | None) -> pa.Table:
     """Return the rows with all columns of the table."""
     count, chunk, model = decoded.chunk.num_rows, decoded.chunk, work.model
     captions = [result.caption for result in results]
+    answers: list[Mapping[str, Any]] = [caption.answers if caption else {} for caption in captions]
     columns: dict[str, object] = {name: decoded.rows[name] for name in decoded.rows.column_names}
     columns |= {
         "status": [STATUS_FAILED if result.error_code else STATUS_OK for result in results],
@@ -325,12 +350,13 @@ def _finished_rows(work: Work, decoded: ChunkRows, results: list[RowResult]) -> 
         "duplicate_of": [result.duplicate_of for result in results],
         "chunk_row": range(count),
     }
+    columns |= {field.name: [answer.get(field.name) for answer in answers] for field in work.table.answer_fields}
+    columns |= asked_columns(model, prompts, count)
     same_for_all = {
         "model": model.name,
         "model_revision": model.revision,
         "model_sha256": model.sha256,
         "training_run_id": model.training_run_id,
-        "prompt": model.prompt,
         "fingerprint": model.fingerprint,
         "generation": chunk.generation,
         "run_id": work.run_id,

@@ -22,9 +22,8 @@ from captioner.console.phases import phase
 from captioner.console.stopping import notify
 from captioner.data import Chunk, Receipt
 from captioner.errors import ClusterError
-from captioner.models import is_small
+from captioner.models import ModelRef, is_small
 from captioner.models.endpoint.api_key import ApiKey
-from captioner.models.ref import Endpoint
 from captioner.steps import Work
 from captioner.store.table import TABLE_FILE
 from ray_jobs.cluster import Connection, Sizes, sizes_of
@@ -190,7 +189,7 @@ def _execute(
     except ExecutionTimeoutError as error:
         release_actors(error)
         raise ClusterError(
-            f"no stage has finished a chunk for {no_progress_timeout(work.decode_timeout, work.model.endpoint):g} s; "
+            f"no stage has finished a chunk for {no_progress_timeout(work.decode_timeout, work.model):g} s; "
             "progress is saved; run the same command to continue"
         ) from error
 
@@ -204,16 +203,19 @@ def _configure_ray_data(work: Work) -> None:
     context.max_errored_blocks = 0
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    context.execution_no_progress_timeout_s = no_progress_timeout(work.decode_timeout, work.model.endpoint)
+    context.execution_no_progress_timeout_s = no_progress_timeout(work.decode_timeout, work.model)
 
 
-def no_progress_timeout(decode_timeout: float, endpoint: Endpoint | None = None) -> float:
+def no_progress_timeout(decode_timeout: float, model: ModelRef | None = None) -> float:
     """Return the seconds without a block from any stage after which a run counts as stalled.
 
     A chunk of images that all hang takes less (see `captioner.imaging.sandbox.decoder`), and so does a chunk that a
     slow model server captions one image after the other.
     """
-    of_servers = endpoint.rows_per_chunk * endpoint.request_timeout + endpoint.endpoint_timeout if endpoint else 0.0
+    of_servers = 0.0
+    if model and model.endpoint:
+        num_requests = model.endpoint.rows_per_chunk * len(model.questions)
+        of_servers = num_requests * model.endpoint.request_timeout + model.endpoint.endpoint_timeout
     return max(900.0, 20 * decode_timeout, of_servers)
 
 

@@ -22,6 +22,7 @@ from captioner.data import Source, Usage
 from captioner.errors import OK, SourceError, UsageError
 from captioner.files import shown
 from captioner.models import is_small, resolve, resolve_dtype
+from captioner.run.asked import check_names
 from captioner.sources import describe, open_source
 from captioner.store.parallel_listing import list_units
 from ray_jobs.cluster import Sizes, connect, sizes_of
@@ -66,6 +67,7 @@ def run(config: CaptionConfig, sample: int, seed: int, price_per_gpu_hour: float
     notify(f"{counted(total, 'image')} listed; captioning a sample of {rows.num_rows:,}")
     resources = connect(config.cluster)
     model, device = resolve(config.model, notify=notify), config.model.compute_on
+    check_names(model, config.source)
     sizes = sizes_of(config, resources, is_small(model))
     model = model.shared_by(sizes.num_workers)
     check_gpu_nodes(device, sizes)

@@ -17,11 +17,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from captioner.config import AutoInt, CaptionConfig
-from captioner.data import NO_USAGE, Pixels, Source, Usage
+from captioner.data import NO_USAGE, Pixels, Prompts, Source, Usage
 from captioner.errors import ClusterError
 from captioner.imaging.sandbox.decoder import GuardedDecoder
 from captioner.models import ModelRef, load
 from captioner.models.endpoint.api_key import ApiKey
+from captioner.models.questions import prompts_of
 from captioner.sources.reading import ReadLimits, each_row_alone, limited_to, read_images, reads_at_once
 from captioner.steps import Caption, caption_or_reasons
 from ray_jobs.cluster import Sizes
@@ -54,18 +55,19 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A piece between the two stages. `piece` lacks `generate`."""
+    """A piece between the two stages. `piece` lacks `generate`. `prompts`: see `Captioner.caption`."""
 
     piece: Piece
     rows: pa.Table
     pixels: Pixels
+    prompts: list[Prompts] | None
 
 
 class Preparer:
     """A decode worker."""
 
     def __init__(self, source: Source, model: ModelRef, config: CaptionConfig) -> None:
-        self._source, self._spec, self._settings = source, model.spec, config
+        self._source, self._model, self._spec, self._settings = source, model, model.spec, config
         self._decoder = GuardedDecoder(model.spec, config.source.max_pixels, config.source.decode_timeout)
 
     def prepare(self, rows: pa.Table) -> Prepared:
@@ -79,7 +81,8 @@ class Preparer:
         seconds = time.perf_counter() - started
         decoded = [index for index, code in enumerate(batch.rows["error_code"].to_pylist()) if not code]
         size = sum(len(raw.data) for raw in raws if raw.data)
-        return Prepared(Piece(len(raws), len(decoded), seconds, 0.0, size, 0), batch.rows, batch.pixels[decoded])
+        piece = Piece(len(raws), len(decoded), seconds, 0.0, size, 0)
+        return Prepared(piece, batch.rows, batch.pixels[decoded], prompts_of(self._model, rows.take(decoded)))
 
 
 class Sampler:
@@ -93,7 +96,7 @@ class Sampler:
     def measure(self, prepared: Prepared) -> Piece:
         started = time.perf_counter()
         usages: list[Usage] = []
-        results = caption_or_reasons(self._captioner, prepared.pixels, usages)
+        results = caption_or_reasons(self._captioner, prepared.pixels, usages, prompts=prepared.prompts)
         seconds = time.perf_counter() - started
         texts = [result.text for result in results if isinstance(result, Caption)]
         rows = prepared.rows.append_column("caption", [texts + [""] * (prepared.rows.num_rows - len(texts))])

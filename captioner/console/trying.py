@@ -22,6 +22,7 @@ from captioner.imaging.sandbox.decoder import GuardedDecoder
 from captioner.models import ModelRef, load, resolve, resolve_dtype
 from captioner.models.devices import pick_device
 from captioner.models.loading import import_family
+from captioner.models.questions import check_columns, prompts_of
 from captioner.report.comparison import ImageText, Trial, render
 from captioner.report.page_images import MAX_PIXELS, SIDE, data_uri
 from captioner.sources.reading import ReadLimits, read_file
@@ -65,6 +66,7 @@ def _read(name: str) -> RawImage:
 def _resolve(model: ModelConfig) -> tuple[ModelRef, str]:
     """Return a model and the device that it is tried on."""
     ref = resolve(model, notify=notify)
+    check_columns(ref, ["image_id"], "files given to try have image_id alone; caption a table with --limit instead")
     with phase("importing torch", notify):
         device = "cpu" if model.endpoint else str(pick_device(model.device))
     ref = resolve_dtype(ref, model.dtype, device.partition(":")[0])
@@ -92,11 +94,13 @@ def _try_model(ref: ModelRef, device: str, model: ModelConfig, images: list[RawI
     except CaptionerError as error:
         return replace(trial, error=str(error))
     loaded = time.perf_counter()
-    for index, caption in zip(decoded, caption_or_reasons(captioner, batch.pixels[decoded]), strict=True):
+    prompts = prompts_of(ref, batch.rows.take(decoded))
+    captions = caption_or_reasons(captioner, batch.pixels[decoded], prompts=prompts)
+    for index, caption in zip(decoded, captions, strict=True):
         if isinstance(caption, str):
             texts[index] = ImageText("", "generate_error", caption)
         else:
-            texts[index] = ImageText(caption.text)
+            texts[index] = ImageText(caption.text, answers=caption.answers)
     seconds = (loaded - started, time.perf_counter() - loaded)
     memory = peak_bytes()
     del captioner
@@ -137,6 +141,9 @@ def _print_captions(files: Sequence[str], trial: Trial) -> None:
     for name, text in zip(files, trial.texts, strict=True):
         if not text.error_code:
             print(f"{printable(name)}: {printable(text.caption)}")
+            for column, answer in text.answers.items():
+                if answer is not None:
+                    print(f"  {column}: {printable(str(answer))}")
     if trial.seconds is not None:
         print(f"captioner: {counted(trial.num_captions, 'image')} in {trial.seconds:.2f} s", file=sys.stderr)
     for name, text in zip(files, trial.texts, strict=True):

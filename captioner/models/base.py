@@ -6,7 +6,7 @@ Importing it takes seconds, because it imports torch and transformers. `captione
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar
@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from transformers import GenerationConfig, LogitsProcessorList
 
-from captioner.data import Captions, Pixels, object_array
+from captioner.data import Captions, Pixels, Prompts, object_array
 from captioner.errors import ModelError
 from captioner.models.drawing import DrawingProcessor, Sampling
 from captioner.models.logprobs import ScoreRecorder, mean_logprobs, token_counts
@@ -140,14 +140,18 @@ class TransformersCaptioner:
             return_dict_in_generate=True,
         )
 
-    def caption(self, pixels: Pixels) -> Captions:
-        """Caption images, `batch_size` at a time.
+    def caption(self, pixels: Pixels, prompts: Sequence[Prompts] | None = None) -> Captions:
+        """Caption images. `prompts`: of chat models, whose prompts may differ from image to image."""
+        return self.caption_batches(pixels)
+
+    def caption_batches(self, images: Any) -> Captions:
+        """Caption pixels, or what else `process` takes, `batch_size` at a time.
 
         While one batch is searched, the next is copied to the device and the one before is decoded to text. Two threads
         may call this at once; then batches overlap from one call to the next. Where a batch does not fit the device's
         memory it is halved, and `batch_size` stays at the size that fits.
         """
-        with self._batches(pixels) as batches, ThreadPoolExecutor(1) as decoding:
+        with self._batches(images) as batches, ThreadPoolExecutor(1) as decoding:
             with self._search_lock:
                 parts = [
                     decoding.submit(self.to_captions, tokens, logprobs)
@@ -156,10 +160,10 @@ class TransformersCaptioner:
                 ]
             return _concatenate([part.result() for part in parts])
 
-    def _batches(self, pixels: Pixels) -> AbstractContextManager[Iterator[Any]]:
+    def _batches(self, images: Any) -> AbstractContextManager[Iterator[Any]]:
         if self.processor is None:
-            return self.uploads.batches(pixels, self.batch_size)
-        return processed_batches(pixels, self.batch_size, self.process)
+            return self.uploads.batches(images, self.batch_size)
+        return processed_batches(images, self.batch_size, self.process)
 
     def _search_or_halve(self, values: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Return the results of `search_batch`, for as many parts of a batch as the device's memory requires."""
@@ -214,7 +218,8 @@ class TransformersCaptioner:
             return None
         images = values.images if isinstance(values, ProcessedBatch) else values.cpu().numpy()
         ref = self.ref
-        return torch.from_numpy(random_numbers(images, ref.seed, ref.num_captions, ref.max_new_tokens))
+        length = max(question.max_new_tokens for question in ref.questions)
+        return torch.from_numpy(random_numbers(images, ref.seed, ref.num_captions, length))
 
     def to_captions(self, tokens: torch.Tensor, logprobs: torch.Tensor) -> Captions:
         """Return the captions of a result of `search`."""

@@ -10,23 +10,49 @@ transformers' own examples.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from PIL import Image
+from transformers import GenerationConfig
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
-from captioner.data import Pixels
+from captioner.data import Captions, Pixels, Prompts, Question
 from captioner.errors import ModelError
 from captioner.models.base import TransformersCaptioner
 from captioner.models.families import family_of
 from captioner.models.pretrained import LOADING_ERRORS, quiet
 from captioner.models.processors import ProcessedBatch, open_processor
+from captioner.models.questions import same_prompts, with_answers
 from captioner.models.ref import ModelRef
 
 # Image processors whose tiles are normalised on the device.
 _TILED = (Idefics3ImageProcessorPil, SmolVLMImageProcessorPil)
+MAX_TEXTS = 4_096  # prompts in their template that are kept; with columns each image may have its own
+
+
+@dataclass(frozen=True)
+class AskedImages:
+    """Images with the text that the processor gets with each, and the settings of the search for the answers."""
+
+    images: Pixels
+    texts: Sequence[str]
+    settings: GenerationConfig
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.images)
+
+    def __getitem__(self, part: slice) -> AskedImages:
+        return AskedImages(self.images[part], self.texts[part], self.settings)
 
 
 class ChatCaptioner(TransformersCaptioner):
@@ -34,9 +60,11 @@ class ChatCaptioner(TransformersCaptioner):
 
     def __init__(self, ref: ModelRef, device: torch.device, batch_size: int) -> None:
         super().__init__(ref, device, batch_size)
-        self.question = self.text_before_caption()
+        self.text_of = lru_cache(MAX_TEXTS)(self.text_before_answer)
+        self.prompts = same_prompts(ref)
+        texts = [self.text_of(prompt) for prompt in self.prompts]
         bos_token = self.tokenizer.bos_token
-        has_start_token = bos_token is not None and self.question.startswith(bos_token)
+        has_start_token = bos_token is not None and texts[0].startswith(bos_token)
         # A template that contains the start token must not get a second one (as in transformers).
         self._special_tokens = {"add_special_tokens": False} if has_start_token else {}
         # Normalising the many tiles of an image takes most of the processor's time, so the device does it.
@@ -47,24 +75,44 @@ class ChatCaptioner(TransformersCaptioner):
     def open_native_processor(self) -> Any:
         return open_processor(self.ref.path, family_of(self.ref.family))
 
-    def text_before_caption(self) -> str:
-        """Return the text that the processor gets with each image, with a placeholder where the image belongs."""
-        return _apply_template(self.processor, self.ref)
+    def text_before_answer(self, prompt: str) -> str:
+        """Return the text that the processor gets with an image, with a placeholder where the image belongs."""
+        return _apply_template(self.processor, self.ref, prompt)
+
+    def caption(self, pixels: Pixels, prompts: Sequence[Prompts] | None = None) -> Captions:
+        """Ask all questions about the images, one question after the other. `prompts`: see `Captioner.caption`."""
+        columns = zip(*(prompts or [self.prompts] * len(pixels)), strict=True)
+        asked = zip(self.ref.questions, columns, strict=True)
+        replies = [self.caption_batches(self._asked(pixels, question, column)) for question, column in asked]
+        return with_answers(self.ref.questions, replies)
+
+    def _asked(self, pixels: Pixels, question: Question, prompts: Sequence[str]) -> AskedImages:
+        settings = deepcopy(self.settings)
+        settings.max_new_tokens = question.max_new_tokens
+        # A limit below the checkpoint's minimum would be an error of `generate`.
+        settings.min_length = min(settings.min_length or 0, question.max_new_tokens)
+        settings.min_new_tokens = min(settings.min_new_tokens or 0, question.max_new_tokens) or None
+        return AskedImages(pixels, [self.text_of(prompt) for prompt in prompts], settings)
 
     def start_ids(self) -> list[int]:
         return []
 
-    def process(self, images: Pixels) -> dict[str, Any]:
-        """Return the processor's output for the images and the question, without the steps in `_unnormalised`."""
+    def process(self, images: Pixels | AskedImages) -> dict[str, Any]:
+        """Return the processor's output for the images and what is asked about each, and the settings of the search.
+
+        Without the steps in `_unnormalised`. Pixels alone are asked for the caption.
+        """
+        if not isinstance(images, AskedImages):
+            images = self._asked(images, self.ref.questions[0], self.prompts[:1] * len(images))
         inputs = self.processor(
-            text=[self.question] * len(images),
-            images=[[Image.fromarray(image)] for image in images],
+            text=images.texts,
+            images=[[Image.fromarray(image)] for image in images.images],
             padding=True,
             return_tensors="pt",
             **self._special_tokens,
             **self._unnormalised,
         )
-        return dict(inputs)
+        return {**inputs, "generation_config": images.settings}
 
     def prepare(self, values: ProcessedBatch) -> dict[str, Any]:
         inputs = {name: self._to_device(value) for name, value in values.inputs().items()}
@@ -104,21 +152,23 @@ class ChatCaptioner(TransformersCaptioner):
 class PrefixCaptioner(ChatCaptioner):
     """PaliGemma: the prompt is the text between the image and the caption, without a chat template."""
 
-    def text_before_caption(self) -> str:
-        return f"{self.processor.image_token}{self.ref.prompt}"
+    def text_before_answer(self, prompt: str) -> str:
+        return f"{self.processor.image_token}{prompt}"
 
 
-def _apply_template(processor: Any, ref: ModelRef) -> str:
-    """Return the prompt after an image in a user's turn of the model's chat template."""
-    content = [{"type": "image"}, {"type": "text", "text": ref.prompt}]
+def _apply_template(processor: Any, ref: ModelRef, prompt: str) -> str:
+    """Return the prompt after an image in a user's turn of the model's chat template, after the system prompt."""
+    turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
+    if ref.system:
+        turns.insert(0, {"role": "system", "content": [{"type": "text", "text": ref.system}]})
     try:
         with quiet():  # transformers warns of templates without the switch for thinking
-            question = processor.apply_chat_template(
-                [{"role": "user", "content": content}], add_generation_prompt=True, enable_thinking=False
-            )
-    except LOADING_ERRORS as error:
+            question = processor.apply_chat_template(turns, add_generation_prompt=True, enable_thinking=False)
+    except (*LOADING_ERRORS, TemplateError) as error:
         reason = " ".join(str(error).split())
         raise ModelError(f"{ref.path}: its chat template cannot be used: {reason}") from None
+    if ref.system and ref.system.strip() not in question:
+        raise ModelError(f"--system: the chat template of {ref.path} has no system prompt; put it into --prompt")
     placeholder = getattr(processor, "image_token", None)
     num_placeholders = 1 if placeholder is None else question.count(placeholder)
     if num_placeholders != 1:

@@ -54,7 +54,7 @@ def load(
     notify, started = notify or (lambda line: None), time.perf_counter()
     if ref.family == "fake":
         return FakeCaptioner(
-            prompt=ref.prompt, num_captions=ref.num_captions, seed=ref.seed if ref.temperature else None
+            num_captions=ref.num_captions, seed=ref.seed if ref.temperature else None, questions=ref.questions
         )
     if ref.endpoint:
         from captioner.models.endpoint.captioning import EndpointCaptioner

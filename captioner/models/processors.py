@@ -17,7 +17,6 @@ import transformers
 from transformers import AutoImageProcessor, ProcessorMixin
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
-from captioner.data import Pixels
 from captioner.errors import ModelError
 from captioner.models import weights
 from captioner.models.families import Family
@@ -93,10 +92,13 @@ class _AbsentPart:
 
 @dataclass(frozen=True)
 class ProcessedBatch:
-    """Images and the output of `process` for all of them; None where it is computed when asked for."""
+    """Images and the output of `process` for all of them; None where it is computed when asked for.
 
-    images: Pixels
-    process: Callable[[Pixels], Any]
+    `images`: pixels, or what else has a length and parts, and is taken by `process`.
+    """
+
+    images: Any
+    process: Callable[[Any], Any]
     processed: Any = None
 
     def __len__(self) -> int:
@@ -111,7 +113,7 @@ class ProcessedBatch:
 
 
 def processed_batches(
-    images: Pixels, size: int, process: Callable[[Pixels], Any]
+    images: Any, size: int, process: Callable[[Any], Any]
 ) -> AbstractContextManager[Iterator[ProcessedBatch]]:
     """Yield an iterator over batches of `size` images; the next one is processed while the caller uses the current."""
     parts = (images[first : first + size] for first in range(0, len(images), size))

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from captioner.data import PixelSpec
+from captioner.data import CAPTION, PixelSpec, Question
 from captioner.files import shown
 from captioner.models.families import family_of
 
@@ -63,6 +63,7 @@ class ModelRef:
     `training_run_id`: the training run that made the model, from `training_run.json` in its directory.
     `adapter`: the directory of the LoRA adapter that is merged into the model in `path`, if any.
     `endpoint`: the servers of a model that is not loaded here; `sha256` is then that of its name and fingerprint there.
+    `prompt`, `max_new_tokens`: of the caption. `system`: the system prompt. `more_questions`: asked after the caption.
     """
 
     name: str
@@ -84,6 +85,18 @@ class ModelRef:
     training_run_id: str | None = None
     endpoint: Endpoint | None = None
     adapter: str | None = None
+    system: str | None = None
+    more_questions: tuple[Question, ...] = ()
+
+    @property
+    def questions(self) -> tuple[Question, ...]:
+        """All that is asked about each image, the caption first."""
+        return (Question(CAPTION, self.prompt, self.max_new_tokens), *self.more_questions)
+
+    @property
+    def question_facts(self) -> dict[str, dict[str, Any]] | None:
+        """The further questions by name, for records; None where there are none."""
+        return {question.name: asdict(question) for question in self.more_questions} or None
 
     @property
     def served_model(self) -> str | None:
@@ -114,6 +127,8 @@ class ModelRef:
     def summary(self) -> str:
         """Return a line for the user: the model's family, what prepares its images, and the prompt."""
         prompt = "" if self.prompt is None else f"; prompt {self.prompt!r}"
+        if self.more_questions:
+            prompt += f"; further questions: {', '.join(question.name for question in self.more_questions)}"
         if self.endpoint:
             servers = ", ".join(self.endpoint.urls)
             return f"model {self.name}: served by {servers}; images of at most {self.max_side} pixels a side{prompt}"
@@ -137,4 +152,8 @@ class ModelRef:
             parts["preprocess"] = self.preprocess
         if self.temperature:
             parts["sampling"] = [self.temperature, self.top_p, self.num_captions, self.seed]
+        if self.system:
+            parts["system"] = self.system
+        if self.more_questions:
+            parts["questions"] = self.question_facts
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

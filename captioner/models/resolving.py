@@ -19,6 +19,7 @@ from captioner.files import is_uri, local_path, shown
 from captioner.models import adapters, weights
 from captioner.models.families import FAMILIES, family_of
 from captioner.models.pixels import read_pixel_spec
+from captioner.models.questions import read_questions, with_questions
 from captioner.models.ref import ModelRef
 from captioner.models.seeds import check_sampling, sampling_settings
 
@@ -35,8 +36,9 @@ def resolve(config: ModelConfig, dtype: str | None = None, notify: Callable[[str
     or it cannot be used.
     """
     servers = "asking the model servers"
+    config, questions = read_questions(config)
     with phase(servers if config.endpoint else f"reading the files of model {shown(config.name)}", notify):
-        return _resolve(config, dtype, notify)
+        return with_questions(_resolve(config, dtype, notify), config, questions)
 
 
 def _resolve(config: ModelConfig, dtype: str | None, notify: Callable[[str], None]) -> ModelRef:

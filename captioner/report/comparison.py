@@ -5,9 +5,10 @@ One self-contained HTML file without scripts or network access; all data is esca
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.resources import files
+from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
@@ -18,11 +19,15 @@ NO_FIGURE = "-"
 
 @dataclass(frozen=True, slots=True)
 class ImageText:
-    """What a model wrote of an image, or why it wrote nothing (`error_code`; "" = a caption)."""
+    """What a model wrote of an image, or why it wrote nothing (`error_code`; "" = a caption).
+
+    `answers`: to the questions besides the caption, by column.
+    """
 
     caption: str
     error_code: str = ""
     message: str = ""
+    answers: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def shown(self) -> str:

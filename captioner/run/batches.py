@@ -17,9 +17,11 @@ import numpy as np
 
 from captioner.config import ModelConfig, SourceConfig
 from captioner.data import RawImage
+from captioner.errors import UsageError
 from captioner.imaging.sandbox.decoder import GuardedDecoder
 from captioner.models import load, resolve, resolve_dtype
 from captioner.models.devices import pick_device
+from captioner.models.questions import check_columns
 from captioner.steps import caption_or_reasons
 
 
@@ -42,6 +44,9 @@ class CaptionBatches:
     ) -> None:
         config = ModelConfig.model_validate({"name": model, **settings})
         ref = resolve(config)
+        check_columns(ref, [], "batches have none")
+        if ref.more_questions:
+            raise UsageError("questions: CaptionBatches asks for captions only; caption into a table instead")
         self._max_pixels = max_pixels or SourceConfig().max_pixels
         self._decoder = GuardedDecoder(ref.spec, self._max_pixels, decode_timeout or SourceConfig().decode_timeout)
         self._decoder.start()

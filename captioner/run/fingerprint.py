@@ -14,12 +14,18 @@ from captioner.data import SAMPLES_FIELD
 from captioner.errors import FingerprintError, UsageError
 from captioner.models import ModelRef
 from captioner.models.devices import auto_dtype
-from captioner.store.table import CaptionsTable
+from captioner.models.questions import answer_fields
+from captioner.run.asked import check_same_answers
+from captioner.store.table import CaptionsTable, as_hex
 
-FACTS = ("name", "revision", "sha256", "dtype", "num_beams", "max_new_tokens", "prompt", "preprocess")
+FACTS = (
+    *("name", "revision", "sha256", "dtype", "num_beams", "max_new_tokens"),
+    *("prompt", "system", "question_facts", "preprocess"),
+)
 ENDPOINT_FACTS = ("served_model", "system_fingerprint", "max_side")
 # Recorded where captions are sampled, and their values where they are not.
 SAMPLING_FACTS = {"temperature": 0.0, "top_p": 1.0, "num_captions": 1, "seed": 0}
+_NOT_ALWAYS_RECORDED: dict[str, Any] = SAMPLING_FACTS | {"system": None, "question_facts": None}
 _WORDS = {  # where they are not --NAME
     "sha256": "weights",
     "num_beams": "--num-beams",
@@ -51,7 +57,8 @@ def bind(
         dtype = recorded["dtype"] if same_model else auto_dtype(device())
     model = replace(model, dtype=dtype)
     if recorded is None:
-        return _bound(table, model.fingerprint, facts_of(model)), model
+        answers = as_hex(answer_fields(model))
+        return _bound(table, model.fingerprint, facts_of(model), answer_schema=answers), model
     if table.info["fingerprint"] != model.fingerprint:
         if not config.output.only:
             raise FingerprintError(_refusal(table, model))
@@ -60,6 +67,7 @@ def bind(
                 f"{table.directory.location} is not finished with {recorded['name']}; run its own command again, "
                 "then --only with another model"
             )
+        check_same_answers(model, table)
     return table, model
 
 
@@ -93,10 +101,10 @@ def _check_columns(table: CaptionsTable, model: ModelRef) -> None:
         )
 
 
-def _bound(table: CaptionsTable, fingerprint: str, facts: dict[str, Any]) -> CaptionsTable:
+def _bound(table: CaptionsTable, fingerprint: str, facts: dict[str, Any], **changes: str) -> CaptionsTable:
     info = table.info
     earlier = info.get("models") or ({info["fingerprint"]: info["model"]} if info["model"] else {})
-    return table.update(fingerprint=fingerprint, model=facts, models={**earlier, fingerprint: facts})
+    return table.update(fingerprint=fingerprint, model=facts, models={**earlier, fingerprint: facts}, **changes)
 
 
 def _refusal(table: CaptionsTable, model: ModelRef) -> str:
@@ -118,8 +126,14 @@ def _difference(recorded: dict[str, Any], model: ModelRef) -> str:
     both_served = model.endpoint and recorded.get("served_model")
     ignored = {"name", "revision"} | ({"sha256"} if both_served else set())
     differing = [
-        f"{_WORDS.get(key, '--' + key)} {str(value)[:12]} instead of {str(getattr(model, key))[:12]}"
-        for key, value in (SAMPLING_FACTS | recorded).items()
+        _in_words(key, value, getattr(model, key))
+        for key, value in (_NOT_ALWAYS_RECORDED | recorded).items()
         if key not in ignored and getattr(model, key) != value
     ]
     return ", ".join(differing) or f"another tokenizer, processor or generation config of {recorded['name']}"
+
+
+def _in_words(key: str, recorded: Any, now: Any) -> str:
+    if key == "question_facts":
+        return "other --questions"
+    return f"{_WORDS.get(key, '--' + key)} {str(recorded)[:12]} instead of {str(now)[:12]}"

@@ -24,6 +24,7 @@ from captioner.data import Chunk, Receipt, Source
 from captioner.errors import DamagedFileError, OutputError, SourceError, UsageError
 from captioner.files import is_uri, local_path, shown
 from captioner.models import ModelRef, resolve, weights_bytes
+from captioner.run.asked import check_names, check_values
 from captioner.run.changed import COMPARE_UP_TO, find_changed, refreshed
 from captioner.run.fingerprint import bind, facts_of, rebind
 from captioner.run.selector import ReadReviews, make_recaption_plan, no_reviews, parse_selector
@@ -167,8 +168,10 @@ def open_job(config: CaptionConfig, engine: Engine, notify: Notify, read_reviews
     check_settings(config)
     started = time.perf_counter()
     model = resolve(config.model, None, notify=notify)
+    check_names(model, config.source)
     rows_per_chunk = partial(_rows_per_chunk, model, engine)
     planned = _plan(config, notify, rows_per_chunk, engine.start)
+    check_values(model, planned.table)
     table, model = bind(planned.table, config, model, engine.device)
     work = Work(
         table,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -17,6 +18,7 @@ from captioner.config import CaptionConfig
 from captioner.data import NO_USAGE, Chunk, Receipt, Usage
 from captioner.errors import CaptionerError, CheckFailedError, StoppedEarlyError, TooManyFailedError
 from captioner.files import shown
+from captioner.run.asked import notes_of
 from captioner.run.bottleneck import busy_shares
 from captioner.run.job import Job
 from captioner.store.table import Plan
@@ -43,6 +45,8 @@ class Tally:
     slots: dict[str, float] | None = None
     working_since: float = 0.0
     usage: Usage = NO_USAGE
+    blank_columns: Counter[str] = field(default_factory=Counter)
+    unanswered: Counter[str] = field(default_factory=Counter)
 
     def skip(self, plan: Plan, missing: list[Chunk]) -> int:
         """Count the images of a plan that were committed before this run, and return their number."""
@@ -57,6 +61,8 @@ class Tally:
         self.num_rows += receipt.num_rows
         self.duplicates += receipt.num_duplicates
         self.usage = Usage.total([self.usage, Usage(receipt.prompt_tokens, receipt.completion_tokens)])
+        self.blank_columns.update(receipt.blank_columns)
+        self.unanswered.update(receipt.unanswered)
         self.engine = receipt.engine or self.engine
         self.devices |= {receipt.device} - {""}
         self.read, self.decode = self.read + parts[0], self.decode + parts[1]
@@ -145,7 +151,7 @@ def make_record(job: Job, state: str, tally: Tally, counts: TableCounts | None =
         "fingerprint": job.table.info["fingerprint"],
         "models": job.table.info.get("models", {}),
         "settings": _without_keys(job.config),
-        "notes": job.notes,
+        "notes": [*job.notes, *notes_of(tally.blank_columns, tally.unanswered)],
         "versions": versions(),
         "hardware": hardware(tally.devices),
     }

@@ -142,9 +142,15 @@ class CaptionsTable:
         return list(pa.ipc.read_schema(pa.py_buffer(serialised)))
 
     @property
+    def answer_fields(self) -> list[pa.Field]:
+        """The columns that questions besides the caption fill; none before the table is bound to a model."""
+        serialised = self.info.get("answer_schema")
+        return list(pa.ipc.read_schema(pa.py_buffer(bytes.fromhex(serialised)))) if serialised else []
+
+    @property
     def schema(self) -> pa.Schema:
-        """CAPTIONS_SCHEMA, `captions` where several were asked for, and the source's kept columns."""
-        return pa.schema([*CAPTIONS_SCHEMA, *self._sample_fields, *self.kept_fields])
+        """CAPTIONS_SCHEMA, `captions` where several were asked for, the source's kept columns, and the answers."""
+        return pa.schema([*CAPTIONS_SCHEMA, *self._sample_fields, *self.kept_fields, *self.answer_fields])
 
     @property
     def _sample_fields(self) -> list[pa.Field]:
@@ -358,7 +364,7 @@ def create_table(
         # Chunks are written below this id: a writer of an overwritten table cannot reach the new one.
         "table_id": uuid.uuid4().hex[:12],
         "source": source,
-        "kept_schema": pa.schema(kept_fields).serialize().to_pybytes().hex(),
+        "kept_schema": as_hex(kept_fields),
         "fingerprint": None,
         "model": None,
         "models": {},
@@ -367,6 +373,11 @@ def create_table(
     directory.write_json(TABLE_FILE, info)
     directory.delete(_OVERWRITE_FILE)
     return CaptionsTable(directory, info)
+
+
+def as_hex(fields: list[pa.Field]) -> str:
+    """Return columns as table.json holds them."""
+    return str(pa.schema(fields).serialize().to_pybytes().hex())
 
 
 def discard_empty_table(table: CaptionsTable) -> None:

@@ -69,20 +69,30 @@ def checked_url(url: str) -> str:
     return url.rstrip("/")
 
 
-def request_body(
-    image: npt.NDArray[np.uint8], model: str, prompt: str | None, max_tokens: int, logprobs: bool
-) -> bytes:
-    """Return the JSON of a chat completion about an image, uint8 [height, width, 3], as a JPEG without metadata."""
+def image_url(image: npt.NDArray[np.uint8]) -> str:
+    """Return an image, uint8 [height, width, 3], as the data URL of a JPEG without metadata."""
     from PIL import Image
 
     jpeg = io.BytesIO()
     Image.fromarray(image).save(jpeg, "JPEG", quality=JPEG_QUALITY)
-    url = "data:image/jpeg;base64," + base64.b64encode(jpeg.getvalue()).decode()
-    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": prompt or ""}]
+    return "data:image/jpeg;base64," + base64.b64encode(jpeg.getvalue()).decode()
+
+
+def request_body(
+    image: str, model: str, prompt: str, max_tokens: int, *, system: str | None = None, logprobs: bool = False
+) -> bytes:
+    """Return the JSON of a chat completion about an image, which is given as a data URL.
+
+    The image comes before the prompt, so that a server with a prefix cache reads it once for several prompts.
+    """
+    content = [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": prompt}]
+    messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+    if system:
+        messages.insert(0, {"role": "system", "content": system})
     settings: dict[str, Any] = {"max_tokens": max_tokens, "temperature": TEMPERATURE}
     if logprobs:
         settings["logprobs"] = True
-    return json.dumps({"model": model, "messages": [{"role": "user", "content": content}], **settings}).encode()
+    return json.dumps({"model": model, "messages": messages, **settings}).encode()
 
 
 class Client:

@@ -5,26 +5,64 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from captioner.data import Captions, Pixels
+from captioner.data import Captions, Pixels, Prompts
 from captioner.errors import EndpointError
 from captioner.models.endpoint.api_key import ApiKey
-from captioner.models.endpoint.asking import BrokenError, BusyError, Client, RejectedError, request_body
+from captioner.models.endpoint.asking import BrokenError, BusyError, Client, RejectedError, image_url, request_body
 from captioner.models.endpoint.reply import Reply
 from captioner.models.endpoint.sharing import Server, ServerPool
+from captioner.models.questions import same_prompts, with_answers
 from captioner.models.ref import Endpoint, ModelRef
 
 T = TypeVar("T")
 
 MAX_FAULTS = 3  # of one image, before its server is asked about another one to find out whose fault it is
-TEST_IMAGE = np.full((64, 64, 3), 128, np.uint8)
+TEST_IMAGE = image_url(np.full((64, 64, 3), 128, np.uint8))
 TEST_TOKENS = 8
+NOT_ASKED = Reply(error="not asked: the image has no caption")
+
+
+class Conversation:
+    """The questions about one image, which are asked one after the other, and the replies so far.
+
+    `body`: the next request. An image that gets no caption is asked nothing else. Used by one thread at a time.
+    """
+
+    def __init__(self, ref: ModelRef, image: npt.NDArray[np.uint8], prompts: Prompts) -> None:
+        self._ref, self._image, self._prompts = ref, image_url(image), prompts
+        self.replies: list[Reply] = []
+        self.body = self._next_body()
+
+    @property
+    def is_over(self) -> bool:
+        return len(self.replies) == len(self._prompts)
+
+    def add(self, reply: Reply) -> None:
+        """Add the reply to the latest question."""
+        self.replies.append(reply)
+        if self.replies[0].error:
+            self.replies += [NOT_ASKED] * (len(self._prompts) - 1)
+        if not self.is_over:
+            self.body = self._next_body()
+
+    def _next_body(self) -> bytes:
+        index, endpoint = len(self.replies), self._ref.endpoint
+        assert endpoint is not None
+        return request_body(
+            self._image,
+            endpoint.model,
+            self._prompts[index],
+            self._ref.questions[index].max_new_tokens,
+            system=self._ref.system,
+            logprobs=endpoint.logprobs and not index,
+        )
 
 
 class EndpointCaptioner:
@@ -53,51 +91,48 @@ class EndpointCaptioner:
 
         self._run(start())
 
-    def caption(self, pixels: Pixels) -> Captions:
-        """Caption images. Raises EndpointError where the run cannot go on with its servers."""
-        replies = self._run(self._replies(pixels))
-        return Captions(
-            [reply.text for reply in replies],
-            [reply.num_tokens for reply in replies],
-            [reply.logprob_mean for reply in replies],
-            [reply.finished for reply in replies],
-            [reply.error for reply in replies],
-            [reply.usage for reply in replies],
-        )
+    def caption(self, pixels: Pixels, prompts: Sequence[Prompts] | None = None) -> Captions:
+        """Ask all questions about images. Raises EndpointError where the run cannot go on with its servers."""
+        replies = self._run(self._replies(pixels, prompts or [same_prompts(self._ref)] * len(pixels)))
+        by_question = [_as_captions(column) for column in zip(*replies, strict=True)]
+        return with_answers(self._ref.questions, by_question)
 
     def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
-    async def _replies(self, pixels: Pixels) -> list[Reply]:
+    async def _replies(self, pixels: Pixels, prompts: Sequence[Prompts]) -> list[list[Reply]]:
+        """Return the replies about each image, [N][questions]."""
         try:
             async with asyncio.TaskGroup() as tasks:
-                answers = [tasks.create_task(self._answer(image)) for image in pixels]
+                answers = [tasks.create_task(self._converse(*asked)) for asked in zip(pixels, prompts, strict=True)]
         except BaseExceptionGroup as group:
             raise group.exceptions[0] from None
         return [answer.result() for answer in answers]
 
-    async def _answer(self, image: npt.NDArray[np.uint8]) -> Reply:
+    async def _converse(self, image: npt.NDArray[np.uint8], prompts: Prompts) -> list[Reply]:
         async with self._encoded:
-            return await self._ask(await self._loop.run_in_executor(self._encoders, self._body, image))
+            start = self._loop.run_in_executor(self._encoders, Conversation, self._ref, image, prompts)
+            conversation = await start
+            await self._ask(conversation)
+            return conversation.replies
 
-    def _body(self, image: npt.NDArray[np.uint8]) -> bytes:
-        ref, endpoint = self._ref, self._endpoint
-        return request_body(image, endpoint.model, ref.prompt, ref.max_new_tokens, endpoint.logprobs)
-
-    async def _ask(self, body: bytes) -> Reply:
-        """Return the reply to an image, from whichever server gives one."""
+    async def _ask(self, conversation: Conversation) -> None:
+        """Ask all questions about an image: one server as long as it answers, then another one."""
         faults = 0
-        while True:
+        while not conversation.is_over:
             server = await self._pool.take()
             try:
-                return await self._ask_once(server, body)
+                while not conversation.is_over:
+                    conversation.add(await self._ask_once(server, conversation.body))
+                    faults = 0
             except BusyError as error:
                 self._pool.was_busy(server, error)
             except BrokenError as error:
                 self._pool.broke(server, error)
                 faults += error.blames
                 if faults >= MAX_FAULTS and await self._answers(server):
-                    return Reply(error=f"the server answers, but not about this image: {error}")
+                    conversation.add(Reply(error=f"the server answers, but not about this image: {error}"))
+                    faults = 0
             finally:
                 await self._pool.release(server)
 
@@ -113,13 +148,25 @@ class EndpointCaptioner:
 
     async def _answers(self, server: Server) -> bool:
         """Return whether a server answers about a small image that nothing is wrong with."""
-        body = request_body(TEST_IMAGE, self._endpoint.model, self._ref.prompt, TEST_TOKENS, False)
+        body = request_body(TEST_IMAGE, self._endpoint.model, same_prompts(self._ref)[0], TEST_TOKENS)
         try:
             await self._client.ask(server.url, body)
         except (BusyError, BrokenError, RejectedError):
             return False
         self._pool.answered(server)
         return True
+
+
+def _as_captions(replies: Sequence[Reply]) -> Captions:
+    """Return the replies to one question about N images."""
+    return Captions(
+        [reply.text for reply in replies],
+        [reply.num_tokens for reply in replies],
+        [reply.logprob_mean for reply in replies],
+        [reply.finished for reply in replies],
+        [reply.error for reply in replies],
+        [reply.usage for reply in replies],
+    )
 
 
 def check_same_model(endpoint: Endpoint, url: str, reply: Reply) -> None:

@@ -27,6 +27,7 @@ from captioner.models.endpoint.asking import (
 from captioner.models.endpoint.captioning import TEST_IMAGE, TEST_TOKENS
 from captioner.models.endpoint.reply import Reply
 from captioner.models.families import QUESTION
+from captioner.models.questions import fill
 from captioner.models.ref import Endpoint, ModelRef
 
 FAMILY = "endpoint"
@@ -171,7 +172,9 @@ async def _ask_about_test_image(client: Client, url: str, model: str, config: Mo
     tokens = min(TEST_TOKENS, config.max_new_tokens)
 
     async def ask(logprobs: bool) -> Reply:
-        return await client.ask(url, request_body(TEST_IMAGE, model, config.prompt or QUESTION, tokens, logprobs))
+        prompt = fill(config.prompt or QUESTION, {})
+        body = request_body(TEST_IMAGE, model, prompt, tokens, system=config.system, logprobs=logprobs)
+        return await client.ask(url, body)
 
     try:
         return Probe(url, model, await ask(logprobs=True))

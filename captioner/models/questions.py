@@ -1,0 +1,201 @@
+"""What a model is asked about each image: prompts that hold columns of its row, and several questions.
+
+    --prompt "Describe the image in one sentence. Its title is {title}."
+    --questions FILE.yaml       caption: {prompt: Describe the image.}
+                                tags: {prompt: Name the objects., max_new_tokens: 60}
+
+A name in braces is a column of the image's row: image_id, or a kept column of the source. `{{title}}` stands for
+{title} itself. Other braces mean nothing, so that a prompt may hold JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pyarrow as pa
+from pydantic import Field, ValidationError
+
+from captioner.config import ModelConfig, Settings, read_yaml
+from captioner.data import CAPTION, Captions, Prompts, Question, Usage
+from captioner.errors import ModelError, UsageError
+from captioner.models.families import family_of
+from captioner.models.ref import ModelRef
+
+FILE_FORMAT = "give a name with a prompt for each question, one of them caption"
+_BRACES = re.compile(r'\{\{([^{}"\n]+)\}\}|\{([^{}"\n]+)\}')
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
+_TAKING_QUESTIONS = ("question", "prefix")  # values of Family.prompt
+
+
+class _Entry(Settings):
+    """A question as --questions describes it."""
+
+    prompt: str = Field(min_length=1)
+    max_new_tokens: int | None = Field(None, ge=1)
+
+
+def read_questions(config: ModelConfig) -> tuple[ModelConfig, tuple[Question, ...]]:
+    """Return the settings with the prompt and the limit of the caption, and the other questions of --questions.
+
+    Raises UsageError naming the file and the key at fault.
+    """
+    if not config.questions:
+        return config, ()
+    if config.prompt:
+        raise UsageError("--prompt and --questions exclude each other; give the prompt of the caption in the file")
+    entries = read_yaml(config.questions, "--questions")
+    if CAPTION not in entries:
+        raise UsageError(f"--questions {config.questions}: no question is named caption; {FILE_FORMAT}")
+    questions = {name: _question(config, name, entry) for name, entry in entries.items()}
+    caption = questions.pop(CAPTION)
+    limits = {"prompt": caption.prompt, "max_new_tokens": caption.max_new_tokens}
+    return config.model_copy(update=limits), tuple(questions.values())
+
+
+def _question(config: ModelConfig, name: object, entry: object) -> Question:
+    where = f"--questions {config.questions}"
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise UsageError(f"{where}: {name!r} is no name for a column; use letters, digits and _, a letter first")
+    if not isinstance(entry, dict):
+        raise UsageError(f"{where}: {name} is {entry!r}, but must hold keys: {', '.join(_Entry.model_fields)}")
+    try:
+        checked = _Entry.model_validate(entry)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UsageError(f"{where}: {'.'.join([name, *map(str, first['loc'])])}: {first['msg']}") from None
+    return Question(name, checked.prompt, checked.max_new_tokens or config.max_new_tokens)
+
+
+def with_questions(ref: ModelRef, config: ModelConfig, questions: tuple[Question, ...]) -> ModelRef:
+    """Return the model with its further questions and --system. Raises ModelError where it takes none."""
+    ref = replace(ref, system=config.system or None, more_questions=questions)
+    family = family_of(ref.family)
+    if ref.endpoint or ref.family == "fake" or family.prompt == "question":
+        return ref
+    model = f"{ref.path} is a {ref.family} model"
+    if ref.system:
+        raise ModelError(f"--system: {model}, which takes none; use a chat model, or leave it out")
+    if family.prompt not in _TAKING_QUESTIONS and ref.more_questions:
+        raise ModelError(f"--questions: {model}, which captions only; use a chat model, or leave it out")
+    if family.prompt not in _TAKING_QUESTIONS and _BRACES.search(ref.prompt or ""):
+        raise ModelError(
+            f"--prompt {ref.prompt!r}: {model}, whose prompt is the same for all images; use a chat model, or leave "
+            "out the braces"
+        )
+    return ref
+
+
+def columns_in(prompt: str | None) -> list[str]:
+    """Return the names of the columns that a prompt holds, each once."""
+    return list(dict.fromkeys(name for _, name in _BRACES.findall(prompt or "") if name))
+
+
+def prompt_columns(ref: ModelRef) -> list[str]:
+    """Return the names of the columns that the prompts of a model hold, each once."""
+    return list(dict.fromkeys(name for question in ref.questions for name in columns_in(question.prompt)))
+
+
+def fill(prompt: str | None, values: Mapping[str, str]) -> str:
+    """Return a prompt with the values of its columns; "" for a column without a value."""
+    return _BRACES.sub(lambda match: f"{{{match[1]}}}" if match[1] else values.get(match[2], ""), prompt or "")
+
+
+def same_prompts(ref: ModelRef) -> Prompts:
+    """Return the prompts of a model whose prompts hold no columns; the others as for an image without values."""
+    return tuple(fill(question.prompt, {}) for question in ref.questions)
+
+
+def prompts_of(ref: ModelRef, rows: pa.Table) -> list[Prompts] | None:
+    """Return what each of N rows is asked, [N][questions]; None where that is the same for all."""
+    names = prompt_columns(ref)
+    if not names:
+        return None
+    columns = [[as_text(value) for value in rows[name].to_pylist()] for name in names]
+    values = (dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True))
+    return [tuple(fill(question.prompt, row) for question in ref.questions) for row in values]
+
+
+def asked_columns(ref: ModelRef, prompts: list[Prompts] | None, num_rows: int) -> dict[str, list[str | None]]:
+    """Return the columns of the table with what each row is asked. `prompts`: from `prompts_of`."""
+    names = map(prompt_column, ref.questions)
+    asked = prompts or [same_prompts(ref)] * num_rows
+    return {
+        name: [text or None for text in column] for name, column in zip(names, zip(*asked, strict=True), strict=True)
+    }
+
+
+def as_text(value: Any) -> str:
+    """Return a value of a column as it stands in a prompt: "" for null, a list with commas."""
+    if isinstance(value, list):
+        return ", ".join(filter(None, map(as_text, value)))
+    if isinstance(value, dict):
+        return json.dumps(value, ensure_ascii=False, default=str)
+    return "" if value is None else str(value)
+
+
+def check_columns(ref: ModelRef, columns: Collection[str], advice: str) -> None:
+    """Raise UsageError where a prompt holds a column that is not among those of the images' rows."""
+    for name in prompt_columns(ref):
+        if name not in columns:
+            flag = "--questions" if ref.more_questions else "--prompt"
+            raise UsageError(
+                f"{flag}: {{{name}}} is no column of the images; {advice}, or write {{{{{name}}}}} for the braces "
+                "themselves"
+            )
+
+
+def answer_fields(ref: ModelRef) -> list[pa.Field]:
+    """Return the columns of the further questions: the answer, what was asked, and why there is no whole answer."""
+    return [
+        pa.field(name, pa.string())
+        for question in ref.more_questions
+        for name in (question.name, prompt_column(question), error_column(question))
+    ]
+
+
+def prompt_column(question: Question) -> str:
+    """Return the name of the column with what an image was asked."""
+    return "prompt" if question.name == CAPTION else f"{question.name}_prompt"
+
+
+def error_column(question: Question) -> str:
+    """Return the name of the column with the reason why a question has no answer, or one that was cut."""
+    return f"{question.name}_error"
+
+
+def blank_columns(ref: ModelRef, rows: pa.Table) -> dict[str, int]:
+    """Return how many rows have no value, by column of the prompt; without columns of which all have one."""
+    counts = {name: sum(not as_text(value) for value in rows[name].to_pylist()) for name in prompt_columns(ref)}
+    return {name: count for name, count in counts.items() if count}
+
+
+def unanswered(ref: ModelRef, rows: pa.Table) -> dict[str, int]:
+    """Return how many rows have a reason in the error column of a question, by question; without those of none."""
+    errors = {question.name: rows[error_column(question)] for question in ref.more_questions}
+    counts = {name: len(column) - column.null_count for name, column in errors.items()}
+    return {name: count for name, count in counts.items() if count}
+
+
+def with_answers(questions: Sequence[Question], replies: Sequence[Captions]) -> Captions:
+    """Return the captions, which are the first of `replies`, with the answers to the other questions."""
+    captions, *others = replies
+    if not others:
+        return captions
+    answers: list[dict[str, Any]] = [{} for _ in captions.texts]
+    for question, reply in zip(questions[1:], others, strict=True):
+        errors = reply.errors or [""] * len(answers)
+        columns = zip(answers, reply.texts, reply.finished, errors, strict=True)
+        for answer, text, finished, error in columns:
+            answer |= _answer(question, text, finished, error)
+    usage = [Usage.total(of_image) for of_image in zip(*(reply.usage for reply in replies), strict=True)]
+    return replace(captions, answers=answers, usage=usage)
+
+
+def _answer(question: Question, text: str, finished: bool, error: str) -> dict[str, Any]:
+    if not (error or finished):
+        error = f"cut at {question.max_new_tokens} tokens; raise max_new_tokens of the question"
+    return {question.name: text if text or not error else None, error_column(question): error or None}
