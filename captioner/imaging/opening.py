@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import functools
 import struct
-from collections.abc import Collection
+import zlib
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,6 +87,8 @@ def _open(data: bytes, max_pixels: int, needed_side: int) -> UprightImage:
         else:
             _check_pixels(width, height, max_pixels)
             _load_first(file)
+            if file.format == "PNG":
+                _check_pixels_of_png(data)
             width, height = file.size  # ICO and TIFF know their size only when loaded
             _check_pixels(width, height, max_pixels)
         orientation = _make_upright(file)
@@ -148,14 +151,24 @@ def _upright_box(extent: tuple[float, float], orientation: int, image: Image.Ima
 
 def _png_without(kinds: Collection[bytes], data: bytes) -> bytes:
     """Return a PNG without chunks of these kinds."""
-    kept, position = [data[:8]], 8
-    while position + 8 <= len(data):
-        length, kind = struct.unpack_from(">I4s", data, position)
-        end = position + length + 12
-        if kind not in kinds:
-            kept.append(data[position:end])
-        position = end
-    return b"".join(kept)
+    return data[:8] + b"".join(data[start:end] for kind, start, end in _png_chunks(data) if kind not in kinds)
+
+
+def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Yield the kind, start and end of each chunk of a PNG; the last one may end after the file does."""
+    start = 8
+    while start + 8 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, start)
+        yield kind, start, start + length + 12
+        start += length + 12
+
+
+def _check_pixels_of_png(data: bytes) -> None:
+    """Raise ImageError where the pixels of a PNG are not those that were written: Pillow decodes them all the same."""
+    for kind, start, end in _png_chunks(data):
+        checksum = int.from_bytes(data[end - 4 : end], "big")
+        if kind == b"IDAT" and end <= len(data) and zlib.crc32(memoryview(data)[start + 4 : end - 4]) != checksum:
+            raise ImageError("decode_error", "its pixels are damaged: they do not match the checksum in the file")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -12,7 +12,7 @@ from captioner.data import STATUS_OK
 from captioner.scoring.compare import COMPARED_ROWS, SHOWN_CHANGES, CaptionPair, differences, shown_pairs
 from captioner.scoring.eligible_rows import CheckSpec, trained_images
 from captioner.scoring.sample import LowestRanks, rank
-from captioner.store.table import CaptionsTable, Plan, captions_name, history_name, plan_part_name
+from captioner.store.table import CaptionsTable, Plan, captions_name, history_name
 
 _COLUMNS = ["image_id", "status", "caption", "sha256", "reference_captions", "fingerprint", "chunk_id", "chunk_row"]
 _COUNTED = ("num_rows", "changed", "now_ok", "now_failed", "trained_left_out")
@@ -78,7 +78,7 @@ class _Changes:
 def _rows(table: CaptionsTable, plan: Plan) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     """Yield (replaced row, current row) for each image of a generation."""
     for part in sorted(plan.parts):
-        part_rows = table.directory.read_table(plan_part_name(plan.generation, part), ["part_row"])["part_row"]
+        part_rows = table.read_plan_part(plan, part, ["part_row"])["part_row"]
         older = table.directory.read_table(history_name(plan.generation, part), _COLUMNS)
         newer = table.directory.read_table(captions_name(part), _COLUMNS).take(part_rows.combine_chunks())
         for old, new in zip(older.to_batches(1024), _batches(newer, older), strict=True):

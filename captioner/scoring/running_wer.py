@@ -9,7 +9,7 @@ from captioner.scoring.bootstrap import Interval, wer_interval
 from captioner.scoring.references import References
 from captioner.scoring.sample import LowestRanks, rank
 from captioner.scoring.wer import match_captions
-from captioner.store.table import CaptionsTable, plan_part_name
+from captioner.store.table import CaptionsTable
 
 MIN_ROWS_TO_STOP = 50
 Sample = Mapping[str, list[str]]  # image id -> references
@@ -23,7 +23,7 @@ def draw_sample(table: CaptionsTable, size: int, seed: int, references: Referenc
     sample: LowestRanks[tuple[str, list[str]]] = LowestRanks(size)
     for plan in table.plans():
         for part in sorted(plan.parts) if plan.adds_parts and size else ():
-            rows = table.directory.read_table(plan_part_name(plan.generation, part), ["image_id", "reference_captions"])
+            rows = table.read_plan_part(plan, part, ["image_id", "reference_captions"])
             columns = rows["image_id"].to_pylist(), rows["reference_captions"].to_pylist()
             for image_id, from_source in zip(*columns, strict=True):
                 captions = references.find(image_id) if references else from_source

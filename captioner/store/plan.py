@@ -105,7 +105,7 @@ def make_plan(
     with IdIndex() as planned, IdIndex() as added:
         for plan in plans:
             if plan.adds_parts:
-                _index_ids(table, plan.generation, sorted(plan.parts), planned)
+                _index_ids(table, plan, planned)
         writer = _PlanWriter(table, generation, first_part, rows_per_chunk, rows_per_file, added)
         for unit, listing, first_row in _listings_from(source, writer.resume()):
             rows = _numbered(listing.rows, first_row)
@@ -153,7 +153,7 @@ def compare_with_source(table: CaptionsTable, source: Source) -> SourceChange:
     with IdIndex() as planned:
         for plan in table.plans():
             if plan.adds_parts:
-                _index_ids(table, plan.generation, sorted(plan.parts), planned)
+                _index_ids(table, plan, planned)
                 num_planned += plan.num_rows
         for _, listing, _ in _listings_from(source, _Position()):
             is_planned = planned.contains(listing.rows["image_id"].to_pylist())
@@ -370,10 +370,9 @@ def _split(
     return first, rest
 
 
-def _index_ids(table: CaptionsTable, generation: int, parts: list[int], ids: IdIndex) -> None:
-    for part in parts:
-        column = table.directory.read_table(plan_part_name(generation, part), ["image_id"])["image_id"]
-        for batch in column.chunks:
+def _index_ids(table: CaptionsTable, plan: Plan, ids: IdIndex) -> None:
+    for part in sorted(plan.parts):
+        for batch in table.read_plan_part(plan, part, ["image_id"])["image_id"].chunks:
             ids.add(batch.to_pylist())
 
 

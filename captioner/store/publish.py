@@ -20,7 +20,7 @@ from captioner.console.text import counted
 from captioner.data import Chunk
 from captioner.errors import DamagedFileError, OutputError
 from captioner.store.read import read_chunk, replace_rows, superseded_rows
-from captioner.store.table import CaptionsTable, Plan, captions_name, history_name, plan_part_name
+from captioner.store.table import CaptionsTable, Plan, captions_name, history_name
 
 
 def publish(table: CaptionsTable, plan: Plan, on_part: Callable[[int], None] = lambda part: None) -> list[str]:
@@ -91,7 +91,7 @@ def _publish_part(table: CaptionsTable, plan: Plan, part: int, is_published: boo
 
 def _committed_rows(table: CaptionsTable, plan: Plan, part: int) -> Iterator[pa.Table]:
     """Yield the rows of a part, chunk by chunk, each compared with the plan. Raises DamagedFileError."""
-    planned = table.directory.read_table(plan_part_name(plan.generation, part), ["image_id"])["image_id"]
+    planned = table.read_plan_part(plan, part, ["image_id"])["image_id"]
     for chunk in plan.part_chunks(part):
         yield _planned_rows(table, plan, chunk, planned)
 
@@ -109,7 +109,7 @@ def _delete_damaged(table: CaptionsTable, plan: Plan, part: int, is_published: b
 
     Raises DamagedFileError where the plan itself is damaged, or a part of which a plan captions only some rows again.
     """
-    planned = table.directory.read_table(plan_part_name(plan.generation, part), ["image_id"])["image_id"]
+    planned = table.read_plan_part(plan, part, ["image_id"])["image_id"]
     problems = []
     if is_published:
         table.directory.delete(captions_name(part))

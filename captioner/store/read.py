@@ -13,7 +13,7 @@ from pyarrow.dataset import Dataset, dataset, field
 
 from captioner.data import STATUS_FAILED, STATUS_OK, Chunk
 from captioner.errors import DamagedFileError
-from captioner.store.table import CaptionsTable, Plan, captions_name, open_table, plan_part_name
+from captioner.store.table import CaptionsTable, Plan, captions_name, open_table
 
 OnDamage = Callable[[DamagedFileError], None]
 
@@ -114,7 +114,7 @@ def _with_newer_rows(
 
 def superseded_rows(table: CaptionsTable, plan: Plan, part: int) -> npt.NDArray[np.int64]:
     """Return the indices, in the published part, of the rows that a plan captions again."""
-    planned = table.directory.read_table(plan_part_name(plan.generation, part), ["part_row"])
+    planned = table.read_plan_part(plan, part, ["part_row"])
     indices: npt.NDArray[np.int64] = planned["part_row"].to_numpy()
     return indices
 

@@ -157,13 +157,12 @@ def damage_of_plan_part(table: CaptionsTable, plan: Plan, part: int) -> str:
     """Return in words how a plan part is damaged, or ""."""
     name = plan_part_name(plan.generation, part)
     try:
-        rows = table.directory.read_table(name, ["image_id"] if plan.adds_parts else ["image_id", "part_row"])
+        table.read_plan_part(plan, part, ["image_id"] if plan.adds_parts else ["image_id", "part_row"])
         with table.directory.open_parquet(name) as file:
             rows_per_chunk = file.metadata.row_group(0).num_rows
     except DamagedFileError as error:
         return _what(error)
-    is_whole = rows.num_rows == plan.parts[part] and rows_per_chunk == min(plan.rows_per_chunk, rows.num_rows)
-    if not is_whole or is_marked_otherwise(table, name, rows.schema.metadata or {}):
+    if rows_per_chunk != min(plan.rows_per_chunk, plan.parts[part]):
         return f"{table.directory.shown(name)} is damaged: it holds another part of a plan"
     return ""
 
@@ -220,8 +219,7 @@ def _unplanned_rows(table: CaptionsTable, source: Source, plan: Plan, damaged: s
             for part in other.parts if other.adds_parts else ():
                 if other.generation != plan.generation or part not in damaged:
                     with suppress(DamagedFileError):  # of a later plan, whose turn comes
-                        name = plan_part_name(other.generation, part)
-                        planned.add(table.directory.read_table(name, ["image_id"])["image_id"].to_pylist())
+                        planned.add(table.read_plan_part(other, part, ["image_id"])["image_id"].to_pylist())
         for _, listing in list_units(source, list(source.units())):
             is_planned = planned.contains(listing.rows["image_id"].to_pylist())
             tables.append(listing.rows.filter(pa.array(~is_planned)))
@@ -341,7 +339,7 @@ def damage_of_part(table: CaptionsTable, plan: Plan, part: int, recorded: dict[s
         ids = table.directory.read_table(name, ["image_id"])["image_id"]
     except DamagedFileError as error:
         return _what(error)
-    planned = table.directory.read_table(plan_part_name(plan.generation, part), ["image_id"])["image_id"]
+    planned = table.read_plan_part(plan, part, ["image_id"])["image_id"]
     if not ids.equals(planned):
         return f"{table.directory.shown(name)} is damaged: its rows are not the planned images"
     return ""

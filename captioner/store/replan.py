@@ -77,10 +77,11 @@ def current_plan_rows(table: CaptionsTable, part: int, before: int | None = None
 
     `before`: leave out this generation and later ones.
     """
-    rows = table.directory.read_table(plan_part_name(generation_of_parts(table)[part], part))
-    for plan in table.plans():
-        if not plan.adds_parts and part in plan.parts and (before is None or plan.generation < before):
-            newer = table.directory.read_table(plan_part_name(plan.generation, part))
+    first, *later = (plan for plan in table.plans() if part in plan.parts)
+    rows = table.read_plan_part(first, part)
+    for plan in later:
+        if before is None or plan.generation < before:
+            newer = table.read_plan_part(plan, part)
             rows = with_newer_values(rows, newer["part_row"].to_numpy(), newer.drop_columns("part_row"))
     return rows
 

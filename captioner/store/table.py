@@ -190,6 +190,17 @@ class CaptionsTable:
         except _MALFORMED as error:
             raise self.directory.damage(name, f"is damaged: {error!r}") from error
 
+    def read_plan_part(self, plan: Plan, part: int, columns: list[str] | None = None) -> pa.Table:
+        """Return the rows of a plan part: these columns, or all.
+
+        Raises DamagedFileError where its file is damaged, missing, or that of another part.
+        """
+        name = plan_part_name(plan.generation, part)
+        rows = self.directory.read_table(name, columns)
+        if rows.num_rows != plan.parts[part] or is_marked_otherwise(self, name, rows.schema.metadata or {}):
+            raise self.directory.damage(name, "is damaged: it holds another part of a plan")
+        return rows
+
     def write_plan(self, plan: Plan) -> None:
         """Write plan.json, with the sizes of the plan's files: from then on the list is complete."""
         files = self.directory.list_files(plan_folder(plan.generation))

@@ -18,7 +18,7 @@ from captioner.store.checksum import parquet_matches
 from captioner.store.ids import IdIndex
 from captioner.store.read import OnDamage, raise_damage, read_chunk, read_parts
 from captioner.store.repair import recorded_digests
-from captioner.store.table import CaptionsTable, Plan, captions_name, history_name, part_numbers, plan_part_name
+from captioner.store.table import CaptionsTable, Plan, captions_name, history_name, part_numbers
 
 MAX_PROBLEMS = 20
 
@@ -115,12 +115,7 @@ def _verify_plan(table: CaptionsTable, plan: Plan, result: Verification, planned
     committed = set() if is_published else table.committed_chunks(plan.generation)
     for part in sorted(plan.parts):
         with result.noting_damage():
-            name = plan_part_name(plan.generation, part)
-            ids = table.directory.read_table(name, ["image_id"])["image_id"].to_pylist()
-            if len(ids) != plan.parts[part]:
-                raise table.directory.damage(
-                    name, f"is damaged: {counted(len(ids), 'row')} for {counted(plan.parts[part], 'image')}"
-                )
+            ids = table.read_plan_part(plan, part, ["image_id"])["image_id"].to_pylist()
             if plan.adds_parts:
                 planned.add(ids)
             if is_published and plan.adds_parts:

@@ -17,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from captioner import pipeline
-from captioner.config import CaptionConfig
+from captioner.config import AltTextConfig, CaptionConfig
 from captioner.errors import DamagedFileError, VerificationError
+from captioner.publishing.alt_text.command import make_alt_texts
 from captioner.run.job import open_job
 from captioner.sources import open_source
 from captioner.store.directory import Directory
@@ -206,6 +207,39 @@ def test_a_part_of_the_plan_in_the_place_of_another_is_damage(tmp_path: Path, fi
 
     with pytest.raises(DamagedFileError, match="it is that of another part"):
         read_planned(table, plan.part_chunks(min(plan.parts))[0])
+
+
+@pytest.mark.parametrize(
+    ("file", "in_place_of"),
+    [
+        ("plan/g001/part-00000.parquet", "plan/g000/part-00000.parquet"),
+        ("plan/g000/part-00000.parquet", "plan/g000/part-00002.parquet"),
+        ("captions/part-00001.parquet", "plan/g000/part-00001.parquet"),
+        ("plan/g000/part-00000.parquet", "plan/g001/part-00000.parquet"),
+        ("report/report.json", "alt_text/settings.json"),
+        ("plan/g000/plan.json", "run.json"),
+        ("run.json", "checks/check.json"),
+    ],
+)
+def test_with_a_file_in_the_place_of_another_every_command_ends_with_one_line(
+    tmp_path: Path, archive: Path, finished: Path, file: str, in_place_of: str
+) -> None:
+    out = shutil.copytree(finished, tmp_path / "out")
+    make_alt_texts(open_table(str(out)), AltTextConfig())
+    shutil.copyfile(out / file, out / in_place_of)
+
+    for words in (
+        ("status", out),
+        ("export", out, "--to", "csv", tmp_path / "texts.csv", "--include-unreviewed"),
+        ("check", out),
+        ("report", out),
+        ("verify", out),
+    ):
+        code, output = run(*words)
+        assert code == 0 or "is damaged" in output, (words, output)
+    assert pipeline.run(caption_config(archive, out)) == 0
+    assert verify(open_table(str(out))).proven
+    assert contents(out) == contents(finished)
 
 
 def test_a_store_without_renames_is_repaired_alike(tmp_path: Path, archive: Path, finished: Path) -> None:

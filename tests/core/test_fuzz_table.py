@@ -2,6 +2,7 @@
 
 pytest tests/core/test_fuzz_table.py                        a few cases
 TABLE_CASES=10000 FUZZ_SEED=7 pytest ...                    more, others
+FUZZ_SEED=7 FUZZ_CASE=12 pytest ...                         that one again
 """
 
 import contextlib
@@ -36,6 +37,7 @@ from tests.helpers import caption_config, rows_of
 
 CASES = int(os.environ.get("TABLE_CASES", "12"))
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
+ONLY_CASE = os.environ.get("FUZZ_CASE")
 STATES = ("finished", "unpublished", "partial", "retry-planned", "retrying")
 NUM_IMAGES = 12
 CAPTIONED_LINES = 5  # of metadata.jsonl: scoring every image would take half of the time
@@ -97,10 +99,9 @@ def damage(rng: random.Random, out: Path) -> list[str]:
         for path in files:
             by_folder.setdefault(path.parent, []).append(path)
         file = rng.choice(by_folder[rng.choice(sorted(by_folder))])
-        data = bytearray(file.read_bytes())
+        data, name = bytearray(file.read_bytes()), file.relative_to(out)
         kind = rng.choice(("cut", "empty", "delete", "random", "flip", "flip", "swap", "stray", "zeros", "insert"))
         at = rng.randrange(len(data)) if data else 0
-        done.append(f"{kind} {file.relative_to(out)} at {at}")
         if kind == "cut":
             file.write_bytes(data[:at])
         elif kind == "empty":
@@ -113,7 +114,8 @@ def damage(rng: random.Random, out: Path) -> list[str]:
             data[at] ^= 1 << rng.randrange(8)
             file.write_bytes(data)
         elif kind == "swap":
-            rng.choice(files).write_bytes(data)
+            file = rng.choice(files)
+            file.write_bytes(data)
         elif kind == "zeros":
             data[at : at + 64] = bytes(len(data[at : at + 64]))
             file.write_bytes(data)
@@ -123,7 +125,12 @@ def damage(rng: random.Random, out: Path) -> list[str]:
         elif kind == "stray":
             names = ("_SUCCESS", "part-00000 (copy).parquet", "part-1.parquet", "plan.json", ".DS_Store", "notes.txt")
             (file.parent / rng.choice(names)).write_bytes(bytes(data[:at]))
+        done.append(f"{kind} {name} at {at}" + (f" into {file.relative_to(out)}" if kind == "swap" else ""))
     return done
+
+
+def cases(count: int) -> range:
+    return range(count) if ONLY_CASE is None else range(int(ONLY_CASE), int(ONLY_CASE) + 1)
 
 
 def run(*words: str) -> tuple[int, str]:
@@ -199,13 +206,13 @@ def test_damaged_tables_are_repaired_or_refused(home: Path, tmp_path: Path) -> N
     expected_texts = texts_in(tmp_path / "x.csv")
     assert len(expected) == NUM_IMAGES
     failures = []
-    for case in range(CASES):
+    for case in cases(CASES):
         steps, folder = [], tmp_path / str(case)
         try:
             for step in check_case(home, folder, f"{SEED} {case}", expected, expected_texts):
                 steps.append(step)
         except BaseException:
-            failures.append(f"seed {SEED}, case {case}: {steps} {traceback.format_exc()[-1500:]}")
+            failures.append(f"seed {SEED}, case {case}: {steps} {traceback.format_exc()[-2500:]}")
             print(failures[-1], file=sys.stderr)
         shutil.rmtree(folder, ignore_errors=True)
         print(case, file=sys.stderr)
@@ -232,7 +239,7 @@ def test_damaged_containers_give_no_wrong_caption(containers: Path, tmp_path: Pa
     assert run("caption", str(containers / kind), str(tmp_path / "whole"), "--model", "fake", "--local")[0] == 0
     expected = captions_of(tmp_path / "whole")
     failures = []
-    for case in range(max(1, CASES // 4)):
+    for case in cases(max(1, CASES // 4)):
         rng, source, out = random.Random(f"{SEED} {case}"), tmp_path / f"{case}", tmp_path / f"{case}-out"
         shutil.copytree(containers / kind, source)
         is_planned, done, code, output = rng.random() < 0.5, list[str](), 1, ""
@@ -250,7 +257,7 @@ def test_damaged_containers_give_no_wrong_caption(containers: Path, tmp_path: Pa
             assert not wrong
             assert run("verify", str(out))[0] in (0, 1)
         except BaseException:
-            failures.append(f"seed {SEED}, case {case}: {done} {code} {output[-600:]} {traceback.format_exc()[-1500:]}")
+            failures.append(f"seed {SEED}, case {case}: {done} {code} {output[-600:]} {traceback.format_exc()[-2500:]}")
             print(failures[-1], file=sys.stderr)
         for folder in (source, out):
             shutil.rmtree(folder, ignore_errors=True)

@@ -279,6 +279,17 @@ def test_ctrl_c_comes_out(monkeypatch):
         decode(FILES["PNG"], SPEC, NO_LIMIT)
 
 
+def test_a_png_with_one_wrong_bit_in_its_pixels_is_never_decoded():
+    data = FILES["PNG"]
+    first, end = data.index(b"IDAT") + 4, data.index(b"IEND") - 8
+    for position in range(first, end, (end - first) // 50):
+        damaged = bytearray(data)
+        damaged[position] ^= 1
+        decoded = decode(bytes(damaged), SPEC, NO_LIMIT)
+        assert decoded.error_code in ("decode_error", "truncated"), position
+        assert_well_formed(decoded)
+
+
 # --- too large --------------------------------------------------------------------------------------------------
 
 

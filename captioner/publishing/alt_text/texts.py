@@ -76,7 +76,10 @@ def read_settings(table: CaptionsTable) -> dict[str, Any]:
     if not table.directory.exists(SETTINGS_FILE):
         out = table.directory.shown("")
         raise OutputError(f"{out} has no alt texts; run `{shell_command('alt-text', out)}` first")
-    return table.directory.read_json(SETTINGS_FILE)
+    settings = table.directory.read_json(SETTINGS_FILE)
+    if not {"language", "max_chars", "hard_max"} <= settings.keys():
+        raise table.directory.damage(SETTINGS_FILE, "is damaged: it holds no settings of alt texts")
+    return settings
 
 
 def read_alt_texts(table: CaptionsTable, columns: list[str]) -> Iterator[tuple[int, pa.Table, pa.Table]]:

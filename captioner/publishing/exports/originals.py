@@ -14,8 +14,8 @@ from captioner.data import RawImage, Source
 from captioner.errors import SourceError
 from captioner.sources import reopen_source
 from captioner.sources.reading import read_images
-from captioner.store.replan import current_plan_rows, generation_of_parts
-from captioner.store.table import CaptionsTable, plan_part_name
+from captioner.store.replan import current_plan_rows
+from captioner.store.table import CaptionsTable, Plan
 
 _BATCH_SIZE = 32  # images in memory
 
@@ -47,8 +47,8 @@ class Originals:
     def _planned(self, ids: pa.ChunkedArray) -> pa.Table:
         """Return the plan rows of these ids, in their order. All ids are of one part, and parts come in table order."""
         while self._remaining_parts:
-            generation, part = self._remaining_parts[0]
-            part_ids = self.table.directory.read_table(plan_part_name(generation, part), ["image_id"])["image_id"]
+            plan, part = self._remaining_parts[0]
+            part_ids = self.table.read_plan_part(plan, part, ["image_id"])["image_id"]
             indices = pc.index_in(ids, part_ids)
             if indices.null_count == 0:
                 return current_plan_rows(self.table, part).take(indices)
@@ -56,5 +56,5 @@ class Originals:
         raise SourceError(f"{self.table.directory.location}: its plan does not hold {ids[0].as_py()!r}")
 
     @cached_property
-    def _remaining_parts(self) -> list[tuple[int, int]]:
-        return [(generation, part) for part, generation in generation_of_parts(self.table).items()]
+    def _remaining_parts(self) -> list[tuple[Plan, int]]:
+        return [(plan, part) for plan in self.table.plans() if plan.adds_parts for part in sorted(plan.parts)]
