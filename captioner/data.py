@@ -8,6 +8,7 @@ makes use of: never full images, never floats.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
@@ -148,6 +149,9 @@ def object_array(images: Sequence[npt.NDArray[np.uint8]]) -> npt.NDArray[np.obje
     return array
 
 
+_MAX_TRIAL_SIDE = 1024  # pixels
+
+
 @dataclass(frozen=True, slots=True)
 class PixelSpec:
     """How to make pixels for a model: its image processor's settings, read without loading the model.
@@ -157,19 +161,21 @@ class PixelSpec:
         "shortest_edge"  the shorter side to `shortest_edge`
         "inside"         as large as fits into `resized`; padded at the right and below with the colour `fill`
         "none"           not at all
-    Models with an image processor that does more take variable-size images. Only images larger than that processor can
-    make use of are shrunk before, their sides rounded to multiples of `multiple`:
-        "own_edge"       so that the longer side is `limit` pixels
-        "own_area"       so that there are at most `limit` pixels
+    Models with an image processor that does more take variable-size images:
+        "own_edge"       only images larger than that processor can make use of are shrunk, so that the longer side is
+                         `limit` pixels, both sides multiples of `multiple`
+        "tiles"          the longer side to `limit` pixels, then both sides up to multiples of `multiple`, the side of a
+                         tile; below it, at the left, the whole image as one tile, unless it is one already
+        "patches"        both sides to multiples of `multiple`, with `least` to `limit` pixels in all
 
-    `height`, `width`: with "own_edge" and "own_area" the likely maximum. `mean`, `std`: for values scaled to 0..1,
+    `height`, `width`: of variable-size images the likely maximum. `mean`, `std`: for values scaled to 0..1,
     applied on the device. `preprocess`: "processor" gives exactly the pixels of the model's image processor; "fast"
     computes nearly the same pixels in less time.
     """
 
     height: int
     width: int
-    resize: Literal["exact", "shortest_edge", "inside", "none", "own_edge", "own_area"] = "exact"
+    resize: Literal["exact", "shortest_edge", "inside", "none", "own_edge", "tiles", "patches"] = "exact"
     shortest_edge: int = 0
     resample: Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"] = "bicubic"
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
@@ -179,11 +185,22 @@ class PixelSpec:
     fill: tuple[int, int, int] = (0, 0, 0)
     limit: int = 0
     multiple: int = 1
+    least: int = 0
 
     @property
     def variable_size(self) -> bool:
-        """Whether images keep their sizes, for the model's own image processor."""
-        return self.resize in ("own_edge", "own_area")
+        """Whether the images of a batch differ in size."""
+        return self.resize in ("own_edge", "tiles", "patches")
+
+    @property
+    def trial_size(self) -> tuple[int, int]:
+        """The height and width of images to try out batch sizes with; few images of variable size are larger."""
+        if self.resize == "own_edge":
+            return min(self.height, _MAX_TRIAL_SIDE), min(self.width, _MAX_TRIAL_SIDE)
+        if self.resize == "patches":
+            side = max(1, min(_MAX_TRIAL_SIDE, math.isqrt(self.limit)) // self.multiple) * self.multiple
+            return side, side
+        return self.height, self.width
 
     @property
     def max_bytes(self) -> int:
@@ -221,16 +238,21 @@ class ImageBatch:
 
 
 class Usage(NamedTuple):
-    """Tokens that model servers counted, also for answers that are no captions."""
+    """Tokens that were counted.
+
+    `prompt_tokens`, `completion_tokens`: by model servers, also for answers that are no captions. `input_tokens`: of
+    the batches of a chat model in this process, images and question; `padding_tokens` of them fill shorter rows.
+    """
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    input_tokens: int = 0
+    padding_tokens: int = 0
 
     @classmethod
     def total(cls, usages: Iterable[Usage]) -> Usage:
         """Return the sum."""
-        prompt, completion = zip((0, 0), *usages, strict=True)
-        return cls(sum(prompt), sum(completion))
+        return cls(*map(sum, zip(cls(), *usages, strict=True)))
 
 
 NO_USAGE = Usage()
@@ -260,7 +282,7 @@ class Captions:
     `num_tokens`: generated tokens, the end token included; None where a model server does not count them.
     `logprob_mean`: mean natural-log probability of those tokens; NaN where there are none, None where a model server
     gives none. `finished`: whether the end token was reached within the limit. `errors`: why an image has no caption,
-    "" where it has one; empty where all have one. `usage`: tokens that a server counted for each image; or empty.
+    "" where it has one; empty where all have one. `usage`: tokens that were counted, for each image or all; or empty.
     `samples`: all captions of each image with --num-captions, of which `texts` has the first, None for an answer that
     is no caption; else empty.
     `answers`: to the other questions about each image, by column; empty where there are none.
@@ -341,7 +363,9 @@ class Receipt:
     engine: str = ""  # "fast" or "generic", of a model; "endpoint" for a model server
     device: str = ""  # "cpu", "mps", or a GPU's name and memory
     scored: Sequence[Sequence[int]] = ()  # (edits, words) of each row that was spot-checked
-    prompt_tokens: int = 0  # that model servers counted
+    prompt_tokens: int = 0  # these four: see Usage
     completion_tokens: int = 0
     blank_columns: dict[str, int] = field(default_factory=dict)  # images without a value in a column of the prompt
     unanswered: dict[str, int] = field(default_factory=dict)  # images by question, other than the caption
+    input_tokens: int = 0
+    padding_tokens: int = 0

@@ -95,7 +95,7 @@ class ChunkRows:
     """A chunk between two steps.
 
     `rows`: its columns so far. `pixels`: of its images, None once they are captioned. `seconds`: spent in each step.
-    `engine`, `device`: what captioned it (see `captioner.models.base`), or "". `usage`: tokens that model servers
+    `engine`, `device`: what captioned it (see `captioner.models.base`), or "". `usage`: tokens that were
     counted.
     """
 
@@ -236,7 +236,7 @@ def caption_or_reasons(
     """Return a caption for each image, or the reason why it has none.
 
     A batch that fails is tried again in halves, so that one image does not fail the others. `usages`: a list to which
-    the tokens that a model server counted are appended. `question`: what a chat model is asked, see `ModelRef`.
+    the tokens that were counted are appended. `question`: what a chat model is asked, see `ModelRef`.
     `prompts`: see `Captioner.caption`. Raises EndpointError where no model server can be used.
     """
     if not len(pixels):

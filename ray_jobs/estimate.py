@@ -109,7 +109,7 @@ def predict(pieces: Sequence[Piece], total: int, num_workers: int, decoders: int
     stage, since a run has larger pieces and so less overhead.
     """
     table = np.array(
-        [[p.num_rows, p.prepare, p.generate, p.source_bytes, p.output_bytes, p.num_ok, *p.usage] for p in pieces]
+        [[p.num_rows, p.prepare, p.generate, p.source_bytes, p.output_bytes, p.num_ok, *p.usage[:2]] for p in pieces]
     )
     gaps = np.array([[p.num_rows, p.gap] for p in pieces if p.gap > 0])
     random = np.random.default_rng(seed)
@@ -167,7 +167,7 @@ def lines(
             cost, lowest, highest = (price_per_gpu_hour * gpu_hours for gpu_hours in hours)
             shown.append(f"cost            {cost:,.2f} ({lowest:,.2f} to {highest:,.2f})")
     if model is not None and model.endpoint:
-        usage = dict(zip(Usage._fields, prediction.usage, strict=True)) | {"cost": model.cost_of(*prediction.usage)}
+        usage = dict(zip(Usage._fields[:2], prediction.usage, strict=True)) | {"cost": model.cost_of(*prediction.usage)}
         shown += [f"{label:<16}{value}" for label, value in usage_rows(usage)]
     return [*shown, "in brackets: 90 % interval of this sample, not counting start-up, faults and other load"]
 

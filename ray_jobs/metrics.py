@@ -28,6 +28,7 @@ class RunMetrics:
         self._seconds = Counter("captioner_seconds", "Seconds spent in each step, over all workers.", ("step",))
         self._chunk_seconds = Histogram("captioner_chunk_seconds", "Seconds of a chunk.", BOUNDARIES_S, ("step",))
         self._chunk_pictures = Gauge("captioner_chunk_pictures", "Images of the latest committed chunk.")
+        self._tokens = Counter("captioner_input_tokens", "Tokens of batches; kind: used or padding.", ("kind",))
 
     def add(self, receipt: Receipt) -> None:
         """Count a committed chunk."""
@@ -40,6 +41,10 @@ class RunMetrics:
             if seconds > 0:
                 self._seconds.inc(seconds, {"step": step})
         self._chunk_pictures.set(receipt.num_rows)
+        if receipt.input_tokens:
+            self._tokens.inc(receipt.input_tokens - receipt.padding_tokens, {"kind": "used"})
+        if receipt.padding_tokens:
+            self._tokens.inc(receipt.padding_tokens, {"kind": "padding"})
 
 
 class DeviceMetrics:

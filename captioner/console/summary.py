@@ -49,6 +49,8 @@ def _rows(record: dict[str, Any]) -> list[tuple[str, str]]:
     if record.get("images_per_second"):
         rows.append(("images/s", f"{record['images_per_second']:,.1f}"))
     rows += usage_rows(record.get("usage") or {})
+    if record.get("padding_share") is not None:
+        rows.append(("padding in batches", f"{record['padding_share']:.1%}"))
     seconds = record.get("seconds", {})
     names = {"run": "time", "startup": "  start-up"}
     rows += [(names[name], duration(seconds[name])) for name in names if name in seconds]

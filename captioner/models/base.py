@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,17 +17,17 @@ import torch
 from PIL import Image
 from transformers import GenerationConfig, LogitsProcessorList
 
-from captioner.data import Captions, Pixels, Prompts, object_array
+from captioner.data import Captions, Pixels, Prompts, Usage, object_array
 from captioner.errors import ModelError
 from captioner.models.drawing import DrawingProcessor, Sampling
 from captioner.models.logprobs import ScoreRecorder, mean_logprobs, token_counts
+from captioner.models.packed import pack_linears
 from captioner.models.pretrained import decode_all, open_model, open_tokenizer, quiet
 from captioner.models.processors import ProcessedBatch, open_image_processor, processed_batches
 from captioner.models.ref import ModelRef
 from captioner.models.seeds import random_numbers
 from captioner.models.uploads import Uploads
 
-_MAX_TRIAL_SIDE = 1024  # pixels; images of variable size may be much larger, but few are
 # The settings of a checkpoint's generation_config.json that affect greedy and beam search. The others belong to
 # sampling, or are set by ModelRef (beams, length).
 KEPT_GENERATION_SETTINGS = (
@@ -67,6 +68,8 @@ class TransformersCaptioner:
         self.sampling = Sampling.of(ref)
         self._search_lock = threading.Lock()  # calls from two threads are searched one after the other
         self.model = open_model(ref.path, self.dtype, device, self.attention, ref.adapter)
+        pack_linears(self.model)
+        self._counted = Usage()  # since the last call of `caption` that returned
         self.tokenizer = open_tokenizer(ref.path)
         self.prefix = self.start_ids()
         self._check_length()
@@ -149,8 +152,16 @@ class TransformersCaptioner:
 
         While one batch is searched, the next is copied to the device and the one before is decoded to text. Two threads
         may call this at once; then batches overlap from one call to the next. Where a batch does not fit the device's
-        memory it is halved, and `batch_size` stays at the size that fits.
+        memory it is halved, and `batch_size` stays at the size that fits. Images of variable size are sorted, largest
+        first, so that the rows of a batch differ little in length.
         """
+        if self.processor is None:
+            return self._caption_in_order(images)
+        sizes = [image.size for image in images]
+        order = sorted(range(len(sizes)), key=lambda index: -sizes[index])
+        return _in_order(self._caption_in_order(images[order]), order)
+
+    def _caption_in_order(self, images: Any) -> Captions:
         with self._batches(images) as batches, ThreadPoolExecutor(1) as decoding:
             with self._search_lock:
                 parts = [
@@ -158,7 +169,14 @@ class TransformersCaptioner:
                     for values in batches
                     for tokens, logprobs in self._search_or_halve(values)
                 ]
-            return _concatenate([part.result() for part in parts])
+                usage, self._counted = self._counted, Usage()
+            return replace(_concatenate([part.result() for part in parts]), usage=[usage])
+
+    def count_padding(self, mask: torch.Tensor) -> None:
+        """Count the tokens of a batch, and those of them that are padding: 0 in `mask` [N, T], on the CPU."""
+        num_tokens = mask.numel()
+        padding = num_tokens - int(mask.sum())
+        self._counted = Usage.total([self._counted, Usage(input_tokens=num_tokens, padding_tokens=padding)])
 
     def _batches(self, images: Any) -> AbstractContextManager[Iterator[Any]]:
         if self.processor is None:
@@ -182,10 +200,7 @@ class TransformersCaptioner:
     def try_batch(self, size: int) -> None:
         """Caption `size` images of noise in one batch. Raises torch.OutOfMemoryError."""
         spec = self.ref.spec
-        height, width = spec.height, spec.width
-        if self.processor is not None:
-            height, width = min(height, _MAX_TRIAL_SIDE), min(width, _MAX_TRIAL_SIDE)
-        noise = np.random.default_rng(0).integers(0, 256, (size, height, width, 3), dtype=np.uint8)
+        noise = np.random.default_rng(0).integers(0, 256, (size, *spec.trial_size, 3), dtype=np.uint8)
         if self.processor is None:
             self.search_batch(torch.from_numpy(noise).to(self.device))
         else:
@@ -269,6 +284,19 @@ class TransformersCaptioner:
 def _parts(values: Any, size: int) -> Iterator[Any]:
     for first in range(0, len(values), size):
         yield values[first : first + size]
+
+
+def _in_order(captions: Captions, order: list[int]) -> Captions:
+    """Return captions in the order of the images, whose index is `order` for each caption."""
+    rows = sorted(range(len(order)), key=order.__getitem__)
+    return Captions(
+        [captions.texts[row] for row in rows],
+        [captions.num_tokens[row] for row in rows],
+        [captions.logprob_mean[row] for row in rows],
+        [captions.finished[row] for row in rows],
+        usage=captions.usage,
+        samples=[captions.samples[row] for row in rows] if captions.samples else [],
+    )
 
 
 def _concatenate(parts: list[Captions]) -> Captions:

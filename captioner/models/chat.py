@@ -20,20 +20,17 @@ import torch
 from jinja2 import TemplateError
 from PIL import Image
 from transformers import GenerationConfig
-from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
-from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from captioner.data import Captions, Pixels, Prompts, Question
 from captioner.errors import ModelError
 from captioner.models.base import TransformersCaptioner
 from captioner.models.families import family_of
+from captioner.models.prepared import prepared_by_decoders
 from captioner.models.pretrained import LOADING_ERRORS, quiet
 from captioner.models.processors import ProcessedBatch, open_processor
 from captioner.models.questions import same_prompts, with_answers
 from captioner.models.ref import ModelRef
 
-# Image processors whose tiles are normalised on the device.
-_TILED = (Idefics3ImageProcessorPil, SmolVLMImageProcessorPil)
 MAX_TEXTS = 4_096  # prompts in their template that are kept; with columns each image may have its own
 
 
@@ -51,8 +48,9 @@ class AskedImages:
     def __iter__(self) -> Iterator[Any]:
         return iter(self.images)
 
-    def __getitem__(self, part: slice) -> AskedImages:
-        return AskedImages(self.images[part], self.texts[part], self.settings)
+    def __getitem__(self, part: slice | list[int]) -> AskedImages:
+        texts = self.texts[part] if isinstance(part, slice) else [self.texts[index] for index in part]
+        return AskedImages(self.images[part], texts, self.settings)
 
 
 class ChatCaptioner(TransformersCaptioner):
@@ -67,10 +65,9 @@ class ChatCaptioner(TransformersCaptioner):
         has_start_token = bos_token is not None and texts[0].startswith(bos_token)
         # A template that contains the start token must not get a second one (as in transformers).
         self._special_tokens = {"add_special_tokens": False} if has_start_token else {}
-        # Normalising the many tiles of an image takes most of the processor's time, so the device does it.
-        images = self.processor.image_processor
-        on_device = isinstance(images, _TILED) and images.do_pad and images.do_rescale and images.do_normalize
-        self._unnormalised = {"do_rescale": False, "do_normalize": False} if on_device else {}
+        self._prepared = prepared_by_decoders(ref.spec, self.processor.image_processor)
+        if self._prepared is not None:
+            self.processor.image_processor = self._prepared
 
     def open_native_processor(self) -> Any:
         return open_processor(self.ref.path, family_of(self.ref.family))
@@ -100,24 +97,25 @@ class ChatCaptioner(TransformersCaptioner):
     def process(self, images: Pixels | AskedImages) -> dict[str, Any]:
         """Return the processor's output for the images and what is asked about each, and the settings of the search.
 
-        Without the steps in `_unnormalised`. Pixels alone are asked for the caption.
+        Not normalised where `_prepared` does it. Pixels alone are asked for the caption.
         """
         if not isinstance(images, AskedImages):
             images = self._asked(images, self.ref.questions[0], self.prompts[:1] * len(images))
         inputs = self.processor(
             text=images.texts,
-            images=[[Image.fromarray(image)] for image in images.images],
+            images=[[image if self._prepared else Image.fromarray(image)] for image in images.images],
             padding=True,
             return_tensors="pt",
             **self._special_tokens,
-            **self._unnormalised,
         )
         return {**inputs, "generation_config": images.settings}
 
     def prepare(self, values: ProcessedBatch) -> dict[str, Any]:
-        inputs = {name: self._to_device(value) for name, value in values.inputs().items()}
-        if self._unnormalised:
-            inputs["pixel_values"] = self._normalise_tiles(inputs["pixel_values"], inputs["pixel_attention_mask"])
+        inputs = values.inputs()
+        self.count_padding(inputs["attention_mask"])
+        inputs = {name: self._to_device(value) for name, value in inputs.items()}
+        if self._prepared is not None:
+            inputs = self._prepared.normalised(inputs)
         return {name: self._to_dtype(value) for name, value in inputs.items()}
 
     def _to_device(self, value: Any) -> Any:
@@ -126,17 +124,6 @@ class ChatCaptioner(TransformersCaptioner):
 
     def _to_dtype(self, value: Any) -> Any:
         return value.to(self.dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-
-    def _normalise_tiles(self, tiles: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Return uint8 tiles [N, tiles, 3, H, W] normalised as by the image processor, float32.
-
-        Padding, where `mask` [N, tiles, H, W] is 0, becomes 0.
-        """
-        settings = self.processor.image_processor
-        mean = torch.tensor(settings.image_mean, device=self.device).view(3, 1, 1)
-        std = torch.tensor(settings.image_std, device=self.device).view(3, 1, 1)
-        normalised: torch.Tensor = (tiles.float() * settings.rescale_factor - mean) / std
-        return normalised * mask[:, :, None]
 
     def search(
         self, prepared: dict[str, Any], numbers: torch.Tensor | None = None, /

@@ -1,10 +1,11 @@
-"""PixelSpec of a model that needs its own image processor: how far images may be reduced before they reach it.
+"""PixelSpec of a model that needs its own image processor: how much of its work decoders do.
 
-Such a processor gets images of variable size, and resizes, splits, pads and normalises them in the model's process. An
-image larger than the processor's limit is reduced when it is decoded, by the processor's own rule and filter, so that
-the processor itself has nothing to reduce: with `--preprocess processor` its output is exactly the same. Only with a
-processor that is not known here (`default_native_spec`) it may differ, for images with a side above 2048 pixels and
-above twice the size in the processor's settings.
+Decoders resize images for the processors of Idefics3, SmolVLM and Qwen-VL, by their rules and filters, so that the
+model's process only cuts them (`prepared.py`); with `--preprocess processor` the result is exactly the processor's.
+
+Other processors get images of variable size, and resize, split, pad and normalise them in the model's process. With
+them (`default_native_spec`) the result may differ, for images with a side above 2048 pixels and above twice the size in
+the processor's settings.
 """
 
 from __future__ import annotations
@@ -42,24 +43,40 @@ def default_native_spec(settings: dict[str, Any]) -> PixelSpec:
 
 def _tiled(file: Path, settings: dict[str, Any]) -> PixelSpec:
     """Idefics3 and SmolVLM: the longer side becomes `size["longest_edge"]`, then the image is cut into tiles."""
-    size = settings.get("size") or {"longest_edge": 4 * 364}
+    size, tile = settings.get("size") or {"longest_edge": 4 * 364}, settings.get("max_image_size")
     if not settings.get("do_resize", True) or not isinstance(size, dict) or "longest_edge" not in size:
         return default_native_spec(settings)
     edge = min(_side(file, "size", size["longest_edge"]), LARGEST_EDGE)
-    return _at_most_edge(edge, 2, _filter(settings, "lanczos"))
+    resample = _filter(settings, "lanczos")
+    if not _is_known(settings, ("Idefics3", "SmolVLM"), ("do_image_splitting", "do_pad")):
+        return _at_most_edge(edge, 2, resample)
+    side = _side(file, "max_image_size", tile["longest_edge"] if isinstance(tile, dict) else 364)
+    longest = edge + -edge % side
+    return PixelSpec(longest + side, longest, "tiles", resample=resample, limit=edge, multiple=side)
 
 
 def _qwen(file: Path, settings: dict[str, Any]) -> PixelSpec:
-    """Qwen-VL: both sides become multiples of `patch_size * merge_size`, and the area at most `max_pixels`."""
+    """Qwen-VL: both sides become multiples of `patch_size * merge_size`, the area `min_pixels` to `max_pixels`."""
     size = settings["size"] if isinstance(settings.get("size"), dict) else {}
     area = settings.get("max_pixels") or size.get("longest_edge") or size.get("max_pixels") or 28 * 28 * 1280
-    if not settings.get("do_resize", True):
+    least = settings.get("min_pixels") or size.get("shortest_edge") or size.get("min_pixels") or 56 * 56
+    if not settings.get("do_resize", True) or not _is_known(settings, ("Qwen2VL",), ()):
         return default_native_spec(settings)
     limit = _side(file, "max_pixels", area)
     multiple = _side(file, "patch_size", settings.get("patch_size") or 14)
     multiple *= _side(file, "merge_size", settings.get("merge_size") or 2)
-    side = math.isqrt(max(limit, 200 * multiple**2)) + 1  # an aspect ratio of 200, with one side of `multiple` pixels
-    return PixelSpec(side, side, "own_area", resample=_filter(settings, "bicubic"), limit=limit, multiple=multiple)
+    # An aspect ratio of 200 with one side of `multiple` pixels, and rounding up to `multiple` on both sides.
+    least = _side(file, "min_pixels", least)
+    side = math.isqrt(max(limit, least, 200 * multiple**2)) + 1 + multiple
+    resample = _filter(settings, "bicubic")
+    return PixelSpec(side, side, "patches", resample=resample, limit=limit, multiple=multiple, least=least)
+
+
+def _is_known(settings: dict[str, Any], kinds: tuple[str, ...], steps: tuple[str, ...]) -> bool:
+    """Return whether an image processor is one of `kinds`, and takes `steps` and normalises as it does by default."""
+    name = str(settings.get("image_processor_type") or kinds[0]).removesuffix("Fast").removesuffix("Pil")
+    known = name.removesuffix("ImageProcessor") in kinds
+    return known and all(settings.get(step, True) for step in (*steps, "do_rescale", "do_normalize"))
 
 
 def _at_most_edge(edge: int, multiple: int, resample: Any) -> PixelSpec:

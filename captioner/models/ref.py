@@ -150,6 +150,8 @@ class ModelRef:
         }
         if self.preprocess != "fast":
             parts["preprocess"] = self.preprocess
+        elif self.spec.resize == "tiles":  # which the model's processor cut until the fast way was added
+            parts["preprocess"] = "fast tiles"
         if self.temperature:
             parts["sampling"] = [self.temperature, self.top_p, self.num_captions, self.seed]
         if self.system:

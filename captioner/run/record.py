@@ -14,7 +14,7 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from captioner.config import CaptionConfig
+from captioner.config import CaptionConfig, ModelConfig
 from captioner.data import NO_USAGE, Chunk, Receipt, Usage
 from captioner.errors import CaptionerError, CheckFailedError, StoppedEarlyError, TooManyFailedError
 from captioner.files import shown
@@ -60,7 +60,7 @@ class Tally:
         parts = (receipt.read_seconds, receipt.decode_seconds, receipt.generate_seconds, receipt.commit_seconds)
         self.num_rows += receipt.num_rows
         self.duplicates += receipt.num_duplicates
-        self.usage = Usage.total([self.usage, Usage(receipt.prompt_tokens, receipt.completion_tokens)])
+        self.usage = Usage.total([self.usage, Usage(*(getattr(receipt, name) for name in Usage._fields))])
         self.blank_columns.update(receipt.blank_columns)
         self.unanswered.update(receipt.unanswered)
         self.engine = receipt.engine or self.engine
@@ -146,7 +146,10 @@ def make_record(job: Job, state: str, tally: Tally, counts: TableCounts | None =
         "slots": tally.slots,
         "images_per_second": None if rate is None else round(rate, 2),
         "engine": tally.engine,
-        "usage": tally.usage._asdict() | {"cost": job.config.model.cost_of(*tally.usage)} if model.endpoint else None,
+        "usage": _served(tally.usage, job.config.model) if model.endpoint else None,
+        "padding_share": round(tally.usage.padding_tokens / tally.usage.input_tokens, 4)
+        if tally.usage.input_tokens
+        else None,
         "model": {**asdict(model), "fingerprint": model.fingerprint},
         "fingerprint": job.table.info["fingerprint"],
         "models": job.table.info.get("models", {}),
@@ -155,6 +158,12 @@ def make_record(job: Job, state: str, tally: Tally, counts: TableCounts | None =
         "versions": versions(),
         "hardware": hardware(tally.devices),
     }
+
+
+def _served(usage: Usage, model: ModelConfig) -> dict[str, float | None]:
+    """Return the tokens that model servers counted, and their cost."""
+    prompt, completion = usage.prompt_tokens, usage.completion_tokens
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "cost": model.cost_of(prompt, completion)}
 
 
 def _without_keys(config: CaptionConfig) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from captioner.config import ModelConfig
 from captioner.data import RawImage
 from captioner.errors import ModelError
 from captioner.imaging import decode_images
-from captioner.models import load, resolve
+from captioner.models import load, packed, resolve
 from captioner.models.families import FAMILY_BY_NAME, QUESTION, family_of
 from captioner.models.processors import open_processor
 from captioner.starter.scenes import make_scenes
@@ -182,6 +182,29 @@ def test_images_of_very_different_sizes_are_captioned_in_one_batch(family, model
     expected = generate_one_by_one(family, model(family), images=images)
 
     assert caption(model(family), batch_size=6, images=images).texts == expected
+
+
+@pytest.mark.parametrize("family", ["smolvlm", "qwen2_5_vl"])
+def test_images_of_like_size_share_a_batch(family, model) -> None:
+    images = [
+        scene.render(64).resize((64, 8 + 120 * (index % 2))) for index, scene in enumerate(make_scenes(8, seed=8))
+    ]
+
+    paddings = []
+    for batch_size in (8, 4):
+        (usage,) = caption(model(family), batch_size=batch_size, images=images).usage
+        paddings.append(usage.padding_tokens)
+
+    assert paddings[0] > 0
+    assert paddings[1] == 0
+
+
+@pytest.mark.parametrize("family", ["blip", "florence2", "smolvlm", "qwen2_5_vl"])
+def test_packed_layers_do_not_change_captions(family, model, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = caption(model(family))
+    monkeypatch.setattr(packed, "MIN_WEIGHTS", 1)
+
+    assert caption(model(family)).texts == plain.texts
 
 
 @pytest.mark.parametrize("family", NEW)

@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
+import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.donut.image_processing_pil_donut import DonutImageProcessorPil
-from transformers.models.idefics3.image_processing_pil_idefics3 import get_resize_output_image_size
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+from transformers.models.idefics3.image_processing_pil_idefics3 import (
+    Idefics3ImageProcessorPil,
+    get_resize_output_image_size,
+)
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 from captioner import pipeline
 from captioner.config import CaptionConfig, ModelConfig
 from captioner.data import Chunk, RawImage
 from captioner.imaging import decode_images
-from captioner.imaging.fitting import resized
+from captioner.imaging.fitting import resized, tiled_sizes
 from captioner.imaging.sandbox.decoder import GuardedDecoder
 from captioner.models import load, resolve
 from captioner.models.native_processor import native_spec
+from captioner.models.prepared import PreparedPatches, PreparedTiles
 from captioner.starter.scenes import make_scenes
 from captioner.steps import ChunkRows, Work
 from captioner.testing import make_tiny_model
@@ -35,44 +41,95 @@ FILE = Path("preprocessor_config.json")
 
 @settings(max_examples=300, deadline=None)
 @given(height=SIDES, width=SIDES, edge=st.sampled_from([364, 1456, 2048]))
-def test_an_image_to_be_tiled_is_reduced_to_the_size_its_processor_uses(height, width, edge) -> None:
-    spec = native_spec("idefics3", FILE, {"size": {"longest_edge": edge}})
+def test_an_image_to_be_tiled_gets_the_sizes_its_processor_uses(height, width, edge) -> None:
+    spec = native_spec("idefics3", FILE, {"size": {"longest_edge": edge}, "max_image_size": {"longest_edge": 364}})
 
-    size = resized((height, width), spec)
+    first, second = tiled_sizes((height, width), spec)
 
-    assert max(size) <= edge
-    if max(height, width) <= edge:
-        assert size == (height, width)
-    else:
-        wanted = get_resize_output_image_size(np.empty((3, height, width), np.uint8), edge)
-        assert size == wanted
-        # Except for strips that become one pixel thin.
-        assert min(size) == 1 or get_resize_output_image_size(np.empty((3, *size), np.uint8), edge) == wanted
+    assert first == get_resize_output_image_size(np.empty((3, height, width), np.uint8), edge)
+    assert second[0] % 364 == second[1] % 364 == 0
+    assert second[0] + 364 <= spec.height
+    assert second[1] <= spec.width
+
+
+@pytest.mark.parametrize("size", [(64, 48), (48, 64), (100, 7), (7, 100), (31, 32), (200, 200), (400, 300)])
+def test_tiles_are_those_of_the_image_processor(size) -> None:
+    settings = {"size": {"longest_edge": 128}, "max_image_size": {"longest_edge": 32}}
+    spec = replace(native_spec("smolvlm", FILE, settings), preprocess="processor")
+    image, processor = Image.effect_noise(size, 90).convert("RGB"), Idefics3ImageProcessorPil(**settings)
+    wanted = processor([[image]], return_tensors="pt", return_row_col_info=True)
+    (pixels,) = decode_images([RawImage("", "", as_file(image))], spec, 10**6).pixels
+    prepared = PreparedTiles(processor)
+
+    cut = prepared([[pixels], [pixels[-32:, :32]]])  # and a smaller one in the same batch
+
+    assert [cut["rows"][0], cut["cols"][0]] == [wanted["rows"][0], wanted["cols"][0]]
+    assert [cut["rows"][1], cut["cols"][1]] == [[0], [0]]
+    normalised = prepared.normalised(cut)["pixel_values"]
+    torch.testing.assert_close(normalised[:1], wanted["pixel_values"])
+    assert not normalised[1, 1:].any()
+    assert bool(wanted["pixel_attention_mask"].all())
+
+
+def test_fast_tiles_are_nearly_those_of_the_image_processor() -> None:
+    spec = native_spec("smolvlm", FILE, {"size": {"longest_edge": 1024}, "max_image_size": {"longest_edge": 256}})
+    files = [as_file(scene.render(320).resize((400, 290))) for scene in make_scenes(4, seed=3)]
+    specs = [replace(spec, preprocess=name) for name in ("fast", "processor")]
+
+    fast, exact = (decode_images([RawImage("", "", file) for file in files], one, 10**6).pixels for one in specs)
+
+    assert max(np.abs(a.astype(int) - b).mean() for a, b in zip(fast, exact, strict=True)) < 1
 
 
 @settings(max_examples=300, deadline=None)
 @example(height=36, width=5615, area=200_704)
 @given(height=SIDES, width=SIDES, area=st.sampled_from([200_704, 1_003_520, 12_845_056]))
-def test_an_image_for_qwen_is_reduced_to_the_size_its_processor_uses(height, width, area) -> None:
+def test_an_image_for_qwen_gets_the_size_its_processor_uses(height, width, area) -> None:
     spec = native_spec("qwen2_5_vl", FILE, {"min_pixels": 3136, "max_pixels": area})
 
     size = resized((height, width), spec)
 
-    assert size[0] * size[1] <= max(area, height * width)
-    if height * width <= area:
-        assert size == (height, width)
-    elif max(height, width) <= 200 * min(height, width):  # the processor refuses the others
-        wanted = smart_resize(height, width, 28, 3136, area)
-        assert size in (wanted, (height, width))  # unchanged where the rounded size would be refused
-        assert smart_resize(*size, 28, 3136, area) == wanted
+    refused = max(height, width) > 200 * min(height, width)
+    assert size == ((1, 1) if refused else smart_resize(height, width, 28, 3136, area))
+    assert 3 * size[0] * size[1] <= spec.max_bytes
+
+
+@pytest.mark.parametrize("size", [(64, 48), (30, 100), (10, 10), (200, 150)])
+def test_patches_are_those_of_the_image_processor(size) -> None:
+    settings = {"size": {"shortest_edge": 1024, "longest_edge": 16384}, "patch_size": 8, "merge_size": 2}
+    spec = replace(native_spec("qwen2_5_vl", FILE, settings), preprocess="processor")
+    images = [Image.effect_noise(size, 90).convert("RGB"), Image.effect_noise((50, 60), 90).convert("RGB")]
+    processor = Qwen2VLImageProcessorPil(**settings)
+    wanted = processor(images, return_tensors="pt")
+    pixels = decode_images([RawImage("", "", as_file(image)) for image in images], spec, 10**6).pixels
+    prepared = PreparedPatches(processor)
+
+    normalised = prepared.normalised(prepared([[image] for image in pixels]))
+
+    torch.testing.assert_close(normalised["pixel_values"], wanted["pixel_values"])
+    assert normalised["image_grid_thw"].tolist() == wanted["image_grid_thw"].tolist()
 
 
 def test_the_limit_is_read_from_the_settings() -> None:
-    assert native_spec("smolvlm", FILE, {"size": {"longest_edge": 2048}}).max_bytes == 2048 * 2048 * 3
+    assert native_spec("smolvlm", FILE, {"size": {"longest_edge": 2048}}).resize == "tiles"
     assert native_spec("idefics3", FILE, {"size": {"longest_edge": 9999}}).limit == 4096
     assert native_spec("idefics3", FILE, {"size": {"height": 980, "width": 980}}).limit == 2048
     assert native_spec("qwen2_vl", FILE, {"size": {"shortest_edge": 3136, "longest_edge": 784}}).limit == 784
     assert native_spec("qwen2_vl", FILE, {"patch_size": 16}).multiple == 32
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("smolvlm", {"do_image_splitting": False}),
+        ("smolvlm", {"do_normalize": False}),
+        ("idefics3", {"image_processor_type": "SomeImageProcessor"}),
+        ("qwen2_5_vl", {"do_rescale": False}),
+        ("qwen2_5_vl", {"image_processor_type": "PixtralImageProcessor"}),
+    ],
+)
+def test_decoders_leave_to_other_processors_what_they_do_not_know(family, settings) -> None:
+    assert native_spec(family, FILE, settings).resize == "own_edge"
 
 
 def as_file(image: Image.Image) -> bytes:
@@ -82,14 +139,14 @@ def as_file(image: Image.Image) -> bytes:
 
 
 def test_a_guarded_decoder_returns_images_of_any_size() -> None:
-    spec = native_spec("qwen2_vl", FILE, {"max_pixels": 32 * 32, "patch_size": 4})
+    spec = native_spec("qwen2_vl", FILE, {"max_pixels": 32 * 32, "min_pixels": 64, "patch_size": 4})
     files = [as_file(Image.effect_noise(size, 50)) for size in [(20, 30), (90, 50)]]
     here = decode_images([RawImage("0", "", file) for file in files], spec, 10**6)
 
     with GuardedDecoder(spec, 10**6, 60) as decoder:
         there = list(decoder(files))
 
-    assert [image.shape for image in here.pixels] == [(30, 20, 3), (16, 40, 3)]
+    assert [image.shape for image in here.pixels] == [(32, 16, 3), (16, 40, 3)]
     assert all((decoded.pixels == image).all() for decoded, image in zip(there, here.pixels, strict=True))
 
 

@@ -8,7 +8,6 @@ import torch
 
 from captioner.models.base import TransformersCaptioner
 from captioner.models.git.search import FastSearch, open_network, unsupported_settings
-from captioner.models.packed import pack_linears
 from captioner.models.ref import ModelRef
 
 
@@ -19,7 +18,6 @@ class GitCaptioner(TransformersCaptioner):
 
     def __init__(self, ref: ModelRef, device: torch.device, batch_size: int) -> None:
         super().__init__(ref, device, batch_size)
-        pack_linears(self.model)
         self._fast: FastSearch | None = None
         if not unsupported_settings(self.settings):
             self._fast = FastSearch(open_network(self.model), self.settings, self.prefix, self.sampling)
