@@ -75,8 +75,8 @@ def _qwen(file: Path, settings: dict[str, Any]) -> PixelSpec:
 def _is_known(settings: dict[str, Any], kinds: tuple[str, ...], steps: tuple[str, ...]) -> bool:
     """Return whether an image processor is one of `kinds`, and takes `steps` and normalises as it does by default."""
     name = str(settings.get("image_processor_type") or kinds[0]).removesuffix("Fast").removesuffix("Pil")
-    known = name.removesuffix("ImageProcessor") in kinds
-    return known and all(settings.get(step, True) for step in (*steps, "do_rescale", "do_normalize"))
+    is_one = name.removesuffix("ImageProcessor") in kinds
+    return is_one and all(settings.get(step, True) for step in (*steps, "do_rescale", "do_normalize"))
 
 
 def _at_most_edge(edge: int, multiple: int, resample: Any) -> PixelSpec:
