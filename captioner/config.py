@@ -251,6 +251,13 @@ class CheckConfig(Settings):
         description="Exit 2 when a larger share of the captions is empty, cut off, repetitive, the same for many "
         "images, in another language, a refusal or the prompt, or has special tokens or a term of --terms.",
     )
+    min_right: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Exit 2 when the share of right captions by `captioner spot-check` is lower: the lower end of its "
+        "95 % interval.",
+    )
     terms: str | None = Field(
         None, description="File with one word or phrase per line; captions that contain one are flagged."
     )

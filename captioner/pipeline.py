@@ -31,12 +31,12 @@ from captioner.errors import (
 from captioner.files import shown
 from captioner.models import load
 from captioner.models.devices import pick_device
-from captioner.publishing.alt_text.journal import read_latest_reviews
 from captioner.run.job import Engine, Job, open_job, plan_images
 from captioner.run.prefetch import in_parallel, one_ahead
 from captioner.run.quality import ROWS_AT_THE_END, SpotCheck, check, enforce, report
 from captioner.run.record import Tally, make_record, recorded, write_record
 from captioner.steps import Work, caption, commit, decode, read
+from captioner.store.journal import read_latest_reviews
 from captioner.store.lock import sole_writer
 from captioner.store.publish import publish
 from captioner.store.table import Plan

@@ -272,6 +272,40 @@ def review(
 
 
 @command()
+def spot_check(
+    out: Out,
+    sample: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Number of captions [default: as the last time, or 200].")
+    ] = None,
+    by: Annotated[
+        str | None,
+        typer.Option(
+            metavar="COLUMN|folder", help="Draw from each value of a column of the table, or from each folder."
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, metavar="S", help="Seed of the sample [default: as the last time, or 0].")
+    ] = None,
+    reviewer: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Name to store with each verdict [default: your login name].")
+    ] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, metavar="P", help="Port of the page; 0 is any free one.")] = 0,
+    open: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
+) -> int:
+    """Judge a random sample of captions on a page.
+
+    Serves a page on this machine: one key for each verdict (1 right, 2 small fault, 3 wrong, 4 offensive); Ctrl-C here
+    ends it and prints the share of right captions with its interval, which report and check show too.
+
+    Every verdict is saved at once in OUT/spot_checks; the same command again continues. Several people judge the same
+    captions, each under another name, to see how far they agree.
+    """
+    from captioner.publishing.review import command
+
+    return command.spot_check(out, sample, seed, by, reviewer, port, open)
+
+
+@command()
 @takes(ExportTextsConfig)
 def export(config: ExportTextsConfig, out: Out) -> int:
     """Write reviewed texts in a format for other programs.

@@ -50,6 +50,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     ),
     "report": ("captioner report captions/ --open",),
     "alt-text": ("captioner alt-text captions/", "captioner alt-text captions/ --max-chars 100"),
+    "spot-check": (
+        "captioner spot-check captions/ --sample 200 --open",
+        "captioner spot-check captions/ --by folder --reviewer ana",
+    ),
     "review": ("captioner review captions/ --open", "captioner review captions/ --queue random"),
     "export": (
         "captioner export captions/ texts.csv --to csv",
@@ -70,7 +74,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "demo server": ("captioner demo server",),
 }
 COMMAND_GROUPS = {
-    "Captions": ("caption", "init", "try", "status", "verify", "check", "report"),
+    "Captions": ("caption", "init", "try", "status", "verify", "check", "spot-check", "report"),
     "Alt texts": ("alt-text", "review", "export"),
     "Training": ("train", "feedback"),
     "Clusters": ("doctor", "estimate", "submit"),

@@ -103,3 +103,28 @@ def chats_to_test() -> tuple[str, ...]:
     """Chat types of the ordinary suite, some of each kind of processor; with ALL_FAMILIES (`make families`) all."""
     some = "qwen3_vl", "gemma3", "llava", "internvl", "vipllava", "paligemma"
     return tuple(TINY_CHATS) if "ALL_FAMILIES" in os.environ else some
+
+
+# Pages in a browser
+
+READY = "#card[data-state=ready][data-image]:not([data-image=loading])"  # an image, or why there is none
+
+
+def violations(page: Any) -> list[str]:
+    """What axe-core finds against WCAG 2.2 A and AA and its best practices, in words."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    page.evaluate("Promise.all(document.getAnimations().map((one) => one.finished)).then(() => 0)")
+    violations = Axe().run(page).response["violations"]
+    return [
+        f"{violation['id']}: {node['target']} {node['failureSummary']}"
+        for violation in violations
+        for node in violation["nodes"]
+    ]
+
+
+def press_and_wait(page: Any, key: str) -> None:
+    """Press a key that decides, and wait for the next image or the end."""
+    shown = int(page.get_attribute("#card", "data-shown"))
+    page.keyboard.press(key)
+    page.wait_for_selector(f"#card[data-shown='{shown + 1}']", state="attached")

@@ -17,8 +17,8 @@ def make_report(table: CaptionsTable) -> str:
     """
     facts = collect(table)
     rows = [row for rows in facts["check"]["shown"].values() for row in rows]
-    for part in ("comparison", "changes"):
-        rows += (facts["check"][part] or {}).get("shown", [])
+    for part in ("comparison", "changes", "spot_check"):
+        rows += (facts["check"].get(part) or {}).get("shown", [])
     images, problem = thumbnails(table, rows)
     facts["pictures_problem"] = problem
     table.directory.write_json(FIGURES, facts)

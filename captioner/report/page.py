@@ -15,6 +15,7 @@ from captioner.console.text import counted, printable
 from captioner.report import charts
 from captioner.report.page_images import MAX_BYTES
 from captioner.scoring.normalise import normalise, split_words
+from captioner.scoring.verdicts import VERDICT_LABELS, agreement_line, percent
 
 
 def render(facts: dict[str, Any], images: Mapping[str, str]) -> str:
@@ -29,6 +30,7 @@ def render(facts: dict[str, Any], images: Mapping[str, str]) -> str:
         image=_Thumbnails(images),
         charts=_charts(facts),
         worst=[row for row in check["shown"]["worst"] if row["wer"] > 0],
+        spot_check=check.get("spot_check"),
         flagged={flag: check["shown"].get(flag, []) for flag in check["flags"]},
         diff=word_diff,
         when=_when,
@@ -40,6 +42,7 @@ def _template() -> Template:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"number": _number, "decimal": _decimal, "interval": _interval, "words": _words}
     environment.filters |= {"percent": _percent, "capital": _capital}
+    environment.filters |= {"share": percent, "agreement": agreement_line, "verdict": VERDICT_LABELS.__getitem__}
     environment.filters |= {"shown": printable, "moment": _moment, "counted": counted}
     return environment.from_string(files("captioner.report").joinpath("page.html").read_text(encoding="utf-8"))
 

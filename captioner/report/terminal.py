@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from captioner.console.text import counted, printable, shorten
+from captioner.scoring.verdicts import describe
 
 SHOWN, WIDTH = 3, 160  # rows of each kind; characters of a caption
 
@@ -25,6 +26,10 @@ def print_check(facts: dict[str, Any], stream: TextIO | None = None) -> None:
     for name, value in _figures(check):
         table.add_row(Text(name), Text(value))
     console.print(table)
+    if check.get("spot_check"):
+        console.print(Text("judged by people:"))
+        for line in describe(check["spot_check"]):
+            console.print(Text(f"  {line}"), soft_wrap=True)
     _print_comparison(console, check["comparison"])
     for name in ("best", "worst"):
         rows = [row for row in check["shown"][name] if name == "best" or row["wer"] > 0][:SHOWN]

@@ -6,11 +6,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from captioner.console.text import counted
+from captioner.scoring.verdicts import percent
 
 Level = Literal["good", "mixed", "bad", "unknown"]
 # Lift over shuffled captions. A person's caption of a photo reaches about 0.2 against the best of four others.
 GOOD_LIFT, SOME_LIFT = 0.3, 0.1
 MANY_FLAGGED = 0.1  # of the captions
+# Share of right captions, where people judged them and there are no references.
+GOOD_SHARE, SOME_SHARE, MIN_JUDGED = 0.9, 0.7, 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +27,13 @@ class Verdict:
 
 def verdict_of(counts: dict[str, Any], check: dict[str, Any]) -> Verdict:
     """Return the verdict on a run. `counts`: TableCounts as JSON; `check`: the contents of OUT/checks/check.json."""
-    sentences = [_completeness(counts), *_about_scores(check), *_about_flags(check), *_about_coverage(counts, check)]
+    sentences = [
+        _completeness(counts),
+        *_about_scores(check),
+        *_about_people(check),
+        *_about_flags(check),
+        *_about_coverage(counts, check),
+    ]
     if check["failed_gates"]:
         return Verdict("bad", "Not good enough", [*map(_capital, check["failed_gates"]), *sentences])
     if not counts["ok"]:
@@ -36,7 +45,11 @@ def verdict_of(counts: dict[str, Any], check: dict[str, Any]) -> Verdict:
 
 
 def _level_of(check: dict[str, Any]) -> tuple[Level, str]:
-    lift = check["lift"]
+    lift, spot_check = check["lift"], check.get("spot_check") or {}
+    if lift is None and spot_check.get("judged", 0) >= MIN_JUDGED:
+        share = spot_check["share"]
+        level: Level = "good" if share >= GOOD_SHARE else "mixed" if share >= SOME_SHARE else "bad"
+        return level, f"About {100 * share:.0f} of 100 captions are right"
     if lift is None:
         return "unknown", "Captioned, not scored"
     if lift >= GOOD_LIFT:
@@ -72,6 +85,16 @@ def _about_scores(check: dict[str, Any]) -> list[str]:
     unit = check.get("unit", "words")  # absent in checks of earlier versions
     measure = "WER" if unit == "words" else f"WER in {unit}"
     return [f"{measure} {check['wer']:.2f}{compared}, {counted(check['num_rows'], 'caption')} scored."]
+
+
+def _about_people(check: dict[str, Any]) -> list[str]:
+    spot_check = check.get("spot_check")
+    if not spot_check or spot_check["share"] is None:
+        return []
+    judges = counted(len(spot_check["reviewers"]), "person", "people")
+    return [
+        f"{percent(spot_check)} of the captions are right: {judges} judged {spot_check['judged']:,}, drawn at random."
+    ]
 
 
 def _about_flags(check: dict[str, Any]) -> list[str]:

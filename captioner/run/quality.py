@@ -1,4 +1,4 @@
-"""Check a table, report on it, and compare its scores with --max-wer and --min-lift.
+"""Check a table, report on it, and compare its scores with --max-wer, --min-lift and --min-right.
 
 `captioner check`, `captioner report` and the end of a run share these functions.
 """
@@ -25,6 +25,7 @@ from captioner.scoring.language import recognised_language
 from captioner.scoring.references import References, read_references
 from captioner.scoring.running_wer import RunningWer, Sample, draw_sample
 from captioner.scoring.terms import read_terms
+from captioner.scoring.verdicts import figures, percent
 from captioner.store.table import CaptionsTable, open_table
 
 # The most rows that are checked at the end of a run: a minute or two, whatever the size of the table.
@@ -92,22 +93,26 @@ def check(
     if other is not None:
         result.comparison = compare_tables(table, other, spec)
     result.changes = find_changes(table, spec)
-    figures = result.to_json() | {
-        "gates": {name: getattr(settings, name) for name in ("max_wer", "min_lift", "max_flagged")},
+    result.spot_check = figures(table)
+    contents = result.to_json() | {
+        "gates": {name: getattr(settings, name) for name in ("max_wer", "min_lift", "max_flagged", "min_right")},
         "failed_gates": failed_gates(result, settings),
         "made_of": _state_of(table),
     }
-    table.directory.write_json(CHECK_FILE, figures, checksum=True)
+    table.directory.write_json(CHECK_FILE, contents, checksum=True)
     return result
 
 
 def report(table: CaptionsTable) -> str:
     """Write OUT/report from the last check, and return the page's location.
 
-    Checks the table first where it has changed since.
+    Checks the table first where it has changed since. The figures of spot-checks are always those of now.
     """
-    if table.directory.read_record(CHECK_FILE).get("made_of") != _state_of(table):
+    contents = table.directory.read_record(CHECK_FILE)
+    if contents.get("made_of") != _state_of(table):
         check(table, CheckConfig())
+    elif (spot_check := figures(table)) != contents.get("spot_check"):
+        table.directory.write_json(CHECK_FILE, contents | {"spot_check": spot_check}, checksum=True)
     return make_report(table)
 
 
@@ -204,7 +209,7 @@ def _digest(names: list[str]) -> str:
 
 
 def failed_gates(result: Check, settings: CheckConfig) -> list[str]:
-    """Return a sentence for each of --max-wer, --min-lift and --max-flagged that the result misses.
+    """Return a sentence for each of --max-wer, --min-lift, --max-flagged and --min-right that the result misses.
 
     A limit fails where there is no data for its score: nothing shows that the captions are good enough.
     """
@@ -231,11 +236,23 @@ def failed_gates(result: Check, settings: CheckConfig) -> list[str]:
                 f"lift {scores.lift:.3f} is below --min-lift {settings.min_lift:g}: WER {scores.wer:.3f} is {better} "
                 f"than {scores.shuffled_wer:.3f}, that of the same captions on other images"
             )
-    return failed
+    return failed + _failed_min_right(result, settings)
+
+
+def _failed_min_right(result: Check, settings: CheckConfig) -> list[str]:
+    share, limit = result.spot_check, settings.min_right
+    if limit is None:
+        return []
+    if share is None or share["low"] is None:
+        return [f"--min-right {limit:g} cannot be checked: nobody has judged captions (captioner spot-check)"]
+    if share["low"] >= limit:
+        return []
+    captions = counted(share["judged"], "caption")
+    return [f"{percent(share)} of {captions} are right: the lower end of the interval is below --min-right {limit:g}"]
 
 
 def enforce(result: Check, settings: CheckConfig) -> None:
-    """Raise CheckFailedError where the result misses --max-wer, --min-lift or --max-flagged."""
+    """Raise CheckFailedError where the result misses --max-wer, --min-lift, --max-flagged or --min-right."""
     failed = failed_gates(result, settings)
     if failed:
         raise CheckFailedError("the captions are not good enough: " + "; ".join(failed))

@@ -45,7 +45,7 @@ _COLUMNS = ["image_id", "status", "flags", "logprob_mean", "fingerprint", "creat
 
 
 class Review(Protocol):
-    """A reviewer's latest decision about an image, as `captioner.publishing.alt_text.schemas.Review`."""
+    """A reviewer's latest decision about an image, as `captioner.store.journal.Review`."""
 
     @property
     def decision(self) -> str:

@@ -51,6 +51,7 @@ class Check:
     seed: int
     comparison: dict[str, Any] | None = None
     changes: dict[str, Any] | None = None  # of the latest recaptioning, see `find_changes`
+    spot_check: dict[str, Any] | None = None  # by people, see `captioner.scoring.verdicts.figures`
 
     def summary(self) -> dict[str, Any]:
         """Return the figures that run.json holds."""
@@ -77,6 +78,7 @@ class Check:
             "shown": self.shown,
             "comparison": self.comparison,
             "changes": self.changes,
+            "spot_check": self.spot_check,
         }
 
 

@@ -56,12 +56,12 @@ def open_page(browser) -> Iterator[Open]:
 
 @pytest.fixture
 def review() -> Callable[..., object]:
-    """`with review(out, *flags) as (process, url)`: a real `captioner review`."""
+    """`with review(out, *flags, command="review") as (process, url)`: a real `captioner review`, or another command."""
 
     @contextmanager
-    def reviewing(out: Path, *flags: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    def reviewing(out: Path, *flags: str, command: str = "review") -> Iterator[tuple[subprocess.Popen[str], str]]:
         process = subprocess.Popen(
-            [sys.executable, "-m", "ray_jobs.cli", "review", str(out), "--reviewer", "ana", *flags],
+            [sys.executable, "-m", "ray_jobs.cli", command, str(out), "--reviewer", "ana", *flags],
             stdout=subprocess.PIPE,
             text=True,
         )

@@ -11,10 +11,10 @@ import pytest
 
 from captioner import pipeline
 from captioner.config import CaptionConfig, TrainConfig
-from captioner.publishing.alt_text.journal import latest_reviews, read_reviews
 from captioner.publishing.exports.command import FORMATS
 from captioner.starter.render import render_scenes
 from captioner.store.directory import Directory
+from captioner.store.journal import latest_reviews, read_reviews
 from captioner.store.read import read_parts
 from captioner.store.table import open_table
 from captioner.store.verify import verify

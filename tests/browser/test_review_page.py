@@ -4,39 +4,18 @@ import signal
 from pathlib import Path
 
 import pytest
+from helpers import READY, press_and_wait, violations
 
-from captioner.publishing.alt_text.journal import Journal, read_reviews
-from captioner.publishing.alt_text.schemas import Review
 from captioner.store.directory import Directory
+from captioner.store.journal import Journal, Review, read_reviews
 
 pytestmark = pytest.mark.browser
 
 HOSTILE = '<img src=x onerror="document.title = 1"><script>document.title = 2</script>'
-READY = "#card[data-state=ready][data-image]:not([data-image=loading])"
-
-
-def violations(page) -> list[str]:
-    """What axe-core finds against WCAG 2.2 A and AA and its best practices, in words."""
-    from axe_playwright_python.sync_playwright import Axe
-
-    page.evaluate("Promise.all(document.getAnimations().map((one) => one.finished)).then(() => 0)")
-    violations = Axe().run(page).response["violations"]
-    return [
-        f"{violation['id']}: {node['target']} {node['failureSummary']}"
-        for violation in violations
-        for node in violation["nodes"]
-    ]
 
 
 def decisions(out: Path) -> list[tuple[str, tuple[str, ...], str | None]]:
     return [(review.decision, review.image_ids, review.text) for review in read_reviews(Directory(str(out)))[0]]
-
-
-def press_and_wait(page, key: str) -> None:
-    """Press a key that decides, and wait for the next image or the end."""
-    shown = int(page.get_attribute("#card", "data-shown"))
-    page.keyboard.press(key)
-    page.wait_for_selector(f"#card[data-shown='{shown + 1}']", state="attached")
 
 
 @pytest.fixture

@@ -77,6 +77,7 @@ def example(setting: Setting) -> tuple[list[str], object]:
         "top_p": (["0.5"], 0.5),
         "min_lift": (["0.5"], 0.5),
         "max_flagged": (["0.5"], 0.5),
+        "min_right": (["0.5"], 0.5),
         "max_side": (["512"], 512),
         "request_timeout": (["0.5"], 0.5),
         "endpoint_timeout": (["0.5"], 0.5),

@@ -12,9 +12,9 @@ from helpers import caption_config
 from captioner import pipeline
 from captioner.config import ExportConfig, ModelConfig, TrainConfig
 from captioner.models import resolve
-from captioner.publishing.alt_text.journal import latest_reviews, read_reviews
 from captioner.publishing.exports.command import export_texts
 from captioner.store.directory import Directory
+from captioner.store.journal import latest_reviews, read_reviews
 from captioner.store.read import read_parts
 from captioner.store.table import CaptionsTable, open_table
 from captioner.store.verify import verify

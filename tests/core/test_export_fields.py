@@ -20,12 +20,11 @@ from captioner import pipeline
 from captioner.config import AltTextConfig, ExportConfig
 from captioner.errors import OutputError, UsageError
 from captioner.publishing.alt_text.command import make_alt_texts
-from captioner.publishing.alt_text.journal import Journal
-from captioner.publishing.alt_text.schemas import Decision, Review
 from captioner.publishing.alt_text.texts import read_texts
 from captioner.publishing.exports import hub_dataset
 from captioner.publishing.exports.command import export_texts
 from captioner.publishing.exports.select import Tally
+from captioner.store.journal import Decision, Journal, Review
 from captioner.store.table import CaptionsTable, open_table
 
 COUNT, PREFIX, SUFFIX = 8, "zwx style, ", ", rendered"

@@ -15,12 +15,11 @@ from hypothesis import strategies as st
 from captioner import pipeline
 from captioner.config import AltTextConfig, ExportConfig
 from captioner.publishing.alt_text.command import make_alt_texts
-from captioner.publishing.alt_text.journal import Journal
-from captioner.publishing.alt_text.schemas import Review
 from captioner.publishing.exports.command import export_texts
 from captioner.publishing.exports.fill import PageError, decode, fill, find_gaps
 from captioner.publishing.exports.html_pages import unified_diff
 from captioner.publishing.exports.select import Tally
+from captioner.store.journal import Journal, Review
 from captioner.store.table import CaptionsTable, open_table
 from captioner.testing import make_folder
 

@@ -17,13 +17,12 @@ from captioner import pipeline
 from captioner.config import AltTextConfig, ExportConfig
 from captioner.errors import UsageError
 from captioner.publishing.alt_text.command import make_alt_texts
-from captioner.publishing.alt_text.journal import Journal
-from captioner.publishing.alt_text.schemas import Review
 from captioner.publishing.exports.command import export_texts
 from captioner.publishing.exports.embedded import is_signed
 from captioner.publishing.exports.select import Tally
 from captioner.publishing.exports.xmp import merge_text
 from captioner.publishing.exports.xmp_packet import ALT_TEXT, CAPTION_WRITER, EXTENDED, XmpError, parse
+from captioner.store.journal import Journal, Review
 from captioner.store.table import CaptionsTable, open_table
 from captioner.testing import make_folder
 

@@ -25,8 +25,6 @@ from captioner import pipeline
 from captioner.config import AltTextConfig, ExportConfig, SourceConfig
 from captioner.errors import CaptionerError, OutputError
 from captioner.publishing.alt_text.command import make_alt_texts
-from captioner.publishing.alt_text.journal import Journal
-from captioner.publishing.alt_text.schemas import Decision, Review
 from captioner.publishing.exports.coco import coco_id
 from captioner.publishing.exports.command import FORMATS, export_texts
 from captioner.publishing.exports.context import Export
@@ -35,6 +33,7 @@ from captioner.publishing.exports.originals import Originals
 from captioner.publishing.exports.select import CHOSEN_SCHEMA, PROVENANCE, Tally
 from captioner.publishing.exports.spreadsheet import safe_cell
 from captioner.sources import open_source
+from captioner.store.journal import Decision, Journal, Review
 from captioner.store.table import CaptionsTable, open_table
 from captioner.testing import make_folder, make_tar
 from ray_jobs.cli import main

@@ -11,10 +11,9 @@ from captioner import pipeline
 from captioner.config import SourceConfig, TrainConfig
 from captioner.errors import OutputError
 from captioner.publishing.alt_text.feedback import write_feedback
-from captioner.publishing.alt_text.journal import Journal
-from captioner.publishing.alt_text.schemas import Decision, Review
 from captioner.sources import open_source
 from captioner.store.directory import Directory
+from captioner.store.journal import Decision, Journal, Review
 from captioner.store.table import open_table
 from captioner.testing import make_folder, make_parquet
 from captioner.training import job

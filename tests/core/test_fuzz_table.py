@@ -24,12 +24,11 @@ from captioner import pipeline
 from captioner.config import AltTextConfig
 from captioner.errors import CaptionerError
 from captioner.publishing.alt_text.command import make_alt_texts
-from captioner.publishing.alt_text.journal import Journal
-from captioner.publishing.alt_text.schemas import Review
 from captioner.report import page_images
 from captioner.run import job as job_module
 from captioner.run.job import open_job
 from captioner.store.directory import Directory
+from captioner.store.journal import Journal, Review
 from captioner.store.table import open_table
 from captioner.testing import make_folder, make_parquet, make_tar
 from ray_jobs.cli import main

@@ -12,11 +12,10 @@ from hypothesis import strategies as st
 
 from captioner import pipeline
 from captioner.errors import FingerprintError, OutputError, UsageError
-from captioner.publishing.alt_text.journal import Journal
-from captioner.publishing.alt_text.schemas import Review
 from captioner.run.selector import Selector, parse_selector
 from captioner.scoring.flags import CAPTION_FLAGS
 from captioner.store.directory import Directory
+from captioner.store.journal import Journal, Review
 from captioner.store.table import open_table
 from captioner.store.verify import verify
 from captioner.testing import make_folder

@@ -11,9 +11,8 @@ from helpers import caption_config, contents
 from captioner import pipeline
 from captioner.config import CaptionConfig
 from captioner.errors import FingerprintError, OutputError, SourceError, TooManyFailedError
-from captioner.publishing.alt_text.journal import Journal
-from captioner.publishing.alt_text.schemas import Review
 from captioner.store.directory import Directory
+from captioner.store.journal import Journal, Review
 from captioner.store.publish import publish
 from captioner.store.table import Plan, open_table
 from captioner.store.verify import count_rows, verify

@@ -27,16 +27,16 @@ from captioner.config import AltTextConfig
 from captioner.errors import OutputError, UsageError
 from captioner.imaging.descriptions import descriptions_of
 from captioner.publishing.alt_text.command import make_alt_texts
-from captioner.publishing.alt_text.journal import Journal, read_reviews
-from captioner.publishing.alt_text.schemas import Review
 from captioner.publishing.review import grid
-from captioner.publishing.review.acceptance import acceptance, seconds_per_image, wilson
+from captioner.publishing.review.acceptance import acceptance, seconds_per_image
 from captioner.publishing.review.grid import GridRequest
 from captioner.publishing.review.next_steps import describe_counts
 from captioner.publishing.review.previews import Previews
 from captioner.publishing.review.server import ReviewServer
 from captioner.publishing.review.session import DecisionRequest, ReviewSession
+from captioner.scoring.verdicts import wilson
 from captioner.store.directory import Directory
+from captioner.store.journal import Journal, Review, read_reviews
 from captioner.store.table import open_table
 from captioner.testing import ABORT_MARKER, decoder_faults, make_folder
 from ray_jobs.cli import main

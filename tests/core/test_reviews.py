@@ -13,19 +13,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from captioner.errors import OutputError
-from captioner.publishing.alt_text.journal import Journal, latest_reviews, read_reviews
-from captioner.publishing.alt_text.schemas import TEXTS_SCHEMA, Decision, Review
+from captioner.publishing.alt_text.schemas import TEXTS_SCHEMA
 from captioner.publishing.alt_text.texts import read_texts
 from captioner.publishing.review.decisions import Decisions
 from captioner.store.directory import Directory
+from captioner.store.journal import Decision, Journal, Review, latest_reviews, read_reviews
 from captioner.store.table import open_table
 
 LONG_AGO, LATER = datetime(2001, 1, 1, tzinfo=UTC), datetime(2101, 1, 1, tzinfo=UTC)
 
 APPEND_FOR_EVER = """
 import sys
-from captioner.publishing.alt_text.journal import Journal
-from captioner.publishing.alt_text.schemas import Review
+from captioner.store.journal import Journal
+from captioner.store.journal import Review
 from captioner.store.directory import Directory
 
 with Journal(Directory(sys.argv[1]), "ana") as journal:
@@ -35,8 +35,8 @@ with Journal(Directory(sys.argv[1]), "ana") as journal:
 """
 FILL_THE_DISK = """
 import resource, signal, sys
-from captioner.publishing.alt_text.journal import Journal, read_reviews
-from captioner.publishing.alt_text.schemas import Review
+from captioner.store.journal import Journal, read_reviews
+from captioner.store.journal import Review
 from captioner.errors import OutputError
 from captioner.store.directory import Directory
 

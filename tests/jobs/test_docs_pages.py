@@ -12,9 +12,10 @@ import pytest
 import test_docs_commands as docs
 from helpers import rows_of
 
-from captioner.publishing.alt_text.journal import Journal, Review
 from captioner.publishing.alt_text.texts import read_texts
+from captioner.publishing.review.spot_check import choose_sample
 from captioner.store.directory import Directory
+from captioner.store.journal import SPOT_CHECKS, Journal, Review
 from captioner.store.table import open_table
 from captioner.store.verify import verify
 from captioner.testing import make_folder
@@ -61,7 +62,7 @@ def run(*words: str) -> int:
 
 
 def run_page(page: str) -> None:
-    """Run the commands that the page shows, each once. A review is replaced by its outcome: all texts are approved."""
+    """Run the commands that the page shows, each once. A review is replaced by its outcome: all approved or right."""
     for line in dict.fromkeys(line for document, line in docs.commands_of("captioner") if document == page):
         _, command, *words = shlex.split(line)
         words = [SUBSTITUTES.get(word, word) for word in words if word != "--open"]
@@ -69,6 +70,8 @@ def run_page(page: str) -> None:
             continue
         if command == "review":
             approve_all(Path(words[0]))
+        elif command == "spot-check":
+            judge_all(Path(words[0]))
         elif "--print-config" in words:
             print_config(command, words)
         else:
@@ -80,6 +83,13 @@ def approve_all(out: Path) -> None:
     with Journal(Directory(str(out)), "Ada") as journal:
         for text in texts:
             journal.append(Review("approved", (text["image_id"],), text["alt_text"], "Ada"))
+
+
+def judge_all(out: Path) -> None:
+    sample, _ = choose_sample(open_table(str(out)), None, None, None)
+    with Journal(Directory(str(out)), "Ada", SPOT_CHECKS) as journal:
+        for caption in sample.captions:
+            journal.append(Review("right", (caption.image_id,), None, "Ada", shown=caption.text))
 
 
 def print_config(command: str, words: list[str]) -> None:

@@ -25,11 +25,10 @@ import pyarrow.parquet as pq
 from captioner.console.text import counted, printable, shell_command
 from captioner.errors import OK, OutputError
 from captioner.files import is_uri, local_path
-from captioner.publishing.alt_text.journal import latest_reviews, read_reviews
-from captioner.publishing.alt_text.schemas import Review
 from captioner.publishing.alt_text.texts import require_finished
 from captioner.sources import reopen_source
 from captioner.sources.reading import read_images
+from captioner.store.journal import Review, latest_reviews, read_reviews
 from captioner.store.replan import current_plan_rows, generation_of_parts
 from captioner.store.table import CaptionsTable, captions_name, open_table
 

@@ -1,11 +1,6 @@
-"""The schemas of alt texts, reviews and the published texts that join both."""
+"""The schemas of alt texts and of the published texts, which join captions, alt texts and reviews."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from typing import Literal, get_args
-from uuid import uuid4
 
 import pyarrow as pa
 
@@ -22,44 +17,8 @@ ALT_TEXT_SCHEMA = pa.schema(
     ]
 )
 
-Decision = Literal["approved", "edited", "rejected", "decorative", "expert", "skipped", "undo"]
-DECISIONS: tuple[str, ...] = get_args(Decision)
-# Decisions about the image itself, which also apply to its later captions; the others are about one caption.
-SETTLED = ("approved", "edited", "decorative")
-
 UNREVIEWED = "unreviewed"
 REVIEW_STATUSES = (UNREVIEWED, "approved", "edited", "rejected", "decorative", "expert")
-
-
-@dataclass(frozen=True, slots=True)
-class Review:
-    """One person's decision about one image, or about several with the same alt text.
-
-    `text`: the approved or edited alt text; "" for a decorative image, None when the decision gives none. `shown`: the
-    alt text that the person saw. `queue`: the review order ("flagged", "random" or "all"). `undoes`: the `review_id`
-    that an "undo" reverts.
-    """
-
-    decision: Decision
-    image_ids: tuple[str, ...]
-    text: str | None
-    reviewer: str
-    shown: str = ""
-    queue: str = "all"
-    seconds: float | None = None  # time between display and decision
-    undoes: str | None = None
-    reviewed_at: datetime = field(default_factory=lambda: datetime.now(UTC))
-    review_id: str = field(default_factory=lambda: uuid4().hex)
-
-    @property
-    def is_settled(self) -> bool:
-        """Whether the decision also applies to later captions of the image."""
-        return self.decision in SETTLED
-
-    def applies_to(self, created_at: datetime) -> bool:
-        """Return whether the decision applies to a caption created at `created_at`, not only to an earlier one."""
-        return self.is_settled or created_at <= self.reviewed_at
-
 
 # The published texts, one row for each captioned image: captions, alt texts and reviews joined.
 TEXTS_SCHEMA = pa.schema(

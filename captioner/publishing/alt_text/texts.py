@@ -10,9 +10,9 @@ import pyarrow.compute as pc
 
 from captioner.console.text import shell_command
 from captioner.errors import OutputError
-from captioner.publishing.alt_text.journal import read_latest_reviews
-from captioner.publishing.alt_text.schemas import TEXTS_SCHEMA, UNREVIEWED, Review
+from captioner.publishing.alt_text.schemas import TEXTS_SCHEMA, UNREVIEWED
 from captioner.publishing.fields import CAPTION_FIELD, check_field, texts_of
+from captioner.store.journal import Review, read_latest_reviews
 from captioner.store.read import read_parts
 from captioner.store.replan import generation_of_parts
 from captioner.store.table import CaptionsTable

@@ -15,7 +15,6 @@ from captioner.config import ExportConfig
 from captioner.console.text import counted, printable, shell_command
 from captioner.errors import OK, OutputError, UsageError
 from captioner.files import shown
-from captioner.publishing.alt_text.journal import read_reviews
 from captioner.publishing.alt_text.texts import read_field, read_texts
 from captioner.publishing.exports import (
     coco,
@@ -34,6 +33,7 @@ from captioner.publishing.exports.context import Export, Format
 from captioner.publishing.exports.destination import open_destination
 from captioner.publishing.exports.originals import Originals
 from captioner.publishing.exports.select import Tally, Wording, select_texts, unselected_texts
+from captioner.store.journal import read_reviews
 from captioner.store.lock import sole_writer
 from captioner.store.table import CaptionsTable, open_table
 

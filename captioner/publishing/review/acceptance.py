@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from captioner.publishing.alt_text.schemas import Review
+from captioner.scoring.verdicts import wilson
+from captioner.store.journal import Review
 
-_Z95 = 1.959963984540054
 _NUM_RECENT = 50
 _MAX_SECONDS = 300.0  # a reviewer who took longer was away
 
@@ -31,17 +30,6 @@ def acceptance(sample: Sequence[Review]) -> Acceptance | None:
     decided = len(sample)
     accepted = sum(review.decision == "approved" for review in sample)
     return Acceptance(accepted, decided, *wilson(accepted, decided)) if decided else None
-
-
-def wilson(successes: int, trials: int) -> tuple[float, float]:
-    """Return the 95 % Wilson score interval of a proportion, which holds for few trials and near 0 and 1 too.
-
-    Source: E. B. Wilson, Probable Inference, JASA 22, 1927.
-    """
-    share, spread = successes / trials, _Z95**2 / trials
-    centre = (share + spread / 2) / (1 + spread)
-    half = _Z95 / (1 + spread) * math.sqrt(share * (1 - share) / trials + spread / (4 * trials))
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def seconds_per_image(reviews: Sequence[Review]) -> float | None:

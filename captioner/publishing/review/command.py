@@ -1,4 +1,4 @@
-"""`captioner review`: open the table and serve the review page until Ctrl-C."""
+"""`captioner review` and `captioner spot-check`: open the table and serve the page until Ctrl-C."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ import getpass
 import sys
 import webbrowser
 
+from captioner.console.phases import phase
 from captioner.console.stopping import notify, stoppable
 from captioner.console.text import counted, printable
 from captioner.errors import OK, CaptionerError, UsageError
 from captioner.publishing.review.next_steps import describe_counts
 from captioner.publishing.review.previews import Previews
 from captioner.publishing.review.queue import QueueKind
-from captioner.publishing.review.server import HOST, ReviewServer
+from captioner.publishing.review.server import HOST, PageSession, ReviewServer
 from captioner.publishing.review.session import ReviewSession
-from captioner.store.table import open_table
+from captioner.publishing.review.spot_check import SpotCheckSession, choose_sample
+from captioner.store.table import CaptionsTable, open_table
 
 _MAX_NAME_LENGTH = 100
 
@@ -29,30 +31,60 @@ def run(out: str, port: int, reviewer: str | None, queue: QueueKind, open_page: 
     name = _reviewer(reviewer)
     table = open_table(out)
     with stoppable("every decision is saved"), ReviewSession(table, name, queue) as session:
-        if session.decisions.num_damaged:
-            notify(f"{out}: ignored {counted(session.decisions.num_damaged, 'damaged line')} in its review journals")
-        previews = Previews(table)
-        with contextlib.closing(previews), _server(session, previews, port) as server:
-            print(f"reviewing {counted(len(session), 'alt text')} as {name}: {server.url}", flush=True)
-            print("captioner: every decision is saved at once; Ctrl-C ends the review", file=sys.stderr)
-            if open_page:
-                webbrowser.open(server.url)
-            try:
-                server.serve_forever()
-            finally:
-                _print_summary(session)
+        _note_damage(out, session.decisions.num_damaged)
+        _serve(session, table, f"reviewing {counted(len(session), 'alt text')} as {name}", port, open_page)
     return OK
 
 
-def _print_summary(session: ReviewSession) -> None:
+def spot_check(
+    out: str, sample: int | None, seed: int | None, by: str | None, reviewer: str | None, port: int, open_page: bool
+) -> int:
+    """Serve the spot-check page of OUT until Ctrl-C, then print the share of right captions.
+
+    Raises UsageError as `choose_sample`, and when the port is in use; OutputError when OUT cannot be written.
+    """
+    name = _reviewer(reviewer)
+    table = open_table(out)
+    with phase("drawing the sample", notify):
+        drawn, sentence = choose_sample(table, sample, seed, by)
+    notify(sentence)
+    with stoppable("every verdict is saved"), SpotCheckSession(table, name, drawn) as session:
+        _note_damage(out, session.decisions.num_damaged)
+        _serve(session, table, f"judging {counted(len(session), 'caption')} as {name}", port, open_page)
+    return OK
+
+
+def _note_damage(out: str, num_lines: int) -> None:
+    if num_lines:
+        notify(f"{out}: ignored {counted(num_lines, 'damaged line')} in its review journals")
+
+
+def _serve(
+    session: ReviewSession | SpotCheckSession, table: CaptionsTable, title: str, port: int, open_page: bool
+) -> None:
+    """Serve the page of a session until Ctrl-C, then print its summary."""
+    previews = Previews(table)
+    with contextlib.closing(previews), _server(session, previews, port) as server:
+        print(f"{title}: {server.url}", flush=True)
+        print("captioner: every decision is saved at once; Ctrl-C ends the review", file=sys.stderr)
+        if open_page:
+            webbrowser.open(server.url)
+        try:
+            server.serve_forever()
+        finally:
+            _print_summary(session)
+
+
+def _print_summary(session: ReviewSession | SpotCheckSession) -> None:
     with contextlib.suppress(CaptionerError):  # where OUT has gone, the error that ended the review says so
         summary = session.summary()
-        notify(describe_counts(summary["counts"]))
+        for line in summary["lines"] if "lines" in summary else [describe_counts(summary["counts"])]:
+            notify(line)
         for line in summary["commands"]:
             print(f"  {line['purpose']}: {line['command']}", file=sys.stderr)
 
 
-def _server(session: ReviewSession, previews: Previews, port: int) -> ReviewServer:
+def _server(session: PageSession, previews: Previews, port: int) -> ReviewServer:
     try:
         return ReviewServer(session, previews, port)
     except (OSError, OverflowError) as error:

@@ -1,4 +1,4 @@
-"""The decisions of this reviewer and of others: follows the journals in OUT/reviews as they grow."""
+"""The decisions of this reviewer and of others: follows the journals of OUT as they grow."""
 
 from __future__ import annotations
 
@@ -9,12 +9,9 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from captioner.errors import OutputError
-from captioner.publishing.alt_text.journal import FOLDER, Journal, journal_name, latest_reviews, parse_lines
-from captioner.publishing.alt_text.schemas import Review
 from captioner.store.directory import Directory
+from captioner.store.journal import FOLDER, Journal, Review, journal_name, journal_names, latest_reviews, parse_lines
 
-# The images that each reviewer is looking at, so that two do not get the same one. Only a hint: decisions count.
-_CLAIMS_FOLDER = f"{FOLDER}/shown"
 _CLAIM_LIFETIME = timedelta(minutes=15)
 
 
@@ -24,10 +21,12 @@ class Decisions:
     A context manager that keeps this reviewer's journal open. Raises OutputError when OUT cannot be written.
     """
 
-    def __init__(self, out: Directory, reviewer: str) -> None:
-        self._out, self._reviewer = out, reviewer
-        self._journal = Journal(out, reviewer)
-        self._claims_file = Path(out.path(f"{_CLAIMS_FOLDER}/{journal_name(reviewer)}"))
+    def __init__(self, out: Directory, reviewer: str, folder: str = FOLDER) -> None:
+        self._out, self._reviewer, self._folder = out, reviewer, folder
+        self._journal = Journal(out, reviewer, folder)
+        # The images that each reviewer is looking at, so that two do not get the same one. Only a hint.
+        self._claims_folder = f"{folder}/shown"
+        self._claims_file = Path(out.path(f"{self._claims_folder}/{journal_name(reviewer)}"))
         self._offsets: dict[str, int] = {}  # journal -> number of bytes read
         self._undone: set[str | None] = set()
         self._current: dict[str, Review] = {}
@@ -51,7 +50,7 @@ class Decisions:
 
     def read_new(self) -> list[Review]:
         """Return the decisions written since the last call, including undos, oldest first."""
-        new = [review for name in self._out.list_names(FOLDER) for review in self._new_lines(name)]
+        new = [review for name in journal_names(self._out, self._folder) for review in self._new_lines(name)]
         new.sort(key=lambda review: (review.reviewed_at, review.review_id))
         undone = {review.undoes for review in new if review.decision == "undo"}
         self._undone |= undone
@@ -85,11 +84,11 @@ class Decisions:
     def claimed_by_others(self) -> set[str]:
         """Return the ids of the images that others started to look at less than 15 minutes ago."""
         claimed: set[str] = set()
-        for name in self._out.list_names(_CLAIMS_FOLDER):
+        for name in self._out.list_names(self._claims_folder):
             if name == journal_name(self._reviewer):
                 continue
             try:
-                claim = self._out.read_json(f"{_CLAIMS_FOLDER}/{name}")
+                claim = self._out.read_json(f"{self._claims_folder}/{name}")
                 if datetime.now(UTC) - datetime.fromisoformat(claim["at"]) < _CLAIM_LIFETIME:
                     claimed.update(claim["image_ids"])
             except (OutputError, OSError, ValueError, TypeError, KeyError):
@@ -97,7 +96,7 @@ class Decisions:
         return claimed
 
     def _new_lines(self, name: str) -> list[Review]:
-        path, start = Path(self._out.path(f"{FOLDER}/{name}")), self._offsets.get(name, 0)
+        path, start = Path(self._out.path(f"{self._folder}/{name}")), self._offsets.get(name, 0)
         if path.stat().st_size <= start:
             return []
         with path.open("rb") as file:
@@ -105,6 +104,6 @@ class Decisions:
             data = file.read()
         num_complete = data.rfind(b"\n") + 1  # a line that is still being written is read later
         self._offsets[name] = start + num_complete
-        reviews = list(parse_lines(data[:num_complete]))
+        reviews = list(parse_lines(data[:num_complete], self._folder))
         self.num_damaged += reviews.count(None)
         return [review for review in reviews if review is not None]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 from pathlib import PurePosixPath
 
-from captioner.publishing.alt_text.journal import FOLDER, journal_name
 from captioner.store.directory import Directory
+from captioner.store.journal import FOLDER, journal_name
 
 
 class Drafts:

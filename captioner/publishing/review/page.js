@@ -1,29 +1,11 @@
-"use strict";
-const $ = (id) => document.getElementById(id);
 const LANGUAGE = /^[A-Za-z]{2,3}(-[A-Za-z0-9]{1,8})*$/;
 const NAMES = {
   all: "All", undecided: "Undecided", flagged: "Flagged", approved: "Approved", edited: "Edited", rejected: "Rejected",
   decorative: "Decorative", expert: "Needs an expert", skipped: "Skipped by you", drafts: "Your drafts",
 };
-let card = null, excluded = new Set(), startTime = 0, hiddenTime = 0, hiddenAt = 0, numShown = 0, canUndo = false, fromGrid = false;
+let card = null, excluded = new Set(), numShown = 0, canUndo = false, fromGrid = false;
 
 /* ---------- requests to the server ---------- */
-
-async function request(path, body) {
-  const options = body === undefined ? {} : {
-    method: "POST", headers: {"Content-Type": "application/json"}, body: JSON.stringify(body),
-    keepalive: path === "draft",  // it arrives also when the page is closed meanwhile
-  };
-  let response, value;
-  try {
-    response = await fetch(path, options);
-    value = await response.json();
-  } catch (error) {
-    throw new Error("captioner review does not respond; start it again and open the address that it prints");
-  }
-  if (!response.ok && response.status !== 409) throw new Error(value.error);
-  return value;
-}
 
 async function change(path, body) {
   if ($("card").dataset.state === "saving") return;
@@ -49,8 +31,7 @@ function decide(decision, text) {
   if (card.decided && decision === "skipped") return fromGrid ? openGrid() : loadCard();
   if (decision === "approved" && card.text !== card.alt_text) [decision, text] = ["edited", card.text];
   const others = card.group.map((member) => member.index).filter((index) => !excluded.has(index));
-  const seconds = (performance.now() - startTime - hiddenTime) / 1000;
-  change("decide", {decision, text: text ?? null, shown: card.alt_text, seconds, replaces: card.decided, indices: [card.index, ...others]});
+  change("decide", {decision, text: text ?? null, shown: card.alt_text, seconds: clock.seconds(), replaces: card.decided, indices: [card.index, ...others]});
 }
 
 function loadCard(index) {
@@ -69,8 +50,7 @@ function show(state, opened = false) {
   card = state.card;
   fromGrid = opened;
   excluded = new Set();
-  startTime = performance.now();
-  hiddenTime = 0;
+  clock.start();
   $("trouble").textContent = "";
   showProgress(state.progress);
   setView(card ? "card" : "done");
@@ -233,34 +213,6 @@ function showSummary({counts, commands}) {
   }));
   $("commands-name").hidden = !commands.length;
   $("commands").replaceChildren(...commands.map(commandItem));
-}
-
-function commandItem({purpose, command}) {
-  const item = element("li"), line = element("div"), copy = element("button", "Copy");
-  line.className = "command";
-  copy.type = "button";
-  copy.setAttribute("aria-label", `Copy: ${purpose}`);
-  copy.addEventListener("click", () => navigator.clipboard.writeText(command).then(
-    () => showStatus("Copied."), () => showStatus("The browser did not allow it: select the text and copy it.")));
-  line.append(element("code", command), copy);
-  item.append(element("p", purpose), line);
-  return item;
-}
-
-function showStatus(message) {
-  $("status").textContent = message;
-  clearTimeout(showStatus.timer);
-  showStatus.timer = setTimeout(() => { $("status").textContent = ""; }, 10000);
-}
-
-function fact(name, text) {
-  return [element("dt", name), Object.assign(element("dd", text), {dir: "auto"})];
-}
-
-function element(tag, text) {
-  const node = document.createElement(tag);
-  if (text !== undefined) node.textContent = text;
-  return node;
 }
 
 /* ---------- editing ---------- */
@@ -506,10 +458,6 @@ function onKey(event) {
   if (["u", "?", "g"].includes(key) || card) KEYS[key]();
 }
 
-function openHelp() {
-  $("help-page").showModal();
-}
-
 for (const button of document.querySelectorAll("[data-decision]"))
   button.addEventListener("click", () => decide(button.dataset.decision));
 $("edit").addEventListener("click", startEditing);
@@ -521,7 +469,6 @@ $("undo").addEventListener("click", KEYS.u);
 $("again").addEventListener("click", () => change("again", {}));
 $("only").addEventListener("click", () => { toggleGroup(); $("all").focus(); });
 $("all").addEventListener("click", () => { excluded = new Set(card.group.map((member) => member.index)); toggleGroup(); $("only").focus(); });
-$("help").addEventListener("click", openHelp);
 $("open-grid").addEventListener("click", openGrid);
 $("close-grid").addEventListener("click", () => loadCard());
 $("filters").addEventListener("submit", (event) => { event.preventDefault(); openNumber(); });
@@ -539,15 +486,11 @@ $("query").addEventListener("keydown", (event) => {
 });
 $("previous").addEventListener("click", () => turnPage(-1));
 $("following").addEventListener("click", () => turnPage(1));
-$("close").addEventListener("click", () => $("help-page").close());
-$("shortcuts").addEventListener("change", (event) => document.body.classList.toggle("no-shortcuts", !event.target.checked));
 document.addEventListener("keydown", onKey);
 window.addEventListener("beforeunload", (event) => {
   if (["saving", "failed"].includes($("card").dataset.draft)) event.preventDefault();  // the browser asks whether to leave
 });
-document.addEventListener("visibilitychange", () => {  // time in another tab is not review time
+document.addEventListener("visibilitychange", () => {
   if (document.hidden && $("card").dataset.state === "editing") keepDraft($("editor").value);
-  if (document.hidden) hiddenAt = performance.now();
-  else hiddenTime += performance.now() - hiddenAt;
 });
 loadCard();

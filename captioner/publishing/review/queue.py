@@ -11,10 +11,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from captioner.publishing.alt_text.schemas import Review
 from captioner.publishing.alt_text.texts import read_alt_texts
 from captioner.publishing.review.standing_flags import flagged_rows
 from captioner.scoring.sample import rank
+from captioner.store.journal import Review
 from captioner.store.table import CaptionsTable
 
 QueueKind = Literal["flagged", "random", "all"]

@@ -1,19 +1,21 @@
-"""Serve the review page over HTTP to one person on this machine.
+"""Serve the page of a review or a spot-check over HTTP to one person on this machine.
 
 Every request needs the token in the address. The server listens on 127.0.0.1 and checks the Host header, which keeps
 out pages of other sites whose name resolves to this machine (DNS rebinding).
 
     GET  /TOKEN/                       the page
     GET  /TOKEN/state                  what to show: see `ReviewSession.next`
-    GET  /TOKEN/state/INDEX            the same for an image of the grid
-    GET  /TOKEN/grid?...               a page of all images: see `GridRequest`
-    GET  /TOKEN/summary                the number of images by decision, and the next commands
+    GET  /TOKEN/summary                what the end shows: figures, and the next commands
     GET  /TOKEN/about/INDEX            an image's descriptions in the file, or why it cannot be shown
     GET  /TOKEN/image/INDEX/SIZE       JPEG; SIZE "large" or "small"
-    POST /TOKEN/decide                 {"decision", "indices", "shown", "text", "seconds", "replaces"} -> state;
-                                       409 when another reviewer was faster, 400 with {"error"} for an invalid edit
-    POST /TOKEN/draft                  {"index", "text"} -> {}: keeps what was typed
+    POST /TOKEN/decide                 a decision -> state; 409 when it came too late, 400 with {"error"} when invalid
     POST /TOKEN/undo, /TOKEN/again     {} -> state
+
+and for a review alone:
+
+    GET  /TOKEN/state/INDEX            the state for an image of the grid
+    GET  /TOKEN/grid?...               a page of all images: see `GridRequest`
+    POST /TOKEN/draft                  {"index", "text"} -> {}: keeps what was typed
 """
 
 from __future__ import annotations
@@ -24,13 +26,14 @@ import sys
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from captioner.errors import CaptionerError, UsageError
 from captioner.publishing.review.grid import GridRequest
 from captioner.publishing.review.previews import Previews, Size
-from captioner.publishing.review.session import DecisionRequest, ReviewSession
+from captioner.publishing.review.rows import Row
+from captioner.publishing.review.session import ReviewSession
 
 HOST = "127.0.0.1"
 _OWN_NAMES = {HOST, "localhost"}  # any port: a tunnel (ssh -L) may use another
@@ -45,15 +48,38 @@ _HEADERS = {
 }
 
 
+class PageSession(Protocol):
+    """What a page needs of its session: see `ReviewSession` and `SpotCheckSession`. `page`: the name of its files."""
+
+    @property
+    def page(self) -> str: ...
+
+    def __len__(self) -> int: ...
+
+    def row(self, index: int) -> Row: ...
+
+    def next(self) -> dict[str, Any]: ...
+
+    def parse(self, body: Any) -> Any: ...
+
+    def decide(self, request: Any) -> tuple[bool, dict[str, Any]]: ...
+
+    def undo(self) -> dict[str, Any]: ...
+
+    def show_skipped(self) -> dict[str, Any]: ...
+
+    def summary(self) -> dict[str, Any]: ...
+
+
 class ReviewServer(ThreadingHTTPServer):
-    """Serves one review session. `port` 0 takes any free port. Raises OSError when it cannot listen."""
+    """Serves one session. `port` 0 takes any free port. Raises OSError when it cannot listen."""
 
     daemon_threads = True
 
-    def __init__(self, session: ReviewSession, previews: Previews, port: int) -> None:
+    def __init__(self, session: PageSession, previews: Previews, port: int) -> None:
         self.session, self.previews = session, previews
         self.token = secrets.token_urlsafe(24)
-        self.page = _read_page()
+        self.page = _read_page(session.page)
         super().__init__((HOST, port), _Handler)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -67,13 +93,13 @@ class ReviewServer(ThreadingHTTPServer):
         return f"http://{HOST}:{self.server_address[1]}/{self.token}/"
 
 
-def _read_page() -> str:
-    """Return the page with its style and script inside."""
+def _read_page(name: str) -> str:
+    """Return a page with its style and scripts inside, which it names in comments."""
     folder = files("captioner.publishing.review")
-    page, style, script = (
-        folder.joinpath(f"page.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js")
-    )
-    return page.replace("/* page.css */\n", style).replace("/* page.js */\n", script)
+    page = folder.joinpath(f"{name}.html").read_text(encoding="utf-8")
+    for file in ("page.css", "shared.js", f"{name}.js"):
+        page = page.replace(f"/* {file} */\n", folder.joinpath(file).read_text(encoding="utf-8"))
+    return page
 
 
 class _HttpError(Exception):
@@ -118,7 +144,7 @@ class _Handler(BaseHTTPRequestHandler):
             raise _HttpError(HTTPStatus.FORBIDDEN, "forbidden")
         token, *parts = urlsplit(self.path).path.removeprefix("/").split("/")
         if not secrets.compare_digest(token.encode(), self.server.token.encode()):
-            raise _HttpError(HTTPStatus.FORBIDDEN, "forbidden: open the address that `captioner review` printed")
+            raise _HttpError(HTTPStatus.FORBIDDEN, "forbidden: open the address that captioner printed")
         return parts
 
     def _route(self, parts: list[str]) -> None:
@@ -128,10 +154,6 @@ class _Handler(BaseHTTPRequestHandler):
                 self._send_page()
             case ("GET", "state"):
                 self._send_json(session.next())
-            case ("GET", "state", index):
-                self._send_json(session.open(self._parse_index(index)))
-            case ("GET", "grid"):
-                self._send_json(session.grid(GridRequest.from_query(urlsplit(self.path).query)))
             case ("GET", "summary"):
                 self._send_json(session.summary())
             case ("GET", "about", index):
@@ -139,17 +161,29 @@ class _Handler(BaseHTTPRequestHandler):
             case ("GET", "image", index, ("large" | "small") as size):
                 self._send_image(self._parse_index(index), size)
             case ("POST", "decide"):
-                saved, state = session.decide(DecisionRequest.from_json(self._body(), len(session)))
+                saved, state = session.decide(session.parse(self._body()))
                 self._send_json(state, HTTPStatus.OK if saved else HTTPStatus.CONFLICT)
-            case ("POST", "draft"):
-                session.keep_draft(*self._draft())
-                self._send_json({})
             case ("POST", "undo"):
                 self._body()
                 self._send_json(session.undo())
             case ("POST", "again"):
                 self._body()
                 self._send_json(session.show_skipped())
+            case _:
+                self._route_review(session, parts)
+
+    def _route_review(self, session: PageSession, parts: list[str]) -> None:
+        """Respond to the requests of the review page alone."""
+        if not isinstance(session, ReviewSession):
+            raise _HttpError(HTTPStatus.NOT_FOUND, "not found")
+        match (self.command, *parts):
+            case ("GET", "state", index):
+                self._send_json(session.open(self._parse_index(index)))
+            case ("GET", "grid"):
+                self._send_json(session.grid(GridRequest.from_query(urlsplit(self.path).query)))
+            case ("POST", "draft"):
+                session.keep_draft(*self._draft())
+                self._send_json({})
             case _:
                 raise _HttpError(HTTPStatus.NOT_FOUND, "not found")
 

@@ -10,8 +10,6 @@ from typing import Any, cast
 from captioner.console.text import printable
 from captioner.errors import UsageError
 from captioner.files import local_path
-from captioner.publishing.alt_text.journal import latest_reviews
-from captioner.publishing.alt_text.schemas import Decision, Review
 from captioner.publishing.alt_text.texts import read_settings
 from captioner.publishing.review.acceptance import acceptance, seconds_per_image
 from captioner.publishing.review.decisions import Decisions
@@ -27,6 +25,7 @@ from captioner.publishing.review.view import (
     describe_earlier,
     describe_image,
 )
+from captioner.store.journal import Decision, Review, latest_reviews
 from captioner.store.table import CaptionsTable
 
 _ROW_CACHE_SIZE = 256
@@ -63,9 +62,13 @@ class DecisionRequest:
             raise UsageError("indices: give a list of numbers")
         if not all(0 <= index < num_images for index in indices):
             raise UsageError("indices: no such image")
-        timed = isinstance(seconds, int | float) and 0 <= seconds <= _MAX_SECONDS
-        duration = float(cast(float, seconds)) if timed else None
-        return cls(decision, tuple(dict.fromkeys(indices)), shown, text, duration, replaces)
+        return cls(decision, tuple(dict.fromkeys(indices)), shown, text, seconds_from(seconds), replaces)
+
+
+def seconds_from(value: Any) -> float | None:
+    """Return the time of a decision that a page sent; None where it is no plausible number."""
+    timed = isinstance(value, int | float) and 0 <= value <= _MAX_SECONDS
+    return float(cast(float, value)) if timed else None
 
 
 class ReviewSession:
@@ -73,6 +76,8 @@ class ReviewSession:
 
     Raises OutputError when the table is not finished, has no alt texts, or OUT cannot be written.
     """
+
+    page = "page"
 
     def __init__(self, table: CaptionsTable, reviewer: str, kind: QueueKind) -> None:
         self._table, self._reviewer, self._kind = table, reviewer, kind
@@ -142,6 +147,10 @@ class ReviewSession:
         with self._lock:
             self._apply_new_decisions()
             return self._state("")
+
+    def parse(self, body: Any) -> DecisionRequest:
+        """Parse the body of a request. Raises UsageError for anything that our page does not send."""
+        return DecisionRequest.from_json(body, len(self))
 
     def decide(self, request: DecisionRequest) -> tuple[bool, dict[str, Any]]:
         """Save a decision; returns whether it was saved, and the next state of the page.

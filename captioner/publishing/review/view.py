@@ -6,9 +6,9 @@ import math
 from typing import Any
 
 from captioner.console.text import counted, printable
-from captioner.publishing.alt_text.schemas import Review
 from captioner.publishing.review.rows import Row
 from captioner.publishing.review.standing_flags import describe_flag
+from captioner.store.journal import Review
 
 DECISION_LABELS = {
     "approved": "Accepted",

@@ -1,4 +1,6 @@
-"""Read and append review journals: OUT/reviews has one JSON Lines file for each reviewer, one line for each decision.
+"""Read and append the journals of people's decisions: OUT/reviews about alt texts, OUT/spot_checks about captions.
+
+Each folder has one JSON Lines file for each reviewer, one line for each decision.
 
 A line is on the disk before the page shows the next image. Files are only appended to; an undo is a line of its own. A
 killed process can truncate only the last line, which was not yet acknowledged; readers ignore it.
@@ -13,16 +15,55 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict
-from datetime import datetime
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
+from uuid import uuid4
 
 from captioner.errors import OutputError
-from captioner.publishing.alt_text.schemas import DECISIONS, Review
 from captioner.store.directory import Directory, sync_folder
 
-FOLDER = "reviews"
+FOLDER, SPOT_CHECKS = "reviews", "spot_checks"
+_SUFFIX = ".jsonl"
+
+Decision = Literal["approved", "edited", "rejected", "decorative", "expert", "skipped", "undo"]
+Verdict = Literal["right", "small_fault", "wrong", "offensive"]  # about a caption, from the best to the worst
+DECISIONS: tuple[str, ...] = get_args(Decision)
+VERDICTS: tuple[str, ...] = get_args(Verdict)
+_DECISIONS_IN = {FOLDER: DECISIONS, SPOT_CHECKS: (*VERDICTS, "skipped", "undo")}
+# Decisions about the image itself, which also apply to its later captions; the others are about one caption.
+SETTLED = ("approved", "edited", "decorative")
+
+
+@dataclass(frozen=True, slots=True)
+class Review:
+    """One person's decision about one image, or about several with the same alt text.
+
+    `text`: the approved or edited alt text; "" for a decorative image, None when the decision gives none. `shown`: the
+    text that the person saw. `queue`: the review order ("flagged", "random" or "all"). `undoes`: the `review_id` that
+    an "undo" reverts. A spot-check of captions has a verdict in place of a decision.
+    """
+
+    decision: Decision | Verdict
+    image_ids: tuple[str, ...]
+    text: str | None
+    reviewer: str
+    shown: str = ""
+    queue: str = "all"
+    seconds: float | None = None  # time between display and decision
+    undoes: str | None = None
+    reviewed_at: datetime = field(default_factory=lambda: datetime.now(UTC))
+    review_id: str = field(default_factory=lambda: uuid4().hex)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the decision also applies to later captions of the image."""
+        return self.decision in SETTLED
+
+    def applies_to(self, created_at: datetime) -> bool:
+        """Return whether the decision applies to a caption created at `created_at`, not only to an earlier one."""
+        return self.is_settled or created_at <= self.reviewed_at
 
 
 class Journal:
@@ -31,10 +72,10 @@ class Journal:
     Raises OutputError when OUT is not a local directory or cannot be written.
     """
 
-    def __init__(self, out: Directory, reviewer: str) -> None:
+    def __init__(self, out: Directory, reviewer: str, folder: str = FOLDER) -> None:
         if not out.is_local:
             raise OutputError(f"{out.location}: reviews are written to a local disk; copy OUT to one and review there")
-        path = Path(out.path(f"{FOLDER}/{journal_name(reviewer)}"))
+        path = Path(out.path(f"{folder}/{journal_name(reviewer)}"))
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(path, "ab", buffering=0)  # noqa: SIM115
@@ -73,12 +114,12 @@ class Journal:
                 os.ftruncate(self._file.fileno(), old_size)
 
 
-def read_reviews(out: Directory) -> tuple[list[Review], int]:
+def read_reviews(out: Directory, folder: str = FOLDER) -> tuple[list[Review], int]:
     """Return every decision that was not undone, oldest first, and the number of damaged lines."""
     reviews: list[Review] = []
     damaged = 0
-    for name in out.list_names(FOLDER):
-        for review in parse_lines(out.read_bytes(f"{FOLDER}/{name}")):
+    for name in journal_names(out, folder):
+        for review in parse_lines(out.read_bytes(f"{folder}/{name}"), folder):
             if review is None:
                 damaged += 1
             else:
@@ -86,6 +127,11 @@ def read_reviews(out: Directory) -> tuple[list[Review], int]:
     undone = {review.undoes for review in reviews if review.decision == "undo"}
     kept = [review for review in reviews if review.decision != "undo" and review.review_id not in undone]
     return sorted(kept, key=lambda review: (review.reviewed_at, review.review_id)), damaged
+
+
+def journal_names(out: Directory, folder: str = FOLDER) -> list[str]:
+    """Return the file names of all journals in a folder, sorted."""
+    return [name for name in out.list_names(folder) if name.endswith(_SUFFIX)]
 
 
 def latest_reviews(reviews: list[Review]) -> dict[str, Review]:
@@ -98,14 +144,14 @@ def read_latest_reviews(out: Directory) -> dict[str, Review]:
     return latest_reviews(read_reviews(out)[0])
 
 
-def parse_lines(data: bytes) -> Iterator[Review | None]:
+def parse_lines(data: bytes, folder: str = FOLDER) -> Iterator[Review | None]:
     """Yield the decision of every line of a journal; `None` for a damaged line."""
     for line in data.splitlines():
         if line.strip():
-            yield _parse_line(line)
+            yield _parse_line(line, _DECISIONS_IN[folder])
 
 
-def _parse_line(line: bytes) -> Review | None:
+def _parse_line(line: bytes, decisions: tuple[str, ...]) -> Review | None:
     try:
         value: dict[str, Any] = json.loads(line)
         review = Review(
@@ -114,13 +160,13 @@ def _parse_line(line: bytes) -> Review | None:
         )
     except (ValueError, TypeError, KeyError):
         return None
-    return review if review.decision in DECISIONS else None
+    return review if review.decision in decisions else None
 
 
 def journal_name(reviewer: str) -> str:
     """Return a file name that is different for every reviewer."""
     slug = re.sub(r"[^a-z0-9]+", "-", reviewer.lower()).strip("-")[:40] or "reviewer"
-    return f"{slug}-{hashlib.sha256(reviewer.encode()).hexdigest()[:8]}.jsonl"
+    return f"{slug}-{hashlib.sha256(reviewer.encode()).hexdigest()[:8]}{_SUFFIX}"
 
 
 def _ends_with_newline(path: Path) -> bool:

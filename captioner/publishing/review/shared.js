@@ -1,0 +1,67 @@
+"use strict";
+const $ = (id) => document.getElementById(id);
+
+/* ---------- what the pages of a review and a spot-check share ---------- */
+
+async function request(path, body) {
+  const options = body === undefined ? {} : {
+    method: "POST", headers: {"Content-Type": "application/json"}, body: JSON.stringify(body),
+    keepalive: path === "draft",  // it arrives also when the page is closed meanwhile
+  };
+  let response, value;
+  try {
+    response = await fetch(path, options);
+    value = await response.json();
+  } catch (error) {
+    throw new Error(`${document.body.dataset.command} does not respond; start it again and open the address that it prints`);
+  }
+  if (!response.ok && response.status !== 409) throw new Error(value.error);
+  return value;
+}
+
+/* The time for which an image is shown; time in another tab does not count. */
+const clock = {
+  started: 0, hidden: 0, hiddenAt: 0,
+  start() { this.started = performance.now(); this.hidden = 0; },
+  seconds() { return (performance.now() - this.started - this.hidden) / 1000; },
+};
+document.addEventListener("visibilitychange", () => {
+  if (document.hidden) clock.hiddenAt = performance.now();
+  else clock.hidden += performance.now() - clock.hiddenAt;
+});
+
+function commandItem({purpose, command}) {
+  const item = element("li"), line = element("div"), copy = element("button", "Copy");
+  line.className = "command";
+  copy.type = "button";
+  copy.setAttribute("aria-label", `Copy: ${purpose}`);
+  copy.addEventListener("click", () => navigator.clipboard.writeText(command).then(
+    () => showStatus("Copied."), () => showStatus("The browser did not allow it: select the text and copy it.")));
+  line.append(element("code", command), copy);
+  item.append(element("p", purpose), line);
+  return item;
+}
+
+function showStatus(message) {
+  $("status").textContent = message;
+  clearTimeout(showStatus.timer);
+  showStatus.timer = setTimeout(() => { $("status").textContent = ""; }, 10000);
+}
+
+function fact(name, text) {
+  return [element("dt", name), Object.assign(element("dd", text), {dir: "auto"})];
+}
+
+function element(tag, text) {
+  const node = document.createElement(tag);
+  if (text !== undefined) node.textContent = text;
+  return node;
+}
+
+function openHelp() {
+  $("help-page").showModal();
+}
+
+$("help").addEventListener("click", openHelp);
+$("close").addEventListener("click", () => $("help-page").close());
+$("shortcuts").addEventListener("change", (event) => document.body.classList.toggle("no-shortcuts", !event.target.checked));
