@@ -11,7 +11,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,6 @@ import pyarrow.compute as pc
 
 from captioner.console.text import counted, printable
 from captioner.data import STATUS_OK
-from captioner.errors import UsageError
 from captioner.scoring.sample import LowestRanks, rank
 from captioner.store.journal import SPOT_CHECKS, VERDICTS, Review, read_reviews
 from captioner.store.read import read_parts
@@ -80,10 +79,9 @@ class Sample:
 def draw(table: CaptionsTable, spec: SampleSpec) -> Sample:
     """Draw captions by the hash of their image ids and the seed; a larger sample holds the smaller one.
 
-    Of several strata each gets its share, but at least MIN_OF_STRATUM where it and the sample have as many. Raises
-    UsageError when `by` is no column, or has more values than the sample has images.
+    Of several strata each gets its share, but at least MIN_OF_STRATUM where it and the sample have as many. `by` must
+    be one of `columns_to_stratify`.
     """
-    _require_column(table, spec.by)
     by = [] if spec.by in ("", FOLDER_OF_IMAGE) else [spec.by]
     strata: Counter[str] = Counter()
     drawn: dict[str, LowestRanks[SampledCaption]] = {}
@@ -94,23 +92,16 @@ def draw(table: CaptionsTable, spec: SampleSpec) -> Sample:
             lowest = drawn.setdefault(stratum, LowestRanks(spec.size))
             for row_rank, row in _lowest_rows(rows.select(_COLUMNS), indices, spec):
                 lowest.offer(row_rank, row["image_id"], SampledCaption(stratum, row))
-    if len(strata) > spec.size:
-        raise UsageError(
-            f"--by {spec.by}: the captions have {len(strata):,} values of it, more than --sample {spec.size}; give a "
-            "larger sample, or another column"
-        )
     counts = allocate(strata, spec.size)
     captions = [caption for name, lowest in drawn.items() for caption in itertools.islice(lowest, counts[name])]
     captions.sort(key=lambda caption: (rank(caption.image_id, spec.seed), caption.image_id))
     return Sample(spec, captions, dict(sorted(strata.items())))
 
 
-def _require_column(table: CaptionsTable, by: str) -> None:
-    names = [
-        field.name for field in table.schema if not pa.types.is_nested(field.type) and "binary" not in str(field.type)
-    ]
-    if by and by != FOLDER_OF_IMAGE and by not in names:
-        raise UsageError(f"--by {by}: give folder or a column of the table: {', '.join(names)}")
+def columns_to_stratify(table: CaptionsTable) -> list[str]:
+    """Return what a sample can be stratified by: the folder, or a column with single values."""
+    columns = [field for field in table.schema if not pa.types.is_nested(field.type)]
+    return [FOLDER_OF_IMAGE, *(field.name for field in columns if "binary" not in str(field.type))]
 
 
 def _strata_of(rows: pa.Table, by: str) -> dict[str, list[int]]:
@@ -220,12 +211,16 @@ def kappa(pairs: Sequence[tuple[str, str]]) -> float | None:
 
 
 def read_spec(table: CaptionsTable) -> SampleSpec | None:
-    """Return the sample that people of this table look at; None when there is none yet."""
+    """Return the sample that people of this table look at; None when there is none yet.
+
+    A column that the table no longer has, after --overwrite, is left out.
+    """
     record = table.directory.read_record(SETTINGS_FILE) if table.directory.exists(SETTINGS_FILE) else {}
     try:
-        return SampleSpec(int(record["size"]), int(record["seed"]), str(record["by"])) if record else None
+        spec = SampleSpec(int(record["size"]), int(record["seed"]), str(record["by"])) if record else None
     except (KeyError, TypeError, ValueError):
         return None
+    return replace(spec, by="") if spec and spec.by not in columns_to_stratify(table) else spec
 
 
 def write_spec(table: CaptionsTable, spec: SampleSpec) -> None:

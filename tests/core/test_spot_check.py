@@ -292,6 +292,18 @@ def test_what_is_not_given_is_as_the_last_time(out: Path) -> None:
     )
 
 
+def test_a_table_that_outgrew_its_strata_is_still_checked(out: Path) -> None:
+    table = open_table(str(out))
+    write_spec(table, SampleSpec(12, by="image_id"))  # 30 values
+    assert len(draw(table, SampleSpec(12, by="image_id")).captions) == 12
+    write_spec(table, SampleSpec(12, by="a_column_of_the_table_before"))
+
+    shares = figures(table)
+
+    assert shares is not None
+    assert (shares["by"], shares["captions"], shares["sampled"], shares["judged"]) == ("", 30, 12, 0)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

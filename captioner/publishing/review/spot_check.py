@@ -18,6 +18,7 @@ from captioner.scoring.verdicts import (
     Sample,
     SampledCaption,
     SampleSpec,
+    columns_to_stratify,
     describe,
     draw,
     figures_of,
@@ -201,8 +202,11 @@ def choose_sample(table: CaptionsTable, size: int | None, seed: int | None, by: 
     """Draw the sample to look at and note it in OUT; returns it, and a sentence about it.
 
     What is not given is as in the latest spot-check of the table, so that every reviewer sees the same captions. Raises
-    UsageError when the table has no caption, or as `draw`.
+    UsageError when the table has no caption, or `by` is no column or has more values than the sample has images.
     """
+    columns = columns_to_stratify(table)
+    if by and by not in columns:
+        raise UsageError(f"--by {by}: give folder or a column of the table: {', '.join(columns[1:])}")
     latest = read_spec(table)
     base = latest or SampleSpec()
     spec = SampleSpec(
@@ -211,6 +215,11 @@ def choose_sample(table: CaptionsTable, size: int | None, seed: int | None, by: 
     sample = draw(table, spec)
     if not sample.captions:
         raise UsageError(f"{table.directory.location} has no caption to judge")
+    if len(sample.strata) > spec.size:
+        raise UsageError(
+            f"--by {spec.by}: the captions have {len(sample.strata):,} values of it, more than --sample {spec.size}; "
+            "give a larger sample, or another column"
+        )
     if spec != latest:
         write_spec(table, spec)
     stratified = f", stratified by {spec.by}: {counted(len(sample.strata), 'stratum', 'strata')}" if spec.by else ""
