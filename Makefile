@@ -64,8 +64,9 @@ endif
 chaos: setup ## Kill drivers at random moments, resume, compare: CHAOS_KILLS=10 CHAOS_SEED=0
 	$(BIN)/python -m pytest tests/cluster -m chaos -q
 
-families: setup ## Caption with a tiny model of every type; the ordinary suite has some of them
-	ALL_FAMILIES=1 $(BIN)/python -m pytest tests/core/test_models_families.py tests/core/test_models_check.py -q
+families: setup ## Caption and train with a tiny model of every type; the ordinary suite has some of them
+	ALL_FAMILIES=1 $(BIN)/python -m pytest tests/core/test_models_families.py tests/core/test_models_check.py \
+		tests/core/test_training_families.py -q
 
 fuzz: setup ## Decode 100,000 damaged files, damage 10,000 tables and sources: FUZZ_CASES=... TABLE_CASES=... FUZZ_SEED=...
 	FUZZ_CASES=$(or $(FUZZ_CASES),100000) $(BIN)/python -m pytest tests/core/test_fuzz.py -q -s

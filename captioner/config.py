@@ -394,7 +394,16 @@ class TrainModelConfig(Settings):
     revision: str | None = Field(None, description="Branch, tag or commit of a hub id.")
     device: Device = _device_field()
     freeze_vision: bool = Field(False, description="Do not train the vision encoder.")
+    prompt: str | None = Field(
+        None, description="Task token, question or first words of the captions; default by model family."
+    )
     lora_rank: int | None = Field(None, ge=1, description="Train LoRA adapters of this rank and merge them at the end.")
+    lora_targets: CommaList = Field(
+        [], description="Layers with adapters, such as q_proj,v_proj; default all linear ones (docs/train.md)."
+    )
+    keep_adapter: bool = Field(
+        False, description="Leave the LoRA adapter in OUT/model, not merged with its base model."
+    )
     max_new_tokens: int = Field(40, ge=1, description="Longest caption in evaluation, in tokens.")
 
 
@@ -461,6 +470,7 @@ class TrainOutputConfig(Settings):
     )
     push_to_hub: bool = Field(False, description="Upload OUT/model to the hub as --hub-model-id; private.")
     hub_model_id: str | None = Field(None, description="Repository (owner/name) for --push-to-hub.")
+    caption_image: str | None = Field(None, description="Image to caption with the finished model.")
 
 
 class TrainConfig(Settings):

@@ -19,7 +19,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from captioner.config import ClusterConfig, TrainConfig
+from captioner.config import ClusterConfig, ModelConfig, TrainConfig
+from captioner.console.trying import try_images
 from captioner.errors import CaptionerError
 from captioner.files import absolute
 from captioner.models import ModelRef, weights_bytes
@@ -27,7 +28,7 @@ from captioner.models.devices import set_wait_policy
 from captioner.models.loading import SMALL_MODEL_BYTES
 from captioner.run.prefetch import in_background
 from captioner.training import job
-from captioner.training.job import PreparedRun, TrainOutcome, TrainSetup
+from captioner.training.job import PreparedRun, TrainEngine, TrainOutcome, TrainSetup
 from captioner.training.progress import TrainProgress
 from captioner.training.record import RUN_FILE
 from captioner.training.schedule import is_higher_better, rank
@@ -41,9 +42,19 @@ from ray_jobs.train_workers import finish_model, make_board, map_tables, train_l
 MAX_FAILURES = 3
 
 
-def run(config: TrainConfig) -> int:
-    """Train a model into OUT; return the exit code. Raises CaptionerError."""
-    return job.run(config, RayTrainEngine(config))
+def run(config: TrainConfig, engine: TrainEngine | None = None) -> int:
+    """Train a model into OUT, and caption --caption-image with it; return the exit code. Raises CaptionerError.
+
+    `engine`: by default one on the cluster.
+    """
+    code = job.run(config, engine or RayTrainEngine(config))
+    image, out, model = config.output.caption_image, config.output.path.rstrip("/"), config.model
+    if code or image is None:
+        return code
+    trained = ModelConfig(
+        name=f"{out}/model", prompt=model.prompt, max_new_tokens=model.max_new_tokens, device=model.device
+    )
+    return try_images([image], [trained])
 
 
 class RayTrainEngine:

@@ -11,16 +11,16 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from captioner.data import PixelSpec
+from captioner.data import Pixels, PixelSpec, object_array
 from captioner.errors import SourceError
 from captioner.training.pair_sources import PairSources
 
-_PIXELS = "_pixels"
+_PIXELS, _HEIGHT, _WIDTH = "_pixels", "_height", "_width"
 
 
 @dataclass(frozen=True)
 class Decode:
-    """Adds a column of pixels, uint8, to a table of pairs. Picklable.
+    """Adds columns of pixels, uint8, and with images of variable size of their sizes, to a table of pairs. Picklable.
 
     Raises SourceError for an image that could be read when the run was prepared and cannot be read now.
     """
@@ -36,13 +36,33 @@ class Decode:
                     f"{row['uri']}: could be read before and cannot now: {row['error_code']}: {row['error_message']}; "
                     "restore the image and run the same command"
                 )
+        if self.spec.variable_size:
+            return _with_variable_pixels(rows, list(batch.pixels))
         flat = np.ascontiguousarray(batch.pixels).reshape(len(rows), -1)
         pixels = pa.FixedSizeBinaryArray.from_buffers(pa.binary(flat.shape[1]), len(flat), [None, pa.py_buffer(flat)])
         return rows.append_column(_PIXELS, pixels)
 
 
-def pixels_of(rows: pa.Table, spec: PixelSpec) -> npt.NDArray[np.uint8]:
-    """Return the pixels of decoded rows, uint8 [N, height, width, 3]; a view where the column is one chunk."""
+def _with_variable_pixels(rows: pa.Table, images: list[npt.NDArray[np.uint8]]) -> pa.Table:
+    columns = {
+        _PIXELS: pa.array([image.tobytes() for image in images], pa.large_binary()),
+        _HEIGHT: pa.array([image.shape[0] for image in images], pa.int32()),
+        _WIDTH: pa.array([image.shape[1] for image in images], pa.int32()),
+    }
+    for name, values in columns.items():
+        rows = rows.append_column(name, values)
+    return rows
+
+
+def pixels_of(rows: pa.Table, spec: PixelSpec) -> Pixels:
+    """Return the pixels of decoded rows: uint8 [N, height, width, 3], or an object array of images of variable size.
+
+    Where the column is one chunk it is not copied.
+    """
+    if spec.variable_size:
+        sizes = zip(rows[_HEIGHT].to_pylist(), rows[_WIDTH].to_pylist(), rows[_PIXELS], strict=True)
+        images = [np.frombuffer(data.as_buffer(), np.uint8).reshape(height, width, 3) for height, width, data in sizes]
+        return object_array(images)
     column = rows[_PIXELS].combine_chunks()
     column = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
     size = spec.height * spec.width * 3

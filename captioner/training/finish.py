@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import torch
 
 from captioner.config import ModelConfig
+from captioner.files import is_uri, shown
 from captioner.models import resolve
 from captioner.models.base import TransformersCaptioner
 from captioner.models.weights import SETTINGS_FILES
@@ -82,12 +83,17 @@ def _without_prefix(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def _save(network: Any, inputs: FinishInputs, directory: Path) -> None:
-    """Write the network (adapters merged), and copy tokenizer and processor from the base model's directory."""
-    if inputs.config.model.lora_rank is not None:
-        from captioner.training.lora import merge_adapters
+    """Write the network (adapters merged) or its adapters, and copy tokenizer and processor of the base model."""
+    from captioner.training.lora import merge_adapters, save_peft
 
-        merge_adapters(network)
-    save_network(network, directory)
+    config, model = inputs.config.model, inputs.model
+    if config.keep_adapter:
+        is_elsewhere = model.revision is not None or is_uri(model.name)
+        save_peft(network, directory, shown(model.name) if is_elsewhere else model.path, model.revision)
+    else:
+        if config.lora_rank is not None:
+            merge_adapters(network)
+        save_network(network, directory)
     for name in SETTINGS_FILES:
         source = Path(inputs.model.path) / name
         if source.is_file() and name not in _NETWORK_FILES:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from captioner.training.worker import FinishInputs
 
 _CARD = """---
-library_name: transformers
+library_name: {library}
 pipeline_tag: image-to-text
 {base_line}tags: [image-captioning]
 metrics: [wer]
@@ -49,10 +49,13 @@ def model_card(inputs: FinishInputs, result: dict[str, Any]) -> str:
     """Return the README.md of a trained model. `result`: as `captioner.training.finish.finish` returns it."""
     base = inputs.record["base_model"]
     settings = {**inputs.config.training.model_dump(), "caption_choice": inputs.config.data.caption_choice}
+    chosen = inputs.config.model.model_dump(include={"prompt", "freeze_vision", "lora_rank", "lora_targets"})
+    settings |= {name: value for name, value in chosen.items() if value}
     measured = {"eval, before training": result["before"]} | result["measured"]
     on_hub = base["revision"] is not None
     return _CARD.format(
         base_line=f"base_model: {base['name']}\n" if on_hub else "",
+        library="peft" if inputs.config.model.keep_adapter else "transformers",
         base=printable(base["name"]),
         base_sha=base["sha256"][:16],
         num_train=len(inputs.tables["train"]),

@@ -10,6 +10,7 @@ OUT/
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -22,9 +23,11 @@ from captioner.config import ModelConfig, TrainConfig
 from captioner.console.stopping import notify, stoppable
 from captioner.console.text import counted
 from captioner.errors import OK, ModelError, TrainingError, UsageError
-from captioner.files import shown
+from captioner.files import is_uri, local_path, shown
 from captioner.models import ModelRef, check_in_subprocess, resolve
 from captioner.models.checking import PendingCheck
+from captioner.models.families import family_of
+from captioner.models.questions import columns_in
 from captioner.run.prefetch import in_background
 from captioner.sources import describe
 from captioner.store.directory import Directory
@@ -40,6 +43,7 @@ from captioner.training.worker import FinishInputs, WorkerTask
 PAIRS_FILE, MODEL_FILE = "pairs/pairs.json", "model/training_run.json"
 # Up to this many pairs are examined while the workers start. More take longer than that start and need its CPUs.
 MAX_EXAMINED_DURING_START = 10_000
+MUCH_WAITING = 0.1  # of the time of training
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,8 @@ class TrainOutcome:
     """How training ended. `checkpoint`: of the best model, in the form that the engine's `finish` takes.
 
     `metrics`: reported with the checkpoint. `stopped`: why the run ended before its last step, or "".
-    `checkpoint_seconds`: how long training waited for checkpoints.
+    `checkpoint_seconds`, `data_seconds`: how long training waited for checkpoints and for decoded images, of the
+    `train_seconds` that it took.
     """
 
     run: PreparedRun
@@ -93,6 +98,8 @@ class TrainOutcome:
     history: list[dict[str, Any]]
     stopped: str
     checkpoint_seconds: float
+    data_seconds: float
+    train_seconds: float
 
     def finish_inputs(self) -> FinishInputs:
         setup, run = self.run.setup, self.run
@@ -175,9 +182,13 @@ def _run(config: TrainConfig, engine: TrainEngine) -> int:
         progress.show_status("making OUT/model")
         result = engine.finish(outcome.checkpoint, outcome.finish_inputs())
         progress.show_status("")
-    seconds = {"seconds": round(time.perf_counter() - started, 1), "checkpoint_seconds": outcome.checkpoint_seconds}
+    waited = {name: getattr(outcome, name) for name in ("checkpoint_seconds", "data_seconds", "train_seconds")}
+    seconds = {"seconds": round(time.perf_counter() - started, 1), **waited}
     out.write_json(RUN_FILE, setup.record | {"state": "finished", **seconds, **result})
     _push(config, out)
+    if outcome.data_seconds > MUCH_WAITING * outcome.train_seconds:
+        share = outcome.data_seconds / outcome.train_seconds
+        notify(f"training waited for decoded images {share:.0%} of its time; more CPUs would make it faster")
     _notify_result(config, result)
     return OK
 
@@ -237,25 +248,43 @@ def _check_settings(config: TrainConfig) -> None:
         raise UsageError("no DATA given; name a folder with metadata.jsonl, tars, Parquet, a dataset or captions table")
     if config.training.bf16 and config.training.fp16:
         raise UsageError("--bf16 and --fp16 exclude each other; give one of them")
+    image = config.output.caption_image
+    if image and not is_uri(image) and not os.path.exists(local_path(image)):
+        raise UsageError(f"--caption-image {image}: no such file")
     if config.output.push_to_hub and not config.output.hub_model_id:
         raise UsageError("--push-to-hub: name the repository with --hub-model-id OWNER/NAME")
     if not config.data.eval_data and not config.data.eval_fraction:
         raise UsageError("--eval-fraction 0: the eval set is empty; raise it, or give --eval-data")
+    if columns := columns_in(config.model.prompt):
+        raise UsageError(f"--prompt {config.model.prompt!r}: pairs have no columns to fill {{{columns[0]}}} from")
     if config.model.lora_rank is not None:
         from captioner.training.lora import check_installed
 
         check_installed()
+    for flag, value in (("--lora-targets", config.model.lora_targets), ("--keep-adapter", config.model.keep_adapter)):
+        if value and config.model.lora_rank is None:
+            raise UsageError(f"{flag}: there are no adapters; add --lora-rank, such as --lora-rank 16")
 
 
 def _resolve(config: TrainConfig) -> ModelRef:
     settings = config.model
-    model_config = ModelConfig(name=settings.name, revision=settings.revision, max_new_tokens=settings.max_new_tokens)
+    model_config = ModelConfig(
+        name=settings.name,
+        revision=settings.revision,
+        prompt=settings.prompt,
+        max_new_tokens=settings.max_new_tokens,
+    )
     model = resolve(model_config, "float32", notify=notify)
     if model.family not in TRAINABLE:
         raise ModelError(
             f"--model {shown(settings.name)}: a {model.family} model cannot be trained here; {', '.join(TRAINABLE)} can"
         )
-    if model.spec.variable_size:
+    if settings.keep_adapter and model.adapter is not None:
+        raise ModelError(
+            f"--keep-adapter: {shown(settings.name)} is an adapter itself, and an adapter of an adapter cannot be"
+            " loaded; leave --keep-adapter out"
+        )
+    if model.spec.variable_size and family_of(model.family).pixels == "fixed":
         raise ModelError(
             f"--model {shown(settings.name)}: cannot be trained here, because only its own image processor can"
             " prepare its images; save it with one that resizes to one size"
@@ -327,4 +356,5 @@ def _notify_result(config: TrainConfig, result: dict[str, Any]) -> None:
     before = result["before"]["wer"]
     if before is not None:
         notify(f"before training it was {before:.3f} on the eval images")
-    notify(f"the model: {shown(config.output.path).rstrip('/')}/model")
+    prompt = f"; caption with the same --prompt {config.model.prompt!r}" if config.model.prompt else ""
+    notify(f"the model: {shown(config.output.path).rstrip('/')}/model{prompt}")

@@ -6,6 +6,7 @@ Trainer only trains. `TrainingCallback` decides when to evaluate, what is best a
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -21,10 +22,12 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from captioner.config import TrainConfig
 from captioner.errors import ModelError
 from captioner.models.base import TransformersCaptioner
+from captioner.models.chat import ChatCaptioner
 from captioner.models.pretrained import quiet
 from captioner.models.ref import ModelRef
 from captioner.run.prefetch import one_ahead
 from captioner.training.callback import TrainingCallback, sum_over_workers
+from captioner.training.chat_batches import ChatCollate, answer_frame
 from captioner.training.checkpoints import Checkpoints, Snapshot
 from captioner.training.collate import Collate, Decode, Upload, batches_of
 from captioner.training.evaluate import Evaluator, TableDecoder, windows_of
@@ -39,6 +42,8 @@ PREPARATION_FAILED: dict[str, Any] = {
     "history": [],
     "stopped": "its preparation failed",
     "checkpoint_seconds": 0.0,
+    "data_seconds": 0.0,
+    "train_seconds": 0.0,
 }
 
 # Settings with the same name and meaning in TrainingArguments.
@@ -62,8 +67,9 @@ def train_worker(
 ) -> dict[str, Any]:
     """Train up to the last step, from `checkpoint` where there is one.
 
-    Returns `step`, `history`, `stopped`: why the run ended before its last step, or "", and `checkpoint_seconds`: how
-    long training waited for checkpoints.
+    Returns `step`, `history`, `stopped`: why the run ended before its last step, or "", `checkpoint_seconds` and
+    `data_seconds`: how long training waited for checkpoints and for decoded images, and `train_seconds`: how long it
+    took, evaluations included.
     """
     _show_status(worker, "loading weights")
     with ThreadPoolExecutor(1, "decoding") as thread:
@@ -134,12 +140,15 @@ def _train(
         callback = TrainingCallback(task, worker, evaluator, trainer, checkpoints, windows)
         trainer.add_callback(callback)
         trainer = worker.prepare(trainer)
+        started = time.perf_counter()
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     return {
         "step": trainer.state.global_step,
         "history": trainer.state.log_history,
         "stopped": callback.stopped,
         "checkpoint_seconds": round(checkpoints.waited_seconds, 2),
+        "data_seconds": round(trainer.data_seconds, 2),
+        "train_seconds": round(time.perf_counter() - started, 2),
     }
 
 
@@ -156,10 +165,15 @@ def eval_batch_size(config: TrainConfig) -> int:
 def make_collate(captioner: TransformersCaptioner) -> Collate:
     """Return the Collate for the tokenizer and the special tokens of a captioner."""
     settings, ref = captioner.settings, captioner.ref
-    end = settings.eos_token_id
-    end_id = end[0] if isinstance(end, list) else end
-    padding = settings.pad_token_id if settings.pad_token_id is not None else end_id
-    return Collate(captioner.tokenizer, tuple(captioner.prefix), end_id, padding, ref.spec, max_caption_tokens(ref))
+    end_ids = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+    padding = settings.pad_token_id if settings.pad_token_id is not None else end_ids[0]
+    longest = max_caption_tokens(ref)
+    if isinstance(captioner, ChatCaptioner):
+        before, end = answer_frame(captioner, end_ids)
+        return ChatCollate(captioner.tokenizer, (), end, padding, ref.spec, longest, captioner.process, before)
+    # A token that `generate` always writes first is not learned.
+    forced = [] if settings.forced_bos_token_id is None else [settings.forced_bos_token_id]
+    return Collate(captioner.tokenizer, (*captioner.prefix, *forced), end_ids[0], padding, ref.spec, longest)
 
 
 def training_arguments(task: WorkerTask, folder: str, use_cpu: bool) -> TrainingArguments:
@@ -185,7 +199,7 @@ class CaptionTrainer(Trainer):
 
     Its checkpoints are model directories with Trainer's state. They hold no state of random number generators, which
     are seeded from seed, step and rank, because a worker may restart under another rank. `snapshot`: of the step to be
-    saved; None on workers that save nothing.
+    saved; None on workers that save nothing. `data_seconds`: how long it waited for batches.
     """
 
     def __init__(
@@ -205,6 +219,7 @@ class CaptionTrainer(Trainer):
         self._task, self._worker, self._collate, self._checkpoints = task, worker, collate, checkpoints
         self.snapshot: Snapshot | None = None
         self.step_loss = torch.zeros((), device=self.args.device)
+        self.data_seconds = 0.0
 
     def get_train_dataloader(self) -> Any:
         """Return the batches of this worker."""
@@ -222,7 +237,9 @@ class CaptionTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """Return the batches of one step, and the number of their caption tokens over all workers."""
         self.step_loss.zero_()
+        started = time.perf_counter()
         batches = list(islice(epoch_iterator, num_batches))
+        self.data_seconds += time.perf_counter() - started
         count = sum(len(batch["labels"]) for batch in batches)
         if self._worker.world_size == 1:
             return batches, count

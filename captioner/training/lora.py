@@ -1,13 +1,15 @@
-"""LoRA adapters by peft (the extra `lora`): only the adapters are trained, and merged into the network at the end."""
+"""LoRA adapters by peft (the extra `lora`): only the adapters are trained, and at the end merged or kept."""
 
 from __future__ import annotations
 
+import copy
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from captioner.config import TrainModelConfig
-from captioner.errors import UsageError
+from captioner.errors import ModelError, UsageError
+from captioner.models.adapters import WEIGHTS_FILE
 
 _WEIGHTS = "adapters.safetensors"
 
@@ -18,28 +20,47 @@ def check_installed() -> None:
         raise UsageError("--lora-rank: peft is not installed; pip install 'captioner[lora]'")
 
 
-def add_adapters(network: Any, vision: Any, config: TrainModelConfig, saved: Path | None) -> None:
-    """Add an adapter to every linear layer of the network, in place, and freeze all other weights.
+def add_adapters(network: Any, left_out: Any, config: TrainModelConfig, saved: Path | None) -> None:
+    """Add adapters to linear layers of the network, in place, and freeze all other weights.
 
-    With --freeze-vision the layers of `vision` get none. `saved`: a directory with the adapters' weights.
+    `left_out`: a part of the network whose layers get none, or None. `saved`: a directory with the adapters' weights.
+    Raises ModelError where --lora-targets names no layer.
     """
     import peft
-    import torch
     from safetensors.torch import load_file
 
-    frozen = {id(module) for module in vision.modules()} if config.freeze_vision else set()
+    assert config.lora_rank is not None
+    rank = config.lora_rank
+    layers = target_layers(network, left_out, config.lora_targets)
+    settings = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=layers)
+    peft.inject_adapter_in_model(settings, network)
+    if saved is not None:
+        peft.set_peft_model_state_dict(network, load_file(saved / _WEIGHTS))
+
+
+def target_layers(network: Any, left_out: Any, targets: list[str]) -> list[str]:
+    """Return the names of the linear layers that get an adapter, without the output layer.
+
+    `targets`: the last parts of their names, such as "q_proj" or "self_attn.q_proj"; empty for every layer.
+    """
+    import torch
+
+    skipped = set() if left_out is None else {id(module) for module in left_out.modules()}
     head = network.get_output_embeddings()
     linear = [
         name
         for name, module in network.named_modules()
-        if isinstance(module, torch.nn.Linear) and id(module) not in frozen and module is not head
+        if isinstance(module, torch.nn.Linear) and id(module) not in skipped and module is not head
     ]
-    assert config.lora_rank is not None
-    rank = config.lora_rank
-    settings = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=linear)
-    peft.inject_adapter_in_model(settings, network)
-    if saved is not None:
-        peft.set_peft_model_state_dict(network, load_file(saved / _WEIGHTS))
+    unknown = [target for target in targets if not any(_is_named(name, target) for name in linear)]
+    if unknown:
+        names = sorted({name.rpartition(".")[2] for name in linear})
+        raise ModelError(f"--lora-targets: no linear layer is named {', '.join(unknown)}; there are {', '.join(names)}")
+    return [name for name in linear if not targets or any(_is_named(name, target) for target in targets)]
+
+
+def _is_named(name: str, target: str) -> bool:
+    return f".{name}".endswith(f".{target}")
 
 
 def adapter_weights(network: Any) -> dict[str, Any]:
@@ -56,6 +77,21 @@ def save_adapters(weights: dict[str, Any], folder: Path) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: value.contiguous() for name, value in weights.items()}, folder / _WEIGHTS)
+
+
+def save_peft(network: Any, directory: Path, base: str, revision: str | None) -> None:
+    """Write the adapters as peft does: adapter_config.json and adapter_model.safetensors.
+
+    `base`: the name of the base model, from which peft and `captioner.models.adapters` load it.
+    """
+    from safetensors.torch import save_file
+
+    settings = copy.copy(network.peft_config["default"])
+    settings.base_model_name_or_path, settings.revision, settings.inference_mode = base, revision, True
+    settings.save_pretrained(str(directory))
+    weights = adapter_weights(network)
+    named = {f"base_model.model.{name}": value.detach().cpu().contiguous() for name, value in weights.items()}
+    save_file(named, directory / WEIGHTS_FILE, metadata={"format": "pt"})
 
 
 def merge_adapters(network: Any) -> None:

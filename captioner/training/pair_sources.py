@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 
 import pyarrow as pa
 
@@ -63,17 +62,29 @@ class PairSources:
         from captioner.imaging import decode_images
 
         images = self.read(rows)
-        with _decoding:
-            return decode_images(images, spec, self.max_pixels, _decoder(spec, self.max_pixels))
+        with _decoder(spec, self.max_pixels) as decoder:
+            return decode_images(images, spec, self.max_pixels, decoder)
 
 
-_decoding = threading.Lock()  # a decoder is used by one thread at a time
+# Decoders that no thread uses, by their settings. They are kept, because a child takes a second to start.
+_free_decoders: dict[tuple[PixelSpec, int], list[GuardedDecoder]] = {}
 
 
-@lru_cache(maxsize=1)
-def _decoder(spec: PixelSpec, max_pixels: int) -> GuardedDecoder:
-    """Return the decoder of this process, which is kept, because its child takes a second to start."""
-    return GuardedDecoder(spec, max_pixels, SourceConfig().decode_timeout)
+@contextmanager
+def _decoder(spec: PixelSpec, max_pixels: int) -> Iterator[GuardedDecoder]:
+    """Yield a decoder that no other thread uses meanwhile. Those with other settings are closed."""
+    key = spec, max_pixels
+    if key not in _free_decoders:
+        _free_decoders.clear()
+    free = _free_decoders.setdefault(key, [])
+    try:
+        decoder = free.pop()
+    except IndexError:
+        decoder = GuardedDecoder(spec, max_pixels, SourceConfig().decode_timeout)
+    try:
+        yield decoder
+    finally:
+        free.append(decoder)
 
 
 def open_pair_sources(config: TrainDataConfig) -> PairSources:

@@ -268,7 +268,18 @@ def _hash_with(seed: int) -> Callable[[str], bytes]:
     return lambda text: blake2b(f"{seed}:{text}".encode(), digest_size=16).digest()
 
 
-TRAINABLE = ("git", "blip", "vision-encoder-decoder")  # the families that `CaptionLoss` supports
+# The families that `CaptionLoss` supports.
+TRAINABLE = (
+    "git",
+    "blip",
+    "blip-2",
+    "vision-encoder-decoder",
+    "florence2",
+    "idefics3",
+    "smolvlm",
+    "qwen2_vl",
+    "qwen2_5_vl",
+)
 
 
 def max_caption_tokens(ref: ModelRef) -> int | None:

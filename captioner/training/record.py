@@ -8,7 +8,7 @@ import uuid
 from datetime import UTC, datetime
 from typing import Any
 
-from captioner.config import TrainConfig
+from captioner.config import Settings, TrainConfig
 from captioner.errors import FingerprintError, OutputError
 from captioner.files import shown
 from captioner.models import ModelRef
@@ -22,9 +22,9 @@ RUN_FILE = "train.json"
 UNBOUND_SETTINGS = {
     "cluster": {"address", "gpus_per_worker", "num_workers"},
     "training": {"logging_steps", "per_device_eval_batch_size", "report_to", "save_total_limit", "stop_on_collapse"},
-    "output": {"path", "push_to_hub", "hub_model_id"},
+    "output": {"path", "push_to_hub", "hub_model_id", "caption_image"},
     "data": {"max_failed"},
-    "model": {"device"},
+    "model": {"device", "keep_adapter"},
 }
 # Settings that may be URIs, whose credentials must not be written to a record.
 _URI_SETTINGS = {"data": ("path", "eval_data", "test_data"), "model": ("name",), "output": ("path",)}
@@ -76,12 +76,19 @@ def _settings(config: TrainConfig) -> dict[str, dict[str, Any]]:
 def _refuse_difference(path: str, recorded: dict[str, Any], given: dict[str, Any]) -> None:
     for group, settings in given.items():
         for name, value in settings.items():
-            before = recorded.get(group, {}).get(name)
+            before = recorded.get(group, {}).get(name, _default(group, name))
             if before != value:
                 raise FingerprintError(
                     f"{path} was started with {group}.{name} = {_shorten(before)}, now it is {_shorten(value)}; "
                     "give the same value to resume the run, or another OUT"
                 )
+
+
+def _default(group: str, name: str) -> Any:
+    """Return the default of a setting that the version which started the run did not have."""
+    kind = TrainConfig.model_fields[group].annotation
+    field = kind.model_fields.get(name) if isinstance(kind, type) and issubclass(kind, Settings) else None
+    return None if field is None else field.get_default(call_default_factory=True)
 
 
 def _shorten(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -10,6 +11,9 @@ from captioner.config import TrainModelConfig
 from captioner.errors import ModelError
 from captioner.models.base import TransformersCaptioner
 from captioner.models.blip import BlipCaptioner
+from captioner.models.blip2 import Blip2Captioner
+from captioner.models.chat import ChatCaptioner
+from captioner.models.florence2 import Florence2Captioner
 from captioner.models.git import FastSearch, GitCaptioner, GitNetwork, unsupported_settings
 from captioner.models.pretrained import open_model
 from captioner.models.ref import ModelRef
@@ -33,12 +37,30 @@ class TrainableGitCaptioner(GitCaptioner):
             self._fast = FastSearch(GitNetwork(self.model), self.settings, self.prefix)
 
 
-_FAMILIES: dict[str, type[TransformersCaptioner]] = {
-    "git": TrainableGitCaptioner,
-    "blip": BlipCaptioner,
-    "vision-encoder-decoder": VisionEncoderDecoderCaptioner,
+@dataclass(frozen=True)
+class TrainableFamily:
+    """How a family is opened for training.
+
+    `vision`: the name of its vision encoder in the network. `adapts_vision`: whether LoRA adapts the vision encoder as
+    well. That of large models is usually left as it is, because it was trained on far more images.
+    """
+
+    kind: type[TransformersCaptioner]
+    vision: str
+    adapts_vision: bool = False
+
+
+_FAMILIES = {
+    "git": TrainableFamily(TrainableGitCaptioner, "git.image_encoder", adapts_vision=True),
+    "blip": TrainableFamily(BlipCaptioner, "vision_model", adapts_vision=True),
+    "blip-2": TrainableFamily(Blip2Captioner, "vision_model"),
+    "vision-encoder-decoder": TrainableFamily(VisionEncoderDecoderCaptioner, "encoder", adapts_vision=True),
+    "florence2": TrainableFamily(Florence2Captioner, "model.vision_tower"),
+    "idefics3": TrainableFamily(ChatCaptioner, "model.vision_model"),
+    "smolvlm": TrainableFamily(ChatCaptioner, "model.vision_model"),
+    "qwen2_vl": TrainableFamily(ChatCaptioner, "model.visual"),
+    "qwen2_5_vl": TrainableFamily(ChatCaptioner, "model.visual"),
 }
-_VISION_PARTS = {"git": "git.image_encoder", "blip": "vision_model", "vision-encoder-decoder": "encoder"}
 
 
 def open_trainable(
@@ -50,11 +72,13 @@ def open_trainable(
     """
     if ref.family not in TRAINABLE:
         raise ModelError(f"--model {ref.name}: {ref.family} cannot be trained here; {', '.join(TRAINABLE)} can")
-    captioner = _FAMILIES[ref.family](ensure_local(ref), device, batch_size)
+    family = _FAMILIES[ref.family]
+    captioner = family.kind(ensure_local(ref), device, batch_size)
     network = captioner.model
     vision = vision_part(network, ref.family)
     if config.lora_rank is not None:
-        add_adapters(network, vision, config, None if checkpoint is None else checkpoint / ADAPTERS)
+        left_out = vision if config.freeze_vision or not family.adapts_vision else None
+        add_adapters(network, left_out, config, None if checkpoint is None else checkpoint / ADAPTERS)
     elif checkpoint is not None:
         saved = open_model(str(checkpoint), captioner.dtype, device, captioner.attention)
         network.load_state_dict(saved.state_dict())
@@ -65,4 +89,4 @@ def open_trainable(
 
 def vision_part(network: torch.nn.Module, family: str) -> torch.nn.Module:
     """Return the vision encoder, which --freeze-vision excludes from training."""
-    return network.get_submodule(_VISION_PARTS[family])
+    return network.get_submodule(_FAMILIES[family].vision)

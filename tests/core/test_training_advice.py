@@ -110,7 +110,7 @@ def test_captions_much_longer_than_usual_are_said() -> None:
     assert not length_warning(long, config, "qwen2_vl")
 
 
-FAMILIES = ["git", "blip", "vision-encoder-decoder"]
+FAMILIES = ["git", "blip", "blip-2", "vision-encoder-decoder", "florence2", "idefics3"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

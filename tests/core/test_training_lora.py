@@ -20,6 +20,9 @@ def open_with_adapters(path: Path, checkpoint: Path | None = None):
     return open_trainable(ref, config, torch.device("cpu"), 4, checkpoint)
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 @pytest.mark.parametrize("family", ["git", "blip", "vision-encoder-decoder"])
 def test_adapters_are_trained_restored_and_merged_into_a_plain_model(tmp_path: Path, family: str) -> None:
     pytest.importorskip("peft", reason="the extra `lora` is not installed")
@@ -31,21 +34,22 @@ def test_adapters_are_trained_restored_and_merged_into_a_plain_model(tmp_path: P
     loss.eval()
     pixels = torch.randint(0, 256, (2, TINY_SIDE, TINY_SIDE, 3), dtype=torch.uint8)
     trained = [weight for weight in loss.parameters() if weight.requires_grad]
-    before = loss(pixels, **texts).item()
+    texts["pixels"] = pixels
+    before = loss(**texts).item()
     optimiser = torch.optim.Adam(trained, lr=1e-3)
     for _ in range(3):
         optimiser.zero_grad()
-        loss(pixels, **texts).backward()
+        loss(**texts).backward()
         optimiser.step()
-    after = loss(pixels, **texts).item()
+    after = loss(**texts).item()
     assert after < before
     assert all("lora" in name for name, weight in captioner.model.named_parameters() if weight.requires_grad)
 
     save_adapters(adapter_weights(captioner.model), tmp_path / "checkpoint" / ADAPTERS)
     restored = open_with_adapters(tmp_path / "model", tmp_path / "checkpoint")
-    assert CaptionLoss(restored).eval()(pixels, **texts).item() == pytest.approx(after, rel=1e-5)
+    assert CaptionLoss(restored).eval()(**texts).item() == pytest.approx(after, rel=1e-5)
 
     merge_adapters(restored.model)
     assert not any("lora" in name for name in restored.model.state_dict())
-    assert CaptionLoss(restored).eval()(pixels, **texts).item() == pytest.approx(after, rel=1e-3)
+    assert CaptionLoss(restored).eval()(**texts).item() == pytest.approx(after, rel=1e-3)
     assert (tmp_path / "checkpoint" / ADAPTERS).is_dir()
