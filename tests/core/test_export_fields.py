@@ -231,7 +231,7 @@ def test_an_upload_that_breaks_commits_nothing_and_goes_on_where_it_was(
     api = Hub(breaks_at="data/train-00001.parquet", token=token)
 
     with pytest.raises(
-        OutputError, match=r"someone/data: the upload failed: .* Bearer \*\*\*; the same command"
+        OutputError, match=r"someone/data: the upload failed: .* Bearer \*\*\*; run the same command"
     ) as said:
         push(table, api, monkeypatch)
     assert token not in str(said.value)
