@@ -16,7 +16,7 @@ from captioner.config import ModelConfig, SourceConfig
 from captioner.console.phases import phase
 from captioner.console.stopping import notify
 from captioner.console.text import counted, printable, shorten
-from captioner.data import RawImage
+from captioner.data import SAMPLES_FIELD, RawImage
 from captioner.errors import ERROR, OK, TOO_MANY_FAILED, CaptionerError, ModelError, UsageError
 from captioner.imaging.sandbox.decoder import GuardedDecoder
 from captioner.models import ModelRef, load, resolve, resolve_dtype
@@ -100,7 +100,8 @@ def _try_model(ref: ModelRef, device: str, model: ModelConfig, images: list[RawI
         if isinstance(caption, str):
             texts[index] = ImageText("", "generate_error", caption)
         else:
-            texts[index] = ImageText(caption.text, answers=caption.answers)
+            sampled = {SAMPLES_FIELD.name: caption.samples} if caption.samples else {}
+            texts[index] = ImageText(caption.text, answers={**sampled, **caption.answers})
     seconds = (loaded - started, time.perf_counter() - loaded)
     memory = peak_bytes()
     del captioner
@@ -142,8 +143,9 @@ def _print_captions(files: Sequence[str], trial: Trial) -> None:
         if not text.error_code:
             print(f"{printable(name)}: {printable(text.caption)}")
             for column, answer in text.answers.items():
-                if answer is not None:
-                    print(f"  {column}: {printable(str(answer))}")
+                for value in answer if isinstance(answer, list | tuple) else [answer]:
+                    if value is not None:
+                        print(f"  {column}: {printable(str(value))}")
     if trial.seconds is not None:
         print(f"captioner: {counted(trial.num_captions, 'image')} in {trial.seconds:.2f} s", file=sys.stderr)
     for name, text in zip(files, trial.texts, strict=True):

@@ -24,7 +24,8 @@ class Endpoint:
 
     `model`: the name that requests give. `served_model`, `system_fingerprint`: what the answers say who gave them.
     `logprobs`: whether the servers give log-probabilities. `concurrency`: requests under way at each server.
-    `request_timeout`, `endpoint_timeout`: in seconds (see `captioner.config.ModelConfig`).
+    `request_timeout`, `endpoint_timeout`: in seconds (see `captioner.config.ModelConfig`). `sampling_options`: those of
+    `n` and `seed` that the servers take in a request.
     """
 
     urls: tuple[str, ...]
@@ -36,6 +37,7 @@ class Endpoint:
     max_side: int
     request_timeout: float
     endpoint_timeout: float
+    sampling_options: tuple[str, ...] = ("n", "seed")
 
     @property
     def rows_per_chunk(self) -> int:

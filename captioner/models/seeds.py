@@ -5,7 +5,7 @@ Equal images get equal captions, as in greedy search, so byte-equal copies need 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from captioner.config import ModelConfig
 from captioner.errors import UsageError
+from captioner.models.ref import ModelRef
 
 MAX_SERVER_SEED = (1 << 31) - 1  # the largest that every model server takes
 _OF_SAMPLING = ("top_p", "seed", "num_captions")
@@ -43,6 +44,21 @@ def image_seed(image: npt.NDArray[np.uint8], seed: int, sample: int = 0) -> int:
     digest = blake2b(f"{seed} {sample} {image.shape}".encode(), digest_size=8)
     digest.update(np.ascontiguousarray(image).data)
     return int.from_bytes(digest.digest()) >> 1
+
+
+def request_sampling(model: ModelConfig | ModelRef, options: Sequence[str], seed: int, count: int) -> dict[str, Any]:
+    """Return the settings of a request to a model server for `count` sampled captions; greedy where none are sampled.
+
+    `options`: those of "n" and "seed" that the server takes. `seed`: from `image_seed`.
+    """
+    settings: dict[str, Any] = {"temperature": model.temperature}
+    if model.top_p < 1:
+        settings["top_p"] = model.top_p
+    if model.temperature and "seed" in options:
+        settings["seed"] = seed & MAX_SERVER_SEED
+    if count > 1 and "n" in options:
+        settings["n"] = count
+    return settings
 
 
 def random_numbers(

@@ -47,6 +47,8 @@ class CaptionBatches:
         check_columns(ref, [], "batches have none")
         if ref.more_questions:
             raise UsageError("questions: CaptionBatches asks for captions only; caption into a table instead")
+        if ref.num_captions > 1:
+            raise UsageError("num_captions: CaptionBatches gives one caption an image; caption into a table instead")
         self._max_pixels = max_pixels or SourceConfig().max_pixels
         self._decoder = GuardedDecoder(ref.spec, self._max_pixels, decode_timeout or SourceConfig().decode_timeout)
         self._decoder.start()

@@ -16,7 +16,7 @@ import socket
 import threading
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -42,6 +42,14 @@ class Asked:
     def caption(self) -> str:
         """Words that only equal images share."""
         return f"a picture {zlib.crc32(self.image):08x}"
+
+    @property
+    def captions(self) -> list[str]:
+        """The captions of all choices that are asked for; sampled ones depend on the seed too."""
+        if not self.body.get("temperature"):
+            return [self.caption]
+        drawn = [zlib.crc32(f"{self.body.get('seed')} {index}".encode()) for index in range(self.body.get("n", 1))]
+        return [f"{self.caption} {number:08x}" for number in drawn]
 
 
 @dataclass(frozen=True)
@@ -85,7 +93,8 @@ class ModelServer:
 
     `rule`: what it does with a request about an image; None is a caption of the image. `delay`: seconds before each
     answer. `logprobs`: whether it gives log-probabilities. `key`: what it accepts, "" for anything. `asked`: the
-    requests about images so far, `probes`: those by which runs find out what it is. `most_at_once`: under way.
+    requests about images so far, `refuses`: settings of a request that it answers with 400. `most_choices`: that it
+    gives at once, whatever is asked. `probes`: those by which runs find out what it is. `most_at_once`: under way.
     """
 
     def __init__(
@@ -97,10 +106,13 @@ class ModelServer:
         key: str = "",
         system_fingerprint: str | None = None,
         port: int = 0,
+        refuses: Collection[str] = (),
+        most_choices: int = 100,
     ) -> None:
         self.rule: Rule = rule or (lambda asked: None)
         self.model, self.system_fingerprint = model, system_fingerprint
         self.delay, self.logprobs, self.key = delay, logprobs, key
+        self.refuses, self.most_choices = refuses, most_choices
         self.asked: list[Asked] = []
         self.probes: list[Asked] = []
         self.most_at_once = 0
@@ -147,6 +159,9 @@ class ModelServer:
             return failing(401, f"Incorrect API key provided: {key}")
         if model != self.model:
             return failing(404, f"The model `{model}` does not exist.")
+        refused = sorted(set(self.refuses) & set(asked.body))
+        if refused:
+            return failing(400, f"{refused[0]} is not supported")
         return (self.rule(asked) if asked.number else None) or Answer()
 
     def ended(self, asked: Asked) -> None:
@@ -156,21 +171,22 @@ class ModelServer:
 
     def completion(self, asked: Asked) -> dict[str, Any]:
         """Return the chat completion with the caption of an image."""
-        tokens = asked.caption.split()
-        choice: dict[str, Any] = {
-            "index": 0,
-            "message": {"role": "assistant", "content": asked.caption},
-            "finish_reason": "stop",
-        }
-        if self.logprobs and asked.body.get("logprobs"):
-            choice["logprobs"] = {"content": [{"token": token, "logprob": -0.5} for token in tokens]}
+        captions = asked.captions[: self.most_choices]
+        choices = [self._choice(index, text, asked.body) for index, text in enumerate(captions)]
         return {
             "object": "chat.completion",
             "model": self.model,
             "system_fingerprint": self.system_fingerprint,
-            "choices": [choice],
-            "usage": {"prompt_tokens": 100, "completion_tokens": len(tokens)},
+            "choices": choices,
+            "usage": {"prompt_tokens": 100, "completion_tokens": sum(len(text.split()) for text in captions)},
         }
+
+    def _choice(self, index: int, text: str, body: dict[str, Any]) -> dict[str, Any]:
+        message = {"role": "assistant", "content": text}
+        choice: dict[str, Any] = {"index": index, "message": message, "finish_reason": "stop"}
+        if self.logprobs and body.get("logprobs"):
+            choice["logprobs"] = {"content": [{"token": token, "logprob": -0.5} for token in text.split()]}
+        return choice
 
 
 class _Http(ThreadingHTTPServer):

@@ -85,6 +85,58 @@ def same_image(answer: Answer) -> Callable[[Asked], Answer | None]:
     return rule
 
 
+# Sampled captions
+
+
+SAMPLED: dict[str, Any] = {"temperature": 0.5, "top_p": 0.9, "num_captions": 3, "seed": 7}
+
+
+@pytest.mark.parametrize(
+    ("server", "requests"),
+    [({}, 1), ({"most_choices": 1}, 3), ({"most_choices": 2}, 2), ({"refuses": ["n"]}, 3), ({"refuses": ["seed"]}, 1)],
+)
+def test_sampled_captions_are_asked_for_as_the_server_gives_them(server: dict[str, Any], requests: int) -> None:
+    with ModelServer(**server) as asked:
+        captions = captions_of(asked, count=4, **SAMPLED)
+
+    assert captions.texts == [samples[0] for samples in captions.samples]
+    assert [len(samples) for samples in captions.samples] == [3] * 4
+    assert len({text for samples in captions.samples for text in samples}) == 12
+    assert len(asked.asked) == 4 * requests
+    assert {(body["temperature"], body["top_p"]) for body in (request.body for request in asked.asked)} == {(0.5, 0.9)}
+    assert all(usage.prompt_tokens == 100 * requests for usage in captions.usage)
+
+
+def test_the_seed_of_a_request_is_that_of_its_image_whatever_the_order() -> None:
+    def texts(count: int, **changes: Any) -> list[str]:
+        with ModelServer() as server:
+            return captions_of(server, count=count, **{"temperature": 0.5, "seed": 7, **changes}).texts
+
+    before = texts(6)
+
+    assert texts(3, concurrency=1) == before[:3]
+    assert set(texts(6, seed=8)).isdisjoint(before)
+    assert len({text.split()[-1] for text in before}) == 6
+
+
+def test_a_choice_that_is_no_caption_is_null_and_the_first_that_is_one_is_the_caption() -> None:
+    def choice(index: int, content: str) -> dict[str, Any]:
+        return {"index": index, "message": {"content": content}, "finish_reason": "stop"}
+
+    answer = Answer(changes={"choices": [choice(0, ""), choice(1, "a cat"), choice(2, "<think>hm</think>")]})
+    with ModelServer(lambda asked: answer) as server:
+        captions = captions_of(server, count=1, **SAMPLED)
+
+    assert (captions.texts, list(captions.samples), captions.errors) == (["a cat"], [(None, "a cat", None)], [""])
+
+
+def test_an_image_that_a_server_refuses_is_asked_about_once_a_caption_and_fails_alone() -> None:
+    with ModelServer(same_image(failing(400))) as server:
+        captions = captions_of(server, count=3, concurrency=1, **SAMPLED)
+
+    assert [bool(error) for error in captions.errors] == [True, False, False]
+
+
 # What is sent, and who is asked
 
 

@@ -14,8 +14,10 @@ import base64
 import io
 import json
 import ssl
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import urlsplit
 
@@ -33,6 +35,7 @@ MAX_ANSWER_BYTES = 16 << 20
 CONNECT_TIMEOUT_S = 10.0
 JPEG_QUALITY = 90
 TEMPERATURE = 0
+GREEDY: Mapping[str, Any] = MappingProxyType({"temperature": TEMPERATURE})
 
 
 class RejectedError(Exception):
@@ -79,9 +82,18 @@ def image_url(image: npt.NDArray[np.uint8]) -> str:
 
 
 def request_body(
-    image: str, model: str, prompt: str, max_tokens: int, *, system: str | None = None, logprobs: bool = False
+    image: str,
+    model: str,
+    prompt: str,
+    max_tokens: int,
+    *,
+    system: str | None = None,
+    logprobs: bool = False,
+    sampling: Mapping[str, Any] = GREEDY,
 ) -> bytes:
     """Return the JSON of a chat completion about an image, which is given as a data URL.
+
+    `sampling`: the request's settings of that name, such as temperature and seed.
 
     The image comes before the prompt, so that a server with a prefix cache reads it once for several prompts.
     """
@@ -89,7 +101,7 @@ def request_body(
     messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
     if system:
         messages.insert(0, {"role": "system", "content": system})
-    settings: dict[str, Any] = {"max_tokens": max_tokens, "temperature": TEMPERATURE}
+    settings: dict[str, Any] = {"max_tokens": max_tokens, **sampling}
     if logprobs:
         settings["logprobs"] = True
     return json.dumps({"model": model, "messages": messages, **settings}).encode()

@@ -16,15 +16,17 @@ from captioner.data import Captions, Pixels, Prompts
 from captioner.errors import EndpointError
 from captioner.models.endpoint.api_key import ApiKey
 from captioner.models.endpoint.asking import BrokenError, BusyError, Client, RejectedError, image_url, request_body
-from captioner.models.endpoint.reply import Reply
+from captioner.models.endpoint.reply import Reply, joined
 from captioner.models.endpoint.sharing import Server, ServerPool
 from captioner.models.questions import same_prompts, with_answers
 from captioner.models.ref import Endpoint, ModelRef
+from captioner.models.seeds import image_seed, request_sampling
 
 T = TypeVar("T")
 
 MAX_FAULTS = 3  # of one image, before its server is asked about another one to find out whose fault it is
-TEST_IMAGE = image_url(np.full((64, 64, 3), 128, np.uint8))
+TEST_PIXELS = np.full((64, 64, 3), 128, np.uint8)
+TEST_IMAGE = image_url(TEST_PIXELS)
 TEST_TOKENS = 8
 NOT_ASKED = Reply(error="not asked: the image has no caption")
 
@@ -37,6 +39,9 @@ class Conversation:
 
     def __init__(self, ref: ModelRef, image: npt.NDArray[np.uint8], prompts: Prompts) -> None:
         self._ref, self._image, self._prompts = ref, image_url(image), prompts
+        count = ref.num_captions if ref.temperature else 0
+        self._seeds = [image_seed(image, ref.seed, sample) for sample in range(count)]
+        self._sampled: list[Reply] = []  # to the requests for captions, with --num-captions
         self.replies: list[Reply] = []
         self.body = self._next_body()
 
@@ -46,15 +51,28 @@ class Conversation:
 
     def add(self, reply: Reply) -> None:
         """Add the reply to the latest question."""
+        if not self.replies and self._ref.num_captions > 1:
+            self._sampled.append(reply)
+            if self._num_sampled < self._ref.num_captions:
+                self.body = self._next_body()
+                return
+            reply = joined(self._sampled, self._ref.num_captions)
         self.replies.append(reply)
         if self.replies[0].error:
             self.replies += [NOT_ASKED] * (len(self._prompts) - 1)
         if not self.is_over:
             self.body = self._next_body()
 
+    @property
+    def _num_sampled(self) -> int:
+        """The captions that have come: a server may give fewer at once than it is asked for, many give one."""
+        return sum(len(reply.samples) or 1 for reply in self._sampled)
+
     def _next_body(self) -> bytes:
         index, endpoint = len(self.replies), self._ref.endpoint
         assert endpoint is not None
+        seed = self._seeds[0 if index else self._num_sampled] if self._seeds else 0
+        count = 1 if index else self._ref.num_captions - self._num_sampled
         return request_body(
             self._image,
             endpoint.model,
@@ -62,6 +80,7 @@ class Conversation:
             self._ref.questions[index].max_new_tokens,
             system=self._ref.system,
             logprobs=endpoint.logprobs and not index,
+            sampling=request_sampling(self._ref, endpoint.sampling_options, seed, count),
         )
 
 
@@ -166,6 +185,7 @@ def _as_captions(replies: Sequence[Reply]) -> Captions:
         [reply.finished for reply in replies],
         [reply.error for reply in replies],
         [reply.usage for reply in replies],
+        samples=[reply.samples for reply in replies] if any(len(reply.samples) > 1 for reply in replies) else [],
     )
 
 

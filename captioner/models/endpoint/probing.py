@@ -7,7 +7,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from captioner.config import ModelConfig
@@ -24,11 +24,12 @@ from captioner.models.endpoint.asking import (
     checked_url,
     request_body,
 )
-from captioner.models.endpoint.captioning import TEST_IMAGE, TEST_TOKENS
+from captioner.models.endpoint.captioning import TEST_IMAGE, TEST_PIXELS, TEST_TOKENS
 from captioner.models.endpoint.reply import Reply
 from captioner.models.families import QUESTION
 from captioner.models.questions import fill
 from captioner.models.ref import Endpoint, ModelRef
+from captioner.models.seeds import image_seed, request_sampling, sampling_settings
 
 FAMILY = "endpoint"
 BUSY_REST_S = 2.0
@@ -37,21 +38,25 @@ MAX_NAMES = 5  # models that an error names
 _OF_LOADED_MODELS = {
     "revision": None,
     "num_beams": 1,
-    "temperature": 0.0,
     "dtype": "auto",
     "batch_size": "auto",
     "preprocess": "fast",
 }
+_SAMPLING_OPTIONS = (("n", "seed"), ("seed",), ("n",), ())  # what a server is asked to take, until it does
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What one server said. `model`: the name that it was asked for. `error`: why it did not answer, or ""."""
+    """What one server said. `model`: the name that it was asked for. `error`: why it did not answer, or "".
+
+    `sampling_options`: see `captioner.models.ref.Endpoint`.
+    """
 
     url: str
     model: str = ""
     reply: Reply = field(default_factory=Reply)
     error: str = ""
+    sampling_options: tuple[str, ...] = _SAMPLING_OPTIONS[0]
 
 
 def resolve_endpoint(config: ModelConfig, notify: Callable[[str], None]) -> ModelRef:
@@ -71,6 +76,8 @@ def resolve_endpoint(config: ModelConfig, notify: Callable[[str], None]) -> Mode
     for probe in probes:
         if probe.error:
             notify(f"{probe.url} does not answer ({probe.error}); going on with the others until it does")
+        elif "seed" not in probe.sampling_options:
+            notify(f"{probe.url} takes no seed: it gives other captions when it is asked again")
     return _describe(config, urls, answering)
 
 
@@ -92,6 +99,7 @@ def _describe(config: ModelConfig, urls: tuple[str, ...], probes: list[Probe]) -
         config.max_side,
         config.request_timeout,
         config.endpoint_timeout,
+        tuple(name for name in ("n", "seed") if all(name in probe.sampling_options for probe in probes)),
     )
     side = config.max_side
     return ModelRef(
@@ -105,6 +113,7 @@ def _describe(config: ModelConfig, urls: tuple[str, ...], probes: list[Probe]) -
         max_new_tokens=config.max_new_tokens,
         prompt=config.prompt or QUESTION,
         endpoint=endpoint,
+        **sampling_settings(config),
     )
 
 
@@ -155,7 +164,9 @@ async def _probe(client: Client, url: str, config: ModelConfig, notify: Callable
 async def _probe_once(client: Client, url: str, config: ModelConfig) -> Probe:
     model = config.name or await _only_model(client, url)
     try:
-        return await _ask_about_test_image(client, url, model, config)
+        probe = await _ask_about_test_image(client, url, model, config)
+        options = await _sampling_options(client, probe, config) if config.temperature else _SAMPLING_OPTIONS[0]
+        return replace(probe, sampling_options=options)
     except (EndpointError, RejectedError) as error:
         names = await _names(client, url)
         if names and model not in names:
@@ -180,6 +191,22 @@ async def _ask_about_test_image(client: Client, url: str, model: str, config: Mo
         return Probe(url, model, await ask(logprobs=True))
     except RejectedError:
         return Probe(url, model, await ask(logprobs=False))
+
+
+async def _sampling_options(client: Client, probe: Probe, config: ModelConfig) -> tuple[str, ...]:
+    """Return which settings of sampling a server takes besides the temperature. Raises RejectedError where not that."""
+    tokens = min(TEST_TOKENS, config.max_new_tokens)
+    for options in _SAMPLING_OPTIONS:
+        sampling = request_sampling(config, options, image_seed(TEST_PIXELS, config.seed), config.num_captions)
+        prompt = fill(config.prompt or QUESTION, {})
+        body = request_body(TEST_IMAGE, probe.model, prompt, tokens, system=config.system, sampling=sampling)
+        try:
+            await client.ask(probe.url, body)
+            break
+        except RejectedError:
+            if not options:
+                raise
+    return options
 
 
 async def _only_model(client: Client, url: str) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from captioner.data import NO_USAGE, Usage
@@ -20,7 +21,8 @@ class Reply:
     """An answer to one image.
 
     `error`: why it is no caption, or "". `model`, `system_fingerprint`: who gave it, None where it does not say.
-    The other fields are as in `captioner.data.Captions`.
+    `samples`: the text of each choice where several were asked for, None for one that is no caption; the other fields
+    are those of the first that is one, as in `captioner.data.Captions`.
     """
 
     text: str = ""
@@ -31,6 +33,16 @@ class Reply:
     usage: Usage = NO_USAGE
     model: str | None = None
     system_fingerprint: str | None = None
+    samples: tuple[str | None, ...] = ()
+
+
+def joined(replies: Sequence[Reply], count: int) -> Reply:
+    """Return the replies to several requests for sampled captions of one image as one, with `count` samples."""
+    first = next((reply for reply in replies if not reply.error), replies[0])
+    samples = [text for reply in replies for text in reply.samples or (None,)]
+    samples += [None] * (count - len(samples))
+    usage = Usage.total(reply.usage for reply in replies)
+    return replace(first, samples=tuple(samples[:count]), usage=usage)
 
 
 class NoReplyError(ValueError):
@@ -62,7 +74,17 @@ def error_in(body: Any) -> tuple[str, int | None] | None:
 def judge(body: Any) -> Reply:
     """Return the reply that a chat completion holds. Raises NoReplyError where it is none."""
     choices = body.get("choices") if isinstance(body, dict) else None
-    choice = choices[0] if isinstance(choices, list) and choices else None
+    if not isinstance(choices, list) or not choices:
+        raise NoReplyError("the answer holds no message")
+    replies = [_judge_choice(body, choice) for choice in choices]
+    if len(replies) == 1:
+        return replace(replies[0], samples=(None if replies[0].error else replies[0].text,))
+    first = next((reply for reply in replies if not reply.error), replies[0])
+    samples = tuple(None if reply.error else reply.text for reply in replies)
+    return replace(first, samples=samples, num_tokens=None)  # the server counts the tokens of all choices together
+
+
+def _judge_choice(body: dict[str, Any], choice: object) -> Reply:
     message = choice.get("message") if isinstance(choice, dict) else None
     if not isinstance(choice, dict) or not isinstance(message, dict):
         raise NoReplyError("the answer holds no message")
@@ -70,7 +92,8 @@ def judge(body: Any) -> Reply:
         raise NoReplyError(f"the answer holds an error: {choice['error']}")
     content, reason = _text(message.get("content")), choice.get("finish_reason")
     text = _without_thought(content)
-    usage = body.get("usage") if isinstance(body.get("usage"), dict) else {}
+    counts = body.get("usage")
+    usage = counts if isinstance(counts, dict) else {}
     completion = _count(usage.get("completion_tokens"))
     error = _why_no_caption(message, content, text, reason)
     return Reply(
