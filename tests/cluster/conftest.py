@@ -172,6 +172,8 @@ def _wait_until_ready(head: Head, started: subprocess.Popen[bytes]) -> None:
         assert started.poll() is None, (head.home / "start.log").read_text()
         assert time.monotonic() < deadline, "the head did not start"
         try:
+            # The head starts its Ray Client server as a process of its own, which may listen later than the dashboard.
+            socket.create_connection(("127.0.0.1", int(head.client_server.split(":")[1])), timeout=60).close()
             if head.num_nodes():
                 return
         except (RuntimeError, ConnectionError, OSError):
