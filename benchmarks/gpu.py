@@ -47,7 +47,7 @@ class Form:
 
 LONG = (
     *("inputs", "ids", "engine", "job", "kill", "train_job", "train_step", "hf_loader", "two_workers", "oversized"),
-    "ray_naive",
+    *("ray_naive", "families"),
 )
 FORMS = {
     "long": Form(570, "base", 12_288, 256, 1_024, 1_152, 32, 20, LONG),
@@ -144,6 +144,11 @@ def hf_loader(setup: Setup) -> list[str]:
     return setup.peer("hf_loader.py", "--images", setup.path("images"), "--workers", workers)
 
 
+def families(setup: Setup) -> list[str]:
+    sizes = ("--images", 96, "--batch-size", 16) if has_gpu() else ("--images", 4, "--batch-size", 2, "--rounds", 1)
+    return setup.module("families", "--work", setup.path("families"), *sizes)
+
+
 def ray_naive(setup: Setup) -> list[str]:
     shutil.rmtree(setup.path("ray_naive"), ignore_errors=True)  # it would add to what is there
     return setup.peer("ray_naive.py", "--images", setup.path("few"), "--out", setup.path("ray_naive"))
@@ -162,6 +167,7 @@ STEPS = {
     "two_workers": Step(60, two_workers),
     "oversized": Step(75, oversized),
     "ray_naive": Step(60, ray_naive),
+    "families": Step(180, families),
 }
 
 

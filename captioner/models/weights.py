@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shlex
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,16 @@ def check_header(file: Path) -> None:
         raise ModelError(
             f"{file}: holds {size:,} bytes, not the {8 + length + end:,} of its header; copy or download it again"
         )
+
+
+def num_parameters(directory: Path) -> int:
+    """Return the number of values in the safetensors files of a directory, from their headers."""
+    count = 0
+    for file in directory.glob("*.safetensors"):
+        with file.open("rb") as stream:
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        count += sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+    return count
 
 
 def sha256_of(files: list[Path]) -> str:

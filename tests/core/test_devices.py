@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import platform
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from captioner.config import ModelConfig
 from captioner.errors import ModelError
 from captioner.models import devices, resolve, resolve_dtype
 from captioner.models.devices import auto_dtype, check_build, cpu_only_build, pick_device
+from captioner.models.loading import check_fits
 from captioner.training.record import UNBOUND_SETTINGS
 
 
@@ -106,6 +108,16 @@ def test_auto_dtype_is_bfloat16_with_cuda_alone_and_a_dtype_that_was_given_stays
     assert [auto_dtype(device) for device in ("cuda", "cpu", "mps", "xpu")] == ["bfloat16", *["float32"] * 3]
     assert resolve_dtype(ref, "auto", "cuda").dtype == "bfloat16"
     assert resolve_dtype(ref, "float16", "cuda").dtype == "float16"
+
+
+def test_a_model_that_does_not_fit_says_how_much_is_missing_and_what_would() -> None:
+    starter = resolve(ModelConfig(name="starter"))  # 1.3 million parameters
+    check_fits(replace(starter, dtype="float32"), 6_000_000, "a GPU")
+
+    with pytest.raises(ModelError, match=r"take 0.0 GB in float32, and a GPU has .* --dtype bfloat16, or a GPU"):
+        check_fits(replace(starter, dtype="float32"), 4_000_000, "a GPU")
+    with pytest.raises(ModelError, match=r"their memory\), or a GPU with more memory"):
+        check_fits(replace(starter, dtype="bfloat16"), 2_000_000, "a GPU")
 
 
 def test_a_training_run_may_go_on_on_another_device() -> None:
