@@ -210,7 +210,7 @@ def check(
 
     Scores a sample against references, and flags doubtful captions, which needs no references.
 
-    Exit 2 where --max-wer, --min-lift or --max-flagged is not met.
+    Exit 2 where --max-wer, --min-lift, --max-flagged or --min-right is not met.
     """
     from captioner.console import commands
 
