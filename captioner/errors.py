@@ -33,7 +33,7 @@ EXIT_CODES = {
     OK: "every planned image has its row",
     ERROR: "the run could not start or go on; the message says why; the same command resumes",
     TOO_MANY_FAILED: (
-        "more images failed than --max-failed allows, not one is ok, or captions fail --max-wer, --min-lift, "
+        "more images failed than --max-failed allows, none is ok, or captions fail --max-wer, --min-lift, "
         "--max-flagged or --min-right"
     ),
     INTERRUPTED: "stopped by Ctrl-C; the same command resumes",
