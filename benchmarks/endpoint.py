@@ -4,7 +4,8 @@
 
 The server answers every request after --delay seconds, so that it can answer at most concurrency / delay images/s.
 Measured from its first request to its last answer, over the whole run: start and end count. --ray: on a local Ray in
-place of --local. --peer: Ray's HttpRequestProcessor instead, on the same server with as many requests under way.
+place of --local. --peer: Ray's HttpRequestProcessor instead, on the same server. It awaits the requests of a batch one
+after the other (Ray 2.60), so that it gets --concurrency actors, which are all started before the first request.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from typing import Any
 
 from captioner.starter.scenes import make_scenes
 from captioner.testing.model_server import ModelServer
+
+PEER_BATCH = 4  # images; each actor has many batches, so that none waits for the last one of another
 
 
 def main() -> None:
@@ -76,10 +79,14 @@ def with_peer(archive: Path, server: ModelServer, options: argparse.Namespace) -
     import ray
     from ray.data.llm import HttpRequestProcessorConfig, build_processor
 
+    ray.init(num_cpus=4, include_dashboard=False)  # of which the actors need little: they wait
+    ray.data.DataContext.get_current().wait_for_min_actors_s = 600
     config = HttpRequestProcessorConfig(
-        url=f"{server.url}/chat/completions", concurrency=1, batch_size=options.concurrency, qps=None
+        url=f"{server.url}/chat/completions",
+        concurrency=options.concurrency,
+        batch_size=PEER_BATCH,
+        http_request_stage={"num_cpus": 1 / options.concurrency},
     )
-
     model = server.model
 
     def ask(row: dict[str, Any]) -> dict[str, Any]:
@@ -91,7 +98,8 @@ def with_peer(archive: Path, server: ModelServer, options: argparse.Namespace) -
         return {"text": row["http_response"]["choices"][0]["message"]["content"]}
 
     processor = build_processor(config, preprocess=ask, postprocess=answer)
-    rows = processor(ray.data.read_binary_files(str(archive))).take_all()
+    blocks = max(1, options.images // PEER_BATCH)
+    rows = processor(ray.data.read_binary_files(str(archive), override_num_blocks=blocks)).take_all()
     assert len(rows) == options.images, f"{len(rows)} rows"
 
 
