@@ -3,7 +3,8 @@
     open_job     check settings, source, model and table; make the plan, or continue it
     for each chunk that is not committed yet:
         read -> decode -> caption -> commit -> receipt
-    publish      merge the chunks of a generation into captions/
+        publish each part of captions/ when its last chunk is committed
+    publish      merge what is left of a generation into captions/
     close_job    count rows against the plan; check the captions; write the record
 
 `ray_jobs/caption.py` runs the same flow on a cluster: another engine, the same steps.
@@ -33,12 +34,12 @@ from captioner.models import load
 from captioner.models.devices import pick_device
 from captioner.run.job import Engine, Job, open_job, plan_images
 from captioner.run.prefetch import in_parallel, one_ahead
-from captioner.run.quality import ROWS_AT_THE_END, SpotCheck, check, enforce, report
+from captioner.run.quality import MAX_ROWS_CHECKED, SpotCheck, check, enforce, report
 from captioner.run.record import Tally, make_record, recorded, write_record
 from captioner.steps import Work, caption, commit, decode, read
 from captioner.store.journal import read_latest_reviews
 from captioner.store.lock import sole_writer
-from captioner.store.publish import publish
+from captioner.store.publish import PartPublisher, publish
 from captioner.store.table import Plan
 from captioner.store.verify import count_rows
 
@@ -74,9 +75,11 @@ def _caption_and_publish(
             work = replace(job.work, sample=spot_check.draw(job.table))
             write_record(job, make_record(job, "running", tally))
             num_committed = plan.num_rows - sum(chunk.num_rows for chunk in chunks)
-            with Progress(total=plan.num_rows, already=num_committed) as progress:
+            publisher = PartPublisher(job.table, plan, chunks, check_held)
+            with publisher, Progress(total=plan.num_rows, already=num_committed) as progress:
                 for receipt in engine.caption_chunks(work, chunks):
                     check_held()
+                    publisher.add(receipt.chunk_id)
                     if tally.first_at is None:
                         notify(f"first images after {time.perf_counter() - job.started:.1f} s")
                     tally.add(receipt, job.started)
@@ -135,7 +138,7 @@ def close_job(job: Job, tally: Tally) -> int:
         )
     record = make_record(job, "finished", tally, counts)
     with phase("checking the captions", notify):
-        result = check(job.table, job.config.check, max_rows=ROWS_AT_THE_END)
+        result = check(job.table, job.config.check, max_rows=MAX_ROWS_CHECKED)
         record["check"] = result.summary()
         write_record(job, record)
     with phase("writing the report", notify):

@@ -16,7 +16,7 @@ from captioner.config import CaptionConfig, CheckTableConfig, ExportTextsConfig,
 from captioner.console.phases import HEARTBEAT
 from captioner.console.stopping import quit_at_once
 from captioner.console.text import counted, printable
-from captioner.errors import ERROR, INTERRUPTED, OK, CaptionerError
+from captioner.errors import ERROR, INTERRUPTED, OK, CaptionerError, UsageError
 from ray_jobs.help import Command, Group
 from ray_jobs.options import takes
 
@@ -104,13 +104,31 @@ def estimate(
     sample: Annotated[int, typer.Option(min=16, metavar="N", help="Number of images to caption.")] = 256,
     seed: Annotated[int, typer.Option(min=0, metavar="S", help="Seed of the sample.")] = 0,
     price_per_gpu_hour: Annotated[
-        float | None, typer.Option(min=0, metavar="X", help="Price to compute the cost.")
+        float | None,
+        typer.Option("--price-per-gpu-hour", "--price-gpu", min=0, metavar="X", help="Price to compute the cost."),
+    ] = None,
+    images: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Number of images: estimate from earlier figures, without SOURCE."),
+    ] = None,
+    gpu: Annotated[str, typer.Option(metavar="NAME", help="With --images: the kind of GPU.")] = "h100",
+    gpus: Annotated[int, typer.Option(min=1, metavar="N", help="With --images: the number of GPUs.")] = 1,
+    cpus_per_gpu: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="With --images: CPUs to decode for each GPU [default: enough]."),
     ] = None,
 ) -> int:
     """Predict time, cost and size from a sample.
 
-    Captions a random sample with the workers that a run would use; nothing is written.
+    Captions a random sample with the workers that a run would use; nothing is written. With --images neither SOURCE
+    nor a cluster is needed: the figures are those of docs/scale.md.
     """
+    if images is not None:
+        from captioner.console import cost
+
+        if config.source.path:
+            raise UsageError(f"--images and SOURCE ({config.source.path}) exclude each other; give one of them")
+        return cost.run(images, gpu, gpus, cpus_per_gpu, price_per_gpu_hour)
     from ray_jobs import estimate
 
     return estimate.run(config, sample, seed, price_per_gpu_hour)

@@ -20,9 +20,10 @@ from captioner.run import quality
 from captioner.run.changed import COMPARE_UP_TO, find_changed
 from captioner.run.quality import enforce
 from captioner.sources import reopen_source
+from captioner.store.counts import TableCounts
 from captioner.store.lock import is_held
 from captioner.store.table import CaptionsTable, open_table
-from captioner.store.verify import TableCounts, Verification, count_rows
+from captioner.store.verify import Verification, count_rows
 from captioner.store.verify import verify as verify_table
 
 
@@ -69,7 +70,7 @@ def status(out: str) -> int:
     table = open_table(out)
     damaged: list[DamagedFileError] = []
     with phase("counting rows", notify):
-        counts: TableCounts = count_rows(table, damaged.append)
+        counts: TableCounts = count_rows(table, damaged.append, whole_files=False)
     lines = [("planned", counts.planned), ("ok", counts.ok), ("failed", counts.failed)]
     lines += [(f"  {reason}", number) for reason, number in counts.failed_by_reason.items()]
     for name, number in [*lines, ("remaining", counts.remaining)]:

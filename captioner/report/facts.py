@@ -27,7 +27,7 @@ def collect(table: CaptionsTable) -> dict[str, Any]:
     """Return everything the page shows except the images. The table must have been checked."""
     check = table.directory.read_json(CHECK_FILE)
     record = table.directory.read_record("run.json")
-    counts = asdict(count_rows(table))
+    counts = asdict(count_rows(table, whole_files=False))
     starts = _starts(table)
     latest: dict[str, Any] = next(
         (start for start in reversed(starts) if start["counts"].get("captioned_in_this_run")), {}

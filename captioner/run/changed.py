@@ -61,13 +61,13 @@ def find_changed(table: CaptionsTable, source: Source, compare_up_to: int | None
     `compare_up_to`: how many files that are newer than their captions are read; all where it is None. Otherwise one
     request for each file, for a tar or a table and all its images, for a folder of a store.
     """
-    changed, files = Changed(), _Files(source, compare_up_to)
+    changed, files, plans = Changed(), _Files(source, compare_up_to), table.plans()
     # What is damaged is captioned again anyway.
     for rows in read_parts(table, _COLUMNS, on_damage=lambda error: None, whole_files=False):
         if not len(rows):
             continue
         part = int(rows["chunk_id"][0].as_py().split("-")[1])
-        planned = current_plan_rows(table, part)
+        planned = current_plan_rows(table, part, plans=plans)
         if len(planned) != len(rows):  # not all of its chunks are committed
             planned = planned.take(pc.index_in(rows["image_id"], planned["image_id"].combine_chunks()))
         mask = np.fromiter(files.have_changed(rows, planned), bool, len(rows))

@@ -28,8 +28,8 @@ from captioner.scoring.terms import read_terms
 from captioner.scoring.verdicts import figures, percent
 from captioner.store.table import CaptionsTable, open_table
 
-# The most rows that are checked at the end of a run: a minute or two, whatever the size of the table.
-ROWS_AT_THE_END = 2_000_000
+# The most rows that are checked, unless --sample all is given: a minute or two, whatever the size of the table.
+MAX_ROWS_CHECKED = 2_000_000
 REFERENCES_FILE = "references.json"  # in OUT: the latest --references, used by later runs and checks
 MIN_TO_WARN = 64  # captions of the first chunks, before a fault of most of them is reported
 MIN_SAME = 10  # images with the same caption: a few may be alike
@@ -85,7 +85,12 @@ def _remember_references(table: CaptionsTable, settings: CheckConfig) -> None:
 def check(
     table: CaptionsTable, settings: CheckConfig, against: str | None = None, max_rows: int | None = None
 ) -> Check:
-    """Check a table and write the result to OUT/checks. `max_rows`: see `CheckSpec`."""
+    """Check a table and write the result to OUT/checks.
+
+    `max_rows`: see `CheckSpec`; by default MAX_ROWS_CHECKED, and all rows where all captions are scored.
+    """
+    if max_rows is None and settings.sample != "all":
+        max_rows = MAX_ROWS_CHECKED
     other = open_table(against) if against else None
     spec = check_spec(table, settings, max_rows)
     result = check_table(table, spec)

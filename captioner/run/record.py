@@ -21,8 +21,8 @@ from captioner.files import shown
 from captioner.run.asked import notes_of
 from captioner.run.bottleneck import busy_shares
 from captioner.run.job import Job
+from captioner.store.counts import TableCounts
 from captioner.store.table import Plan
-from captioner.store.verify import TableCounts
 
 
 @dataclass

@@ -24,6 +24,8 @@ def draw_sample(table: CaptionsTable, size: int, seed: int, references: Referenc
     for plan in table.plans():
         for part in sorted(plan.parts) if plan.adds_parts and size else ():
             rows = table.read_plan_part(plan, part, ["image_id", "reference_captions"])
+            if not references:
+                rows = rows.filter(rows["reference_captions"].is_valid())
             columns = rows["image_id"].to_pylist(), rows["reference_captions"].to_pylist()
             for image_id, from_source in zip(*columns, strict=True):
                 captions = references.find(image_id) if references else from_source

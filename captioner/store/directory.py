@@ -31,7 +31,7 @@ from captioner.store.checksum import (
 )
 
 _TEMPORARY = ".tmp"
-ROW_GROUP_ROWS = 2_048
+ROW_GROUP_ROWS = 8_192
 LEASE_FILE = "writer.json"  # the marker of a running writer: see `captioner.store.lease`
 RECHECK_FILE = "plan/recheck.json"  # a file was found damaged: the next start reads all of them
 
@@ -293,16 +293,18 @@ class Directory:
             raise self.damage(name, f"is damaged: {error}") from error
         return data
 
-    def write_table(self, name: str, table: pa.Table, row_group_size: int | None = None) -> bytes:
+    def write_table(
+        self, name: str, table: pa.Table, row_group_size: int | None = None, compression: str = "zstd"
+    ) -> bytes:
         """Write `table` as one Parquet file, atomically, and return the bytes written."""
-        data = to_parquet(table.schema, [table], row_group_size)
+        data = to_parquet(table.schema, [table], row_group_size, compression)
         self.write_bytes(name, data)
         return data
 
     def write_tables(self, name: str, schema: pa.Schema, tables: Iterable[pa.Table]) -> bytes:
         """Write a stream of tables as one Parquet file, atomically, and return the bytes written.
 
-        Row groups have about 2,000 rows.
+        Row groups have at least ROW_GROUP_ROWS rows.
         """
         data = to_parquet(schema, _row_groups(tables))
         self.write_bytes(name, data)

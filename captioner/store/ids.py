@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import secrets
 import tempfile
 from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from types import TracebackType
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 _BUCKETS = 64
 _DIGEST = np.dtype([("high", "<u8"), ("low", "<u8")])
 _BUFFERED = 65_536  # ids in memory before they are written to files
 
+_MAX_MIXED = 256  # bytes; longer ids get their digests one by one
+# Of this process: nobody can make ids that collide.
+_KEYS = np.frombuffer(secrets.token_bytes(16 * (_MAX_MIXED // 8 + 1)), "<u8").reshape(2, -1)
+_PRIME = np.uint64(0x9E3779B97F4A7C15)
+
 Digests = npt.NDArray[np.void]
+Ids: TypeAlias = Sequence[str] | pa.Array | pa.ChunkedArray
 
 
 class IdIndex:
@@ -42,7 +51,7 @@ class IdIndex:
         self._sorted = None
         self._folder.cleanup()
 
-    def add(self, ids: Sequence[str]) -> None:
+    def add(self, ids: Ids) -> None:
         """Add ids to the set."""
         self._sorted = None
         self._pending.append(digests_of(ids))
@@ -55,7 +64,7 @@ class IdIndex:
         repeated = [bucket[1:][bucket[1:] == bucket[:-1]] for bucket in self._buckets() if len(bucket) > 1]
         return np.unique(np.concatenate(repeated)) if repeated else np.empty(0, _DIGEST)
 
-    def contains(self, ids: Sequence[str]) -> npt.NDArray[np.bool_]:
+    def contains(self, ids: Ids) -> npt.NDArray[np.bool_]:
         """Return for each id whether it was added; bool [N]."""
         if self._sorted is None:
             self._sorted = [self._map_sorted(number, bucket) for number, bucket in enumerate(self._buckets())]
@@ -106,7 +115,51 @@ def _in_buckets(parts: list[Digests]) -> list[Digests]:
     return [digests[order[ends[number] : ends[number + 1]]] for number in range(_BUCKETS)]
 
 
-def digests_of(ids: Sequence[str]) -> Digests:
-    """Return the digests under which an IdIndex keeps these ids."""
-    joined = b"".join(blake2b(image_id.encode(), digest_size=16).digest() for image_id in ids)
-    return np.frombuffer(joined, _DIGEST)
+def digests_of(ids: Ids) -> Digests:
+    """Return the digests under which an IdIndex of this process keeps these ids."""
+    column = ids if isinstance(ids, pa.Array | pa.ChunkedArray) else pa.array(ids, pa.string())
+    batches = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
+    return np.concatenate([np.empty(0, _DIGEST), *map(_digests_of_batch, batches)])
+
+
+def _digests_of_batch(ids: pa.StringArray) -> Digests:
+    digests = np.empty(len(ids), _DIGEST)
+    if not len(ids):
+        return digests
+    _, offsets, data = ids.buffers()
+    ends = np.frombuffer(offsets, np.int32, len(ids) + 1, 4 * ids.offset).astype(np.int64)
+    text = np.frombuffer(data, np.uint8) if data is not None else np.empty(0, np.uint8)
+    digests["high"], digests["low"] = _mixed(text[ends[0] : ends[-1]], ends[:-1] - ends[0], np.diff(ends))
+    for index in np.flatnonzero(np.diff(ends) > _MAX_MIXED):
+        digest = blake2b(ids[int(index)].as_py().encode(), digest_size=16, key=_KEYS.tobytes()[:32]).digest()
+        digests[index] = np.frombuffer(digest, _DIGEST)[0]
+    return digests
+
+
+def _mixed(
+    text: npt.NDArray[np.uint8], starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
+    """Return two hashes of each of the texts that lie in `text`; of those longer than _MAX_MIXED, of their beginning.
+
+    Words of 8 bytes are mixed one after the other with secret keys.
+    """
+    padded = np.concatenate([text, np.zeros(8, np.uint8)])
+    word_at = np.ndarray((len(padded) - 7,), "<u8", padded, strides=(1,))
+    first = lengths.astype(np.uint64) * _PRIME
+    high, low = first + _KEYS[0, -1], first + _KEYS[1, -1]
+    for number in range(-(-min(int(lengths.max()), _MAX_MIXED) // 8)):
+        rows = np.flatnonzero(lengths > 8 * number)
+        words = word_at[starts[rows] + 8 * number]
+        num_outside = np.maximum(8 * (number + 1) - lengths[rows], 0).astype(np.uint64)
+        words &= np.uint64(2**64 - 1) >> (np.uint64(8) * num_outside)
+        for mixed, keys in ((high, _KEYS[0]), (low, _KEYS[1])):
+            mixed[rows] = _mix(mixed[rows], words, keys[number])
+    return high, low
+
+
+def _mix(mixed: npt.NDArray[np.uint64], words: npt.NDArray[np.uint64], key: np.uint64) -> npt.NDArray[np.uint64]:
+    mixed = (mixed ^ (words + key)) * (key | np.uint64(1))
+    mixed ^= mixed >> np.uint64(29)
+    mixed *= _PRIME
+    mixed ^= mixed >> np.uint64(32)
+    return mixed

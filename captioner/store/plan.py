@@ -110,7 +110,7 @@ def make_plan(
         for unit, listing, first_row in _listings_from(source, writer.resume()):
             rows = _numbered(listing.rows, first_row)
             if plans:
-                rows = rows.filter(pa.array(~planned.contains(rows["image_id"].to_pylist())))
+                rows = rows.filter(pa.array(~planned.contains(rows["image_id"])))
             if limit is not None:
                 rows = rows.slice(0, limit - writer.num_rows)
             writer.add(unit, rows, listing)
@@ -156,7 +156,7 @@ def compare_with_source(table: CaptionsTable, source: Source) -> SourceChange:
                 _index_ids(table, plan, planned)
                 num_planned += plan.num_rows
         for _, listing, _ in _listings_from(source, _Position()):
-            is_planned = planned.contains(listing.rows["image_id"].to_pylist())
+            is_planned = planned.contains(listing.rows["image_id"])
             num_kept += int(is_planned.sum())
             num_new += int((~is_planned).sum())
     return SourceChange(num_new=num_new, num_gone=num_planned - num_kept)
@@ -232,7 +232,7 @@ class _PlanWriter:
         self._parts[part], self._position = rows.num_rows, position
         self._notes += notes
         self._num_written_notes = len(self._notes)
-        self._ids.add(rows["image_id"].to_pylist())
+        self._ids.add(rows["image_id"])
         return True
 
     def add(self, unit: str, rows: pa.Table, listing: Listing) -> None:
@@ -241,7 +241,7 @@ class _PlanWriter:
             self._position = replace(copy.deepcopy(self._listed), unit=unit, taken=0)
         self._listed.ignore(listing)
         self._notes += listing.notes
-        self._ids.add(rows["image_id"].to_pylist())
+        self._ids.add(rows["image_id"])
         self._pending.append((unit, rows))
         self._num_pending += rows.num_rows
         while self._num_pending >= self._rows_per_part:
@@ -320,7 +320,7 @@ class _PlanWriter:
         names: list[str] = []
         for part in sorted(self._parts):
             ids = self._table.directory.read_table(plan_part_name(self._generation, part), ["image_id"])["image_id"]
-            is_duplicate = np.isin(digests_of(ids.to_pylist()), duplicates)
+            is_duplicate = np.isin(digests_of(ids), duplicates)
             names += sorted(set(ids.filter(pa.array(is_duplicate)).to_pylist()) - set(names))
             if len(names) >= MAX_EXAMPLES:
                 break
@@ -372,8 +372,7 @@ def _split(
 
 def _index_ids(table: CaptionsTable, plan: Plan, ids: IdIndex) -> None:
     for part in sorted(plan.parts):
-        for batch in table.read_plan_part(plan, part, ["image_id"])["image_id"].chunks:
-            ids.add(batch.to_pylist())
+        ids.add(table.read_plan_part(plan, part, ["image_id"])["image_id"])
 
 
 def _no_images_message(source: Source, plan: Plan) -> str:

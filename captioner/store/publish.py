@@ -4,44 +4,69 @@ A chunk is one file whose name depends on plan and chunk, never on the writer. A
 over from a killed run replaces it with the same rows. A chunk is committed when its file exists.
 
 Every step of publishing replaces one whole file, so a publish that was killed starts again and does only what is
-missing: existing parts stay, and chunks are deleted only after the generation's record is written. Nothing that is
-read here is trusted: a chunk whose bytes are not those that were written is deleted, and its images are captioned
-again.
+missing: existing parts stay, and the chunks of a part are deleted only after the part is written. Nothing that is read
+here is trusted: a chunk whose bytes are not those that were written is deleted, and its images are captioned again.
+
+A `PartPublisher` publishes each part when its last chunk is committed, while others are captioned: there are never more
+chunks than those of a few parts, whatever the size of the table, and `publish` has little left to do at the end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import os
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from hashlib import sha256
+from types import TracebackType
+from typing import Any
 
 import pyarrow as pa
 
 from captioner.console.text import counted
 from captioner.data import Chunk
 from captioner.errors import DamagedFileError, OutputError
+from captioner.run.prefetch import in_parallel
+from captioner.store.checksum import from_parquet
+from captioner.store.counts import COUNTED, TableCounts
 from captioner.store.read import read_chunk, replace_rows, superseded_rows
+from captioner.store.repair import unchanged_parts
 from captioner.store.table import CaptionsTable, Plan, captions_name, history_name
 
+# Parts that are published at the same time, each with memory for its rows and its file.
+PARTS_AT_ONCE = min(4, os.cpu_count() or 1)
+# Chunks of a part that are read or deleted at the same time in a store, which takes some 30 ms to answer.
+REQUESTS_AT_ONCE = 16
 
-def publish(table: CaptionsTable, plan: Plan, on_part: Callable[[int], None] = lambda part: None) -> list[str]:
+OnPart = Callable[[int], None]
+
+
+def publish(table: CaptionsTable, plan: Plan, on_part: OnPart = lambda part: None) -> list[str]:
     """Move the rows of a completely committed generation into captions/. `on_part` is called after each part.
 
-    Needs memory for a few chunks and one written file, whatever the size of the table. Returns a sentence for each
-    file that was damaged or missing: those are deleted, nothing more is published, and the caller captions the chunks
-    that are missing then.
+    Needs memory for PARTS_AT_ONCE parts, whatever the size of the table. Returns a sentence for each file that was
+    damaged or missing: those are deleted, nothing more is published, and the caller captions the chunks that are
+    missing then.
     """
     published = table.published_parts() if plan.adds_parts else set()
-    files, problems = {}, list[str]()
-    for part in sorted(plan.parts):
-        table.check_current()
-        try:
-            data = _publish_part(table, plan, part, part in published)
-            files[part] = {"sha256": sha256(data).hexdigest(), "num_bytes": len(data)}
-        except DamagedFileError:
-            damaged = _delete_damaged(table, plan, part, part in published)
-            if not damaged:
-                raise
-            problems += damaged
+    files = {part: file for part, file in _unchanged_files(table, plan).items() if part in published}
+    problems: list[str] = []
+    parts = [part for part in sorted(plan.parts) if part not in files]
+
+    def parts_of_this_table() -> Iterator[int]:
+        for part in parts:
+            table.check_current()
+            yield part
+
+    results = in_parallel(
+        lambda part: _publish_or_delete(table, plan, part, part in published), parts_of_this_table(), PARTS_AT_ONCE
+    )
+    for part, (file, damaged) in zip(parts, results, strict=True):
+        problems += damaged
+        if file is not None:
+            files[part] = file
         on_part(part)
     if not problems:
         table.write_published(plan.generation, files)
@@ -49,12 +74,87 @@ def publish(table: CaptionsTable, plan: Plan, on_part: Callable[[int], None] = l
     return problems
 
 
+def _unchanged_files(table: CaptionsTable, plan: Plan) -> dict[int, dict[str, Any]]:
+    """Return the record of the parts of a plan that a PartPublisher published, and that nobody has changed since."""
+    if not plan.adds_parts:
+        return {}
+    files = table.files_so_far(plan.generation)
+    unchanged = unchanged_parts(table, [plan], files)
+    return {part: file for part, file in files.items() if part in unchanged and part in plan.parts and file["counts"]}
+
+
 def remove_merged_chunks(table: CaptionsTable) -> None:
     """Delete the chunk files of published generations, also those that late writers of killed runs left."""
     for plan in table.plans():
         if table.is_published(plan.generation):
-            for chunk_id in table.committed_chunks(plan.generation):
-                table.directory.delete(table.chunk_name(chunk_id))
+            _delete_chunks(table, table.committed_chunks(plan.generation))
+
+
+def _delete_chunks(table: CaptionsTable, chunk_ids: Iterable[str]) -> None:
+    def delete(chunk_id: str) -> None:
+        table.directory.delete(table.chunk_name(chunk_id))
+
+    for _ in in_parallel(delete, iter(sorted(chunk_ids)), _requests_at_once(table)):
+        pass
+
+
+def _requests_at_once(table: CaptionsTable) -> int:
+    return 1 if table.directory.is_local else REQUESTS_AT_ONCE
+
+
+class PartPublisher:
+    """Publishes each part of a plan when all its chunks are committed; a context manager.
+
+    `chunks`: those of the plan that are missing now. `check_held`: raises OutputError where OUT is no longer this
+    run's. Parts of which a file is damaged, and those of plans that supersede rows, are left to `publish`.
+    """
+
+    def __init__(
+        self, table: CaptionsTable, plan: Plan, chunks: Iterable[Chunk], check_held: Callable[[], None] = lambda: None
+    ) -> None:
+        self._table, self._plan, self._check_held = table, plan, check_held
+        self._num_missing = Counter(chunk.part for chunk in chunks) if plan.adds_parts else Counter[int]()
+        self._files = _unchanged_files(table, plan)
+        self._lock = threading.Lock()
+        self._pending: list[Future[None]] = []
+        self._threads = ThreadPoolExecutor(PARTS_AT_ONCE, thread_name_prefix="publishing")
+
+    def __enter__(self) -> PartPublisher:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Wait for what has begun. Raises what went wrong in it, unless there is an error already."""
+        self._threads.shutdown(wait=True, cancel_futures=kind is not None)
+        if kind is None:
+            for future in self._pending:
+                future.result()
+
+    def add(self, chunk_id: str) -> None:
+        """Note that a chunk is committed. Raises what went wrong with parts that were published before."""
+        if not self._num_missing:
+            return
+        part = int(chunk_id.split("-")[1])
+        self._num_missing[part] -= 1
+        if not self._num_missing[part]:
+            self._pending.append(self._threads.submit(self._publish, part))
+        for future in [future for future in self._pending if future.done()]:
+            self._pending.remove(future)
+            future.result()
+
+    def _publish(self, part: int) -> None:
+        self._check_held()
+        with self._lock:
+            self._table.check_current()
+        try:
+            file = _publish_part(self._table, self._plan, part, is_published=False)
+        except DamagedFileError:
+            return
+        with self._lock:
+            self._files[part] = file
+            self._table.write_files_so_far(self._plan.generation, self._files)
+        _delete_chunks(self._table, (chunk.chunk_id for chunk in self._plan.part_chunks(part)))
 
 
 def missing_chunks(table: CaptionsTable, plan: Plan) -> list[Chunk]:
@@ -74,29 +174,57 @@ def has_rows_of(table: CaptionsTable, plan: Plan, part: int) -> bool:
     return bool((generations[superseded_rows(table, plan, part)] >= plan.generation).all())
 
 
-def _publish_part(table: CaptionsTable, plan: Plan, part: int, is_published: bool) -> bytes:
-    """Write a part, unless it is there already, and return its bytes. Raises DamagedFileError."""
-    name = captions_name(part)
+def _publish_or_delete(
+    table: CaptionsTable, plan: Plan, part: int, is_published: bool
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """Publish a part; or else delete its damaged files, and return a sentence for each."""
+    try:
+        return _publish_part(table, plan, part, is_published), []
+    except DamagedFileError:
+        damaged = _delete_damaged(table, plan, part, is_published)
+        if not damaged:
+            raise
+        return None, damaged
+
+
+def _publish_part(table: CaptionsTable, plan: Plan, part: int, is_published: bool) -> dict[str, Any]:
+    """Write a part, unless it is there already, and return its entry in the record. Raises DamagedFileError."""
+    name, counts = captions_name(part), TableCounts()
     if is_published or (not plan.adds_parts and has_rows_of(table, plan, part)):
         # Of a generation that supersedes rows, they were written before a kill; the older ones are in history/.
-        return table.directory.read_checked(name)
-    if plan.adds_parts:
-        return table.directory.write_tables(name, table.schema, _committed_rows(table, plan, part))
-    current = table.directory.read_table(name)
-    newer = pa.concat_tables(_committed_rows(table, plan, part))
-    indices = superseded_rows(table, plan, part)
-    table.directory.write_table(history_name(plan.generation, part), current.take(indices))
-    return table.directory.write_table(name, replace_rows(current, indices, newer))
+        data = table.directory.read_checked(name)
+        counts.add_rows(from_parquet(data, COUNTED))
+    elif plan.adds_parts:
+        counted_columns: list[pa.Table] = []
+        rows_of_chunks = _noted(_committed_rows(table, plan, part), counted_columns)
+        data = table.directory.write_tables(name, table.schema, rows_of_chunks)
+        counts.add_rows(pa.concat_tables(counted_columns))
+    else:
+        current = table.directory.read_table(name)
+        newer = pa.concat_tables(_committed_rows(table, plan, part))
+        indices = superseded_rows(table, plan, part)
+        table.directory.write_table(history_name(plan.generation, part), current.take(indices))
+        rows = replace_rows(current, indices, newer)
+        counts.add_rows(rows)
+        data = table.directory.write_table(name, rows)
+    return {"sha256": sha256(data).hexdigest(), "num_bytes": len(data), "counts": counts.to_record()}
+
+
+def _noted(tables: Iterable[pa.Table], counted_columns: list[pa.Table]) -> Iterator[pa.Table]:
+    """Yield the same tables, and append to a list the columns by which their rows are counted."""
+    for rows in tables:
+        counted_columns.append(rows.select(COUNTED))
+        yield rows
 
 
 def _committed_rows(table: CaptionsTable, plan: Plan, part: int) -> Iterator[pa.Table]:
     """Yield the rows of a part, chunk by chunk, each compared with the plan. Raises DamagedFileError."""
     planned = table.read_plan_part(plan, part, ["image_id"])["image_id"]
-    for chunk in plan.part_chunks(part):
-        yield _planned_rows(table, plan, chunk, planned)
+    read = partial(_planned_rows, table, plan, planned)
+    return in_parallel(read, iter(plan.part_chunks(part)), _requests_at_once(table))
 
 
-def _planned_rows(table: CaptionsTable, plan: Plan, chunk: Chunk, planned: pa.ChunkedArray) -> pa.Table:
+def _planned_rows(table: CaptionsTable, plan: Plan, planned: pa.ChunkedArray, chunk: Chunk) -> pa.Table:
     rows = read_chunk(table, chunk)
     if not rows["image_id"].equals(planned.slice(chunk.index * plan.rows_per_chunk, chunk.num_rows)):
         name = table.chunk_name(chunk.chunk_id)
@@ -118,7 +246,7 @@ def _delete_damaged(table: CaptionsTable, plan: Plan, part: int, is_published: b
         table.directory.read_checked(captions_name(part))
     for chunk in plan.part_chunks(part):
         try:
-            _planned_rows(table, plan, chunk, planned)
+            _planned_rows(table, plan, planned, chunk)
         except DamagedFileError as error:
             what = str(error).rpartition("; ")[0]
             table.directory.delete(table.chunk_name(chunk.chunk_id))
@@ -137,4 +265,5 @@ def commit_chunk(table: CaptionsTable, chunk: Chunk, rows: pa.Table) -> None:
         raise OutputError(
             f"chunk {chunk.chunk_id}: {counted(len(chunk_rows), 'row')} for {counted(chunk.num_rows, 'image')}"
         )
-    table.directory.write_table(table.chunk_name(chunk.chunk_id), rows.cast(table.schema))
+    # A chunk is read once, soon: lz4 takes half the time of zstd for that, and twice the bytes.
+    table.directory.write_table(table.chunk_name(chunk.chunk_id), rows.cast(table.schema), compression="lz4")

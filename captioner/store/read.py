@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,13 +29,15 @@ def read_parts(
     every: int = 1,
     on_damage: OnDamage = raise_damage,
     whole_files: bool = True,
+    besides: Collection[int] = (),
 ) -> Iterator[pa.Table]:
     """Yield the committed rows, one part of the table (about --rows-per-file rows) at a time, in plan order.
 
     `every`: yield only one of so many parts. Of a run that is not finished, images without a committed row are left
     out; committed rows of an unfinished `--retry-failed` replace the older ones. `on_damage` is called for each file
     that is damaged or missing; where it returns, the rows of that file are left out. `whole_files`: compare published
-    files with their checksums; without, only the pages of `columns` are read and checked.
+    files with their checksums; without, only the pages of `columns` are read and checked. `besides`: parts that are
+    left out.
     """
     plans = table.plans()
     published = table.published_parts()
@@ -43,7 +45,8 @@ def read_parts(
     for plan in plans:
         is_published = table.is_published(plan.generation)
         committed = set() if is_published else table.committed_chunks(plan.generation)
-        for part in sorted(plan.parts)[::every] if plan.adds_parts else ():
+        parts = sorted(plan.parts)[::every] if plan.adds_parts else []
+        for part in (part for part in parts if part not in besides):
             try:
                 if part in published or is_published:
                     rows = read_part(table, plan, part, columns, whole_files)

@@ -33,6 +33,7 @@ from captioner.store.table import (
     plan_part_mark,
     plan_part_name,
     published_name,
+    publishing_name,
 )
 
 
@@ -219,9 +220,9 @@ def _unplanned_rows(table: CaptionsTable, source: Source, plan: Plan, damaged: s
             for part in other.parts if other.adds_parts else ():
                 if other.generation != plan.generation or part not in damaged:
                     with suppress(DamagedFileError):  # of a later plan, whose turn comes
-                        planned.add(table.read_plan_part(other, part, ["image_id"])["image_id"].to_pylist())
+                        planned.add(table.read_plan_part(other, part, ["image_id"])["image_id"])
         for _, listing in list_units(source, list(source.units())):
-            is_planned = planned.contains(listing.rows["image_id"].to_pylist())
+            is_planned = planned.contains(listing.rows["image_id"])
             tables.append(listing.rows.filter(pa.array(~is_planned)))
     return pa.concat_tables(tables, promote_options="default")
 
@@ -277,53 +278,58 @@ def _reopen_damaged_parts(table: CaptionsTable, recheck: bool) -> list[str]:
         if table.is_published(plan.generation) and (problem := _damage_of_record(table, plan)):
             table.directory.delete(published_name(plan.generation))
             problems.append(f"{problem}; it is made again from captions/")
-    digests = recorded_digests(table)
+    files = recorded_files(table)
     present = table.published_parts()
-    unchanged = set() if recheck else _unchanged_parts(table, plans, digests)
+    unchanged = set() if recheck else unchanged_parts(table, plans, files)
     for plan in plans:
         for part in sorted(plan.parts) if plan.adds_parts else ():
             if part in unchanged or (part not in present and not table.is_published(plan.generation)):
                 continue
-            problem = damage_of_part(table, plan, part, digests.get(part))
+            problem = damage_of_part(table, plan, part, files.get(part))
             if problem:
                 _reopen(table, plans, plan, part)
                 problems.append(f"{problem}; captioning {counted(plan.parts[part], 'image')} again")
     return problems
 
 
-def _unchanged_parts(table: CaptionsTable, plans: list[Plan], digests: dict[int, dict[str, str | int]]) -> set[int]:
-    """Return the published parts whose files look as they did when published.json was written after them."""
+def unchanged_parts(table: CaptionsTable, plans: list[Plan], files: dict[int, dict[str, Any]]) -> set[int]:
+    """Return the published parts whose files look as they did when their record was written after them.
+
+    `files`: see `recorded_files`.
+    """
     records: dict[int, FileStat | None] = {}  # the latest one of each part
     for plan in plans:
-        if table.is_published(plan.generation):
-            record = table.directory.list_files(plan_folder(plan.generation)).get(
-                posixpath.basename(published_name(plan.generation))
-            )
+        is_published = table.is_published(plan.generation)
+        if is_published or plan.adds_parts:
+            name = (published_name if is_published else publishing_name)(plan.generation)
+            record = table.directory.list_files(plan_folder(plan.generation)).get(posixpath.basename(name))
             records |= dict.fromkeys(plan.parts, record)
-    files = table.directory.list_files("captions")
+    stats = table.directory.list_files("captions")
     return {
         part
-        for part, digest in digests.items()
-        if (file := files.get(posixpath.basename(captions_name(part)))) is not None
-        and file.is_unchanged(int(digest["num_bytes"]), records.get(part))
+        for part, file in files.items()
+        if (stat := stats.get(posixpath.basename(captions_name(part)))) is not None
+        and stat.is_unchanged(int(file["num_bytes"]), records.get(part))
     }
 
 
-def recorded_digests(table: CaptionsTable) -> dict[int, dict[str, str | int]]:
-    """Return for each published part the "sha256" and "num_bytes" that were recorded when it was last written.
+def recorded_files(table: CaptionsTable) -> dict[int, dict[str, Any]]:
+    """Return for each published part the "sha256", "num_bytes" and "counts" recorded when it was last written.
 
     Parts that an unfinished generation may be replacing are left out. Raises DamagedFileError.
     """
-    digests: dict[int, dict[str, str | int]] = {}
+    files: dict[int, dict[str, Any]] = {}
     for plan in table.plans():
         if table.is_published(plan.generation):
-            digests |= table.published_files(plan.generation)
-        elif not plan.adds_parts:  # its publish may have been killed while it replaced these
-            digests = {part: digest for part, digest in digests.items() if part not in plan.parts}
-    return digests
+            files |= table.published_files(plan.generation)
+        elif plan.adds_parts:
+            files |= table.files_so_far(plan.generation)
+        else:  # its publish may have been killed while it replaced these
+            files = {part: file for part, file in files.items() if part not in plan.parts}
+    return files
 
 
-def damage_of_part(table: CaptionsTable, plan: Plan, part: int, recorded: dict[str, str | int] | None) -> str:
+def damage_of_part(table: CaptionsTable, plan: Plan, part: int, recorded: dict[str, Any] | None) -> str:
     """Return in words how a published part is damaged, or "".
 
     A part that another program wrote anew, with rows of the planned images, is not damaged: `captioner verify` names

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 import numpy as np
@@ -41,7 +41,7 @@ def make_retry_plan(
     if indices is None:
         indices = {}
         for part in generation_of_parts(table):
-            status = table.directory.read_table(captions_name(part), ["status"])["status"]
+            status = table.directory.read_columns(captions_name(part), ["status"])["status"]
             indices[part] = np.flatnonzero(pc.equal(status, STATUS_FAILED).to_numpy())
     return plan_rows_again(table, "retry", indices, table.plans()[0].rows_per_chunk, refresh=refresh)
 
@@ -55,7 +55,8 @@ def plan_rows_again(
     refresh: Refresh | None = None,
 ) -> Plan | None:
     """Freeze the rows at `indices` as the next generation; `None` where there are none. Few rows get small chunks."""
-    generation = table.plans()[-1].generation + 1
+    plans = table.plans()
+    generation = plans[-1].generation + 1
     table.directory.delete_folder(plan_folder(generation))  # left by a planning that was killed
     parts = {part: len(rows) for part, rows in indices.items() if len(rows)}
     if not parts:
@@ -63,7 +64,7 @@ def plan_rows_again(
     rows_per_chunk = min(rows_per_chunk, max(MIN_ROWS_PER_CHUNK, -(-sum(parts.values()) // 64)))
     plan = Plan(generation, kind, rows_per_chunk, parts, recaption=recaption)
     for part in parts:
-        rows = current_plan_rows(table, part).take(indices[part])
+        rows = current_plan_rows(table, part, plans=plans).take(indices[part])
         if refresh is not None:
             codes = table.directory.read_table(captions_name(part), ["error_code"])["error_code"].take(indices[part])
             rows = refresh(rows, codes.to_pylist())
@@ -72,12 +73,15 @@ def plan_rows_again(
     return plan
 
 
-def current_plan_rows(table: CaptionsTable, part: int, before: int | None = None) -> pa.Table:
+def current_plan_rows(
+    table: CaptionsTable, part: int, before: int | None = None, plans: Sequence[Plan] | None = None
+) -> pa.Table:
     """Return the plan rows of a part, each as the latest generation has it: it may have been planned anew.
 
-    `before`: leave out this generation and later ones.
+    `before`: leave out this generation and later ones. `plans`: those of the table, where the caller has read them.
     """
-    first, *later = (plan for plan in table.plans() if part in plan.parts)
+    plans = table.plans() if plans is None else plans
+    first, *later = (plan for plan in plans if part in plan.parts)
     rows = table.read_plan_part(first, part)
     for plan in later:
         if before is None or plan.generation < before:

@@ -7,6 +7,7 @@
       plan/gNNN/part-PPPPP.parquet  the planned images; one row group for each chunk
       plan/gNNN/plan.json           written last: the listing is complete
       plan/gNNN/notes.txt           every note about the source, where plan.json has only the first ones
+      plan/gNNN/publishing.json     which parts of a generation are in captions/ while others are captioned
       plan/gNNN/published.json      written last: the generation is in captions/
       chunks/TABLE_ID/CHUNK_ID.parquet   the committed rows of a generation that is not published yet
       captions/part-PPPPP.parquet   the published table: rows in plan order, exactly the current row of each image
@@ -23,13 +24,14 @@ import re
 import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
 
 from captioner.config import SourceConfig
 from captioner.data import CAPTIONS_SCHEMA, SAMPLES_FIELD, Chunk
-from captioner.errors import OutputError
+from captioner.errors import DamagedFileError, OutputError
 from captioner.store.directory import Directory
 
 SCHEMA_VERSION = 1
@@ -41,7 +43,8 @@ _TABLE_ID = re.compile(r"[0-9a-f]+")
 _PLAN_FOLDER = re.compile(r"g(\d{3,})")
 _PART = re.compile(r"part-(\d{5,})\.parquet")
 _CHUNK = re.compile(r"g\d{3,}-\d{5,}-\d{4,}\.parquet")
-_FILE_FACTS = ("sha256", "num_bytes")  # of a published file
+# Of a published file. Of tables of earlier versions there are no counts (see `captioner.store.counts`).
+_FILE_FACTS = ("sha256", "num_bytes")
 _MALFORMED = (AttributeError, KeyError, TypeError, ValueError)  # of JSON that lacks what it should hold
 PLAN_FACTS = b"captioner.plan"  # schema metadata of a plan part that captions rows again: kind and recaption as JSON
 PLAN_PART = b"captioner.part"  # schema metadata of a plan part: table id and name
@@ -147,7 +150,7 @@ class CaptionsTable:
         serialised = self.info.get("answer_schema")
         return list(pa.ipc.read_schema(pa.py_buffer(bytes.fromhex(serialised)))) if serialised else []
 
-    @property
+    @cached_property
     def schema(self) -> pa.Schema:
         """CAPTIONS_SCHEMA, `captions` where several were asked for, the source's kept columns, and the answers."""
         return pa.schema([*CAPTIONS_SCHEMA, *self._sample_fields, *self.kept_fields, *self.answer_fields])
@@ -212,21 +215,32 @@ class CaptionsTable:
         return self.directory.exists(published_name(generation))
 
     def published_files(self, generation: int) -> dict[int, dict[str, Any]]:
-        """Return "sha256" and "num_bytes" of each part that a generation wrote, from its published.json.
+        """Return "sha256", "num_bytes" and "counts" of each part that a generation wrote, from its published.json.
 
         Raises DamagedFileError.
         """
         name = published_name(generation)
-        record = self.directory.read_json(name)
         try:
-            return {int(part): {key: file[key] for key in _FILE_FACTS} for part, file in record["files"].items()}
+            return _files_of(self.directory.read_json(name))
         except _MALFORMED as error:
             raise self.directory.damage(name, f"is damaged: {error!r}") from error
 
     def write_published(self, generation: int, files: dict[int, dict[str, Any]]) -> None:
         """Write published.json of a generation: from then on its rows are in captions/."""
-        record = {"files": {str(part): file for part, file in sorted(files.items())}}
-        self.directory.write_json(published_name(generation), record, checksum=True)
+        self.directory.write_json(published_name(generation), _record_of(files), checksum=True)
+        self.directory.delete(publishing_name(generation))
+
+    def files_so_far(self, generation: int) -> dict[int, dict[str, Any]]:
+        """Return the same of a generation that is not published yet, from its publishing.json; {} without one."""
+        name = publishing_name(generation)
+        try:
+            return _files_of(self.directory.read_json(name)) if self.directory.exists(name) else {}
+        except (DamagedFileError, *_MALFORMED):  # its parts are then read
+            return {}
+
+    def write_files_so_far(self, generation: int, files: dict[int, dict[str, Any]]) -> None:
+        """Write publishing.json of a generation, after the parts that it names."""
+        self.directory.write_json(publishing_name(generation), _record_of(files), checksum=True)
 
     def open_plans(self) -> list[Plan]:
         """Return the generations whose rows are not all in captions/ yet."""
@@ -309,6 +323,10 @@ def plan_part_name(generation: int, part: int) -> str:
 
 def published_name(generation: int) -> str:
     return f"{plan_folder(generation)}/published.json"
+
+
+def publishing_name(generation: int) -> str:
+    return f"{plan_folder(generation)}/publishing.json"
 
 
 def captions_name(part: int) -> str:
@@ -411,6 +429,18 @@ def table_exists(location: str) -> bool:
     """
     directory = Directory(location)
     return directory.exists(TABLE_FILE) and not directory.exists(_OVERWRITE_FILE)
+
+
+def _record_of(files: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    return {"files": {str(part): file for part, file in sorted(files.items())}}
+
+
+def _files_of(record: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """Return the files of a record of what was published, by part. Raises one of _MALFORMED."""
+    return {
+        int(part): {key: file[key] for key in _FILE_FACTS} | {"counts": file.get("counts")}
+        for part, file in record["files"].items()
+    }
 
 
 def _plan_from_json(generation: int, value: dict[str, Any]) -> Plan:

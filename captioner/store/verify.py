@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -15,27 +16,13 @@ from captioner.console.text import counted
 from captioner.data import ERROR_CODES, STATUS_FAILED, STATUS_OK
 from captioner.errors import DamagedFileError
 from captioner.store.checksum import parquet_matches
+from captioner.store.counts import COUNTED, TableCounts
 from captioner.store.ids import IdIndex
 from captioner.store.read import OnDamage, raise_damage, read_chunk, read_parts
-from captioner.store.repair import recorded_digests
+from captioner.store.repair import recorded_files, unchanged_parts
 from captioner.store.table import CaptionsTable, Plan, captions_name, history_name, part_numbers
 
 MAX_PROBLEMS = 20
-
-
-@dataclass
-class TableCounts:
-    """The current rows of a table by status. `remaining`: planned images without a committed row."""
-
-    planned: int = 0
-    ok: int = 0
-    failed: int = 0
-    failed_by_reason: dict[str, int] = field(default_factory=dict)
-    by_fingerprint: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def remaining(self) -> int:
-        return self.planned - self.ok - self.failed
 
 
 @dataclass
@@ -71,21 +58,22 @@ class Verification:
 
 
 def count_rows(table: CaptionsTable, on_damage: OnDamage = raise_damage, whole_files: bool = True) -> TableCounts:
-    """Count the committed rows by status and by fingerprint. `on_damage`, `whole_files`: see `read_parts`."""
-    counts = TableCounts(planned=sum(plan.num_rows for plan in table.plans() if plan.adds_parts))
-    reasons: Counter[str] = Counter()
-    fingerprints: Counter[str] = Counter()
-    for rows in read_parts(
-        table, ["status", "error_code", "fingerprint"], on_damage=on_damage, whole_files=whole_files
-    ):
-        failed = rows.filter(pc.equal(rows["status"], STATUS_FAILED))
-        counts.ok += rows.num_rows - failed.num_rows
-        counts.failed += failed.num_rows
-        for item in failed["error_code"].value_counts().to_pylist():
-            reasons[item["values"]] += item["counts"]
-        for item in rows["fingerprint"].value_counts().to_pylist():
-            fingerprints[item["values"]] += item["counts"]
-    counts.failed_by_reason, counts.by_fingerprint = dict(reasons.most_common()), dict(fingerprints.most_common())
+    """Count the committed rows by status and by fingerprint.
+
+    `on_damage`, `whole_files`: see `read_parts`. Without `whole_files`, published parts that have not changed since
+    they were counted for their record are not read at all.
+    """
+    plans = table.plans()
+    counts = TableCounts(planned=sum(plan.num_rows for plan in plans if plan.adds_parts))
+    files: dict[int, dict[str, Any]] = {}
+    if not whole_files:
+        with suppress(DamagedFileError):  # of a record: all parts are read then
+            files = recorded_files(table)
+    unchanged = unchanged_parts(table, plans, {part: file for part, file in files.items() if file["counts"]})
+    for part in unchanged:
+        counts.add_record(files[part]["counts"])
+    for rows in read_parts(table, COUNTED, on_damage=on_damage, whole_files=whole_files, besides=unchanged):
+        counts.add_rows(rows)
     return counts
 
 
@@ -115,10 +103,10 @@ def _verify_plan(table: CaptionsTable, plan: Plan, result: Verification, planned
     committed = set() if is_published else table.committed_chunks(plan.generation)
     for part in sorted(plan.parts):
         with result.noting_damage():
-            ids = table.read_plan_part(plan, part, ["image_id"])["image_id"].to_pylist()
+            ids = table.read_plan_part(plan, part, ["image_id"])["image_id"]
             if plan.adds_parts:
                 planned.add(ids)
-            if is_published and plan.adds_parts:
+            if plan.adds_parts and (is_published or part in published):
                 _verify_part(table, part, ids, part in published, result)
             elif is_published:
                 _verify_history(table, plan, part, ids)
@@ -126,19 +114,19 @@ def _verify_plan(table: CaptionsTable, plan: Plan, result: Verification, planned
                 if chunk.chunk_id in committed:
                     with result.noting_damage():
                         first = chunk.index * plan.rows_per_chunk
-                        committed_ids = read_chunk(table, chunk, ["image_id"])["image_id"].to_pylist()
-                        expected = Counter(ids[first : first + chunk.num_rows])
-                        _compare(table.chunk_name(chunk.chunk_id), expected, Counter(committed_ids), result)
+                        committed_ids = read_chunk(table, chunk, ["image_id"])["image_id"]
+                        expected = ids.slice(first, chunk.num_rows)
+                        _compare(table.chunk_name(chunk.chunk_id), expected, committed_ids, result)
 
 
-def _verify_part(table: CaptionsTable, part: int, ids: list[str], is_there: bool, result: Verification) -> None:
+def _verify_part(table: CaptionsTable, part: int, ids: pa.ChunkedArray, is_there: bool, result: Verification) -> None:
     name = captions_name(part)
     if not is_there:
         result.lost += len(ids)
         result.add_problem(f"{name} is missing: {counted(len(ids), 'image has', 'images have')} no row")
         return
     rows = table.directory.read_table(name, ["image_id", "status", "error_code"])
-    _compare(name, Counter(ids), Counter(rows["image_id"].to_pylist()), result)
+    _compare(name, ids, rows["image_id"], result)
     wrong = rows.filter(pc.invert(_has_known_status(rows)))["image_id"]
     if len(wrong):
         result.add_problem(
@@ -146,10 +134,10 @@ def _verify_part(table: CaptionsTable, part: int, ids: list[str], is_there: bool
         )
 
 
-def _verify_history(table: CaptionsTable, plan: Plan, part: int, ids: list[str]) -> None:
+def _verify_history(table: CaptionsTable, plan: Plan, part: int, ids: pa.ChunkedArray) -> None:
     """Verify that the rows which a generation superseded are all in history/, in its order."""
     name = history_name(plan.generation, part)
-    if table.directory.read_table(name, ["image_id"])["image_id"].to_pylist() != ids:
+    if not table.directory.read_table(name, ["image_id"])["image_id"].equals(ids):
         raise table.directory.damage(name, f"does not hold the rows that generation {plan.generation} superseded")
 
 
@@ -160,8 +148,12 @@ def _has_known_status(rows: pa.Table) -> pa.ChunkedArray:
     return pc.or_(is_ok, pc.and_(pc.equal(rows["status"], STATUS_FAILED), has_error_code))
 
 
-def _compare(name: str, planned: Counter[str], actual: Counter[str], result: Verification) -> None:
-    missing, extra = planned - actual, actual - planned
+def _compare(name: str, planned: pa.ChunkedArray, actual: pa.ChunkedArray, result: Verification) -> None:
+    """Count what is missing or doubled in a file. `planned`, `actual`: image ids."""
+    if actual.equals(planned):
+        return
+    expected, present = Counter(planned.to_pylist()), Counter(actual.to_pylist())
+    missing, extra = expected - present, present - expected
     result.lost += missing.total()
     result.doubled += extra.total()
     if missing:
@@ -173,10 +165,10 @@ def _compare(name: str, planned: Counter[str], actual: Counter[str], result: Ver
 
 def _verify_files(table: CaptionsTable, result: Verification) -> None:
     """Verify every Parquet file against its checksum, and captions/ against the record of what was published."""
-    digests: dict[int, dict[str, str | int]] = {}
+    files: dict[int, dict[str, Any]] = {}
     planned: set[int] = set()
     with result.noting_damage():
-        digests = recorded_digests(table)
+        files = recorded_files(table)
     for plan in table.plans():
         planned |= set(plan.parts) if plan.adds_parts else set()
     names = table.directory.list_names("captions")
@@ -194,7 +186,7 @@ def _verify_files(table: CaptionsTable, result: Verification) -> None:
                 result.unchecked += 1
             folder, _, file = name.rpartition("/")
             (part,) = part_numbers([file]) or (-1,)
-            if folder == "captions" and part in digests:
+            if folder == "captions" and part in files:
                 digest = sha256(data).hexdigest()
-                if digest != digests[part]["sha256"]:
+                if digest != files[part]["sha256"]:
                     result.add_problem(f"{name} is not the file that was published (sha256 {digest[:12]})")
