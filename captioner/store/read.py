@@ -40,19 +40,26 @@ def read_parts(
     left out.
     """
     plans = table.plans()
+    open_plans = [plan for plan in plans if not table.is_published(plan.generation)]
+    # Chunks are listed first: those of a part that a run publishes meanwhile are deleted after the part is there.
+    committed = {plan.generation: table.committed_chunks(plan.generation) for plan in open_plans}
     published = table.published_parts()
-    retries = [plan for plan in plans if not plan.adds_parts and not table.is_published(plan.generation)]
+    retries = [plan for plan in open_plans if not plan.adds_parts]
     for plan in plans:
-        is_published = table.is_published(plan.generation)
-        committed = set() if is_published else table.committed_chunks(plan.generation)
         parts = sorted(plan.parts)[::every] if plan.adds_parts else []
         for part in (part for part in parts if part not in besides):
             try:
-                if part in published or is_published:
+                if part in published or plan.generation not in committed:
                     rows = read_part(table, plan, part, columns, whole_files)
                     yield _with_newer_rows(table, rows, part, retries, columns, on_damage)
-                else:
-                    yield _read_chunks(table, plan.part_chunks(part), committed, columns, on_damage)
+                    continue
+                damage: list[DamagedFileError] = []
+                rows = _read_chunks(table, plan.part_chunks(part), committed[plan.generation], columns, damage.append)
+                if damage and part in table.published_parts():
+                    rows, damage = read_part(table, plan, part, columns, whole_files), []
+                for error in damage:
+                    on_damage(error)
+                yield rows
             except DamagedFileError as error:
                 on_damage(error)
 
@@ -174,13 +181,13 @@ def open_datasets(location: str) -> TableDatasets:
     Checksums are not compared: that is what `captioner verify` does. Raises OutputError where there is no table.
     """
     table = open_table(location)
+    plans = [plan for plan in table.open_plans() if plan.adds_parts]
+    committed = set[str]().union(*(table.committed_chunks(plan.generation) for plan in plans))
     published = table.published_parts()
     names = [captions_name(part) for part in sorted(published)]
-    for plan in table.open_plans():
-        if plan.adds_parts:
-            committed = table.committed_chunks(plan.generation)
-            chunks = [chunk for chunk in plan.chunks() if chunk.part not in published and chunk.chunk_id in committed]
-            names += [table.chunk_name(chunk.chunk_id) for chunk in chunks]
+    for plan in plans:
+        chunks = [chunk for chunk in plan.chunks() if chunk.part not in published and chunk.chunk_id in committed]
+        names += [table.chunk_name(chunk.chunk_id) for chunk in chunks]
     history = [name for name in table.parquet_files() if name.startswith("history/")]
     return TableDatasets(_dataset(table, names), _dataset(table, history))
 

@@ -20,6 +20,7 @@ from captioner.run import job
 from captioner.store.directory import Directory
 from captioner.store.ids import digests_of
 from captioner.store.publish import PartPublisher, publish
+from captioner.store.read import raise_damage, read_parts
 from captioner.store.table import CaptionsTable, captions_name, open_table, publishing_name
 from captioner.store.verify import count_rows, verify
 from captioner.testing.synthetic import InstantEngine, SyntheticSource
@@ -131,6 +132,21 @@ def test_counting_a_finished_table_reads_no_part_but_one_that_was_changed(
     table.directory.write_table(captions_name(3), rows.slice(0, 1_000))
     with pytest.raises(DamagedFileError):
         count_rows(table, whole_files=False)
+
+
+def test_a_part_that_is_published_while_it_is_read_is_read_once(config: CaptionConfig) -> None:
+    table = stopped_after(config, 3)
+    (plan,) = table.plans()
+    engine = InstantEngine()
+    opened = job.open_job(config, engine, lambda line: None)
+    list(engine.caption_chunks(opened.work, opened.missing_chunks(plan)))
+    rows = read_parts(table, ["image_id"], on_damage=raise_damage)
+    first = next(rows)
+
+    publish(table, plan)
+
+    ids = pa.concat_tables([first, *rows])["image_id"].to_pylist()
+    assert len(ids) == len(set(ids)) == ROWS
 
 
 @given(ids=st.lists(st.text(max_size=300), max_size=40), cut=st.integers(0, 40), number=st.integers(1, 5))
