@@ -29,8 +29,13 @@ def check_field(table: CaptionsTable, name: str) -> None:
 
 
 def texts_of(rows: pa.Table, name: str) -> pa.ChunkedArray:
-    """Return a column of `rows` as text; null where an image has none. Lists are joined by commas."""
+    """Return a column of `rows` as text; null where an image has none. Lists are joined by commas.
+
+    An empty caption stays an empty text: the model answered so, and a reviewer writes another.
+    """
     column = rows[name]
+    if name == CAPTION_FIELD:
+        return column
     if _is_list(column.type):
         column = pc.binary_join(pc.cast(column, pa.list_(pa.string())), ", ")
     texts = pc.cast(column, pa.string())

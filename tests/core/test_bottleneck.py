@@ -96,10 +96,10 @@ def test_a_batch_that_does_not_fit_is_halved_and_no_row_is_lost(tmp_path, monkey
     captioner = load(ref, device="cpu", batch_size=16)
     search = captioner.search
 
-    def search_in_little_memory(values):
+    def search_in_little_memory(values, *numbers):
         if len(values) > 5:
             raise torch.OutOfMemoryError("out of memory")
-        return search(values)
+        return search(values, *numbers)
 
     monkeypatch.setattr(captioner, "search", search_in_little_memory)
 

@@ -133,10 +133,10 @@ def test_a_batch_is_decoded_while_the_next_is_searched(captioner, pixels, monkey
         decoded.release()
         return to_captions(*result)
 
-    def waiting_search(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def waiting_search(values: torch.Tensor, *numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if next(searched) > 0:
             assert decoded.acquire(timeout=WAIT_S)
-        return search(values)
+        return search(values, *numbers)
 
     monkeypatch.setattr(captioner, "to_captions", watched_to_captions)
     monkeypatch.setattr(captioner, "search", waiting_search)
@@ -164,10 +164,10 @@ def test_a_call_uploads_while_another_is_searched(captioner, pixels, monkeypatch
         uploading.release()
         return batches(values, size)
 
-    def waiting_search(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def waiting_search(values: torch.Tensor, *numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         for _ in range(next(calls_to_wait_for, 0)):
             assert uploading.acquire(timeout=WAIT_S)
-        return search(values)
+        return search(values, *numbers)
 
     calls_to_wait_for = iter([2])  # the first search waits for its own call and for the other
     expected = captioner.caption(pixels)
@@ -183,10 +183,10 @@ def test_an_error_in_a_batch_is_raised_and_the_next_call_succeeds(captioner, pix
     search = captioner.search
     outcomes: Iterator[bool] = iter([True, True, False])
 
-    def failing_search(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def failing_search(values: torch.Tensor, *numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if not next(outcomes, True):
             raise RuntimeError("CUDA error")
-        return search(values)
+        return search(values, *numbers)
 
     monkeypatch.setattr(captioner, "search", failing_search)
 
