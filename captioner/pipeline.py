@@ -32,6 +32,7 @@ from captioner.errors import (
 from captioner.files import shown
 from captioner.models import load
 from captioner.models.devices import pick_device
+from captioner.models.resolving import FAKE
 from captioner.run.job import Engine, Job, open_job, plan_images
 from captioner.run.prefetch import in_parallel, one_ahead
 from captioner.run.quality import MAX_ROWS_CHECKED, SpotCheck, check, enforce, report
@@ -106,7 +107,7 @@ class ThisProcess:
         """Do nothing: the model is loaded with the first chunk."""
 
     def device(self) -> str:
-        if self._model.endpoint:
+        if self._model.endpoint or self._model.name == FAKE:  # which need no torch
             return "cpu"
         with phase("importing torch", notify):
             return pick_device(self._model.device).type

@@ -79,7 +79,10 @@ def _rows(table: CaptionsTable, plan: Plan) -> Iterator[tuple[dict[str, Any], di
     """Yield (replaced row, current row) for each image of a generation."""
     for part in sorted(plan.parts):
         part_rows = table.read_plan_part(plan, part, ["part_row"])["part_row"]
-        older = table.directory.read_table(history_name(plan.generation, part), _COLUMNS)
+        name = history_name(plan.generation, part)
+        older = table.directory.read_table(name, _COLUMNS)
+        if len(older) != plan.parts[part]:
+            raise table.directory.damage(name, "is damaged: it holds the rows of another part")
         newer = table.directory.read_table(captions_name(part), _COLUMNS).take(part_rows.combine_chunks())
         for old, new in zip(older.to_batches(1024), _batches(newer, older), strict=True):
             yield from zip(old.to_pylist(), new.to_pylist(), strict=True)

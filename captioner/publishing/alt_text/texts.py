@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 
 from captioner.console.text import shell_command
 from captioner.errors import OutputError
-from captioner.publishing.alt_text.schemas import TEXTS_SCHEMA, UNREVIEWED
+from captioner.publishing.alt_text.schemas import ALT_TEXT_SCHEMA, TEXTS_SCHEMA, UNREVIEWED
 from captioner.publishing.fields import CAPTION_FIELD, check_field, texts_of
 from captioner.store.journal import Review, read_latest_reviews
 from captioner.store.read import read_parts
@@ -87,7 +87,7 @@ def read_alt_texts(table: CaptionsTable, columns: list[str]) -> Iterator[tuple[i
     read_settings(table)
     columns = list(dict.fromkeys([*columns, "image_id", "run_id", "created_at"]))
     for part, rows in zip(generation_of_parts(table), read_parts(table, columns), strict=True):
-        alt_texts = table.directory.read_table(alt_text_name(part))
+        alt_texts = table.directory.read_table(alt_text_name(part), ALT_TEXT_SCHEMA.names)
         if not all(alt_texts[name].equals(rows[name]) for name in ("image_id", "run_id", "created_at")):
             out = table.directory.shown("")
             raise OutputError(f"{out} has newer captions than alt texts; run `{shell_command('alt-text', out)}` again")
