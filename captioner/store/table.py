@@ -112,6 +112,7 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         return {
+            "generation": self.generation,
             "kind": self.kind,
             "rows_per_chunk": self.rows_per_chunk,
             "parts": {str(part): rows for part, rows in sorted(self.parts.items())},
@@ -447,6 +448,8 @@ def _plan_from_json(generation: int, value: dict[str, Any]) -> Plan:
     recaption = value.get("recaption")
     if value["kind"] not in _KINDS or value["rows_per_chunk"] < 1:
         raise ValueError(value["kind"])
+    if value.get("generation", generation) != generation:  # plans of earlier versions do not say theirs
+        raise ValueError(f"it is that of generation {value['generation']}")
     return Plan(
         generation=generation,
         kind=value["kind"],

@@ -219,6 +219,7 @@ def test_a_part_of_the_plan_in_the_place_of_another_is_damage(tmp_path: Path, fi
         ("report/report.json", "alt_text/settings.json"),
         ("captions/part-00001.parquet", "alt_text/part-00001.parquet"),
         ("captions/part-00001.parquet", "checks/part-00000.parquet"),
+        ("plan/g000/plan.json", "plan/g001/plan.json"),
         ("plan/g000/plan.json", "run.json"),
         ("run.json", "checks/check.json"),
     ],
