@@ -103,10 +103,11 @@ def _shell(config: CaptionConfig) -> str:
 def _starts(table: CaptionsTable) -> list[dict[str, Any]]:
     """Return the records of the latest ten starts, oldest first."""
     names = table.directory.list_names("runs")[-10:]
-    records = [record for name in names if (record := table.directory.read_record(f"runs/{name}"))]
+    records = [table.directory.read_record(f"runs/{name}") for name in names]
     keys = ("run_id", "state", "written_at", "images_per_second")
     groups = ("seconds", "busy", "counts")
     return [
         {key: record.get(key) for key in keys} | {group: record.get(group, {}) for group in groups}
-        for record in records
+        for name, record in zip(names, records, strict=True)
+        if record.get("run_id") == name.removesuffix(".json")  # else it is damaged, or the record of something else
     ]
