@@ -218,8 +218,8 @@ class OutputConfig(Settings):
     extend: bool = Field(False, description="Add images that are new in the source.")
     only: str | None = Field(
         None,
-        description="Caption these rows again, usually with a better model: flags, flag:NAME, logprob<10%, rejected, "
-        "expert or failed, joined by 'or'.",
+        description="Caption these rows again, usually with a better model: flags, flag:NAME, logprob<10%, judge<10%, "
+        "rejected, expert or failed, joined by 'or'.",
     )
     max_failed: float = Field(1.0, ge=0, le=1, description="Exit 2 when a larger share of the images failed.")
     no_dedupe: bool = Field(False, description="Caption every image, also byte-equal copies.")
@@ -288,6 +288,30 @@ class CaptionConfig(Settings):
     cluster: ClusterConfig = ClusterConfig()
     output: OutputConfig = OutputConfig()
     check: SpotCheckConfig = SpotCheckConfig()
+
+
+class JudgeConfig(Settings):
+    """Which model judges captions by their images, and beside how many others."""
+
+    name: str = Field(
+        "",
+        description="CLIP or SigLIP: a model directory, a hub id or a URI.",
+        json_schema_extra={"flag": "model"},
+    )
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub id.")
+    device: Device = _device_field()
+    batch_size: int = Field(64, ge=1, description="Images for each forward pass.")
+    num_others: int = Field(
+        100, ge=1, le=500, description="Other images that each caption is compared with, drawn from those near it."
+    )
+    seed: int = Field(0, ge=0, description="Seed of the draw of other images.")
+
+
+class JudgeTableConfig(Settings):
+    """The settings of `captioner judge`."""
+
+    judge: JudgeConfig = JudgeConfig()
+    cluster: ClusterConfig = ClusterConfig()
 
 
 class AltTextConfig(Settings):

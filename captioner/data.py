@@ -110,6 +110,12 @@ class Chunk:
     def chunk_id(self) -> str:
         return f"g{self.generation:03d}-{self.part:05d}-{self.index:04d}"
 
+    @classmethod
+    def of_id(cls, chunk_id: str) -> Chunk:
+        """Return the chunk with this id; its number of rows is not known."""
+        generation, part, index = (int(text) for text in chunk_id.removeprefix("g").split("-"))
+        return cls(generation, part, index, num_rows=0)
+
 
 @dataclass(frozen=True, slots=True)
 class Listing:

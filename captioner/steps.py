@@ -112,10 +112,10 @@ def read(work: Work, chunk: Chunk) -> ReadChunk:
     """Read the files of a chunk. Raises SourceError where the source as a whole is at fault."""
     started = time.perf_counter()
     planned = read_planned(work.table, chunk)
-    return ReadChunk(chunk, planned, _read_rows(work, chunk, planned), time.perf_counter() - started)
+    return ReadChunk(chunk, planned, read_rows(work, chunk, planned), time.perf_counter() - started)
 
 
-def _read_rows(work: Work, chunk: Chunk, planned: pa.Table) -> list[RawImage]:
+def read_rows(work: Work, chunk: Chunk, planned: pa.Table) -> list[RawImage]:
     """Read planned rows of a chunk, up to READ_BYTES; the code of those that are to be read later is NOT_YET."""
     with reads_at_once(work.read_concurrency), limited_to(ReadLimits(work.max_file_size, READ_BYTES)):
         # A run that captions every copy must read every copy: the source must not share the bytes of the first one.
@@ -160,7 +160,7 @@ def _decode_all(work: Work, read: ReadChunk, decode_images: Callable[[Sequence[R
         if not later.any():
             break
         indices = indices[later]
-        raws = _read_rows(work, read.chunk, read.planned.take(indices))
+        raws = read_rows(work, read.chunk, read.planned.take(indices))
     order = np.argsort(np.concatenate(decoded))
     rows = pa.concat_tables([batch.rows for batch in batches]).take(order).combine_chunks()
     return ImageBatch(rows, np.concatenate([batch.pixels for batch in batches])[order])

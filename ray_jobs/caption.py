@@ -172,7 +172,7 @@ def _execute(
     from ray.data.exceptions import ExecutionTimeoutError
     from ray.exceptions import RayError
 
-    _configure_ray_data(work)
+    configure_ray_data(work)
     starts, waiting = WorkerStarts(), ExitStack()
     waiting.enter_context(phase("starting workers" if work.model.endpoint else "starting workers, loading weights"))
     try:
@@ -194,7 +194,7 @@ def _execute(
         ) from error
 
 
-def _configure_ray_data(work: Work) -> None:
+def configure_ray_data(work: Work) -> None:
     """Let dropped blocks and stalls fail the run, and turn off Ray Data's own display."""
     import ray.data
 

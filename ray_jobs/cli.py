@@ -12,7 +12,14 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
-from captioner.config import CaptionConfig, CheckTableConfig, ExportTextsConfig, MakeAltTextConfig, TrainConfig
+from captioner.config import (
+    CaptionConfig,
+    CheckTableConfig,
+    ExportTextsConfig,
+    JudgeTableConfig,
+    MakeAltTextConfig,
+    TrainConfig,
+)
 from captioner.console.phases import HEARTBEAT
 from captioner.console.stopping import quit_at_once
 from captioner.console.text import counted, printable
@@ -236,6 +243,28 @@ def check(
 
 
 @command()
+@takes(JudgeTableConfig)
+def judge(config: JudgeTableConfig, out: Out) -> int:
+    """Score captions against their images.
+
+    A CLIP or SigLIP model embeds captions and images: CLIPScore, beside that of the same captions on other images, and
+    whether each caption finds its image among 100 others. Needs no references. Images are read again from the source.
+
+    The same command again judges only what is new. The scores are in OUT/checks/judge, the weakest captions in the
+    report.
+    """
+    from captioner.console import commands
+    from captioner.run.judging import JudgeEngine, JudgeHere
+
+    if config.cluster.local:
+        return commands.judge(out, config, JudgeHere())
+    from ray_jobs.judge import RayJudge
+
+    engine: JudgeEngine = RayJudge(config.cluster)
+    return commands.judge(out, config, engine)
+
+
+@command()
 def report(
     out: Out,
     open: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
@@ -272,7 +301,8 @@ def review(
     queue: Annotated[
         Literal["flagged", "random", "all"],
         typer.Option(
-            help="flagged: flagged texts first, then the least certain. random: to measure the acceptance rate."
+            help="flagged: flagged texts first, then the weakest by `captioner judge`, then the least certain. "
+            "random: to measure the acceptance rate."
         ),
     ] = "flagged",
     open: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,

@@ -48,6 +48,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "captioner check captions/ --references refs.jsonl",
         "captioner check captions/ --max-flagged 0.1",
     ),
+    "judge": (
+        "captioner judge captions/ \\\n      --model openai/clip-vit-base-patch32",
+        "captioner judge captions/ --model clip/ --local",
+    ),
     "report": ("captioner report captions/ --open",),
     "alt-text": ("captioner alt-text captions/", "captioner alt-text captions/ --max-chars 100"),
     "spot-check": (
@@ -74,7 +78,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "demo server": ("captioner demo server",),
 }
 COMMAND_GROUPS = {
-    "Captions": ("caption", "init", "try", "status", "verify", "check", "spot-check", "report"),
+    "Captions": ("caption", "init", "try", "status", "verify", "check", "judge", "spot-check", "report"),
     "Alt texts": ("alt-text", "review", "export"),
     "Training": ("train", "feedback"),
     "Clusters": ("doctor", "estimate", "submit"),

@@ -9,14 +9,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from captioner.config import CheckConfig
+from captioner.config import CheckConfig, JudgeTableConfig
 from captioner.console.phases import phase
 from captioner.console.stopping import notify
 from captioner.console.text import counted, printable
 from captioner.errors import ERROR, OK, CaptionerError, DamagedFileError
 from captioner.report import FIGURES
 from captioner.report.terminal import print_check
-from captioner.run import quality
+from captioner.run import judging, quality
 from captioner.run.changed import COMPARE_UP_TO, find_changed
 from captioner.run.quality import enforce
 from captioner.sources import reopen_source
@@ -135,6 +135,17 @@ def check(out: str, settings: CheckConfig, against: str | None = None) -> int:
     print_check(table.directory.read_json(FIGURES))
     print(f"the report: {printable(page)}")
     enforce(result, settings)
+    return OK
+
+
+def judge(out: str, config: JudgeTableConfig, engine: judging.JudgeEngine) -> int:
+    """Judge the captions of a table by their images, write its report and print the figures."""
+    figures = judging.judge(out, config, engine)
+    with phase("writing the report", notify):
+        page = quality.report(open_table(out))
+    for line in judging.lines(figures):
+        print(printable(line))
+    print(f"the report: {printable(page)}")
     return OK
 
 

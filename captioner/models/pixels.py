@@ -65,6 +65,8 @@ _BY_MODEL_TYPE = {
     "deit": "DeiT",
     "beit": "Beit",
     "dinov2": "Bit",
+    "clip": "CLIP",
+    "siglip": "Siglip",
 }
 
 

@@ -16,6 +16,9 @@ from captioner.models.adapters import merge
 # What transformers raises for directories that it cannot open a model or a tokenizer from.
 LOADING_ERRORS = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError)
 
+# Constants that earlier versions of transformers saved with the weights: of GPT-2 until 2023, of CLIP.
+_CONSTANTS = (".attn.masked_bias", ".position_ids")
+
 
 def open_tokenizer(path: str) -> Any:
     """Return the tokenizer of a model directory. Raises ModelError where it has none with a vocabulary."""
@@ -71,16 +74,16 @@ def open_model(
             )
     except LOADING_ERRORS as error:
         raise ModelError(f"{path}: the model cannot be loaded: {' '.join(str(error).split())}") from None
-    _check_loading_info(path, info)
+    check_loading_info(path, info)
     if adapter is not None:
         model = merge(model, adapter)
     return model.to(device).eval()
 
 
-def _check_loading_info(path: str, info: dict[str, Any]) -> None:
+def check_loading_info(path: str, info: dict[str, Any]) -> None:
+    """Raise ModelError naming the tensors that are missing, unexpected or of a wrong shape."""
     mismatched = [f"{name} is {list(shape)}, not {list(other)}" for name, shape, other in info["mismatched_keys"]]
-    # A constant that transformers saved in GPT-2 checkpoints until 2023.
-    unexpected = [name for name in info["unexpected_keys"] if not name.endswith(".attn.masked_bias")]
+    unexpected = [name for name in info["unexpected_keys"] if not name.endswith(_CONSTANTS)]
     faults = (("missing", info["missing_keys"]), ("unexpected", unexpected), ("misshapen", mismatched))
     described = [f"{len(names)} {kind}: {_shorten(sorted(names))}" for kind, names in faults if names]
     if described:

@@ -15,6 +15,7 @@ from captioner.report.verdict import verdict_of
 from captioner.run.bottleneck import bottleneck_line
 from captioner.scoring.check_table import CHECK_FILE
 from captioner.scoring.flags import ALL_FLAGS
+from captioner.scoring.judgements import JUDGE_FILE
 from captioner.store.table import CaptionsTable
 from captioner.store.verify import count_rows
 
@@ -36,6 +37,7 @@ def collect(table: CaptionsTable) -> dict[str, Any]:
         "verdict": asdict(verdict_of(counts, check)),
         "counts": counts,
         "check": check,
+        "judge": _judgement(table),
         "flag_meanings": ALL_FLAGS,
         "throughput": _throughput(check["survey"]["committed"], check["survey"]["committed_seconds"]),
         "stages": _stages(latest),
@@ -47,6 +49,17 @@ def collect(table: CaptionsTable) -> dict[str, Any]:
         "fingerprint": table.info.get("fingerprint"),
         "table_id": table.table_id,
     }
+
+
+def _judgement(table: CaptionsTable) -> dict[str, Any] | None:
+    """Return the figures of `captioner judge`; None where it did not run.
+
+    `is_current`: whether the table has no captions that were made since.
+    """
+    figures = table.directory.read_record(JUDGE_FILE)
+    if not figures:
+        return None
+    return figures | {"is_current": figures["generations"] == [plan.generation for plan in table.plans()]}
 
 
 def _throughput(committed: Sequence[Sequence[int]], resolution: int) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def thumbnails(table: CaptionsTable, shown: Iterable[Mapping[str, Any]]) -> tupl
         source = reopen_source(table.info["source"])
         with GuardedDecoder(SIDE, MAX_PIXELS, config.decode_timeout) as decoder:
             for chunk_id, rows in by_chunk.items():
-                planned = read_planned(table, _chunk(chunk_id)).take(pa.array(sorted(rows)))
+                planned = read_planned(table, Chunk.of_id(chunk_id)).take(pa.array(sorted(rows)))
                 readable = {raw.image_id: raw.data for raw in read_images(source, planned) if raw.data is not None}
                 for image_id, decoded in zip(readable, decoder(readable.values()), strict=True):
                     if decoded.pixels is not None:
@@ -49,11 +49,6 @@ def thumbnails(table: CaptionsTable, shown: Iterable[Mapping[str, Any]]) -> tupl
     except (CaptionerError, OSError) as error:
         return uris, f"images could not be read from the source: {error}"
     return uris, ""
-
-
-def _chunk(chunk_id: str) -> Chunk:
-    generation, part, index = (int(text) for text in chunk_id.removeprefix("g").split("-"))
-    return Chunk(generation, part, index, num_rows=0)
 
 
 def data_uri(square: npt.NDArray[np.uint8], width: int, height: int) -> str:

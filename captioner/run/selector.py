@@ -8,6 +8,7 @@ Terms are joined by "or" or a comma; a row is selected where one of them applies
     flag:NAME     its caption has this flag
     logprob<10%   its caption is among the least certain 10 % ("below" may stand for "<")
     logprob<-2.5  its mean log-probability is below -2.5
+    judge<10%     its lift is among the lowest 10 % of those that `captioner judge` found
     rejected      a reviewer rejected the caption
     expert        a reviewer sent it to an expert
     failed        it has no caption
@@ -33,12 +34,24 @@ import pyarrow.compute as pc
 from captioner.data import STATUS_FAILED
 from captioner.errors import UsageError
 from captioner.scoring.flags import CAPTION_FLAGS, RUN_FLAGS
+from captioner.scoring.judgements import lifts_of
 from captioner.store.directory import Directory
 from captioner.store.replan import Refresh, RowIndices, generation_of_parts, plan_rows_again
 from captioner.store.table import CaptionsTable, Plan, Recaption, captions_name
 
-_EXAMPLES = ("flags", "logprob<10%", "rejected", "expert", "failed", *(f"flag:{name}" for name in CAPTION_FLAGS))
+_EXAMPLES = (
+    "flags",
+    "logprob<10%",
+    "judge<10%",
+    "rejected",
+    "expert",
+    "failed",
+    *(f"flag:{name}" for name in CAPTION_FLAGS),
+)
 _LOGPROB = re.compile(r"logprob(?:<|below)(-?\d+(?:\.\d+)?)(%?)")
+_JUDGE = re.compile(r"judge(?:<|below)(\d+(?:\.\d+)?)%")
+# Lifts, between -5 and 5, are counted in bins: a share is exact to the width of one.
+_LIFT_BINS = 1 << 20
 # Log-probabilities are counted by the upper bits of their float32: the width of a bin is 1/2048 of its value.
 _BIN_BITS = 12
 _COLUMNS = ["image_id", "status", "flags", "logprob_mean", "fingerprint", "created_at"]
@@ -80,6 +93,7 @@ class Selector:
     failed: bool = False
     percent: float | None = None  # the least certain share of the captions
     logprob_below: float | None = None
+    judge_percent: float | None = None  # the share of the judged captions with the lowest lift
 
     @property
     def text(self) -> str:
@@ -89,6 +103,8 @@ class Selector:
             terms.append(f"logprob<{self.percent:g}%")
         if self.logprob_below is not None:
             terms.append(f"logprob<{self.logprob_below:g}")
+        if self.judge_percent is not None:
+            terms.append(f"judge<{self.judge_percent:g}%")
         return " or ".join([*terms, *sorted(self.decisions), *["failed"] * self.failed])
 
 
@@ -98,6 +114,7 @@ def parse_selector(text: str) -> Selector:
     decisions: set[str] = set()
     shares: list[float] = []
     limits: list[float] = []
+    judged: list[float] = []
     terms = ["".join(term.lower().split()) for term in re.split(r",|\bor\b", text)]
     for term in terms:
         logprob = _LOGPROB.fullmatch(term)
@@ -109,12 +126,16 @@ def parse_selector(text: str) -> Selector:
             decisions.add(term)
         elif logprob:
             (shares if logprob[2] else limits).append(float(logprob[1]))
+        elif judge := _JUDGE.fullmatch(term):
+            judged.append(float(judge[1]))
         elif term != "failed":
             raise UsageError(_unknown_term(text, term))
     if len(shares) + len(limits) > 1 or any(not 0 < share <= 100 for share in shares):
         raise UsageError(f"--only {text}: give one logprob<Q, Q a share above 0% up to 100%, or a log-probability")
-    percent, limit = shares[0] if shares else None, limits[0] if limits else None
-    return Selector(frozenset(flags), frozenset(decisions), "failed" in terms, percent, limit)
+    if len(judged) > 1 or any(not 0 < share <= 100 for share in judged):
+        raise UsageError(f"--only {text}: give one judge<Q, Q a share above 0% up to 100%")
+    percent, limit, judge_percent = (values[0] if values else None for values in (shares, limits, judged))
+    return Selector(frozenset(flags), frozenset(decisions), "failed" in terms, percent, limit, judge_percent)
 
 
 def _unknown_term(text: str, term: str) -> str:
@@ -123,7 +144,7 @@ def _unknown_term(text: str, term: str) -> str:
         return f"--only {text}: {name!r} is a flag of the whole run, not of one caption; give logprob<10%, for instance"
     near = difflib.get_close_matches(term, _EXAMPLES, n=1, cutoff=0.5)
     return f"--only {text}: {term!r} is no term; " + (
-        f"did you mean {near[0]!r}?" if near else f"terms are {', '.join(_EXAMPLES[:5])}, flag:NAME, joined by 'or'"
+        f"did you mean {near[0]!r}?" if near else f"terms are {', '.join(_EXAMPLES[:6])}, flag:NAME, joined by 'or'"
     )
 
 
@@ -133,6 +154,7 @@ class Selection:
 
     indices: RowIndices = field(default_factory=dict)
     logprob_below: float | None = None
+    lift_below: float | None = None
     settled: int = 0
 
 
@@ -150,17 +172,23 @@ def make_recaption_plan(
     Every plan of the table must be published.
     """
     selection = select(table, selector, fingerprint, reviews)
-    recaption = Recaption(selector.text, fingerprint, dict(model), selection.logprob_below)
+    recaption = Recaption(selector.text, fingerprint, dict(model), selection.logprob_below, selection.lift_below)
     return plan_rows_again(table, "recaption", selection.indices, rows_per_chunk, recaption, refresh), selection
 
 
 def select(table: CaptionsTable, selector: Selector, fingerprint: str, reviews: Mapping[str, Review]) -> Selection:
     """Return the rows that match, for a model of that fingerprint. Reads the table once, or twice for a share."""
-    selection = Selection(logprob_below=_logprob_below(table, selector, fingerprint))
+    earlier = _earlier_limits(table, selector, fingerprint)
+    selection = Selection(
+        logprob_below=earlier.logprob_below if earlier else _logprob_below(table, selector, fingerprint),
+        lift_below=earlier.lift_below if earlier else _lift_below(table, selector, fingerprint),
+    )
     selected = {image_id: review for image_id, review in reviews.items() if review.decision in selector.decisions}
     settled_reviews = {image_id: review for image_id, review in reviews.items() if review.is_settled}
     for part, rows in _parts(table):
         weak = _is_weak(rows, selector, selection.logprob_below) | _reviewed(rows, selected)
+        if selection.lift_below is not None:
+            weak |= lifts_of(table, part, rows) < selection.lift_below
         weak &= pc.not_equal(rows["fingerprint"], fingerprint).to_numpy()
         settled = weak & _reviewed(rows, settled_reviews)
         selection.settled += int(settled.sum())
@@ -196,18 +224,41 @@ def _reviewed(rows: pa.Table, reviews: Mapping[str, Review]) -> npt.NDArray[np.b
     return is_reviewed
 
 
-def _logprob_below(table: CaptionsTable, selector: Selector, fingerprint: str) -> float | None:
-    """Return the limit to which a share comes, among captions of other models.
+def _earlier_limits(table: CaptionsTable, selector: Selector, fingerprint: str) -> Recaption | None:
+    """Return the earlier generation with the same selector and model, if any.
 
-    The limit of an earlier generation with the same selector and model stays: it must not move with the rows captioned
-    since.
+    Its limits stay: they must not move with the rows captioned since.
     """
-    if selector.percent is None:
-        return selector.logprob_below
     for plan in reversed(table.plans()):
         earlier = plan.recaption
         if earlier and (earlier.only, earlier.fingerprint) == (selector.text, fingerprint):
-            return earlier.logprob_below
+            return earlier
+    return None
+
+
+def _lift_below(table: CaptionsTable, selector: Selector, fingerprint: str) -> float | None:
+    """Return the limit to which a share of the judged captions of other models comes.
+
+    Raises UsageError where no caption is judged.
+    """
+    if selector.judge_percent is None:
+        return None
+    counts = np.zeros(_LIFT_BINS, np.int64)
+    for part, rows in _parts(table):
+        lifts = lifts_of(table, part, rows)[pc.not_equal(rows["fingerprint"], fingerprint).to_numpy()]
+        lifts = lifts[~np.isnan(lifts)]
+        bins = np.clip((lifts + 5) / 10 * _LIFT_BINS, 0, _LIFT_BINS - 1).astype(np.int64)
+        counts += np.bincount(bins, minlength=_LIFT_BINS)
+    if not counts.any():
+        raise UsageError(f"--only {selector.text}: no caption is judged; run captioner judge on this OUT first")
+    last = int(np.searchsorted(np.cumsum(counts), selector.judge_percent / 100 * counts.sum()))
+    return (last + 1) / _LIFT_BINS * 10 - 5
+
+
+def _logprob_below(table: CaptionsTable, selector: Selector, fingerprint: str) -> float | None:
+    """Return the limit to which a share comes, among captions of other models."""
+    if selector.percent is None:
+        return selector.logprob_below
     counts = np.zeros(1 << (32 - _BIN_BITS), np.int64)
     for _, rows in _parts(table):
         logprobs = rows.filter(pc.not_equal(rows["fingerprint"], fingerprint))["logprob_mean"].drop_null().to_numpy()

@@ -96,7 +96,8 @@ def check_table(table: CaptionsTable, spec: CheckSpec) -> Check:
             for row in selector.eligible(rows_slice):
                 sample.offer(row.rank, row.image_id, None)
     selector.set_sample(sample)
-    table.directory.delete_folder("checks")  # removes the parts of an earlier check
+    for name in table.directory.list_names("checks"):  # of an earlier check
+        table.directory.delete(f"checks/{name}")
     checker = RowChecker(spec, stats)
     columns = selector.columns([*COLUMNS, "flags", "chunk_id", "chunk_row"])
     for part, rows in enumerate(read_parts(table, columns, every)):

@@ -55,14 +55,15 @@ _KINDS = ("archive", "extend", "retry", "recaption")
 class Recaption:
     """The selection and the model of a generation of kind "recaption", which may change a table's fingerprint.
 
-    `only`: the selector of its rows, see `captioner.run.selector`. `logprob_below`: the limit to which a share of the
-    captions came. `model`: as in table.json.
+    `only`: the selector of its rows, see `captioner.run.selector`. `logprob_below`, `lift_below`: the limits to which
+    shares of the captions came. `model`: as in table.json.
     """
 
     only: str
     fingerprint: str
     model: dict[str, Any]
     logprob_below: float | None = None
+    lift_below: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,7 +263,7 @@ class CaptionsTable:
         for folder in ("plan", "history"):
             for below in self.directory.list_folders(folder):
                 yield from self._parquet_files_in(f"{folder}/{below}")
-        for folder in (self.chunk_folder, "captions", "alt_text", "checks"):
+        for folder in (self.chunk_folder, "captions", "alt_text", "checks", "checks/judge"):
             yield from self._parquet_files_in(folder)
 
     def _parquet_files_in(self, folder: str) -> Iterator[str]:

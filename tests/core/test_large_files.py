@@ -100,7 +100,7 @@ def test_a_chunk_is_read_in_pieces_that_fit_into_memory(
 ) -> None:
     (make_folder(tmp_path / "images", 20) if kind == "folder" else make_tar(tmp_path / "images/x.tar", 20))
     assert pipeline.run(caption_config(tmp_path / "images", tmp_path / "whole")) == 0
-    read, largest = steps._read_rows, []
+    read, largest = steps.read_rows, []
 
     def watched(*arguments):
         raws = read(*arguments)
@@ -108,7 +108,7 @@ def test_a_chunk_is_read_in_pieces_that_fit_into_memory(
         return raws
 
     monkeypatch.setattr(steps, "READ_BYTES", room)
-    monkeypatch.setattr(steps, "_read_rows", watched)
+    monkeypatch.setattr(steps, "read_rows", watched)
 
     assert pipeline.run(caption_config(tmp_path / "images", tmp_path / "pieces")) == 0
 

@@ -176,7 +176,7 @@ def test_history_that_is_gone_is_found(tmp_path: Path, run: Run) -> None:
         ("low_confidence", "flag of the whole run"),
         ("logprob<0%", "above 0%"),
         ("logprob<5% or logprob<-1", "give one"),
-        ("", "terms are flags, logprob<10%"),
+        ("", "terms are flags, logprob<10%, judge<10%"),
     ],
 )
 def test_a_selector_that_makes_no_sense(tmp_path: Path, run: Run, only: str, message: str) -> None:

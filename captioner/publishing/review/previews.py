@@ -73,7 +73,7 @@ class _Reader:
             with self._lock:
                 if self._source is None:
                     self._source = reopen_source(self._table.info["source"])
-            planned = read_planned(self._table, _chunk(row.chunk_id)).take(pa.array([row.chunk_row]))
+            planned = read_planned(self._table, Chunk.of_id(row.chunk_id)).take(pa.array([row.chunk_row]))
             (raw,) = read_images(self._source, planned)
             return raw
         except (CaptionerError, OSError) as error:
@@ -121,8 +121,3 @@ def _jpeg(decoded: DecodedImage, side: int) -> bytes:
     assert decoded.pixels is not None
     Image.fromarray(decoded.pixels).resize(size).save(stream, "JPEG", quality=_JPEG_QUALITY)
     return stream.getvalue()
-
-
-def _chunk(chunk_id: str) -> Chunk:
-    generation, part, index = (int(text) for text in chunk_id.removeprefix("g").split("-"))
-    return Chunk(generation, part, index, num_rows=0)

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 
 from captioner.publishing.alt_text.texts import read_alt_texts
 from captioner.publishing.review.standing_flags import flagged_rows
+from captioner.scoring.judgements import lifts_of
 from captioner.scoring.sample import rank
 from captioner.store.journal import Review
 from captioner.store.table import CaptionsTable
@@ -31,6 +32,7 @@ _FIELDS = np.dtype(
         ("created", "<i8"),  # creation time of the caption, microseconds
         ("flagged", "?"),
         ("logprob", "<f4"),  # -inf when the model gave none
+        ("lift", "<f4"),  # by `captioner judge`; inf where it was not judged
     ]
 )
 
@@ -38,7 +40,8 @@ _FIELDS = np.dtype(
 class Queue:
     """All captioned images of a table; `index` is an image's position among them, in table order.
 
-    `kind`: "flagged" puts flagged images first, then those with the lowest log-probability; "random" is the same random
+    `kind`: "flagged" puts flagged images first, then those with the lowest lift where they are judged (see
+    `captioner.scoring.judgements`), then those with the lowest log-probability; "random" is the same random
     order for every reviewer and every start; "all" is the table's order. `reviews`: the decisions so far, by image id.
     Raises OutputError as `read_alt_texts` does.
     """
@@ -50,7 +53,7 @@ class Queue:
         self.for_expert: set[int] = set()
         parts: list[npt.NDArray[np.void]] = []
         for part, rows, alt_texts in read_alt_texts(table, _COLUMNS):
-            keys, ids = _keys(part, rows, alt_texts, self.seed)
+            keys, ids = _keys(table, part, rows, alt_texts, self.seed)
             first = sum(map(len, parts))
             parts.append(keys)
             for row, image_id in enumerate(ids) if reviews else ():
@@ -141,10 +144,12 @@ class Queue:
             return np.arange(len(self))
         if self.kind == "random":
             return self._by_id
-        return np.lexsort((self._keys["id"], self._keys["logprob"], ~self._keys["flagged"]))
+        return np.lexsort((self._keys["id"], self._keys["logprob"], self._keys["lift"], ~self._keys["flagged"]))
 
 
-def _keys(part: int, rows: pa.Table, alt_texts: pa.Table, seed: int) -> tuple[npt.NDArray[np.void], list[str]]:
+def _keys(
+    table: CaptionsTable, part: int, rows: pa.Table, alt_texts: pa.Table, seed: int
+) -> tuple[npt.NDArray[np.void], list[str]]:
     """Return the keys of a part's captioned images (dtype _FIELDS), and their ids."""
     kept = np.flatnonzero(pc.is_valid(alt_texts["alt_text"]).to_numpy())
     rows, alt_texts = rows.take(kept), alt_texts.take(kept)
@@ -157,6 +162,8 @@ def _keys(part: int, rows: pa.Table, alt_texts: pa.Table, seed: int) -> tuple[np
     keys["flagged"] = flagged_rows(rows["flags"], alt_texts)
     logprob = pc.fill_null(rows["logprob_mean"], float("nan")).to_numpy()
     keys["logprob"] = np.where(np.isnan(logprob), -np.inf, logprob)
+    lifts = lifts_of(table, part, rows)
+    keys["lift"] = np.where(np.isnan(lifts), np.inf, lifts)
     return keys, ids
 
 
