@@ -36,7 +36,7 @@ def _untrained() -> tuple[Any, Any]:
     from transformers import CLIPConfig, CLIPModel, CLIPProcessor
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    tokenizer, side, half = _tokenizer(), {"height": SIDE, "width": SIDE}, [0.5, 0.5, 0.5]
+    tokenizer, side, half = make_tokenizer(), {"height": SIDE, "width": SIDE}, [0.5, 0.5, 0.5]
     layers = LAYERS | {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
     ids = special_ids(tokenizer) | {"eos_token_id": len(tokenizer) - 1}
     config = CLIPConfig(
@@ -48,7 +48,7 @@ def _untrained() -> tuple[Any, Any]:
     return CLIPModel(config), CLIPProcessor(images, tokenizer)
 
 
-def _tokenizer() -> Any:
+def make_tokenizer() -> Any:
     """The starter's with an end token of the highest id, since CLIP takes the text's embedding from there."""
     from tokenizers import processors
 
