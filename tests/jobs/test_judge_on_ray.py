@@ -25,7 +25,7 @@ def test_ray_gives_the_scores_of_one_process_and_a_missing_source_ends_the_run(t
     pipeline.run(caption_config(archive, out))  # parts of 16 rows
     settings = JudgeTableConfig.model_validate(
         {
-            "judge": {"name": str(make_tiny_clip(tmp_path / "clip")), "device": "cpu"},
+            "judge": {"name": str(make_tiny_clip(tmp_path / "clip", num_steps=40)), "device": "cpu"},
             "cluster": {"num_workers": 2, "decode_cpus": 1},
         }
     )
