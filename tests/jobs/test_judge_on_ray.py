@@ -38,7 +38,7 @@ def test_ray_gives_the_scores_of_one_process_and_a_missing_source_ends_the_run(t
 
     here, on_ray = rows_of(JudgeHere()), rows_of(RayJudge(settings.cluster))
 
-    assert len({row["clip_score"] for row in here}) > 20
+    assert len({row["clip_score"] for row in here}) > 5
     assert len(on_ray) == len(here) == 40
     for name in ("image_id", "created_at", "num_others", "error"):
         assert [row[name] for row in on_ray] == [row[name] for row in here], name
