@@ -263,7 +263,7 @@ def _judge_parts(work: JudgeWork, engine: JudgeEngine, counts: dict[int, int], c
         if len(waiting[chunk.part]) == num_left[chunk.part]:
             _write_part(work, chunk.part, waiting.pop(chunk.part))
             rate = num_done / (time.perf_counter() - started)
-            notify(f"{num_done:,} of {counted(total, 'caption')} judged, {rate:,.1f} images/s")
+            notify(f"{num_done:,} of {counted(total, 'caption')} judged; images/s: {rate:,.1f}")
 
 
 def _write_part(work: JudgeWork, part: int, chunks: dict[int, pa.Table]) -> None:
