@@ -295,16 +295,27 @@ class JudgeConfig(Settings):
 
     name: str = Field(
         "",
-        description="CLIP or SigLIP: a model directory, a hub id or a URI.",
+        description="CLIP or SigLIP: a model directory, a hub id or a URI; or the chat model of an --endpoint.",
         json_schema_extra={"flag": "model"},
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a hub id.")
     device: Device = _device_field()
     batch_size: int = Field(64, ge=1, description="Images for each forward pass.")
+    endpoint: list[str] = Field(
+        [],
+        description="URL of an OpenAI-compatible model server: its chat --model is asked whether captions name "
+        "anything that is not in their image. Repeatable.",
+    )
+    sample: Annotated[int, Field(ge=1)] | Literal["all"] = Field(
+        500, description="Number of captions that an --endpoint is asked about, or all."
+    )
+    concurrency: int = Field(32, ge=1, description="Requests under way at each --endpoint.")
+    price_in: float | None = Field(None, ge=0, description="Price of a million prompt tokens of the --endpoint.")
+    price_out: float | None = Field(None, ge=0, description="Price of a million answer tokens of the --endpoint.")
     num_others: int = Field(
         100, ge=1, le=500, description="Other images that each caption is compared with, drawn from those near it."
     )
-    seed: int = Field(0, ge=0, description="Seed of the draw of other images.")
+    seed: int = Field(0, ge=0, description="Seed of the draw of other images, and of the sample.")
 
 
 class JudgeTableConfig(Settings):

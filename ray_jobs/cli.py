@@ -250,13 +250,16 @@ def judge(config: JudgeTableConfig, out: Out) -> int:
     A CLIP or SigLIP model embeds captions and images: CLIPScore, beside that of the same captions on other images, and
     whether each caption finds its image among 100 others. Needs no references. Images are read again from the source.
 
+    With --endpoint a chat model on a server is asked, of a sample, whether captions name anything that is not in their
+    image. The cost is estimated first.
+
     The same command again judges only what is new. The scores are in OUT/checks/judge, the weakest captions in the
     report.
     """
     from captioner.console import commands
     from captioner.run.judging import JudgeEngine, JudgeHere
 
-    if config.cluster.local:
+    if config.cluster.local or config.judge.endpoint:
         return commands.judge(out, config, JudgeHere())
     from ray_jobs.judge import RayJudge
 

@@ -16,7 +16,7 @@ from captioner.console.text import counted, printable
 from captioner.errors import ERROR, OK, CaptionerError, DamagedFileError
 from captioner.report import FIGURES
 from captioner.report.terminal import print_check
-from captioner.run import judging, quality
+from captioner.run import judging, object_judge, quality
 from captioner.run.changed import COMPARE_UP_TO, find_changed
 from captioner.run.quality import enforce
 from captioner.sources import reopen_source
@@ -140,10 +140,13 @@ def check(out: str, settings: CheckConfig, against: str | None = None) -> int:
 
 def judge(out: str, config: JudgeTableConfig, engine: judging.JudgeEngine) -> int:
     """Judge the captions of a table by their images, write its report and print the figures."""
-    figures = judging.judge(out, config, engine)
+    if config.judge.endpoint:
+        lines = object_judge.lines(object_judge.judge_objects(out, config))
+    else:
+        lines = judging.lines(judging.judge(out, config, engine))
     with phase("writing the report", notify):
         page = quality.report(open_table(out))
-    for line in judging.lines(figures):
+    for line in lines:
         print(printable(line))
     print(f"the report: {printable(page)}")
     return OK

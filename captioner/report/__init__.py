@@ -19,7 +19,7 @@ def make_report(table: CaptionsTable) -> str:
     rows = [row for rows in facts["check"]["shown"].values() for row in rows]
     for part in ("comparison", "changes", "spot_check"):
         rows += (facts["check"].get(part) or {}).get("shown", [])
-    rows += (facts["judge"] or {}).get("weakest", [])
+    rows += (facts["judge"] or {}).get("weakest", []) + (facts["objects"] or {}).get("shown", [])
     images, problem = thumbnails(table, rows)
     facts["pictures_problem"] = problem
     table.directory.write_json(FIGURES, facts)

@@ -15,7 +15,7 @@ from captioner.report.verdict import verdict_of
 from captioner.run.bottleneck import bottleneck_line
 from captioner.scoring.check_table import CHECK_FILE
 from captioner.scoring.flags import ALL_FLAGS
-from captioner.scoring.judgements import JUDGE_FILE
+from captioner.scoring.judgements import JUDGE_FILE, OBJECTS_FILE
 from captioner.store.table import CaptionsTable
 from captioner.store.verify import count_rows
 
@@ -38,6 +38,7 @@ def collect(table: CaptionsTable) -> dict[str, Any]:
         "counts": counts,
         "check": check,
         "judge": _judgement(table),
+        "objects": table.directory.read_record(OBJECTS_FILE) or None,
         "flag_meanings": ALL_FLAGS,
         "throughput": _throughput(check["survey"]["committed"], check["survey"]["committed_seconds"]),
         "stages": _stages(latest),

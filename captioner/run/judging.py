@@ -31,6 +31,7 @@ from captioner.data import CAPTIONS_SCHEMA, STATUS_OK, Chunk
 from captioner.errors import DamagedFileError, UsageError
 from captioner.files import shown
 from captioner.imaging.sandbox.decoder import GuardedDecoder
+from captioner.models import ModelRef
 from captioner.models.dual_encoder import Encoder, open_encoder, resolve_judge
 from captioner.run.prefetch import one_ahead
 from captioner.scoring.clip_score import PREFIX, Floats, compare_with_images, ref_clip_score
@@ -95,22 +96,36 @@ class CaptionReader:
         self._part, self._captions = -1, pa.table({})  # the part that was read last
 
     def decode(self, chunk: Chunk, decoder: GuardedDecoder) -> ChunkRows:
-        """Return the captions of a chunk with the pixels of their images. Raises SourceError where the source is gone.
-
-        Of an image that cannot be decoded `error_code` says why; `captioned` is the sha256 of what was captioned.
-        """
+        """Return the captions of a chunk with the pixels of their images, see `pixels_of`."""
         if chunk.part != self._part:
             self._part, self._captions = chunk.part, read_captions(self._work.table, chunk.part)
-        rows, started = self._captions.slice(chunk.index * ROWS, ROWS), time.perf_counter()
-        planned = _planned(self._work.table, rows)
-        raws = read_rows(self._work, chunk, planned)
-        decoded = decode(self._work, ReadChunk(chunk, planned, raws, time.perf_counter() - started), decoder)
-        images = decoded.rows
-        for caption_field, name in zip(_CAPTION, ("caption", "created_at", "sha256"), strict=True):
-            images = images.append_column(caption_field, rows[name])
-        references = images.column_names.index("reference_captions")
-        images = images.set_column(references, "reference_captions", rows["reference_captions"])
-        return replace(decoded, rows=images)
+        return pixels_of(self._work, self._captions.slice(chunk.index * ROWS, ROWS), decoder, chunk)
+
+
+def pixels_of(work: Work, captions: pa.Table, decoder: GuardedDecoder, chunk: Chunk | None = None) -> ChunkRows:
+    """Return captions with the pixels of their images, read again. `chunk`: what they are called; not what is read.
+
+    Of an image that cannot be decoded `error_code` says why; `captioned` is the sha256 of what was captioned. Raises
+    SourceError where the source is gone.
+    """
+    started = time.perf_counter()
+    planned, chunk = _planned(work.table, captions), chunk or Chunk(0, 0, 0, captions.num_rows)
+    raws = read_rows(work, chunk, planned)
+    decoded = decode(work, ReadChunk(chunk, planned, raws, time.perf_counter() - started), decoder)
+    images = decoded.rows
+    for caption_field, name in zip(_CAPTION, ("caption", "created_at", "sha256"), strict=True):
+        images = images.append_column(caption_field, captions[name])
+    references = images.column_names.index("reference_captions")
+    images = images.set_column(references, "reference_captions", captions["reference_captions"])
+    return replace(decoded, rows=images)
+
+
+def image_errors(rows: pa.Table) -> list[str]:
+    """Return for each row of `pixels_of` why there is no image that was captioned; "" where there is one."""
+    columns = (rows[name].to_pylist() for name in ("error_code", "sha256", "captioned"))
+    return [
+        code or ("" if digest == captioned else "changed") for code, digest, captioned in zip(*columns, strict=True)
+    ]
 
 
 def read_captions(table: CaptionsTable, part: int) -> pa.Table:
@@ -137,12 +152,7 @@ def _planned(table: CaptionsTable, rows: pa.Table) -> pa.Table:
 def score(work: JudgeWork, encoder: Encoder, decoded: ChunkRows) -> pa.Table:
     """Return the rows of JUDGE_SCHEMA of a decoded chunk."""
     rows = decoded.rows
-    errors = [
-        code or ("" if digest == captioned else "changed")
-        for code, digest, captioned in zip(
-            *(rows[name].to_pylist() for name in ("error_code", "sha256", "captioned")), strict=True
-        )
-    ]
+    errors = image_errors(rows)
     scored = np.array([index for index, error in enumerate(errors) if not error], np.int64)
     columns: dict[str, Any] = {name: rows[name] for name in ("image_id", "created_at")} | {"error": errors}
     for name, values in _scores_of(work, encoder, decoded, scored).items():
@@ -201,10 +211,9 @@ def judge(out: str, config: JudgeTableConfig, engine: JudgeEngine) -> dict[str, 
     if not config.judge.name:
         raise UsageError("judge needs --model: a CLIP or SigLIP model, such as openai/clip-vit-base-patch32")
     with stoppable(f"progress is saved in {shown(out)}"), sole_writer(out) as check_held:
-        table = open_table(out)
-        if table.open_plans():
-            raise UsageError(f"{shown(out)} is not finished; run its captioner caption command to the end first")
-        work = _open_work(table, config)
+        table = open_finished(out)
+        ref = resolve_judge(config.judge.name, config.judge.revision, notify)
+        work = JudgeWork(open_work(table, config, ref), config.judge)
         with phase("looking for captions that are not judged yet", notify):
             counts = {part: read_captions(table, part).num_rows for part in _parts_to_judge(table, work)}
         _judge_parts(work, engine, counts, check_held)
@@ -214,20 +223,28 @@ def judge(out: str, config: JudgeTableConfig, engine: JudgeEngine) -> dict[str, 
         return figures
 
 
-def _open_work(table: CaptionsTable, config: JudgeTableConfig) -> JudgeWork:
+def open_finished(out: str) -> CaptionsTable:
+    """Return the table in OUT. Raises UsageError where its run is not finished."""
+    table = open_table(out)
+    if table.open_plans():
+        raise UsageError(f"{shown(out)} is not finished; run its captioner caption command to the end first")
+    return table
+
+
+def open_work(table: CaptionsTable, config: JudgeTableConfig, model: ModelRef) -> Work:
+    """Return what a worker needs to read the images of a table again, at the size that a model wants."""
     source, settings, cluster = SourceConfig.model_validate(table.info["source"]), config.judge, config.cluster
-    work = Work(
+    return Work(
         table=table,
         source=reopen_source(table.info["source"]),
         max_pixels=source.max_pixels,
-        model=resolve_judge(settings.name, settings.revision, notify),
+        model=model,
         run_id="",
         decode_timeout=source.decode_timeout,
         read_concurrency=cluster.read_concurrency,
         max_file_size=source.max_file_size,
         device=settings.device,
     )
-    return JudgeWork(work, settings)
 
 
 def _parts_to_judge(table: CaptionsTable, work: JudgeWork) -> Iterator[int]:

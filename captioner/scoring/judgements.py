@@ -13,6 +13,7 @@ from captioner.data import CAPTIONS_SCHEMA
 from captioner.store.table import CaptionsTable, part_numbers
 
 JUDGE_FOLDER, JUDGE_FILE = "checks/judge", "checks/judge.json"
+OBJECTS_FOLDER, OBJECTS_FILE = "checks/objects", "checks/objects.json"
 
 # One row for each caption; scores are null where the image could not be compared, for the reason in `error`.
 JUDGE_SCHEMA = pa.schema(
@@ -33,6 +34,11 @@ JUDGE_SCHEMA = pa.schema(
 def judge_name(part: int) -> str:
     """Return the name of the file with the scores of a part of the table."""
     return f"{JUDGE_FOLDER}/part-{part:05d}.parquet"
+
+
+def objects_name(part: int) -> str:
+    """Return the name of the file with what a chat model says of the captions of a part of the table."""
+    return f"{OBJECTS_FOLDER}/part-{part:05d}.parquet"
 
 
 def judged_parts(table: CaptionsTable) -> Iterator[int]:

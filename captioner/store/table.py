@@ -263,7 +263,7 @@ class CaptionsTable:
         for folder in ("plan", "history"):
             for below in self.directory.list_folders(folder):
                 yield from self._parquet_files_in(f"{folder}/{below}")
-        for folder in (self.chunk_folder, "captions", "alt_text", "checks", "checks/judge"):
+        for folder in (self.chunk_folder, "captions", "alt_text", "checks", "checks/judge", "checks/objects"):
             yield from self._parquet_files_in(folder)
 
     def _parquet_files_in(self, folder: str) -> Iterator[str]:

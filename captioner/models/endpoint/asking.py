@@ -90,10 +90,12 @@ def request_body(
     system: str | None = None,
     logprobs: bool = False,
     sampling: Mapping[str, Any] = GREEDY,
+    schema: dict[str, Any] | None = None,
 ) -> bytes:
     """Return the JSON of a chat completion about an image, which is given as a data URL.
 
-    `sampling`: the request's settings of that name, such as temperature and seed.
+    `sampling`: the request's settings of that name, such as temperature and seed. `schema`: the
+    `json_schema` of the answer, as in OpenAI's structured outputs; None for text.
 
     The image comes before the prompt, so that a server with a prefix cache reads it once for several prompts.
     """
@@ -104,6 +106,8 @@ def request_body(
     settings: dict[str, Any] = {"max_tokens": max_tokens, **sampling}
     if logprobs:
         settings["logprobs"] = True
+    if schema is not None:
+        settings["response_format"] = {"type": "json_schema", "json_schema": schema}
     return json.dumps({"model": model, "messages": messages, **settings}).encode()
 
 

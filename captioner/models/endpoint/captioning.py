@@ -35,10 +35,13 @@ class Conversation:
     """The questions about one image, which are asked one after the other, and the replies so far.
 
     `body`: the next request. An image that gets no caption is asked nothing else. Used by one thread at a time.
+    `schema`: of the first reply, see `request_body`.
     """
 
-    def __init__(self, ref: ModelRef, image: npt.NDArray[np.uint8], prompts: Prompts) -> None:
-        self._ref, self._image, self._prompts = ref, image_url(image), prompts
+    def __init__(
+        self, ref: ModelRef, image: npt.NDArray[np.uint8], prompts: Prompts, schema: dict[str, Any] | None = None
+    ) -> None:
+        self._ref, self._image, self._prompts, self._schema = ref, image_url(image), prompts, schema
         count = ref.num_captions if ref.temperature else 0
         self._seeds = [image_seed(image, ref.seed, sample) for sample in range(count)]
         self._sampled: list[Reply] = []  # to the requests for captions, with --num-captions
@@ -79,8 +82,9 @@ class Conversation:
             self._prompts[index],
             self._ref.questions[index].max_new_tokens,
             system=self._ref.system,
-            logprobs=endpoint.logprobs and not index,
+            logprobs=endpoint.logprobs and not index and self._schema is None,
             sampling=request_sampling(self._ref, endpoint.sampling_options, seed, count),
+            schema=None if index else self._schema,
         )
 
 
@@ -91,6 +95,7 @@ class EndpointCaptioner:
     """
 
     engine, device_name = "endpoint", "model server"
+    schema: dict[str, Any] | None = None  # of the answers, see `request_body`
 
     def __init__(self, ref: ModelRef, key: ApiKey, notify: Callable[[str], None]) -> None:
         assert ref.endpoint is not None
@@ -130,7 +135,7 @@ class EndpointCaptioner:
 
     async def _converse(self, image: npt.NDArray[np.uint8], prompts: Prompts) -> list[Reply]:
         async with self._encoded:
-            start = self._loop.run_in_executor(self._encoders, Conversation, self._ref, image, prompts)
+            start = self._loop.run_in_executor(self._encoders, Conversation, self._ref, image, prompts, self.schema)
             conversation = await start
             await self._ask(conversation)
             return conversation.replies
