@@ -269,12 +269,14 @@ class Question:
     """What a model is asked about each image.
 
     `name`: of the column with the answers; CAPTION for the question whose answer is the caption. `prompt`: may hold
-    columns of the image's row, in braces (see `captioner.models.questions`).
+    columns of the image's row, in braces (see `captioner.models.questions`). `schema`: the JSON Schema of the answer,
+    as JSON; None for text.
     """
 
     name: str
     prompt: str | None
     max_new_tokens: int
+    schema: str | None = None
 
 
 CAPTION = "caption"

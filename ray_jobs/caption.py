@@ -214,7 +214,7 @@ def no_progress_timeout(decode_timeout: float, model: ModelRef | None = None) ->
     """
     of_servers = 0.0
     if model and model.endpoint:
-        num_requests = model.endpoint.rows_per_chunk * len(model.questions)
+        num_requests = model.endpoint.rows_per_chunk * sum(2 if question.schema else 1 for question in model.questions)
         of_servers = num_requests * model.endpoint.request_timeout + model.endpoint.endpoint_timeout
     return max(900.0, 20 * decode_timeout, of_servers)
 

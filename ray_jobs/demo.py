@@ -19,7 +19,16 @@ from captioner.console.text import counted, printable
 from captioner.errors import UsageError
 
 IMAGES, SEED = 2_000, 3
-SERVED_IMAGES, REST_S = 60, 5.0
+SERVED_IMAGES, REST_S = 30, 5.0
+QUESTIONS = """\
+# What `captioner demo server` asks about each image. The tiny model has random weights: its answers mean nothing, and
+# those that are too long for the schema are asked for once more, then failed with the reason.
+caption:
+  prompt: Describe the image in one sentence.
+shape:
+  prompt: Which shape is in the image?
+  schema: {type: string, maxLength: 20}
+"""
 
 
 def caption(directory: Path, count: int, is_local: bool) -> int:
@@ -95,9 +104,9 @@ def demo_config(images: Path, out: Path) -> TrainConfig:
 
 
 def server(directory: Path) -> int:
-    """Caption scenes by `transformers serve` with a tiny model; kill it half-way, start it again, verify the table.
+    """Ask `transformers serve` two questions about scenes; kill it half-way, start it again, verify the table.
 
-    The model has random weights: its captions mean nothing. Raises UsageError where the server's packages are missing.
+    The model has random weights: its answers mean nothing. Raises UsageError where the server's packages are missing.
     """
     from captioner import pipeline
     from captioner.console import commands
@@ -107,17 +116,25 @@ def server(directory: Path) -> int:
         raise UsageError("demo server: fastapi, uvicorn or openai is missing; pip install 'captioner[demo-server]'")
     images, model, out = directory / "images", directory / "model", directory / "captions"
     _render_once(images, SERVED_IMAGES, SEED, width=64)
+    (directory / "questions.yaml").write_text(QUESTIONS, encoding="utf-8")
     if not (model / "config.json").exists():
         make_tiny_model("smolvlm", model)
     with DemoServer(model) as served:
-        threading.Thread(target=served.fail_once, args=(SERVED_IMAGES // 2,), daemon=True).start()
-        code = pipeline.run(served_config(images, out, model, served.url))
+        threading.Thread(target=served.fail_once, args=(SERVED_IMAGES,), daemon=True).start()
+        config = served_config(images, out, model, served.url, directory / "questions.yaml")
+        code = pipeline.run(config)
     return code or commands.verify(str(out))
 
 
-def served_config(images: Path, out: Path, model: Path, url: str) -> CaptionConfig:
+def served_config(images: Path, out: Path, model: Path, url: str, questions: Path) -> CaptionConfig:
     """Return settings for a run of half a minute."""
-    served = {"name": str(model), "endpoint": [url], "concurrency": 2, "max_new_tokens": 12}
+    served = {
+        "name": str(model),
+        "endpoint": [url],
+        "concurrency": 2,
+        "max_new_tokens": 12,
+        "questions": str(questions),
+    }
     return CaptionConfig.model_validate(
         {
             "source": {"path": str(images)},

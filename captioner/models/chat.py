@@ -23,6 +23,7 @@ from transformers import GenerationConfig
 
 from captioner.data import Captions, Pixels, Prompts, Question
 from captioner.errors import ModelError
+from captioner.models.answers import asked_again, misfit, replaced
 from captioner.models.base import TransformersCaptioner
 from captioner.models.families import family_of
 from captioner.models.prepared import prepared_by_decoders
@@ -80,8 +81,17 @@ class ChatCaptioner(TransformersCaptioner):
         """Ask all questions about the images, one question after the other. `prompts`: see `Captioner.caption`."""
         columns = zip(*(prompts or [self.prompts] * len(pixels)), strict=True)
         asked = zip(self.ref.questions, columns, strict=True)
-        replies = [self.caption_batches(self._asked(pixels, question, column)) for question, column in asked]
-        return with_answers(self.ref.questions, replies)
+        return with_answers(self.ref.questions, [self._ask(pixels, question, column) for question, column in asked])
+
+    def _ask(self, pixels: Pixels, question: Question, prompts: Sequence[str]) -> Captions:
+        """Ask one question; once more about the images whose answers do not fit its schema."""
+        captions = self.caption_batches(self._asked(pixels, question, prompts))
+        misfits = [misfit(question, *answer) for answer in zip(captions.texts, captions.finished, strict=True)]
+        again = [index for index, reason in enumerate(misfits) if reason]
+        if not again:
+            return captions
+        prompts = [asked_again(question, prompts[index], misfits[index]) for index in again]
+        return replaced(captions, again, self.caption_batches(self._asked(pixels[again], question, prompts)))
 
     def _asked(self, pixels: Pixels, question: Question, prompts: Sequence[str]) -> AskedImages:
         settings = deepcopy(self.settings)

@@ -2,7 +2,7 @@
 
     --prompt "Describe the image in one sentence. Its title is {title}."
     --questions FILE.yaml       caption: {prompt: Describe the image.}
-                                tags: {prompt: Name the objects., max_new_tokens: 60}
+                                tags: {prompt: Name the objects., schema: {type: array, items: {type: string}}}
 
 A name in braces is a column of the image's row: image_id, or a kept column of the source. `{{title}}` stands for
 {title} itself. Other braces mean nothing, so that a prompt may hold JSON.
@@ -22,9 +22,11 @@ from pydantic import Field, ValidationError
 from captioner.config import ModelConfig, Settings, read_yaml
 from captioner.data import CAPTION, Captions, Prompts, Question, Usage
 from captioner.errors import ModelError, UsageError
+from captioner.models.answers import check_schema, fields_of, instruction, misfit, values_of
 from captioner.models.families import family_of
 from captioner.models.ref import ModelRef
 
+KEYS = "prompt, max_new_tokens, schema"
 FILE_FORMAT = "give a name with a prompt for each question, one of them caption"
 _BRACES = re.compile(r'\{\{([^{}"\n]+)\}\}|\{([^{}"\n]+)\}')
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
@@ -36,10 +38,11 @@ class _Entry(Settings):
 
     prompt: str = Field(min_length=1)
     max_new_tokens: int | None = Field(None, ge=1)
+    json_schema: dict[str, Any] | None = Field(None, alias="schema")
 
 
 def read_questions(config: ModelConfig) -> tuple[ModelConfig, tuple[Question, ...]]:
-    """Return the settings with the prompt and the limit of the caption, and the other questions of --questions.
+    """Return the settings with the prompt and the limit of the caption, and the questions of --questions, it first.
 
     Raises UsageError naming the file and the key at fault.
     """
@@ -52,8 +55,13 @@ def read_questions(config: ModelConfig) -> tuple[ModelConfig, tuple[Question, ..
         raise UsageError(f"--questions {config.questions}: no question is named caption; {FILE_FORMAT}")
     questions = {name: _question(config, name, entry) for name, entry in entries.items()}
     caption = questions.pop(CAPTION)
+    if caption.schema and config.num_captions > 1:
+        raise UsageError(
+            f"--questions {config.questions}: caption has a schema, which --num-captions {config.num_captions} excludes; "
+            "leave one of them out"
+        )
     limits = {"prompt": caption.prompt, "max_new_tokens": caption.max_new_tokens}
-    return config.model_copy(update=limits), tuple(questions.values())
+    return config.model_copy(update=limits), (caption, *questions.values())
 
 
 def _question(config: ModelConfig, name: object, entry: object) -> Question:
@@ -61,25 +69,29 @@ def _question(config: ModelConfig, name: object, entry: object) -> Question:
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise UsageError(f"{where}: {name!r} is no name for a column; use letters, digits and _, a letter first")
     if not isinstance(entry, dict):
-        raise UsageError(f"{where}: {name} is {entry!r}, but must hold keys: {', '.join(_Entry.model_fields)}")
+        raise UsageError(f"{where}: {name} is {entry!r}, but must hold keys: {KEYS}")
     try:
         checked = _Entry.model_validate(entry)
     except ValidationError as error:
         first = error.errors()[0]
         raise UsageError(f"{where}: {'.'.join([name, *map(str, first['loc'])])}: {first['msg']}") from None
-    return Question(name, checked.prompt, checked.max_new_tokens or config.max_new_tokens)
+    schema = None if checked.json_schema is None else json.dumps(checked.json_schema, ensure_ascii=False)
+    question = Question(name, checked.prompt, checked.max_new_tokens or config.max_new_tokens, schema)
+    check_schema(f"{where}: {name}", question)
+    return question
 
 
 def with_questions(ref: ModelRef, config: ModelConfig, questions: tuple[Question, ...]) -> ModelRef:
     """Return the model with its further questions and --system. Raises ModelError where it takes none."""
-    ref = replace(ref, system=config.system or None, more_questions=questions)
+    schema = questions[0].schema if questions else None
+    ref = replace(ref, system=config.system or None, caption_schema=schema, more_questions=questions[1:])
     family = family_of(ref.family)
     if ref.endpoint or ref.family == "fake" or family.prompt == "question":
         return ref
     model = f"{ref.path} is a {ref.family} model"
     if ref.system:
         raise ModelError(f"--system: {model}, which takes none; use a chat model, or leave it out")
-    if family.prompt not in _TAKING_QUESTIONS and ref.more_questions:
+    if family.prompt not in _TAKING_QUESTIONS and questions:
         raise ModelError(f"--questions: {model}, which captions only; use a chat model, or leave it out")
     if family.prompt not in _TAKING_QUESTIONS and _BRACES.search(ref.prompt or ""):
         raise ModelError(
@@ -104,9 +116,17 @@ def fill(prompt: str | None, values: Mapping[str, str]) -> str:
     return _BRACES.sub(lambda match: f"{{{match[1]}}}" if match[1] else values.get(match[2], ""), prompt or "")
 
 
+def filled_prompts(ref: ModelRef, values: Mapping[str, str]) -> Prompts:
+    """Return what an image is asked that has these values: with the schema, where nothing else tells it the model."""
+    tells_schema = ref.endpoint is None or not ref.endpoint.response_format
+    return tuple(
+        fill(question.prompt, values) + (instruction(question) if tells_schema else "") for question in ref.questions
+    )
+
+
 def same_prompts(ref: ModelRef) -> Prompts:
     """Return the prompts of a model whose prompts hold no columns; the others as for an image without values."""
-    return tuple(fill(question.prompt, {}) for question in ref.questions)
+    return filled_prompts(ref, {})
 
 
 def prompts_of(ref: ModelRef, rows: pa.Table) -> list[Prompts] | None:
@@ -116,7 +136,7 @@ def prompts_of(ref: ModelRef, rows: pa.Table) -> list[Prompts] | None:
         return None
     columns = [[as_text(value) for value in rows[name].to_pylist()] for name in names]
     values = (dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True))
-    return [tuple(fill(question.prompt, row) for question in ref.questions) for row in values]
+    return [filled_prompts(ref, row) for row in values]
 
 
 def asked_columns(ref: ModelRef, prompts: list[Prompts] | None, num_rows: int) -> dict[str, list[str | None]]:
@@ -149,12 +169,16 @@ def check_columns(ref: ModelRef, columns: Collection[str], advice: str) -> None:
 
 
 def answer_fields(ref: ModelRef) -> list[pa.Field]:
-    """Return the columns of the further questions: the answer, what was asked, and why there is no whole answer."""
-    return [
-        pa.field(name, pa.string())
-        for question in ref.more_questions
-        for name in (question.name, prompt_column(question), error_column(question))
-    ]
+    """Return the columns of all answers but the caption.
+
+    What the caption's schema has besides it; then for each other question those of its answer, of what was asked, and
+    of why there is no whole answer.
+    """
+    fields = [field for field in fields_of(ref.questions[0]) if field.name != CAPTION]
+    for question in ref.more_questions:
+        beside = (pa.field(name, pa.string()) for name in (prompt_column(question), error_column(question)))
+        fields += [*fields_of(question), *beside]
+    return fields
 
 
 def prompt_column(question: Question) -> str:
@@ -181,21 +205,32 @@ def unanswered(ref: ModelRef, rows: pa.Table) -> dict[str, int]:
 
 
 def with_answers(questions: Sequence[Question], replies: Sequence[Captions]) -> Captions:
-    """Return the captions, which are the first of `replies`, with the answers to the other questions."""
-    captions, *others = replies
-    if not others:
+    """Return the captions, which are in the first of `replies`, with the answers to the other questions."""
+    captions, more = replies[0], list(zip(questions[1:], replies[1:], strict=True))
+    if not more and questions[0].schema is None:
         return captions
-    answers: list[dict[str, Any]] = [{} for _ in captions.texts]
-    for question, reply in zip(questions[1:], others, strict=True):
-        errors = reply.errors or [""] * len(answers)
-        columns = zip(answers, reply.texts, reply.finished, errors, strict=True)
-        for answer, text, finished, error in columns:
-            answer |= _answer(question, text, finished, error)
+    of_caption = _answers(questions[0], captions)
+    answers = [values for values, _ in of_caption]
+    texts = [values.pop(CAPTION) or "" for values in answers]
+    for question, reply in more:
+        for answer, (values, error) in zip(answers, _answers(question, reply), strict=True):
+            answer |= {**values, error_column(question): error or None}
     usage = [Usage.total(of_image) for of_image in zip(*(reply.usage for reply in replies), strict=True)]
-    return replace(captions, answers=answers, usage=usage)
+    return replace(captions, texts=texts, errors=[error for _, error in of_caption], answers=answers, usage=usage)
 
 
-def _answer(question: Question, text: str, finished: bool, error: str) -> dict[str, Any]:
-    if not (error or finished):
-        error = f"cut at {question.max_new_tokens} tokens; raise max_new_tokens of the question"
-    return {question.name: text if text or not error else None, error_column(question): error or None}
+def _answers(question: Question, reply: Captions) -> list[tuple[dict[str, Any], str]]:
+    """Return the values of the columns of a question for each image, and why there is no whole answer, or ""."""
+    errors = reply.errors or [""] * len(reply.texts)
+    columns = zip(reply.texts, reply.finished, errors, strict=True)
+    return [_answer(question, text, finished, error) for text, finished, error in columns]
+
+
+def _answer(question: Question, text: str, finished: bool, error: str) -> tuple[dict[str, Any], str]:
+    """A text that was cut is kept with the reason; a caption that was cut has a flag instead."""
+    error = error or misfit(question, text, finished)
+    if error:
+        return {field.name: None for field in fields_of(question)}, error
+    is_cut = not finished and question.name != CAPTION and question.schema is None
+    reason = f"cut at {question.max_new_tokens} tokens; raise max_new_tokens of the question" if is_cut else ""
+    return values_of(question, text), reason

@@ -23,9 +23,9 @@ class Endpoint:
     """Model servers that answer as one model, and how they are asked. Holds no key.
 
     `model`: the name that requests give. `served_model`, `system_fingerprint`: what the answers say who gave them.
-    `logprobs`: whether the servers give log-probabilities. `concurrency`: requests under way at each server.
-    `request_timeout`, `endpoint_timeout`: in seconds (see `captioner.config.ModelConfig`). `sampling_options`: those of
-    `n` and `seed` that the servers take in a request.
+    `logprobs`: whether the servers give log-probabilities. `response_format`: whether they take the schemas of the
+    questions. `concurrency`: requests under way at each server. `request_timeout`, `endpoint_timeout`: in seconds (see
+    `captioner.config.ModelConfig`). `sampling_options`: those of `n` and `seed` that the servers take in a request.
     """
 
     urls: tuple[str, ...]
@@ -33,6 +33,7 @@ class Endpoint:
     served_model: str
     system_fingerprint: str | None
     logprobs: bool
+    response_format: bool
     concurrency: int
     max_side: int
     request_timeout: float
@@ -65,7 +66,8 @@ class ModelRef:
     `training_run_id`: the training run that made the model, from `training_run.json` in its directory.
     `adapter`: the directory of the LoRA adapter that is merged into the model in `path`, if any.
     `endpoint`: the servers of a model that is not loaded here; `sha256` is then that of its name and fingerprint there.
-    `prompt`, `max_new_tokens`: of the caption. `system`: the system prompt. `more_questions`: asked after the caption.
+    `prompt`, `max_new_tokens`, `caption_schema`: of the caption (see `captioner.data.Question`). `system`: the system
+    prompt. `more_questions`: asked after the caption.
     """
 
     name: str
@@ -88,17 +90,19 @@ class ModelRef:
     endpoint: Endpoint | None = None
     adapter: str | None = None
     system: str | None = None
+    caption_schema: str | None = None
     more_questions: tuple[Question, ...] = ()
 
     @property
     def questions(self) -> tuple[Question, ...]:
         """All that is asked about each image, the caption first."""
-        return (Question(CAPTION, self.prompt, self.max_new_tokens), *self.more_questions)
+        return (Question(CAPTION, self.prompt, self.max_new_tokens, self.caption_schema), *self.more_questions)
 
     @property
     def question_facts(self) -> dict[str, dict[str, Any]] | None:
-        """The further questions by name, for records; None where there are none."""
-        return {question.name: asdict(question) for question in self.more_questions} or None
+        """The further questions by name, and the schema of the caption, for records; None where there are none."""
+        caption = {CAPTION: {"schema": self.caption_schema}} if self.caption_schema else {}
+        return {**caption, **{question.name: asdict(question) for question in self.more_questions}} or None
 
     @property
     def served_model(self) -> str | None:
@@ -158,6 +162,6 @@ class ModelRef:
             parts["sampling"] = [self.temperature, self.top_p, self.num_captions, self.seed]
         if self.system:
             parts["system"] = self.system
-        if self.more_questions:
+        if self.question_facts:
             parts["questions"] = self.question_facts
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -6,14 +6,14 @@ import dataclasses
 import hashlib
 import platform
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import captioner.starter
 from captioner.config import ModelConfig
 from captioner.console.phases import phase
-from captioner.data import PixelSpec
+from captioner.data import PixelSpec, Question
 from captioner.errors import ModelError
 from captioner.files import is_uri, local_path, shown
 from captioner.models import adapters, weights
@@ -38,15 +38,17 @@ def resolve(config: ModelConfig, dtype: str | None = None, notify: Callable[[str
     servers = "asking the model servers"
     config, questions = read_questions(config)
     with phase(servers if config.endpoint else f"reading the files of model {shown(config.name)}", notify):
-        return with_questions(_resolve(config, dtype, notify), config, questions)
+        return with_questions(_resolve(config, dtype, notify, questions), config, questions)
 
 
-def _resolve(config: ModelConfig, dtype: str | None, notify: Callable[[str], None]) -> ModelRef:
+def _resolve(
+    config: ModelConfig, dtype: str | None, notify: Callable[[str], None], questions: Sequence[Question]
+) -> ModelRef:
     check_sampling(config)
     if config.endpoint:
         from captioner.models.endpoint.probing import resolve_endpoint
 
-        return resolve_endpoint(config, notify)
+        return resolve_endpoint(config, notify, questions)
     settings: dict[str, Any] = {
         "name": config.name,
         "dtype": (dtype or "float32") if config.dtype == "auto" else config.dtype,

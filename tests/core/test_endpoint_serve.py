@@ -15,7 +15,7 @@ from captioner.models import resolve
 from captioner.store.table import open_table
 from captioner.store.verify import verify
 from captioner.testing import make_folder, make_tiny_model
-from ray_jobs.demo import DemoServer
+from ray_jobs.demo import QUESTIONS, DemoServer
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,10 @@ def url(model: Path) -> Iterator[str]:
 def test_transformers_serve_captions_a_table(tmp_path: Path, url: str, model: Path) -> None:
     archive = make_folder(tmp_path / "images", 6)
     (archive / "broken.png").write_bytes(b"no image")
+    questions = tmp_path / "questions.yaml"
+    questions.write_text(QUESTIONS)
     settings = {"name": str(model), "endpoint": [url], "concurrency": 2, "max_new_tokens": 8}
+    settings |= {"questions": str(questions), "system": "Answer in one sentence."}
 
     assert pipeline.run(caption_config(archive, tmp_path / "out", model=settings, cluster={"local": True})) == 0
 
@@ -41,6 +44,7 @@ def test_transformers_serve_captions_a_table(tmp_path: Path, url: str, model: Pa
     assert rows.pop("broken.png")["error_code"] == "not_an_image"
     assert {row["status"] for row in rows.values()} == {"ok"}
     assert len({row["caption"] for row in rows.values()}) > 3
+    assert all((row["shape"] is None) != (row["shape_error"] is None) for row in rows.values())
     assert {row["num_tokens"] <= 8 for row in rows.values()} == {True}
     assert all("logprob_not_given" in row["flags"] for row in rows.values())
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +14,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from helpers import caption_config, contents, rows_of
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from captioner import pipeline
 from captioner.config import ModelConfig
 from captioner.console.trying import try_images
-from captioner.data import object_array
+from captioner.data import Question, object_array
 from captioner.errors import (
     CaptionerError,
     FingerprintError,
@@ -30,6 +32,7 @@ from captioner.errors import (
     UsageError,
 )
 from captioner.models import load, resolve
+from captioner.models.answers import MisfitError, fields_of, values_of
 from captioner.models.questions import columns_in, fill
 from captioner.store.table import open_table
 from captioner.store.verify import verify
@@ -268,6 +271,174 @@ def test_a_file_of_questions_that_cannot_be_meant_is_an_error_of_one_line(table:
     assert "--questions" in str(refused.value)
 
 
+# Schemas
+
+TYPED = """
+caption:
+  prompt: Describe it.
+facts:
+  prompt: Count.
+  schema:
+    type: object
+    properties:
+      people: {type: integer}
+      colours: {type: array, items: {type: string}}
+      place: {anyOf: [{$ref: "#/$defs/place"}, {type: "null"}]}
+    required: [people]
+    $defs:
+      place: {type: object, properties: {indoors: {type: boolean}, share: {type: number}}}
+"""
+FACTS = {"people": 2, "colours": ["red"], "place": {"indoors": True, "share": 1}}
+
+
+def facts(*answers: Answer) -> Any:
+    """Return a rule that answers the question about facts, the n-th time it is asked about an image, with the n-th."""
+    times: Counter[bytes] = Counter()
+
+    def rule(asked: Asked) -> Answer | None:
+        if prompt_of(asked) == "Describe it.":
+            return None
+        times[asked.image] += 1
+        return answers[min(times[asked.image], len(answers)) - 1]
+
+    return rule
+
+
+def test_the_properties_of_a_schema_are_columns_of_their_types(table: Path) -> None:
+    with ModelServer(facts(saying(f"```json\n{json.dumps(FACTS)}\n```"))) as server:
+        assert run(table, **at(server, questions=questions_file(table.parent, TYPED))) == 0
+
+    asked = [asked for asked in server.asked if prompt_of(asked) == "Count."]
+    assert len(asked) == 5  # the sixth image is a copy
+    assert asked[0].body["response_format"]["json_schema"]["schema"]["required"] == ["people"]
+    schema = open_table(str(table.parent / "out")).schema
+    assert schema.field("people").type == pa.int64()
+    assert schema.field("colours").type == pa.list_(pa.string())
+    assert schema.field("place").type == pa.struct({"indoors": pa.bool_(), "share": pa.float64()})
+    assert {name: rows(table)["i0"][name] for name in FACTS} == FACTS
+    assert rows(table)["i0"]["facts_error"] is None
+    assert rows(table)["i5"]["people"] == 2
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (saying("two people"), "is no JSON: Expecting value"),
+        (saying('{"people": "two"}'), "does not fit the schema: $.people: 'two' is not of type 'integer'"),
+        (saying('{"colours": []}'), "does not fit the schema: $: 'people' is a required property"),
+        (saying('{"people": 2, "dogs": 1}'), "has properties that the schema does not name: dogs"),
+        (saying('{"people": 9223372036854775808}'), "holds an integer of more than 64 bits"),
+        (saying('{"people": 1, "place": {"share": 1e999}}'), "holds a number that is too large"),
+        (saying('{"people": 1, "place": {"share": NaN}}'), "NaN is no number of JSON"),
+        (saying('{"people": 1, "colours": ["\\ud800"]}'), "holds text that is no valid Unicode"),
+        (saying('{"people": 2', "length"), "cut at 40 tokens"),
+    ],
+)
+def test_an_answer_that_does_not_fit_is_asked_for_once_more_and_then_failed(
+    table: Path, answer: Answer, reason: str
+) -> None:
+    with ModelServer(facts(answer)) as server:
+        assert run(table, **at(server, questions=questions_file(table.parent, TYPED))) == 0
+
+    prompts = Counter(prompt_of(asked).partition("\n")[0] for asked in server.asked)
+    assert prompts == {"Describe it.": 5, "Count.": 10}
+    assert {(row["status"], row["people"], reason in row["facts_error"]) for row in rows(table).values()} == {
+        ("ok", None, True)
+    }
+
+
+def test_an_answer_that_fits_the_second_time_is_an_answer(table: Path) -> None:
+    with ModelServer(facts(saying("two"), saying(json.dumps(FACTS)))) as server:
+        run(table, **at(server, questions=questions_file(table.parent, TYPED)))
+
+    assert {(row["people"], row["facts_error"], row["facts_prompt"]) for row in rows(table).values()} == {
+        (2, None, "Count.")
+    }
+    again = next(prompt_of(asked) for asked in server.asked if "An earlier answer was wrong" in prompt_of(asked))
+    assert "is no JSON" in again
+    assert '"required": ["people"]' in again
+
+
+def test_a_server_that_refuses_response_format_is_told_the_schema_by_the_prompt(table: Path) -> None:
+    def rule(asked: Asked) -> Answer | None:
+        return saying(json.dumps(FACTS)) if prompt_of(asked).startswith("Count.") else None
+
+    with ModelServer(rule, refuses=["response_format"]) as server:
+        run(table, **at(server, questions=questions_file(table.parent, TYPED)))
+
+    assert {row["people"] for row in rows(table).values()} == {2}
+    assert all('"required": ["people"]' in row["facts_prompt"] for row in rows(table).values())
+
+
+def test_a_schema_of_the_caption_needs_one_and_fills_columns_too(table: Path) -> None:
+    properties = "{caption: {type: string}, tags: {type: array, items: {type: string}}}"
+    file = questions_file(table.parent, f"caption: {{prompt: a, schema: {{type: object, properties: {properties}}}}}")
+    answers = {1: saying('{"caption": "a cat", "tags": ["cat"]}'), 2: saying('{"caption": " "}')}
+    with ModelServer(lambda asked: answers.get(asked.number, saying("no JSON"))) as server:
+        run(table, **at(server, concurrency=1, questions=file))
+
+    result = sorted((row["status"], row["caption"] or "", row["tags"] or []) for row in rows(table).values())
+    assert result == [("failed", "", [])] * 5 + [("ok", "a cat", ["cat"])]
+    assert "is no JSON" in next(row["error_message"] for row in rows(table).values() if row["status"] == "failed")
+
+
+def test_a_schema_of_a_text_takes_an_answer_with_and_without_quotes(table: Path) -> None:
+    text = "caption: {prompt: Describe it.}\nplace: {prompt: Where?, schema: {type: string, enum: [in, out]}}"
+    with ModelServer(facts(saying('"in"'), saying("never"))) as server:
+        run(table, "quoted", **at(server, questions=questions_file(table.parent, text)))
+        server.rule = facts(saying("somewhere"), saying("out\n"))
+        run(table, "plain", **at(server, questions=questions_file(table.parent, text)))
+
+    assert {row["place"] for row in rows(table, "quoted").values()} == {"in"}
+    assert {(row["place"], row["place_error"]) for row in rows(table, "plain").values()} == {("out", None)}
+
+
+@pytest.mark.parametrize(
+    ("schema", "message"),
+    [
+        ("{type: text}", "'text' is not valid under any of the given schemas"),
+        ("{$ref: 'http://127.0.0.1:1/schema.json'}", "$ref must begin with #"),
+        ("{type: object, properties: {tags: {type: string}}}", "needs a property caption of type string"),
+        ("[a]", "schema: Input should be a valid dictionary"),
+    ],
+)
+def test_a_schema_that_cannot_be_used_is_an_error_before_work_starts(table: Path, schema: str, message: str) -> None:
+    file = questions_file(table.parent, f"caption: {{prompt: a, schema: {schema}}}")
+    with pytest.raises(UsageError, match=r"^--questions [^\n]*$") as refused:
+        run(table, name="fake", questions=file)
+
+    assert message in str(refused.value)
+
+
+SCHEMAS = st.recursive(
+    st.sampled_from([{"type": kind} for kind in ("string", "integer", "number", "boolean")] + [{}, {"enum": ["a", 1]}]),
+    lambda inner: st.one_of(
+        st.builds(lambda items: {"type": "array", "items": items}, inner),
+        st.builds(lambda choices: {"anyOf": [*choices, {"type": "null"}]}, st.lists(inner, min_size=1, max_size=2)),
+        st.builds(
+            lambda properties: {"type": "object", "properties": properties},
+            st.dictionaries(st.sampled_from(["a", "b", "#"]), st.one_of(inner, st.just({"$ref": "#"})), max_size=2),
+        ),
+    ),
+    max_leaves=5,
+)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["a", "\ud800", ""]),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["a", "b", "c"]), inner, max_size=2),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(SCHEMAS, JSON)
+def test_any_answer_fits_its_columns_or_has_a_reason(schema: dict[str, Any], answer: Any) -> None:
+    question = Question("facts", "a", 40, json.dumps(schema))
+
+    with suppress(MisfitError):
+        values = values_of(question, json.dumps(answer))
+        assert pa.Table.from_pylist([values], pa.schema(fields_of(question))).num_rows == 1
+
+
 # Models that are loaded here
 
 
@@ -307,8 +478,24 @@ def test_each_image_of_a_batch_is_asked_its_own_prompt(chat: Path) -> None:
     assert together.texts == expected
 
 
+def test_a_chat_model_is_told_the_schema_and_asked_once_more(chat: Path, tmp_path: Path) -> None:
+    """A tiny model with random weights answers no JSON."""
+    file = questions_file(tmp_path, TYPED)
+    ref = resolve(ModelConfig(name=str(chat), max_new_tokens=5, questions=file))
+    captioner = load(ref, batch_size=2)
+    asked: list[str] = []
+    captioner.text_of = lambda prompt: asked.append(prompt) or captioner.text_before_answer(prompt)
+
+    captions = captioner.caption(images(3))
+
+    assert [answer["people"] for answer in captions.answers] == [None] * 3
+    assert all("is no JSON" in answer["facts_error"] for answer in captions.answers)
+    assert sum("An earlier answer was wrong: is no JSON" in prompt for prompt in asked) == 3
+    assert sum(prompt.startswith("Count.") and '"required": ["people"]' in prompt for prompt in asked) == 6
+
+
 @pytest.mark.parametrize(
-    ("family", "settings", "message"),
+    ("family", "flags", "message"),
     [
         ("git", {"system": "a"}, "--system: .* is a git model, which takes none"),
         (
@@ -320,14 +507,14 @@ def test_each_image_of_a_batch_is_asked_its_own_prompt(chat: Path) -> None:
     ],
 )
 def test_models_that_take_no_questions_refuse_them(
-    family: str, settings: dict[str, str], message: str, tmp_path: Path
+    family: str, flags: dict[str, str], message: str, tmp_path: Path
 ) -> None:
     model = make_tiny_model(family, tmp_path / "model")
-    if "questions" in settings:
-        settings = {"questions": questions_file(tmp_path, settings["questions"])}
+    if "questions" in flags:
+        flags = {"questions": questions_file(tmp_path, flags["questions"])}
 
     with pytest.raises(ModelError, match=message):
-        resolve(ModelConfig(name=str(model), **settings))
+        resolve(ModelConfig(name=str(model), **flags))
 
 
 def test_a_template_without_a_system_prompt_refuses_one(chat: Path, tmp_path: Path) -> None:

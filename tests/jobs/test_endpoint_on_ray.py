@@ -50,12 +50,17 @@ def test_a_run_on_ray_makes_the_local_table_without_a_gpu_and_keeps_the_key(
         command_lines.update(every_command_line())
         free_gpus.add(ray_instance.available_resources()["GPU"])
 
+    questions = tmp_path / "questions.yaml"
+    questions.write_text(
+        "caption: {prompt: 'What is in {image_id}?'}\nwords: {prompt: More?, schema: {type: string, pattern: '[05]$'}}"
+    )
     with ModelServer(key=KEY) as server:
-        pipeline.run(settings(archive, tmp_path / "local", server))
+        pipeline.run(settings(archive, tmp_path / "local", server, questions=str(questions)))
         server.rule = look
-        assert caption.run(settings(archive, tmp_path / "out", server)) == 0
+        assert caption.run(settings(archive, tmp_path / "out", server, questions=str(questions))) == 0
 
     assert contents(tmp_path / "out") == contents(tmp_path / "local")
+    assert {row["words"] is None for row in rows_of(tmp_path / "out")} == {True, False}
     assert free_gpus == {2}
     assert server.most_at_once <= 8
     assert command_lines

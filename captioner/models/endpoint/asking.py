@@ -81,6 +81,11 @@ def image_url(image: npt.NDArray[np.uint8]) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(jpeg.getvalue()).decode()
 
 
+def json_schema(schema: str | None) -> dict[str, Any] | None:
+    """Return a question's schema as `request_body` takes it."""
+    return {"name": "answer", "schema": json.loads(schema)} if schema else None
+
+
 def request_body(
     image: str,
     model: str,

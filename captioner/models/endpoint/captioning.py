@@ -7,15 +7,25 @@ import os
 import threading
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from captioner.data import Captions, Pixels, Prompts
+from captioner.data import Captions, Pixels, Prompts, Usage
 from captioner.errors import EndpointError
+from captioner.models.answers import asked_again, misfit
 from captioner.models.endpoint.api_key import ApiKey
-from captioner.models.endpoint.asking import BrokenError, BusyError, Client, RejectedError, image_url, request_body
+from captioner.models.endpoint.asking import (
+    BrokenError,
+    BusyError,
+    Client,
+    RejectedError,
+    image_url,
+    json_schema,
+    request_body,
+)
 from captioner.models.endpoint.reply import Reply, joined
 from captioner.models.endpoint.sharing import Server, ServerPool
 from captioner.models.questions import same_prompts, with_answers
@@ -46,45 +56,58 @@ class Conversation:
         self._seeds = [image_seed(image, ref.seed, sample) for sample in range(count)]
         self._sampled: list[Reply] = []  # to the requests for captions, with --num-captions
         self.replies: list[Reply] = []
-        self.body = self._next_body()
+        self._misfit: Reply | None = None
+        self.body = self._next_body(prompts[0])
 
     @property
     def is_over(self) -> bool:
         return len(self.replies) == len(self._prompts)
 
     def add(self, reply: Reply) -> None:
-        """Add the reply to the latest question."""
-        if not self.replies and self._ref.num_captions > 1:
+        """Add the reply to the latest request. An answer that does not fit its schema is asked for once more."""
+        index = len(self.replies)
+        question, prompt = self._ref.questions[index], self._prompts[index]
+        if not index and self._ref.num_captions > 1:
             self._sampled.append(reply)
             if self._num_sampled < self._ref.num_captions:
-                self.body = self._next_body()
+                self.body = self._next_body(prompt)
                 return
             reply = joined(self._sampled, self._ref.num_captions)
+        reason = reply.error or misfit(question, reply.text, reply.finished)
+        if reason and not reply.error and self._misfit is None:
+            self._misfit = reply
+            self.body = self._next_body(asked_again(question, prompt, reason))
+            return
+        if self._misfit is not None:
+            reply = replace(reply, usage=Usage.total([self._misfit.usage, reply.usage]))
+        self._misfit, reply = None, replace(reply, error=reason)
         self.replies.append(reply)
         if self.replies[0].error:
             self.replies += [NOT_ASKED] * (len(self._prompts) - 1)
         if not self.is_over:
-            self.body = self._next_body()
+            self.body = self._next_body(self._prompts[index + 1])
 
     @property
     def _num_sampled(self) -> int:
         """The captions that have come: a server may give fewer at once than it is asked for, many give one."""
         return sum(len(reply.samples) or 1 for reply in self._sampled)
 
-    def _next_body(self) -> bytes:
+    def _next_body(self, prompt: str) -> bytes:
         index, endpoint = len(self.replies), self._ref.endpoint
         assert endpoint is not None
+        question = self._ref.questions[index]
+        described = json_schema(question.schema) if endpoint.response_format else None
         seed = self._seeds[0 if index else self._num_sampled] if self._seeds else 0
         count = 1 if index else self._ref.num_captions - self._num_sampled
         return request_body(
             self._image,
             endpoint.model,
-            self._prompts[index],
-            self._ref.questions[index].max_new_tokens,
+            prompt,
+            question.max_new_tokens,
             system=self._ref.system,
             logprobs=endpoint.logprobs and not index and self._schema is None,
             sampling=request_sampling(self._ref, endpoint.sampling_options, seed, count),
-            schema=None if index else self._schema,
+            schema=self._schema if self._schema and not index else described,
         )
 
 

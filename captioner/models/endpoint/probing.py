@@ -6,12 +6,12 @@ import asyncio
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from captioner.config import ModelConfig
-from captioner.data import PixelSpec
+from captioner.data import PixelSpec, Question
 from captioner.errors import EndpointError, UsageError
 from captioner.models.endpoint.api_key import ApiKey
 from captioner.models.endpoint.asking import (
@@ -22,6 +22,7 @@ from captioner.models.endpoint.asking import (
     Client,
     RejectedError,
     checked_url,
+    json_schema,
     request_body,
 )
 from captioner.models.endpoint.captioning import TEST_IMAGE, TEST_PIXELS, TEST_TOKENS
@@ -47,9 +48,10 @@ _SAMPLING_OPTIONS = (("n", "seed"), ("seed",), ("n",), ())  # what a server is a
 
 @dataclass(frozen=True)
 class Probe:
-    """What one server said. `model`: the name that it was asked for. `error`: why it did not answer, or "".
+    """What one server said.
 
-    `sampling_options`: see `captioner.models.ref.Endpoint`.
+    `model`: the name that it was asked for. `error`: why it did not answer, or "". `sampling_options`: see
+    `captioner.models.ref.Endpoint`. `takes_schemas`: whether it takes the schemas of all questions.
     """
 
     url: str
@@ -57,9 +59,12 @@ class Probe:
     reply: Reply = field(default_factory=Reply)
     error: str = ""
     sampling_options: tuple[str, ...] = _SAMPLING_OPTIONS[0]
+    takes_schemas: bool = True
 
 
-def resolve_endpoint(config: ModelConfig, notify: Callable[[str], None]) -> ModelRef:
+def resolve_endpoint(
+    config: ModelConfig, notify: Callable[[str], None], questions: Sequence[Question] = ()
+) -> ModelRef:
     """Return what the servers of --endpoint serve. Servers that do not answer now are kept and named.
 
     Raises EndpointError where none answers, one refuses, or two serve different models; UsageError for settings of
@@ -69,7 +74,8 @@ def resolve_endpoint(config: ModelConfig, notify: Callable[[str], None]) -> Mode
         if getattr(config, name) != none:
             raise UsageError(f"--{name.replace('_', '-')} has no effect on an --endpoint; leave it out")
     urls = tuple(dict.fromkeys(checked_url(url) for url in config.endpoint))
-    probes = asyncio.run(probe_all(urls, config, notify))
+    schemas = [question.schema for question in questions if question.schema]
+    probes = asyncio.run(probe_all(urls, config, notify, schemas))
     answering = [probe for probe in probes if not probe.error]
     if not answering:
         raise EndpointError(f"no --endpoint answers: {'; '.join(f'{probe.url}: {probe.error}' for probe in probes)}")
@@ -78,6 +84,8 @@ def resolve_endpoint(config: ModelConfig, notify: Callable[[str], None]) -> Mode
             notify(f"{probe.url} does not answer ({probe.error}); going on with the others until it does")
         elif "seed" not in probe.sampling_options:
             notify(f"{probe.url} takes no seed: it gives other captions when it is asked again")
+        if not probe.takes_schemas:
+            notify(f"{probe.url} refuses response_format; the prompt tells the schema instead, and answers are checked")
     return _describe(config, urls, answering)
 
 
@@ -95,6 +103,7 @@ def _describe(config: ModelConfig, urls: tuple[str, ...], probes: list[Probe]) -
         first[0],
         first[1],
         all(probe.reply.logprob_mean is not None for probe in probes),
+        all(probe.takes_schemas for probe in probes),
         config.concurrency,
         config.max_side,
         config.request_timeout,
@@ -138,19 +147,23 @@ def describe_server(url: str, config: ModelConfig, key: ApiKey) -> str:
     return asyncio.run(ask())
 
 
-async def probe_all(urls: tuple[str, ...], config: ModelConfig, notify: Callable[[str], None]) -> list[Probe]:
+async def probe_all(
+    urls: tuple[str, ...], config: ModelConfig, notify: Callable[[str], None], schemas: Sequence[str]
+) -> list[Probe]:
     """Ask every server about one small image. Raises EndpointError where one refuses."""
     async with Client(ApiKey.from_environment(), config.request_timeout) as client:
-        return await asyncio.gather(*(_probe(client, url, config, notify) for url in urls))
+        return await asyncio.gather(*(_probe(client, url, config, notify, schemas) for url in urls))
 
 
-async def _probe(client: Client, url: str, config: ModelConfig, notify: Callable[[str], None]) -> Probe:
+async def _probe(
+    client: Client, url: str, config: ModelConfig, notify: Callable[[str], None], schemas: Sequence[str]
+) -> Probe:
     """Ask one server; wait while it is busy, such as with loading the model."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + config.endpoint_timeout
     while True:
         try:
-            return await _probe_once(client, url, config)
+            return await _probe_once(client, url, config, schemas)
         except BrokenError as error:
             return Probe(url, error=str(error))
         except BusyError as error:
@@ -161,10 +174,10 @@ async def _probe(client: Client, url: str, config: ModelConfig, notify: Callable
             await asyncio.sleep(rest)
 
 
-async def _probe_once(client: Client, url: str, config: ModelConfig) -> Probe:
+async def _probe_once(client: Client, url: str, config: ModelConfig, schemas: Sequence[str] = ()) -> Probe:
     model = config.name or await _only_model(client, url)
     try:
-        probe = await _ask_about_test_image(client, url, model, config)
+        probe = await _ask_about_test_image(client, url, model, config, schemas)
         options = await _sampling_options(client, probe, config) if config.temperature else _SAMPLING_OPTIONS[0]
         return replace(probe, sampling_options=options)
     except (EndpointError, RejectedError) as error:
@@ -178,19 +191,29 @@ async def _probe_once(client: Client, url: str, config: ModelConfig) -> Probe:
         ) from None
 
 
-async def _ask_about_test_image(client: Client, url: str, model: str, config: ModelConfig) -> Probe:
-    """Ask with log-probabilities and, where the server refuses that, without."""
+async def _ask_about_test_image(
+    client: Client, url: str, model: str, config: ModelConfig, schemas: Sequence[str]
+) -> Probe:
+    """Ask with log-probabilities and, where the server refuses that, without; then with each schema."""
     tokens = min(TEST_TOKENS, config.max_new_tokens)
 
-    async def ask(logprobs: bool) -> Reply:
+    async def ask(logprobs: bool = False, schema: str | None = None) -> Reply:
         prompt = fill(config.prompt or QUESTION, {})
-        body = request_body(TEST_IMAGE, model, prompt, tokens, system=config.system, logprobs=logprobs)
+        body = request_body(
+            TEST_IMAGE, model, prompt, tokens, system=config.system, logprobs=logprobs, schema=json_schema(schema)
+        )
         return await client.ask(url, body)
 
     try:
-        return Probe(url, model, await ask(logprobs=True))
+        reply = await ask(logprobs=True)
     except RejectedError:
-        return Probe(url, model, await ask(logprobs=False))
+        reply = await ask()
+    try:
+        for schema in schemas:
+            await ask(schema=schema)
+    except RejectedError:
+        return Probe(url, model, reply, takes_schemas=False)
+    return Probe(url, model, reply)
 
 
 async def _sampling_options(client: Client, probe: Probe, config: ModelConfig) -> tuple[str, ...]:
