@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
 JOBS = ("caption", "train", "check", "doctor", "estimate")  # commands that may run as a job
-PATHS = ("--model", "--out", "--against", "--references", "--terms", "--eval-data", "--test-data")
+PATHS = ("--model", "--out", "--against", "--references", "--terms", "--questions", "--eval-data", "--test-data")
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,7 +75,7 @@ def _question(config: ModelConfig, name: object, entry: object) -> Question:
     except ValidationError as error:
         first = error.errors()[0]
         raise UsageError(f"{where}: {'.'.join([name, *map(str, first['loc'])])}: {first['msg']}") from None
-    schema = None if checked.json_schema is None else json.dumps(checked.json_schema, ensure_ascii=False)
+    schema = None if checked.json_schema is None else json.dumps(checked.json_schema, ensure_ascii=False, default=str)
     question = Question(name, checked.prompt, checked.max_new_tokens or config.max_new_tokens, schema)
     check_schema(f"{where}: {name}", question)
     return question
