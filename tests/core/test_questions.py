@@ -383,7 +383,7 @@ def test_a_schema_of_the_caption_needs_one_and_fills_columns_too(table: Path) ->
 
 
 def test_a_schema_of_a_text_takes_an_answer_with_and_without_quotes(table: Path) -> None:
-    text = "caption: {prompt: Describe it.}\nplace: {prompt: Where?, schema: {type: string, enum: [in, out]}}"
+    text = "caption: {prompt: Describe it.}\nplace: {prompt: Where is it, schema: {type: string, enum: [in, out]}}"
     with ModelServer(facts(saying('"in"'), saying("never"))) as server:
         run(table, "quoted", **at(server, questions=questions_file(table.parent, text)))
         server.rule = facts(saying("somewhere"), saying("out\n"))
