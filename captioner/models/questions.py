@@ -57,8 +57,8 @@ def read_questions(config: ModelConfig) -> tuple[ModelConfig, tuple[Question, ..
     caption = questions.pop(CAPTION)
     if caption.schema and config.num_captions > 1:
         raise UsageError(
-            f"--questions {config.questions}: caption has a schema, which --num-captions {config.num_captions} excludes; "
-            "leave one of them out"
+            f"--questions {config.questions}: the schema of caption and --num-captions {config.num_captions} exclude "
+            "each other; leave one of them out"
         )
     limits = {"prompt": caption.prompt, "max_new_tokens": caption.max_new_tokens}
     return config.model_copy(update=limits), (caption, *questions.values())
