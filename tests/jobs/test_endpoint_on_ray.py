@@ -52,7 +52,8 @@ def test_a_run_on_ray_makes_the_local_table_without_a_gpu_and_keeps_the_key(
 
     questions = tmp_path / "questions.yaml"
     questions.write_text(
-        "caption: {prompt: 'What is in {image_id}?'}\nwords: {prompt: And more, schema: {type: string, pattern: '[05]$'}}"
+        "caption: {prompt: 'What is in {image_id}?'}\n"
+        "words: {prompt: And more, schema: {type: string, pattern: '[05]$'}}"
     )
     with ModelServer(key=KEY) as server:
         pipeline.run(settings(archive, tmp_path / "local", server, questions=str(questions)))
