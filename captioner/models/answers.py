@@ -94,8 +94,8 @@ def instruction(question: Question) -> str:
 
 def asked_again(question: Question, prompt: str, reason: str) -> str:
     """Return the prompt of the second and last time, after an answer that did not fit."""
-    told = "" if instruction(question) in prompt else instruction(question)
-    return f"{prompt}{told}\n\nAn earlier answer was wrong: {reason}"
+    schema = "" if instruction(question) in prompt else instruction(question)
+    return f"{prompt}{schema}\n\nAn earlier answer was wrong: {reason}"
 
 
 def replaced(captions: Captions, indices: Sequence[int], newer: Captions) -> Captions:
