@@ -20,7 +20,7 @@ from captioner.store.table import open_table
 from captioner.store.verify import verify
 from captioner.testing import make_folder, make_tar, make_tiny_model
 from ray_jobs import caption
-from ray_jobs.caption import RayEngine, _configure_ray_data, make_dataset, no_progress_timeout, run
+from ray_jobs.caption import RayEngine, configure_ray_data, make_dataset, no_progress_timeout, run
 from ray_jobs.cluster import Resources, share_out
 from ray_jobs.stages import DecodeStage
 
@@ -140,7 +140,7 @@ def test_decoding_captioning_and_commits_stay_separate_operators(tmp_path: Path,
     job = open_job(config, engine, lambda line: None)
     (plan,) = job.table.open_plans()
     chunks = job.missing_chunks(plan)
-    _configure_ray_data(job.work)
+    configure_ray_data(job.work)
     sizes = share_out(Resources(num_cpus=2, num_gpus=0, num_nodes=1), config.cluster)
 
     dataset = make_dataset(job.work, chunks, sizes, "auto").materialize()
