@@ -32,6 +32,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from captioner.testing import num_committed_chunks
+
 CAPTIONER = (sys.executable, "-m", "ray_jobs.cli")
 POLL_S = 0.02
 # Of git-base: what captioning a batch takes grows with it, weights and working memory of libraries do not.
@@ -68,7 +70,7 @@ def kill(options: argparse.Namespace, rest: Sequence[str]) -> dict[str, Any]:
     job = start(command)
     wait_for_chunks(job, options.out, max(1, chunks // 3))
     kill_all(job)
-    committed = num_chunks(options.out)
+    committed = num_committed_chunks(options.out)
     if not 0 < committed < chunks:
         raise SystemExit(f"{committed} of {chunks} chunks were committed when the run was killed: not its middle")
     started = time.perf_counter()
@@ -183,12 +185,8 @@ def finish(job: subprocess.Popen[bytes]) -> None:
         raise SystemExit(f"captioner ended with {job.returncode}")
 
 
-def num_chunks(out: Path) -> int:
-    return sum(1 for _ in out.glob("chunks/*/*.parquet"))
-
-
 def wait_for_chunks(job: subprocess.Popen[bytes], out: Path, count: int) -> None:
-    while num_chunks(out) < count:
+    while num_committed_chunks(out) < count:
         if job.poll() is not None:
             raise SystemExit(f"captioner ended with {job.returncode} before chunk {count} was committed")
         time.sleep(POLL_S)

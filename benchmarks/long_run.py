@@ -24,6 +24,8 @@ from pathlib import Path
 
 import psutil
 
+from captioner.testing import num_committed_chunks
+
 
 def make_tar(path: Path, count: int) -> Path:
     """JPEGs of 16 x 16, one colour each."""
@@ -45,12 +47,8 @@ def start(archive: Path, out: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
 
 
-def num_chunks(out: Path) -> int:
-    return sum(1 for _ in out.glob("chunks/*/*.parquet"))
-
-
 def wait_for_chunks(job: subprocess.Popen[bytes], out: Path, count: int) -> None:
-    while num_chunks(out) < count:
+    while num_committed_chunks(out) < count:
         if job.poll() is not None:
             raise SystemExit(f"the job ended with {job.returncode}")
         time.sleep(0.05)
@@ -90,7 +88,7 @@ def measure(folder: Path, pictures: int) -> dict:
         times.append(time.perf_counter())
         seen.append(memory(job))
     kill(job)
-    committed = num_chunks(out)
+    committed = num_committed_chunks(out)
     began = time.perf_counter()
     job = start(archive, out)
     wait_for_chunks(job, out, committed + 1)

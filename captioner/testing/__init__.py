@@ -13,9 +13,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from captioner.errors import OutputError
 from captioner.models.fake import FakeCaptioner
 from captioner.models.ref import ModelRef
 from captioner.starter.scenes import Scene, make_scenes
+from captioner.store.publish import missing_chunks
+from captioner.store.table import open_table
 from captioner.testing.faults import (
     ABORT_MARKER,
     GATE_MARKER,
@@ -42,6 +45,7 @@ __all__ = [
     "make_parquet",
     "make_tar",
     "make_tiny_model",
+    "num_committed_chunks",
     "sigkill_at_write",
 ]
 
@@ -72,6 +76,15 @@ class SmallGpu:
 
     def free_memory(self) -> None:
         """Nothing is held."""
+
+
+def num_committed_chunks(out: Path) -> int:
+    """Return how many chunks of a table are committed or published; 0 while there is no plan."""
+    try:
+        table = open_table(str(out))
+        return sum(plan.num_chunks - len(missing_chunks(table, plan)) for plan in table.plans())
+    except OutputError:
+        return 0
 
 
 def make_folder(path: Path, count: int, seed: int = 0, width: int = 64) -> Path:

@@ -17,7 +17,7 @@ from helpers import rows_of
 from captioner.errors import OutputError
 from captioner.store.table import open_table
 from captioner.store.verify import verify
-from captioner.testing import make_folder
+from captioner.testing import make_folder, num_committed_chunks
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(0)]
 
@@ -92,8 +92,8 @@ def test_a_driver_killed_at_random_moments(tmp_path: Path, capfd: pytest.Capture
 def wait_for(job: subprocess.Popen[bytes], out: Path, more: int, pause: float) -> bool:
     """Until so many more chunks are committed, or one more file is published, and a moment; whether the job lives.
     With `more` = 0 only for the moment: up to 5 s, in which it plans and starts Ray."""
-    goal, published = num_chunks(out) + more, num_published(out)
-    while more and num_chunks(out) < goal and num_published(out) == published and job.poll() is None:
+    goal, published = num_committed_chunks(out) + more, num_published(out)
+    while more and num_committed_chunks(out) < goal and num_published(out) == published and job.poll() is None:
         time.sleep(0.002)
     try:
         job.wait(pause * (0.1 if more else 5))
@@ -104,10 +104,6 @@ def wait_for(job: subprocess.Popen[bytes], out: Path, more: int, pause: float) -
 
 def num_published(out: Path) -> int:
     return sum(1 for _ in out.glob("captions/*.parquet"))
-
-
-def num_chunks(out: Path) -> int:
-    return sum(1 for _ in out.glob("chunks/*/*.parquet"))
 
 
 def judged(out: Path, expected: list[tuple]) -> str:

@@ -15,7 +15,7 @@ from helpers import caption_config
 
 from captioner.store.table import open_table
 from captioner.store.verify import verify
-from captioner.testing import GATE_MARKER, decoder_faults, make_folder
+from captioner.testing import GATE_MARKER, decoder_faults, make_folder, num_committed_chunks
 from ray_jobs.caption import run
 
 pytestmark = pytest.mark.chaos
@@ -51,7 +51,7 @@ def workers() -> set[int]:
 def hold_memory_until_a_worker_is_killed(out: Path, gate: Path, replacements: list[int]) -> None:
     """Note the workers that Ray starts in place of killed ones; then let the run go on to its end."""
     deadline = time.monotonic() + DEADLINE_S
-    while not ((gate / "pid").exists() and list(out.glob("chunks/*/*.parquet"))) and time.monotonic() < deadline:
+    while not ((gate / "pid").exists() and num_committed_chunks(out)) and time.monotonic() < deadline:
         time.sleep(0.02)
     before, memory = workers(), np.ones(MARGIN * 3 // 2, np.uint8)
     while before <= workers() and time.monotonic() < deadline:

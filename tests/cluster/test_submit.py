@@ -20,7 +20,7 @@ import pytest
 
 from captioner.store.table import open_table
 from captioner.store.verify import verify
-from captioner.testing import GATE_MARKER, decoder_faults, make_folder
+from captioner.testing import GATE_MARKER, decoder_faults, make_folder, num_committed_chunks
 from ray_jobs.follow import Follower
 
 DEADLINE_S = 600.0
@@ -99,7 +99,7 @@ def first_line(job: subprocess.Popen[str]) -> str:
 def wait_until_half_way(out: Path, gate: Path) -> None:
     """Some chunks are committed, and one waits."""
     deadline = time.monotonic() + DEADLINE_S
-    while not ((gate / "pid").exists() and any(out.glob("chunks/*/*.parquet"))):
+    while not ((gate / "pid").exists() and num_committed_chunks(out)):
         assert time.monotonic() < deadline, "no chunk was committed"
         time.sleep(0.01)
 

@@ -20,7 +20,7 @@ from captioner.config import CaptionConfig
 from captioner.console import commands
 from captioner.store.table import open_table
 from captioner.store.verify import verify
-from captioner.testing import GATE_MARKER, decoder_faults, make_folder
+from captioner.testing import GATE_MARKER, decoder_faults, make_folder, num_committed_chunks
 from ray_jobs.caption import run
 
 pytestmark = pytest.mark.usefixtures("ray_instance")
@@ -90,13 +90,9 @@ def start_job(
     )
 
 
-def num_chunks(out: Path) -> int:
-    return len(list(out.glob("chunks/*/*.parquet")))
-
-
 def wait_for_chunks(job: subprocess.Popen[bytes], out: Path, count: int) -> None:
     deadline = time.monotonic() + DEADLINE_S
-    while num_chunks(out) < count:
+    while num_committed_chunks(out) < count:
         assert job.poll() is None, "the job ended by itself"
         assert time.monotonic() < deadline, "no chunk was committed"
         time.sleep(0.005)
@@ -135,7 +131,7 @@ def test_everything_killed_while_captioning(
     kill_tree(job)
     assert commands.status(str(tmp_path / "out")) == 0
     assert ": killed before its end" in capsys.readouterr().out
-    committed = num_chunks(tmp_path / "out")
+    committed = num_committed_chunks(tmp_path / "out")
 
     assert 3 <= committed < -(-(IMAGES + 1) // 16)
     assert not verify(open_table(str(tmp_path / "out"))).proven
