@@ -239,18 +239,24 @@ def _earlier_limits(table: CaptionsTable, selector: Selector, fingerprint: str) 
 def _lift_below(table: CaptionsTable, selector: Selector, fingerprint: str) -> float | None:
     """Return the limit to which a share of the judged captions of other models comes.
 
-    Raises UsageError where no caption is judged.
+    Raises UsageError where none is judged.
     """
     if selector.judge_percent is None:
         return None
-    counts = np.zeros(_LIFT_BINS, np.int64)
+    counts, num_judged = np.zeros(_LIFT_BINS, np.int64), 0
     for part, rows in _parts(table):
-        lifts = lifts_of(table, part, rows)[pc.not_equal(rows["fingerprint"], fingerprint).to_numpy()]
-        lifts = lifts[~np.isnan(lifts)]
+        lifts = lifts_of(table, part, rows)
+        is_judged = ~np.isnan(lifts)
+        num_judged += int(np.count_nonzero(is_judged))
+        lifts = lifts[is_judged & pc.not_equal(rows["fingerprint"], fingerprint).to_numpy()]
         bins = np.clip((lifts + 5) / 10 * _LIFT_BINS, 0, _LIFT_BINS - 1).astype(np.int64)
         counts += np.bincount(bins, minlength=_LIFT_BINS)
-    if not counts.any():
+    if not num_judged:
         raise UsageError(f"--only {selector.text}: no caption is judged; run captioner judge on this OUT first")
+    if not counts.any():
+        raise UsageError(
+            f"--only {selector.text}: all judged captions are of this model and its settings; give another model"
+        )
     last = int(np.searchsorted(np.cumsum(counts), selector.judge_percent / 100 * counts.sum()))
     return (last + 1) / _LIFT_BINS * 10 - 5
 

@@ -272,6 +272,8 @@ def test_the_weakest_captions_are_selected_and_reviewed_first(judged_out: Path, 
 
     selected = {index + 128 * part for part, indices in selection.indices.items() for index in indices.tolist()}
     assert selected == weakest
+    with pytest.raises(UsageError, match="all judged captions are of this model and its settings"):
+        select(table, parse_selector("judge<10%"), table.info["fingerprint"], {})
     make_alt_texts(table, AltTextConfig())
     queue = Queue(table, "flagged", {})
     unflagged = np.flatnonzero(~queue.flagged)

@@ -18,19 +18,32 @@ from captioner.store.directory import Directory
 from captioner.store.journal import SPOT_CHECKS, Journal, Review
 from captioner.store.table import open_table
 from captioner.store.verify import verify
-from captioner.testing import make_folder
+from captioner.testing import make_folder, make_tiny_model
+from captioner.testing.tiny_clip import make_tiny_clip
 from ray_jobs.cli import main
 
 pytestmark = pytest.mark.usefixtures("ray_instance")
 
 IMAGES = 40
 # A model that is on this machine, what keeps a run on 40 images short, and GPUs that are only counted unused.
-SUBSTITUTES = {"microsoft/git-base-coco": "starter", "microsoft/git-base": "starter", "MODEL": "starter"}
+SUBSTITUTES = {
+    "microsoft/git-base-coco": "starter",
+    "microsoft/git-base": "starter",
+    "MODEL": "starter",
+    "BETTER": "better",
+    "SOURCE": "images",
+    "openai/clip-vit-base-patch32": "clip",
+}
+ELSEWHERE = {
+    "--endpoint",
+    "--push-to-hub",
+}  # need a server or the hub: test_object_judge and test_training_hub run them
 SHORTER = {
     "caption": ["--local"],
     "train": ["--max-steps", "2", "--num-workers", "1", "--device", "cpu"],
     "estimate": ["--num-workers", "1", "--decode-cpus", "1", "--device", "cpu"],
     "doctor": ["--device", "cpu"],
+    "judge": ["--device", "cpu"],
 }
 
 
@@ -66,7 +79,7 @@ def run_page(page: str) -> None:
     for line in dict.fromkeys(line for document, line in docs.commands_of("captioner") if document == page):
         _, command, *words = shlex.split(line)
         words = [SUBSTITUTES.get(word, word) for word in words if word != "--open"]
-        if command == "submit" or any(word.startswith("s3://") for word in words):
+        if command == "submit" or any(word.startswith("s3://") or word in ELSEWHERE for word in words):
             continue
         if command == "review":
             approve_all(Path(words[0]))
@@ -123,6 +136,8 @@ def test_alt_text_and_back() -> None:
 def test_quality(desk: Path) -> None:
     for out in ("OUT", "OTHER_OUT"):
         assert run("caption", "images", out, "--model", "starter", "--local") == 0
+    make_tiny_clip(desk / "clip")
+    make_tiny_model("git", desk / "better")
     run_page("quality.md")
 
     assert Path("OUT/report/index.html").exists()
