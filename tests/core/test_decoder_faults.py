@@ -115,9 +115,10 @@ def test_decoders_ignore_the_markers_by_default(decoder: GuardedDecoder, png: by
 
 
 def child_and_worker() -> tuple[psutil.Process, psutil.Process]:
-    """The decoder's processes; what other tests left dead is passed over."""
+    """The processes of the newest decoder: other tests left some dead, and training keeps its own."""
     alive = [p for p in psutil.Process().children() if p.status() != psutil.STATUS_ZOMBIE]
-    (child,) = [p for p in alive if "captioner.imaging.sandbox.child" in p.cmdline()]
+    decoders = [p for p in alive if "captioner.imaging.sandbox.child" in p.cmdline()]
+    child = max(decoders, key=lambda process: process.create_time())
     (worker,) = child.children()
     return child, worker
 

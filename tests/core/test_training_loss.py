@@ -1,5 +1,6 @@
 """The loss is the cross-entropy over caption tokens, for every family that can be trained."""
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,8 +13,9 @@ from PIL import Image
 from torch.nn import functional
 
 from captioner.config import ModelConfig, TrainModelConfig
-from captioner.data import object_array
+from captioner.data import RawImage
 from captioner.errors import ModelError
+from captioner.imaging import decode_images
 from captioner.models import resolve
 from captioner.models.base import TransformersCaptioner
 from captioner.models.chat import ChatCaptioner
@@ -40,7 +42,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TransformersCa
 
 
 def open_tiny(path: Path, **settings) -> TransformersCaptioner:
-    ref = resolve(ModelConfig(name=str(path), max_new_tokens=8))
+    ref = resolve(ModelConfig(name=str(path), max_new_tokens=8, preprocess="processor"))
     return open_trainable(ref, TrainModelConfig(**settings), torch.device("cpu"), 4, None)
 
 
@@ -56,9 +58,16 @@ def batch_of(captioner: TransformersCaptioner, captions: list[str], first: int =
     """Return the batch of captions of `images`, from number `first` on; for chat models each image has its own size."""
     collate, pixels = make_collate(captioner), images(first + len(captions))[first:]
     if isinstance(collate, ChatCollate):
-        sized = [own_size(image, number).numpy() for number, image in enumerate(pixels, first)]
-        return collate.join(captioner.process(object_array(sized)), captions)
+        sized = [own_size(image, number) for number, image in enumerate(pixels, first)]
+        decoded = decode_images([as_file(image) for image in sized], captioner.ref.spec, max_pixels=10**6)
+        return collate.join(captioner.process(decoded.pixels), captions)
     return {"pixels": pixels, **collate.texts(captions)}
+
+
+def as_file(image: torch.Tensor) -> RawImage:
+    buffer = io.BytesIO()
+    Image.fromarray(image.numpy()).save(buffer, "PNG")
+    return RawImage("", "", buffer.getvalue())
 
 
 def own_size(image: torch.Tensor, number: int) -> torch.Tensor:
@@ -70,7 +79,8 @@ def logits_of_model(captioner: TransformersCaptioner, pixels: torch.Tensor, ids:
     model, family = captioner.model, captioner.ref.family
     if isinstance(captioner, ChatCaptioner):
         text = captioner.text_of(captioner.prompts[0]) + captioner.tokenizer.decode(ids)
-        inputs = captioner.processor(text=[text], images=[[Image.fromarray(pixels.numpy())]], return_tensors="pt")
+        processor = open_processor(captioner.ref.path, family_of(family))
+        inputs = processor(text=[text], images=[[Image.fromarray(pixels.numpy())]], return_tensors="pt")
         assert inputs.input_ids[0, -len(ids) :].tolist() == ids.tolist()
         return model(**inputs).logits[0, -len(ids) - 1 :]
     images = captioner.normalise(pixels[None])
