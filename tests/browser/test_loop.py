@@ -144,6 +144,8 @@ def export_everything(out: Path, root: Path) -> None:
     image_id = next(name for name, decision in decided(out).items() if decision == "edited")
     (pages / "index.html").write_text(f'<!doctype html><title>Posters</title><img src="{image_id}">')
     for form, export_format in FORMATS.items():
+        if form == "hub":  # needs the hub: tests/core/test_export_fields.py has a stand-in
+            continue
         more = ["--html-dir", pages] if form == "html" else []
         captioner("export", out, root / "exports" / form, "--to", form, *more)
         assert (root / "exports" / f"{form}{export_format.suffix}").exists()
