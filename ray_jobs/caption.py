@@ -21,13 +21,12 @@ from captioner.config import AutoInt, CaptionConfig
 from captioner.console.phases import phase
 from captioner.console.stopping import notify
 from captioner.data import Chunk, Receipt
-from captioner.errors import ClusterError
 from captioner.models import ModelRef, is_small
 from captioner.models.endpoint.api_key import ApiKey
 from captioner.steps import Work
 from captioner.store.table import TABLE_FILE
 from ray_jobs.cluster import Connection, Sizes, sizes_of
-from ray_jobs.failures import cause_of, release_actors
+from ray_jobs.failures import execution_error
 from ray_jobs.gpus import device_kind
 from ray_jobs.metrics import DriverMetrics
 from ray_jobs.nodes import check_gpu_nodes, check_shared
@@ -183,22 +182,15 @@ def _execute(
                 starts.has_started()
                 waiting.close()
                 yield from receipts_of(block)
-    except RayError as error:
-        release_actors(error)
-        raise starts.error or cause_of(error) from error
-    except ExecutionTimeoutError as error:
-        release_actors(error)
-        raise ClusterError(
-            f"no stage has finished a chunk for {no_progress_timeout(work.decode_timeout, work.model):g} s; "
-            "progress is saved; run the same command to continue"
-        ) from error
+    except (RayError, ExecutionTimeoutError) as error:
+        raise execution_error(error, starts.error, no_progress_timeout(work.decode_timeout, work.model)) from error
 
 
 def configure_ray_data(work: Work) -> None:
     """Let dropped blocks and stalls fail the run, and turn off Ray Data's own display."""
     import ray.data
 
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # cause_of gives its errors as one line
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # execution_error gives its errors as one line
     context = ray.data.DataContext.get_current()
     context.max_errored_blocks = 0
     context.enable_progress_bars = False

@@ -36,6 +36,23 @@ def cause_of(
     return ClusterError(f"a worker failed: {message}; {what_stays}")
 
 
+def execution_error(error: Exception, start_error: CaptionerError | None, no_progress_seconds: float) -> CaptionerError:
+    """Return what to raise for an error of a Ray Data execution, and release the actors that the error holds.
+
+    `start_error`: of workers that could not start, if any. `no_progress_seconds`: after which Ray Data gave up where
+    no stage had finished a chunk.
+    """
+    from ray.data.exceptions import ExecutionTimeoutError
+
+    release_actors(error)
+    if isinstance(error, ExecutionTimeoutError):
+        return ClusterError(
+            f"no stage has finished a chunk for {no_progress_seconds:g} s; "
+            "progress is saved; run the same command to continue"
+        )
+    return start_error or cause_of(error)
+
+
 def first_error(text: str) -> str:
     """Return the first line of tracebacks that names an error; "" where there is none.
 

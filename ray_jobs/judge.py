@@ -19,7 +19,6 @@ from captioner.config import ClusterConfig
 from captioner.console.phases import phase
 from captioner.console.stopping import notify
 from captioner.data import Chunk
-from captioner.errors import ClusterError
 from captioner.models import is_small
 from captioner.models.dual_encoder import open_encoder
 from captioner.run.judging import CaptionReader, JudgeWork, score
@@ -27,7 +26,7 @@ from captioner.scoring.judgements import JUDGE_SCHEMA
 from captioner.store.table import TABLE_FILE
 from ray_jobs.caption import CHUNKS_PER_EXECUTION, configure_ray_data, no_progress_timeout
 from ray_jobs.cluster import Connection, Sizes, share_out
-from ray_jobs.failures import cause_of, release_actors
+from ray_jobs.failures import execution_error
 from ray_jobs.gpus import worker_device
 from ray_jobs.nodes import check_gpu_nodes, check_shared
 from ray_jobs.stages import from_block, to_block
@@ -120,15 +119,8 @@ def _execute(work: JudgeWork, chunks: list[Chunk], sizes: Sizes) -> Iterator[tup
             starts.has_started()
             for block in chain([first], batches):
                 yield from _scores_of(block)
-    except RayError as error:
-        release_actors(error)
-        raise starts.error or cause_of(error) from error
-    except ExecutionTimeoutError as error:
-        release_actors(error)
-        raise ClusterError(
-            f"no stage has finished a chunk for {no_progress_timeout(work.work.decode_timeout):g} s; "
-            "progress is saved; run the same command to continue"
-        ) from error
+    except (RayError, ExecutionTimeoutError) as error:
+        raise execution_error(error, starts.error, no_progress_timeout(work.work.decode_timeout)) from error
 
 
 def _scores_of(block: pa.Table) -> Iterator[tuple[Chunk, pa.Table]]:
