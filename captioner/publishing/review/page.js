@@ -79,25 +79,13 @@ function showCard(after) {
   $("flags").hidden = !card.flags.length;
   showGroup();
   showFacts();
-  showImage(after);
+  $("in-file").hidden = true;
+  showImage(after, showDescriptions);
 }
 
-function showImage(after) {
-  const index = card.index, image = $("image"), link = $("enlarge");
-  link.hidden = $("missing").hidden = $("in-file").hidden = true;
-  image.removeAttribute("src");
-  $("card").dataset.image = "loading";
-  request(`about/${index}`).catch((error) => ({error: error.message, descriptions: []})).then((about) => {
-    if (!card || card.index !== index) return;
-    $("missing").hidden = !about.error;
-    $("why").textContent = about.error;
-    link.hidden = !!about.error;
-    if (!about.error) link.href = image.src = `image/${index}/large`;
-    $("card").dataset.image = about.error ? "missing" : "shown";
-    $("in-file").hidden = !about.descriptions.length;
-    $("descriptions").replaceChildren(...about.descriptions.flatMap((description) => fact(description.name, description.text)));
-    if (after !== null) request(`about/${after}`).catch(() => {});  // decode the next image in advance
-  });
+function showDescriptions({descriptions}) {
+  $("in-file").hidden = !descriptions.length;
+  $("descriptions").replaceChildren(...descriptions.flatMap((description) => fact(description.name, description.text)));
 }
 
 function showCount(target, text) {

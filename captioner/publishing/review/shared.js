@@ -48,6 +48,24 @@ function showStatus(message) {
   showStatus.timer = setTimeout(() => { $("status").textContent = ""; }, 10000);
 }
 
+/* Show the image of the card, or why it cannot be shown; `after`: the index of the next card. */
+function showImage(after, showAbout = () => {}) {
+  const index = card.index, image = $("image"), link = $("enlarge");
+  link.hidden = $("missing").hidden = true;
+  image.removeAttribute("src");
+  $("card").dataset.image = "loading";
+  request(`about/${index}`).catch((error) => ({error: error.message, descriptions: []})).then((about) => {
+    if (!card || card.index !== index) return;
+    $("missing").hidden = !about.error;
+    $("why").textContent = about.error;
+    link.hidden = !!about.error;
+    if (!about.error) link.href = image.src = `image/${index}/large`;
+    $("card").dataset.image = about.error ? "missing" : "shown";
+    showAbout(about);
+    if (after !== null) request(`about/${after}`).catch(() => {});  // decode the next image in advance
+  });
+}
+
 function fact(name, text) {
   return [element("dt", name), Object.assign(element("dd", text), {dir: "auto"})];
 }

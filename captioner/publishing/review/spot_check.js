@@ -44,22 +44,6 @@ function showCard(after) {
   showImage(after);
 }
 
-function showImage(after) {
-  const index = card.index;
-  $("enlarge").hidden = $("missing").hidden = true;
-  $("image").removeAttribute("src");
-  $("card").dataset.image = "loading";
-  request(`about/${index}`).catch((error) => ({error: error.message})).then((about) => {
-    if (!card || card.index !== index) return;
-    $("enlarge").hidden = !!about.error;
-    $("missing").hidden = !about.error;
-    $("why").textContent = about.error;
-    if (!about.error) $("enlarge").href = $("image").src = `image/${index}/large`;
-    $("card").dataset.image = about.error ? "missing" : "shown";
-    if (after !== null) request(`about/${after}`).catch(() => {});  // decode the next image in advance
-  });
-}
-
 function showProgress(progress) {
   const minutes = progress.minutes_left, left = progress.total - progress.judged - progress.skipped;
   const time = minutes === null || !left ? "" : ` · about ${Math.max(1, Math.round(minutes)).toLocaleString()} min left`;
