@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Self
 
 import pytest
@@ -11,6 +12,19 @@ from captioner.data import PixelSpec
 from captioner.imaging import decode, squeeze
 from captioner.report import page_images
 from captioner.store.lease import Lease
+from captioner.testing import make_folder, make_tiny_model
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 30 images with captions, to train on."""
+    return make_folder(tmp_path_factory.mktemp("data"), 30, seed=5)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A GIT model directory with random weights."""
+    return make_tiny_model("git", tmp_path_factory.mktemp("tiny"))
 
 
 class DecoderHere:

@@ -26,11 +26,6 @@ STARTER = Path(captioner.starter.__file__).parent / "model"
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> Path:
-    return make_tiny_model("git", tmp_path_factory.mktemp("tiny"))
-
-
 def images(side: int, count: int) -> np.ndarray:
     """Return scenes and as many images of noise, which the starter gives long and different captions."""
     scenes = np.stack([np.asarray(scene.render(side)) for scene in make_scenes(count // 2, seed=5)])

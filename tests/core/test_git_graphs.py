@@ -13,7 +13,6 @@ from captioner.config import ModelConfig
 from captioner.models import load, resolve
 from captioner.models.git import graphs
 from captioner.starter.scenes import make_scenes
-from captioner.testing import make_tiny_model
 
 
 class FakeGraph:
@@ -25,11 +24,6 @@ class FakeGraph:
     def replay(self) -> None:
         self.replays += 1
         self.step()
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> Path:
-    return make_tiny_model("git", tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,6 @@ from captioner.errors import TrainingError
 from captioner.models import resolve
 from captioner.scoring.coco_metrics import cider_d
 from captioner.scoring.normalise import caption_tokens
-from captioner.testing import make_folder, make_tiny_model
 from captioner.testing.tiny_models import TINY_SIDE
 from captioner.training import job
 from captioner.training.advice import collapse_warning, is_collapsed, length_warning
@@ -32,16 +31,6 @@ from captioner.training.trainable import open_trainable
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_folder(tmp_path_factory.mktemp("data"), 30, seed=5)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model("git", tmp_path_factory.mktemp("tiny"))
 
 
 def test_a_collapse_is_said_by_the_second_evaluation_and_is_in_the_report(

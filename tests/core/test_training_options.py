@@ -15,7 +15,6 @@ from helpers import train_config, training_losses
 from captioner.config import ModelConfig, TrainModelConfig
 from captioner.errors import InterruptedRunError, TerminatedRunError, UsageError
 from captioner.models import load, resolve
-from captioner.testing import make_folder, make_tiny_model
 from captioner.testing.tiny_models import TINY_SIDE
 from captioner.training import job
 from captioner.training.evaluate import WINDOW, Evaluator
@@ -27,16 +26,6 @@ from captioner.training.trainable import open_trainable
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 settings = partial(train_config, max_new_tokens=8, learning_rate=1e-3)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_folder(tmp_path_factory.mktemp("data"), 30, seed=5)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model("git", tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ On a GPU `benchmarks/gpu.sh` compares the token ids of whole searches with those
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,17 +21,11 @@ from captioner.models.git.network import GitNetwork
 from captioner.models.git.search import has_triton
 from captioner.models.git.triton_network import TritonGitNetwork
 from captioner.starter.scenes import make_scenes
-from captioner.testing import make_tiny_model
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),  # -inf - -inf, masked afterwards
 ]
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> Path:
-    return make_tiny_model("git", tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
