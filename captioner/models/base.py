@@ -21,7 +21,6 @@ from captioner.data import Captions, Pixels, Prompts, Usage, object_array
 from captioner.errors import ModelError
 from captioner.models.drawing import DrawingProcessor, Sampling
 from captioner.models.logprobs import ScoreRecorder, mean_logprobs, token_counts
-from captioner.models.packed import pack_linears
 from captioner.models.pretrained import decode_all, open_model, open_tokenizer, quiet
 from captioner.models.processors import ProcessedBatch, open_image_processor, processed_batches
 from captioner.models.ref import ModelRef
@@ -68,7 +67,6 @@ class TransformersCaptioner:
         self.sampling = Sampling.of(ref)
         self._search_lock = threading.Lock()  # calls from two threads are searched one after the other
         self.model = open_model(ref.path, self.dtype, device, self.attention, ref.adapter)
-        pack_linears(self.model)
         self._counted = Usage()  # since the last call of `caption` that returned
         self.tokenizer = open_tokenizer(ref.path)
         self.prefix = self.start_ids()

@@ -79,6 +79,7 @@ def load(
     imported = time.perf_counter()
     notify(f"torch and transformers imported in {imported - started:.1f} s")
     from captioner.models.batch_size import CPU_SIZE, SMALL_CPU_SIZE, choose_batch_size
+    from captioner.models.packed import pack_linears
 
     if torch_device.type == "cpu" and is_small(ref):
         num_threads = 1
@@ -86,6 +87,7 @@ def load(
         torch.set_num_threads(num_threads)
     with phase("loading weights", notify):
         captioner = family(ref, torch_device, 1 if batch_size == "auto" else batch_size)
+        pack_linears(captioner.model)  # here, because packed layers cannot be trained
     notify(f"weights on {captioner.device_name} in {time.perf_counter() - imported:.1f} s")
     if batch_size == "auto":
         choose_batch_size(captioner, SMALL_CPU_SIZE if is_small(ref) else CPU_SIZE, notify=notify)

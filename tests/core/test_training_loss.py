@@ -16,7 +16,7 @@ from captioner.config import ModelConfig, TrainModelConfig
 from captioner.data import RawImage
 from captioner.errors import ModelError
 from captioner.imaging import decode_images
-from captioner.models import resolve
+from captioner.models import packed, resolve
 from captioner.models.base import TransformersCaptioner
 from captioner.models.chat import ChatCaptioner
 from captioner.models.families import family_of
@@ -266,3 +266,14 @@ def test_labels_are_the_next_tokens_and_padding_reaches_the_longest_caption(text
         assert ids == whole[:-1] + [0] * (length - len(whole) + 1)
         after = {row * length + index: whole[index + 1] for index in range(len(start) - 1, len(whole) - 1)}
         assert after.items() <= labels.items()
+
+
+@pytest.mark.parametrize("family", ["git", "qwen2_vl"])
+def test_layers_that_a_cpu_packs_for_captioning_are_trained(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed, "MIN_WEIGHTS", 1)
+    network = open_tiny(make_tiny_model(family, tmp_path / "model")).model
+
+    assert [name for name, module in network.named_modules() if isinstance(module, torch.nn.Linear)]
+    assert not [name for name, module in network.named_modules() if isinstance(module, packed.PackedLinear)]

@@ -44,7 +44,7 @@ class GitNetwork:
     """The layers of a GitForCausalLM in evaluation mode as a search calls them, on any device."""
 
     def __init__(self, model: Any) -> None:
-        self.git, self.head = model.git, model.output
+        self.git, self._model = model.git, model
         self.layers = list(self.git.encoder.layer)
         attention = self.layers[0].attention.self
         self.heads, self.width = attention.num_attention_heads, attention.attention_head_size
@@ -53,6 +53,11 @@ class GitNetwork:
         self.dtype, self.device = model.dtype, model.device
         # transformers accepts only eager attention for GIT, but its vision tower follows this setting.
         vision._attn_implementation = "sdpa"
+
+    @property
+    def head(self) -> Any:
+        """Return the output layer, which may be replaced by a packed one at any time."""
+        return self._model.output
 
     def new_state(self, images: int, beams: int, length: int) -> State:
         """Return an empty state for up to `length` text tokens.
