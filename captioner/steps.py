@@ -79,6 +79,17 @@ class Work:
         """Return a decoder for the images of this run, in a child process that is not started yet."""
         return GuardedDecoder(self.model.spec, self.max_pixels, self.decode_timeout)
 
+    def planned_rows(self, chunk: Chunk) -> pa.Table:
+        """Return the planned rows of a chunk. Raises DamagedFileError."""
+        return read_planned(self.table, chunk)
+
+    def rows_elsewhere(self, chunk: Chunk) -> Iterator[pa.Table]:
+        """Yield single planned rows of other chunks, from all over the plan: they show whether the source is there."""
+        others = [other for plan in self.table.plans() for other in plan.chunks() if other != chunk]
+        for other in others[:: max(1, len(others) // ROWS_ELSEWHERE)]:
+            planned = self.planned_rows(other)
+            yield planned.slice(planned.num_rows // 2, 1)
+
 
 @dataclass(frozen=True)
 class ReadChunk:
@@ -111,7 +122,7 @@ class ChunkRows:
 def read(work: Work, chunk: Chunk) -> ReadChunk:
     """Read the files of a chunk. Raises SourceError where the source as a whole is at fault."""
     started = time.perf_counter()
-    planned = read_planned(work.table, chunk)
+    planned = work.planned_rows(chunk)
     return ReadChunk(chunk, planned, read_rows(work, chunk, planned), time.perf_counter() - started)
 
 
@@ -120,15 +131,10 @@ def read_rows(work: Work, chunk: Chunk, planned: pa.Table) -> list[RawImage]:
     with reads_at_once(work.read_concurrency), limited_to(ReadLimits(work.max_file_size, READ_BYTES)):
         # A run that captions every copy must read every copy: the source must not share the bytes of the first one.
         names = [name for name in planned.column_names if work.dedupe or name != KNOWN_SHA256.name]
-        return read_part(work.source, planned.select(names), _rows_elsewhere(work, chunk, names))
-
-
-def _rows_elsewhere(work: Work, chunk: Chunk, names: list[str]) -> Iterator[pa.Table]:
-    """Yield single planned rows of other chunks, from all over the plan: they show whether the source is there."""
-    others = [other for plan in work.table.plans() for other in plan.chunks() if other != chunk]
-    for other in others[:: max(1, len(others) // ROWS_ELSEWHERE)]:
-        planned = read_planned(work.table, other)
-        yield planned.select([name for name in names if name in planned.column_names]).slice(planned.num_rows // 2, 1)
+        elsewhere = (
+            rows.select([name for name in names if name in rows.column_names]) for rows in work.rows_elsewhere(chunk)
+        )
+        return read_part(work.source, planned.select(names), elsewhere)
 
 
 def decode(work: Work, read: ReadChunk, decoder: GuardedDecoder) -> ChunkRows:

@@ -153,12 +153,12 @@ def make_dataset(
         },
         num_cpus=sizes.cpus_per_worker,
         num_gpus=sizes.gpus_per_worker or None,
-        **pool(sizes.num_workers, sizes.max_workers, _calls_at_once(work, sizes)),
+        **pool(sizes.num_workers, sizes.max_workers, calls_at_once(work, sizes)),
     )
     return dataset.map_batches(CommitStage, fn_constructor_kwargs={"work": work}, num_cpus=0, **pool(sizes.committers))
 
 
-def _calls_at_once(work: Work, sizes: Sizes) -> int:
+def calls_at_once(work: Work, sizes: Sizes) -> int:
     """Return how many chunks a caption worker has at the same time."""
     if work.model.endpoint:
         return work.model.endpoint.chunks_at_once

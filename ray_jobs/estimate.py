@@ -108,9 +108,10 @@ def predict(pieces: Sequence[Piece], total: int, num_workers: int, decoders: int
     The interval of the rate is a bootstrap over the pieces. Its upper bound is at least the capacity of the slower
     stage, since a run has larger pieces and so less overhead.
     """
-    table = np.array(
-        [[p.num_rows, p.prepare, p.generate, p.source_bytes, p.output_bytes, p.num_ok, *p.usage[:2]] for p in pieces]
-    )
+    table = np.array([[p.num_rows, p.prepare, p.generate] for p in pieces])
+    each = {piece.index: piece for piece in pieces}.values()
+    sizes = np.array([[p.num_rows, p.source_bytes, p.output_bytes, p.num_ok, *p.usage[:2]] for p in each]).sum(axis=0)
+    of_an_image = sizes[1:] / sizes[0]
     gaps = np.array([[p.num_rows, p.gap] for p in pieces if p.gap > 0])
     random = np.random.default_rng(seed)
 
@@ -121,8 +122,7 @@ def predict(pieces: Sequence[Piece], total: int, num_workers: int, decoders: int
         images, prepare, generate = sums[..., 0], sums[..., 1], sums[..., 2]
         return images * decoders / np.maximum(prepare, 1e-9), images * num_workers / np.maximum(generate, 1e-9)
 
-    sums = table.sum(axis=0)
-    decoding, captioning = capacities(sums)
+    decoding, captioning = capacities(table.sum(axis=0))
     capacity, capacity_draws = min(decoding, captioning), np.minimum(*capacities(resampled_sums(table)))
     rate, rate_draws = capacity, capacity_draws
     if len(gaps) > 1:
@@ -135,10 +135,10 @@ def predict(pieces: Sequence[Piece], total: int, num_workers: int, decoders: int
         float(min(rate, np.quantile(rate_draws, LOW))),
         float(max(rate, high)),
         "decoding" if decoding < captioning else "model",
-        float(sums[3] * total / sums[0]),
-        float(sums[4] * total / sums[0]),
-        float(sums[5] / sums[0]),
-        (float(sums[6] * total / sums[0]), float(sums[7] * total / sums[0])),
+        source_bytes=float(of_an_image[0] * total),
+        output_bytes=float(of_an_image[1] * total),
+        share_ok=float(of_an_image[2]),
+        usage=(float(of_an_image[3] * total), float(of_an_image[4] * total)),
     )
 
 

@@ -1,7 +1,8 @@
-"""Caption a sample with decoders and caption workers of the sizes of a run, all at the same time.
+"""Caption a sample with the stages of a run, with as many workers of the same size, all at the same time.
 
-On CPUs the two stages take time from each other, so that one measured without the other looks too fast. Decoders run
-ahead of the captioners by a few pieces, as in a run. Nothing is written.
+On CPUs the two stages take time from each other, so that one measured without the other looks too fast. Ray Data would
+let the decoders finish a small sample while the model still loads; here a few decoded pieces wait for each worker, as
+in the middle of a run. Nothing is written.
 """
 
 from __future__ import annotations
@@ -10,24 +11,27 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from captioner.config import AutoInt, CaptionConfig
-from captioner.data import NO_USAGE, Pixels, Prompts, Source, Usage
-from captioner.errors import ClusterError
-from captioner.imaging.sandbox.decoder import GuardedDecoder
-from captioner.models import ModelRef, load
+from captioner.data import NO_USAGE, Chunk, Source, Usage
+from captioner.errors import CaptionerError, ClusterError
+from captioner.models import ModelRef
 from captioner.models.endpoint.api_key import ApiKey
-from captioner.models.questions import prompts_of
-from captioner.sources.reading import ReadLimits, each_row_alone, limited_to, read_images, reads_at_once
-from captioner.steps import Caption, caption_or_reasons
+from captioner.models.questions import answer_fields
+from captioner.run.fingerprint import facts_of
+from captioner.steps import ChunkRows, Work
+from captioner.store.directory import Directory
+from captioner.store.table import CaptionsTable, as_hex
+from ray_jobs.caption import calls_at_once
 from ray_jobs.cluster import Sizes
 from ray_jobs.failures import cause_of
-from ray_jobs.gpus import worker_device
+from ray_jobs.stages import CaptionStage, DecodeStage, from_block, raise_error
 
 BATCH = {"cpu": 16, "gpu": 128}  # images of a piece: those of a forward pass
 MIN_PIECES, PIECES_PER_WORKER = 16, 4  # a smaller sample is captioned several times
@@ -37,12 +41,14 @@ TIMEOUT_S = 900.0
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """The measurements of one piece, a part of the sampled images.
+    """The measurements of a captioned part of the sample.
 
-    `prepare`: seconds of a decode worker. `generate`: seconds of a caption worker. `gap`: seconds since the full
-    pipeline finished the previous piece; 0 while it fills. `usage`: tokens of model servers.
+    `index`: of the part in the sample, which may be captioned several times. `prepare`: seconds of a decode worker.
+    `generate`: seconds of a caption worker. `gap`: seconds since the full pipeline finished the previous piece; 0 while
+    it fills. `output_bytes`: that its rows add to a Parquet file. `usage`: tokens of model servers.
     """
 
+    index: int
     num_rows: int
     num_ok: int
     prepare: float
@@ -52,57 +58,57 @@ class Piece:
     gap: float = 0.0
     usage: Usage = NO_USAGE
 
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """A piece between the two stages. `piece` lacks `generate`. `prompts`: see `Captioner.caption`."""
-
-    piece: Piece
-    rows: pa.Table
-    pixels: Pixels
-    prompts: list[Prompts] | None
-
-
-class Preparer:
-    """A decode worker."""
-
-    def __init__(self, source: Source, model: ModelRef, config: CaptionConfig) -> None:
-        self._source, self._model, self._spec, self._settings = source, model, model.spec, config
-        self._decoder = GuardedDecoder(model.spec, config.source.max_pixels, config.source.decode_timeout)
-
-    def prepare(self, rows: pa.Table) -> Prepared:
-        from captioner.imaging import decode_images
-
-        started = time.perf_counter()
-        limits = limited_to(ReadLimits(self._settings.source.max_file_size))
-        with reads_at_once(self._settings.cluster.read_concurrency), each_row_alone(), limits:
-            raws = read_images(self._source, rows)
-        batch = decode_images(raws, self._spec, self._settings.source.max_pixels, self._decoder)
-        seconds = time.perf_counter() - started
-        decoded = [index for index, code in enumerate(batch.rows["error_code"].to_pylist()) if not code]
-        size = sum(len(raw.data) for raw in raws if raw.data)
-        piece = Piece(len(raws), len(decoded), seconds, 0.0, size, 0)
-        return Prepared(piece, batch.rows, batch.pixels[decoded], prompts_of(self._model, rows.take(decoded)))
+    @classmethod
+    def of(cls, captioned: ChunkRows, gap: float) -> Piece:
+        rows, seconds = captioned.rows, captioned.seconds
+        return cls(
+            index=captioned.chunk.index,
+            num_rows=rows.num_rows,
+            num_ok=rows["error_code"].null_count,
+            prepare=seconds["read"] + seconds["decode"],
+            generate=seconds["generate"],
+            source_bytes=pc.sum(rows["num_bytes"]).as_py() or 0,
+            output_bytes=_parquet_bytes(rows) - _parquet_bytes(rows.slice(0, 0)),
+            gap=gap,
+            usage=captioned.usage,
+        )
 
 
-class Sampler:
-    """A caption worker: holds the model."""
+@dataclass(frozen=True)
+class SampleWork(Work):
+    """Work on rows that are in no table. Chunk number `index` of it is `pieces[index]`."""
 
-    def __init__(
-        self, model: ModelRef, device: str, batch_size: AutoInt, num_threads: int, api_key: ApiKey | None = None
-    ) -> None:
-        self._captioner = load(model, worker_device(device), batch_size, num_threads, api_key=api_key)
+    pieces: tuple[pa.Table, ...] = ()
 
-    def measure(self, prepared: Prepared) -> Piece:
-        started = time.perf_counter()
-        usages: list[Usage] = []
-        results = caption_or_reasons(self._captioner, prepared.pixels, usages, prompts=prepared.prompts)
-        seconds = time.perf_counter() - started
-        texts = [result.text for result in results if isinstance(result, Caption)]
-        rows = prepared.rows.append_column("caption", [texts + [""] * (prepared.rows.num_rows - len(texts))])
-        size = _parquet_bytes(rows) - _parquet_bytes(rows.slice(0, 0))
-        usage = Usage.total(usages)
-        return replace(prepared.piece, num_ok=len(texts), generate=seconds, output_bytes=size, usage=usage)
+    def planned_rows(self, chunk: Chunk) -> pa.Table:
+        return self.pieces[chunk.index]
+
+    def rows_elsewhere(self, chunk: Chunk) -> Iterator[pa.Table]:
+        for index, rows in enumerate(self.pieces):
+            if index != chunk.index:
+                yield rows.slice(rows.num_rows // 2, 1)
+
+
+def sample_work(source: Source, pieces: list[pa.Table], model: ModelRef, config: CaptionConfig) -> SampleWork:
+    """Return the work of a run with these settings, on a table of the same columns that is never written."""
+    info = {
+        "kept_schema": as_hex(source.kept_fields()),
+        "answer_schema": as_hex(answer_fields(model)),
+        "model": facts_of(model),
+    }
+    return SampleWork(
+        CaptionsTable(Directory("sample"), info),
+        source,
+        config.source.max_pixels,
+        model,
+        "sample",
+        config.source.decode_timeout,
+        read_concurrency=config.cluster.read_concurrency,
+        max_file_size=config.source.max_file_size,
+        dedupe=False,  # a piece may be captioned several times
+        device=config.model.compute_on,
+        pieces=tuple(pieces),
+    )
 
 
 def measure(source: Source, rows: pa.Table, model: ModelRef, sizes: Sizes, config: CaptionConfig) -> list[Piece]:
@@ -113,18 +119,26 @@ def measure(source: Source, rows: pa.Table, model: ModelRef, sizes: Sizes, confi
     import ray
 
     pieces = cut(rows, sizes, config.model.batch_size)
-    prepare = ray.remote(num_cpus=sizes.cpus_per_decoder)(Preparer)
-    caption = ray.remote(num_cpus=sizes.cpus_per_worker, num_gpus=sizes.gpus_per_worker or None)(Sampler)
+    work = sample_work(source, pieces, model, config)
+    blocks = [pa.Table.from_pylist([asdict(Chunk(0, 0, index, len(piece)))]) for index, piece in enumerate(pieces)]
+    blocks *= num_repeats(len(pieces), sizes)
+    calls = calls_at_once(work, sizes)
+    decode = ray.remote(num_cpus=sizes.cpus_per_decoder)(DecodeStage)
+    caption = ray.remote(num_cpus=sizes.cpus_per_worker, num_gpus=sizes.gpus_per_worker or None, max_concurrency=calls)(
+        CaptionStage
+    )
     key = ApiKey.from_environment() if model.endpoint else None
-    settings = (model, config.model.compute_on, config.model.batch_size, sizes.threads_per_worker, key)
-    decoders = [prepare.remote(source, model, config) for _ in range(min(sizes.decode_cpus, len(pieces)))]
+    settings = (work, config.model.batch_size, sizes.threads_per_worker, None, key)
+    decoders = [decode.remote(work) for _ in range(min(sizes.decode_cpus, len(blocks)))]
     workers = [caption.remote(*settings) for _ in range(sizes.num_workers)]
     try:
-        first_calls = [decoder.prepare.remote(pieces[0]) for decoder in decoders]
-        first_calls += [worker.measure.remote(first_calls[0]) for worker in workers]
+        first_calls = [decoder.__call__.remote(blocks[0]) for decoder in decoders]
+        first_calls += [worker.__call__.remote(first_calls[0]) for worker in workers]
         ray.get(first_calls, timeout=TIMEOUT_S)
-        return list(_pipeline(decoders, workers, pieces))
-    except ray.exceptions.RayError as error:
+        return list(_pipeline(work, decoders, workers * calls, blocks))
+    except CaptionerError:
+        raise
+    except Exception as error:  # of Ray, or of a library in a worker
         raise cause_of(error, "nothing was written") from error
     finally:
         for actor in (*decoders, *workers):
@@ -132,44 +146,51 @@ def measure(source: Source, rows: pa.Table, model: ModelRef, sizes: Sizes, confi
 
 
 def cut(rows: pa.Table, sizes: Sizes, batch_size: AutoInt) -> list[pa.Table]:
-    """Return the sample in pieces of about one batch, repeated until there are enough pieces for every worker."""
+    """Return the sample in pieces of about one batch."""
     batch = BATCH["gpu" if sizes.gpus_per_worker else "cpu"] if batch_size == "auto" else batch_size
     count: int = min(rows.num_rows, max(2, -(-rows.num_rows // batch)))
     edges = [rows.num_rows * index // count for index in range(count + 1)]
-    pieces = [rows.slice(start, end - start) for start, end in itertools.pairwise(edges)]
-    return pieces * -(-max(MIN_PIECES, PIECES_PER_WORKER * sizes.num_workers) // count)
+    return [rows.slice(start, end - start) for start, end in itertools.pairwise(edges)]
 
 
-def _pipeline(decoders: list[Any], workers: list[Any], pieces: list[pa.Table]) -> Iterator[Piece]:
-    """Yield a measured piece for each of `pieces`.
+def num_repeats(num_pieces: int, sizes: Sizes) -> int:
+    """Return how often the sample is captioned, so that there are enough pieces for every worker."""
+    return -(-max(MIN_PIECES, PIECES_PER_WORKER * sizes.num_workers) // num_pieces)
+
+
+def _pipeline(work: SampleWork, decoders: list[Any], workers: list[Any], blocks: list[pa.Table]) -> Iterator[Piece]:
+    """Yield a measured piece for each of `blocks`, which describe chunks; each piece of the sample at least once.
 
     Decoders repeat the pieces to the end, so that no stage ever runs alone; they stop only while MAX_WAITING pieces
-    wait for each worker.
+    wait for each worker. `workers`: a worker is named once for each chunk that it may have at the same time.
     """
     import ray
 
-    waiting, prepared = itertools.cycle(pieces), deque[Any]()
+    waiting, decoded = itertools.cycle(blocks), deque[Any]()
     free = {"decode": list(decoders), "caption": list(workers)}
     running: dict[Any, tuple[str, Any]] = {}
-    num_finished, last_finish = 0, 0.0
-    while num_finished < len(pieces):
-        while free["decode"] and len(prepared) < MAX_WAITING * len(workers):
+    unfinished, num_finished, last_finish = {index for index, _ in enumerate(work.pieces)}, 0, 0.0
+    while num_finished < len(blocks) or unfinished:
+        while free["decode"] and len(decoded) < MAX_WAITING * len(workers):
             actor = free["decode"].pop()
-            running[actor.prepare.remote(next(waiting))] = ("decode", actor)
-        while prepared and free["caption"]:
+            running[actor.__call__.remote(next(waiting))] = ("decode", actor)
+        while decoded and free["caption"]:
             actor = free["caption"].pop()
-            running[actor.measure.remote(prepared.popleft())] = ("caption", actor)
+            running[actor.__call__.remote(decoded.popleft())] = ("caption", actor)
         finished, _ = ray.wait(list(running), num_returns=1, timeout=TIMEOUT_S)
         if not finished:
             raise ClusterError(f"the sample could not be captioned: nothing ended within {TIMEOUT_S:g} s")
         stage, actor = running.pop(finished[0])
         free[stage].append(actor)
         if stage == "decode":
-            prepared.append(finished[0])
+            decoded.append(finished[0])
             continue
-        piece: Piece = ray.get(finished[0])
+        block = ray.get(finished[0])
+        raise_error(block)
         now, num_finished = time.perf_counter(), num_finished + 1
-        yield replace(piece, gap=now - last_finish if num_finished > len(workers) else 0.0)
+        piece = Piece.of(from_block(block, work), now - last_finish if num_finished > len(workers) else 0.0)
+        unfinished.discard(piece.index)
+        yield piece
         last_finish = now
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -13,17 +13,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from captioner.config import CaptionConfig, ModelConfig, SourceConfig
+from captioner.data import Chunk
 from captioner.models import resolve
 from captioner.sources import open_source
 from captioner.testing import make_folder
 from ray_jobs.cluster import Sizes
 from ray_jobs.doctor import Finding, findings
 from ray_jobs.estimate import Prediction, draw_sample, lines, predict, run
-from ray_jobs.sampling import Piece, Preparer, Sampler, cut
+from ray_jobs.sampling import Piece, cut, num_repeats, sample_work
+from ray_jobs.stages import CaptionStage, DecodeStage, from_block
 
 
 def piece(prepare: float, generate: float, gap: float = 0.0) -> Piece:
-    return Piece(16, 16, prepare, generate, source_bytes=1_600, output_bytes=160, gap=gap)
+    return Piece(0, 16, 16, prepare, generate, source_bytes=1_600, output_bytes=160, gap=gap)
 
 
 def test_without_gaps_the_rate_is_that_of_the_slower_stage() -> None:
@@ -57,11 +59,12 @@ def test_time_and_cost_are_shown_with_their_intervals() -> None:
 def test_a_sampled_image_with_a_header_of_any_size_is_not_ok_and_costs_no_other(tmp_path: Path) -> None:
     make_folder(tmp_path, 3)
     (tmp_path / "zz.ppm").write_bytes(b"P6\n4294967296 1\n255\n")
-    source, config = open_source(SourceConfig(path=str(tmp_path))), CaptionConfig()
+    source, config = open_source(SourceConfig(path=str(tmp_path))), CaptionConfig(model=ModelConfig(device="cpu"))
     _, rows = draw_sample(source, None, 10, 0)
-    model = resolve(ModelConfig(name="fake"))
+    work = sample_work(source, [rows], resolve(ModelConfig(name="fake")), config)
 
-    piece = Sampler(model, "cpu", 4, 1).measure(Preparer(source, model, config).prepare(rows))
+    decoded = DecodeStage(work)(pa.Table.from_pylist([asdict(Chunk(0, 0, 0, 4))]))
+    piece = Piece.of(from_block(CaptionStage(work, 4, 1)(decoded), work), gap=0.0)
 
     assert (piece.num_rows, piece.num_ok) == (4, 3)
 
@@ -131,13 +134,12 @@ def test_the_sample_is_the_same_for_a_seed_and_without_repetition(tmp_path: Path
 def test_every_worker_gets_pieces_of_a_batch_each_and_the_sample_is_whole(
     rows: int, gpus: float, workers: int, batch: int | str, sizes: set[int], count: int
 ) -> None:
-    pieces = cut(pa.table({"n": range(rows)}), Sizes(workers, 1.0, gpus, 1, 1, 1), batch)
-    drawn = Counter(number for piece in pieces for number in piece["n"].to_pylist())
+    settings = Sizes(workers, 1.0, gpus, 1, 1, 1)
+    pieces = cut(pa.table({"n": range(rows)}), settings, batch)
 
     assert {piece.num_rows for piece in pieces} == sizes
-    assert len(pieces) == count
-    assert set(drawn) == set(range(rows))
-    assert len(set(drawn.values())) == 1
+    assert num_repeats(len(pieces), settings) * len(pieces) == count
+    assert [number for piece in pieces for number in piece["n"].to_pylist()] == list(range(rows))
 
 
 @pytest.mark.usefixtures("ray_instance")
