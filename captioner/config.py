@@ -148,6 +148,9 @@ class ModelConfig(Settings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Type of weights and arithmetic; auto is bfloat16 with CUDA, else float32."
     )
+    quantize: Literal["int8", "int4"] | None = Field(
+        None, description="Bits of the weights of linear layers, for less memory; captions differ a little."
+    )
     batch_size: AutoInt = Field("auto", description="Images for each forward pass.")
     preprocess: Literal["fast", "processor"] = Field(
         "fast", description="How images are resized: fast, or exactly as by the model's own image processor."

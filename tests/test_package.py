@@ -25,10 +25,12 @@ ROOT = Path(__file__).parents[1]
 OWN = ("captioner", "ray_jobs")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 FOR_DEVELOPERS = {"dev", "browser"}
-EXTRAS = ("heif", "lora", "cuda")
+EXTRAS = ("heif", "lora", "cuda", "quantize")
 IMPORTING_OPTIONAL = {  # the modules that say what to install where it is missing
     "pillow-heif": {"captioner/imaging/formats.py"},
     "peft": {"captioner/models/adapters.py", "captioner/training/lora.py"},
+    "torchao": {"captioner/models/quantized.py"},
+    "bitsandbytes": {"captioner/models/quantized.py"},
     "triton": {"captioner/models/git/triton_kernels.py"},
 }
 IMPORTED_BY_TRANSFORMERS = {"accelerate"}  # where a Trainer is made; transformers itself does not require it
@@ -105,6 +107,8 @@ def test_every_extra_of_a_user_is_named_where_it_is_missing() -> None:
     [
         (["train", "pairs", "out", "--model", "starter", "--lora-rank", "4"], "peft", "lora"),
         (["caption", "images", "out", "--local", "--model", "adapter"], "peft", "lora"),
+        (["caption", "images", "out", "--local", "--model", "starter", "--quantize", "int8"], "torchao", "quantize"),
+        (["try", "images/no.jpg", "--model", "starter", "--quantize", "int4"], "bitsandbytes", "quantize"),
         *((["demo", "server"], package, "demo-server") for package in ("fastapi", "uvicorn", "openai")),
     ],
 )

@@ -35,6 +35,8 @@ MODEL_WIDTH, TABLE_WIDTH = 28, 100
 def try_images(files: Sequence[str], models: Sequence[ModelConfig], page: str | None = None) -> int:
     """Print a caption for each file, and failures on standard error; of several models, a comparison.
 
+    A model with --quantize is compared with itself, unquantised.
+
     `page`: an HTML file to write, with the images. Returns exit code 2 when no file has a caption, and 1 when one of
     several models could not be loaded; where it is the only one, its error is raised.
     """
@@ -42,18 +44,21 @@ def try_images(files: Sequence[str], models: Sequence[ModelConfig], page: str | 
         raise UsageError(f"--page {page}: its folder does not exist; create it, or give another file")
     refs = [_resolve(model) for model in models]
     images = [_read(name) for name in files]
-    trials = [_try_model(ref, device, model, images) for (ref, device), model in zip(refs, models, strict=True)]
+    trials_of = [_try_model(ref, device, model, images) for (ref, device), model in zip(refs, models, strict=True)]
+    trials = [trial for pair in trials_of for trial in pair]
     if len(trials) == 1:
         if trials[0].error:
             raise ModelError(trials[0].error)
         _print_captions(files, trials[0])
     else:
         _print_comparison(files, trials)
+    for unquantised, quantised in (pair for pair in trials_of if len(pair) > 1):
+        print(_share_equal(unquantised, quantised))
     if page:
         names = [printable(name) for name in files]
         Path(page).write_text(render(names, _thumbnails(images), trials), encoding="utf-8")
         print(f"captioner: the page: {printable(page)}", file=sys.stderr)
-    if any(trial.error for trial in trials):
+    if any(pair[-1].error for pair in trials_of):
         return ERROR
     return OK if any(trial.num_captions for trial in trials) else TOO_MANY_FAILED
 
@@ -74,7 +79,23 @@ def _resolve(model: ModelConfig) -> tuple[ModelRef, str]:
     return ref, device
 
 
-def _try_model(ref: ModelRef, device: str, model: ModelConfig, images: list[RawImage]) -> Trial:
+def _try_model(ref: ModelRef, device: str, model: ModelConfig, images: list[RawImage]) -> list[Trial]:
+    """Caption the images with a model; where its weights are to be quantised, first with unquantised ones."""
+    refs = [replace(ref, quantize=None), ref] if ref.quantize else [ref]
+    return [_try_once(each, device, model, images) for each in refs]
+
+
+def _share_equal(unquantised: Trial, quantised: Trial) -> str:
+    """Return how many captions are the same with quantised weights."""
+    name = printable(quantised.model)
+    if unquantised.error or quantised.error:
+        return f"{name}: not compared with unquantised weights, because one of the two could not be loaded"
+    captions = [texts for texts in zip(unquantised.texts, quantised.texts, strict=True) if not texts[0].error_code]
+    equal = sum(one.caption == other.caption for one, other in captions)
+    return f"{name}: {equal} of {counted(len(captions), 'caption')} equal to those of unquantised weights"
+
+
+def _try_once(ref: ModelRef, device: str, model: ModelConfig, images: list[RawImage]) -> Trial:
     """Caption the images with a model."""
     from captioner.imaging import decode_images
 
@@ -83,7 +104,8 @@ def _try_model(ref: ModelRef, device: str, model: ModelConfig, images: list[RawI
         batch = decode_images(images, ref.spec, limits.max_pixels, decoder)
     codes, messages = (batch.rows[name].to_pylist() for name in ("error_code", "error_message"))
     texts = [ImageText("", code, message) for code, message in zip(codes, messages, strict=True)]
-    trial = Trial(ref.name, ref.prompt, f"{ref.dtype} on {device}", texts)
+    name = f"{ref.name} {ref.quantize}" if ref.quantize else ref.name
+    trial = Trial(name, ref.prompt, f"{ref.dtype} on {device}", texts)
     decoded = [index for index, code in enumerate(codes) if not code]
     if not decoded:
         return trial

@@ -66,7 +66,7 @@ class TransformersCaptioner:
         self.uploads = Uploads(device)
         self.sampling = Sampling.of(ref)
         self._search_lock = threading.Lock()  # calls from two threads are searched one after the other
-        self.model = open_model(ref.path, self.dtype, device, self.attention, ref.adapter)
+        self.model = open_model(ref.path, self.dtype, device, self.attention, ref.adapter, ref.quantize)
         self._counted = Usage()  # since the last call of `caption` that returned
         self.tokenizer = open_tokenizer(ref.path)
         self.prefix = self.start_ids()

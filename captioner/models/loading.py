@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Literal
 
 from captioner.console.phases import phase
 from captioner.data import Captioner
-from captioner.errors import ModelError
 from captioner.models.devices import auto_dtype, pick_device, set_wait_policy
 from captioner.models.endpoint.api_key import ApiKey
 from captioner.models.fake import FakeCaptioner
+from captioner.models.placement import check_fits, weights_in_memory
+from captioner.models.quantized import stored_bytes
 from captioner.models.ref import ModelRef
 from captioner.models.resolving import ensure_local
-from captioner.models.weights import num_parameters
 
 if TYPE_CHECKING:
     from captioner.models.base import TransformersCaptioner
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 # Below this, an operation takes less time than waking the threads that would share it: one thread captions faster than
 # four on an idle machine, and many times faster on a busy one.
 SMALL_MODEL_BYTES = 20_000_000
-BYTES_OF = {"float32": 4, "bfloat16": 2, "float16": 2}  # of a weight, by dtype
 CHAT_CLASS = "chat", "ChatCaptioner"
 CLASSES = {  # of the families that are not CHAT_CLASS
     "git": ("git", "GitCaptioner"),
@@ -75,7 +74,7 @@ def load(
             ref = local_ref.result()
     if torch_device.type == "cuda":
         name = torch.cuda.get_device_name(torch_device)
-        check_fits(ref, torch.cuda.mem_get_info(torch_device)[0], name)
+        check_fits(ref, torch.cuda.mem_get_info(torch_device)[0], name, 1 if batch_size == "auto" else batch_size)
     imported = time.perf_counter()
     notify(f"torch and transformers imported in {imported - started:.1f} s")
     from captioner.models.batch_size import CPU_SIZE, SMALL_CPU_SIZE, choose_batch_size
@@ -89,6 +88,8 @@ def load(
         captioner = family(ref, torch_device, 1 if batch_size == "auto" else batch_size)
         pack_linears(captioner.model)  # here, because packed layers cannot be trained
     notify(f"weights on {captioner.device_name} in {time.perf_counter() - imported:.1f} s")
+    if ref.quantize:
+        notify(_quantized_size(captioner, ref))
     if batch_size == "auto":
         choose_batch_size(captioner, SMALL_CPU_SIZE if is_small(ref) else CPU_SIZE, notify=notify)
     return captioner
@@ -111,18 +112,10 @@ def weights_bytes(ref: ModelRef) -> int:
     return sum(file.stat().st_size for file in Path(ref.path).glob("*.safetensors")) if ref.path else 0
 
 
-def check_fits(ref: ModelRef, num_free: int, device_name: str) -> None:
-    """Raise ModelError where the weights alone take more than the free bytes of a device's memory."""
-    parameters = num_parameters(Path(ref.path))
-    needed = parameters * BYTES_OF[ref.dtype]
-    if needed <= num_free:
-        return
-    shorter = ", --dtype bfloat16" if ref.dtype == "float32" and 2 * parameters <= num_free else ""
-    raise ModelError(
-        f"model {ref.name}: its weights take {needed / 1e9:.1f} GB in {ref.dtype}, and {device_name} has"
-        f" {num_free / 1e9:.1f} GB free; give a smaller model (captioner models lists their memory){shorter}, or a GPU"
-        " with more memory"
-    )
+def _quantized_size(captioner: TransformersCaptioner, ref: ModelRef) -> str:
+    sizes = stored_bytes(captioner.model), weights_in_memory(replace(ref, quantize=None))
+    small, whole = (f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e3:.0f} kB" for size in sizes)
+    return f"--quantize {ref.quantize}: weights take {small}, instead of {whole} in {ref.dtype}"
 
 
 def import_family(family: str) -> type[TransformersCaptioner]:

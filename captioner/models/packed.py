@@ -31,13 +31,13 @@ class PackedLinear(nn.Module):
 def pack_linears(model: nn.Module) -> int:
     """Replace the float32 linear layers inside `model` by packed ones, in place, and return how many were replaced.
 
-    Small layers, subclasses of Linear, and layers on other devices are not replaced.
+    Small layers, subclasses of Linear, quantised weights, and layers on other devices are not replaced.
     """
     linears = [
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent.named_children()
-        if type(child) is nn.Linear and _can_be_packed(child.weight)
+        if type(child) is nn.Linear and type(child.weight) is nn.Parameter and _can_be_packed(child.weight)
     ]
     if not linears or not _is_supported():
         return 0

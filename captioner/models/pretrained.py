@@ -12,6 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 from captioner.errors import ModelError
 from captioner.models.adapters import merge
+from captioner.models.quantized import compute_as_loaded, loading_options
 
 # What transformers raises for directories that it cannot open a model or a tokenizer from.
 LOADING_ERRORS = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError)
@@ -51,15 +52,18 @@ def open_model(
     device: torch.device | str,
     attention: str | None = None,
     adapter: str | None = None,
+    quantize: str | None = None,
 ) -> Any:
     """Return the network in evaluation mode; on device "meta" without reading the weights.
 
-    `adapter`: the directory of a LoRA adapter to merge into it.
+    `adapter`: the directory of a LoRA adapter to merge into it. `quantize`: see `captioner.models.quantized`.
     Raises ModelError naming tensors that are missing, unexpected or of a wrong shape.
     """
     options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
     if str(device) == "meta":
         options["device_map"] = "meta"
+    if quantize is not None:
+        options |= loading_options(quantize, dtype, device)
     try:
         with quiet():
             model, info = AutoModelForImageTextToText.from_pretrained(
@@ -77,7 +81,7 @@ def open_model(
     check_loading_info(path, info)
     if adapter is not None:
         model = merge(model, adapter)
-    return model.to(device).eval()
+    return (compute_as_loaded(model) if quantize else model.to(device)).eval()
 
 
 def check_loading_info(path: str, info: dict[str, Any]) -> None:

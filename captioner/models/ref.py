@@ -67,7 +67,8 @@ class ModelRef:
     `adapter`: the directory of the LoRA adapter that is merged into the model in `path`, if any.
     `endpoint`: the servers of a model that is not loaded here; `sha256` is then that of its name and fingerprint there.
     `prompt`, `max_new_tokens`, `caption_schema`: of the caption (see `captioner.data.Question`). `system`: the system
-    prompt. `more_questions`: asked after the caption.
+    prompt. `quantize`: the bits of the weights where they are fewer than those of `dtype` (see
+    `captioner.models.quantized`). `more_questions`: asked after the caption.
     """
 
     name: str
@@ -91,6 +92,7 @@ class ModelRef:
     adapter: str | None = None
     system: str | None = None
     caption_schema: str | None = None
+    quantize: str | None = None
     more_questions: tuple[Question, ...] = ()
 
     @property
@@ -139,8 +141,9 @@ class ModelRef:
             servers = ", ".join(self.endpoint.urls)
             return f"model {self.name}: served by {servers}; images of at most {self.max_side} pixels a side{prompt}"
         preparation = "its own image processor" if self.spec.variable_size else f"--preprocess {self.preprocess}"
+        bits = f", weights of linear layers in {self.quantize}" if self.quantize else ""
         merged = "" if self.adapter is None else f" with a LoRA adapter merged into {self.path}"
-        return f"model {shown(self.name)}: {self.family}{merged}; images prepared by {preparation}{prompt}"
+        return f"model {shown(self.name)}: {self.family}{merged}{bits}; images prepared by {preparation}{prompt}"
 
     @cached_property
     def fingerprint(self) -> str:
@@ -160,6 +163,8 @@ class ModelRef:
             parts["preprocess"] = "fast tiles"
         if self.temperature:
             parts["sampling"] = [self.temperature, self.top_p, self.num_captions, self.seed]
+        if self.quantize:
+            parts["quantize"] = self.quantize
         if self.system:
             parts["system"] = self.system
         if self.question_facts:

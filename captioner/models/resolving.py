@@ -19,6 +19,7 @@ from captioner.files import is_uri, local_path, shown
 from captioner.models import adapters, weights
 from captioner.models.families import FAMILIES, family_of
 from captioner.models.pixels import read_pixel_spec
+from captioner.models.quantized import check_quantize
 from captioner.models.questions import read_questions, with_questions
 from captioner.models.ref import ModelRef
 from captioner.models.seeds import check_sampling, sampling_settings
@@ -49,6 +50,7 @@ def _resolve(
         from captioner.models.endpoint.probing import resolve_endpoint
 
         return resolve_endpoint(config, notify, questions)
+    check_quantize(config)
     settings: dict[str, Any] = {
         "name": config.name,
         "dtype": (dtype or "float32") if config.dtype == "auto" else config.dtype,
@@ -56,6 +58,7 @@ def _resolve(
         "num_beams": config.num_beams,
         "max_new_tokens": config.max_new_tokens,
         "prompt": config.prompt or None,
+        "quantize": config.quantize,
     }
     if config.name == FAKE:
         ref = ModelRef(
@@ -67,6 +70,7 @@ def _resolve(
         if adapter is not None:
             directory = _base_of(adapter, notify)
         ref = _describe(directory, adapter, revision, settings, config.preprocess, notify)
+        check_quantize(config, ref.family, adapter is not None)
     return dataclasses.replace(ref, spec=dataclasses.replace(ref.spec, preprocess=config.preprocess))
 
 

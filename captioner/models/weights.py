@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -117,14 +117,12 @@ def check_header(file: Path) -> None:
         )
 
 
-def num_parameters(directory: Path) -> int:
-    """Return the number of values in the safetensors files of a directory, from their headers."""
-    count = 0
+def tensor_shapes(directory: Path) -> Iterator[tuple[str, list[int]]]:
+    """Yield name and shape of each tensor in the safetensors files of a directory, from their headers."""
     for file in directory.glob("*.safetensors"):
         with file.open("rb") as stream:
             header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-        count += sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
-    return count
+        yield from ((name, tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
 
 
 def sha256_of(files: list[Path]) -> str:

@@ -20,12 +20,12 @@ from captioner.store.table import CaptionsTable, as_hex
 
 FACTS = (
     *("name", "revision", "sha256", "dtype", "num_beams", "max_new_tokens"),
-    *("prompt", "system", "question_facts", "preprocess"),
+    *("prompt", "system", "question_facts", "preprocess", "quantize"),
 )
 ENDPOINT_FACTS = ("served_model", "system_fingerprint", "max_side")
 # Recorded where captions are sampled, and their values where they are not.
 SAMPLING_FACTS = {"temperature": 0.0, "top_p": 1.0, "num_captions": 1, "seed": 0}
-_NOT_ALWAYS_RECORDED: dict[str, Any] = SAMPLING_FACTS | {"system": None, "question_facts": None}
+_NOT_ALWAYS_RECORDED: dict[str, Any] = SAMPLING_FACTS | {"system": None, "question_facts": None, "quantize": None}
 _WORDS = {  # where they are not --NAME
     "sha256": "weights",
     "num_beams": "--num-beams",

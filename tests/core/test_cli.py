@@ -64,6 +64,7 @@ def example(setting: Setting) -> tuple[list[str], object]:
     known: dict[str, tuple[list[str], object]] = {
         "device": (["mps"], "mps"),
         "dtype": (["bfloat16"], "bfloat16"),
+        "quantize": (["int8"], "int8"),
         "preprocess": (["processor"], "processor"),
         "take_as": (["folder"], "folder"),
         "pages": (["all"], "all"),

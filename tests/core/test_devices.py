@@ -13,7 +13,7 @@ from captioner.config import ModelConfig
 from captioner.errors import ModelError
 from captioner.models import devices, resolve, resolve_dtype
 from captioner.models.devices import auto_dtype, check_build, cpu_only_build, pick_device
-from captioner.models.loading import check_fits
+from captioner.models.placement import check_fits
 from captioner.training.record import UNBOUND_SETTINGS
 
 
@@ -112,11 +112,11 @@ def test_auto_dtype_is_bfloat16_with_cuda_alone_and_a_dtype_that_was_given_stays
 
 def test_a_model_that_does_not_fit_says_how_much_is_missing_and_what_would() -> None:
     starter = resolve(ModelConfig(name="starter"))  # 1.3 million parameters
-    check_fits(replace(starter, dtype="float32"), 6_000_000, "a GPU")
+    check_fits(replace(starter, dtype="float32"), 9_000_000, "a GPU")
 
-    with pytest.raises(ModelError, match=r"take 0.0 GB in float32, and a GPU has .* --dtype bfloat16, or a GPU"):
-        check_fits(replace(starter, dtype="float32"), 4_000_000, "a GPU")
-    with pytest.raises(ModelError, match=r"their memory\), or a GPU with more memory"):
+    with pytest.raises(ModelError, match=r"a GPU has 0.0 GB free; give --dtype bfloat16 \(0.0 GB\), a smaller model"):
+        check_fits(replace(starter, dtype="float32"), 5_000_000, "a GPU")
+    with pytest.raises(ModelError, match=r"give a smaller model .* or a GPU with more memory"):
         check_fits(replace(starter, dtype="bfloat16"), 2_000_000, "a GPU")
 
 

@@ -503,6 +503,7 @@ def test_the_only_model_of_a_server_need_not_be_named_and_a_wrong_one_is_answere
     [
         ({"num_beams": 3}, "--num-beams has no effect on an --endpoint"),
         ({"dtype": "bfloat16"}, "--dtype has no effect"),
+        ({"quantize": "int8"}, "--quantize has no effect"),
         ({"endpoint": ["gpu1:8000"]}, "--endpoint gpu1:8000: give the URL"),
         ({"endpoint": ["http://user:secret@gpu1/v1"]}, "--endpoint http://gpu1: give a key in CAPTIONER_API_KEY"),
         ({"endpoint": ["http://gpu1/v1?api_key=secret"]}, "not in the URL"),

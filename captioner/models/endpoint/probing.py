@@ -40,6 +40,7 @@ _OF_LOADED_MODELS = {
     "revision": None,
     "num_beams": 1,
     "dtype": "auto",
+    "quantize": None,
     "batch_size": "auto",
     "preprocess": "fast",
 }
