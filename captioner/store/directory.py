@@ -22,16 +22,18 @@ from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
 from captioner.errors import DamagedFileError, OutputError
 from captioner.files import Retry, absolute, open_filesystem, shown
 from captioner.store.checksum import (
+    ARROW_SUFFIX,
     PARSE_ERRORS,
-    from_parquet,
-    parquet_matches,
+    file_matches,
+    from_file,
+    to_arrow,
     to_parquet,
     with_checksum,
     without_checksum,
 )
 
 _TEMPORARY = ".tmp"
-ROW_GROUP_ROWS = 8_192
+ROW_GROUP_ROWS = 16_384
 LEASE_FILE = "writer.json"  # the marker of a running writer: see `captioner.store.lease`
 RECHECK_FILE = "plan/recheck.json"  # a file was found damaged: the next start reads all of them
 
@@ -266,12 +268,12 @@ class Directory:
         return self.filesystem.open_input_file(self.path(name))
 
     def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
-        """Return a Parquet file as a table: these columns, or all.
+        """Return a file, Arrow IPC or Parquet by its name, as a table: these columns, or all.
 
         All its bytes are read and compared with its checksum. Raises DamagedFileError.
         """
         try:
-            return from_parquet(self.read_bytes(name), columns)
+            return from_file(name, self.read_bytes(name), columns)
         except ValueError as error:
             raise self.damage(name, f"is damaged: {error}") from error
 
@@ -284,20 +286,18 @@ class Directory:
             return table
 
     def read_checked(self, name: str) -> bytes:
-        """Return the bytes of a Parquet file. Raises DamagedFileError where they are not those that were written."""
+        """Return the bytes of a table's file. Raises DamagedFileError where they are not those that were written."""
         data = self.read_bytes(name)
         try:
-            if not parquet_matches(data):
-                from_parquet(data)  # which raises, or reads every page of a file without checksum
+            if not file_matches(name, data):
+                from_file(name, data)  # which raises, or reads every page of a file without checksum
         except ValueError as error:
             raise self.damage(name, f"is damaged: {error}") from error
         return data
 
-    def write_table(
-        self, name: str, table: pa.Table, row_group_size: int | None = None, compression: str = "zstd"
-    ) -> bytes:
-        """Write `table` as one Parquet file, atomically, and return the bytes written."""
-        data = to_parquet(table.schema, [table], row_group_size, compression)
+    def write_table(self, name: str, table: pa.Table, row_group_size: int | None = None) -> bytes:
+        """Write `table` as one file, Arrow IPC or Parquet by its name, atomically, and return the bytes written."""
+        data = to_arrow(table) if name.endswith(ARROW_SUFFIX) else to_parquet(table.schema, [table], row_group_size)
         self.write_bytes(name, data)
         return data
 

@@ -29,13 +29,14 @@ from captioner.console.text import counted
 from captioner.data import Chunk
 from captioner.errors import DamagedFileError, OutputError
 from captioner.run.prefetch import in_parallel
-from captioner.store.checksum import from_parquet
+from captioner.store.checksum import from_file
 from captioner.store.counts import COUNTED, TableCounts
 from captioner.store.read import read_chunk, replace_rows, superseded_rows
 from captioner.store.repair import unchanged_parts
 from captioner.store.table import CaptionsTable, Plan, captions_name, history_name
 
-# Parts that are published at the same time, each with memory for its rows and its file.
+# Parts that are published at the same time in a store, each with memory for its rows and its file. On a disk one thread
+# takes less CPU time than several, and no longer.
 PARTS_AT_ONCE = min(4, os.cpu_count() or 1)
 # Chunks of a part that are read or deleted at the same time in a store, which takes some 30 ms to answer.
 REQUESTS_AT_ONCE = 16
@@ -46,9 +47,9 @@ OnPart = Callable[[int], None]
 def publish(table: CaptionsTable, plan: Plan, on_part: OnPart = lambda part: None) -> list[str]:
     """Move the rows of a completely committed generation into captions/. `on_part` is called after each part.
 
-    Needs memory for PARTS_AT_ONCE parts, whatever the size of the table. Returns a sentence for each file that was
-    damaged or missing: those are deleted, nothing more is published, and the caller captions the chunks that are
-    missing then.
+    Needs memory for one part on a disk, and for PARTS_AT_ONCE in a store, whatever the size of the table. Returns a
+    sentence for each file that was damaged or missing: those are deleted, nothing more is published, and the caller
+    captions the chunks that are missing then.
     """
     published = table.published_parts() if plan.adds_parts else set()
     files = {part: file for part, file in _unchanged_files(table, plan).items() if part in published}
@@ -61,7 +62,9 @@ def publish(table: CaptionsTable, plan: Plan, on_part: OnPart = lambda part: Non
             yield part
 
     results = in_parallel(
-        lambda part: _publish_or_delete(table, plan, part, part in published), parts_of_this_table(), PARTS_AT_ONCE
+        lambda part: _publish_or_delete(table, plan, part, part in published),
+        parts_of_this_table(),
+        _parts_at_once(table),
     )
     for part, (file, damaged) in zip(parts, results, strict=True):
         problems += damaged
@@ -98,6 +101,10 @@ def _delete_chunks(table: CaptionsTable, chunk_ids: Iterable[str]) -> None:
         pass
 
 
+def _parts_at_once(table: CaptionsTable) -> int:
+    return 1 if table.directory.is_local else PARTS_AT_ONCE
+
+
 def _requests_at_once(table: CaptionsTable) -> int:
     return 1 if table.directory.is_local else REQUESTS_AT_ONCE
 
@@ -117,7 +124,7 @@ class PartPublisher:
         self._files = _unchanged_files(table, plan)
         self._lock = threading.Lock()
         self._pending: list[Future[None]] = []
-        self._threads = ThreadPoolExecutor(PARTS_AT_ONCE, thread_name_prefix="publishing")
+        self._threads = ThreadPoolExecutor(_parts_at_once(table), thread_name_prefix="publishing")
 
     def __enter__(self) -> PartPublisher:
         return self
@@ -193,7 +200,7 @@ def _publish_part(table: CaptionsTable, plan: Plan, part: int, is_published: boo
     if is_published or (not plan.adds_parts and has_rows_of(table, plan, part)):
         # Of a generation that supersedes rows, they were written before a kill; the older ones are in history/.
         data = table.directory.read_checked(name)
-        counts.add_rows(from_parquet(data, COUNTED))
+        counts.add_rows(from_file(name, data, COUNTED))
     elif plan.adds_parts:
         counted_columns: list[pa.Table] = []
         rows_of_chunks = _noted(_committed_rows(table, plan, part), counted_columns)
@@ -265,5 +272,4 @@ def commit_chunk(table: CaptionsTable, chunk: Chunk, rows: pa.Table) -> None:
         raise OutputError(
             f"chunk {chunk.chunk_id}: {counted(len(chunk_rows), 'row')} for {counted(chunk.num_rows, 'image')}"
         )
-    # A chunk is read once, soon: lz4 takes half the time of zstd for that, and twice the bytes.
-    table.directory.write_table(table.chunk_name(chunk.chunk_id), rows.cast(table.schema), compression="lz4")
+    table.directory.write_table(table.chunk_name(chunk.chunk_id), rows.cast(table.schema))

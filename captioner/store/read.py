@@ -13,6 +13,7 @@ from pyarrow.dataset import Dataset, dataset, field
 
 from captioner.data import STATUS_FAILED, STATUS_OK, Chunk
 from captioner.errors import DamagedFileError
+from captioner.store.checksum import ARROW_SUFFIX
 from captioner.store.table import CaptionsTable, Plan, captions_name, open_table
 
 OnDamage = Callable[[DamagedFileError], None]
@@ -75,10 +76,15 @@ def read_part(
     names = table.schema.names if columns is None else list(columns)
     read = table.directory.read_table if whole_file else table.directory.read_columns
     rows = read(name, list(dict.fromkeys([*names, "chunk_id"])))
+    check_part(table, plan, part, rows)
+    return rows.select(names)
+
+
+def check_part(table: CaptionsTable, plan: Plan, part: int, rows: pa.Table) -> None:
+    """Raise DamagedFileError where the rows of a published part, with `chunk_id`, are those of another part."""
     is_this_part = pc.all(pc.match_substring(rows["chunk_id"], f"-{part:05d}-")).as_py()
     if rows.num_rows != plan.parts[part] or not is_this_part:
-        raise table.directory.damage(name, "is damaged: it holds the rows of another part")
-    return rows.select(names)
+        raise table.directory.damage(captions_name(part), "is damaged: it holds the rows of another part")
 
 
 def read_chunk(table: CaptionsTable, chunk: Chunk, columns: Sequence[str] | None = None) -> pa.Table:
@@ -91,7 +97,7 @@ def read_chunk(table: CaptionsTable, chunk: Chunk, columns: Sequence[str] | None
     rows = table.directory.read_table(name, sorted({*schema.names, "chunk_id"}))
     if rows.num_rows != chunk.num_rows or not pc.all(pc.equal(rows["chunk_id"], chunk.chunk_id)).as_py():
         raise table.directory.damage(name, "is damaged: it holds the rows of another chunk")
-    rows = rows.select(schema.names)
+    rows = rows if rows.column_names == schema.names else rows.select(schema.names)
     if not rows.schema.equals(schema):
         raise table.directory.damage(name, "is damaged: its columns are not those of this table")
     return rows
@@ -184,16 +190,23 @@ def open_datasets(location: str) -> TableDatasets:
     plans = [plan for plan in table.open_plans() if plan.adds_parts]
     committed = set[str]().union(*(table.committed_chunks(plan.generation) for plan in plans))
     published = table.published_parts()
-    names = [captions_name(part) for part in sorted(published)]
-    for plan in plans:
-        chunks = [chunk for chunk in plan.chunks() if chunk.part not in published and chunk.chunk_id in committed]
-        names += [table.chunk_name(chunk.chunk_id) for chunk in chunks]
-    history = [name for name in table.parquet_files() if name.startswith("history/")]
-    return TableDatasets(_dataset(table, names), _dataset(table, history))
+    parts = [captions_name(part) for part in sorted(published)]
+    unpublished = [chunk for plan in plans for chunk in plan.chunks() if chunk.part not in published]
+    chunks = [table.chunk_name(chunk.chunk_id) for chunk in unpublished if chunk.chunk_id in committed]
+    history = [name for name in table.files_with_rows() if name.startswith("history/")]
+    return TableDatasets(_dataset(table, parts + chunks), _dataset(table, history))
 
 
 def _dataset(table: CaptionsTable, names: Sequence[str]) -> Dataset:
+    """Return the files as one dataset, whatever their formats."""
     directory = table.directory
-    paths = [directory.path(name) for name in names]
-    opened: Dataset = dataset(paths, table.schema, format="parquet", filesystem=directory.filesystem)
+    paths = {"parquet": list[str](), "arrow": list[str]()}
+    for name in names:
+        paths["arrow" if name.endswith(ARROW_SUFFIX) else "parquet"].append(directory.path(name))
+    datasets = [
+        dataset(paths[format], table.schema, format=format, filesystem=directory.filesystem)
+        for format in paths
+        if paths[format] or format == "parquet"
+    ]
+    opened: Dataset = dataset(datasets) if len(datasets) > 1 else datasets[0]
     return opened

@@ -9,7 +9,7 @@
       plan/gNNN/notes.txt           every note about the source, where plan.json has only the first ones
       plan/gNNN/publishing.json     which parts of a generation are in captions/ while others are captioned
       plan/gNNN/published.json      written last: the generation is in captions/
-      chunks/TABLE_ID/CHUNK_ID.parquet   the committed rows of a generation that is not published yet
+      chunks/TABLE_ID/CHUNK_ID.arrow     the committed rows of a generation that is not published yet (Arrow IPC)
       captions/part-PPPPP.parquet   the published table: rows in plan order, exactly the current row of each image
       history/gNNN/part-PPPPP.parquet    rows that generation NNN superseded
 
@@ -32,6 +32,7 @@ import pyarrow as pa
 from captioner.config import SourceConfig
 from captioner.data import CAPTIONS_SCHEMA, SAMPLES_FIELD, Chunk
 from captioner.errors import DamagedFileError, OutputError
+from captioner.store.checksum import ARROW_SUFFIX
 from captioner.store.directory import Directory
 
 SCHEMA_VERSION = 1
@@ -42,7 +43,7 @@ _OWN_FOLDERS = ("plan", "chunks", "captions", "history", "runs", "checks", "repo
 _TABLE_ID = re.compile(r"[0-9a-f]+")
 _PLAN_FOLDER = re.compile(r"g(\d{3,})")
 _PART = re.compile(r"part-(\d{5,})\.parquet")
-_CHUNK = re.compile(r"g\d{3,}-\d{5,}-\d{4,}\.parquet")
+_CHUNK = re.compile(r"(g(\d{3,})-\d{5,}-\d{4,})(\.arrow|\.parquet)")
 # Of a published file. Of tables of earlier versions there are no counts (see `captioner.store.counts`).
 _FILE_FACTS = ("sha256", "num_bytes")
 _MALFORMED = (AttributeError, KeyError, TypeError, ValueError)  # of JSON that lacks what it should hold
@@ -250,23 +251,24 @@ class CaptionsTable:
 
     def committed_chunks(self, generation: int) -> set[str]:
         """Return the ids of the chunks of a generation that are committed and not merged into captions/ yet."""
-        names = self.directory.list_names(self.chunk_folder)
-        prefix = f"g{generation:03d}-"
-        return {name.removesuffix(".parquet") for name in names if _CHUNK.fullmatch(name) and name.startswith(prefix)}
+        matches = map(_CHUNK.fullmatch, self.directory.list_names(self.chunk_folder))
+        return {
+            match[1] for match in matches if match and int(match[2]) == generation and match[3] == self._chunk_suffix
+        }
 
     def published_parts(self) -> set[int]:
         """Return the numbers of the files in captions/; other files there are skipped."""
         return set(part_numbers(self.directory.list_names("captions")))
 
-    def parquet_files(self) -> Iterator[str]:
-        """Yield the names of all Parquet files of this table."""
+    def files_with_rows(self) -> Iterator[str]:
+        """Yield the names of all files of this table that hold rows."""
         for folder in ("plan", "history"):
             for below in self.directory.list_folders(folder):
-                yield from self._parquet_files_in(f"{folder}/{below}")
+                yield from self._files_with_rows_in(f"{folder}/{below}")
         for folder in (self.chunk_folder, "captions", "alt_text", "checks", "checks/judge", "checks/objects"):
-            yield from self._parquet_files_in(folder)
+            yield from self._files_with_rows_in(folder)
 
-    def _parquet_files_in(self, folder: str) -> Iterator[str]:
+    def _files_with_rows_in(self, folder: str) -> Iterator[str]:
         for name in self.directory.list_names(folder):
             if _PART.fullmatch(name) or _CHUNK.fullmatch(name):
                 yield f"{folder}/{name}"
@@ -276,7 +278,12 @@ class CaptionsTable:
         return f"chunks/{self.table_id}"
 
     def chunk_name(self, chunk_id: str) -> str:
-        return f"{self.chunk_folder}/{chunk_id}.parquet"
+        return f"{self.chunk_folder}/{chunk_id}{self._chunk_suffix}"
+
+    @property
+    def _chunk_suffix(self) -> str:
+        """Of the format of chunks, which a table keeps: Parquet in tables of earlier versions."""
+        return ARROW_SUFFIX if self.info.get("chunk_format") == "arrow" else ".parquet"
 
     def check_current(self) -> None:
         """Raise OutputError where another run has overwritten the table since it was opened."""
@@ -399,6 +406,7 @@ def create_table(
         "fingerprint": None,
         "model": None,
         "models": {},
+        "chunk_format": "arrow",
         "checksums": True,  # every file is written with one: one without was damaged
     }
     directory.write_json(TABLE_FILE, info)

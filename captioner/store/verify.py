@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -15,10 +15,10 @@ import pyarrow.compute as pc
 from captioner.console.text import counted
 from captioner.data import ERROR_CODES, STATUS_FAILED, STATUS_OK
 from captioner.errors import DamagedFileError
-from captioner.store.checksum import parquet_matches
+from captioner.store.checksum import decoded, has_checksum
 from captioner.store.counts import COUNTED, TableCounts
 from captioner.store.ids import IdIndex
-from captioner.store.read import OnDamage, raise_damage, read_chunk, read_parts
+from captioner.store.read import OnDamage, check_part, raise_damage, read_chunk, read_parts
 from captioner.store.repair import recorded_files, unchanged_parts
 from captioner.store.table import CaptionsTable, Plan, captions_name, history_name, part_numbers
 
@@ -39,6 +39,10 @@ class Verification:
     unchecked: int = 0
     open_generations: list[int] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    # What was read already: counts by part, files by name, and the record of the published parts.
+    counts_of_parts: dict[int, TableCounts] = field(default_factory=dict)
+    verified_files: set[str] = field(default_factory=set)
+    recorded: dict[int, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def proven(self) -> bool:
@@ -57,11 +61,16 @@ class Verification:
             self.add_problem(str(error))
 
 
-def count_rows(table: CaptionsTable, on_damage: OnDamage = raise_damage, whole_files: bool = True) -> TableCounts:
+def count_rows(
+    table: CaptionsTable,
+    on_damage: OnDamage = raise_damage,
+    whole_files: bool = True,
+    besides: Collection[int] = (),
+) -> TableCounts:
     """Count the committed rows by status and by fingerprint.
 
-    `on_damage`, `whole_files`: see `read_parts`. Without `whole_files`, published parts that have not changed since
-    they were counted for their record are not read at all.
+    `on_damage`, `whole_files`, `besides`: see `read_parts`. Without `whole_files`, published parts that have not
+    changed since they were counted for their record are not read at all.
     """
     plans = table.plans()
     counts = TableCounts(planned=sum(plan.num_rows for plan in plans if plan.adds_parts))
@@ -72,7 +81,8 @@ def count_rows(table: CaptionsTable, on_damage: OnDamage = raise_damage, whole_f
     unchanged = unchanged_parts(table, plans, {part: file for part, file in files.items() if file["counts"]})
     for part in unchanged:
         counts.add_record(files[part]["counts"])
-    for rows in read_parts(table, COUNTED, on_damage=on_damage, whole_files=whole_files, besides=unchanged):
+    others = unchanged.union(besides)
+    for rows in read_parts(table, COUNTED, on_damage=on_damage, whole_files=whole_files, besides=others):
         counts.add_rows(rows)
     return counts
 
@@ -80,10 +90,11 @@ def count_rows(table: CaptionsTable, on_damage: OnDamage = raise_damage, whole_f
 def verify(table: CaptionsTable) -> Verification:
     """Compare every row with the plan and every file with its checksum.
 
-    Needs memory for one part and one bucket of ids.
+    Reads each published part once. Needs memory for one part and one bucket of ids.
     """
     result = Verification(counts=TableCounts())
-    result.counts = count_rows(table, on_damage=lambda error: result.add_problem(str(error)))
+    with result.noting_damage():
+        result.recorded = recorded_files(table)
     with IdIndex() as planned:
         for plan in table.plans():
             _verify_plan(table, plan, result, planned)
@@ -91,6 +102,12 @@ def verify(table: CaptionsTable) -> Verification:
     if duplicates:
         result.doubled += duplicates
         result.add_problem(f"{counted(duplicates, 'image id is', 'image ids are')} planned more than once")
+    # In parts of which some rows are being captioned again, these are spread over chunks; others are not published.
+    open_parts = {part for plan in table.open_plans() for part in plan.parts}
+    parts = {part: rows for part, rows in result.counts_of_parts.items() if part not in open_parts}
+    result.counts = count_rows(table, on_damage=lambda error: result.add_problem(str(error)), besides=parts)
+    for part_counts in parts.values():
+        result.counts.add_record(part_counts.to_record())
     _verify_files(table, result)
     return result
 
@@ -107,7 +124,7 @@ def _verify_plan(table: CaptionsTable, plan: Plan, result: Verification, planned
             if plan.adds_parts:
                 planned.add(ids)
             if plan.adds_parts and (is_published or part in published):
-                _verify_part(table, part, ids, part in published, result)
+                _verify_part(table, plan, part, ids, part in published, result)
             elif is_published:
                 _verify_history(table, plan, part, ids)
             for chunk in plan.part_chunks(part):
@@ -119,13 +136,20 @@ def _verify_plan(table: CaptionsTable, plan: Plan, result: Verification, planned
                         _compare(table.chunk_name(chunk.chunk_id), expected, committed_ids, result)
 
 
-def _verify_part(table: CaptionsTable, part: int, ids: pa.ChunkedArray, is_there: bool, result: Verification) -> None:
+def _verify_part(
+    table: CaptionsTable, plan: Plan, part: int, ids: pa.ChunkedArray, is_there: bool, result: Verification
+) -> None:
     name = captions_name(part)
     if not is_there:
         result.lost += len(ids)
         result.add_problem(f"{name} is missing: {counted(len(ids), 'image has', 'images have')} no row")
         return
-    rows = table.directory.read_table(name, ["image_id", "status", "error_code"])
+    data = _verified_bytes(table, name, result)
+    rows = decoded(name, data, ["image_id", "chunk_id", *COUNTED])
+    with result.noting_damage():
+        check_part(table, plan, part, rows)
+        result.counts_of_parts[part] = TableCounts()
+        result.counts_of_parts[part].add_rows(rows)
     _compare(name, ids, rows["image_id"], result)
     wrong = rows.filter(pc.invert(_has_known_status(rows)))["image_id"]
     if len(wrong):
@@ -164,11 +188,8 @@ def _compare(name: str, planned: pa.ChunkedArray, actual: pa.ChunkedArray, resul
 
 
 def _verify_files(table: CaptionsTable, result: Verification) -> None:
-    """Verify every Parquet file against its checksum, and captions/ against the record of what was published."""
-    files: dict[int, dict[str, Any]] = {}
+    """Verify every file with rows that was not read yet, and the names of those in captions/."""
     planned: set[int] = set()
-    with result.noting_damage():
-        files = recorded_files(table)
     for plan in table.plans():
         planned |= set(plan.parts) if plan.adds_parts else set()
     names = table.directory.list_names("captions")
@@ -177,16 +198,27 @@ def _verify_files(table: CaptionsTable, result: Verification) -> None:
     for name in names:
         if name.endswith(".parquet") and not part_numbers([name]):
             result.add_problem(f"captions/{name} is no file of this table, but is read with it; move it elsewhere")
-    for name in table.parquet_files():
-        with result.noting_damage():
-            data = table.directory.read_checked(name)
-            if parquet_matches(data) is None:
-                if table.info.get("checksums"):
-                    raise table.directory.damage(name, "is damaged: its checksum is gone")
-                result.unchecked += 1
-            folder, _, file = name.rpartition("/")
-            (part,) = part_numbers([file]) or (-1,)
-            if folder == "captions" and part in files:
-                digest = sha256(data).hexdigest()
-                if digest != files[part]["sha256"]:
-                    result.add_problem(f"{name} is not the file that was published (sha256 {digest[:12]})")
+    for name in table.files_with_rows():
+        if name not in result.verified_files:
+            with result.noting_damage():
+                _verified_bytes(table, name, result)
+
+
+def _verified_bytes(table: CaptionsTable, name: str, result: Verification) -> bytes:
+    """Return the bytes of a file, compared with its checksum and with the record of what was published.
+
+    Raises DamagedFileError.
+    """
+    result.verified_files.add(name)
+    data = table.directory.read_checked(name)
+    if not has_checksum(name, data):
+        if table.info.get("checksums"):
+            raise table.directory.damage(name, "is damaged: its checksum is gone")
+        result.unchecked += 1
+    folder, _, file = name.rpartition("/")
+    (part,) = part_numbers([file]) or (-1,)
+    if folder == "captions" and part in result.recorded:
+        digest = sha256(data).hexdigest()
+        if digest != result.recorded[part]["sha256"]:
+            result.add_problem(f"{name} is not the file that was published (sha256 {digest[:12]})")
+    return data

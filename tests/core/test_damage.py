@@ -187,8 +187,8 @@ def test_chunks_and_parts_in_each_others_place_are_damage(
     tmp_path: Path, archive: Path, finished: Path, unpublished: Path
 ) -> None:
     running, done = (shutil.copytree(out, tmp_path / out.parent.name) for out in (unpublished, finished))
-    (chunks,) = (running / "chunks").iterdir()
-    shutil.copy(chunks / "g000-00000-0000.parquet", chunks / "g000-00001-0000.parquet")
+    table = open_table(str(running))
+    shutil.copy(running / table.chunk_name("g000-00000-0000"), running / table.chunk_name("g000-00001-0000"))
     shutil.copy(done / "captions/part-00000.parquet", done / "captions/part-00001.parquet")
 
     for out in (running, done):
@@ -286,10 +286,10 @@ def test_a_disk_that_damages_what_is_written_ends_the_run(
     write = Directory.write_bytes
 
     def damaging(self: Directory, name: str, data: bytes) -> None:
-        write(self, name, data[:-1] if name.endswith("-00001-0000.parquet") else data)
+        write(self, name, data[:-1] if name.endswith("-00001-0000.arrow") else data)
 
     monkeypatch.setattr(Directory, "write_bytes", damaging)
-    with pytest.raises(VerificationError, match=r"g000-00001-0000.parquet is damaged.*check the disk"):
+    with pytest.raises(VerificationError, match=r"g000-00001-0000.arrow is damaged.*check the disk"):
         pipeline.run(caption_config(archive, tmp_path / "out"))
 
 
@@ -309,7 +309,8 @@ def test_a_part_that_somebody_wrote_anew_is_named_and_left_alone(tmp_path: Path,
 
 
 def files_with_rows(out: Path) -> list[Path]:
-    return sorted(path for path in out.rglob("*.parquet") if path.parts[-2] not in ("checks",))
+    paths = (*out.rglob("*.parquet"), *out.rglob("*.arrow"))
+    return sorted(path for path in paths if path.parts[-2] not in ("checks",))
 
 
 @settings(max_examples=150, deadline=None)

@@ -27,7 +27,7 @@ from captioner.testing.synthetic import InstantEngine, SyntheticSource
 from tests.helpers import caption_config
 
 ROWS, ROWS_PER_FILE, ROWS_PER_CHUNK = 10_000, 1_024, 512  # ten parts of two chunks
-RATIO = 0.1  # see docs/scale.md
+RATIO = 0.2  # see docs/scale.md
 
 
 @pytest.fixture
