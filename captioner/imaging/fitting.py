@@ -132,7 +132,7 @@ def _as_array(image: Image.Image) -> npt.NDArray[np.uint8]:
         values = pa.array(image)
     except ValueError:
         return np.array(image)
-    pixels: npt.NDArray[np.uint8] = values.values.to_numpy()
+    pixels = np.from_dlpack(values.values).view(np.uint8)  # `to_numpy` would import pandas, in each decoder
     return pixels.reshape(image.height, image.width, 4)
 
 
