@@ -42,6 +42,11 @@ def needed_side(spec: PixelSpec) -> int:
     return _MARGIN * max(spec.shortest_edge, height, spec.width, *spec.resized)
 
 
+def needs_torch(spec: PixelSpec) -> bool:
+    """Return whether torch resizes some images for this model; for others it need not be imported."""
+    return spec.preprocess == "fast" and spec.resample in _TORCH_FILTERS and spec.resize != "tiles"
+
+
 def fit(upright: UprightImage, spec: PixelSpec) -> npt.NDArray[np.uint8]:
     """Return pixels uint8 [spec.height, spec.width, 3], or of variable size [height, width, 3].
 
@@ -97,7 +102,7 @@ def fit_square(upright: UprightImage, side: int) -> npt.NDArray[np.uint8]:
 def _resize(upright: UprightImage, size: tuple[int, int], window: Box, spec: PixelSpec) -> npt.NDArray[np.uint8]:
     if upright.rgb.size == (size[1], size[0]) == (upright.width, upright.height):
         return np.array(upright.rgb)[window[0] : window[2], window[1] : window[3]]
-    fast = spec.preprocess == "fast" and spec.resample in _TORCH_FILTERS and _suits_torch(upright)
+    fast = needs_torch(spec) and _suits_torch(upright)
     return (_resize_with_torch if fast else _resize_with_pillow)(upright, size, window, spec)
 
 

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -74,6 +75,17 @@ def test_workers_are_forked_from_a_process_with_one_thread(
 
 
 @pytest.mark.usefixtures("faults")
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="reads /proc")
+@pytest.mark.parametrize(("preprocess", "has_torch"), [("fast", True), ("processor", False)])
+def test_a_decoder_imports_torch_only_where_torch_resizes(png: bytes, preprocess: str, has_torch: bool) -> None:
+    before = set(psutil.Process().children())
+
+    with GuardedDecoder(replace(SPEC, preprocess=preprocess), NO_LIMIT, timeout=30.0) as decoder:
+        assert [image.error_code for image in decoder([png])] == [""]
+        (child,) = set(psutil.Process().children()) - before
+        assert ("libtorch" in Path(f"/proc/{child.pid}/maps").read_text()) == has_torch
+
+
 def test_crashes_and_hangs_are_reasons_and_their_neighbours_are_fine(png: bytes) -> None:
     images = [another_png(number) for number in range(60)]
     for index in (0, 7, 8, 9, 30, 59):

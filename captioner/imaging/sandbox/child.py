@@ -27,6 +27,7 @@ import numpy.typing as npt
 
 from captioner.data import DecodedImage, PixelSpec
 from captioner.imaging import decode, squeeze
+from captioner.imaging.fitting import needs_torch
 
 NUM_SLOTS = 8  # images sent ahead, so that a decoder does not wait for its caller
 # Sent over the control socket: 0 when ready, then the pid and the exit code of each worker.
@@ -154,10 +155,10 @@ def _decoder_of(settings: dict[str, Any]) -> Callable[[bytes], DecodedImage]:
     spec, max_pixels = settings["spec"], settings["max_pixels"]
     if isinstance(spec, int):
         return partial(squeeze, side=spec, max_pixels=max_pixels)
-    import torch  # noqa: F401  # resizes images: imported before the time of the first image starts
-
-    spec |= {name: tuple(value) for name, value in spec.items() if isinstance(value, list)}
-    return partial(decode, spec=PixelSpec(**spec), max_pixels=max_pixels)
+    pixel_spec = PixelSpec(**spec | {name: tuple(value) for name, value in spec.items() if isinstance(value, list)})
+    if needs_torch(pixel_spec):
+        import torch  # noqa: F401  # imported before the time of the first image starts
+    return partial(decode, spec=pixel_spec, max_pixels=max_pixels)
 
 
 if __name__ == "__main__":
