@@ -1,9 +1,11 @@
 """A local Ray for the tests of this folder. It has two GPUs that it only counts: a worker that asks for one gets it and
-finds no device behind it."""
+finds no device behind it. Its decoders obey the markers of `captioner.testing`."""
 
 import os
 
 import pytest
+
+from captioner.testing import decoder_faults
 
 
 @pytest.fixture(scope="module")
@@ -13,15 +15,17 @@ def ray_instance():
     import ray
 
     if not ray.is_initialized():
-        ray.init(
-            address="local",
-            num_cpus=4,
-            num_gpus=2,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="ERROR",
-            object_store_memory=300 * 2**20,
-        )
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PYTHONPATH", decoder_faults()["PYTHONPATH"])
+            ray.init(
+                address="local",
+                num_cpus=4,
+                num_gpus=2,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="ERROR",
+                object_store_memory=300 * 2**20,
+            )
     return ray
 
 
