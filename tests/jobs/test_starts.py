@@ -1,9 +1,11 @@
-"""Runs as they start on other people's machines: foreign modules beside them, no home, workers that die."""
+"""Runs as they start elsewhere: under `uv run`, beside foreign modules, without a home, with workers that die."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -22,51 +24,84 @@ import os, sys
 class Dying:
     def find_spec(self, name, path=None, target=None):
         if name == "captioner.steps":
-            HOW
+            exec(open(os.environ["HOW"]).read())
 
 if any("default_worker.py" in word for word in sys.orig_argv):
     sys.meta_path.insert(0, Dying())
 """
 
 
-def captioner(
-    *words: object, folder: Path, before: tuple[str, ...] = (), **settings: str
+# Two runs on one Ray, whose workers die in two ways.
+DIE_TWICE = """
+import os, sys
+from pathlib import Path
+from ray_jobs.cli import main
+
+images, *hows = sys.argv[1:]
+for out, how in enumerate(hows):
+    Path(os.environ["HOW"]).write_text(how)
+    try:
+        main(["caption", images, str(out), "--model", "fake"])
+    except SystemExit as ended:
+        print(f"ended with {ended.code}", file=sys.stderr, flush=True)
+"""
+
+
+def python(
+    *words: object, folder: Path, before: Sequence[str] = (), **settings: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run the command line in a folder, with a Ray of its own."""
+    """Run a program in a folder, with a Ray of its own."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "XDG_"))}
     environment |= {"PYTHONPATH": str(ROOT), **settings}
-    command = [*before, sys.executable, "-P", "-m", "ray_jobs.cli", *map(str, words)]
+    command = [*before, sys.executable, "-P", *map(str, words)]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
-def test_modules_in_the_current_folder_are_not_imported(tmp_path: Path) -> None:
-    images, here = make_folder(tmp_path / "images", 20, width=32), tmp_path / "here"
-    here.mkdir()
+@pytest.fixture
+def uv(tmp_path: Path, here: Path) -> list[str]:
+    """`uv run`, as far as Ray looks: it searches the processes above it for one of that name. This one runs the rest of
+    its command line and nothing else."""
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "bin/uv"
+    program.symlink_to(Path(sys.executable).resolve())
+    (here / "run").write_text("import subprocess, sys\nsys.exit(subprocess.call(sys.argv[1:]))\n")
+    return [str(program), "run"]
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Path:
+    """A folder with modules of somebody else."""
+    (here := tmp_path / "here").mkdir()
     for module in ("numpy", "torch", "PIL", "pyarrow", "captioner"):
         (here / f"{module}.py").write_text("raise ImportError('a module of somebody else')")
+    return here
 
-    done = captioner("caption", images, "out", "--model", "starter", folder=here)
+
+def test_a_job_under_uv_run_works_where_it_is_started_and_imports_no_module_from_there(
+    here: Path, uv: list[str], tmp_path: Path
+) -> None:
+    make_folder(tmp_path / "images", 20, width=32)
+
+    done = python("-m", "ray_jobs.caption", "../images", "out", "--model", "fake", folder=here, before=uv)
 
     assert done.returncode == 0, done.stderr
     assert verify(open_table(str(here / "out"))).proven
 
 
-@pytest.mark.parametrize(
-    ("how", "reason"),
-    [("os.abort()", "its process crashed or was killed"), ("raise ImportError('no libfoo')", "no libfoo")],
-)
-def test_workers_that_die_at_their_start_end_the_run_with_the_reason(tmp_path: Path, how: str, reason: str) -> None:
+def test_workers_that_die_at_their_start_end_the_run_with_the_reason(tmp_path: Path) -> None:
     images = make_folder(tmp_path / "images", 20, width=32)
-    (tmp_path / "sitecustomize.py").write_text(DYING.replace("HOW", how))
+    (tmp_path / "sitecustomize.py").write_text(DYING)
+    environment = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "HOW": str(tmp_path / "how")}
 
-    done = captioner(
-        "caption", images, "out", "--model", "fake", folder=tmp_path, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}"
+    done = python(
+        "-c", DIE_TWICE, images, "os.abort()", "raise ImportError('no libfoo')", folder=tmp_path, **environment
     )
 
-    assert done.returncode == 1
     assert done.stdout == ""
-    (error,) = [line for line in done.stderr.splitlines() if "error" in line.lower()]
-    assert reason in error
+    crashed, unable = re.split(r"^ended with 1\n", done.stderr, flags=re.MULTILINE)[:2]
+    for log, reason in ((crashed, "its process crashed or was killed"), (unable, "no libfoo")):
+        (error,) = [line for line in log.splitlines() if "error" in line.lower()]
+        assert reason in error
 
 
 @pytest.mark.skipif(os.getuid() != 0 or shutil.which("setpriv") is None, reason="needs root, who can be anybody")
@@ -80,7 +115,8 @@ def test_a_user_without_name_and_home(tmp_path: Path) -> None:
     nobody = ("setpriv", "--reuid", UNNAMED_USER, "--regid", UNNAMED_USER, "--clear-groups", *reading, "--")
     nobody = ("env", "-u", "USER", "-u", "LOGNAME", "-u", "USERNAME", "-u", "LNAME", *nobody)
 
-    done = captioner("caption", images, out, "--model", "fake", folder=tmp_path, before=nobody, HOME="/nonexistent")
+    words = ("-m", "ray_jobs.cli", "caption", images, out, "--model", "fake", "--preprocess", "processor")
+    done = python(*words, folder=tmp_path, before=nobody, HOME="/nonexistent")
 
     assert done.returncode == 0, done.stderr
     assert verify(open_table(str(out))).proven
