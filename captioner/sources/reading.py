@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import replace
@@ -14,11 +17,13 @@ import pyarrow as pa
 
 from captioner.data import RawImage, Source
 from captioner.errors import CaptionerError, SourceError
+from captioner.run.prefetch import in_background
 from captioner.sources.root import HEAD_BYTES, RefusedFileError, Root, admitting, assigned, error_code_of, readable
 from captioner.sources.tar_members import header_room, is_member
 
 NOT_YET = "not_yet"  # the code of an image that is read later, when there is memory for it; never in a table
 SNIFF_ABOVE = 16 << 20  # bytes; of a larger file the first ones must be those of an image
+LATE_SECONDS, LATE_TIMES = 1.0, 10  # see `run_reads`
 STAMP = pa.field("stamp", pa.string())  # a column of the plan beside PLAN_SCHEMA, of images that share a file
 
 _concurrency = ContextVar("concurrency", default=32)
@@ -145,9 +150,50 @@ def read_all(tasks: Sequence[Callable[[], RawImage]], root: Root, *, in_archives
 
 
 def run_reads(tasks: Sequence[Callable[[], RawImage]]) -> list[RawImage]:
-    """Run reads in parallel; return their images in order."""
-    with ThreadPoolExecutor(min(concurrency(), len(tasks)) or 1) as pool:
-        return list(pool.map(lambda task: task(), tasks))
+    """Run reads in parallel; return their images in order.
+
+    Once half of them have returned, a read that takes LATE_TIMES as long as these, and LATE_SECONDS at least, is
+    started a second time, and the first answer counts: a store that lets one request in a thousand hang would otherwise
+    hold up every second chunk until the request times out.
+    """
+    reads = [_TimedRead(task) for task in tasks]
+    pool = ThreadPoolExecutor(min(concurrency(), len(tasks)) or 1)
+    try:
+        calls = [[pool.submit(read)] for read in reads]
+        while waiting := [index for index, futures in enumerate(calls) if not any(map(Future.done, futures))]:
+            wait([future for index in waiting for future in calls[index]], timeout=LATE_SECONDS / 4)
+            limit = _seconds_until_late(reads)
+            for index in waiting:
+                if len(calls[index]) == 1 and reads[index].elapsed() > limit:
+                    calls[index].append(in_background(tasks[index]))
+        return [next(future for future in futures if future.done()).result() for futures in calls]
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+class _TimedRead:
+    """A read that notes when it began, and how long it took."""
+
+    def __init__(self, task: Callable[[], RawImage]) -> None:
+        self._task, self._started = task, math.inf
+        self.seconds: float | None = None
+
+    def __call__(self) -> RawImage:
+        self._started = time.monotonic()
+        image = self._task()
+        self.seconds = self.elapsed()
+        return image
+
+    def elapsed(self) -> float:
+        """Return the seconds since it began; none where it has not."""
+        return time.monotonic() - self._started
+
+
+def _seconds_until_late(reads: Sequence[_TimedRead]) -> float:
+    seconds = [read.seconds for read in reads if read.seconds is not None]
+    if 2 * len(seconds) < len(reads):
+        return math.inf
+    return max(LATE_SECONDS, LATE_TIMES * statistics.median(seconds)) if seconds else math.inf
 
 
 def with_stamp(rows: pa.Table, stamp: str | None) -> pa.Table:

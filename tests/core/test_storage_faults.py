@@ -5,8 +5,11 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import fsspec
@@ -16,7 +19,9 @@ from fsspec.implementations.memory import MemoryFileSystem
 from helpers import caption_config, contents
 
 from captioner import pipeline
+from captioner.data import RawImage
 from captioner.errors import OutputError
+from captioner.sources import reading
 from captioner.store.directory import Directory
 from captioner.store.table import open_table
 from captioner.store.verify import verify
@@ -216,3 +221,23 @@ def test_a_process_killed_with_a_table_on_s3_leaves_what_resumes(
     assert pipeline.run(caption_config(archive, out)) == 0
     assert verify(open_table(out)).proven
     assert contents(out) == contents(tmp_path / "local")
+
+
+def test_a_read_that_hangs_holds_up_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "LATE_SECONDS", 0.01)
+    released, calls = threading.Event(), Counter[int]()
+
+    def read(number: int) -> RawImage:
+        calls[number] += 1
+        if number % 50 == 7 and calls[number] == 1:
+            released.wait()
+        return RawImage(str(number), str(number), b"bytes")
+
+    try:
+        with reading.reads_at_once(8):
+            images = reading.run_reads([partial(read, number) for number in range(100)])
+    finally:
+        released.set()
+
+    assert [image.image_id for image in images] == [str(number) for number in range(100)]
+    assert calls[7] == calls[57] == 2
