@@ -217,7 +217,9 @@ class OutputConfig(Settings):
     )
     plan_only: bool = Field(False, description="List the source into OUT/plan and stop. Needs no model.")
     overwrite: bool = Field(False, description="Delete the table in OUT and start again.")
-    retry_failed: bool = Field(False, description="Caption the failed images again; new rows supersede old ones.")
+    retry_failed: bool = Field(
+        False, description="Ask again about images without a caption or an answer; new rows supersede old ones."
+    )
     extend: bool = Field(False, description="Add images that are new in the source.")
     only: str | None = Field(
         None,

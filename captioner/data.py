@@ -90,6 +90,9 @@ CAPTIONS_SCHEMA = pa.schema(
     ]
 )
 
+# A column of plans of --retry-failed where a model is asked several questions: the row as it was, where it has a
+# caption and lacks an answer.
+PREVIOUS = "_previous"
 SAMPLES_FIELD = pa.field("captions", pa.list_(pa.string()))  # a column of tables with --num-captions
 
 
@@ -280,7 +283,18 @@ class Question:
 
 
 CAPTION = "caption"
-Prompts = tuple[str, ...]  # what is asked about one image: the prompt of each question
+# What is asked about one image: the prompt of each question; None for one that is not asked, since it is answered.
+Prompts = tuple[str | None, ...]
+
+
+def prompt_column(question: str) -> str:
+    """Return the name of the column with what an image was asked."""
+    return "prompt" if question == CAPTION else f"{question}_prompt"
+
+
+def error_column(question: str) -> str:
+    """Return the name of the column with the reason why a question has no answer, or one that was cut."""
+    return f"{question}_error"
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ from captioner.console.text import counted
 from captioner.data import (
     CAPTIONS_SCHEMA,
     NO_USAGE,
+    PREVIOUS,
     SAMPLES_FIELD,
     STATUS_FAILED,
     STATUS_OK,
@@ -40,13 +41,14 @@ from captioner.data import (
 from captioner.errors import EndpointError
 from captioner.imaging.sandbox.decoder import GuardedDecoder
 from captioner.models import ModelRef
-from captioner.models.questions import asked_columns, blank_columns, prompts_of, unanswered
+from captioner.models.questions import asked_columns, blank_columns, prompts_of, same_prompts, unanswered
 from captioner.run.dedupe import CaptionMemory, find_copies
 from captioner.scoring.flags import caption_flags
 from captioner.scoring.running_wer import Sample, score_sampled
 from captioner.sources.copies import KNOWN_SHA256
 from captioner.sources.reading import NOT_YET, ReadLimits, limited_to, read_part, reads_at_once
 from captioner.store.plan import read_planned
+from captioner.store.previous import with_previous, without_answered
 from captioner.store.publish import commit_chunk
 from captioner.store.table import CaptionsTable
 
@@ -130,7 +132,8 @@ def read_rows(work: Work, chunk: Chunk, planned: pa.Table) -> list[RawImage]:
     """Read planned rows of a chunk, up to READ_BYTES; the code of those that are to be read later is NOT_YET."""
     with reads_at_once(work.read_concurrency), limited_to(ReadLimits(work.max_file_size, READ_BYTES)):
         # A run that captions every copy must read every copy: the source must not share the bytes of the first one.
-        names = [name for name in planned.column_names if work.dedupe or name != KNOWN_SHA256.name]
+        unused = {PREVIOUS} if work.dedupe else {PREVIOUS, KNOWN_SHA256.name}
+        names = [name for name in planned.column_names if name not in unused]
         elsewhere = (
             rows.select([name for name in names if name in rows.column_names]) for rows in work.rows_elsewhere(chunk)
         )
@@ -149,6 +152,8 @@ def decode(work: Work, read: ReadChunk, decoder: GuardedDecoder) -> ChunkRows:
     rows = batch.rows.append_column(CAPTIONS_SCHEMA.field("reference_captions"), read.planned["reference_captions"])
     for field_ in work.table.kept_fields:
         rows = rows.append_column(field_, read.planned[field_.name])
+    if PREVIOUS in read.planned.column_names:
+        rows = rows.append_column(PREVIOUS, read.planned[PREVIOUS])
     return ChunkRows(read.chunk, rows, batch.pixels, {"read": read.seconds, "decode": time.perf_counter() - started})
 
 
@@ -178,12 +183,24 @@ def caption(
     """Caption a chunk: its rows then have all columns of the table. With a `memory`, copies are captioned once."""
     started = time.perf_counter()
     usages: list[Usage] = []
-    prompts = prompts_of(work.model, decoded.rows)
+    prompts = _prompts(work, decoded.rows)
     results = _caption_rows(work, captioner, decoded, prompts, memory, usages)
     rows = _finished_rows(work, decoded, results, prompts)
+    if PREVIOUS in decoded.rows.column_names:
+        rows = with_previous(work.table, decoded.rows, rows, work.model.fingerprint)
     seconds = decoded.seconds | {"generate": time.perf_counter() - started}
     engine, device = getattr(captioner, "engine", "generic"), getattr(captioner, "device_name", "cpu")
     return ChunkRows(decoded.chunk, rows, None, seconds, engine, device, Usage.total(usages))
+
+
+def _prompts(work: Work, rows: pa.Table) -> list[Prompts] | None:
+    """Return what each of N decoded rows is asked, [N][questions]; None where that is the same for all."""
+    prompts = prompts_of(work.model, rows)
+    if PREVIOUS not in rows.column_names:
+        return prompts
+    prompts = prompts or [same_prompts(work.model)] * rows.num_rows
+    names = [question.name for question in work.model.questions]
+    return without_answered(work.table, rows, prompts, names, work.model.fingerprint)
 
 
 def commit(work: Work, captioned: ChunkRows) -> Receipt:
@@ -252,7 +269,7 @@ def caption_or_reasons(
         if usages is not None:
             usages.extend(captions.usage)
         differ = prompts is not None and question
-        return _as_list(captions, [asked[0] for asked in prompts or ()] if differ else [question] * len(pixels))
+        return _as_list(captions, [asked[0] or "" for asked in prompts or ()] if differ else [question] * len(pixels))
     except EndpointError:
         raise
     except Exception as error:

@@ -71,7 +71,8 @@ def status(out: str) -> int:
     damaged: list[DamagedFileError] = []
     with phase("counting rows", notify):
         counts: TableCounts = count_rows(table, damaged.append, whole_files=False)
-    lines = [("planned", counts.planned), ("ok", counts.ok), ("failed", counts.failed)]
+    without = [(f"  without {name}", number) for name, number in counts.failed_answers.items()]
+    lines = [("planned", counts.planned), ("ok", counts.ok), *without, ("failed", counts.failed)]
     lines += [(f"  {reason}", number) for reason, number in counts.failed_by_reason.items()]
     for name, number in [*lines, ("remaining", counts.remaining)]:
         print(f"{name:<22}{number:>14,}")

@@ -35,9 +35,9 @@ def print_summary(record: dict[str, Any], stream: TextIO | None = None) -> None:
 
 def _rows(record: dict[str, Any]) -> list[tuple[str, str]]:
     counts: dict[str, Any] = record.get("counts", {})
-    rows: list[tuple[str, str]] = [
-        (name, f"{counts[name]:,}") for name in ("planned", "ok", "failed") if name in counts
-    ]
+    rows: list[tuple[str, str]] = [(name, f"{counts[name]:,}") for name in ("planned", "ok") if name in counts]
+    rows += [(f"  without {name}", f"{number:,}") for name, number in counts.get("failed_answers", {}).items()]
+    rows += [("failed", f"{counts['failed']:,}")] if "failed" in counts else []
     reasons = sorted(counts.get("failed_by_reason", {}).items(), key=lambda item: -item[1])
     rows += [(f"  {reason}", f"{number:,}") for reason, number in reasons]
     labels = {
@@ -79,7 +79,8 @@ def _lines(record: dict[str, Any]) -> list[str]:
         lines.append(
             f"WER {check['wer']:.3f} against the references of {counted(check['num_rows'], 'image')}{shuffled}"
         )
-    if record.get("counts", {}).get("failed"):
+    counts = record.get("counts", {})
+    if counts.get("failed") or counts.get("failed_answers"):
         lines.append(f"retry the failed: {_retry_command(record)}")
     if record.get("report"):
         lines.append(f"the report: {record['report']}")

@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import types
 
-from captioner.data import CAPTION, Captions, Question
+from captioner.data import CAPTION, NO_USAGE, Captions, Question
 from captioner.errors import UsageError
 
 MAX_REASON = 200  # characters
@@ -107,6 +107,18 @@ def replaced(captions: Captions, indices: Sequence[int], newer: Captions) -> Cap
             values[index] = value
         changes[name] = values
     return replace(captions, **changes)
+
+
+NO_CAPTIONS = Captions([], [], [], [])
+
+
+def with_gaps(captions: Captions, indices: Sequence[int], count: int) -> Captions:
+    """Return the captions of `count` images, of which those at `indices` were asked; empty ones of the others."""
+    none = [None] * count
+    samples: list[Sequence[str]] = [()] * count if captions.samples else []
+    usage = captions.usage or [NO_USAGE]
+    blank = Captions([""] * count, none, none, [True] * count, usage=usage, samples=samples)
+    return replaced(blank, indices, captions)
 
 
 @lru_cache(64)

@@ -23,7 +23,7 @@ from transformers import GenerationConfig
 
 from captioner.data import Captions, Pixels, Prompts, Question
 from captioner.errors import ModelError
-from captioner.models.answers import asked_again, misfit, replaced
+from captioner.models.answers import NO_CAPTIONS, asked_again, misfit, replaced, with_gaps
 from captioner.models.base import TransformersCaptioner
 from captioner.models.families import family_of
 from captioner.models.prepared import prepared_by_decoders
@@ -81,7 +81,17 @@ class ChatCaptioner(TransformersCaptioner):
         """Ask all questions about the images, one question after the other. `prompts`: see `Captioner.caption`."""
         columns = zip(*(prompts or [self.prompts] * len(pixels)), strict=True)
         asked = zip(self.ref.questions, columns, strict=True)
-        return with_answers(self.ref.questions, [self._ask(pixels, question, column) for question, column in asked])
+        replies = [self._ask_some(pixels, question, column) for question, column in asked]
+        return with_answers(self.ref.questions, replies, prompts)
+
+    def _ask_some(self, pixels: Pixels, question: Question, prompts: Sequence[str | None]) -> Captions:
+        """Ask one question about the images that have a prompt; there is an empty answer in place of the others."""
+        asked = [(index, prompt) for index, prompt in enumerate(prompts) if prompt is not None]
+        indices, texts = [index for index, _ in asked], [prompt for _, prompt in asked]
+        if len(asked) == len(prompts):
+            return self._ask(pixels, question, texts)
+        answers = self._ask(pixels[indices], question, texts) if asked else NO_CAPTIONS
+        return with_gaps(answers, indices, len(prompts))
 
     def _ask(self, pixels: Pixels, question: Question, prompts: Sequence[str]) -> Captions:
         """Ask one question; once more about the images whose answers do not fit its schema."""

@@ -44,7 +44,7 @@ class FakeCaptioner:
                 f"{prompt or 'picture'} {checksum:08x}" for prompt, checksum in zip(column, checksums, strict=True)
             ]
             replies.append(self._sampled(pixels, Captions(texts, [3] * len(texts), logprobs, [True] * len(texts))))
-        return with_answers(self.questions, replies)
+        return with_answers(self.questions, replies, prompts)
 
     def _sampled(self, pixels: Pixels, captions: Captions) -> Captions:
         """Return captions with the random numbers of sampling, where there is any."""

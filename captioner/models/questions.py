@@ -20,7 +20,7 @@ import pyarrow as pa
 from pydantic import Field, ValidationError
 
 from captioner.config import ModelConfig, Settings, read_yaml
-from captioner.data import CAPTION, Captions, Prompts, Question, Usage
+from captioner.data import CAPTION, Captions, Prompts, Question, Usage, error_column, prompt_column
 from captioner.errors import ModelError, UsageError
 from captioner.models.answers import check_schema, fields_of, instruction, misfit, values_of
 from captioner.models.families import family_of
@@ -116,7 +116,7 @@ def fill(prompt: str | None, values: Mapping[str, str]) -> str:
     return _BRACES.sub(lambda match: f"{{{match[1]}}}" if match[1] else values.get(match[2], ""), prompt or "")
 
 
-def filled_prompts(ref: ModelRef, values: Mapping[str, str]) -> Prompts:
+def filled_prompts(ref: ModelRef, values: Mapping[str, str]) -> tuple[str, ...]:
     """Return what an image is asked that has these values: with the schema, where nothing else tells it the model."""
     tells_schema = ref.endpoint is None or not ref.endpoint.response_format
     return tuple(
@@ -124,7 +124,7 @@ def filled_prompts(ref: ModelRef, values: Mapping[str, str]) -> Prompts:
     )
 
 
-def same_prompts(ref: ModelRef) -> Prompts:
+def same_prompts(ref: ModelRef) -> tuple[str, ...]:
     """Return the prompts of a model whose prompts hold no columns; the others as for an image without values."""
     return filled_prompts(ref, {})
 
@@ -141,7 +141,7 @@ def prompts_of(ref: ModelRef, rows: pa.Table) -> list[Prompts] | None:
 
 def asked_columns(ref: ModelRef, prompts: list[Prompts] | None, num_rows: int) -> dict[str, list[str | None]]:
     """Return the columns of the table with what each row is asked. `prompts`: from `prompts_of`."""
-    names = map(prompt_column, ref.questions)
+    names = [prompt_column(question.name) for question in ref.questions]
     asked = prompts or [same_prompts(ref)] * num_rows
     return {
         name: [text or None for text in column] for name, column in zip(names, zip(*asked, strict=True), strict=True)
@@ -176,19 +176,14 @@ def answer_fields(ref: ModelRef) -> list[pa.Field]:
     """
     fields = [field for field in fields_of(ref.questions[0]) if field.name != CAPTION]
     for question in ref.more_questions:
-        beside = (pa.field(name, pa.string()) for name in (prompt_column(question), error_column(question)))
+        beside = (pa.field(name, pa.string()) for name in (prompt_column(question.name), error_column(question.name)))
         fields += [*fields_of(question), *beside]
     return fields
 
 
-def prompt_column(question: Question) -> str:
-    """Return the name of the column with what an image was asked."""
-    return "prompt" if question.name == CAPTION else f"{question.name}_prompt"
-
-
-def error_column(question: Question) -> str:
-    """Return the name of the column with the reason why a question has no answer, or one that was cut."""
-    return f"{question.name}_error"
+def answer_columns(ref: ModelRef) -> dict[str, list[str]]:
+    """Return the columns with the answers to each question besides the caption, by name of the question."""
+    return {question.name: [field.name for field in fields_of(question)] for question in ref.more_questions}
 
 
 def blank_columns(ref: ModelRef, rows: pa.Table) -> dict[str, int]:
@@ -199,31 +194,41 @@ def blank_columns(ref: ModelRef, rows: pa.Table) -> dict[str, int]:
 
 def unanswered(ref: ModelRef, rows: pa.Table) -> dict[str, int]:
     """Return how many rows have a reason in the error column of a question, by question; without those of none."""
-    errors = {question.name: rows[error_column(question)] for question in ref.more_questions}
+    errors = {question.name: rows[error_column(question.name)] for question in ref.more_questions}
     counts = {name: len(column) - column.null_count for name, column in errors.items()}
     return {name: count for name, count in counts.items() if count}
 
 
-def with_answers(questions: Sequence[Question], replies: Sequence[Captions]) -> Captions:
-    """Return the captions, which are in the first of `replies`, with the answers to the other questions."""
+def with_answers(
+    questions: Sequence[Question], replies: Sequence[Captions], prompts: Sequence[Prompts] | None = None
+) -> Captions:
+    """Return the captions, which are in the first of `replies`, with the answers to the other questions.
+
+    `prompts`: what each image was asked. Where one is None, neither the reply nor its columns mean anything.
+    """
     captions, more = replies[0], list(zip(questions[1:], replies[1:], strict=True))
     if not more and questions[0].schema is None:
         return captions
-    of_caption = _answers(questions[0], captions)
+    asked = prompts or [("",) * len(questions)] * len(captions.texts)
+    of_caption = _answers(questions[0], captions, [of_image[0] for of_image in asked])
     answers = [values for values, _ in of_caption]
-    texts = [values.pop(CAPTION) or "" for values in answers]
-    for question, reply in more:
-        for answer, (values, error) in zip(answers, _answers(question, reply), strict=True):
-            answer |= {**values, error_column(question): error or None}
+    texts = [values.pop(CAPTION, None) or "" for values in answers]
+    for index, (question, reply) in enumerate(more, start=1):
+        of_question = _answers(question, reply, [of_image[index] for of_image in asked])
+        for answer, (values, error) in zip(answers, of_question, strict=True):
+            answer |= {**values, error_column(question.name): error or None}
     usage = [Usage.total(of_image) for of_image in zip(*(reply.usage for reply in replies), strict=True)]
     return replace(captions, texts=texts, errors=[error for _, error in of_caption], answers=answers, usage=usage)
 
 
-def _answers(question: Question, reply: Captions) -> list[tuple[dict[str, Any], str]]:
+def _answers(question: Question, reply: Captions, prompts: Sequence[str | None]) -> list[tuple[dict[str, Any], str]]:
     """Return the values of the columns of a question for each image, and why there is no whole answer, or ""."""
     errors = reply.errors or [""] * len(reply.texts)
-    columns = zip(reply.texts, reply.finished, errors, strict=True)
-    return [_answer(question, text, finished, error) for text, finished, error in columns]
+    columns = zip(prompts, reply.texts, reply.finished, errors, strict=True)
+    return [
+        ({}, "") if prompt is None else _answer(question, text, finished, error)
+        for prompt, text, finished, error in columns
+    ]
 
 
 def _answer(question: Question, text: str, finished: bool, error: str) -> tuple[dict[str, Any], str]:

@@ -14,7 +14,7 @@ from captioner.data import SAMPLES_FIELD
 from captioner.errors import FingerprintError, UsageError
 from captioner.models import ModelRef
 from captioner.models.devices import auto_dtype
-from captioner.models.questions import answer_fields
+from captioner.models.questions import answer_columns, answer_fields
 from captioner.run.asked import check_same_answers
 from captioner.store.table import CaptionsTable, as_hex
 
@@ -57,8 +57,8 @@ def bind(
         dtype = recorded["dtype"] if same_model else auto_dtype(device())
     model = replace(model, dtype=dtype)
     if recorded is None:
-        answers = as_hex(answer_fields(model))
-        return _bound(table, model.fingerprint, facts_of(model), answer_schema=answers), model
+        answers = {"answer_schema": as_hex(answer_fields(model)), "answer_columns": answer_columns(model)}
+        return _bound(table, model.fingerprint, facts_of(model), **answers), model
     if table.info["fingerprint"] != model.fingerprint:
         if not config.output.only:
             raise FingerprintError(_refusal(table, model))
@@ -101,7 +101,7 @@ def _check_columns(table: CaptionsTable, model: ModelRef) -> None:
         )
 
 
-def _bound(table: CaptionsTable, fingerprint: str, facts: dict[str, Any], **changes: str) -> CaptionsTable:
+def _bound(table: CaptionsTable, fingerprint: str, facts: dict[str, Any], **changes: Any) -> CaptionsTable:
     info = table.info
     earlier = info.get("models") or ({info["fingerprint"]: info["model"]} if info["model"] else {})
     return table.update(fingerprint=fingerprint, model=facts, models={**earlier, fingerprint: facts}, **changes)

@@ -44,6 +44,7 @@ from captioner.store.table import (
     open_table,
     table_exists,
 )
+from captioner.store.verify import count_rows
 
 ROWS_PER_CHUNK = 512
 CHUNK_PIXEL_BYTES = 80_000_000  # 512 images of 224 x 224; larger inputs make smaller chunks
@@ -119,7 +120,7 @@ class Job:
             if retry is None:
                 self.notify("nothing to retry: no image has failed")
             else:
-                self.notify(f"retrying {counted(retry.num_rows, 'failed image')}")
+                self.notify(self._retrying(retry))
                 yield retry
         elif self.config.output.extend:
             with phase(COMPARING, self.notify):
@@ -130,6 +131,15 @@ class Job:
                 yield retry
         if self.config.output.only:
             yield from self._recaption(self.config.output.only)
+
+    def _retrying(self, plan: Plan) -> str:
+        """Return what a plan of --retry-failed does."""
+        counts = count_rows(self.table, whole_files=False)
+        without = ", ".join(f"{count:,} without {name}" for name, count in counts.failed_answers.items())
+        captioned = plan.num_rows - counts.failed
+        failed = [counted(counts.failed, "failed image")] if counts.failed or not without else []
+        asked = [f"{counted(captioned, 'image')} without an answer ({without})"] if without else []
+        return f"retrying {' and '.join(failed + asked)}"
 
     def _refresh(self, rows: pa.Table, error_codes: list[str | None]) -> pa.Table:
         return refreshed(self.work.source, rows, error_codes)

@@ -42,7 +42,7 @@ from captioner.steps import ChunkRows, ReadChunk, Work, decode, read_rows
 from captioner.store.lock import sole_writer
 from captioner.store.plan import read_planned
 from captioner.store.read import read_part
-from captioner.store.replan import generation_of_parts
+from captioner.store.replan import generation_of_parts, without_replan_columns
 from captioner.store.table import CaptionsTable, open_table
 
 ROWS = 512  # captions of a chunk: the other images that a caption is compared with are drawn from them
@@ -143,7 +143,7 @@ def _planned(table: CaptionsTable, rows: pa.Table) -> pa.Table:
     chunk_rows, tables = rows["chunk_row"].to_numpy(), []
     for chunk_id, of_chunk in indices.items():
         planned = read_planned(table, Chunk.of_id(chunk_id)).take(chunk_rows[of_chunk])
-        tables.append(planned.drop_columns([name for name in ("part_row",) if name in planned.column_names]))
+        tables.append(without_replan_columns(planned))
     order = np.argsort(np.concatenate(list(indices.values())))
     planned = pa.concat_tables([one.replace_schema_metadata() for one in tables], promote_options="default")
     return planned.take(order).combine_chunks()

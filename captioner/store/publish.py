@@ -30,7 +30,7 @@ from captioner.data import Chunk
 from captioner.errors import DamagedFileError, OutputError
 from captioner.run.prefetch import in_parallel
 from captioner.store.checksum import from_file
-from captioner.store.counts import COUNTED, TableCounts
+from captioner.store.counts import TableCounts
 from captioner.store.read import read_chunk, replace_rows, superseded_rows
 from captioner.store.repair import unchanged_parts
 from captioner.store.table import CaptionsTable, Plan, captions_name, history_name
@@ -200,27 +200,27 @@ def _publish_part(table: CaptionsTable, plan: Plan, part: int, is_published: boo
     if is_published or (not plan.adds_parts and has_rows_of(table, plan, part)):
         # Of a generation that supersedes rows, they were written before a kill; the older ones are in history/.
         data = table.directory.read_checked(name)
-        counts.add_rows(from_file(name, data, COUNTED))
+        counts.add_rows(from_file(name, data, table.counted_columns), table.answer_columns)
     elif plan.adds_parts:
         counted_columns: list[pa.Table] = []
-        rows_of_chunks = _noted(_committed_rows(table, plan, part), counted_columns)
+        rows_of_chunks = _noted(table, _committed_rows(table, plan, part), counted_columns)
         data = table.directory.write_tables(name, table.schema, rows_of_chunks)
-        counts.add_rows(pa.concat_tables(counted_columns))
+        counts.add_rows(pa.concat_tables(counted_columns), table.answer_columns)
     else:
         current = table.directory.read_table(name)
         newer = pa.concat_tables(_committed_rows(table, plan, part))
         indices = superseded_rows(table, plan, part)
         table.directory.write_table(history_name(plan.generation, part), current.take(indices))
         rows = replace_rows(current, indices, newer)
-        counts.add_rows(rows)
+        counts.add_rows(rows, table.answer_columns)
         data = table.directory.write_table(name, rows)
     return {"sha256": sha256(data).hexdigest(), "num_bytes": len(data), "counts": counts.to_record()}
 
 
-def _noted(tables: Iterable[pa.Table], counted_columns: list[pa.Table]) -> Iterator[pa.Table]:
+def _noted(table: CaptionsTable, tables: Iterable[pa.Table], counted_columns: list[pa.Table]) -> Iterator[pa.Table]:
     """Yield the same tables, and append to a list the columns by which their rows are counted."""
     for rows in tables:
-        counted_columns.append(rows.select(COUNTED))
+        counted_columns.append(rows.select(table.counted_columns))
         yield rows
 
 

@@ -14,12 +14,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from captioner.console.text import counted
-from captioner.data import PLAN_SCHEMA, STATUS_FAILED, Source
+from captioner.data import PLAN_SCHEMA, Source
 from captioner.errors import DamagedFileError, OutputError
 from captioner.store.directory import RECHECK_FILE, FileStat
 from captioner.store.ids import IdIndex
 from captioner.store.parallel_listing import list_units
-from captioner.store.replan import current_plan_rows, write_rows_again
+from captioner.store.replan import current_plan_rows, failed_rows, write_rows_again
 from captioner.store.table import (
     PLAN_FACTS,
     CaptionsTable,
@@ -229,17 +229,18 @@ def _unplanned_rows(table: CaptionsTable, source: Source, plan: Plan, damaged: s
 
 def _rows_planned_again(table: CaptionsTable, plan: Plan, part: int) -> npt.NDArray[np.int64] | None:
     """Return the rows of a published part that a damaged plan captions again; None where nothing tells them."""
-    rows = table.directory.read_table(captions_name(part), ["image_id", "generation", "status"])
+    names = ["image_id", "generation", *table.counted_columns]
+    rows = table.directory.read_table(captions_name(part), names)
     with suppress(DamagedFileError):
         older = table.directory.read_table(history_name(plan.generation, part), ["image_id"])["image_id"]
         indices = pc.index_in(older, rows["image_id"])
         if len(older) == plan.parts[part] and not indices.null_count:
             return np.sort(indices.to_numpy())
-    candidates = [pc.equal(rows["generation"], plan.generation)]
+    candidates = [pc.equal(rows["generation"], plan.generation).to_numpy()]
     if plan.kind == "retry":
-        candidates.append(pc.equal(rows["status"], STATUS_FAILED))
+        candidates.append(failed_rows(table, rows))
     for mask in candidates:
-        indices = np.flatnonzero(mask.to_numpy())
+        indices = np.flatnonzero(mask)
         if len(indices) == plan.parts[part]:
             return indices
     return None

@@ -11,7 +11,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from captioner.data import STATUS_FAILED
+from captioner.data import PREVIOUS, STATUS_FAILED
+from captioner.store.counts import any_failed_answer
 from captioner.store.plan import MIN_ROWS_PER_CHUNK
 from captioner.store.table import (
     PLAN_FACTS,
@@ -24,6 +25,7 @@ from captioner.store.table import (
     plan_part_name,
 )
 
+REPLAN_COLUMNS = ("part_row", PREVIOUS)
 RowIndices = dict[int, npt.NDArray[np.int64]]  # rows of the published table: part -> ascending indices in it
 
 
@@ -34,16 +36,24 @@ Refresh = Callable[[pa.Table, list[str | None]], pa.Table]
 def make_retry_plan(
     table: CaptionsTable, refresh: Refresh | None = None, indices: RowIndices | None = None
 ) -> Plan | None:
-    """Plan a generation of the images whose current row is failed, or of `indices`; `None` where there are none.
+    """Plan a generation of the images that have failed, or of `indices`; `None` where there are none.
 
-    Every plan of the table must be published.
+    An image has failed without a caption, or without the answer to another question. Every plan of the table must be
+    published.
     """
     if indices is None:
         indices = {}
         for part in generation_of_parts(table):
-            status = table.directory.read_columns(captions_name(part), ["status"])["status"]
-            indices[part] = np.flatnonzero(pc.equal(status, STATUS_FAILED).to_numpy())
+            rows = table.directory.read_columns(captions_name(part), table.counted_columns)
+            indices[part] = np.flatnonzero(failed_rows(table, rows))
     return plan_rows_again(table, "retry", indices, table.plans()[0].rows_per_chunk, refresh=refresh)
+
+
+def failed_rows(table: CaptionsTable, rows: pa.Table) -> npt.NDArray[np.bool_]:
+    """Return which rows have no caption, or no answer to another question. `rows`: with `counted_columns`."""
+    without_answer = any_failed_answer(rows, table.answer_columns)
+    mask: npt.NDArray[np.bool_] = pc.or_(pc.equal(rows["status"], STATUS_FAILED), without_answer).to_numpy()
+    return mask
 
 
 def plan_rows_again(
@@ -86,7 +96,7 @@ def current_plan_rows(
     for plan in later:
         if before is None or plan.generation < before:
             newer = table.read_plan_part(plan, part)
-            rows = with_newer_values(rows, newer["part_row"].to_numpy(), newer.drop_columns("part_row"))
+            rows = with_newer_values(rows, newer["part_row"].to_numpy(), without_replan_columns(newer))
     return rows
 
 
@@ -106,9 +116,25 @@ def write_rows_again(
     """Write a plan part. `rows`: of the plan; `indices`: where they are in the published part."""
     name = plan_part_name(plan.generation, part)
     rows = rows.append_column(pa.field("part_row", pa.int64()), pa.array(indices, pa.int64()))
+    if plan.kind == "retry" and table.answer_columns:
+        rows = rows.append_column(PREVIOUS, _previous_rows(table, part, indices))
     facts = {"kind": plan.kind, "recaption": plan.recaption and asdict(plan.recaption)}
     metadata = {PLAN_FACTS: json.dumps(facts).encode()} | plan_part_mark(table, name)
     table.directory.write_table(name, rows.replace_schema_metadata(metadata), plan.rows_per_chunk)
+
+
+def _previous_rows(table: CaptionsTable, part: int, indices: npt.NDArray[np.int64]) -> pa.StructArray:
+    """Return the current rows of a part at `indices`, null where all is to be asked again."""
+    rows = table.directory.read_table(captions_name(part), table.schema.names).take(indices).combine_chunks()
+    arrays = [column.combine_chunks() for column in rows.columns]
+    asked_everything = pc.invert(any_failed_answer(rows, table.answer_columns)).combine_chunks()
+    fields = [field.with_nullable(True) for field in rows.schema]
+    return pa.StructArray.from_arrays(arrays, fields=fields, mask=asked_everything)
+
+
+def without_replan_columns(rows: pa.Table) -> pa.Table:
+    """Return plan rows without the columns that only plans of rows that are captioned again have."""
+    return rows.drop_columns([name for name in REPLAN_COLUMNS if name in rows.column_names])
 
 
 def generation_of_parts(table: CaptionsTable) -> dict[int, int]:

@@ -30,9 +30,10 @@ from typing import Any
 import pyarrow as pa
 
 from captioner.config import SourceConfig
-from captioner.data import CAPTIONS_SCHEMA, SAMPLES_FIELD, Chunk
+from captioner.data import CAPTIONS_SCHEMA, SAMPLES_FIELD, Chunk, error_column
 from captioner.errors import DamagedFileError, OutputError
 from captioner.store.checksum import ARROW_SUFFIX
+from captioner.store.counts import COUNTED
 from captioner.store.directory import Directory
 
 SCHEMA_VERSION = 1
@@ -152,6 +153,17 @@ class CaptionsTable:
         """The columns that questions besides the caption fill; none before the table is bound to a model."""
         serialised = self.info.get("answer_schema")
         return list(pa.ipc.read_schema(pa.py_buffer(bytes.fromhex(serialised)))) if serialised else []
+
+    @property
+    def answer_columns(self) -> dict[str, list[str]]:
+        """The columns with the answers to each question besides the caption, by name of the question."""
+        return dict(self.info.get("answer_columns") or {})
+
+    @property
+    def counted_columns(self) -> list[str]:
+        """The columns by which rows are counted (see `captioner.store.counts`)."""
+        beside = ([*columns, error_column(name)] for name, columns in self.answer_columns.items())
+        return [*COUNTED, *dict.fromkeys(name for names in beside for name in names)]
 
     @cached_property
     def schema(self) -> pa.Schema:

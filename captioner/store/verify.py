@@ -16,7 +16,7 @@ from captioner.console.text import counted
 from captioner.data import ERROR_CODES, STATUS_FAILED, STATUS_OK
 from captioner.errors import DamagedFileError
 from captioner.store.checksum import decoded, has_checksum
-from captioner.store.counts import COUNTED, TableCounts
+from captioner.store.counts import TableCounts
 from captioner.store.ids import IdIndex
 from captioner.store.read import OnDamage, check_part, raise_damage, read_chunk, read_parts
 from captioner.store.repair import recorded_files, unchanged_parts
@@ -81,9 +81,9 @@ def count_rows(
     unchanged = unchanged_parts(table, plans, {part: file for part, file in files.items() if file["counts"]})
     for part in unchanged:
         counts.add_record(files[part]["counts"])
-    others = unchanged.union(besides)
-    for rows in read_parts(table, COUNTED, on_damage=on_damage, whole_files=whole_files, besides=others):
-        counts.add_rows(rows)
+    others, names = unchanged.union(besides), table.counted_columns
+    for rows in read_parts(table, names, on_damage=on_damage, whole_files=whole_files, besides=others):
+        counts.add_rows(rows, table.answer_columns)
     return counts
 
 
@@ -145,11 +145,11 @@ def _verify_part(
         result.add_problem(f"{name} is missing: {counted(len(ids), 'image has', 'images have')} no row")
         return
     data = _verified_bytes(table, name, result)
-    rows = decoded(name, data, ["image_id", "chunk_id", *COUNTED])
+    rows = decoded(name, data, ["image_id", "chunk_id", *table.counted_columns])
     with result.noting_damage():
         check_part(table, plan, part, rows)
         result.counts_of_parts[part] = TableCounts()
-        result.counts_of_parts[part].add_rows(rows)
+        result.counts_of_parts[part].add_rows(rows, table.answer_columns)
     _compare(name, ids, rows["image_id"], result)
     wrong = rows.filter(pc.invert(_has_known_status(rows)))["image_id"]
     if len(wrong):

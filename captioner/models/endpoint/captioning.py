@@ -39,6 +39,7 @@ TEST_PIXELS = np.full((64, 64, 3), 128, np.uint8)
 TEST_IMAGE = image_url(TEST_PIXELS)
 TEST_TOKENS = 8
 NOT_ASKED = Reply(error="not asked: the image has no caption")
+ANSWERED = Reply()  # in place of a reply to a question that is not asked
 
 
 class Conversation:
@@ -57,7 +58,8 @@ class Conversation:
         self._sampled: list[Reply] = []  # to the requests for captions, with --num-captions
         self.replies: list[Reply] = []
         self._misfit: Reply | None = None
-        self.body = self._next_body(prompts[0])
+        self.body = b""
+        self._ask_next()
 
     @property
     def is_over(self) -> bool:
@@ -66,7 +68,7 @@ class Conversation:
     def add(self, reply: Reply) -> None:
         """Add the reply to the latest request. An answer that does not fit its schema is asked for once more."""
         index = len(self.replies)
-        question, prompt = self._ref.questions[index], self._prompts[index]
+        question, prompt = self._ref.questions[index], self._prompts[index] or ""
         if not index and self._ref.num_captions > 1:
             self._sampled.append(reply)
             if self._num_sampled < self._ref.num_captions:
@@ -84,8 +86,16 @@ class Conversation:
         self.replies.append(reply)
         if self.replies[0].error:
             self.replies += [NOT_ASKED] * (len(self._prompts) - 1)
-        if not self.is_over:
-            self.body = self._next_body(self._prompts[index + 1])
+        self._ask_next()
+
+    def _ask_next(self) -> None:
+        """Make the request of the next question that is to be asked."""
+        while not self.is_over:
+            prompt = self._prompts[len(self.replies)]
+            if prompt is not None:
+                self.body = self._next_body(prompt)
+                return
+            self.replies.append(ANSWERED)
 
     @property
     def _num_sampled(self) -> int:
@@ -142,7 +152,7 @@ class EndpointCaptioner:
         """Ask all questions about images. Raises EndpointError where the run cannot go on with its servers."""
         replies = self._run(self._replies(pixels, prompts or [same_prompts(self._ref)] * len(pixels)))
         by_question = [_as_captions(column) for column in zip(*replies, strict=True)]
-        return with_answers(self._ref.questions, by_question)
+        return with_answers(self._ref.questions, by_question, prompts)
 
     def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
