@@ -159,11 +159,16 @@ class TransformersCaptioner:
         order = sorted(range(len(sizes)), key=lambda index: -sizes[index])
         return _in_order(self._caption_in_order(images[order]), order)
 
+    def num_captions(self, images: Any) -> int:
+        """Return how many captions each of the images gets; `images`: as `process` takes them."""
+        return self.ref.num_captions
+
     def _caption_in_order(self, images: Any) -> Captions:
+        each = self.num_captions(images)
         with self._batches(images) as batches, ThreadPoolExecutor(1) as decoding:
             with self._search_lock:
                 parts = [
-                    decoding.submit(self.to_captions, tokens, logprobs)
+                    decoding.submit(self.to_captions, tokens, logprobs, each)
                     for values in batches
                     for tokens, logprobs in self._search_or_halve(values)
                 ]
@@ -232,15 +237,15 @@ class TransformersCaptioner:
         images = values.images if isinstance(values, ProcessedBatch) else values.cpu().numpy()
         ref = self.ref
         length = max(question.max_new_tokens for question in ref.questions)
-        return torch.from_numpy(random_numbers(images, ref.seed, ref.num_captions, length))
+        return torch.from_numpy(random_numbers(images, ref.seed, self.num_captions(images), length))
 
-    def to_captions(self, tokens: torch.Tensor, logprobs: torch.Tensor) -> Captions:
-        """Return the captions of a result of `search`."""
+    def to_captions(self, tokens: torch.Tensor, logprobs: torch.Tensor, each: int) -> Captions:
+        """Return the captions of a result of `search`, which has `each` rows for each image."""
         counts, finished = token_counts(tokens, self._end_ids())
         rows = [row[:count] for row, count in zip(tokens.tolist(), counts, strict=True)]
-        texts, means, every = self.decode(rows), mean_logprobs(logprobs, counts), self.ref.num_captions
-        samples = [texts[first : first + every] for first in range(0, len(texts), every)] if every > 1 else []
-        return Captions(texts[::every], counts[::every], means[::every], finished[::every], samples=samples)
+        texts, means = self.decode(rows), mean_logprobs(logprobs, counts)
+        samples = [texts[first : first + each] for first in range(0, len(texts), each)] if each > 1 else []
+        return Captions(texts[::each], counts[::each], means[::each], finished[::each], samples=samples)
 
     def search(self, prepared: Any, numbers: torch.Tensor | None = None, /) -> tuple[torch.Tensor, torch.Tensor]:
         """Return new tokens int64 [N, T] and their log-probabilities float32 [N, T], on the CPU, by `generate`.

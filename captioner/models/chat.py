@@ -21,7 +21,7 @@ from jinja2 import TemplateError
 from PIL import Image
 from transformers import GenerationConfig
 
-from captioner.data import Captions, Pixels, Prompts, Question
+from captioner.data import CAPTION, Captions, Pixels, Prompts, Question
 from captioner.errors import ModelError
 from captioner.models.answers import NO_CAPTIONS, asked_again, misfit, replaced, with_gaps
 from captioner.models.base import TransformersCaptioner
@@ -31,6 +31,7 @@ from captioner.models.pretrained import LOADING_ERRORS, quiet
 from captioner.models.processors import ProcessedBatch, open_processor
 from captioner.models.questions import same_prompts, with_answers
 from captioner.models.ref import ModelRef
+from captioner.models.shared_features import SharedFeatures
 
 MAX_TEXTS = 4_096  # prompts in their template that are kept; with columns each image may have its own
 
@@ -66,6 +67,7 @@ class ChatCaptioner(TransformersCaptioner):
         has_start_token = bos_token is not None and texts[0].startswith(bos_token)
         # A template that contains the start token must not get a second one (as in transformers).
         self._special_tokens = {"add_special_tokens": False} if has_start_token else {}
+        self._features = SharedFeatures(self.model)
         self._prepared = prepared_by_decoders(ref.spec, self.processor.image_processor)
         if self._prepared is not None:
             self.processor.image_processor = self._prepared
@@ -78,10 +80,14 @@ class ChatCaptioner(TransformersCaptioner):
         return _apply_template(self.processor, self.ref, prompt)
 
     def caption(self, pixels: Pixels, prompts: Sequence[Prompts] | None = None) -> Captions:
-        """Ask all questions about the images, one question after the other. `prompts`: see `Captioner.caption`."""
+        """Ask all questions about the images, one question after the other. `prompts`: see `Captioner.caption`.
+
+        The vision part encodes an image for the first question that is asked about it.
+        """
         columns = zip(*(prompts or [self.prompts] * len(pixels)), strict=True)
         asked = zip(self.ref.questions, columns, strict=True)
-        replies = [self._ask_some(pixels, question, column) for question, column in asked]
+        with self._features.sharing(pixels if self.ref.more_questions else []):
+            replies = [self._ask_some(pixels, question, column) for question, column in asked]
         return with_answers(self.ref.questions, replies, prompts)
 
     def _ask_some(self, pixels: Pixels, question: Question, prompts: Sequence[str | None]) -> Captions:
@@ -106,6 +112,8 @@ class ChatCaptioner(TransformersCaptioner):
     def _asked(self, pixels: Pixels, question: Question, prompts: Sequence[str]) -> AskedImages:
         settings = deepcopy(self.settings)
         settings.max_new_tokens = question.max_new_tokens
+        if question.name != CAPTION:
+            settings.num_return_sequences = 1
         # A limit below the checkpoint's minimum would be an error of `generate`.
         settings.min_length = min(settings.min_length or 0, question.max_new_tokens)
         settings.min_new_tokens = min(settings.min_new_tokens or 0, question.max_new_tokens) or None
@@ -113,6 +121,19 @@ class ChatCaptioner(TransformersCaptioner):
 
     def start_ids(self) -> list[int]:
         return []
+
+    def num_captions(self, images: Any) -> int:
+        if not isinstance(images, AskedImages):
+            return super().num_captions(images)
+        return images.settings.num_return_sequences or 1
+
+    def search_batch(self, values: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        with self._features.batch(list(values.images)):
+            return super().search_batch(values)
+
+    def free_memory(self) -> None:
+        self._features.free()
+        super().free_memory()
 
     def process(self, images: Pixels | AskedImages) -> dict[str, Any]:
         """Return the processor's output for the images and what is asked about each, and the settings of the search.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections import Counter
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -447,6 +447,9 @@ def chat(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model("qwen2_vl", tmp_path_factory.mktemp("chat"))
 
 
+VISION = ("vision_tower", "vision_model", "visual")  # names of the vision part of a network
+
+
 def images(count: int) -> Any:
     random = np.random.default_rng(0)
     return object_array([random.integers(0, 256, (16, 16, 3), np.uint8) for _ in range(count)])
@@ -465,6 +468,31 @@ def test_a_chat_model_answers_each_question_as_if_it_were_the_only_one(chat: Pat
     assert captions.texts == alone["What?"].caption(images(5)).texts
     assert [answer["long"] for answer in captions.answers] == alone["And how?"].caption(images(5)).texts
     assert captions.texts != load(resolve(config.model_copy(update={"system": None}))).caption(images(5)).texts
+
+
+@pytest.mark.parametrize("family", ["smolvlm", "qwen3_vl", "gemma3", "paligemma"])
+def test_all_questions_about_an_image_share_what_the_vision_part_made_of_it(family: str, tmp_path: Path) -> None:
+    """And only the caption is drawn several times. The answers are those that each question gets alone."""
+    model = make_tiny_model(family, tmp_path / "model")
+    file = questions_file(tmp_path, 'caption: {prompt: "What?"}\nlong: {prompt: "And how?", max_new_tokens: 9}')
+    config = ModelConfig(name=str(model), max_new_tokens=5, questions=file, temperature=1.0, num_captions=3)
+    captioner = load(resolve(config), batch_size=2)
+    encoded: list[int] = []
+    pixels = images(5)
+    vision = next(module for name, module in captioner.model.named_modules() if name.endswith(VISION))
+    vision.register_forward_hook(lambda *_: encoded.append(1))
+
+    captions = captioner.caption(pixels)
+    num_shared = len(encoded)
+    captioner._features.sharing = lambda images: nullcontext()
+    alone = captioner.caption(pixels)
+
+    assert (num_shared, len(encoded) - num_shared) == (3, 6)
+    assert captions.samples == alone.samples
+    assert captions.answers == alone.answers
+    assert {len(samples) for samples in captions.samples} == {3}
+    assert len({answer["long"] for answer in captions.answers}) > 1
+    assert captioner._features._kept == {}
 
 
 def test_each_image_of_a_batch_is_asked_its_own_prompt(chat: Path) -> None:

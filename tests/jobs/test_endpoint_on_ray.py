@@ -18,7 +18,7 @@ from captioner.errors import EndpointError
 from captioner.store.table import open_table
 from captioner.store.verify import verify
 from captioner.testing import make_folder
-from captioner.testing.model_server import Answer, Asked, ModelServer
+from captioner.testing.model_server import Answer, Asked, ModelServer, saying
 from ray_jobs import caption, doctor, estimate
 
 KEY = "sk-secret-of-the-test"
@@ -60,8 +60,16 @@ def test_a_run_on_ray_makes_the_local_table_without_a_gpu_and_keeps_the_key(
         server.rule = look
         assert caption.run(settings(archive, tmp_path / "out", server, questions=str(questions))) == 0
 
-    assert contents(tmp_path / "out") == contents(tmp_path / "local")
-    assert {row["words"] is None for row in rows_of(tmp_path / "out")} == {True, False}
+        before = rows_of(tmp_path / "out")
+        assert contents(tmp_path / "out") == contents(tmp_path / "local")
+        assert {row["words"] is None for row in rows_of(tmp_path / "out")} == {True, False}
+        server.rule = lambda asked: saying("5")
+        again = settings(archive, tmp_path / "out", server, questions=str(questions))
+        retry = again.output.model_copy(update={"retry_failed": True})
+        assert caption.run(again.model_copy(update={"output": retry})) == 0
+
+    assert [row["caption"] for row in rows_of(tmp_path / "out")] == [row["caption"] for row in before]
+    assert all(row["words"] in (old["words"], "5") for row, old in zip(rows_of(tmp_path / "out"), before, strict=True))
     assert free_gpus == {2}
     assert server.most_at_once <= 8
     assert command_lines
