@@ -164,10 +164,8 @@ def _print_captions(files: Sequence[str], trial: Trial) -> None:
     for name, text in zip(files, trial.texts, strict=True):
         if not text.error_code:
             print(f"{printable(name)}: {printable(text.caption)}")
-            for column, answer in text.answers.items():
-                for value in answer if isinstance(answer, list | tuple) else [answer]:
-                    if value is not None:
-                        print(f"  {column}: {printable(str(value))}")
+            for column, value in text.more:
+                print(f"  {column}: {printable(value)}")
     if trial.seconds is not None:
         print(f"captioner: {counted(trial.num_captions, 'image')} in {trial.seconds:.2f} s", file=sys.stderr)
     for name, text in zip(files, trial.texts, strict=True):
@@ -176,22 +174,24 @@ def _print_captions(files: Sequence[str], trial: Trial) -> None:
 
 
 def _print_comparison(files: Sequence[str], trials: list[Trial]) -> None:
-    """Print the captions of each image below its name, then a table of time and memory."""
+    """Print the captions and other answers of each image below its name, then a table of time and memory."""
     names = [_fitting(trial.model) for trial in trials]
     width = max(map(len, names))
     columns = min(TABLE_WIDTH, shutil.get_terminal_size().columns)
     for index, file in enumerate(files):
         print(printable(file))
         for name, trial in zip(names, trials, strict=True):
-            text = trial.error or trial.texts[index].shown
-            print(
-                textwrap.fill(
-                    printable(text),
-                    columns,
-                    initial_indent=f"  {name:<{width}}  ",
-                    subsequent_indent=" " * (width + 4),
+            text = trial.texts[index]
+            lines = [trial.error or text.shown, *(f"{column}: {value}" for column, value in text.more)]
+            for label, line in zip([name, *[""] * len(text.more)], lines, strict=True):
+                print(
+                    textwrap.fill(
+                        printable(line),
+                        columns,
+                        initial_indent=f"  {label:<{width}}  ",
+                        subsequent_indent=" " * (width + 4),
+                    )
                 )
-            )
         print()
     print(f"{'model':<{width}}{'load':>9}{'s/image':>9}{'memory':>10}")
     for name, trial in zip(names, trials, strict=True):

@@ -34,6 +34,16 @@ class ImageText:
         """The caption, or the reason."""
         return f"{self.error_code}: {self.message}" if self.error_code else self.caption
 
+    @property
+    def more(self) -> list[tuple[str, str]]:
+        """The columns besides the caption that have a value, each with it as text; of a list, each item."""
+        values = (
+            (column, value)
+            for column, answer in self.answers.items()
+            for value in (answer if isinstance(answer, list | tuple) else [answer])
+        )
+        return [(column, str(value)) for column, value in values if value is not None]
+
 
 @dataclass(frozen=True)
 class Trial:

@@ -49,6 +49,27 @@ def test_models_are_compared_image_by_image(image: str, tmp_path: Path, capsys: 
     assert "<b>" not in html
 
 
+def test_every_model_answers_all_questions_on_the_terminal_and_on_the_page(
+    image: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page, questions = tmp_path / "models.html", tmp_path / "questions.yaml"
+    questions.write_text(
+        "caption: {prompt: Describe}\ntags: {prompt: a <i>}\nnumber: {prompt: One, schema: {type: integer}}"
+    )
+    model = FAKE.model_copy(update={"questions": str(questions)})
+    sampled = model.model_copy(update={"temperature": 1.0, "num_captions": 2})
+
+    assert try_images([image], [model, sampled], str(page)) == OK
+
+    printed = capsys.readouterr().out
+    assert printed.count("tags: a <i> ") == 2
+    assert printed.count("number_error: is no JSON") == 2
+    assert printed.count("captions: Describe ") == 2  # of the model that samples
+    html = page.read_text()
+    assert html.count("tags</span> a &lt;i&gt; ") == 2
+    assert html.count("number_error</span> is no JSON") == 2
+
+
 def test_a_model_that_cannot_be_loaded_leaves_the_others(
     image: str, unloadable: ModelConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
