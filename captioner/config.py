@@ -317,6 +317,12 @@ class JudgeConfig(Settings):
     concurrency: int = Field(32, ge=1, description="Requests under way at each --endpoint.")
     price_in: float | None = Field(None, ge=0, description="Price of a million prompt tokens of the --endpoint.")
     price_out: float | None = Field(None, ge=0, description="Price of a million answer tokens of the --endpoint.")
+    references: str | None = Field(
+        None, description="Known captions for RefCLIPScore, as of check; else those given before, or SOURCE's own."
+    )
+    references_columns: CommaList = Field(
+        [], description="Columns of a table given as --references: that of the images' names, then those of captions."
+    )
     num_others: int = Field(
         100, ge=1, le=500, description="Other images that each caption is compared with, drawn from those near it."
     )

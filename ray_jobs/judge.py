@@ -55,7 +55,7 @@ class DecodeCaptions:
     """Turns a block with the description of one chunk into its captions and decoded images."""
 
     def __init__(self, work: JudgeWork) -> None:
-        self._reader = CaptionReader(work.work)
+        self._reader = CaptionReader(work)
         self._decoder = work.work.decoder()
         self._decoder.start()
 

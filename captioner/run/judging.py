@@ -14,7 +14,7 @@ import json
 import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -29,13 +29,16 @@ from captioner.console.stopping import notify, stoppable
 from captioner.console.text import counted
 from captioner.data import CAPTIONS_SCHEMA, STATUS_OK, Chunk
 from captioner.errors import DamagedFileError, UsageError
-from captioner.files import shown
+from captioner.files import absolute, shown
 from captioner.imaging.sandbox.decoder import GuardedDecoder
 from captioner.models import ModelRef
 from captioner.models.dual_encoder import Encoder, open_encoder, resolve_judge
 from captioner.run.prefetch import one_ahead
+from captioner.run.quality import references_of, remember_references
 from captioner.scoring.clip_score import PREFIX, Floats, compare_with_images, ref_clip_score
+from captioner.scoring.eligible_rows import no_match_message
 from captioner.scoring.judgements import JUDGE_FILE, JUDGE_SCHEMA, judge_name
+from captioner.scoring.references import References, read_references
 from captioner.scoring.sample import LowestRanks
 from captioner.sources import reopen_source
 from captioner.steps import ChunkRows, ReadChunk, Work, decode, read_rows
@@ -55,17 +58,28 @@ _CAPTION = [pa.field("caption", pa.string()), CAPTIONS_SCHEMA.field("created_at"
 
 
 @dataclass(frozen=True)
+class ReferencesFile:
+    """Where workers read reference captions, as `read_references` takes it, and the sha256 of what is in it."""
+
+    location: str
+    columns: Sequence[str]
+    sha256: str
+
+
+@dataclass(frozen=True)
 class JudgeWork:
     """What a worker needs to know. Small and picklable."""
 
     work: Work
     settings: JudgeConfig
+    references: ReferencesFile | None = None  # None: those of the source
 
     @property
     def made_by(self) -> bytes:
         """What scores depend on besides images and captions."""
         model, settings = self.work.model, self.settings
-        return json.dumps([model.sha256, model.settings_sha256, settings.num_others, settings.seed, ROWS]).encode()
+        parts = [model.sha256, model.settings_sha256, settings.num_others, settings.seed, ROWS]
+        return json.dumps([*parts, *([self.references.sha256] if self.references else [])]).encode()
 
 
 class JudgeEngine(Protocol):
@@ -80,7 +94,7 @@ class JudgeHere:
     """The engine of `--local`, without Ray: the next chunk is read and decoded while one is scored."""
 
     def judge_chunks(self, work: JudgeWork, chunks: list[Chunk]) -> Iterator[tuple[Chunk, pa.Table]]:
-        reader = CaptionReader(work.work)
+        reader = CaptionReader(work)
         with work.work.decoder() as decoder, one_ahead(reader.decode(chunk, decoder) for chunk in chunks) as decoded:
             with phase("loading the model", notify):
                 encoder = open_encoder(work.work.model, work.work.device, work.settings.batch_size)
@@ -91,15 +105,26 @@ class JudgeHere:
 class CaptionReader:
     """Reads captions and their images. A chunk is a slice of the captions of a published part: `index` counts ROWS."""
 
-    def __init__(self, work: Work) -> None:
-        self._work = work
+    def __init__(self, work: JudgeWork) -> None:
+        self._work, file = work.work, work.references
+        self._references = read_references(file.location, file.columns) if file else None
         self._part, self._captions = -1, pa.table({})  # the part that was read last
 
     def decode(self, chunk: Chunk, decoder: GuardedDecoder) -> ChunkRows:
         """Return the captions of a chunk with the pixels of their images, see `pixels_of`."""
         if chunk.part != self._part:
-            self._part, self._captions = chunk.part, read_captions(self._work.table, chunk.part)
+            captions = read_captions(self._work.table, chunk.part)
+            self._part, self._captions = chunk.part, _with_references(captions, self._references)
         return pixels_of(self._work, self._captions.slice(chunk.index * ROWS, ROWS), decoder, chunk)
+
+
+def _with_references(captions: pa.Table, references: References | None) -> pa.Table:
+    """Return captions with other reference captions than those of the source, where there are some."""
+    if references is None:
+        return captions
+    index, column = captions.column_names.index("reference_captions"), captions.field("reference_captions")
+    texts = [references.find(image_id) for image_id in captions["image_id"].to_pylist()]
+    return captions.set_column(index, column, pa.array(texts, column.type))
 
 
 def pixels_of(work: Work, captions: pa.Table, decoder: GuardedDecoder, chunk: Chunk | None = None) -> ChunkRows:
@@ -213,7 +238,8 @@ def judge(out: str, config: JudgeTableConfig, engine: JudgeEngine) -> dict[str, 
     with stoppable(f"progress is saved in {shown(out)}"), sole_writer(out) as check_held:
         table = open_finished(out)
         ref = resolve_judge(config.judge.name, config.judge.revision, notify)
-        work = JudgeWork(open_work(table, config, ref), config.judge)
+        references = _references_file(table, config.judge)
+        work = JudgeWork(open_work(table, config, ref), config.judge, references)
         with phase("looking for captions that are not judged yet", notify):
             counts = {part: read_captions(table, part).num_rows for part in _parts_to_judge(table, work)}
         _judge_parts(work, engine, counts, check_held)
@@ -221,6 +247,25 @@ def judge(out: str, config: JudgeTableConfig, engine: JudgeEngine) -> dict[str, 
             figures = summarise(table, work)
         table.directory.write_json(JUDGE_FILE, figures, checksum=True)
         return figures
+
+
+def _references_file(table: CaptionsTable, settings: JudgeConfig) -> ReferencesFile | None:
+    """Return the references that are given now, or were before; None for those of the source.
+
+    Raises UsageError where none of those given is of an image of the table.
+    """
+    with phase("reading the references", notify):
+        references = references_of(table, settings)
+        if references is None:
+            remember_references(table, settings)
+            return None
+        for part in generation_of_parts(table):
+            for image_id in read_captions(table, part)["image_id"].to_pylist():
+                references.find(image_id)
+    if references.unmatched()[0] == len(references.captions):
+        raise UsageError(no_match_message(references, table))
+    remember_references(table, settings)
+    return ReferencesFile(absolute(references.name), list(references.columns), references.sha256)
 
 
 def open_finished(out: str) -> CaptionsTable:

@@ -25,16 +25,17 @@ from captioner.console.phases import phase
 from captioner.console.stopping import notify, stoppable
 from captioner.console.text import counted
 from captioner.data import CAPTIONS_SCHEMA, Captions, Usage
-from captioner.errors import DamagedFileError
+from captioner.errors import DamagedFileError, UsageError
 from captioner.files import shown
 from captioner.imaging.sandbox.decoder import GuardedDecoder
 from captioner.models import resolve
 from captioner.models.endpoint.api_key import ApiKey
 from captioner.models.endpoint.captioning import EndpointCaptioner
 from captioner.run.judging import image_errors, open_finished, open_work, pixels_of, read_captions
+from captioner.run.prefetch import in_parallel, one_ahead
 from captioner.scoring.judgements import OBJECTS_FILE, objects_name
 from captioner.scoring.sample import LowestRanks, rank
-from captioner.steps import Work
+from captioner.steps import ChunkRows, Work
 from captioner.store.lock import sole_writer
 from captioner.store.replan import generation_of_parts
 from captioner.store.table import CaptionsTable
@@ -80,22 +81,23 @@ class _Objects(BaseModel):
 class Judge:
     """Asks about captions; holds the connections to the servers."""
 
-    work: Work
     captioner: EndpointCaptioner
 
-    def ask(self, captions: pa.Table, decoder: GuardedDecoder) -> tuple[pa.Table, Usage]:
-        """Return the rows of OBJECTS_SCHEMA of captions, and the tokens that their answers took."""
-        decoded = pixels_of(self.work, captions, decoder)
+    def ask(self, decoded: ChunkRows) -> tuple[pa.Table, Usage]:
+        """Return the rows of OBJECTS_SCHEMA of captions, and the tokens that their answers took.
+
+        `decoded`: captions with the pixels of their images. Several threads may call this at once.
+        """
         errors = image_errors(decoded.rows)
         asked = [index for index, error in enumerate(errors) if not error]
-        texts = captions["caption"].to_pylist()
+        texts = decoded.rows["caption"].to_pylist()
         prompts = [(QUESTION.format(caption=json.dumps(texts[index], ensure_ascii=False)),) for index in asked]
         assert decoded.pixels is not None
         answers = self.captioner.caption(decoded.pixels[asked], prompts) if asked else Captions([], [], [], [])
         objects: list[list[dict[str, Any]] | None] = [None] * len(errors)
         for index, text, error in zip(asked, answers.texts, answers.errors, strict=True):
             objects[index], errors[index] = (None, error) if error else _verdict(text)
-        columns: dict[str, Any] = {name: captions[name] for name in ("image_id", "created_at")}
+        columns: dict[str, Any] = {name: decoded.rows[name] for name in ("image_id", "created_at")}
         unseen = [None if listed is None else sum(not one["seen"] for one in listed) for listed in objects]
         columns |= {"objects": objects, "num_unseen": unseen, "error": errors}
         return pa.table(columns, schema=OBJECTS_SCHEMA), Usage.total(answers.usage)
@@ -126,6 +128,10 @@ def judge_objects(out: str, config: JudgeTableConfig) -> dict[str, Any]:
             "price_out": settings.price_out,
         }
     )
+    if settings.references:
+        raise UsageError(
+            f"--references {settings.references}: has no effect with --endpoint, which needs none; leave it out"
+        )
     with stoppable(f"progress is saved in {shown(out)}"), sole_writer(out) as check_held:
         table = open_finished(out)
         work = open_work(table, config, resolve(model, notify=notify))
@@ -134,21 +140,32 @@ def judge_objects(out: str, config: JudgeTableConfig) -> dict[str, Any]:
             left = list(_left(table, settings, made_by))
         total = sum(captions.num_rows for _, captions, _ in left)
         if total:
-            judge = Judge(work, EndpointCaptioner(work.model, ApiKey.from_environment(), notify))
+            judge = Judge(EndpointCaptioner(work.model, ApiKey.from_environment(), notify))
             judge.captioner.schema = _json_schema()
+            judged = {part: verdicts for part, _, verdicts in left}
             with work.decoder() as decoder:
-                _estimate(judge, left[0][1].slice(0, ASKED_FIRST), decoder, total, model)
-                for part, captions, judged in left:
-                    for first in range(0, captions.num_rows, ROWS):
-                        rows, _ = judge.ask(captions.slice(first, ROWS), decoder)
-                        check_held()
-                        judged = pa.concat_tables([judged, rows])
-                        table.directory.write_table(
-                            objects_name(part), judged.replace_schema_metadata({_MADE_BY: made_by})
-                        )
+                _estimate(judge, pixels_of(work, left[0][1].slice(0, ASKED_FIRST), decoder), total, model)
+                for part, rows in _asked(judge, work, left, decoder):
+                    check_held()
+                    judged[part] = pa.concat_tables([judged[part], rows])
+                    verdicts = judged[part].replace_schema_metadata({_MADE_BY: made_by})
+                    table.directory.write_table(objects_name(part), verdicts)
         figures = _summarise(table, work, made_by)
         table.directory.write_json(OBJECTS_FILE, figures, checksum=True)
         return figures
+
+
+def _asked(
+    judge: Judge, work: Work, left: list[tuple[int, pa.Table, pa.Table]], decoder: GuardedDecoder
+) -> Iterator[tuple[int, pa.Table]]:
+    """Yield the part and the verdicts of each few captions; others are decoded and asked about meanwhile."""
+    batches = (
+        (part, pixels_of(work, captions.slice(first, ROWS), decoder))
+        for part, captions, _ in left
+        for first in range(0, captions.num_rows, ROWS)
+    )
+    with one_ahead(batches) as decoded:
+        yield from in_parallel(lambda batch: (batch[0], judge.ask(batch[1])[0]), decoded, judge.captioner.max_calls)
 
 
 def _json_schema() -> dict[str, Any]:
@@ -193,13 +210,13 @@ def _is_current(judged: pa.Table, captions: pa.Table) -> list[bool]:
     ]
 
 
-def _estimate(judge: Judge, captions: pa.Table, decoder: GuardedDecoder, total: int, model: ModelConfig) -> None:
+def _estimate(judge: Judge, decoded: ChunkRows, total: int, model: ModelConfig) -> None:
     """Ask about a few captions, and say what all will take. Without a schema where the servers take none."""
-    rows, usage = judge.ask(captions, decoder)
+    rows, usage = judge.ask(decoded)
     if not any(row["objects"] is not None for row in rows.to_pylist()):
         judge.captioner.schema = None
-        rows, usage = judge.ask(captions, decoder)
-    prompt, answer = (total / captions.num_rows * tokens for tokens in (usage.prompt_tokens, usage.completion_tokens))
+        rows, usage = judge.ask(decoded)
+    prompt, answer = (total / rows.num_rows * tokens for tokens in (usage.prompt_tokens, usage.completion_tokens))
     cost = model.cost_of(prompt, answer)
     price = "" if cost is None else f", cost {cost:,.2f}"
     tokens = f"about {prompt:,.0f} prompt tokens and {answer:,.0f} answer tokens"

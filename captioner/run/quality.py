@@ -10,7 +10,7 @@ from collections.abc import Callable
 from hashlib import sha256
 from typing import Any
 
-from captioner.config import CheckConfig, SpotCheckConfig
+from captioner.config import CheckConfig, JudgeConfig, SpotCheckConfig
 from captioner.console.stopping import notify
 from captioner.console.text import counted
 from captioner.data import Receipt
@@ -48,13 +48,13 @@ MAX_SPOT_CHECKED = 5_000  # rows scored while captioning: they travel to every w
 
 def check_spec(table: CaptionsTable, settings: CheckConfig, max_rows: int | None = None) -> CheckSpec:
     """Return the settings with their files read. Raises SourceError or UsageError naming the file."""
-    references = _references(table, settings)
+    references = references_of(table, settings)
     terms = read_terms(settings.terms) if settings.terms else ()
     language = recognised_language(settings.language) if settings.language else None
     return CheckSpec(references, settings.sample, settings.seed, terms, language, max_rows)
 
 
-def _references(table: CaptionsTable, settings: CheckConfig) -> References | None:
+def references_of(table: CaptionsTable, settings: CheckConfig | JudgeConfig) -> References | None:
     """Return what --references names, or named before for this table; None for the source's own.
 
     Raises SourceError or UsageError naming the file that is given.
@@ -73,7 +73,7 @@ def _references(table: CaptionsTable, settings: CheckConfig) -> References | Non
         return None
 
 
-def _remember_references(table: CaptionsTable, settings: CheckConfig) -> None:
+def remember_references(table: CaptionsTable, settings: CheckConfig | JudgeConfig) -> None:
     """Note what --references names, once it has matched images of the table, for later checks and runs."""
     if settings.references:
         given = {"path": absolute(settings.references), "columns": settings.references_columns}
@@ -94,7 +94,7 @@ def check(
     other = open_table(against) if against else None
     spec = check_spec(table, settings, max_rows)
     result = check_table(table, spec)
-    _remember_references(table, settings)
+    remember_references(table, settings)
     if other is not None:
         result.comparison = compare_tables(table, other, spec)
     result.changes = find_changes(table, spec)
@@ -136,12 +136,12 @@ class SpotCheck:
     def draw(self, table: CaptionsTable) -> Sample:
         """Return the rows to score, for `Work.sample`. Raises UsageError where references match no image."""
         settings = self._settings
-        references = _references(table, settings)
+        references = references_of(table, settings)
         size = MAX_SPOT_CHECKED if settings.sample == "all" else min(settings.sample, MAX_SPOT_CHECKED)
         sample = draw_sample(table, size, settings.seed, references)
         if references and size and not sample:
             raise UsageError(no_match_message(references, table))
-        _remember_references(table, settings)
+        remember_references(table, settings)
         return sample
 
     def add(self, receipt: Receipt) -> str:

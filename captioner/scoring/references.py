@@ -6,6 +6,7 @@ suffix (ids of COCO's annotations, `.txt` next to `.jpg`).
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,8 +29,10 @@ _MAX_EXAMPLES = 5
 class References:
     """Reference captions by image, in memory: about half a gigabyte for a million images with two captions each."""
 
-    def __init__(self, name: str, captions: dict[str, list[str]]) -> None:
+    def __init__(self, name: str, captions: dict[str, list[str]], columns: Sequence[str] = ()) -> None:
+        """Hold the captions of a file. `name`, `columns`: as `read_references` takes them."""
         self.name = name
+        self.columns = columns
         self.captions = captions
         self._matched: dict[str, str] = {}
 
@@ -67,6 +70,11 @@ class References:
                 names[name] = key if names.get(name, key) == key else None
         return names
 
+    @cached_property
+    def sha256(self) -> str:
+        """Hex sha256 of all names and captions."""
+        return hashlib.sha256(json.dumps(sorted(self.captions.items())).encode()).hexdigest()
+
     def unmatched(self) -> tuple[int, list[str]]:
         """Return the number of keys that no image matched, and examples of them."""
         unmatched = (key for key in self.captions if key not in self._matched)
@@ -98,7 +106,7 @@ def read_references(location: str, columns: Sequence[str] = ()) -> References:
     captions = {key: texts for key, texts in captions.items() if texts}
     if not captions:
         raise SourceError(f"--references {location}: holds no caption")
-    return References(location, captions)
+    return References(location, captions, columns)
 
 
 def _names_of(key: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""A small CLIP, with random weights or trained on the rendered scenes: it judges their captions."""
+"""A small CLIP, with random weights or trained on the rendered scenes, and a small SigLIP: they judge captions."""
 
 from __future__ import annotations
 
@@ -29,6 +29,28 @@ def make_tiny_clip(path: Path, num_steps: int = 0) -> Path:
             _train(model, processor.tokenizer, num_steps)
         processor.save_pretrained(path)
         model.eval().save_pretrained(path)
+    return path
+
+
+def make_tiny_siglip(path: Path) -> Path:
+    """Write a SigLIP model directory with random weights, whose texts and images differ."""
+    import torch
+    from transformers import SiglipConfig, SiglipModel, SiglipProcessor
+    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+    from captioner.models.pretrained import quiet
+
+    tokenizer, half = make_tokenizer(), [0.5, 0.5, 0.5]
+    layers = LAYERS | {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+    config = SiglipConfig(
+        text_config=layers | {"max_position_embeddings": 24, "projection_size": 64} | special_ids(tokenizer),
+        vision_config=layers | {"image_size": SIDE, "patch_size": 8},
+    )
+    images = SiglipImageProcessorPil(size={"height": SIDE, "width": SIDE}, image_mean=half, image_std=half)
+    with quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        SiglipModel(config).eval().save_pretrained(path)
+        SiglipProcessor(images, tokenizer).save_pretrained(path)
     return path
 
 

@@ -26,7 +26,7 @@ from captioner.scoring.clip_score import clip_scores, compare_with_images, ref_c
 from captioner.scoring.judgements import JUDGE_FILE, judge_name
 from captioner.starter.render import render_scenes
 from captioner.store.table import CaptionsTable, open_table
-from captioner.testing.tiny_clip import make_tiny_clip
+from captioner.testing.tiny_clip import make_tiny_clip, make_tiny_siglip
 from ray_jobs.cli import main
 
 COUNT, EXCHANGED = 200, 60
@@ -290,3 +290,66 @@ def test_a_share_of_judged_captions_needs_some(scenes: Path, tmp_path: Path) -> 
         select(table, parse_selector("judge<5%"), "another", {})
     with pytest.raises(UsageError, match="give one judge<Q"):
         parse_selector("judge<0%")
+
+
+def test_references_of_a_file_replace_those_of_the_source_and_are_remembered(
+    scenes: Path, clip: Path, tmp_path: Path
+) -> None:
+    out, file = tmp_path / "out", tmp_path / "references.jsonl"
+    pipeline.run(caption_config(scenes, out, source={"limit": 12}))
+    names = (
+        open_table(str(out)).directory.read_table("captions/part-00000.parquet", ["image_id", "caption"]).to_pylist()
+    )
+    # The caption itself is its best reference: a cosine of 1.
+    file.write_text("\n".join(json.dumps({"image": row["image_id"], "text": row["caption"]}) for row in names[:5]))
+    config = settings(clip, references=str(file))
+    own = judge(out, clip)
+    given = judging.judge(str(out), config, judging.JudgeHere())
+    watched = Watched()
+    later = judge(out, clip, watched)
+    source_again = judging.judge(str(out), settings(clip, references=""), judging.JudgeHere())
+
+    scores = open_table(str(out)).directory.read_table(judge_name(0))
+    assert (own["num_with_references"], given["num_with_references"]) == (12, 5)
+    clip_scores = scores["clip_score"].to_pylist()[:5]
+    expected = [2 * score / (score + 1) if score > 0 else 0 for score in clip_scores]
+    assert given["ref_clip_score"] == pytest.approx(np.mean(expected), abs=1e-5)
+    assert (later, watched.chunks) == (given, [])
+    assert source_again == own
+    file.write_text(json.dumps({"image": "no.png", "text": "a"}))
+    with pytest.raises(UsageError, match="none of its names"):
+        judging.judge(str(out), config, judging.JudgeHere())
+
+
+def test_a_siglip_gives_the_scores_of_transformers(scenes: Path, tmp_path: Path) -> None:
+    """Its texts are padded to the full length, and its score is the cosine without its own scale and bias."""
+    import torch
+    from transformers import SiglipModel, SiglipProcessor
+
+    path = make_tiny_siglip(tmp_path / "model")
+    files = sorted((scenes / "images").iterdir())[:6]
+    images, texts = [Image.open(file).convert("RGB") for file in files], ["a red ring", "a dog", "x " * 100] * 2
+    inputs = SiglipProcessor.from_pretrained(path, backend="pil")(
+        images=images, text=texts, padding="max_length", truncation=True, max_length=24, return_tensors="pt"
+    )
+    inputs.pop("attention_mask", None)  # the tokenizer of a SigLIP gives none
+    model = SiglipModel.from_pretrained(path)
+    with torch.inference_mode():
+        output = model(**inputs)
+        cosines = (output.logits_per_image - model.logit_bias) / model.logit_scale.exp()  # [images, texts]
+
+    encoder = open_encoder(resolve_judge(str(path), None), "cpu", batch_size=4)
+    pixels = np.stack([np.asarray(image.resize((32, 32), Image.Resampling.BICUBIC)) for image in images])
+    text_embeds, image_embeds = encoder.embed_texts(texts), encoder.embed_images(pixels)
+    scores = compare_with_images(text_embeds, image_embeds, [str(index) for index in range(6)], 100, seed=0)
+
+    assert len({round(float(value), 3) for value in cosines.flatten()}) > 10
+    assert np.allclose(text_embeds, output.text_embeds, atol=1e-5)
+    assert np.allclose(image_embeds @ text_embeds.T, cosines, atol=2e-3)
+    by_hand = 2.5 * cosines.clamp(min=0).numpy()
+    assert scores.own == pytest.approx(np.diag(by_hand), abs=5e-3)
+    others = [(by_hand[:, index].sum() - by_hand[index, index]) / 5 for index in range(6)]
+    assert scores.others == pytest.approx(others, abs=5e-3)
+
+    pipeline.run(caption_config(scenes, tmp_path / "out", source={"limit": 6}))
+    assert judge(tmp_path / "out", path)["num_judged"] == 6
