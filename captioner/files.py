@@ -46,6 +46,14 @@ def absolute(location: str) -> str:
     return location if is_uri(location) else local_path(location)
 
 
+def hub_reason(error: Exception) -> str:
+    """Return the error of a call of the Hugging Face hub as one line without the token."""
+    from huggingface_hub import get_token
+
+    reason, token = " ".join(str(error).split()), get_token()
+    return (reason.replace(token, "***") if token else reason)[:300] or type(error).__name__
+
+
 def shown(location: str) -> str:
     """Return a location for records and messages: without the keys and options that a URI may hold."""
     address = location.partition("?")[0] if is_uri(location) else location

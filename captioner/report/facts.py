@@ -43,6 +43,7 @@ def collect(table: CaptionsTable) -> dict[str, Any]:
         "throughput": _throughput(check["survey"]["committed"], check["survey"]["committed_seconds"]),
         "stages": _stages(latest),
         "bottleneck": bottleneck_line(latest.get("busy", {}), latest.get("seconds", {}), latest.get("slots")),
+        "usage": _usage_line(starts),
         "commands": _commands(record),
         "run": record,
         "starts": starts,
@@ -100,6 +101,17 @@ def _stages(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
+def _usage_line(starts: Sequence[Mapping[str, Any]]) -> str | None:
+    """Return the tokens that model servers counted in these starts, and their cost; None where there are none."""
+    usages = [usage for start in starts if (usage := start.get("usage"))]
+    prompt, answer = (sum(usage.get(name) or 0 for usage in usages) for name in ("prompt_tokens", "completion_tokens"))
+    if not prompt and not answer:
+        return None
+    costs = [cost for usage in usages if (cost := usage.get("cost")) is not None]
+    cost = f"; cost {sum(costs):,.2f}" if costs else ""
+    return f"Model servers counted {prompt:,.0f} prompt tokens and {answer:,.0f} answer tokens{cost}."
+
+
 def _commands(record: dict[str, Any]) -> dict[str, str]:
     """Return the run's command and the one that retries failed images; empty when the record has no settings."""
     with suppress(ValidationError, KeyError):
@@ -119,7 +131,7 @@ def _starts(table: CaptionsTable) -> list[dict[str, Any]]:
     names = table.directory.list_names("runs")[-10:]
     records = [table.directory.read_record(f"runs/{name}") for name in names]
     keys = ("run_id", "state", "written_at", "images_per_second")
-    groups = ("seconds", "busy", "counts")
+    groups = ("seconds", "busy", "counts", "usage")
     return [
         {key: record.get(key) for key in keys} | {group: record.get(group, {}) for group in groups}
         for name, record in zip(names, records, strict=True)

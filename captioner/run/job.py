@@ -60,6 +60,8 @@ STARTER_NOTE = (
     "give --model your own model or a hub id"
 )
 
+NO_LOGPROBS = "the model server gives no log-probabilities: logprob_mean is null, and no caption counts as uncertain"
+
 Notify = Callable[[str], None]
 
 
@@ -197,6 +199,8 @@ def open_job(config: CaptionConfig, engine: Engine, notify: Notify, read_reviews
     )
     notify(model.summary)
     job = Job(planned.config, work, rows_per_chunk, notify, started, planned.notes, read_reviews)
+    if model.endpoint and not model.endpoint.logprobs:
+        job.notes.append(NO_LOGPROBS)
     if model.name == "starter" and not _holds_scenes(table):
         job.notes.append(STARTER_NOTE)
         notify(STARTER_NOTE)

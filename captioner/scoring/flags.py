@@ -15,7 +15,7 @@ CAPTION_FLAGS = {
     "empty": "no text",
     "truncated": "cut off at the token limit",
     "no_logprob": "the model gave no finite log-probability",
-    "logprob_not_given": "the model server gives no log-probabilities",
+    "logprob_not_given": "the model server gives no log-probabilities",  # in tables of earlier versions
     "repeated": "repeats a word or phrase",
     "special_tokens": "contains special or [unused] tokens",
     "image_of": "starts with words like “image of”, which tell a reader of alt text nothing",
@@ -60,14 +60,13 @@ def caption_flags(text: str, logprob_mean: float | None = 0.0, finished: bool = 
         "empty": not text.strip(),
         "truncated": not finished,
         "no_logprob": logprob_mean is not None and not math.isfinite(logprob_mean),
-        "logprob_not_given": logprob_mean is None,
         "repeated": is_repetitive(text),
         "special_tokens": SPECIAL_TOKENS.search(text) is not None,
         "image_of": _IMAGE_OF.match(text) is not None,
         "over_125": len(text) > 125,
         "over_250": len(text) > 250,
     } | {name: name in habits for name in HABITS}
-    return [flag for flag in CAPTION_FLAGS if applies[flag]]
+    return [flag for flag in CAPTION_FLAGS if applies.get(flag)]
 
 
 def is_repetitive(text: str) -> bool:

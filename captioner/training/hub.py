@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from captioner.console.text import printable
 from captioner.errors import OutputError
+from captioner.files import hub_reason
 from captioner.store.directory import Directory
 
 if TYPE_CHECKING:
@@ -94,9 +95,8 @@ def push_to_hub(out: Directory, repository: str, api: Any = None) -> str:
             address = api.create_repo(repository, private=True, exist_ok=True)
             api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Add the trained model")
         except Exception as error:  # which exceptions the client raises depends on its version
-            reason = " ".join(str(error).split())[:300]
             raise OutputError(
-                f"--hub-model-id {repository}: the upload failed: {reason}; the model is in {out.shown('model')}, the "
-                "same command tries again"
+                f"--hub-model-id {repository}: the upload failed: {hub_reason(error)}; the model is in "
+                f"{out.shown('model')}, the same command tries again"
             ) from None
     return str(address)

@@ -105,7 +105,7 @@ def test_an_undo_brings_the_group_back(out: Path, review, open_page) -> None:
         page.wait_for_selector(READY)
         assert page.get_by_role("button", name="Undo").is_disabled()
         press_and_wait(page, "a")
-        assert page.get_by_role("status").inner_text() == "Accepted for 4 images."
+        assert page.get_by_role("status").inner_text() == "Approved for 4 images."
         press_and_wait(page, "u")
         assert page.get_attribute("#card", "data-image-id") == "000000.png"
         assert page.locator("#neighbours button[aria-pressed=true]").count() == 3
@@ -297,7 +297,7 @@ def test_targets_are_large_enough_for_a_finger(out: Path, review, open_page) -> 
         )
         assert len(sizes) >= 12
         assert min(min(size) for size in sizes) >= 24
-        page.get_by_role("button", name="Accept").tap()
+        page.get_by_role("button", name="Approve").tap()
         page.wait_for_selector("#card[data-image-id='000004.png']")
 
 

@@ -25,6 +25,8 @@ from captioner.models.endpoint.api_key import VARIABLES
 from captioner.models.endpoint.asking import BrokenError, BusyError, retry_after
 from captioner.models.endpoint.reply import NoReplyError, error_in, judge
 from captioner.models.endpoint.sharing import LONGEST_REST_S, ServerPool
+from captioner.run.job import NO_LOGPROBS
+from captioner.store.table import open_table
 from captioner.testing import make_folder
 from captioner.testing.model_server import (
     HALF_A_REPLY,
@@ -262,13 +264,15 @@ def test_content_may_come_in_parts() -> None:
         assert "a dog" in captions_of(server).texts
 
 
-def test_a_caption_that_is_cut_and_one_without_log_probabilities_are_flagged(tmp_path: Path) -> None:
+def test_a_caption_that_is_cut_is_flagged_and_a_server_without_log_probabilities_noted(tmp_path: Path) -> None:
     make_folder(tmp_path / "images", 4)
     with ModelServer(first_image(saying("a dog on", "length")), logprobs=False) as server:
         assert run(tmp_path, server) == 0
 
     flags = [row["flags"] for row in rows_of(tmp_path / "out")]
-    assert sorted(flags) == [["logprob_not_given"]] * 3 + [["truncated", "logprob_not_given"]]
+    assert sorted(flags) == [[]] * 3 + [["truncated"]]
+    notes = open_table(str(tmp_path / "out")).directory.read_json("run.json")["notes"]
+    assert [note for note in notes if "log-probabilities" in note] == [NO_LOGPROBS]
     assert {row["logprob_mean"] for row in rows_of(tmp_path / "out")} == {None}
 
 

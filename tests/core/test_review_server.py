@@ -142,7 +142,7 @@ def test_images_with_one_text_are_one_decision_at_most_twelve_at_a_time(make_rev
         card = session.next()["card"]
         assert (len(card["group"]), card["num_same"]) == (11, 19)
         _, state = decide(session, "approved")
-        assert state["message"] == "Accepted for 12 images"
+        assert state["message"] == "Approved for 12 images"
         assert (len(state["card"]["group"]), state["card"]["num_same"]) == (7, 7)
         _, state = decide(session, "rejected", alone=True)
         assert (state["card"]["image_id"], len(state["card"]["group"])) == ("000013.png", 6)
@@ -160,7 +160,7 @@ def test_an_undo_shows_the_image_again_also_after_a_restart(make_reviewable) -> 
         state = session.undo()
         assert (state["message"], state["card"]["image_id"]) == ("Undone: Rejected", "000002.png")
         state = session.undo()
-        assert (state["message"], state["card"]["image_id"]) == ("Undone: Accepted for 2 images", "000000.png")
+        assert (state["message"], state["card"]["image_id"]) == ("Undone: Approved for 2 images", "000000.png")
         assert [one["image_id"] for one in state["card"]["group"]] == ["000001.png"]
         assert state["progress"]["left"] == 30
         assert not state["progress"]["can_undo"]
@@ -287,7 +287,7 @@ def test_edits_are_one_line_and_keep_to_the_hard_limit(make_reviewable) -> None:
 
 
 def test_an_empty_text_cannot_be_accepted(make_reviewable) -> None:
-    with open_session(make_reviewable([""])) as session, pytest.raises(UsageError, match="no text to accept"):
+    with open_session(make_reviewable([""])) as session, pytest.raises(UsageError, match="no text to approve"):
         decide(session, "approved")
 
 

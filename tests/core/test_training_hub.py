@@ -46,12 +46,15 @@ def test_the_model_is_uploaded_privately_and_whole(tmp_path: Path) -> None:
     assert hub.files == {"config.json": b"{}", "model.safetensors": b"weights"}
 
 
-def test_an_error_of_the_upload_says_where_the_model_is(tmp_path: Path) -> None:
+def test_an_error_of_the_upload_says_where_the_model_is_and_hides_the_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Refusing(Hub):
         def create_repo(self, *_: object, **__: object) -> str:
-            raise PermissionError("401 Client Error:\nUnauthorized")
+            raise PermissionError("401 Client Error:\nUnauthorized: Bearer hf_secret")
 
-    with pytest.raises(OutputError, match=r"401 Client Error: Unauthorized; the model is in .*/model"):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    with pytest.raises(OutputError, match=r"401 Client Error: Unauthorized: Bearer \*\*\*; the model is in .*/model"):
         push_to_hub(Directory(str(tmp_path)), "someone/model", Refusing())
 
 

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from captioner.config import ExportConfig
 from captioner.console.text import counted
 from captioner.errors import OutputError, UsageError
+from captioner.files import hub_reason
 from captioner.publishing.exports.context import Export
 from captioner.publishing.exports.destination import relative_path
 from captioner.publishing.exports.imagefolder import dataset_card
@@ -89,11 +90,7 @@ def _upload(texts: Iterator[pa.Table], export: Export, api: Any) -> None:
 
 
 def _failure(export: Export, error: Exception) -> Exception:
-    """Return the error of an upload as one line without the token."""
-    from huggingface_hub import get_token
-
-    reason, token = " ".join(str(error).split()), get_token()
-    reason = (reason.replace(token, "***") if token else reason)[:300] or type(error).__name__
+    reason = hub_reason(error)
     return OutputError(f"{export.settings.path}: the upload failed: {reason}; run the same command to continue")
 
 

@@ -16,12 +16,12 @@
 
 The page's elements and keys, which tests and the screenshots rely on:
 
-    keys       a or Enter accept, e edit, r reject, d decorative, s skip, x needs an expert, u undo, o only this one,
+    keys       a or Enter approve, e edit, r reject, d decorative, s skip, x needs an expert, u undo, o only this one,
                g all images, ? help; while editing Ctrl+Enter saves and Esc stops editing: what was typed stays as a
                draft; in the grid / searches, digits choose a number, arrows move, Enter opens, Esc goes back. Letter
                keys do nothing while a text is edited or when "Single-key shortcuts" in the help is off
-    buttons    "Accept", "Edit", "Reject", "Decorative", "Skip", "Needs an expert", "Images", "Undo", "Help"; "Save" and
-               "Stop editing" while editing; "Discard" beside a draft; in a group one toggle button for each image,
+    buttons    "Approve", "Edit", "Reject", "Decorative", "Skip", "Needs an expert", "Images", "Undo", "Help"; "Save"
+               and "Stop editing" while editing; "Discard" beside a draft; in a group one toggle button for each image,
                "Only this one" and "All of them"
     body       data-view "card", "done" or "grid"
     #grid      all images: data-request, a counter of the pages loaded; labelled "Show", "Folder", "Search", "Number";
@@ -31,6 +31,6 @@ The page's elements and keys, which tests and the screenshots rely on:
                or "done"; data-draft "none", "saving", "kept" or "failed"; data-shown, a counter that increases when a
                decision is saved and the next image is shown; data-image "loading", "shown" or "missing"
     #alt-text  the current text; #editor the text field, labelled "Alt text"
-    #status    role=status: the result of the last action ("Accepted.")
+    #status    role=status: the result of the last action ("Approved.")
     #progress  reviewed and left; #acceptance the acceptance rate
 """

@@ -176,7 +176,7 @@ function showProgress(progress) {
   const acceptance = progress.acceptance, percent = (share) => Math.round(100 * share);
   $("acceptance").hidden = !acceptance;
   if (acceptance) $("acceptance").textContent =
-    `Accepted unchanged: ${percent(acceptance.accepted / acceptance.decided)} % of ${acceptance.decided.toLocaleString()} random images; ` +
+    `Approved unchanged: ${percent(acceptance.accepted / acceptance.decided)} % of ${acceptance.decided.toLocaleString()} random images; ` +
     `in the whole table ${percent(acceptance.low)} to ${percent(acceptance.high)} % (95 % confidence)`;
 }
 

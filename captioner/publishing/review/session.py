@@ -263,7 +263,7 @@ class ReviewSession:
             text = self._edited(request.text or "")
             decision = "approved" if text == request.shown else "edited"
         elif decision == "approved" and not request.shown.strip():
-            raise UsageError("There is no text to accept: edit it, or choose Decorative")
+            raise UsageError("There is no text to approve: edit it, or choose Decorative")
         elif decision in ("approved", "decorative"):
             text = request.shown if decision == "approved" else ""
         return Review(

@@ -11,7 +11,7 @@ from captioner.publishing.review.standing_flags import describe_flag
 from captioner.store.journal import Review
 
 DECISION_LABELS = {
-    "approved": "Accepted",
+    "approved": "Approved",
     "edited": "Saved",
     "rejected": "Rejected",
     "decorative": "Marked as decorative",
