@@ -487,6 +487,7 @@ class TrainingConfig(Settings):
     )
     gradient_accumulation_steps: int = Field(1, ge=1, description="Forward passes for each optimiser step.")
     gradient_checkpointing: bool = Field(False, description="Use less memory and more time.")
+    fsdp: bool = Field(False, description="Shard weights, gradients and optimiser over the workers; for large models.")
     bf16: bool = Field(False, description="Compute in bfloat16; weights stay float32.")
     fp16: bool = Field(False, description="Compute in float16; GPUs only.")
     logging_steps: int = Field(10, ge=1, description="Steps between entries of the loss history.")

@@ -76,6 +76,11 @@ class TransformersCaptioner:
         self.std = torch.tensor(ref.spec.std, device=device).view(1, 3, 1, 1)
         self.processor: Any = self.open_native_processor() if ref.spec.variable_size else None
 
+    def use_device(self, device: torch.device) -> None:
+        """Expect the network on `device`, to which others have moved it."""
+        self.device, self.uploads = device, Uploads(device)
+        self.mean, self.std = self.mean.to(device), self.std.to(device)
+
     def start_ids(self) -> list[int]:
         """Return the token ids before the caption, start token and prompt, which are not part of it."""
         raise NotImplementedError
@@ -263,7 +268,8 @@ class TransformersCaptioner:
         if self.sampling is not None and numbers is not None:
             recorder = DrawingProcessor(self.sampling, numbers.flatten(0, 1))
         with quiet():
-            output = self.generate(prepared, logits_processor=LogitsProcessorList([recorder]))
+            # In training with --fsdp transformers would make workers wait for each other, which caption other images.
+            output = self.generate(prepared, logits_processor=LogitsProcessorList([recorder]), synced_gpus=False)
         tokens = output.sequences[:, num_start:].cpu()
         return tokens, recorder.logprobs(tokens, getattr(output, "beam_indices", None))
 

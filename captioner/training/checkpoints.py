@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig
 from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
@@ -82,12 +83,13 @@ class Snapshot:
     """A copy of a trainer's weights and state, which later steps do not change."""
 
     def __init__(self, trainer: Trainer, network: Any, with_adapters: bool) -> None:
-        weights = adapter_weights(network) if with_adapters else network.state_dict()
+        weights = adapter_weights(network) if with_adapters else network.state_dict(keep_vars=True)
         states = {OPTIMIZER_NAME: trainer.optimizer.state_dict(), SCHEDULER_NAME: trainer.lr_scheduler.state_dict()}
         if trainer.accelerator.scaler is not None:
             states[SCALER_NAME] = trainer.accelerator.scaler.state_dict()
         self._network, self._with_adapters = network, with_adapters
-        self._weights, self._states = copies_on_host((weights, states))
+        # Where weights are sharded, every worker sends its part, and one keeps the whole.
+        self._weights, self._states = copies_on_host((weights, states), keep=trainer.args.should_save)
         self._trainer_state = json.dumps(dataclasses.asdict(trainer.state), indent=2, sort_keys=True)
         self._copied = None
         if trainer.args.device.type == "cuda":
@@ -107,23 +109,31 @@ class Snapshot:
         (folder / TRAINER_STATE_NAME).write_text(self._trainer_state, encoding="utf-8")
 
 
-def copies_on_host(value: Any, copied: dict[Any, torch.Tensor] | None = None) -> Any:
+@torch.no_grad()
+def copies_on_host(value: Any, copied: dict[Any, torch.Tensor | None] | None = None, keep: bool = True) -> Any:
     """Return nested dicts and lists with copies of their tensors on the CPU; tensors that share memory share a copy.
 
-    Copies from a GPU may still be running when this returns, in the order of the current stream.
+    Copies from a GPU may still be running when this returns, in the order of the current stream. Sharded tensors are
+    gathered: all workers call this together, and those without `keep` get None for each tensor.
     """
     copied = {} if copied is None else copied
     if isinstance(value, dict):
-        return type(value)((name, copies_on_host(item, copied)) for name, item in value.items())
+        return type(value)((name, copies_on_host(item, copied, keep)) for name, item in value.items())
     if isinstance(value, list | tuple):
-        return type(value)(copies_on_host(item, copied) for item in value)
+        return type(value)(copies_on_host(item, copied, keep) for item in value)
     if not isinstance(value, torch.Tensor):
         return copy.copy(value)
-    key = value.device, value.data_ptr(), value.shape, value.stride()
+    # The memory of a sharded tensor may be empty, so it is known by its object.
+    key = id(value) if isinstance(value, DTensor) else (value.device, value.data_ptr(), value.shape, value.stride())
     if key not in copied:
-        host = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
-        copied[key] = host.copy_(value, non_blocking=True)
+        whole = value.full_tensor() if isinstance(value, DTensor) else value
+        copied[key] = _host_copy(whole) if keep else None
     return copied[key]
+
+
+def _host_copy(value: torch.Tensor) -> torch.Tensor:
+    host = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda, requires_grad=False)
+    return host.copy_(value, non_blocking=True)
 
 
 def save_network(network: Any, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:

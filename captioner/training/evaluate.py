@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,8 +39,8 @@ class Evaluator:
     """Evaluates `captioner`, whose network `loss` wraps, on a table of pairs.
 
     `batch_size`: pairs in a batch for the loss. `scores_cider`: whether to compute CIDEr-D, for which each worker keeps
-    the text of its captions until the end. `all_reduce`: sums a float64 tensor over the workers. `show_status`:
-    shows how far an evaluation is.
+    the text of its captions until the end. `all_reduce`: sums a float64 tensor over the workers. `gather`: the
+    context in which each worker has all weights. `show_status`: shows how far an evaluation is.
     """
 
     captioner: TransformersCaptioner
@@ -51,6 +52,7 @@ class Evaluator:
     world_size: int = 1
     scores_cider: bool = False
     all_reduce: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums
+    gather: Callable[[], AbstractContextManager[None]] = nullcontext
     show_status: Callable[[str], None] = lambda text: None
 
     def __call__(self, pairs: pa.Table, windows: Iterator[pa.Table] | None = None) -> dict[str, Any]:
@@ -67,7 +69,8 @@ class Evaluator:
         self.loss.eval()
         try:
             windows = windows or self.decode(windows_of(pairs, self.rank, self.world_size))
-            sums, equal, examples = self._evaluate(windows, pairs)
+            with self.gather():
+                sums, equal, examples = self._evaluate(windows, pairs)
         finally:
             self.loss.train(was_training)
             self.captioner.free_memory()

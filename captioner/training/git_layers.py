@@ -7,6 +7,7 @@ tokens, because nothing reads their output.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,14 +27,18 @@ def text_hidden(model: Any, features: torch.Tensor, ids: torch.Tensor) -> torch.
     mask = torch.ones(length, image_tokens + length, dtype=torch.bool, device=ids.device).tril(image_tokens)
     use_checkpointing = model.training and model.is_activation_checkpointing
     for layer in git.encoder.layer[:-1]:
-        if use_checkpointing:
-            hidden = checkpoint(_layer, layer, hidden, mask, use_reentrant=False)
-        else:
-            hidden = _layer(layer, hidden, mask)
-    return _layer(git.encoder.layer[-1], hidden, mask, text_only=True)
+        compute = _function_of(layer)
+        hidden = checkpoint(compute, hidden, mask, use_reentrant=False) if use_checkpointing else compute(hidden, mask)
+    result: torch.Tensor = _function_of(git.encoder.layer[-1])(hidden, mask, text_only=True)
+    return result
 
 
-def _layer(layer: Any, hidden: torch.Tensor, mask: torch.Tensor, text_only: bool = False) -> torch.Tensor:
+def _function_of(layer: Any) -> Any:
+    """Return `text_layer` of a layer: where weights are sharded, the method that gathers them first."""
+    return getattr(layer, "text_layer", None) or partial(text_layer, layer)
+
+
+def text_layer(layer: Any, hidden: torch.Tensor, mask: torch.Tensor, text_only: bool = False) -> torch.Tensor:
     """Return the output of one layer for image and text, float [N, I + T, hidden]; with `text_only` [N, T, hidden].
 
     `mask`: bool [T, I + T], which tokens each text token attends to.

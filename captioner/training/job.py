@@ -37,7 +37,7 @@ from captioner.training.pairs import SPLITS, TRAINABLE, Examine, Pairs, make_pai
 from captioner.training.progress import TrainProgress
 from captioner.training.recipes import with_recipe
 from captioner.training.record import RUN_FILE, open_record
-from captioner.training.schedule import Schedule, make_schedule
+from captioner.training.schedule import Schedule, make_schedule, with_batch_of
 from captioner.training.worker import FinishInputs, WorkerTask
 
 PAIRS_FILE, MODEL_FILE = "pairs/pairs.json", "model/training_run.json"
@@ -171,7 +171,11 @@ def _run(config: TrainConfig, engine: TrainEngine) -> int:
         progress.show_status("starting Ray")
         if config.training.fp16 and engine.device() == "cpu":
             raise UsageError("--fp16: there is no GPU to compute in float16 on; --bf16 works on CPUs as well")
-        setup = TrainSetup(config, out, model, sources, open_record(config, out, model, engine.num_workers()))
+        num_workers = engine.num_workers()
+        record = open_record(config, out, model, num_workers)
+        training = with_batch_of(config.training, record["num_workers"], num_workers)
+        config = config.model_copy(update={"training": training})
+        setup = TrainSetup(config, out, model, sources, record)
         if out.exists(MODEL_FILE):
             check.cancel()
             notify(f"nothing to train: {shown(config.output.path)}/model is there")
@@ -235,7 +239,7 @@ def _prepare(
     if warning := length_warning(pairs.tables["train"], config, setup.model.family):
         notify(warning)
     check.result()
-    schedule = make_schedule(config.training, _epoch_size(config, pairs), record["num_workers"])
+    schedule = make_schedule(config.training, _epoch_size(config, pairs), engine.num_workers())
     setup.out.write_json(RUN_FILE, record | {"state": "running"})
     progress.set_total(schedule.max_steps, schedule.global_batch_size)
     return PreparedRun(setup, pairs, schedule)
@@ -248,6 +252,8 @@ def _check_settings(config: TrainConfig) -> None:
         raise UsageError("no DATA given; name a folder with metadata.jsonl, tars, Parquet, a dataset or captions table")
     if config.training.bf16 and config.training.fp16:
         raise UsageError("--bf16 and --fp16 exclude each other; give one of them")
+    if config.training.fsdp and config.training.fp16:
+        raise UsageError("--fsdp: sharded weights cannot be trained in float16; give --bf16 in place of --fp16")
     image = config.output.caption_image
     if image and not is_uri(image) and not os.path.exists(local_path(image)):
         raise UsageError(f"--caption-image {image}: no such file")

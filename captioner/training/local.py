@@ -46,18 +46,22 @@ class LocalEngine:
         return map(function, tables)
 
     def train(self, setup: TrainSetup, prepare: Callable[[], PreparedRun], progress: TrainProgress) -> TrainOutcome:
-        from captioner.training.loop import train_worker
-
         run = prepare()
         run.write_report()
-        worker = LocalWorker(Path(setup.out.path("checkpoints")) / setup.name, run.worker_task(), self._device)
         progress.show_status("")
+        worker = LocalWorker(Path(setup.out.path("checkpoints")) / setup.name, run.worker_task(), self._device)
         progress.watch(lambda: worker.progress[-1] if worker.progress else None)
-        ended = train_worker(setup.config, setup.model, worker, worker.latest_checkpoint())
+        ended = self.train_with(worker, setup)
         checkpoints = [(folder, json.loads((folder / _METRICS).read_text())) for folder in worker.checkpoints()]
         metric = f"eval_{setup.config.training.metric_for_best_model}"
         best, metrics = min(checkpoints, key=lambda pair: rank(pair[1], metric), default=(None, {}))
         return TrainOutcome(run, best, metrics, **ended)
+
+    def train_with(self, worker: LocalWorker, setup: TrainSetup) -> dict[str, Any]:
+        """Return the result of `train_worker`."""
+        from captioner.training.loop import train_worker
+
+        return train_worker(setup.config, setup.model, worker, worker.latest_checkpoint())
 
     def finish(self, checkpoint: Any, inputs: FinishInputs) -> dict[str, Any]:
         from captioner.training.finish import finish

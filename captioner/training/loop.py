@@ -17,6 +17,7 @@ from typing import Any
 import pyarrow as pa
 import torch
 from transformers import Trainer, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from captioner.config import TrainConfig
@@ -31,6 +32,7 @@ from captioner.training.chat_batches import ChatCollate, answer_frame
 from captioner.training.checkpoints import Checkpoints, Snapshot
 from captioner.training.collate import Collate, Decode, Upload, batches_of
 from captioner.training.evaluate import Evaluator, TableDecoder, windows_of
+from captioner.training.fsdp import gathered, is_sharded, load_sharded, shard
 from captioner.training.loss import CaptionLoss
 from captioner.training.order import GlobalOrder, Share
 from captioner.training.pairs import max_caption_tokens
@@ -75,7 +77,7 @@ def train_worker(
     with ThreadPoolExecutor(1, "decoding") as thread:
         started = thread.submit(_start_decoding, worker, is_new=checkpoint is None)
         try:
-            captioner, loss = _open_model(config, model, worker.device, checkpoint)
+            captioner, loss = _open_model(config, model, worker, checkpoint)
         except ModelError:
             if started.result()[0] is None:  # the driver reports why, and Ray need not restart this worker
                 return PREPARATION_FAILED
@@ -103,13 +105,20 @@ def _start_decoding(worker: Worker, is_new: bool) -> tuple[WorkerTask | None, It
 
 
 def _open_model(
-    config: TrainConfig, model: ModelRef, device: torch.device, checkpoint: Path | None
+    config: TrainConfig, model: ModelRef, worker: Worker, checkpoint: Path | None
 ) -> tuple[TransformersCaptioner, CaptionLoss]:
+    shards = config.training.fsdp and worker.world_size > 1
+    torch.manual_seed(config.training.seed)  # new adapters are the same on all workers
+    # Sharding moves one layer after the other to the device, which need not hold the whole network.
+    device = torch.device("cpu") if shards else worker.device
     captioner = open_trainable(model, config.model, device, eval_batch_size(config), checkpoint)
     if config.training.gradient_checkpointing:
         captioner.model.activation_checkpointing_enable({"use_reentrant": False})
     loss = CaptionLoss(captioner)
     loss.train()
+    if shards:
+        shard(loss, worker.device, worker.world_size, config.training.bf16)
+        captioner.use_device(worker.device)
     return captioner, loss
 
 
@@ -132,6 +141,7 @@ def _train(
         worker.world_size,
         scores_cider=task.config.training.metric_for_best_model == "cider",
         all_reduce=lambda sums: sum_over_workers(sums, captioner.device),
+        gather=partial(gathered, loss, captioner.device, task.config.training.bf16),
         show_status=partial(_show_status, worker),
     )
     with tempfile.TemporaryDirectory(prefix="captioner-train-") as folder, quiet(), Checkpoints(worker) as checkpoints:
@@ -262,12 +272,24 @@ class CaptionTrainer(Trainer):
         """Copy what a checkpoint holds; `Checkpoints` writes it in its thread, where Trainer would write it here."""
         self.store_flos()
         with self._checkpoints.waiting():
-            if self.args.should_save:
+            if self.args.should_save or self._is_sharded:
                 with_adapters = self._task.config.model.lora_rank is not None
-                self.snapshot = Snapshot(self, self.model.network, with_adapters)
+                snapshot = Snapshot(self, self.model.network, with_adapters)
+                self.snapshot = snapshot if self.args.should_save else None
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Do nothing: the network was opened with the checkpoint's weights."""
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not self._is_sharded:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        load_sharded(self.optimizer, Path(checkpoint) / OPTIMIZER_NAME)
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+
+    @property
+    def _is_sharded(self) -> bool:
+        return is_sharded(self.model)
 
 
 class _EmptyDataset(torch.utils.data.IterableDataset[Any]):

@@ -42,6 +42,9 @@ class CaptionLoss(torch.nn.Module):
         logits = self._head(self.network)(hidden.index_select(0, positions)).float()
         return functional.cross_entropy(logits, labels, reduction="sum")
 
+    def start(self) -> None:
+        """Do nothing. Where weights are sharded, FSDP takes the first module that is called for the outermost one."""
+
 
 # What each family computes at the text positions, float [N, T, X]. `pixels` are uint8 [N, H, W, 3], `input_ids` int64
 # [N, T]. Except for chat models no attention mask is needed: padding follows the caption, has no labels, and decoders

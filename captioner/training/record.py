@@ -21,7 +21,14 @@ RUN_FILE = "train.json"
 # Settings that may differ when a run is resumed: where it runs and what it reports.
 UNBOUND_SETTINGS = {
     "cluster": {"address", "gpus_per_worker", "num_workers"},
-    "training": {"logging_steps", "per_device_eval_batch_size", "report_to", "save_total_limit", "stop_on_collapse"},
+    "training": {
+        "fsdp",
+        "logging_steps",
+        "per_device_eval_batch_size",
+        "report_to",
+        "save_total_limit",
+        "stop_on_collapse",
+    },
     "output": {"path", "push_to_hub", "hub_model_id", "caption_image"},
     "data": {"max_failed"},
     "model": {"device", "keep_adapter"},
@@ -31,20 +38,20 @@ _URI_SETTINGS = {"data": ("path", "eval_data", "test_data"), "model": ("name",),
 
 
 def open_record(config: TrainConfig, out: Directory, model: ModelRef, num_workers: int) -> dict[str, Any]:
-    """Return the record of the run in OUT, or a new one.
+    """Return the record of the run in OUT, or a new one. Its `num_workers` are those that started it.
 
     Raises FingerprintError where OUT holds a run with another configuration.
     """
     bound = {group: settings for group, settings in _bound_settings(config).items() if settings}
     bound["model"]["sha256"] = model.sha256
-    bound["cluster"] = {"num_workers": num_workers}
     if out.exists(RUN_FILE):
         record = out.read_json(RUN_FILE)
         _refuse_difference(shown(config.output.path), record["bound"], bound)
         return record
     if not out.is_empty():
         raise OutputError(f"{shown(config.output.path)} is not empty and holds no training run; give another OUT")
-    fingerprint = hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()
+    identity = bound | {"cluster": {"num_workers": num_workers}}
+    fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     record = {
         "training_run_id": f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}",
         "fingerprint": fingerprint,

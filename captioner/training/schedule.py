@@ -30,6 +30,25 @@ class Schedule:
         return step % self.save_steps == 0 or step == self.max_steps
 
 
+def with_batch_of(config: TrainingConfig, started_with: int, num_workers: int) -> TrainingConfig:
+    """Return the settings with which `num_workers` take the pairs of a step of `started_with` workers.
+
+    Batches of a worker get no larger; where they cannot have the same size they get smaller. Raises UsageError where
+    the pairs of a step cannot be divided by the workers.
+    """
+    if num_workers == started_with:
+        return config
+    total = started_with * config.per_device_train_batch_size * config.gradient_accumulation_steps
+    share, rest = divmod(total, num_workers)
+    if rest:
+        raise UsageError(
+            f"--num-workers {num_workers}: {started_with} workers started this run with steps of {total} pairs, which"
+            f" {num_workers} cannot share equally; give a number that divides {total}"
+        )
+    size = next(size for size in range(min(config.per_device_train_batch_size, share), 0, -1) if share % size == 0)
+    return config.model_copy(update={"per_device_train_batch_size": size, "gradient_accumulation_steps": share // size})
+
+
 def make_schedule(config: TrainingConfig, epoch_size: int, num_workers: int) -> Schedule:
     """Return the schedule for epochs of `epoch_size` pairs.
 

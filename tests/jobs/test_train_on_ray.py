@@ -36,15 +36,24 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model("git", tmp_path_factory.mktemp("tiny"))
 
 
-def settings(data: Path, out: Path | str, model: Path, workers: int, gpus: float = 0) -> TrainConfig:
-    """`gpus`: of each worker, which computes on the CPU all the same."""
+def settings(
+    data: Path,
+    out: Path | str,
+    model: Path,
+    workers: int,
+    gpus: float = 0,
+    batch: int | None = None,
+    fsdp: bool = False,
+) -> TrainConfig:
+    """`gpus`: of each worker, which computes on the CPU all the same. `batch`: of each, by default of 8 in all."""
     return TrainConfig.model_validate(
         {
             "data": {"path": str(data), "eval_fraction": 0.2},
             "model": {"name": str(model), "max_new_tokens": 8, "device": "cpu"},
             "cluster": {"num_workers": workers, "gpus_per_worker": gpus},
             "training": {
-                "per_device_train_batch_size": 8 // workers,
+                "per_device_train_batch_size": batch or 8 // workers,
+                "fsdp": fsdp,
                 "max_steps": STEPS,
                 "eval_steps": 2,
                 "logging_steps": 1,
@@ -149,7 +158,7 @@ def test_two_workers_give_the_curve_of_one_even_when_one_is_killed_and_out_is_an
 
 
 @pytest.mark.usefixtures("ray_instance")
-def test_after_the_driver_was_killed_or_stopped_the_same_command_goes_on(
+def test_after_the_driver_of_two_sharded_workers_was_killed_one_worker_goes_on_also_after_ctrl_c(
     tmp_path: Path, data: Path, tiny: Path, alone: Path
 ) -> None:
     out, killed, stopped = tmp_path / "out", tmp_path / "killed", tmp_path / "stopped"
@@ -161,14 +170,14 @@ from ray_jobs.train import RayTrainEngine, num_threads
 spec = importlib.util.spec_from_file_location("killed_driver", {__file__!r})
 tests = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tests)
-config = tests.settings(Path({str(data)!r}), Path({str(out)!r}), Path({str(tiny)!r}), workers=1)
+config = tests.settings(Path({str(data)!r}), Path({str(out)!r}), Path({str(tiny)!r}), workers=2, fsdp=True)
 job.run(config, RayTrainEngine(config, tests.signalling_loop(Path({str(killed)!r}), {str(out)!r}, os.getpid())))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=1200)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not (out / "model").exists()
 
-    config = settings(data, out, tiny, workers=1, gpus=0.5)
+    config = settings(data, out, tiny, workers=1, gpus=0.5, batch=4)
     engine = RayTrainEngine(config, signalling_loop(stopped, str(out), os.getpid(), signal.SIGINT))
     with pytest.raises(
         InterruptedRunError,

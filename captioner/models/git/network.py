@@ -50,9 +50,19 @@ class GitNetwork:
         self.heads, self.width = attention.num_attention_heads, attention.attention_head_size
         vision = model.config.vision_config
         self.image_tokens = (vision.image_size // vision.patch_size) ** 2 + 1
-        self.dtype, self.device = model.dtype, model.device
         # transformers accepts only eager attention for GIT, but its vision tower follows this setting.
         vision._attn_implementation = "sdpa"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the dtype of the weights, which sharded ones have while they are gathered."""
+        dtype: torch.dtype = self._model.dtype
+        return dtype
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self._model.device
+        return device
 
     @property
     def head(self) -> Any:
