@@ -18,8 +18,10 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
+    ByteSize,
     ConfigDict,
     Field,
+    TypeAdapter,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -47,6 +49,19 @@ def _pool_size(value: int | str) -> int | str:
 
 
 PoolSize = Annotated[int | str, AfterValidator(_pool_size)]  # "MIN:MAX" grows and shrinks
+
+
+def _size(text: str) -> str:
+    num_bytes(text)
+    return text
+
+
+def num_bytes(size: str) -> int:
+    """Return the number of bytes of a size such as "4GB". Raises ValueError."""
+    try:
+        return int(TypeAdapter(ByteSize).validate_python(size))
+    except ValidationError:
+        raise ValueError("a size, such as 4GB or 500MB") from None
 
 
 def _language_tag(text: str) -> str:
@@ -421,6 +436,9 @@ class TrainDataConfig(Settings):
     limit: int | None = Field(None, ge=1, description="Take only the first N images.")
     max_pixels: int = Field(300_000_000, ge=1, description="Larger images are left out.")
     max_failed: float = Field(0.1, ge=0, le=1, description="Stop when a larger share of the images is unusable.")
+    pixel_cache: Annotated[str, AfterValidator(_size)] = Field(
+        "4GB", description="Keep decoded images in this much of each node's folder for temporary files; 0 is none."
+    )
     caption_choice: Literal["random", "first", "all"] = Field(
         "random", description="Which of several captions to use: a random one each epoch, the first, or all as pairs."
     )

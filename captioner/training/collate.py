@@ -14,6 +14,7 @@ import torch
 from captioner.data import Pixels, PixelSpec, object_array
 from captioner.errors import SourceError
 from captioner.training.pair_sources import PairSources
+from captioner.training.pixel_cache import PixelCache
 
 _PIXELS, _HEIGHT, _WIDTH = "_pixels", "_height", "_width"
 
@@ -22,13 +23,36 @@ _PIXELS, _HEIGHT, _WIDTH = "_pixels", "_height", "_width"
 class Decode:
     """Adds columns of pixels, uint8, and with images of variable size of their sizes, to a table of pairs. Picklable.
 
-    Raises SourceError for an image that could be read when the run was prepared and cannot be read now.
+    `cache`: of decoded images, if any. Raises SourceError for an image that could be read when the run was prepared and
+    cannot be read now.
     """
 
     sources: PairSources
     spec: PixelSpec
+    cache: PixelCache | None = None
 
     def __call__(self, rows: pa.Table) -> pa.Table:
+        images = self._images(rows)
+        if self.spec.variable_size:
+            return _with_variable_pixels(rows, images)
+        flat = np.stack(images).reshape(len(rows), -1)
+        pixels = pa.FixedSizeBinaryArray.from_buffers(pa.binary(flat.shape[1]), len(flat), [None, pa.py_buffer(flat)])
+        return rows.append_column(_PIXELS, pixels)
+
+    def _images(self, rows: pa.Table) -> list[npt.NDArray[np.uint8]]:
+        """Return the pixels of each image, uint8 [height, width, 3], from the cache where it has them."""
+        shas = rows["sha256"].to_pylist()
+        images = [None if self.cache is None else self.cache.read(sha256, self.spec) for sha256 in shas]
+        missing = [index for index, image in enumerate(images) if image is None]
+        if missing:
+            for index, (sha256, image) in zip(missing, self._decode(rows.take(missing)), strict=True):
+                images[index] = image
+                if self.cache is not None:
+                    self.cache.write(sha256, self.spec, image)
+        return [image for image in images if image is not None]
+
+    def _decode(self, rows: pa.Table) -> list[tuple[str, npt.NDArray[np.uint8]]]:
+        """Return the sha256 and the pixels of each image."""
         batch = self.sources.decode(rows, self.spec)
         for row in batch.rows.to_pylist():
             if row["error_code"]:
@@ -36,11 +60,7 @@ class Decode:
                     f"{row['uri']}: could be read before and cannot now: {row['error_code']}: {row['error_message']}; "
                     "restore the image and run the same command"
                 )
-        if self.spec.variable_size:
-            return _with_variable_pixels(rows, list(batch.pixels))
-        flat = np.ascontiguousarray(batch.pixels).reshape(len(rows), -1)
-        pixels = pa.FixedSizeBinaryArray.from_buffers(pa.binary(flat.shape[1]), len(flat), [None, pa.py_buffer(flat)])
-        return rows.append_column(_PIXELS, pixels)
+        return list(zip(batch.rows["sha256"].to_pylist(), batch.pixels, strict=True))
 
 
 def _with_variable_pixels(rows: pa.Table, images: list[npt.NDArray[np.uint8]]) -> pa.Table:

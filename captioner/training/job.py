@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
-from captioner.config import ModelConfig, TrainConfig
+from captioner.config import ModelConfig, TrainConfig, num_bytes
 from captioner.console.stopping import notify, stoppable
 from captioner.console.text import counted
 from captioner.errors import OK, ModelError, TrainingError, UsageError
@@ -34,6 +34,7 @@ from captioner.store.directory import Directory
 from captioner.training.advice import COLLAPSED, length_warning
 from captioner.training.pair_sources import PairSources, list_pairs, open_pair_sources
 from captioner.training.pairs import SPLITS, TRAINABLE, Examine, Pairs, make_pairs, max_caption_tokens
+from captioner.training.pixel_cache import PixelCache
 from captioner.training.progress import TrainProgress
 from captioner.training.recipes import with_recipe
 from captioner.training.record import RUN_FILE, open_record
@@ -57,6 +58,11 @@ class TrainSetup:
     record: dict[str, Any]
 
     @property
+    def pixel_cache(self) -> PixelCache | None:
+        limit = num_bytes(self.config.data.pixel_cache)
+        return PixelCache(self.record["training_run_id"], limit) if limit else None
+
+    @property
     def name(self) -> str:
         """Return the name of the run's checkpoints, which differs for every configuration."""
         return str(self.record["fingerprint"])[:16]
@@ -72,7 +78,15 @@ class PreparedRun:
 
     def worker_task(self) -> WorkerTask:
         setup, tables = self.setup, self.pairs.tables
-        return WorkerTask(setup.config, setup.model, setup.sources, self.schedule, tables["train"], tables["eval"])
+        return WorkerTask(
+            setup.config,
+            setup.model,
+            setup.sources,
+            self.schedule,
+            tables["train"],
+            tables["eval"],
+            setup.pixel_cache,
+        )
 
     def write_report(self) -> None:
         """Write OUT/report.html before training: the pairs that the model will be trained on."""
@@ -185,6 +199,8 @@ def _run(config: TrainConfig, engine: TrainEngine) -> int:
         outcome = _train(setup, listing.result(), engine, check, progress)
         progress.show_status("making OUT/model")
         result = engine.finish(outcome.checkpoint, outcome.finish_inputs())
+        if setup.pixel_cache is not None:
+            setup.pixel_cache.remove()
         progress.show_status("")
     waited = {name: getattr(outcome, name) for name in ("checkpoint_seconds", "data_seconds", "train_seconds")}
     seconds = {"seconds": round(time.perf_counter() - started, 1), **waited}
@@ -320,7 +336,7 @@ def _examine(setup: TrainSetup, listed: list[pa.Table], engine: TrainEngine, pro
             yield table
 
     progress.show_status(f"examining {counted(total, 'pair')}")
-    examine = Examine(setup.sources, model.spec, model.path, max_caption_tokens(model))
+    examine = Examine(setup.sources, model.spec, model.path, max_caption_tokens(model), setup.pixel_cache)
     pairs = make_pairs(config.data, with_progress(engine.map_tables(examine, listed)), config.training.seed)
     for name, table in pairs.tables.items():
         out.write_table(f"pairs/{name}.parquet", table)

@@ -98,7 +98,7 @@ def _start_decoding(worker: Worker, is_new: bool) -> tuple[WorkerTask | None, It
     task = worker.task()
     if task is None or not is_new:
         return task, None
-    decode = worker.table_decoder(Decode(task.sources, task.model.spec))
+    decode = worker.table_decoder(Decode(task.sources, task.model.spec, task.pixel_cache))
     windows = decode(windows_of(task.eval, worker.rank, worker.world_size))
     first = list(islice(windows, 1))
     return task, chain(first, windows)
@@ -135,7 +135,7 @@ def _train(
         captioner,
         loss,
         collate,
-        worker.table_decoder(Decode(task.sources, task.model.spec)),
+        worker.table_decoder(Decode(task.sources, task.model.spec, task.pixel_cache)),
         eval_batch_size(task.config),
         worker.rank,
         worker.world_size,
@@ -241,7 +241,7 @@ class CaptionTrainer(Trainer):
             settings.gradient_accumulation_steps,
         )
         order = GlobalOrder(self._task.train, settings.seed, self._task.config.data.caption_choice)
-        decode = self._worker.table_decoder(Decode(self._task.sources, self._task.model.spec))
+        decode = self._worker.table_decoder(Decode(self._task.sources, self._task.model.spec, self._task.pixel_cache))
         return _TrainBatches(self, order, share, decode, self._collate)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:

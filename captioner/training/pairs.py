@@ -21,6 +21,7 @@ from captioner.errors import SourceError, UsageError
 from captioner.files import shown
 from captioner.models.ref import ModelRef
 from captioner.training.pair_sources import PAIRS_SCHEMA, PairSources
+from captioner.training.pixel_cache import PixelCache
 
 SPLITS = ("train", "eval", "test")
 NUM_EXAMPLES = 20  # lines about skipped pairs
@@ -69,12 +70,14 @@ class Examine:
     """Completes a table of listed images to PAIRS_SCHEMA: hashes, decodes and measures each pair once. Picklable.
 
     `tokenizer`: the model's directory. `max_tokens`: of a caption, without start and end token; None for no limit.
+    `pixel_cache`: where decoded images are kept for training.
     """
 
     sources: PairSources
     spec: PixelSpec
     tokenizer: str
     max_tokens: int | None
+    pixel_cache: PixelCache | None = None
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         results = self._decode(rows)
@@ -91,9 +94,11 @@ class Examine:
         results: list[dict[str, Any]] = [without_caption] * len(rows)
         indices = [index for index, count in enumerate(counts) if count]
         if indices:
-            decoded = self.sources.decode(rows.take(indices), self.spec).rows
-            for index, result in zip(indices, decoded.to_pylist(), strict=True):
+            batch = self.sources.decode(rows.take(indices), self.spec)
+            for index, result, pixels in zip(indices, batch.rows.to_pylist(), batch.pixels, strict=True):
                 results[index] = result
+                if self.pixel_cache is not None and not result["error_code"]:
+                    self.pixel_cache.write(result["sha256"], self.spec, pixels)
         return results
 
     def _num_truncated(self, captions: list[list[str] | None]) -> list[int]:

@@ -30,7 +30,7 @@ UNBOUND_SETTINGS = {
         "stop_on_collapse",
     },
     "output": {"path", "push_to_hub", "hub_model_id", "caption_image"},
-    "data": {"max_failed"},
+    "data": {"max_failed", "pixel_cache"},
     "model": {"device", "keep_adapter"},
 }
 # Settings that may be URIs, whose credentials must not be written to a record.

@@ -12,6 +12,7 @@ from captioner.config import TrainConfig
 from captioner.models import ModelRef
 from captioner.store.directory import Directory
 from captioner.training.pair_sources import PairSources
+from captioner.training.pixel_cache import PixelCache
 from captioner.training.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -24,7 +25,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class WorkerTask:
-    """What a worker trains and on which pairs. Picklable. `train`, `eval`: tables of PAIRS_SCHEMA."""
+    """What a worker trains and on which pairs. Picklable. `train`, `eval`: tables of PAIRS_SCHEMA.
+
+    `pixel_cache`: of decoded images; None where each is decoded every time.
+    """
 
     config: TrainConfig
     model: ModelRef
@@ -32,6 +36,7 @@ class WorkerTask:
     schedule: Schedule
     train: pa.Table
     eval: pa.Table
+    pixel_cache: PixelCache | None = None
 
 
 @dataclass(frozen=True)
