@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from captioner.config import TrainingConfig
+from captioner.console.text import counted
 from captioner.errors import UsageError
 
 
@@ -42,8 +43,8 @@ def with_batch_of(config: TrainingConfig, started_with: int, num_workers: int) -
     share, rest = divmod(total, num_workers)
     if rest:
         raise UsageError(
-            f"--num-workers {num_workers}: {started_with} workers started this run with steps of {total} pairs, which"
-            f" {num_workers} cannot share equally; give a number that divides {total}"
+            f"--num-workers {num_workers}: a step of this run has {counted(total, 'pair')}, which"
+            f" {counted(num_workers, 'worker')} cannot share equally; give a number that divides {total}"
         )
     size = next(size for size in range(min(config.per_device_train_batch_size, share), 0, -1) if share % size == 0)
     return config.model_copy(update={"per_device_train_batch_size": size, "gradient_accumulation_steps": share // size})

@@ -153,5 +153,5 @@ def test_another_number_of_workers_takes_the_same_pairs_in_a_step(batch_size, ac
 
 
 def test_workers_that_cannot_share_a_step_are_refused() -> None:
-    with pytest.raises(UsageError, match="--num-workers 3: 2 workers started this run with steps of 16 pairs, which 3"):
+    with pytest.raises(UsageError, match="--num-workers 3: a step of this run has 16 pairs, which 3 workers cannot"):
         with_batch_of(TrainingConfig(per_device_train_batch_size=8), 2, 3)
