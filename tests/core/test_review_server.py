@@ -16,10 +16,14 @@ from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from unittest import mock
 from urllib.parse import urlsplit
 
+import numpy as np
 import pytest
 from helpers import caption_config
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from captioner import pipeline
@@ -27,7 +31,7 @@ from captioner.config import AltTextConfig
 from captioner.errors import OutputError, UsageError
 from captioner.imaging.descriptions import descriptions_of
 from captioner.publishing.alt_text.command import make_alt_texts
-from captioner.publishing.review import grid
+from captioner.publishing.review import grid, queue
 from captioner.publishing.review.acceptance import acceptance, seconds_per_image
 from captioner.publishing.review.grid import GridRequest
 from captioner.publishing.review.next_steps import describe_counts
@@ -861,3 +865,21 @@ def test_a_table_made_anew_meanwhile_is_told(make_reviewable) -> None:
         shutil.rmtree(out / "alt_text")
         with pytest.raises(OutputError, match="was changed during the review; start `captioner review` again"):
             session.next()
+
+
+small_floats = st.floats(width=16, allow_infinity=False)
+
+
+@given(
+    rows=st.lists(st.tuples(st.booleans(), small_floats, small_floats, st.integers(0, 5)), max_size=60),
+    at_once=st.integers(1, 70),
+)
+def test_images_are_sorted_piece_by_piece_as_all_at_once(rows: list[tuple], at_once: int) -> None:
+    columns = list(zip(*rows, strict=True)) or [()] * 4
+    flagged, lifts, logprobs, ids = (np.array(column, kind) for column, kind in zip(columns, "?ffQ", strict=True))
+    by_lift, by_logprob = np.where(np.isnan(lifts), np.inf, lifts), np.where(np.isnan(logprobs), -np.inf, logprobs)
+
+    with mock.patch.object(queue, "_SORTED_AT_ONCE", at_once):
+        order = queue._sorted_indices(queue._weakness(flagged, lifts, logprobs), ids)
+
+    assert order.tolist() == np.lexsort((ids, by_logprob, by_lift, ~flagged)).tolist()

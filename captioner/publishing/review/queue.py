@@ -1,10 +1,11 @@
-"""The images to review and their order, in about 50 bytes of memory for each image."""
+"""The images to review and their order: about 50 bytes of temporary disk for each image, and one byte of memory."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+import tempfile
+from collections.abc import Collection, Iterable, Iterator
 from datetime import UTC, datetime
-from typing import Literal, cast
+from typing import IO, Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,7 @@ QueueKind = Literal["flagged", "random", "all"]
 MAX_GROUP = 12  # images decided together: as many as a person can look at
 
 _SCAN_SIZE = 65_536  # images
+_SORTED_AT_ONCE = 1 << 22  # images, 100 MB of memory
 _COLUMNS = ["image_id", "logprob_mean", "flags", "created_at"]
 _FIELDS = np.dtype(
     [
@@ -31,8 +33,7 @@ _FIELDS = np.dtype(
         ("text", "<u8"),  # hash of the alt text
         ("created", "<i8"),  # creation time of the caption, microseconds
         ("flagged", "?"),
-        ("logprob", "<f4"),  # -inf when the model gave none
-        ("lift", "<f4"),  # by `captioner judge`; inf where it was not judged
+        ("weakness", "<u8"),  # small for images that the queue "flagged" shows first, see `_weakness`
     ]
 )
 
@@ -51,24 +52,25 @@ class Queue:
         self.seed = int(table.table_id, 16)
         self.decided: dict[int, Review] = {}  # the decision about each decided image, by index
         self.for_expert: set[int] = set()
-        parts: list[npt.NDArray[np.void]] = []
+        columns = {name: _DiskColumn(_FIELDS[name]) for name in _FIELDS.names or ()}
         for part, rows, alt_texts in read_alt_texts(table, _COLUMNS):
             keys, ids = _keys(table, part, rows, alt_texts, self.seed)
-            first = sum(map(len, parts))
-            parts.append(keys)
+            first = len(columns["id"])
+            for name, column in columns.items():
+                column.append(keys[name])
             for row, image_id in enumerate(ids) if reviews else ():
                 review = reviews.get(image_id)
                 if review and review.applies_to(_timestamp(keys["created"][row])):
                     self.decided[first + row] = review
-        self._keys = np.concatenate(parts) if parts else np.empty(0, _FIELDS)
-        self._open = np.ones(len(self._keys), bool)
+        self._keys = {name: column.array() for name, column in columns.items()}
+        self._open = np.ones(len(self._keys["id"]), bool)
         self._open[list(self.decided)] = False
         self.for_expert.update(index for index, review in self.decided.items() if review.decision == "expert")
-        self._by_id = np.argsort(self._keys["id"], kind="stable")
+        self._by_id = _sorted_indices(self._keys["id"])
         self._order = self._ordered()
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return len(self._open)
 
     @property
     def undecided(self) -> npt.NDArray[np.bool_]:
@@ -110,7 +112,8 @@ class Queue:
     def next(self, waiting: Collection[int], excluded: Collection[int]) -> int | None:
         """Return the next open image that is not excluded, then those in `waiting`; `None` at the end."""
         for start in range(0, len(self), _SCAN_SIZE):
-            indices = self._order[start : start + _SCAN_SIZE]
+            stop = min(start + _SCAN_SIZE, len(self))
+            indices = np.arange(start, stop) if self._order is None else self._order[start:stop]
             for index in indices[self._open[indices]].tolist():
                 if index not in excluded:
                     return int(index)
@@ -139,12 +142,58 @@ class Queue:
             return []
         return [review for index, review in self.decided.items() if self._keys["id"][index] <= max(reached)]
 
-    def _ordered(self) -> npt.NDArray[np.int64]:
+    def _ordered(self) -> npt.NDArray[np.int64] | None:
+        """Return the indices in the order of the queue; None where that is the table's."""
         if self.kind == "all":
-            return np.arange(len(self))
-        if self.kind == "random":
-            return self._by_id
-        return np.lexsort((self._keys["id"], self._keys["logprob"], self._keys["lift"], ~self._keys["flagged"]))
+            return None
+        return self._by_id if self.kind == "random" else _sorted_indices(self._keys["weakness"], self._keys["id"])
+
+
+class _DiskColumn:
+    """A column of numbers in a temporary file, of which the system holds in memory what is used."""
+
+    def __init__(self, dtype: np.dtype[Any]) -> None:
+        self._dtype = dtype
+        self._file: IO[bytes] = tempfile.TemporaryFile(prefix="captioner-review-")  # noqa: SIM115
+
+    def __len__(self) -> int:
+        return self._file.tell() // self._dtype.itemsize
+
+    def append(self, values: npt.NDArray[Any]) -> None:
+        self._file.write(np.ascontiguousarray(values, self._dtype).data)
+
+    def array(self) -> npt.NDArray[Any]:
+        """Return all values; none can be appended from then on."""
+        if not len(self):
+            return np.empty(0, self._dtype)
+        self._file.flush()
+        return np.memmap(self._file, self._dtype, "r")
+
+
+def _sorted_indices(keys: npt.NDArray[np.uint64], ties: npt.NDArray[np.uint64] | None = None) -> npt.NDArray[np.int64]:
+    """Return the indices that sort keys, and equal ones by `ties`; int64 [N], in a temporary file.
+
+    Sorts about _SORTED_AT_ONCE keys at the same time, which lie between two that a sample shows.
+    """
+    column = _DiskColumn(np.dtype(np.int64))
+    sample = np.sort(keys[:: max(1, len(keys) // 65_536)])
+    limits = np.unique(sample[:: max(1, len(sample) * _SORTED_AT_ONCE // max(1, len(keys)))])
+    for number in range(len(limits)):
+        low = limits[number] if number else np.uint64(0)
+        high = limits[number + 1] if number + 1 < len(limits) else None
+        indices = np.concatenate(list(_indices_between(keys, low, high)))
+        by_key = (keys[indices],) if ties is None else (ties[indices], keys[indices])
+        column.append(indices[np.lexsort(by_key)])
+    return column.array()
+
+
+def _indices_between(
+    keys: npt.NDArray[np.uint64], low: np.uint64, high: np.uint64 | None
+) -> Iterator[npt.NDArray[np.int64]]:
+    """Yield the indices of keys from `low` to below `high`, in the order of the keys."""
+    for first in range(0, len(keys), _SORTED_AT_ONCE):
+        part = keys[first : first + _SORTED_AT_ONCE]
+        yield first + np.flatnonzero(part >= low if high is None else (part >= low) & (part < high))
 
 
 def _keys(
@@ -160,11 +209,28 @@ def _keys(
     keys["text"] = _ranks(alt_texts["alt_text"].to_pylist(), seed)
     keys["created"] = rows["created_at"].cast(pa.int64()).to_numpy()
     keys["flagged"] = flagged_rows(rows["flags"], alt_texts)
-    logprob = pc.fill_null(rows["logprob_mean"], float("nan")).to_numpy()
-    keys["logprob"] = np.where(np.isnan(logprob), -np.inf, logprob)
-    lifts = lifts_of(table, part, rows)
-    keys["lift"] = np.where(np.isnan(lifts), np.inf, lifts)
+    logprobs = pc.fill_null(rows["logprob_mean"], float("nan")).to_numpy()
+    keys["weakness"] = _weakness(keys["flagged"], lifts_of(table, part, rows), logprobs)
     return keys, ids
+
+
+def _weakness(
+    flagged: npt.NDArray[np.bool_], lifts: npt.NDArray[np.floating[Any]], logprobs: npt.NDArray[np.floating[Any]]
+) -> npt.NDArray[np.uint64]:
+    """Return numbers that are sorted as the queue "flagged" is: uint64 [N].
+
+    One bit for the flag, 31 for the lift (last where it was not judged), 32 for the log-probability (first where the
+    model gave none).
+    """
+    by_lift = _as_sortable(np.where(np.isnan(lifts), np.inf, lifts)) >> np.uint64(1)
+    by_logprob = _as_sortable(np.where(np.isnan(logprobs), -np.inf, logprobs))
+    return (~flagged).astype(np.uint64) << np.uint64(63) | by_lift << np.uint64(32) | by_logprob
+
+
+def _as_sortable(values: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.uint64]:
+    """Return integers below 2**32 in the order of the float32 values."""
+    bits = (values.astype(np.float32) + np.float32(0)).view(np.uint32)  # which makes -0.0 to 0.0
+    return np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31)).astype(np.uint64)
 
 
 def _ranks(texts: Iterable[str], seed: int) -> npt.NDArray[np.uint64]:
