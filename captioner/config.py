@@ -64,6 +64,15 @@ def num_bytes(size: str) -> int:
         raise ValueError("a size, such as 4GB or 500MB") from None
 
 
+def _gpu_share(value: float) -> float:
+    if value > 1 and value != int(value):
+        raise ValueError("a whole number, or a share of one GPU below 1")
+    return value
+
+
+GpuShare = Annotated[float, Field(ge=0), AfterValidator(_gpu_share)]
+
+
 def _language_tag(text: str) -> str:
     if not re.fullmatch(r"[A-Za-z]{1,8}(-[A-Za-z0-9]{1,8})*", text):
         raise ValueError("a language tag, such as en or pt-BR")
@@ -215,11 +224,18 @@ class ClusterConfig(Settings):
         description="Caption workers; auto is one for each GPU, or node; MIN:MAX grows when nodes join.",
         json_schema_extra={"metavar": "N|auto|MIN:MAX"},
     )
-    gpus_per_worker: float | None = Field(
-        None, ge=0, description="GPUs of each worker; default 1 where there are GPUs, 0 with --device cpu."
+    gpus_per_worker: GpuShare | None = Field(
+        None,
+        description="GPUs of each worker; default 1 where there are GPUs, 0 with --device cpu; from 2 on they share "
+        "the weights of a large model.",
     )
     decode_cpus: AutoInt = Field("auto", description="CPUs that read and decode images.")
     read_concurrency: int = Field(32, ge=1, description="Reads that each of these CPUs does at once.")
+
+    @property
+    def gpus_for_weights(self) -> int:
+        """The GPUs of a worker that share the weights of a model."""
+        return max(1, int(self.gpus_per_worker or 1))
 
 
 class OutputConfig(Settings):

@@ -122,7 +122,9 @@ class ThisProcess:
             one_ahead(read(work, chunk) for chunk in chunks) as raws,
             one_ahead(decode(work, raw, decoder) for raw in raws) as decoded,
         ):
-            captioner: Captioner = load(work.model, work.device, self._model.batch_size, notify=notify)
+            captioner: Captioner = load(
+                work.model, work.device, self._model.batch_size, notify=notify, num_gpus=work.num_gpus
+            )
             calls = getattr(captioner, "max_calls", 1)
             for rows in in_parallel(lambda rows: caption(work, captioner, rows, memory), decoded, calls):
                 yield commit(work, rows)

@@ -72,6 +72,7 @@ class Work:
     max_file_size: int = SourceConfig().max_file_size
     dedupe: bool = True  # byte-equal images are captioned once
     device: str = "auto"  # a --device (see `captioner.models.devices`)
+    num_gpus: int = 1  # of a worker, that share the weights
 
     def new_memory(self) -> CaptionMemory[Caption] | None:
         """Return the memory in which a worker looks up copies; None where every image is captioned."""

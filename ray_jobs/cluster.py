@@ -44,6 +44,11 @@ class Resources:
     num_nodes: int
     least_cpus: float = math.inf  # CPUs of the smallest node that has any
     accelerator: str = "cuda"  # what torch calls the GPUs
+    node_gpus: tuple[float, ...] = ()  # of each node; (): one node has all
+
+    def workers_on_gpus(self, gpus: float) -> int:
+        """Return how many workers of so many GPUs there is space for: the GPUs of a worker are on one node."""
+        return sum(int(on_node / gpus) for on_node in self.node_gpus or (self.num_gpus,))
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +88,12 @@ def _join(config: ClusterConfig) -> Resources:
     alive = [node for node in ray.nodes() if node["Alive"]]
     cpus = [node["Resources"]["CPU"] for node in alive if node["Resources"].get("CPU")]
     return Resources(
-        total.get("CPU", 0), total.get("GPU", 0), len(alive), min(cpus, default=math.inf), accelerator_of(total)
+        total.get("CPU", 0),
+        total.get("GPU", 0),
+        len(alive),
+        min(cpus, default=math.inf),
+        accelerator_of(total),
+        tuple(node["Resources"].get("GPU", 0.0) for node in alive),
     )
 
 
@@ -331,13 +341,13 @@ def _fitting_a_node(cpus: float) -> float:
 
 
 def _num_workers(resources: Resources, config: ClusterConfig, gpus: float, one_thread: bool) -> int:
-    max_on_gpus = int(resources.num_gpus / gpus) if gpus else None
+    max_on_gpus = resources.workers_on_gpus(gpus) if gpus else None
     on_cpus = max(resources.num_nodes, int(resources.num_cpus / 2)) if one_thread else resources.num_nodes
     workers = max_on_gpus or on_cpus if config.num_workers == "auto" else int(config.num_workers)
     if max_on_gpus is not None and workers > max_on_gpus:
         raise ClusterError(
             f"{counted(workers, 'worker')} with {counted(gpus, 'GPU')} each do not fit; the cluster has "
-            f"{counted(resources.num_gpus, 'GPU')}"
+            f"{counted(resources.num_gpus, 'GPU')}{_on_nodes(resources)}"
         )
     return workers
 
@@ -348,4 +358,15 @@ def _gpus_per_worker(resources: Resources, config: ClusterConfig) -> float:
         raise ClusterError(
             f"--gpus-per-worker {gpus:g}: the cluster has {counted(resources.num_gpus, 'GPU')}; 0 captions on CPUs"
         )
+    if gpus and not resources.workers_on_gpus(gpus):
+        raise ClusterError(
+            f"--gpus-per-worker {gpus:g}: no node has as many GPUs; the cluster has"
+            f" {counted(resources.num_gpus, 'GPU')}{_on_nodes(resources)}"
+        )
     return gpus
+
+
+def _on_nodes(resources: Resources) -> str:
+    """Return the GPUs of each node, where several nodes have any: ", 2 and 1 on 2 nodes"."""
+    numbers = [f"{number:g}" for number in resources.node_gpus if number]
+    return f", {' and '.join(numbers)} on {len(numbers)} nodes" if len(numbers) > 1 else ""

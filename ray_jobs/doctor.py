@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from captioner.config import CaptionConfig, ModelConfig
+from captioner.config import CaptionConfig, ClusterConfig, ModelConfig
 from captioner.console.phases import phase
 from captioner.console.stopping import notify
 from captioner.console.text import counted, printable
@@ -21,6 +21,7 @@ from captioner.errors import ERROR, OK, CaptionerError
 from captioner.files import absolute, is_uri
 from captioner.models.devices import pick_device
 from captioner.models.endpoint.api_key import ApiKey
+from captioner.models.placement import check_spread
 from ray_jobs.cluster import Resources, Sizes, connect, sizes_of
 from ray_jobs.gpus import worker_device
 from ray_jobs.nodes import alive_nodes, node_facts, only_on
@@ -78,7 +79,7 @@ def findings(config: CaptionConfig, out: str | None) -> Iterator[Finding]:
         yield from _servers(config.model)
     elif config.model.name:
         gpus = float(resources.num_gpus > 0) if isinstance(sizes, CaptionerError) else sizes.gpus_per_worker
-        yield _on_a_worker("model", _caption_one, config.model, num_gpus=gpus)
+        yield _on_a_worker("model", _caption_one, config.model, config.cluster, num_gpus=gpus)
     if out:
         yield from _writable(absolute(out), resources.num_nodes)
 
@@ -151,10 +152,11 @@ def _sizes(sizes: Sizes | CaptionerError) -> Finding:
         return Finding("sizes", False, str(sizes))
     workers = counted(sizes.num_workers, "caption worker")
     grows = f" (up to {sizes.max_workers})" if sizes.max_workers else ""
+    gpus = counted(sizes.gpus_per_worker, "GPU") + (" that share the weights" if sizes.gpus_per_worker > 1 else "")
     return Finding(
         "sizes",
         True,
-        f"{workers}{grows} with {counted(sizes.gpus_per_worker, 'GPU')} and {counted(sizes.cpus_per_worker, 'CPU')} "
+        f"{workers}{grows} with {gpus} and {counted(sizes.cpus_per_worker, 'CPU')} "
         f"each, {counted(sizes.decode_cpus, 'decode worker')}",
     )
 
@@ -169,7 +171,7 @@ def _see_gpu(name: str) -> str:
     return f"{card}, torch {torch.__version__}"
 
 
-def _caption_one(model: ModelConfig) -> str:
+def _caption_one(model: ModelConfig, cluster: ClusterConfig) -> str:
     """Load the model and caption one grey image; return the times."""
     import numpy as np
 
@@ -177,9 +179,10 @@ def _caption_one(model: ModelConfig) -> str:
 
     started = time.perf_counter()
     ref = resolve(model)
+    check_spread(ref, cluster)
     device = pick_device(worker_device(model.device))
     ref = resolve_dtype(ref, model.dtype, device.type)
-    captioner = load(ref, str(device), model.batch_size)
+    captioner = load(ref, str(device), model.batch_size, num_gpus=cluster.gpus_for_weights)
     loaded = time.perf_counter()
     shape = (512, 512) if ref.spec.variable_size else (ref.spec.height, ref.spec.width)
     captioner.caption(np.full((1, *shape, 3), 128, np.uint8))

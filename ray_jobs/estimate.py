@@ -22,6 +22,7 @@ from captioner.data import Source, Usage
 from captioner.errors import OK, SourceError, UsageError
 from captioner.files import shown
 from captioner.models import is_small, resolve, resolve_dtype
+from captioner.models.placement import check_spread
 from captioner.run.asked import check_names
 from captioner.sources import describe, open_source
 from captioner.store.parallel_listing import list_units
@@ -68,6 +69,7 @@ def run(config: CaptionConfig, sample: int, seed: int, price_per_gpu_hour: float
     resources = connect(config.cluster)
     model, device = resolve(config.model, notify=notify), config.model.compute_on
     check_names(model, config.source)
+    check_spread(model, config.cluster)
     sizes = sizes_of(config, resources, is_small(model))
     model = model.shared_by(sizes.num_workers)
     check_gpu_nodes(device, sizes)
@@ -160,8 +162,9 @@ def lines(
     gpus = sizes.num_workers * sizes.gpus_per_worker
     if gpus:
         hours = [gpus * duration / 3600 for duration in seconds]
+        each = f", {sizes.gpus_per_worker:g} for each worker" if sizes.gpus_per_worker > 1 else ""
         shown.append(
-            f"GPU time        {hours[0]:,.2f} GPU h ({hours[1]:,.2f} to {hours[2]:,.2f}) on {counted(gpus, 'GPU')}"
+            f"GPU time        {hours[0]:,.2f} GPU h ({hours[1]:,.2f} to {hours[2]:,.2f}) on {counted(gpus, 'GPU')}{each}"
         )
         if price_per_gpu_hour is not None:
             cost, lowest, highest = (price_per_gpu_hour * gpu_hours for gpu_hours in hours)

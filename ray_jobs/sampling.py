@@ -107,6 +107,7 @@ def sample_work(source: Source, pieces: list[pa.Table], model: ModelRef, config:
         max_file_size=config.source.max_file_size,
         dedupe=False,  # a piece may be captioned several times
         device=config.model.compute_on,
+        num_gpus=config.cluster.gpus_for_weights,
         pieces=tuple(pieces),
     )
 

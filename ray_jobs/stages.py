@@ -75,7 +75,8 @@ class CaptionStage:
 
         self.work = work
         notify = None if messages is None else partial(_put, messages, uuid.uuid4().hex)
-        self.captioner = load(work.model, worker_device(work.device), batch_size, num_threads, notify, api_key)
+        device = worker_device(work.device)
+        self.captioner = load(work.model, device, batch_size, num_threads, notify, api_key, work.num_gpus)
         self.memory = work.new_memory()
         self.metrics = DeviceMetrics()
 

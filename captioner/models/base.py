@@ -60,13 +60,17 @@ class TransformersCaptioner:
     attention: ClassVar[str | None] = None  # attention implementation; None: the default of transformers
     engine: str = "generic"  # "fast" where the family has a search of its own instead of transformers' `generate`
 
-    def __init__(self, ref: ModelRef, device: torch.device, batch_size: int) -> None:
+    def __init__(
+        self, ref: ModelRef, device: torch.device, batch_size: int, max_memory: dict[int | str, int] | None = None
+    ) -> None:
+        """Load the model. `max_memory`: of each device that shares its weights (see `open_model`); None: one device."""
         self.ref, self.device, self.batch_size = ref, device, batch_size
+        self._num_devices = len(max_memory or [device])
         self.dtype: torch.dtype = getattr(torch, ref.dtype)
         self.uploads = Uploads(device)
         self.sampling = Sampling.of(ref)
         self._search_lock = threading.Lock()  # calls from two threads are searched one after the other
-        self.model = open_model(ref.path, self.dtype, device, self.attention, ref.adapter, ref.quantize)
+        self.model = open_model(ref.path, self.dtype, device, self.attention, ref.adapter, ref.quantize, max_memory)
         self._counted = Usage()  # since the last call of `caption` that returned
         self.tokenizer = open_tokenizer(ref.path)
         self.prefix = self.start_ids()
@@ -216,11 +220,12 @@ class TransformersCaptioner:
 
     @property
     def device_name(self) -> str:
-        """Return "cpu", "mps", or a GPU's name and memory."""
+        """Return "cpu", "mps", or a GPU's name and memory, with the number of GPUs where there are several."""
         if self.device.type not in ("cuda", "xpu"):
             return self.device.type
         properties = torch.get_device_module(self.device).get_device_properties(self.device)
-        return f"{properties.name}, {properties.total_memory >> 30} GiB"
+        several = f"{self._num_devices} x " if self._num_devices > 1 else ""
+        return f"{several}{properties.name}, {properties.total_memory >> 30} GiB"
 
     def free_memory(self) -> None:
         """Release the device memory that torch caches."""

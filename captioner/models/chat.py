@@ -58,8 +58,10 @@ class AskedImages:
 class ChatCaptioner(TransformersCaptioner):
     """The caption is the answer without question, image tokens and template."""
 
-    def __init__(self, ref: ModelRef, device: torch.device, batch_size: int) -> None:
-        super().__init__(ref, device, batch_size)
+    def __init__(
+        self, ref: ModelRef, device: torch.device, batch_size: int, max_memory: dict[int | str, int] | None = None
+    ) -> None:
+        super().__init__(ref, device, batch_size, max_memory)
         self.text_of = lru_cache(MAX_TEXTS)(self.text_before_answer)
         self.prompts = same_prompts(ref)
         texts = [self.text_of(prompt) for prompt in self.prompts]

@@ -15,6 +15,7 @@ from captioner.errors import ModelError
 if TYPE_CHECKING:
     import torch
 
+GPUS = ("cuda", "xpu")  # kinds of devices of which a machine may have several
 # The name of the build of torch that each kind of device needs.
 BUILDS = {"cuda": "CUDA", "xpu": "XPU", "mps": "MPS"}
 
@@ -43,6 +44,24 @@ def pick_device(name: str = "auto", has_gpu: bool | None = None, node: str = "")
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise _unusable(name, f"torch {torch.__version__}: {reason}", node) from None
     return device
+
+
+def pick_devices(device: torch.device, num_gpus: int) -> list[torch.device]:
+    """Return the devices that share a model's weights: `num_gpus` GPUs from `device` on, or a CPU alone.
+
+    Raises ModelError where this process does not see as many.
+    """
+    if num_gpus == 1 or device.type not in GPUS:
+        return [device]
+    import torch
+
+    first, visible = device.index or 0, torch.get_device_module(device).device_count()
+    if first + num_gpus > visible:
+        raise ModelError(
+            f"--gpus-per-worker {num_gpus}: a worker on node {platform.node()} sees {visible} GPUs; give that"
+            " number or a lower one"
+        )
+    return [torch.device(device.type, first + number) for number in range(num_gpus)]
 
 
 def set_wait_policy() -> None:

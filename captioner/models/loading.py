@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Literal
 
 from captioner.console.phases import phase
 from captioner.data import Captioner
-from captioner.models.devices import auto_dtype, pick_device, set_wait_policy
+from captioner.models.devices import GPUS, auto_dtype, pick_device, pick_devices, set_wait_policy
 from captioner.models.endpoint.api_key import ApiKey
 from captioner.models.fake import FakeCaptioner
-from captioner.models.placement import check_fits, weights_in_memory
+from captioner.models.placement import USABLE, check_fits, weights_in_memory
 from captioner.models.quantized import stored_bytes
 from captioner.models.ref import ModelRef
 from captioner.models.resolving import ensure_local
@@ -44,14 +44,15 @@ def load(
     num_threads: int | None = None,
     notify: Callable[[str], None] | None = None,
     api_key: ApiKey | None = None,
+    num_gpus: int = 1,
 ) -> Captioner:
     """Return the captioner of `ref` with its weights on `device` (see `captioner.models.devices.pick_device`).
 
     `batch_size`: images in a forward pass; "auto" measures on a GPU which is fastest. `num_threads`: CPU threads of
     torch, None for its default; a small model gets one. `notify`: called with a line about each step that takes long.
-    `api_key`: of the model servers; None for that of the environment. A model that is not on this machine is downloaded
-    again. Raises ModelError where the model or the device cannot be used, or where the weights differ from those of
-    `ref`.
+    `api_key`: of the model servers; None for that of the environment. `num_gpus`: that share the weights. A model that
+    is not on this machine is downloaded again. Raises ModelError where the model or the device cannot be used, or where
+    the weights differ from those of `ref`.
     """
     notify, started = notify or (lambda line: None), time.perf_counter()
     if ref.family == "fake":
@@ -65,16 +66,20 @@ def load(
     with ThreadPoolExecutor(2) as threads:
         local_ref = threads.submit(ensure_local, ref)  # hashes the weights
         with phase("importing torch and transformers", notify):
-            torch_device = pick_device(device)
+            devices = pick_devices(pick_device(device), num_gpus)
+            torch_device = devices[0]
             import torch
 
             threads.submit(lambda: torch.empty(1, device=torch_device))  # a GPU takes a second to start
             family = import_family(ref.family)
         with phase(f"reading the files of model {ref.name}", notify):
             ref = local_ref.result()
-    if torch_device.type == "cuda":
-        name = torch.cuda.get_device_name(torch_device)
-        check_fits(ref, torch.cuda.mem_get_info(torch_device)[0], name, 1 if batch_size == "auto" else batch_size)
+    size = 1 if batch_size == "auto" else batch_size
+    free: dict[int | str, int] = {}  # bytes, by the index of a GPU
+    if torch_device.type in GPUS:
+        backend = torch.get_device_module(torch_device)
+        free = {each.index or 0: backend.mem_get_info(each)[0] for each in devices}
+        check_fits(ref, list(free.values()), backend.get_device_name(torch_device), size)
     imported = time.perf_counter()
     notify(f"torch and transformers imported in {imported - started:.1f} s")
     from captioner.models.batch_size import CPU_SIZE, SMALL_CPU_SIZE, choose_batch_size
@@ -85,11 +90,16 @@ def load(
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     with phase("loading weights", notify):
-        captioner = family(ref, torch_device, 1 if batch_size == "auto" else batch_size)
+        if len(devices) > 1:
+            usable = {index: int(USABLE * num_bytes) for index, num_bytes in free.items()}
+            captioner = family(ref, torch_device, size, usable)
+        else:
+            captioner = family(ref, torch_device, size)
+        quantized_bytes = stored_bytes(captioner.model) if ref.quantize else 0
         pack_linears(captioner.model)  # here, because packed layers cannot be trained
     notify(f"weights on {captioner.device_name} in {time.perf_counter() - imported:.1f} s")
     if ref.quantize:
-        notify(_quantized_size(captioner, ref))
+        notify(_quantized_size(quantized_bytes, ref))
     if batch_size == "auto":
         choose_batch_size(captioner, SMALL_CPU_SIZE if is_small(ref) else CPU_SIZE, notify=notify)
     return captioner
@@ -112,10 +122,10 @@ def weights_bytes(ref: ModelRef) -> int:
     return sum(file.stat().st_size for file in Path(ref.path).glob("*.safetensors")) if ref.path else 0
 
 
-def _quantized_size(captioner: TransformersCaptioner, ref: ModelRef) -> str:
-    sizes = stored_bytes(captioner.model), weights_in_memory(replace(ref, quantize=None))
-    small, whole = (f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e3:.0f} kB" for size in sizes)
-    return f"--quantize {ref.quantize}: weights take {small}, instead of {whole} in {ref.dtype}"
+def _quantized_size(size: int, ref: ModelRef) -> str:
+    sizes = size, weights_in_memory(replace(ref, quantize=None))
+    now, before = (f"{each / 1e9:.2f} GB" if each >= 1e7 else f"{each / 1e3:.0f} kB" for each in sizes)
+    return f"--quantize {ref.quantize}: weights take {now}, instead of {before} in {ref.dtype}"
 
 
 def import_family(family: str) -> type[TransformersCaptioner]:

@@ -1,38 +1,67 @@
-"""Whether a model fits the memory of its device, and what would fit. Imports neither torch nor transformers."""
+"""Whether a model fits the memory of its device or devices, and what would fit.
+
+Imports neither torch nor transformers.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from captioner.errors import ModelError
+from captioner.config import ClusterConfig
+from captioner.errors import ModelError, UsageError
 from captioner.models import weights
 from captioner.models.families import family_of
 from captioner.models.quantized import BYTES_OF_WEIGHT
 from captioner.models.ref import ModelRef
 
 BYTES_OF = {"float32": 4, "bfloat16": 2, "float16": 2}  # of a value, by dtype
+USABLE = 0.9  # of a GPU's free memory, for weights; the rest is for what a batch needs
 TOKENS = 1_000  # of an image, its question and its caption, in estimates of the cache
 
 
-def check_fits(ref: ModelRef, num_free: int, device_name: str, batch_size: int = 1) -> None:
-    """Raise ModelError where weights and cache of a model take more than the free bytes of a device's memory.
+def check_spread(ref: ModelRef, cluster: ClusterConfig) -> None:
+    """Raise UsageError where --gpus-per-worker is 2 or more, and the model is none that is spread over GPUs."""
+    num_gpus = cluster.gpus_for_weights
+    if num_gpus == 1:
+        return
+    if ref.endpoint:
+        why, instead = "an --endpoint holds the model", "leave it out"
+    elif ref.adapter is not None:
+        why = f"{ref.name} is a LoRA adapter, which is merged on one GPU"
+        instead = "merge it with peft (merge_and_unload, save_pretrained) and give that directory, or give 1"
+    elif not _can_be_spread(ref):
+        why, instead = f"{ref.name} is a {ref.family} model, which fits one GPU", "give 1: more workers caption faster"
+    else:
+        return
+    raise UsageError(f"--gpus-per-worker {num_gpus}: {why}; {instead}")
 
-    `batch_size`: of which the message gives the cache; one image must fit.
+
+def _can_be_spread(ref: ModelRef) -> bool:
+    """Return whether a model is of a family with large models, whose layers transformers can place."""
+    return ref.family == "blip-2" or family_of(ref.family).prompt in ("question", "prefix")
+
+
+def check_fits(ref: ModelRef, free: Sequence[int], device_name: str, batch_size: int = 1) -> None:
+    """Raise ModelError where weights and cache of a model take more than the free memory of its GPUs.
+
+    `free`: bytes of each GPU. `batch_size`: of which the message gives the cache; one image must fit.
     """
-    needed, cache = weights_in_memory(ref), cache_bytes(ref)
+    needed, cache, num_free = weights_in_memory(ref), cache_bytes(ref), sum(free)
     if needed + cache <= num_free:
         return
+    gpus = f"{device_name} has" if len(free) == 1 else f"{len(free)} x {device_name} have together"
     bits = f" with --quantize {ref.quantize}" if ref.quantize else f" in {ref.dtype}"
     raise ModelError(
         f"model {ref.name}: its weights take {_gigabytes(needed)}{bits}, its cache for --batch-size {batch_size} about"
-        f" {_gigabytes(cache * batch_size)} ({TOKENS:,} tokens an image), and {device_name} has"
-        f" {_gigabytes(num_free)} free; give {_ways_out(ref, num_free)}"
+        f" {_gigabytes(cache * batch_size)} ({TOKENS:,} tokens an image), and {gpus}"
+        f" {_gigabytes(num_free)} free; give {_ways_out(ref, num_free, len(free))}"
     )
 
 
-def _ways_out(ref: ModelRef, num_free: int) -> str:
+def _ways_out(ref: ModelRef, num_free: int, num_gpus: int) -> str:
     """Return what would make a model fit, with the size of its weights, or a smaller model or larger GPU."""
     lighter = {"--dtype bfloat16": replace(ref, dtype="bfloat16")} if ref.dtype == "float32" else {}
     if family_of(ref.family).search != "fast" and ref.adapter is None:
@@ -42,6 +71,9 @@ def _ways_out(ref: ModelRef, num_free: int) -> str:
         for flag, other in lighter.items()
         if weights_in_memory(other) + cache_bytes(other) <= num_free
     ]
+    if _can_be_spread(ref) and ref.adapter is None:
+        needed = weights_in_memory(ref) + cache_bytes(ref)
+        ways.append(f"--gpus-per-worker {max(num_gpus + 1, math.ceil(needed * num_gpus / (USABLE * num_free)))}")
     return ", ".join([*ways, "a smaller model (captioner models lists their memory), or a GPU with more memory"])
 
 

@@ -53,10 +53,13 @@ def open_model(
     attention: str | None = None,
     adapter: str | None = None,
     quantize: str | None = None,
+    max_memory: dict[int | str, int] | None = None,
 ) -> Any:
     """Return the network in evaluation mode; on device "meta" without reading the weights.
 
     `adapter`: the directory of a LoRA adapter to merge into it. `quantize`: see `captioner.models.quantized`.
+    `max_memory`: bytes of each GPU, by its index, that the weights are spread over: accelerate's hooks then move inputs
+    from layer to layer, and outputs back to the device of the inputs.
     Raises ModelError naming tensors that are missing, unexpected or of a wrong shape.
     """
     options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
@@ -64,6 +67,8 @@ def open_model(
         options["device_map"] = "meta"
     if quantize is not None:
         options |= loading_options(quantize, dtype, device)
+    if max_memory is not None:
+        options |= {"device_map": "balanced", "max_memory": max_memory}
     try:
         with quiet():
             model, info = AutoModelForImageTextToText.from_pretrained(
@@ -81,7 +86,21 @@ def open_model(
     check_loading_info(path, info)
     if adapter is not None:
         model = merge(model, adapter)
-    return (compute_as_loaded(model) if quantize else model.to(device)).eval()
+    if max_memory is not None:
+        check_placed(path, model, max_memory)
+    is_placed = quantize is not None or max_memory is not None
+    return (compute_as_loaded(model) if is_placed else model.to(device)).eval()
+
+
+def check_placed(path: str, model: Any, max_memory: dict[int | str, int]) -> None:
+    """Raise ModelError where some layers of a model are on none of the GPUs that its weights are spread over."""
+    elsewhere = [name for name, device in model.hf_device_map.items() if device in ("cpu", "disk")]
+    if elsewhere and "cpu" not in max_memory:
+        memory = sum(max_memory.values()) / 1e9
+        raise ModelError(
+            f"{path}: {len(elsewhere)} layers ({_shorten(elsewhere)}) do not fit {len(max_memory)} GPUs, whose"
+            f" {memory:.1f} GB are for weights; give a larger --gpus-per-worker, or --quantize int8"
+        )
 
 
 def check_loading_info(path: str, info: dict[str, Any]) -> None:

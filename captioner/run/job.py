@@ -24,6 +24,7 @@ from captioner.data import Chunk, Receipt, Source
 from captioner.errors import DamagedFileError, OutputError, SourceError, UsageError
 from captioner.files import is_uri, local_path, shown
 from captioner.models import ModelRef, resolve, weights_bytes
+from captioner.models.placement import check_spread
 from captioner.run.asked import check_names, check_values
 from captioner.run.changed import COMPARE_UP_TO, find_changed, refreshed
 from captioner.run.fingerprint import bind, facts_of, rebind
@@ -181,6 +182,7 @@ def open_job(config: CaptionConfig, engine: Engine, notify: Notify, read_reviews
     started = time.perf_counter()
     model = resolve(config.model, None, notify=notify)
     check_names(model, config.source)
+    check_spread(model, config.cluster)
     rows_per_chunk = partial(_rows_per_chunk, model, engine)
     planned = _plan(config, notify, rows_per_chunk, engine.start)
     check_values(model, planned.table)
@@ -196,6 +198,7 @@ def open_job(config: CaptionConfig, engine: Engine, notify: Notify, read_reviews
         max_file_size=config.source.max_file_size,
         dedupe=not config.output.no_dedupe,
         device=config.model.compute_on,
+        num_gpus=config.cluster.gpus_for_weights,
     )
     notify(model.summary)
     job = Job(planned.config, work, rows_per_chunk, notify, started, planned.notes, read_reviews)

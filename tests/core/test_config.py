@@ -67,6 +67,10 @@ def test_a_file_may_be_empty_or_commented_out(tmp_path: Path, yaml: str) -> None
         ("cluster:\n  num_workers: true\n", "cluster.num_workers is 'true', but should be a number, auto, or MIN:MAX"),
         ("source:\n  limit: no\n", "source.limit is 'false', but should be a valid integer"),
         ("output:\n  max_failed: 1.5\n", "output.max_failed is 1.5, but should be less than or equal to 1"),
+        (
+            "cluster:\n  gpus_per_worker: 1.5\n",
+            "cluster.gpus_per_worker is 1.5, but should be a whole number",
+        ),
         ("cluster:\n  gpus_per_worker: .inf\n", "cluster.gpus_per_worker is inf, but should be a finite number"),
         ("source:\n  include: '*.jpg'\n", "source.include is '*.jpg', but should be a valid list"),
         ("- a\n", "must hold keys at the top level, not a list"),

@@ -112,12 +112,12 @@ def test_auto_dtype_is_bfloat16_with_cuda_alone_and_a_dtype_that_was_given_stays
 
 def test_a_model_that_does_not_fit_says_how_much_is_missing_and_what_would() -> None:
     starter = resolve(ModelConfig(name="starter"))  # 1.3 million parameters
-    check_fits(replace(starter, dtype="float32"), 9_000_000, "a GPU")
+    check_fits(replace(starter, dtype="float32"), [9_000_000], "a GPU")
 
     with pytest.raises(ModelError, match=r"a GPU has 0.0 GB free; give --dtype bfloat16 \(0.0 GB\), a smaller model"):
-        check_fits(replace(starter, dtype="float32"), 5_000_000, "a GPU")
+        check_fits(replace(starter, dtype="float32"), [5_000_000], "a GPU")
     with pytest.raises(ModelError, match=r"give a smaller model .* or a GPU with more memory"):
-        check_fits(replace(starter, dtype="bfloat16"), 2_000_000, "a GPU")
+        check_fits(replace(starter, dtype="bfloat16"), [2_000_000], "a GPU")
 
 
 def test_a_training_run_may_go_on_on_another_device() -> None:

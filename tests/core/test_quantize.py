@@ -133,12 +133,12 @@ def test_what_would_make_a_model_fit_is_named_with_its_size(tiny) -> None:
     ref = replace(resolved(tiny("qwen2_5_vl")), name="big")
     whole, int8, int4 = (needs(replace(ref, quantize=kind)) for kind in (None, *KINDS))
     assert int4 < int8 < whole
-    check_fits(ref, whole, "a GPU")
+    check_fits(ref, [whole], "a GPU")
 
     with pytest.raises(ModelError, match="in float32, its cache for --batch-size 16") as error:
-        check_fits(ref, whole - 1, "a GPU", batch_size=16)
+        check_fits(ref, [whole - 1], "a GPU", batch_size=16)
     assert "--dtype bfloat16 (" in str(error.value)
     assert "--quantize int8 (" in str(error.value)
-    with pytest.raises(ModelError, match=r"give .*--quantize int4 \(0.0 GB\), a smaller model"):
-        check_fits(replace(ref, quantize="int8"), int4, "a GPU")
-    check_fits(replace(ref, quantize="int4"), int4, "a GPU")
+    with pytest.raises(ModelError, match=r"give .*--quantize int4 \(0.0 GB\), --gpus-per-worker 2, a smaller model"):
+        check_fits(replace(ref, quantize="int8"), [int4], "a GPU")
+    check_fits(replace(ref, quantize="int4"), [int4], "a GPU")

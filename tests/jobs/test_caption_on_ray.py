@@ -242,6 +242,8 @@ def test_a_chunk_of_images_that_hang_is_no_stall() -> None:
         (Resources(2, 0, 1), {}, (1, 1.0, 0.0, 1)),
         (Resources(8, 0, 1), {}, (1, 6.0, 0.0, 2)),
         (Resources(16, 4, 1), {}, (4, 1.0, 1.0, 12)),
+        (Resources(16, 4, 1), {"gpus_per_worker": 2}, (2, 1.0, 2.0, 14)),
+        (Resources(16, 5, 3, node_gpus=(3, 2, 0)), {"gpus_per_worker": 2}, (2, 1.0, 2.0, 14)),
         (Resources(16, 1, 1), {"gpus_per_worker": 0.5}, (2, 1.0, 0.5, 14)),
         (Resources(16, 1, 1), {"gpus_per_worker": 0}, (1, 12.0, 0.0, 4)),
     ],
@@ -290,6 +292,16 @@ def test_a_large_model_without_a_gpu_has_a_thread_on_each_cpu_of_its_share(
     [
         (Resources(2, 0, 1), {"gpus_per_worker": 1}, "0 GPUs"),
         (Resources(4, 2, 1), {"num_workers": 3}, "2 GPUs"),
+        (
+            Resources(8, 3, 3, node_gpus=(1, 2, 0)),
+            {"num_workers": 2, "gpus_per_worker": 2},
+            "3 GPUs, 1 and 2 on",
+        ),
+        (
+            Resources(8, 2, 2, node_gpus=(1, 1)),
+            {"gpus_per_worker": 2},
+            r"no node .*2 GPUs, 1 and 1 on 2 nodes",
+        ),
         (Resources(2, 0, 1), {"decode_cpus": 2}, "--decode-cpus"),
         (Resources(2, 0, 1), {"num_workers": 50}, "--num-workers"),
     ],

@@ -57,8 +57,8 @@ def noting_stage(notes: Path, num_workers: int) -> type[CaptionStage]:
 
             super().__init__(*arguments, **named)
             worker = ray.get_runtime_context()
-            share, (gpu,) = worker.get_assigned_resources()["GPU"], worker.get_accelerator_ids()["GPU"]
-            (notes / worker.get_actor_id()).write_text(f"{share:g} of {gpu}")
+            share, gpus = worker.get_assigned_resources()["GPU"], worker.get_accelerator_ids()["GPU"]
+            (notes / worker.get_actor_id()).write_text(f"{share:g} of {' and '.join(sorted(gpus))}")
 
         def __call__(self, block: pa.Table) -> pa.Table:
             import time
@@ -76,6 +76,7 @@ def noting_stage(notes: Path, num_workers: int) -> type[CaptionStage]:
         ({"num_workers": 1, "gpus_per_worker": 1}, [{"1 of 0"}, {"1 of 1"}]),
         ({"gpus_per_worker": 1}, [{"1 of 0", "1 of 1"}]),
         ({"num_workers": 2, "gpus_per_worker": 0.5}, [{"0.5 of 0"}, {"0.5 of 1"}]),
+        ({"num_workers": 1, "gpus_per_worker": 2}, [{"2 of 0 and 1"}]),
         ({"num_workers": "1:2", "gpus_per_worker": 1}, [{"1 of 0", "1 of 1"}]),
     ],
 )
