@@ -162,10 +162,10 @@ def lines(
     gpus = sizes.num_workers * sizes.gpus_per_worker
     if gpus:
         hours = [gpus * duration / 3600 for duration in seconds]
-        each = f", {sizes.gpus_per_worker:g} for each worker" if sizes.gpus_per_worker > 1 else ""
-        shown.append(
-            f"GPU time        {hours[0]:,.2f} GPU h ({hours[1]:,.2f} to {hours[2]:,.2f}) on {counted(gpus, 'GPU')}{each}"
-        )
+        cards = counted(gpus, "GPU")
+        if sizes.gpus_per_worker > 1:
+            cards += f", {sizes.gpus_per_worker:g} for each worker"
+        shown.append(f"GPU time        {hours[0]:,.2f} GPU h ({hours[1]:,.2f} to {hours[2]:,.2f}) on {cards}")
         if price_per_gpu_hour is not None:
             cost, lowest, highest = (price_per_gpu_hour * gpu_hours for gpu_hours in hours)
             shown.append(f"cost            {cost:,.2f} ({lowest:,.2f} to {highest:,.2f})")
