@@ -23,6 +23,7 @@ from captioner.models.drawing import DrawingProcessor, Sampling
 from captioner.models.logprobs import ScoreRecorder, mean_logprobs, token_counts
 from captioner.models.pretrained import decode_all, open_model, open_tokenizer, quiet
 from captioner.models.processors import ProcessedBatch, open_image_processor, processed_batches
+from captioner.models.quantized import stored_bytes
 from captioner.models.ref import ModelRef
 from captioner.models.seeds import random_numbers
 from captioner.models.uploads import Uploads
@@ -71,6 +72,7 @@ class TransformersCaptioner:
         self.sampling = Sampling.of(ref)
         self._search_lock = threading.Lock()  # calls from two threads are searched one after the other
         self.model = open_model(ref.path, self.dtype, device, self.attention, ref.adapter, ref.quantize, max_memory)
+        self.weights_bytes = stored_bytes(self.model)
         self._counted = Usage()  # since the last call of `caption` that returned
         self.tokenizer = open_tokenizer(ref.path)
         self.prefix = self.start_ids()

@@ -16,7 +16,6 @@ from captioner.models.devices import GPUS, auto_dtype, pick_device, pick_devices
 from captioner.models.endpoint.api_key import ApiKey
 from captioner.models.fake import FakeCaptioner
 from captioner.models.placement import USABLE, check_fits, weights_in_memory
-from captioner.models.quantized import stored_bytes
 from captioner.models.ref import ModelRef
 from captioner.models.resolving import ensure_local
 
@@ -95,11 +94,10 @@ def load(
             captioner = family(ref, torch_device, size, usable)
         else:
             captioner = family(ref, torch_device, size)
-        quantized_bytes = stored_bytes(captioner.model) if ref.quantize else 0
         pack_linears(captioner.model)  # here, because packed layers cannot be trained
     notify(f"weights on {captioner.device_name} in {time.perf_counter() - imported:.1f} s")
     if ref.quantize:
-        notify(_quantized_size(quantized_bytes, ref))
+        notify(_quantized_size(captioner.weights_bytes, ref))
     if batch_size == "auto":
         choose_batch_size(captioner, SMALL_CPU_SIZE if is_small(ref) else CPU_SIZE, notify=notify)
     return captioner

@@ -18,7 +18,7 @@ from captioner.errors import OK, FingerprintError, ModelError, UsageError
 from captioner.models import load, resolve
 from captioner.models.adapters import CONFIG_FILE, WEIGHTS_FILE
 from captioner.models.placement import cache_bytes, check_fits, weights_in_memory
-from captioner.models.quantized import PACKAGES, stored_bytes
+from captioner.models.quantized import PACKAGES
 from captioner.models.ref import ModelRef
 from captioner.store.table import open_table
 from captioner.testing import make_folder, make_tiny_model
@@ -52,7 +52,7 @@ def test_quantised_weights_take_fewer_bytes_and_caption_in_any_batch_alike(tiny,
     captioner = load(ref, "cpu", 8, notify=messages.append)
     texts = captioner.caption(images(ref)).texts
 
-    assert stored_bytes(captioner.model) < 0.6 * weights_in_memory(replace(ref, quantize=None))
+    assert captioner.weights_bytes < 0.6 * weights_in_memory(replace(ref, quantize=None))
     assert len(set(texts)) > 6
     assert load(ref, "cpu", 1).caption(images(ref)).texts == texts
     assert any(line.startswith(f"--quantize {kind}: weights take ") for line in messages)
