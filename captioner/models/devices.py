@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from captioner.console.text import counted
 from captioner.errors import ModelError
 
 if TYPE_CHECKING:
@@ -58,8 +59,8 @@ def pick_devices(device: torch.device, num_gpus: int) -> list[torch.device]:
     first, visible = device.index or 0, torch.get_device_module(device).device_count()
     if first + num_gpus > visible:
         raise ModelError(
-            f"--gpus-per-worker {num_gpus}: a worker on node {platform.node()} sees {visible} GPUs; give that"
-            " number or a lower one"
+            f"--gpus-per-worker {num_gpus}: a worker on node {platform.node()} sees {counted(visible, 'GPU')}; give"
+            " that number or a lower one"
         )
     return [torch.device(device.type, first + number) for number in range(num_gpus)]
 

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoTokenizer, TokenizersBackend
 from transformers.utils import logging as transformers_logging
 
+from captioner.console.text import counted
 from captioner.errors import ModelError
 from captioner.models.adapters import merge
 from captioner.models.quantized import compute_as_loaded, loading_options
@@ -98,8 +99,8 @@ def check_placed(path: str, model: Any, max_memory: dict[int | str, int]) -> Non
     if elsewhere and "cpu" not in max_memory:
         memory = sum(max_memory.values()) / 1e9
         raise ModelError(
-            f"{path}: {len(elsewhere)} layers ({_shorten(elsewhere)}) do not fit {len(max_memory)} GPUs, whose"
-            f" {memory:.1f} GB are for weights; give a larger --gpus-per-worker, or --quantize int8"
+            f"{path}: {counted(len(elsewhere), 'layer')} ({_shorten(elsewhere)}) of it fit none of"
+            f" {counted(len(max_memory), 'GPU')}, of which {memory:.1f} GB are for weights; give a larger --gpus-per-worker, or --quantize int8"
         )
 
 

@@ -87,7 +87,7 @@ def test_the_memory_of_all_gpus_counts_and_the_number_that_would_do_is_named(tin
 def test_layers_that_fit_no_gpu_are_an_error_and_are_not_moved_to_the_cpu() -> None:
     model = SimpleNamespace(hf_device_map={"vision": 0, "text": 1, "head": "disk"})
 
-    with pytest.raises(ModelError, match=r"m: 1 layers \(head\) do not fit 2 GPUs, whose 3.0 GB"):
+    with pytest.raises(ModelError, match=r"m: 1 layer \(head\) of it fit none of 2 GPUs, of which 3.0 GB"):
         check_placed("m", model, {0: 10**9, 1: 2 * 10**9})
     check_placed("m", SimpleNamespace(hf_device_map={"vision": 0, "text": 1}), {0: 1, 1: 1})
 
