@@ -369,4 +369,4 @@ def _gpus_per_worker(resources: Resources, config: ClusterConfig) -> float:
 def _on_nodes(resources: Resources) -> str:
     """Return the GPUs of each node, where several nodes have any: ", 2 and 1 on 2 nodes"."""
     numbers = [f"{number:g}" for number in resources.node_gpus if number]
-    return f", {' and '.join(numbers)} on {len(numbers)} nodes" if len(numbers) > 1 else ""
+    return f", {' and '.join(numbers)} on {counted(len(numbers), 'node')}" if len(numbers) > 1 else ""

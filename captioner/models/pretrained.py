@@ -100,7 +100,8 @@ def check_placed(path: str, model: Any, max_memory: dict[int | str, int]) -> Non
         memory = sum(max_memory.values()) / 1e9
         raise ModelError(
             f"{path}: {counted(len(elsewhere), 'layer')} ({_shorten(elsewhere)}) of it fit none of"
-            f" {counted(len(max_memory), 'GPU')}, of which {memory:.1f} GB are for weights; give a larger --gpus-per-worker, or --quantize int8"
+            f" {counted(len(max_memory), 'GPU')}, of which {memory:.1f} GB are for weights; give a larger"
+            " --gpus-per-worker, or --quantize int8"
         )
 
 
