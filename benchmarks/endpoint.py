@@ -4,8 +4,9 @@
 
 The server answers every request after --delay seconds, so that it can answer at most concurrency / delay images/s.
 Measured from its first request to its last answer, over the whole run: start and end count. --ray: on a local Ray in
-place of --local. --peer: Ray's HttpRequestProcessor instead, on the same server. It awaits the requests of a batch one
-after the other (Ray 2.60), so that it gets --concurrency actors, which are all started before the first request.
+place of --local. --peer: then Ray's HttpRequestProcessor on the same images and server, in the same run. It awaits the
+requests of a batch one after the other (Ray 2.60), so that it gets --concurrency actors, which are all started before
+the first request. Prints a line for each side.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from captioner.starter.scenes import make_scenes
 from captioner.testing.model_server import ModelServer
 
+Side = Callable[[Path, ModelServer, argparse.Namespace], None]
 PEER_BATCH = 4  # images; each actor has many batches, so that none waits for the last one of another
 
 
@@ -35,30 +38,34 @@ def main() -> None:
     parser.add_argument("--ray", action="store_true")
     parser.add_argument("--peer", action="store_true")
     options = parser.parse_args()
-    times: list[float] = []
-    with tempfile.TemporaryDirectory() as folder, ModelServer(delay=options.delay) as server:
+    sides = {"captioner on Ray" if options.ray else "captioner --local": with_captioner}
+    sides |= {"ray.data.llm": with_peer} if options.peer else {}
+    with tempfile.TemporaryDirectory() as folder:
         archive = make_photos(Path(folder) / "images", options.images)
+        for who, caption in sides.items():
+            print(json.dumps({"who": who, **measure(caption, archive, options)}), flush=True)
+
+
+def measure(caption: Side, archive: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Return the figures of one side."""
+    times: list[float] = []
+    with ModelServer(delay=options.delay) as server:
         server.rule = lambda asked: times.append(time.perf_counter())  # type: ignore[func-returns-value]
         started = time.perf_counter()
-        with_peer(archive, server, options) if options.peer else with_captioner(archive, server, options)
+        caption(archive, server, options)
         run = time.perf_counter() - started
     allowed = options.concurrency / options.delay
     rate = len(times) / (times[-1] + options.delay - times[0])
-    print(
-        json.dumps(
-            {
-                "who": "ray.data.llm" if options.peer else "captioner on Ray" if options.ray else "captioner --local",
-                "images": len(times),
-                "images_per_second": round(rate, 2),
-                "allowed": allowed,
-                "share": round(rate / allowed, 3),
-                "most_at_once": server.most_at_once,
-                "run_seconds": round(run, 1),
-                "cpus": os.cpu_count(),
-                "load": round(os.getloadavg()[0], 1),
-            }
-        )
-    )
+    return {
+        "images": len(times),
+        "images_per_second": round(rate, 2),
+        "allowed": allowed,
+        "share": round(rate / allowed, 3),
+        "most_at_once": server.most_at_once,
+        "run_seconds": round(run, 1),
+        "cpus": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 1),
+    }
 
 
 def make_photos(directory: Path, count: int) -> Path:

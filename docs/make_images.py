@@ -2,6 +2,7 @@
 
 python docs/make_images.py OUT ARCHIVE   contact-sheet.png, from a captioned table
 python docs/make_images.py review        review-*.png: reviews rendered posters; needs playwright and a Chromium
+python docs/make_images.py spot-check    spot-check.png, in the same way
 python docs/make_images.py alt-text      those and recaptioned.png: the whole way of docs/alt-text.md, in some minutes
 """
 
@@ -67,9 +68,9 @@ def captioner(*words: object) -> None:
 
 
 @contextmanager
-def review_page(out: Path) -> Iterator[str]:
-    """The address of `captioner review` while it runs."""
-    command = [sys.executable, "-m", "ray_jobs.cli", "review", str(out), "--reviewer", "Ada"]
+def page_of(command_name: str, out: Path) -> Iterator[str]:
+    """The address of `captioner review` or `captioner spot-check` while it runs."""
+    command = [sys.executable, "-m", "ray_jobs.cli", command_name, str(out), "--reviewer", "Ada"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         yield process.stdout.readline().split()[-1]
@@ -114,18 +115,43 @@ def review(browser: Any, address: str, decisions: str, known: dict[str, str]) ->
     save(page.screenshot(), "review-phone.png")
 
 
-def alt_text_images(everything: bool) -> None:
-    """In an empty working directory. `everything`: recaptioned.png as well."""
+def spot_check_image() -> None:
+    """In an empty working directory."""
+    archive, out = Path("posters"), Path("captions")
+    render_posters(archive, 40)
+    captioner("caption", archive, out, "--model", "starter", "--local")
+    with chromium() as browser, page_of("spot-check", out) as address:
+        page = browser.new_page(viewport={"width": 1100, "height": 720})
+        page.goto(address)
+        for key in "1213":
+            wait_for_card(page)
+            shown = page.locator("#card").get_attribute("data-image-id")
+            page.keyboard.press(key)
+            page.wait_for_selector(f"#card:not([data-image-id='{shown}'])")
+        wait_for_card(page)
+        save(page.screenshot(), "spot-check.png")
+
+
+@contextmanager
+def chromium() -> Iterator[Any]:
+    """A headless browser."""
     from playwright.sync_api import sync_playwright
 
     as_root = ["--no-sandbox"] if os.geteuid() == 0 else []  # Chromium's sandbox refuses root
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=as_root)
+        yield browser
+        browser.close()
+
+
+def alt_text_images(everything: bool) -> None:
+    """In an empty working directory. `everything`: recaptioned.png as well."""
     archive, out = Path("posters"), Path("captions")
     known = render_posters(archive, 160)
     captioner("caption", archive, out, "--model", "starter", "--local")
     captioner("alt-text", out, "--language", "en")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=as_root)
-        with review_page(out) as address:
+    with chromium() as browser:
+        with page_of("review", out) as address:
             review(browser, address, "a" + "e" * 72 + "rrrx", known)
         if not everything:
             return
@@ -138,16 +164,15 @@ def alt_text_images(everything: bool) -> None:
         page.goto((out / "report/index.html").absolute().as_uri())
         page.add_style_tag(content="#changes ~ table.even tbody tr:nth-child(n+6) { display: none }")
         save(page.locator("section[aria-labelledby=changes]").screenshot(), "recaptioned.png")
-        browser.close()
 
 
 def main(words: list[str]) -> None:
-    if words in (["alt-text"], ["review"]):
+    if words in (["alt-text"], ["review"], ["spot-check"]):
         museum = Path(tempfile.gettempdir()) / "museum"  # its name is seen in the images
         museum.mkdir()
         try:
             with contextlib.chdir(museum):
-                alt_text_images(words == ["alt-text"])
+                spot_check_image() if words == ["spot-check"] else alt_text_images(words == ["alt-text"])
         finally:
             shutil.rmtree(museum)
         return

@@ -3,6 +3,7 @@ paper."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from captioner import pipeline
-from captioner.config import CaptionConfig, CheckConfig
-from captioner.run import quality
+from captioner.config import CaptionConfig, CheckConfig, JudgeConfig, JudgeTableConfig
+from captioner.run import judging, object_judge, quality
 from captioner.store.table import open_table
 from captioner.testing import make_folder
+from captioner.testing.model_server import ModelServer, saying
+from captioner.testing.tiny_clip import make_tiny_clip
 
 pytestmark = pytest.mark.browser
 
@@ -36,6 +39,17 @@ def captioned(archive: Path, out: Path, words: int) -> str:
     return str(out)
 
 
+def judged(out: str, clip: Path) -> None:
+    """Judge the captions by a CLIP with random weights, and by a chat model that sees one thing of three."""
+    objects = [
+        {"name": name, "seen": seen} for name, seen in (("image", True), ("a very small dog", False), ("sea", False))
+    ]
+    judging.judge(out, JudgeTableConfig(judge=JudgeConfig(name=str(clip), device="cpu")), judging.JudgeHere())
+    with ModelServer(lambda asked: saying(json.dumps({"objects": objects}))) as server:
+        settings = JudgeConfig(name=server.model, endpoint=[server.url], sample=30)
+        object_judge.judge_objects(out, JudgeTableConfig(judge=settings))
+
+
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> str:
     root = tmp_path_factory.mktemp("report")
@@ -43,6 +57,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> str:
     (archive / ("a name without any place to break it " * 5).replace(" ", "_")).with_suffix(".png").write_bytes(b"")
     table = open_table(captioned(archive, root / "out", 6))
     quality.check(table, CheckConfig(), against=captioned(archive, root / "other", 3))
+    judged(str(root / "out"), make_tiny_clip(root / "clip"))
     return Path(quality.report(table)).absolute().as_uri()
 
 
@@ -54,7 +69,12 @@ def test_axe_finds_nothing_and_nothing_sticks_out(address: str, open_page, phone
     page = open_page(address, phone, dark)
 
     assert page.locator("svg").count() >= 5
-    assert page.get_by_role("heading", name="Compared with another run").count() == 1
+    for name in (
+        "Compared with another run",
+        "Against images, without references",
+        "Named, but not seen by a chat model",
+    ):
+        assert page.get_by_role("heading", name=name).count() == 1
     violations = Axe().run(page).response["violations"]
     assert [(violation["id"], node["target"]) for violation in violations for node in violation["nodes"]] == []
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")

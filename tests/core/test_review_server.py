@@ -374,6 +374,13 @@ def test_the_grid_filters_by_decision_flag_and_draft(make_reviewable) -> None:
         assert page["images"][7]["has_draft"]
 
 
+def test_the_grid_says_how_many_images_have_no_caption(make_reviewable) -> None:
+    with open_session(make_reviewable(captions=[None, None])) as session:
+        page = session.grid(GridRequest())
+
+    assert (page["num_images"], page["num_failed"]) == (28, 2)
+
+
 def test_the_grid_is_searched_in_names_texts_and_what_people_wrote(make_reviewable) -> None:
     with open_session(make_reviewable(["a red dog", "a Dog", "ein Ärgernis", "100% (of) a.b"])) as session:
         decide_about(session, 9, "edited", "A red boat.")

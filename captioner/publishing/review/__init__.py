@@ -12,7 +12,7 @@
     standing_flags.py  the flags that still apply to an alt text
     previews.py        the images as small JPEGs, kept in memory only
     server.py          HTTP on 127.0.0.1, protected by a token
-    page.html          the page, with page.css and page.js
+    page.html          the page, with page.css and page.js; head.html and stage.html are pieces of both pages
 
 The page's elements and keys, which tests and the screenshots rely on:
 

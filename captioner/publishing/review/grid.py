@@ -79,6 +79,7 @@ class Grid:
             "first": first,
             "num_images": len(matching),
             "total": len(self._queue),
+            "num_failed": self._queue.num_failed,
             "counts": _sums(masks),
             "folders": self._search.folders,
         }

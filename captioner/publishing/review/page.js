@@ -327,7 +327,9 @@ function showGrid(grid) {
   showOptions($("folder"), [["", "All"], ...folders], wanted.folder);
   const last = grid.first + grid.images.length, range = `${(grid.first + 1).toLocaleString()}–${last.toLocaleString()} of `;
   const many = grid.num_pages > 1 ? range : "";
-  $("matching").textContent = grid.num_images ? `${many}${grid.num_images.toLocaleString()} ${grid.num_images === 1 ? "image" : "images"}` : "No image matches.";
+  const matching = grid.num_images ? `${many}${grid.num_images.toLocaleString()} ${grid.num_images === 1 ? "image" : "images"}` : "No image matches.";
+  const failed = grid.num_failed ? `; ${grid.num_failed.toLocaleString()} more without a caption, which the report names` : "";
+  $("matching").textContent = matching + failed;
   $("tiles").replaceChildren(...grid.images.map(tile));
   $("pages").hidden = grid.num_pages < 2;
   $("page-number").textContent = `Page ${(grid.page + 1).toLocaleString()} of ${grid.num_pages.toLocaleString()}`;

@@ -52,9 +52,11 @@ class Queue:
         self.seed = int(table.table_id, 16)
         self.decided: dict[int, Review] = {}  # the decision about each decided image, by index
         self.for_expert: set[int] = set()
+        self.num_failed = 0  # images without a caption, which are not among these
         columns = {name: _DiskColumn(_FIELDS[name]) for name in _FIELDS.names or ()}
         for part, rows, alt_texts in read_alt_texts(table, _COLUMNS):
             keys, ids = _keys(table, part, rows, alt_texts, self.seed)
+            self.num_failed += len(rows) - len(keys)
             first = len(columns["id"])
             for name, column in columns.items():
                 column.append(keys[name])

@@ -21,6 +21,7 @@ and for a review alone:
 from __future__ import annotations
 
 import json
+import re
 import secrets
 import sys
 from http import HTTPStatus
@@ -38,6 +39,7 @@ from captioner.publishing.review.session import ReviewSession
 HOST = "127.0.0.1"
 _OWN_NAMES = {HOST, "localhost"}  # any port: a tunnel (ssh -L) may use another
 _MAX_BODY = 65_536
+_PIECE = re.compile(r"<!-- (\w+\.html): (.+) -->\n")  # of a page: a file, and the text in it
 _IDLE_S = 60.0  # seconds before a silent connection is closed
 _HEADERS = {
     "Cache-Control": "no-store",  # keeps the images out of the browser's cache on the disk
@@ -94,11 +96,18 @@ class ReviewServer(ThreadingHTTPServer):
 
 
 def _read_page(name: str) -> str:
-    """Return a page with its style and scripts inside, which it names in comments."""
+    """Return a page with its style, its scripts and the pieces of all pages, which it names in comments.
+
+    A piece holds TEXT where the text after its name belongs.
+    """
     folder = files("captioner.publishing.review")
-    page = folder.joinpath(f"{name}.html").read_text(encoding="utf-8")
+
+    def read(file: str) -> str:
+        return folder.joinpath(file).read_text(encoding="utf-8")
+
+    page = _PIECE.sub(lambda match: read(match[1]).replace("TEXT", match[2]), read(f"{name}.html"))
     for file in ("page.css", "shared.js", f"{name}.js"):
-        page = page.replace(f"/* {file} */\n", folder.joinpath(file).read_text(encoding="utf-8"))
+        page = page.replace(f"/* {file} */\n", read(file))
     return page
 
 
