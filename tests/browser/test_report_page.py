@@ -4,6 +4,8 @@ paper."""
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import pytest
 
 from captioner import pipeline
 from captioner.config import CaptionConfig, CheckConfig, JudgeConfig, JudgeTableConfig
-from captioner.run import judging, object_judge, quality
+from captioner.run import judging, quality
 from captioner.store.table import open_table
 from captioner.testing import make_folder
 from captioner.testing.model_server import ModelServer, saying
@@ -46,8 +48,9 @@ def judged(out: str, clip: Path) -> None:
     ]
     judging.judge(out, JudgeTableConfig(judge=JudgeConfig(name=str(clip), device="cpu")), judging.JudgeHere())
     with ModelServer(lambda asked: saying(json.dumps({"objects": objects}))) as server:
-        settings = JudgeConfig(name=server.model, endpoint=[server.url], sample=30)
-        object_judge.judge_objects(out, JudgeTableConfig(judge=settings))
+        command = ("judge", out, "--endpoint", server.url, "--model", server.model, "--sample", "30")
+        # A process of its own: an event loop of the browser runs in this one.
+        subprocess.run([sys.executable, "-m", "ray_jobs.cli", *command], check=True)
 
 
 @pytest.fixture(scope="module")

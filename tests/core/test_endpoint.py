@@ -136,7 +136,7 @@ def test_an_image_that_a_server_refuses_is_asked_about_once_a_caption_and_fails_
     with ModelServer(same_image(failing(400))) as server:
         captions = captions_of(server, count=3, concurrency=1, **SAMPLED)
 
-    assert [bool(error) for error in captions.errors] == [True, False, False]
+    assert sorted(map(bool, captions.errors)) == [False, False, True]  # which image comes first is not said
 
 
 # What is sent, and who is asked

@@ -249,7 +249,7 @@ def test_two_reviewers_get_different_images_and_a_late_decision_is_refused(make_
 
         kept, state = ana.decide(late)
         assert not kept
-        assert state["message"] == "ben has already decided about this image (accepted); nothing was changed"
+        assert state["message"] == "ben has already decided about this image (approved); nothing was changed"
         kept, state = ana.decide(half)
         assert kept
         assert state["message"] == "Rejected; 1 already decided by somebody else"
