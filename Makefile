@@ -61,7 +61,7 @@ else
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 endif
 
-chaos: setup ## Kill drivers at random moments, resume, compare: CHAOS_KILLS=10 CHAOS_SEED=0
+chaos: setup ## Kill drivers at random moments, lose nodes and memory, fill small nodes: CHAOS_KILLS=10 CHAOS_SEED=0
 	$(BIN)/python -m pytest tests/cluster -m chaos -q
 
 families: setup ## Caption and train with a tiny model of every type; the ordinary suite has some of them
