@@ -33,7 +33,7 @@ from captioner.training.progress import TrainProgress
 from captioner.training.record import RUN_FILE
 from captioner.training.schedule import is_higher_better, rank
 from captioner.training.worker import FinishInputs
-from ray_jobs.cluster import Connection, Resources, Sizes, import_ray, share_out
+from ray_jobs.cluster import Connection, Resources, Sizes, cluster_address, import_ray, share_out
 from ray_jobs.failures import cause_of
 from ray_jobs.gpus import device_kind
 from ray_jobs.nodes import check_gpu_nodes, check_shared
@@ -71,6 +71,8 @@ class RayTrainEngine:
         """Connect, and import what drives Ray Train, while pairs are listed."""
         # How often Ray registers checkpoints: with the default of 2 s a crash soon after a report loses one.
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+        if cluster_address(self._cluster) == "local":  # no node leaves: a process for each start of workers is saved
+            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         set_wait_policy()  # read by the workers' torch
         if self._is_started:
             return
