@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -20,6 +21,8 @@ from captioner.store.table import open_table
 from captioner.store.verify import verify
 from captioner.testing import make_folder, make_tiny_model
 from captioner.testing.tiny_clip import make_tiny_clip
+from captioner.training.local import LocalEngine
+from ray_jobs import train
 from ray_jobs.cli import main
 
 pytestmark = pytest.mark.usefixtures("ray_instance")
@@ -43,7 +46,7 @@ SHORTER = {
     "train": ["--max-steps", "2", "--num-workers", "1", "--device", "cpu"],
     "estimate": ["--num-workers", "1", "--decode-cpus", "1", "--device", "cpu"],
     "doctor": ["--device", "cpu"],
-    "judge": ["--device", "cpu"],
+    "judge": ["--num-workers", "1", "--decode-cpus", "1", "--device", "cpu"],
 }
 
 
@@ -117,6 +120,18 @@ def captions(out: str) -> int:
     return sum(row["status"] == "ok" for row in rows_of(out))
 
 
+@pytest.fixture
+def training_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Train in this process: the README's commands show that training works on Ray."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # many threads on a small model wait for each other more than they work
+    monkeypatch.setattr(train, "RayTrainEngine", lambda config: LocalEngine(config.model.device))
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.usefixtures("desk")
 def test_the_first_images() -> None:
     run_page("first-10000.md")
@@ -124,7 +139,7 @@ def test_the_first_images() -> None:
     assert captions("captions") == captions("captions-3-beams") == IMAGES + 3
 
 
-@pytest.mark.usefixtures("desk")
+@pytest.mark.usefixtures("desk", "training_here")
 def test_alt_text_and_back() -> None:
     run_page("alt-text.md")
 
@@ -144,6 +159,7 @@ def test_quality(desk: Path) -> None:
     assert captions("out") == IMAGES + 3
 
 
+@pytest.mark.usefixtures("training_here")
 def test_the_guide_of_transformers(desk: Path) -> None:
     shutil.copytree(desk / "images", desk / "pairs")
     run_page("from-the-transformers-guide.md")
