@@ -142,7 +142,7 @@ def head() -> Iterator[Head]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": token,
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_metrics_report_interval_ms": "500",
+        "RAY_metrics_report_interval_ms": "1000",
     }
     flags = {"port": gcs, "dashboard-port": dashboard, "dashboard-agent-listen-port": agent}
     flags |= {"ray-client-server-port": client, "metrics-export-port": metrics, "num-cpus": 2, "num-gpus": 2}

@@ -30,7 +30,7 @@ def ray_instance():
 
 
 # The files that take longest, begun first: else one process of `pytest -n 2` ends minutes after the other.
-SLOWEST = ["test_kills", "test_train_on_ray", "test_docs_pages", "test_counted_gpus", "test_caption_on_ray"]
+SLOWEST = ["test_train_on_ray", "test_counted_gpus", "test_docs_pages", "test_kills", "test_caption_on_ray"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -102,7 +102,7 @@ def test_a_model_that_changes_stops_a_run_on_ray_with_one_line_and_it_resumes(tm
         with pytest.raises(EndpointError, match=r"^[^\n]*the answers now come from model 'other'[^\n]*$"):
             caption.run(settings(archive, tmp_path / "out", server))
         server.rule = lambda asked: None
-        assert caption.run(settings(archive, tmp_path / "out", server)) == 0
+        assert pipeline.run(settings(archive, tmp_path / "out", server)) == 0
 
     assert verify(open_table(str(tmp_path / "out"))).proven
 
