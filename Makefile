@@ -55,7 +55,7 @@ lint: setup ## ruff and mypy
 unit: setup ## The test suite alone; PYTEST_ARGS=... chooses
 ifeq ($(strip $(PYTEST_ARGS)),)
 	$(BIN)/python -m pytest --ignore tests/jobs --ignore tests/cluster -n 2 --dist loadfile
-	$(BIN)/python -m pytest tests/cluster -n 2 --dist loadfile
+	$(BIN)/python -m pytest tests/cluster -n 3 --dist loadfile # three long files, which wait for nodes
 	$(BIN)/python -m pytest tests/jobs -n 2 --dist loadfile --no-loadscope-reorder
 else
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -17,7 +17,9 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers import caption_config
 
+from captioner import pipeline
 from captioner.store.table import open_table
 from captioner.store.verify import verify
 from captioner.testing import GATE_MARKER, decoder_faults, make_folder, num_committed_chunks
@@ -139,14 +141,14 @@ def _stop_half_way(head, proxy: Proxy, first, job_id: str, archive: Path, out: P
 
 
 def test_the_exit_code_is_that_of_the_command(head, tmp_path: Path) -> None:
-    (tmp_path / "archive").mkdir()
-    (tmp_path / "archive" / "broken.png").write_bytes(b"no image")
+    images, out = make_folder(tmp_path / "images", 10, width=32), tmp_path / "captioned"
+    assert pipeline.run(caption_config(images, out, model={"preprocess": "processor"})) == 0
 
-    job = head.submit(*caption(tmp_path / "archive", tmp_path / "out"))
+    job = head.submit("--", "check", str(out), "--max-wer", "0.01")
     log, _ = job.communicate()
 
     assert job.returncode == 2, log
-    assert "1 of 1 image failed" in log
+    assert "is above --max-wer 0.01" in log
     (job_id,) = re.findall(r"submitted: (\S+)", log)
     sent = head.client().get_job_info(job_id).runtime_env
     assert len(sent["py_modules"]) == 2
