@@ -481,6 +481,9 @@ class TrainModelConfig(Settings):
     lora_targets: CommaList = Field(
         [], description="Layers with adapters, such as q_proj,v_proj; default all linear ones (docs/train.md)."
     )
+    quantize: Literal["int4"] | None = Field(
+        None, description="Bits of the base model's linear layers while LoRA adapters learn, for less memory (QLoRA)."
+    )
     keep_adapter: bool = Field(
         False, description="Leave the LoRA adapter in OUT/model, not merged with its base model."
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,8 @@ def finish(checkpoint: Path, inputs: FinishInputs, device: torch.device) -> dict
     Returns `measured` (figures by set), `before` (figures of the eval set before training), the checkpoint's `step` and
     the model's `sha256`. Safe to repeat.
     """
-    captioner = open_trainable(inputs.model, inputs.config.model, device, eval_batch_size(inputs.config), checkpoint)
+    whole = replace(inputs.model, quantize=None)  # adapters are merged with the weights of the base model
+    captioner = open_trainable(whole, inputs.config.model, device, eval_batch_size(inputs.config), checkpoint)
     evaluated = evaluations(inputs.history)
     best = best_of(inputs.history, f"eval_{inputs.config.training.metric_for_best_model}")
     chosen = next((entry for entry in evaluated if entry["step"] == inputs.metrics.get("step")), best)

@@ -283,6 +283,10 @@ def _check_settings(config: TrainConfig) -> None:
         from captioner.training.lora import check_installed
 
         check_installed()
+    if config.model.quantize and config.training.fsdp:
+        raise UsageError("--quantize: weights of fewer bits cannot be sharded; leave --fsdp or --quantize out")
+    if config.model.quantize and config.model.lora_rank is None:
+        raise UsageError("--quantize: weights of fewer bits cannot be trained; add --lora-rank, such as --lora-rank 16")
     for flag, value in (("--lora-targets", config.model.lora_targets), ("--keep-adapter", config.model.keep_adapter)):
         if value and config.model.lora_rank is None:
             raise UsageError(f"{flag}: there are no adapters; add --lora-rank, such as --lora-rank 16")
@@ -295,6 +299,7 @@ def _resolve(config: TrainConfig) -> ModelRef:
         revision=settings.revision,
         prompt=settings.prompt,
         max_new_tokens=settings.max_new_tokens,
+        quantize=settings.quantize,
     )
     model = resolve(model_config, "float32", notify=notify)
     if model.family not in TRAINABLE:

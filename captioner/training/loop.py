@@ -114,6 +114,10 @@ def _open_model(
     captioner = open_trainable(model, config.model, device, eval_batch_size(config), checkpoint)
     if config.training.gradient_checkpointing:
         captioner.model.activation_checkpointing_enable({"use_reentrant": False})
+    if model.quantize and config.training.bf16:
+        for module in captioner.model.modules():
+            if hasattr(module, "compute_dtype"):  # of layers of bitsandbytes, which autocast does not change
+                module.compute_dtype = torch.bfloat16
     loss = CaptionLoss(captioner)
     loss.train()
     if shards:

@@ -118,6 +118,7 @@ def test_an_adapter_that_is_kept_captions_like_the_merged_model_and_loads_with_p
     ("settings", "error", "message"),
     [
         ({"keep_adapter": True}, UsageError, "--keep-adapter: there are no adapters; add --lora-rank"),
+        ({"quantize": "int4"}, UsageError, "--quantize: weights of fewer bits cannot be trained; add --lora-rank"),
         ({"lora_targets": ["q_proj"]}, UsageError, "--lora-targets: there are no adapters; add --lora-rank"),
         (
             {"lora_rank": 2, "lora_targets": ["nothing"]},

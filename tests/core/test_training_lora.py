@@ -1,14 +1,21 @@
 """Training of LoRA adapters."""
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from helpers import train_config, training_losses
 
 from captioner.config import ModelConfig, TrainModelConfig
-from captioner.models import resolve
-from captioner.testing import make_tiny_model
+from captioner.models import load, resolve
+from captioner.models.placement import weights_in_memory
+from captioner.models.quantized import stored_bytes
+from captioner.testing import make_folder, make_tiny_model
 from captioner.testing.tiny_models import TINY_SIDE
+from captioner.training import job
+from captioner.training.local import LocalEngine
 from captioner.training.loop import make_collate
 from captioner.training.loss import CaptionLoss
 from captioner.training.trainable import ADAPTERS, open_trainable
@@ -53,3 +60,23 @@ def test_adapters_are_trained_restored_and_merged_into_a_plain_model(tmp_path: P
     assert not any("lora" in name for name in restored.model.state_dict())
     assert CaptionLoss(restored).eval()(**texts).item() == pytest.approx(after, rel=1e-3)
     assert (tmp_path / "checkpoint" / ADAPTERS).is_dir()
+
+
+def test_adapters_learn_beside_weights_of_4_bits_and_are_merged_with_whole_ones(tmp_path: Path) -> None:
+    for package in ("peft", "bitsandbytes"):
+        pytest.importorskip(package, reason="the extras `lora` and `quantize` are not installed")
+    data, model = make_folder(tmp_path / "data", 10, seed=5), make_tiny_model("blip", tmp_path / "model")
+    lora = {"model": {"lora_rank": 4, "quantize": "int4"}}
+    config = train_config(data, tmp_path / "out", model, lora, 8, learning_rate=1e-2, max_steps=6)
+    whole = resolve(ModelConfig(name=str(model)))
+
+    job.run(config, LocalEngine("cpu"))
+
+    losses = training_losses(tmp_path / "out")
+    assert losses[-1] < losses[0]
+    trained = resolve(ModelConfig(name=str(tmp_path / "out" / "model"), max_new_tokens=8))
+    assert weights_in_memory(trained) == weights_in_memory(whole)
+    assert load(trained, device="cpu").caption(np.zeros((1, TINY_SIDE, TINY_SIDE, 3), np.uint8)).texts
+    opened = open_trainable(replace(whole, quantize="int4"), config.model, torch.device("cpu"), 4, None).model
+    adapters = sum(weight.nbytes for weight in opened.parameters() if weight.requires_grad)
+    assert stored_bytes(opened) - adapters < 0.6 * weights_in_memory(whole)
