@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
-from typing import Any
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
@@ -13,6 +14,9 @@ from captioner.store.directory import Directory
 from captioner.training.advice import warnings_of
 from captioner.training.pair_sources import PairSources
 from captioner.training.schedule import evaluations
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 NUM_IMAGES = 12  # shown of each set
 _THUMBNAIL_EDGE = 160  # pixels, the longer side
@@ -28,14 +32,9 @@ def write_report(
     result: dict[str, Any],
 ) -> None:
     """Write the report. Before training, `history` and `result` are empty."""
-    from jinja2 import Environment, PackageLoader
-
-    page = Environment(
-        loader=PackageLoader("captioner.training", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    ).get_template("report.html.j2")
     evaluated, best_step = evaluations(history), result.get("step")
     losses = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
-    html = page.render(
+    html = _template().render(
         record=record,
         counts=counts,
         result=result,
@@ -51,6 +50,16 @@ def write_report(
         eval_sheet=_eval_sheet(sources, tables["eval"], result),
     )
     out.write_bytes("report.html", html.encode())
+
+
+@lru_cache(maxsize=1)
+def _template() -> Template:
+    from jinja2 import Environment, PackageLoader
+
+    environment = Environment(
+        loader=PackageLoader("captioner.training", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template("report.html.j2")
 
 
 def _points(evaluated: list[dict[str, Any]], name: str) -> list[tuple[int, float | None]]:
