@@ -45,7 +45,7 @@ test-fast: setup ## The core tests, in about a minute: before each commit
 
 test-browser: .venv/.browser ## The review page and the report in headless Chromium, checked with axe-core
 	@tests/browser/need-chromium
-	$(BIN)/python -m pytest tests/browser -m browser $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests/browser -m browser -n 2 --dist loadfile $(PYTEST_ARGS)
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check
@@ -54,7 +54,7 @@ lint: setup ## ruff and mypy
 
 unit: setup ## The test suite alone; PYTEST_ARGS=... chooses
 ifeq ($(strip $(PYTEST_ARGS)),)
-	$(BIN)/python -m pytest --ignore tests/jobs --ignore tests/cluster -n 2 --dist loadfile
+	$(BIN)/python -m pytest --ignore tests/jobs --ignore tests/cluster -n 2 --dist loadfile --no-loadscope-reorder
 	$(BIN)/python -m pytest tests/cluster -n 3 --dist loadfile # three long files, which wait for nodes
 	$(BIN)/python -m pytest tests/jobs -n 2 --dist loadfile --no-loadscope-reorder
 else

@@ -1,15 +1,16 @@
 """Shared by the tests of one process."""
 
-from collections.abc import Iterable, Iterator
-from functools import partial
+import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Self
+from typing import Any, ClassVar
 
 import pytest
 
-from captioner import steps
-from captioner.data import PixelSpec
-from captioner.imaging import decode, squeeze
+from captioner.imaging.sandbox import decoder
+from captioner.imaging.sandbox.child import Slots
+from captioner.imaging.sandbox.decoder import Child
 from captioner.report import page_images
 from captioner.store.lease import Lease
 from captioner.testing import make_folder, make_tiny_model
@@ -27,31 +28,46 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model("git", tmp_path_factory.mktemp("tiny"))
 
 
-class DecoderHere:
-    """Stands for the guarded decoder where a test makes dozens of runs: a child for each would take minutes."""
+class KeptChild:
+    """A decoder's child process that outlives its decoder, for the next one with the same settings and environment.
 
-    def __init__(self, spec: PixelSpec | int, max_pixels: int, timeout: float) -> None:
-        is_side = isinstance(spec, int)
-        self.decode = partial(squeeze, side=spec) if is_side else partial(decode, spec=spec)
-        self.max_pixels = max_pixels
+    A process that has just been started imports torch, which takes seconds; most tests need a decoder.
+    """
 
-    def __enter__(self) -> Self:
-        return self
+    kept: ClassVar[dict[str, Child]] = {}  # those that no decoder uses, the oldest first
 
-    def __exit__(self, *_: object) -> None:
-        pass
+    def __init__(self, settings: dict[str, Any], slots: Slots) -> None:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+        self._key = json.dumps([settings, environment], sort_keys=True)
+        self._child = self.kept.pop(self._key, None) or Child(settings, Slots(settings["max_bytes"]))
+        self.fork, self.receive, self.has_sent = self._child.fork, self._child.receive, self._child.has_sent
+        self.is_alive = self._child.is_alive
 
-    def wait(self) -> None:
-        pass
+    def close(self) -> None:
+        if self.is_alive() and self._key not in self.kept:
+            self.kept[self._key] = self._child
+        else:
+            self._child.close()
+        while len(self.kept) > 4:
+            self.kept.pop(next(iter(self.kept))).close()
 
-    def __call__(self, images: Iterable[bytes]):
-        return (self.decode(data, max_pixels=self.max_pixels) for data in images)
+
+@pytest.fixture(autouse=True, scope="session")
+def kept_children() -> Iterator[None]:
+    """Modules whose subject are these processes override this."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoder, "Child", KeptChild)
+        yield
+    for child in KeptChild.kept.values():
+        child.close()
 
 
-@pytest.fixture
-def decoding_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (steps, page_images):
-        monkeypatch.setattr(module, "GuardedDecoder", DecoderHere)
+@pytest.fixture(scope="module")
+def tiny_thumbnails() -> Iterator[None]:
+    """For tests of many runs, each of which makes a report."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(page_images, "SIDE", 16)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -21,7 +21,6 @@ from captioner.store.read import read_parts
 from captioner.store.table import open_table
 from captioner.store.verify import verify
 
-pytestmark = pytest.mark.usefixtures("decoding_here")
 COUNT = 24
 
 

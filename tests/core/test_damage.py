@@ -31,8 +31,6 @@ from captioner.testing import Killed, killed_at_write, make_folder
 from ray_jobs.cli import main
 from tests.helpers import caption_config, rows_of
 
-pytestmark = pytest.mark.usefixtures("decoding_here")
-
 Injury = Callable[[bytes], bytes | None]
 INJURIES: dict[str, Injury] = {
     "a bit flipped": lambda data: (

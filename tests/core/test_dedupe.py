@@ -23,8 +23,6 @@ from captioner.store.verify import verify
 from captioner.testing import FakeCaptioner, make_folder
 from captioner.testing.faults import Killed, killed_at_write
 
-pytestmark = pytest.mark.usefixtures("decoding_here")
-
 DISTINCT, COPIES = 12, 3
 
 

@@ -25,7 +25,7 @@ WRITTEN = Path(__file__).parents[1] / "data/earlier_version"
 WRITTEN_AT = "/tmp/captioner"
 LATER = ["000012.png", "000013.png"]
 
-pytestmark = pytest.mark.usefixtures("decoding_here", "one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

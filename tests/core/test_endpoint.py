@@ -43,9 +43,6 @@ NO_PORT = "http://127.0.0.1:1/v1"  # where nothing listens
 COLOURS = np.random.default_rng(0).integers(0, 256, (64, 3), np.uint8)
 
 
-pytestmark = pytest.mark.usefixtures("decoding_here")
-
-
 @pytest.fixture(autouse=True)
 def no_key(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in VARIABLES:

@@ -30,8 +30,6 @@ from captioner.store.table import CaptionsTable, open_table
 COUNT, PREFIX, SUFFIX = 8, "zwx style, ", ", rendered"
 TITLES = ["A title", "Another", None, "  ", "Fifth", "Sixth", "Seventh", "Eighth"]
 
-pytestmark = pytest.mark.usefixtures("decoding_here")
-
 
 @pytest.fixture
 def table(tmp_path: Path) -> CaptionsTable:

@@ -134,7 +134,7 @@ def test_a_page_that_is_no_text_is_no_page() -> None:
 
 
 @pytest.fixture
-def table(tmp_path: Path, decoding_here: None) -> CaptionsTable:
+def table(tmp_path: Path) -> CaptionsTable:
     """Twelve images, all approved but the last; a site shows some of them."""
     archive = make_folder(tmp_path / "archive", 12)
     pipeline.run(caption_config(archive, tmp_path / "out"))

@@ -132,7 +132,7 @@ def test_what_is_no_sidecar_is_left_alone(data: bytes, message: str) -> None:
 
 
 @pytest.fixture
-def table(tmp_path: Path, decoding_here: None) -> CaptionsTable:
+def table(tmp_path: Path) -> CaptionsTable:
     archive = make_folder(tmp_path / "archive", 6)
     pipeline.run(caption_config(archive, tmp_path / "out"))
     table = open_table(str(tmp_path / "out"))

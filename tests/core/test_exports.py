@@ -315,7 +315,7 @@ def test_an_archive_that_has_gone_leaves_nothing_behind(home: Path, tmp_path: Pa
     assert list((tmp_path / "made").iterdir()) == []
 
 
-def test_images_of_a_tar_keep_their_names_apart(tmp_path: Path, decoding_here: None) -> None:
+def test_images_of_a_tar_keep_their_names_apart(tmp_path: Path) -> None:
     make_tar(tmp_path / "a.tar", 3)
     table = captioned(tmp_path / "a.tar", tmp_path / "out")
 
@@ -386,7 +386,7 @@ def test_what_a_killed_refresh_took_away_comes_back(home: Path, tmp_path: Path) 
     assert (dest / "00000.tar").exists()
 
 
-def test_nothing_to_export_is_said(tmp_path: Path, decoding_here: None) -> None:
+def test_nothing_to_export_is_said(tmp_path: Path) -> None:
     table = captioned(make_folder(tmp_path / "archive", 3), tmp_path / "out")
 
     with pytest.raises(OutputError, match="3 not reviewed"):

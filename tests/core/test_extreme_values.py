@@ -217,7 +217,7 @@ def settings_of(root, **source) -> CaptionConfig:
     )
 
 
-def test_a_run_goes_on_past_headers_of_any_size(tmp_path, decoding_here) -> None:
+def test_a_run_goes_on_past_headers_of_any_size(tmp_path) -> None:
     make_folder(tmp_path / "images", 20)
     for size in HUGE:
         for name, data in headers_that_claim(size).items():
@@ -241,7 +241,7 @@ def test_try_captions_the_others(tmp_path, capsys) -> None:
     assert "zz.ppm: too_many_pixels: 4294967296 x 1 pixels" in printed.err
 
 
-def test_exclude_may_change_until_an_image_is_captioned(tmp_path, decoding_here, capsys) -> None:
+def test_exclude_may_change_until_an_image_is_captioned(tmp_path, capsys) -> None:
     make_folder(tmp_path / "images", 4)
     config = settings_of(tmp_path)
     assert (

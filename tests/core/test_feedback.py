@@ -20,8 +20,6 @@ from captioner.training import job
 from captioner.training.local import LocalEngine
 from ray_jobs.cli import main
 
-pytestmark = pytest.mark.usefixtures("decoding_here")
-
 
 def caption(archive: Path, out: Path, **output) -> None:
     pipeline.run(caption_config(archive, out, model={"name": "starter"}, **output))

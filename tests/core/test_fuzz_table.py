@@ -24,7 +24,6 @@ from captioner import pipeline
 from captioner.config import AltTextConfig
 from captioner.errors import CaptionerError
 from captioner.publishing.alt_text.command import make_alt_texts
-from captioner.report import page_images
 from captioner.run import job as job_module
 from captioner.run.job import open_job
 from captioner.store.directory import Directory
@@ -32,25 +31,21 @@ from captioner.store.journal import Journal, Review
 from captioner.store.table import open_table
 from captioner.testing import make_folder, make_parquet, make_tar
 from ray_jobs.cli import main
-from tests.helpers import caption_config, rows_of
+from tests.helpers import caption_config, rows_of, with_few_references
 
 CASES = int(os.environ.get("TABLE_CASES", "12"))
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
 ONLY_CASE = os.environ.get("FUZZ_CASE")
 STATES = ("finished", "unpublished", "partial", "retry-planned", "retrying")
 NUM_IMAGES = 12
-CAPTIONED_LINES = 5  # of metadata.jsonl: scoring every image would take half of the time
 RETRIED = "000005.png"
-
-pytestmark = pytest.mark.usefixtures("decoding_here")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def small() -> Iterator[None]:
-    """Two chunks in each part of a plan of few images, and thumbnails that are made quickly."""
+def small(tiny_thumbnails: None) -> Iterator[None]:
+    """Two chunks in each part of a plan of few images."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(job_module, "ROWS_PER_CHUNK", 2)
-        patch.setattr(page_images, "SIDE", 16)
         yield
 
 
@@ -58,9 +53,7 @@ def small() -> Iterator[None]:
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of images, and a table of them in each of STATES. A case copies one."""
     home = tmp_path_factory.mktemp("fuzz")
-    archive = make_folder(home / "archive", NUM_IMAGES, width=16)
-    metadata = archive / "metadata.jsonl"
-    metadata.write_text("".join(metadata.read_text().splitlines(keepends=True)[:CAPTIONED_LINES]))
+    archive = with_few_references(make_folder(home / "archive", NUM_IMAGES, width=16))
     good = (archive / RETRIED).read_bytes()
     for name in (RETRIED, "000009.png"):
         (archive / name).write_bytes(b"")

@@ -66,7 +66,7 @@ def caption_of(tokens: torch.Tensor, end: int = 2) -> list[int]:
 
 @pytest.mark.parametrize("num_beams", [1, 3, 5])
 def test_token_ids_of_the_starter_are_those_of_generate(num_beams) -> None:
-    fast, expected = search_and_generate(STARTER, images(64, 200), num_beams=num_beams)
+    fast, expected = search_and_generate(STARTER, images(64, 80), num_beams=num_beams)
 
     assert fast == expected
     assert len({len(row) for row in expected}) >= 3  # rows leave the search at different steps
@@ -74,7 +74,7 @@ def test_token_ids_of_the_starter_are_those_of_generate(num_beams) -> None:
 
 @pytest.mark.parametrize("num_beams", [1, 3, 5])
 def test_token_ids_of_a_tiny_model_are_those_of_generate(num_beams, tiny) -> None:
-    fast, expected = search_and_generate(tiny, images(32, 200), num_beams=num_beams)
+    fast, expected = search_and_generate(tiny, images(32, 80), num_beams=num_beams)
 
     assert fast == expected
     assert {row[-1] == 2 for row in expected} == {True, False}

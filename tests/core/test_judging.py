@@ -31,7 +31,7 @@ from ray_jobs.cli import main
 
 COUNT, EXCHANGED = 200, 60
 
-pytestmark = pytest.mark.usefixtures("one_thread", "decoding_here")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

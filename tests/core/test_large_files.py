@@ -36,7 +36,7 @@ def write_sparse(path: Path, head: bytes, size: int) -> None:
         file.truncate(size)
 
 
-def test_large_files_that_are_no_images_are_not_read(tmp_path: Path, decoding_here: None) -> None:
+def test_large_files_that_are_no_images_are_not_read(tmp_path: Path) -> None:
     make_folder(tmp_path / "images", 3)
     for name, head in HEADS.items():
         write_sparse(tmp_path / "images" / name, head, 900 << 20)
@@ -59,7 +59,7 @@ def test_try_does_not_read_them_either(tmp_path: Path, capsys: pytest.CaptureFix
     assert "huge.jpg: too_large" in capsys.readouterr().err
 
 
-def test_large_images_are_images(tmp_path: Path, decoding_here: None) -> None:
+def test_large_images_are_images(tmp_path: Path) -> None:
     noise = Image.frombytes("RGB", (2500, 2400), os.urandom(2500 * 2400 * 3))
     (tmp_path / "images").mkdir()
     for format in ("TIFF", "BMP", "PNG", "PPM", "TGA"):
@@ -72,7 +72,7 @@ def test_large_images_are_images(tmp_path: Path, decoding_here: None) -> None:
 
 
 @pytest.mark.parametrize("kind", ["folder", "tar"])
-def test_the_limit_of_a_file_holds_wherever_it_is(tmp_path: Path, decoding_here: None, kind: str) -> None:
+def test_the_limit_of_a_file_holds_wherever_it_is(tmp_path: Path, kind: str) -> None:
     data = io.BytesIO()
     Image.new("RGB", (100, 100)).save(data, "BMP")
     if kind == "folder":
@@ -96,7 +96,7 @@ def test_the_limit_of_a_file_holds_wherever_it_is(tmp_path: Path, decoding_here:
 @pytest.mark.parametrize("kind", ["folder", "tar"])
 @pytest.mark.parametrize("room", [1, 1500])
 def test_a_chunk_is_read_in_pieces_that_fit_into_memory(
-    tmp_path: Path, decoding_here: None, monkeypatch: pytest.MonkeyPatch, kind: str, room: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, room: int
 ) -> None:
     (make_folder(tmp_path / "images", 20) if kind == "folder" else make_tar(tmp_path / "images/x.tar", 20))
     assert pipeline.run(caption_config(tmp_path / "images", tmp_path / "whole")) == 0

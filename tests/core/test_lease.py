@@ -82,7 +82,6 @@ def test_a_run_that_was_silent_for_too_long_stops_when_another_has_taken_over(
     assert directory.read_json(LEASE_FILE) == OTHER
 
 
-@pytest.mark.usefixtures("decoding_here")
 def test_a_run_that_lost_its_table_leaves_it_to_the_other(
     tmp_path: Path, directory: Directory, slept: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:

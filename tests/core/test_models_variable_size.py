@@ -163,7 +163,7 @@ def test_pixels_of_any_size_pass_from_stage_to_stage(tmp_path) -> None:
     assert [image.tolist() for image in passed.pixels] == [image.tolist() for image in rows.pixels]
 
 
-def test_a_run_captions_images_of_many_sizes(tmp_path, decoding_here) -> None:
+def test_a_run_captions_images_of_many_sizes(tmp_path) -> None:
     folder = tmp_path / "images"
     folder.mkdir()
     for index, scene in enumerate(make_scenes(12, seed=3)):

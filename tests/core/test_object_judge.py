@@ -17,7 +17,6 @@ from captioner.testing import make_folder
 from captioner.testing.model_server import Answer, Asked, ModelServer, failing, saying
 from ray_jobs.cli import main
 
-pytestmark = pytest.mark.usefixtures("decoding_here")
 COUNT = 20  # images, in parts of 16
 
 

@@ -38,7 +38,6 @@ def test_the_page_works_block_after_block(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(rows_of("captions")) == 13
 
 
-@pytest.mark.usefixtures("decoding_here")
 def test_a_table_as_datasets_has_the_committed_rows_at_any_time(tmp_path: Path) -> None:
     archive, out = make_folder(tmp_path / "archive", 40), tmp_path / "out"
     (archive / "000003.png").write_bytes(b"")

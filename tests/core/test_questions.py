@@ -39,7 +39,7 @@ from captioner.store.verify import verify
 from captioner.testing import make_tiny_model
 from captioner.testing.model_server import Answer, Asked, ModelServer, failing, saying
 
-pytestmark = pytest.mark.usefixtures("decoding_here", "one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TITLES = ["A red circle", None, "", "Two squares", "A star", "A line"]
 QUESTIONS = """

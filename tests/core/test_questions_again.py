@@ -25,7 +25,7 @@ from captioner.testing import make_tiny_model
 from captioner.testing.faults import Killed, killed_at_write
 from captioner.testing.model_server import Answer, Asked, ModelServer, failing, saying
 
-pytestmark = pytest.mark.usefixtures("decoding_here", "one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 QUESTIONS = """
 caption: {prompt: Describe it.}

@@ -22,7 +22,6 @@ from captioner.testing import make_folder
 from captioner.testing.faults import Killed, killed_at_write
 from ray_jobs.cli import main
 
-pytestmark = pytest.mark.usefixtures("decoding_here")
 NOW = datetime.now(UTC)
 
 Run = Callable[..., int]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers import caption_config, contents
+from helpers import caption_config, contents, with_few_references
 
 from captioner import pipeline
 from captioner.config import CaptionConfig
@@ -19,14 +19,13 @@ from captioner.store.verify import count_rows, verify
 from captioner.testing import make_folder
 from captioner.testing.faults import Killed, killed_at_write
 
+pytestmark = pytest.mark.usefixtures("tiny_thumbnails")
 BAD = {"bad/empty.jpg": b"", "bad/page.jpg": b"<html>no image</html>"}
-
-pytestmark = pytest.mark.usefixtures("decoding_here")
 
 
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = make_folder(tmp_path_factory.mktemp("archive"), 40)
+    root = with_few_references(make_folder(tmp_path_factory.mktemp("archive"), 40))
     for name, data in BAD.items():
         (root / name).parent.mkdir(exist_ok=True)
         (root / name).write_bytes(data)

@@ -163,7 +163,6 @@ def run(source: Path, out: Path, **model: Any) -> int:
     return pipeline.run(caption_config(source, out, model={"name": "fake", **model}))
 
 
-@pytest.mark.usefixtures("decoding_here")
 def test_a_table_has_all_captions_of_an_image_and_copies_have_the_same(tmp_path: Path) -> None:
     make_folder(tmp_path / "images", 6)
     first = next((tmp_path / "images").glob("*.png"))
@@ -179,7 +178,6 @@ def test_a_table_has_all_captions_of_an_image_and_copies_have_the_same(tmp_path:
     assert all(len(set(row["captions"])) == 3 and row["caption"] == row["captions"][0] for row in good)
 
 
-@pytest.mark.usefixtures("decoding_here")
 def test_a_table_is_bound_to_its_sampling(tmp_path: Path) -> None:
     make_folder(tmp_path / "images", 3)
     sampled, out = {"temperature": 1.0, "num_captions": 2}, tmp_path / "out"

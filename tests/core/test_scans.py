@@ -25,7 +25,6 @@ from captioner.store.table import open_table
 from captioner.store.verify import verify
 from captioner.testing import make_parquet
 
-pytestmark = pytest.mark.usefixtures("decoding_here")
 SCENE = next(make_scenes(1, seed=4)).render(803)
 
 

@@ -13,8 +13,6 @@ from captioner.errors import SourceError
 from captioner.sources.root import Root
 from captioner.testing import make_folder, make_parquet, make_tar
 
-pytestmark = pytest.mark.usefixtures("decoding_here")
-
 
 def plan(root: Path) -> None:
     assert pipeline.run(caption_config(root / "images", root / "out", plan_only=True)) == 0

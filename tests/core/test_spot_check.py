@@ -345,7 +345,7 @@ def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]
     return int(str(stop.value.code)), shown.out, shown.err
 
 
-def test_report_terminal_and_gate_say_what_people_judged(out: Path, capsys, decoding_here) -> None:
+def test_report_terminal_and_gate_say_what_people_judged(out: Path, capsys) -> None:
     code, _, error = run(capsys, "check", str(out), "--sample", "0", "--min-right", "0.5")
     assert code == 2
     assert "--min-right 0.5 cannot be checked: nobody has judged captions (captioner spot-check)" in error

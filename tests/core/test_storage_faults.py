@@ -16,7 +16,7 @@ import fsspec
 import pyarrow.fs
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
-from helpers import caption_config, contents
+from helpers import caption_config, contents, with_few_references
 
 from captioner import pipeline
 from captioner.data import RawImage
@@ -27,8 +27,7 @@ from captioner.store.table import open_table
 from captioner.store.verify import verify
 from captioner.testing import Killed, killed_at_write, make_folder
 
-pytestmark = pytest.mark.usefixtures("decoding_here")
-
+pytestmark = pytest.mark.usefixtures("tiny_thumbnails")
 BUSY = OSError("When uploading part: AWS Error SLOW_DOWN during UploadPart operation: Please reduce your request rate.")
 REFUSED = OSError("When uploading part: AWS Error ACCESS_DENIED during PutObject operation: Access Denied")
 
@@ -61,7 +60,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_folder(tmp_path_factory.mktemp("archive"), 40)
+    return with_few_references(make_folder(tmp_path_factory.mktemp("archive"), 40))
 
 
 def test_a_busy_store_is_asked_again(tmp_path: Path, archive: Path, waits: list[float]) -> None:

@@ -12,8 +12,6 @@ from captioner.store.table import open_table
 from captioner.store.verify import verify
 from captioner.testing import Killed, killed_at_write, make_folder
 
-pytestmark = pytest.mark.usefixtures("decoding_here")
-
 
 def test_a_table_in_an_object_store_survives_kills(tmp_path: Path) -> None:
     archive = make_folder(tmp_path / "archive", 40)

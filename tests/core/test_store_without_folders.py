@@ -30,7 +30,6 @@ class FlatFileSystem(MemoryFileSystem):
         return found if detail else list(found)
 
 
-@pytest.mark.usefixtures("decoding_here")
 def test_an_archive_and_a_table_without_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fsspec.register_implementation("flat", FlatFileSystem, clobber=True)
     archive = make_folder(tmp_path / "archive", 6)

@@ -1,14 +1,14 @@
 """Names and captions of other people's files, on a terminal: no control character of theirs reaches it."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from helpers import caption_config
 
+from captioner import pipeline
 from captioner.testing import make_folder
+from ray_jobs.cli import main
 
 HOSTILE = "\x1b]0;owned\x07\x1b[2J\u202egpj.\rfake line\n"
 CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -25,39 +25,31 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def out(archive: Path) -> str:
-    return str(archive.parent / f"out {HOSTILE.strip()}")
-
-
-@pytest.fixture(scope="module")
-def captioned(archive: Path, out: str) -> subprocess.CompletedProcess[str]:
-    """What `caption` showed, and its table."""
-    return run(["caption", str(archive), out, "--model", "fake", "--local"])
+    path = archive.parent / f"out {HOSTILE.strip()}"
+    pipeline.run(caption_config(archive, path))
+    return str(path)
 
 
 @pytest.mark.parametrize("command", ["caption", "status", "verify", "try", "missing", "usage"])
 def test_nothing_of_theirs_controls_the_terminal(
-    archive: Path, out: str, captioned: subprocess.CompletedProcess[str], command: str
+    archive: Path, out: str, command: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commands = {
+        "caption": ["caption", str(archive), f"{out}2", "--model", "fake", "--local"],
         "status": ["status", out],
         "verify": ["verify", out],
         "try": ["try", *map(str, sorted(archive.glob("*.png"))), "--model", "starter"],
         "missing": ["caption", f"{archive}/{HOSTILE}-not-there", out, "--model", "fake", "--local"],
         "usage": ["caption", str(archive), out, "--model", HOSTILE],
     }
+    for name in ("FORCE_COLOR", "COLORTERM"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "dumb")
 
-    done = captioned if command == "caption" else run(commands[command])
+    with pytest.raises(SystemExit) as ended:
+        main(commands[command])
 
-    assert done.returncode == (1 if command in ("missing", "usage") else 0), done.stderr
-    assert CONTROLS.findall(done.stdout + done.stderr) == []
-    assert "\nfake line" not in done.stdout + done.stderr
-
-
-def run(words: list[str]) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if name not in ("FORCE_COLOR", "COLORTERM")}
-    return subprocess.run(
-        [sys.executable, "-m", "ray_jobs.cli", *words],
-        capture_output=True,
-        text=True,
-        env=environment | {"TERM": "dumb"},
-    )
+    shown = "".join(capfd.readouterr())
+    assert ended.value.code == (1 if command in ("missing", "usage") else 0), shown
+    assert CONTROLS.findall(shown) == []
+    assert "\nfake line" not in shown

@@ -30,8 +30,8 @@ pytestmark = [
 
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_searches_with_the_kernels_find_the_same_captions(num_beams, tiny) -> None:
-    images = np.stack([np.asarray(scene.render(32)) for scene in make_scenes(4, seed=5)])
-    captioner = load(resolve(ModelConfig(name=str(tiny), num_beams=num_beams, max_new_tokens=4)), device="cpu")
+    images = np.stack([np.asarray(scene.render(32)) for scene in make_scenes(3, seed=5)])
+    captioner = load(resolve(ModelConfig(name=str(tiny), num_beams=num_beams, max_new_tokens=3)), device="cpu")
     plain = GitForCausalLM.from_pretrained(tiny).eval()  # the captioner's own layers are packed for the CPU
     pixels = captioner.normalise(torch.from_numpy(images))
     expected_search = FastSearch(GitNetwork(plain), captioner.settings, captioner.prefix)
@@ -40,7 +40,7 @@ def test_searches_with_the_kernels_find_the_same_captions(num_beams, tiny) -> No
         expected = expected_search(pixels)
         first, second = search(pixels), search(pixels)
 
-    assert len({tuple(row) for row in expected.tokens.tolist()}) >= 3
+    assert len({tuple(row) for row in expected.tokens.tolist()}) >= 2
     assert torch.equal(first.tokens, expected.tokens)
     assert torch.equal(second.tokens, expected.tokens)
     torch.testing.assert_close(first.logprobs, expected.logprobs, atol=1e-4, rtol=1e-4)

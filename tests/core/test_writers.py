@@ -18,8 +18,6 @@ from captioner.store.table import CaptionsTable, open_table
 from captioner.store.verify import verify
 from captioner.testing import make_folder
 
-pytestmark = pytest.mark.usefixtures("decoding_here")
-
 
 @pytest.fixture
 def archive(tmp_path: Path) -> Path:
