@@ -84,7 +84,6 @@ def test_workers_are_forked_from_a_process_with_one_thread(
         assert [thread.id for thread in child.threads()] == [child.pid]
 
 
-@pytest.mark.usefixtures("faults")
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="reads /proc")
 @pytest.mark.parametrize(("preprocess", "has_torch"), [("fast", True), ("processor", False)])
 def test_a_decoder_imports_torch_only_where_torch_resizes(png: bytes, preprocess: str, has_torch: bool) -> None:
@@ -96,6 +95,7 @@ def test_a_decoder_imports_torch_only_where_torch_resizes(png: bytes, preprocess
         assert ("libtorch" in Path(f"/proc/{child.pid}/maps").read_text()) == has_torch
 
 
+@pytest.mark.usefixtures("faults")
 def test_crashes_and_hangs_are_reasons_and_their_neighbours_are_fine(png: bytes) -> None:
     images = [another_png(number) for number in range(60)]
     for index in (0, 7, 8, 9, 30, 59):
