@@ -47,7 +47,7 @@ class Form:
 
 LONG = (
     *("inputs", "ids", "engine", "job", "kill", "train_job", "train_step", "hf_loader", "two_workers", "oversized"),
-    *("ray_naive", "families"),
+    *("ray_naive", "families", "quantized", "two_gpus"),
 )
 FORMS = {
     "long": Form(570, "base", 12_288, 256, 1_024, 1_152, 32, 20, LONG),
@@ -149,6 +149,30 @@ def families(setup: Setup) -> list[str]:
     return setup.module("families", "--work", setup.path("families"), *sizes)
 
 
+def quantized(setup: Setup) -> list[str]:
+    kinds, size = ("bfloat16,int8,int4", 64) if has_gpu() else ("float32,int8,int4", 4)
+    batch = 16 if has_gpu() else 2
+    return setup.module("weights", "--model", _chat_model(setup), "--kinds", kinds, *_sized(size, batch))
+
+
+def two_gpus(setup: Setup) -> list[str]:
+    if len(nvidia_smi()) < 2:
+        raise SkippedError("needs two GPUs")
+    return setup.module("weights", "--model", _chat_model(setup), "--kinds", "bfloat16", "--gpus", 2, *_sized(64, 16))
+
+
+def _sized(images: int, batch_size: int) -> tuple[object, ...]:
+    return ("--images", images, "--batch-size", batch_size)
+
+
+def _chat_model(setup: Setup) -> str:
+    """The Qwen2.5-VL that the step families made."""
+    model = setup.path(f"families/qwen2_5_vl-{'published' if has_gpu() else 'cpu'}")
+    if not Path(model, "config.json").exists():
+        raise SkippedError("needs the model of step families")
+    return model
+
+
 def ray_naive(setup: Setup) -> list[str]:
     shutil.rmtree(setup.path("ray_naive"), ignore_errors=True)  # it would add to what is there
     return setup.peer("ray_naive.py", "--images", setup.path("few"), "--out", setup.path("ray_naive"))
@@ -168,6 +192,8 @@ STEPS = {
     "oversized": Step(75, oversized),
     "ray_naive": Step(60, ray_naive),
     "families": Step(180, families),
+    "quantized": Step(90, quantized),
+    "two_gpus": Step(60, two_gpus),
 }
 
 

@@ -32,12 +32,13 @@ from captioner.config import ModelConfig
 from captioner.data import RawImage
 from captioner.imaging import decode_images
 from captioner.models import load, resolve
+from captioner.models.loading import import_family
 from captioner.models.pretrained import quiet
 from captioner.starter.scenes import make_scenes
 from captioner.testing.tiny_parts import END, PAD, START, special_ids, starter_tokenizer
 
 QUANTIZED = ("int8", "int4")
-GAIN = 2.0  # of the weight matrices, so that captions of different images differ
+GAIN = 3.0  # of the weight matrices, so that captions of different images differ
 
 
 def main() -> None:
@@ -93,10 +94,14 @@ def _load(options: argparse.Namespace, directory: Path, kind: str, first: str, n
     config = ModelConfig(
         name=str(directory), dtype=dtype, quantize=quantize, max_new_tokens=options.new_tokens, preprocess="fast"
     )
-    captioner: Any = load(resolve(config), "auto", options.batch_size, options.threads, num_gpus=num_gpus)
-    captioner.settings.eos_token_id = None  # every caption has as many tokens
-    if kind == "dynamic":
+    ref = resolve(config)
+    captioner: Any
+    if kind == "dynamic":  # of layers that are not packed
+        captioner = import_family(ref.family)(ref, torch.device("cpu"), options.batch_size)
         torch.ao.quantization.quantize_dynamic(captioner.model, {nn.Linear}, torch.qint8, inplace=True)
+    else:
+        captioner = load(ref, "auto", options.batch_size, options.threads, num_gpus=num_gpus)
+    captioner.settings.eos_token_id = None  # every caption has as many tokens
     return captioner
 
 

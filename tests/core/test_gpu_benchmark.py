@@ -83,12 +83,23 @@ def test_a_peer_that_is_absent_is_a_line(setup) -> None:
         gpu.ray_naive(setup)
 
 
+@pytest.mark.parametrize(("cards", "step", "reason"), [(1, "two_gpus", "two GPUs"), (2, "quantized", "step families")])
+def test_a_step_without_what_it_needs_is_skipped(setup, monkeypatch, cards: int, step: str, reason: str) -> None:
+    monkeypatch.setattr(gpu, "nvidia_smi", lambda: ["H100"] * cards)
+
+    with pytest.raises(SkippedError, match=f"needs .*{reason}"):
+        STEPS[step].command(setup)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_every_step_of_a_form_has_a_command(form, setup, monkeypatch, tmp_path) -> None:
     for script in ("hf_loader.py", "ray_naive.py"):
         (tmp_path / script).touch()
     setup.options.peers = tmp_path
-    monkeypatch.setattr(gpu, "has_gpu", lambda: True)
+    model = tmp_path / "families/qwen2_5_vl-published"
+    model.mkdir(parents=True)
+    (model / "config.json").touch()
+    monkeypatch.setattr(gpu, "nvidia_smi", lambda: ["H100", "H100"])
 
     commands = [STEPS[name].command(replace(setup, form=FORMS[form])) for name in FORMS[form].steps]
 
