@@ -161,7 +161,7 @@ def _percent(value: float | None) -> str:
 
 
 def _interval(value: list[float] | None) -> str:
-    return "" if value is None else f"{value[0]:.3f} to {value[1]:.3f}"
+    return "" if value is None else f"{_decimal(value[0])} to {_decimal(value[1])}"
 
 
 def _capital(text: str) -> str:
