@@ -31,7 +31,7 @@ FAST := $(addsuffix .py,tests/test_house tests/test_package tests/core/test_conf
 	tests/core/test_steps tests/core/test_sources_folder tests/core/test_sources_tables tests/core/test_sources_webdataset \
 	tests/core/test_scoring tests/core/test_terminal tests/core/test_progress tests/core/test_imaging_fit)
 
-.PHONY: help setup test test-fast test-browser lint unit docs chaos families fuzz demo test-lowest clean
+.PHONY: help setup test test-fast test-browser lint unit docs chaos nodes families fuzz demo test-lowest clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -63,6 +63,9 @@ endif
 
 chaos: setup ## Kill drivers at random moments, lose nodes and memory, fill small nodes: CHAOS_KILLS=10 CHAOS_SEED=0
 	$(BIN)/python -m pytest tests/cluster -m chaos -q
+
+nodes: setup ## A job on NODES=8 nodes, of which some are slow, late, preempted or killed: what is lost, and how busy each is
+	$(BIN)/python -m benchmarks.nodes --nodes $(or $(NODES),8) --chunks 20 --seconds 4
 
 families: setup ## Caption and train with a tiny model of every type; the ordinary suite has some of them
 	ALL_FAMILIES=1 $(BIN)/python -m pytest tests/core/test_models_families.py tests/core/test_models_check.py \

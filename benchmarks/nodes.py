@@ -2,8 +2,9 @@
 
     python -m benchmarks.nodes [--nodes 4] [--chunks 40] [--seconds 1.0]
 
-Starts raylets of two counted CPUs (`ray.cluster_utils`; every fourth node has a GPU that is only counted) and captions
---chunks chunks for each node with the fake captioner, which sleeps for --seconds with each chunk. Of each eight nodes
+Starts raylets of two counted CPUs and one counted GPU (`ray.cluster_utils`), so that each node has one caption worker,
+and captions --chunks chunks for each node with the fake captioner, which sleeps for --seconds with each chunk. Of each
+eight nodes
 
     1     takes four times as long for a chunk
     2     is killed, raylet and workers, when 30 % of the chunks are captioned: no notice
@@ -40,6 +41,7 @@ import pyarrow as pa
 from ray_jobs.stages import CaptionStage
 
 ROWS_PER_CHUNK = 16
+DEVICE = threading.Lock()  # one chunk at a time, as on a GPU; the worker has others ready
 LABEL, SECONDS, LOG = "BENCHMARK_NODE", "BENCHMARK_SECONDS", "BENCHMARK_LOG"  # environment variables of a raylet
 
 
@@ -49,10 +51,11 @@ class SleepingCaptionStage(CaptionStage):
     def __call__(self, block: pa.Table) -> pa.Table:
         chunk = json.loads(block["chunk"][0].as_py())["chunk"]
         name = f"{chunk['part']}-{chunk['index']}"
-        self._note("begin", name)
-        time.sleep(float(os.environ.get(SECONDS, "1")))
-        captioned = super().__call__(block)
-        self._note("end", name)
+        with DEVICE:
+            self._note("begin", name)
+            time.sleep(float(os.environ[SECONDS]))
+            captioned = super().__call__(block)
+            self._note("end", name)
         return captioned
 
     def _note(self, event: str, chunk: str) -> None:
@@ -116,7 +119,7 @@ class Nodes:
         slow = index % 8 == 1
         environment = {LABEL: str(index), SECONDS: str(self._seconds * (4 if slow else 1)), LOG: str(self._log)}
         self.nodes[index] = self.cluster.add_node(
-            num_cpus=2, num_gpus=int(index % 4 == 0), object_store_memory=80 * 2**20, env_vars=environment
+            num_cpus=2, num_gpus=1, object_store_memory=80 * 2**20, env_vars=environment
         )
 
     def kill(self, index: int) -> None:
@@ -220,7 +223,7 @@ def run(options: argparse.Namespace, root: Path) -> dict[str, Any]:
         {
             "source": {"path": str(archive)},
             "model": {"name": "fake", "device": "cpu"},
-            "cluster": {"num_workers": f"{len(nodes.nodes)}:{options.nodes}"},
+            "cluster": {"num_workers": f"{len(nodes.nodes)}:{options.nodes}", "gpus_per_worker": 1},
             "output": {"path": str(out)},
         }
     )

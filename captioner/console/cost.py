@@ -35,10 +35,10 @@ CARDS = {
     )
 }
 
-# Requests for each image with OUT on S3 (330 and 926 for 90,000 images in chunks of 512, counted by
+# Requests for each image with OUT on S3 (3,591 and 10,708 for 900,000 images in chunks of 512, counted by
 # `python -m benchmarks.scale --s3`), and dollars for 1,000 of them.
 # S3 Standard, us-east-1, list prices of November 2026; HEAD is billed as GET, deleting is free.
-OUT_REQUESTS = {"PUT, LIST": (0.0037, 0.005), "GET, HEAD": (0.0103, 0.0004)}
+OUT_REQUESTS = {"PUT, LIST": (0.0040, 0.005), "GET, HEAD": (0.0119, 0.0004)}
 SOURCE_READS = 1.0  # requests for each image: a file of its own; of tars and tables there are fewer
 DOLLARS_PER_READ = 0.0004 / 1_000
 DOLLARS_PER_GB_MONTH = 0.023
