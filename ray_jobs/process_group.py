@@ -51,18 +51,29 @@ class _ProcessGroupBackend(Backend):
     share_cuda_visible_devices = True  # NCCL uses direct connections only to GPUs that a worker sees
 
     def on_start(self, worker_group: Any, backend_config: ProcessGroup) -> None:
-        address, port = worker_group.execute_single(0, _free_address)
-        worker_group.execute(_join, backend_config, address, port)
+        import ray.util
+
+        placement_group, address, port = worker_group.execute_single(0, _placement_group_and_free_address)
+        try:
+            worker_group.execute(_join, backend_config, address, port)
+        except ray.exceptions.RayError:
+            # Ray Train counts these workers as started, so it does not clean up after this failure, and its controller
+            # never gets the group of workers to shut it down. They would keep their CPUs and GPUs, for which the next
+            # training of this driver would wait.
+            ray.util.remove_placement_group(placement_group)
+            raise
 
 
-def _free_address() -> tuple[str, int]:
+def _placement_group_and_free_address() -> tuple[Any, str, int]:
+    """Return Ray's placement group of this worker, and an address and a port at which rank 0 can listen."""
     import socket
 
     import ray
 
     with socket.socket() as listener:
         listener.bind(("", 0))
-        return ray.util.get_node_ip_address(), listener.getsockname()[1]
+        address, port = ray.util.get_node_ip_address(), listener.getsockname()[1]
+    return ray.util.get_current_placement_group(), address, port
 
 
 def _join(group: ProcessGroup, address: str, port: int) -> None:

@@ -207,6 +207,20 @@ def test_a_gpu_that_torch_cannot_use_stops_training_before_pairs_are_read(tmp_pa
         assert not (tmp_path / "out").exists()
 
 
+def test_workers_that_cannot_use_their_gpus_leave_them_to_what_comes_next(
+    tmp_path: Path, data: Path, ray_instance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ray_jobs.train.check_gpu_nodes", lambda *_: None)  # as with a CUDA build without a driver
+    words = {"cluster": {"num_workers": 2}, "data": {"path": str(data)}, "output": {"path": str(tmp_path / "out")}}
+    config = TrainConfig.model_validate(words)
+
+    with pytest.raises(ModelError, match="the GPU that was reserved cannot be used"):
+        job.run(config, RayTrainEngine(config))
+
+    gpus = ray_instance.cluster_resources()["GPU"]
+    assert ray_instance.get(ray_instance.remote(num_cpus=0, num_gpus=gpus)(lambda: "runs").remote(), timeout=60)
+
+
 @pytest.mark.usefixtures("ray_instance")
 def test_tables_come_back_in_order_however_long_each_takes() -> None:
     def slow_first(table: pa.Table) -> pa.Table:
