@@ -156,6 +156,8 @@ def _train(
         trainer = worker.prepare(trainer)
         started = time.perf_counter()
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if task.pixel_cache is not None:
+        task.pixel_cache.remove()
     return {
         "step": trainer.state.global_step,
         "history": trainer.state.log_history,

@@ -62,6 +62,8 @@ class PixelCache:
         name, values = _name(sha256, spec), np.ascontiguousarray(pixels).tobytes()
         size = _HEADER.size + len(values)
         with suppress(OSError):
+            if not self.folder.exists():
+                _remove_stale()
             if not _is_ours(self.folder):
                 return
             exists = (self.folder / name).exists()  # damaged, since it was not read
@@ -74,12 +76,8 @@ class PixelCache:
             os.replace(part, self.folder / name)
 
     def remove(self) -> None:
-        """Remove the folder of the run on this node, and those that other runs left behind."""
+        """Remove the folder of the run on this node."""
         shutil.rmtree(self.folder, ignore_errors=True)
-        with suppress(OSError):
-            for folder in _parent().iterdir():
-                if time.time() - (folder / _USED).stat().st_mtime > _STALE_S:
-                    shutil.rmtree(folder, ignore_errors=True)
 
     @property
     def folder(self) -> Path:
@@ -100,6 +98,13 @@ class PixelCache:
 
 def _parent() -> Path:
     return Path(tempfile.gettempdir()) / f"captioner-pixels-{os.getuid()}"
+
+
+def _remove_stale() -> None:
+    """Remove the folders of runs that wrote nothing for a day: those that were killed, or ended on another node."""
+    for file in _parent().glob(f"*/{_USED}"):
+        if time.time() - file.stat().st_mtime > _STALE_S:
+            shutil.rmtree(file.parent, ignore_errors=True)
 
 
 def _is_ours(folder: Path) -> bool:

@@ -1,7 +1,9 @@
 """Images are decoded once: later epochs take their pixels from the disk, and never from a damaged file."""
 
+import os
 import shutil
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +100,18 @@ def test_the_cache_takes_no_more_than_its_size_and_other_fittings_have_other_ent
     assert sum(entry.stat().st_size for entry in entries) <= 10_000
     assert cache.read(f"{0:064x}", SPEC) is not None
     assert cache.read(f"{0:064x}", SPECS[1]) is None
+
+
+def test_a_run_removes_what_another_left_a_day_ago() -> None:
+    caches, pixels = [PixelCache(run, 10_000) for run in ("old", "recent", "new")], np.zeros((2, 2, 3), np.uint8)
+    for cache in caches[:2]:
+        cache.write(SHA256, SPEC, pixels)
+    day_ago = time.time() - 25 * 3600
+    os.utime(caches[0].folder / "used", (day_ago, day_ago))
+
+    caches[2].write(SHA256, SPEC, pixels)
+
+    assert [cache.folder.exists() for cache in caches] == [False, True, True]
 
 
 def test_a_folder_that_others_can_write_to_is_not_used(temporary_folder: Path) -> None:
