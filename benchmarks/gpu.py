@@ -47,7 +47,7 @@ class Form:
 
 LONG = (
     *("inputs", "ids", "engine", "job", "kill", "train_job", "train_step", "hf_loader", "two_workers", "oversized"),
-    *("ray_naive", "families", "quantized", "two_gpus"),
+    *("ray_naive", "families", "quantized", "two_gpus", "train_families"),
 )
 FORMS = {
     "long": Form(570, "base", 12_288, 256, 1_024, 1_152, 32, 20, LONG),
@@ -173,6 +173,12 @@ def _chat_model(setup: Setup) -> str:
     return model
 
 
+def train_families(setup: Setup) -> list[str]:
+    precision, batch = ("bf16", 8) if has_gpu() else ("float32", 2)
+    sizes = ("--batch-size", batch, "--precision", precision, "--steps", 4)
+    return setup.module("train_families", "--work", setup.path("train_families"), *sizes)
+
+
 def ray_naive(setup: Setup) -> list[str]:
     shutil.rmtree(setup.path("ray_naive"), ignore_errors=True)  # it would add to what is there
     return setup.peer("ray_naive.py", "--images", setup.path("few"), "--out", setup.path("ray_naive"))
@@ -194,6 +200,7 @@ STEPS = {
     "families": Step(180, families),
     "quantized": Step(90, quantized),
     "two_gpus": Step(60, two_gpus),
+    "train_families": Step(300, train_families),
 }
 
 
