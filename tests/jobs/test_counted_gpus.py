@@ -73,12 +73,12 @@ def noting_stage(notes: Path, num_workers: int) -> type[CaptionStage]:
 
 
 @pytest.mark.parametrize(
-    ("cluster", "held"),
+    ("cluster", "num_workers", "held"),
     [
-        ({"gpus_per_worker": 1}, [{"1 of 0", "1 of 1"}]),
-        ({"num_workers": 2, "gpus_per_worker": 0.5}, [{"0.5 of 0"}, {"0.5 of 1"}]),
-        ({"num_workers": 1, "gpus_per_worker": 2}, [{"2 of 0 and 1"}]),
-        ({"num_workers": "1:2", "gpus_per_worker": 1}, [{"1 of 0", "1 of 1"}]),
+        ({"gpus_per_worker": 1}, 2, [{"1 of 0", "1 of 1"}]),
+        ({"num_workers": 2, "gpus_per_worker": 0.5}, 2, [{"0.5 of 0"}, {"0.5 of 1"}]),
+        ({"num_workers": 1, "gpus_per_worker": 2}, 1, [{"2 of 0 and 1"}]),
+        ({"num_workers": "1:2", "gpus_per_worker": 1}, 2, [{"1 of 0", "1 of 1"}]),
     ],
 )
 def test_workers_hold_the_gpus_that_were_asked_for_and_a_chunk_stays_whole(
@@ -87,16 +87,17 @@ def test_workers_hold_the_gpus_that_were_asked_for_and_a_chunk_stays_whole(
     local_captions: list[tuple],
     monkeypatch: pytest.MonkeyPatch,
     cluster: dict[str, Any],
+    num_workers: int,
     held: list[set[str]],
 ) -> None:
     (notes := tmp_path / "notes").mkdir()
-    monkeypatch.setattr(caption, "CaptionStage", noting_stage(notes, num_workers=2))
+    monkeypatch.setattr(caption, "CaptionStage", noting_stage(notes, num_workers))
 
     code = caption.run(caption_config(archive, tmp_path / "out", model=ON_CPU, cluster=cluster))
 
     assert code == 0
     gpus = [note.read_text() for note in notes.iterdir()]
-    assert len(gpus) == 2
+    assert len(gpus) == num_workers
     assert set(gpus) in held
     assert captions(tmp_path / "out") == local_captions
     assert verify(open_table(str(tmp_path / "out"))).proven
