@@ -105,13 +105,14 @@ def test_a_resume_with_other_bits_is_refused(tiny, tmp_path: Path) -> None:
 
 def test_try_compares_with_unquantised_weights(tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = [str(file) for file in make_folder(tmp_path / "images", 4).glob("*.*g")]
-    model = ModelConfig(name=str(tiny("blip")), device="cpu", quantize="int8", max_new_tokens=4)
+    directory = tiny("blip")
+    model = ModelConfig(name=str(directory), device="cpu", quantize="int8", max_new_tokens=4)
 
     assert try_images(files, [model]) == OK
 
     *_, plain, quantised, share = capsys.readouterr().out.splitlines()
-    assert "blip" in plain
-    assert "blip0 int8" in quantised
+    assert f"{directory.name} " in plain
+    assert f"{directory.name} int8" in quantised
     assert share.endswith("of 4 captions equal to those of unquantised weights")
 
 
