@@ -24,6 +24,7 @@ from captioner.files import Retry, absolute, open_filesystem, shown
 from captioner.store.checksum import (
     ARROW_SUFFIX,
     PARSE_ERRORS,
+    decoded,
     file_matches,
     from_file,
     to_arrow,
@@ -294,6 +295,16 @@ class Directory:
         except ValueError as error:
             raise self.damage(name, f"is damaged: {error}") from error
         return data
+
+    def decoded(self, name: str, data: bytes, columns: list[str] | None = None) -> pa.Table:
+        """Return what `read_checked` returned of a file as a table: these columns, or all.
+
+        Raises DamagedFileError where it is whole but another kind of file, without these columns.
+        """
+        try:
+            return decoded(name, data, columns)
+        except ValueError as error:
+            raise self.damage(name, f"is damaged: {error}") from error
 
     def write_table(self, name: str, table: pa.Table, row_group_size: int | None = None) -> bytes:
         """Write `table` as one file, Arrow IPC or Parquet by its name, atomically, and return the bytes written."""

@@ -29,7 +29,6 @@ from captioner.console.text import counted
 from captioner.data import Chunk
 from captioner.errors import DamagedFileError, OutputError
 from captioner.run.prefetch import in_parallel
-from captioner.store.checksum import from_file
 from captioner.store.counts import TableCounts
 from captioner.store.read import read_chunk, replace_rows, superseded_rows
 from captioner.store.repair import unchanged_parts
@@ -200,7 +199,7 @@ def _publish_part(table: CaptionsTable, plan: Plan, part: int, is_published: boo
     if is_published or (not plan.adds_parts and has_rows_of(table, plan, part)):
         # Of a generation that supersedes rows, they were written before a kill; the older ones are in history/.
         data = table.directory.read_checked(name)
-        counts.add_rows(from_file(name, data, table.counted_columns), table.answer_columns)
+        counts.add_rows(table.directory.decoded(name, data, table.counted_columns), table.answer_columns)
     elif plan.adds_parts:
         counted_columns: list[pa.Table] = []
         rows_of_chunks = _noted(table, _committed_rows(table, plan, part), counted_columns)

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from captioner.console.text import counted
 from captioner.data import ERROR_CODES, STATUS_FAILED, STATUS_OK
 from captioner.errors import DamagedFileError
-from captioner.store.checksum import decoded, has_checksum
+from captioner.store.checksum import has_checksum
 from captioner.store.counts import TableCounts
 from captioner.store.ids import IdIndex
 from captioner.store.read import OnDamage, check_part, raise_damage, read_chunk, read_parts
@@ -145,7 +145,7 @@ def _verify_part(
         result.add_problem(f"{name} is missing: {counted(len(ids), 'image has', 'images have')} no row")
         return
     data = _verified_bytes(table, name, result)
-    rows = decoded(name, data, ["image_id", "chunk_id", *table.counted_columns])
+    rows = table.directory.decoded(name, data, ["image_id", "chunk_id", *table.counted_columns])
     with result.noting_damage():
         check_part(table, plan, part, rows)
         result.counts_of_parts[part] = TableCounts()

@@ -196,6 +196,24 @@ def test_chunks_and_parts_in_each_others_place_are_damage(
         assert contents(out) == contents(finished)
 
 
+def test_whole_files_of_other_kinds_in_the_place_of_a_part_are_damage(
+    tmp_path: Path, archive: Path, finished: Path
+) -> None:
+    others = sorted(path.relative_to(finished) for path in finished.rglob("*.parquet") if "captions" not in path.parts)
+    kinds = {path.parent: path for path in others}  # one of each folder
+    assert {path.parts[0] for path in kinds} >= {"plan", "checks"}
+
+    for number, other in enumerate(kinds.values()):
+        out = Path(shutil.copytree(finished, tmp_path / str(number)))
+        shutil.copyfile(out / other, out / "captions/part-00000.parquet")
+        result = verify(open_table(str(out)))
+        assert not result.proven
+        assert any("captions/part-00000.parquet" in problem for problem in result.problems)
+        assert pipeline.run(caption_config(archive, out)) == 0
+        assert verify(open_table(str(out))).proven
+        assert contents(out) == contents(finished)
+
+
 def test_a_part_of_the_plan_in_the_place_of_another_is_damage(tmp_path: Path, finished: Path) -> None:
     shutil.copytree(finished, tmp_path / "out")
     table = open_table(str(tmp_path / "out"))
