@@ -136,4 +136,5 @@ def _difference(recorded: dict[str, Any], model: ModelRef) -> str:
 def _in_words(key: str, recorded: Any, now: Any) -> str:
     if key == "question_facts":
         return "other --questions"
-    return f"{_WORDS.get(key, '--' + key)} {str(recorded)[:12]} instead of {str(now)[:12]}"
+    before, after = ("none" if value is None else str(value)[:12] for value in (recorded, now))
+    return f"{_WORDS.get(key, '--' + key)} {before} instead of {after}"

@@ -97,7 +97,7 @@ def test_a_resume_with_other_bits_is_refused(tiny, tmp_path: Path) -> None:
     assert run(quantize="int8") == OK
     assert open_table(str(tmp_path / "out")).info["model"]["quantize"] == "int8"
     assert run(quantize="int8") == OK
-    with pytest.raises(FingerprintError, match="--quantize int8 instead of None"):
+    with pytest.raises(FingerprintError, match="--quantize int8 instead of none"):
         run()
     with pytest.raises(FingerprintError, match="--quantize int8 instead of int4"):
         run(quantize="int4")

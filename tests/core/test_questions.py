@@ -230,7 +230,7 @@ def test_a_run_that_was_stopped_goes_on_with_its_questions_and_no_others(table: 
         server.rule = lambda asked: None
         with pytest.raises(FingerprintError, match="--questions"):
             run(table, **at(server, questions=questions_file(table.parent, QUESTIONS.replace("Which", "What"))))
-        with pytest.raises(FingerprintError, match="--system None instead of short"):
+        with pytest.raises(FingerprintError, match="--system none instead of short"):
             run(table, **at(server, questions=questions_file(table.parent), system="short"))
         assert run(table, **at(server, questions=questions_file(table.parent))) == 0
 
