@@ -21,7 +21,6 @@ from captioner.data import STATUS_FAILED, STATUS_OK, Chunk, Listing, RawImage, R
 from captioner.sources.plan_rows import BATCH_ROWS, plan_table
 from captioner.starter.scenes import COLOURS, SHAPES
 from captioner.steps import ChunkRows, Work, commit
-from captioner.store.plan import read_planned
 
 IMAGES_PER_UNIT = 100_000
 REFERENCE_EVERY = 100  # images, of which one has a reference caption
@@ -92,7 +91,7 @@ class InstantEngine:
 
 def captioned(work: Work, chunk: Chunk, texts: pa.Array) -> ChunkRows:
     """Return a chunk of a SyntheticSource with all columns of the table. `texts`: captions to choose from."""
-    planned = read_planned(work.table, chunk)
+    planned = work.planned_rows(chunk)
     ids = planned["image_id"].combine_chunks()
     numbers = pc.cast(pc.utf8_slice_codeunits(pc.utf8_slice_codeunits(ids, -13), 0, 9), pa.int64()).to_numpy()
     has_failed = (numbers % FAILURE_EVERY == 7) & (chunk.generation == 0)
