@@ -5,8 +5,7 @@
     opening.py   bytes -> an upright RGB image, whatever the mode, over white
     fitting.py   upright image -> uint8 pixels of the size that the model needs
     descriptions.py  descriptions that people wrote into the file
-    error_codes.py  an exception -> an error code
-    settings.py  Pillow's process-wide settings while an image is decoded
+    pillow.py    Pillow's exceptions as error codes, its process-wide settings while an image is decoded
     sandbox/     decoding in a child process, which an image may crash or hang
 
 Nothing here loads torch before the first image is resized.
@@ -25,10 +24,9 @@ import pyarrow as pa
 
 from captioner.data import CAPTIONS_SCHEMA, DecodedImage, ImageBatch, Pixels, PixelSpec, RawImage, object_array
 from captioner.imaging.descriptions import descriptions_of
-from captioner.imaging.error_codes import ImageError, one_line
 from captioner.imaging.fitting import fit, fit_square, needed_side
 from captioner.imaging.opening import UprightImage, open_image
-from captioner.imaging.settings import decoding
+from captioner.imaging.pillow import ImageError, decoding, one_line
 
 __all__ = ["IMAGE_SCHEMA", "ImageError", "UprightImage", "decode", "decode_images", "open_image", "squeeze"]
 

@@ -12,9 +12,8 @@ from PIL import IptcImagePlugin
 from PIL.ImageFile import ImageFile
 
 from captioner.console.text import printable
-from captioner.imaging.error_codes import ImageError
 from captioner.imaging.formats import identify
-from captioner.imaging.settings import decoding
+from captioner.imaging.pillow import ImageError, decoding
 
 _MAX_LENGTH = 2_000
 _MAX_XMP = 1_000_000

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageFile
 
-from captioner.imaging.error_codes import ImageError, code_of, one_line
+from captioner.imaging.pillow import ImageError, code_of, one_line
 from captioner.imaging.tiff import extract, find_overview
 
 # Formats that Pillow decodes without other programs, in the order they are tried: frequent ones first, those without a

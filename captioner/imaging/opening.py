@@ -23,9 +23,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageCms, ImageFile, ImageOps
 
-from captioner.imaging.error_codes import ImageError, code_of, one_line
 from captioner.imaging.formats import Reduced, identify, open_reduced
-from captioner.imaging.settings import decoding
+from captioner.imaging.pillow import ImageError, code_of, decoding, one_line
 
 _EXIF_ORIENTATION = 0x0112
 _UPRIGHT, _TURNED = 1, (5, 6, 7, 8)  # turned: width and height are swapped

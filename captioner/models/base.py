@@ -19,8 +19,7 @@ from transformers import GenerationConfig, LogitsProcessorList
 
 from captioner.data import Captions, Pixels, Prompts, Usage, object_array
 from captioner.errors import ModelError
-from captioner.models.drawing import DrawingProcessor, Sampling
-from captioner.models.logprobs import ScoreRecorder, mean_logprobs, token_counts
+from captioner.models.logits import DrawingProcessor, Sampling, ScoreRecorder, mean_logprobs, token_counts
 from captioner.models.pretrained import decode_all, open_model, open_tokenizer, quiet
 from captioner.models.processors import ProcessedBatch, open_image_processor, processed_batches
 from captioner.models.quantized import stored_bytes

@@ -20,6 +20,8 @@ from captioner.models.ref import ModelRef
 from captioner.models.resolving import ensure_local
 
 if TYPE_CHECKING:
+    import torch
+
     from captioner.models.base import TransformersCaptioner
 
 # Below this, an operation takes less time than waking the threads that would share it: one thread captions faster than
@@ -35,13 +37,15 @@ CLASSES = {  # of the families that are not CHAT_CLASS
     "paligemma": ("chat", "PrefixCaptioner"),
 }
 
+Notify = Callable[[str], None]
+
 
 def load(
     ref: ModelRef,
     device: str = "auto",
     batch_size: int | Literal["auto"] = "auto",
     num_threads: int | None = None,
-    notify: Callable[[str], None] | None = None,
+    notify: Notify | None = None,
     api_key: ApiKey | None = None,
     num_gpus: int = 1,
 ) -> Captioner:
@@ -53,7 +57,7 @@ def load(
     is not on this machine is downloaded again. Raises ModelError where the model or the device cannot be used, or where
     the weights differ from those of `ref`.
     """
-    notify, started = notify or (lambda line: None), time.perf_counter()
+    notify = notify or (lambda line: None)
     if ref.family == "fake":
         return FakeCaptioner(
             num_captions=ref.num_captions, seed=ref.seed if ref.temperature else None, questions=ref.questions
@@ -62,44 +66,74 @@ def load(
         from captioner.models.endpoint.captioning import EndpointCaptioner
 
         return EndpointCaptioner(ref, api_key or ApiKey.from_environment(), notify)
+    size = 1 if batch_size == "auto" else batch_size
+    ref, devices = _import_and_verify(ref, device, num_gpus, notify)
+    free = _free_memory(ref, devices, size)
+    if devices[0].type == "cpu" and is_small(ref):
+        num_threads = 1
+    if num_threads is not None:
+        import torch
+
+        torch.set_num_threads(num_threads)
+    captioner = _load_weights(ref, devices, size, free, notify)
+    if batch_size == "auto":
+        from captioner.models.batch_size import CPU_SIZE, SMALL_CPU_SIZE, choose_batch_size
+
+        choose_batch_size(captioner, SMALL_CPU_SIZE if is_small(ref) else CPU_SIZE, notify=notify)
+    return captioner
+
+
+def _import_and_verify(
+    ref: ModelRef, device: str, num_gpus: int, notify: Notify
+) -> tuple[ModelRef, list[torch.device]]:
+    """Import torch and the module of the family while the weights are hashed.
+
+    Returns the model on this machine and the devices that share its weights.
+    """
+    started = time.perf_counter()
     with ThreadPoolExecutor(2) as threads:
         local_ref = threads.submit(ensure_local, ref)  # hashes the weights
         with phase("importing torch and transformers", notify):
             devices = pick_devices(pick_device(device), num_gpus)
-            torch_device = devices[0]
             import torch
 
-            threads.submit(lambda: torch.empty(1, device=torch_device))  # a GPU takes a second to start
-            family = import_family(ref.family)
+            threads.submit(lambda: torch.empty(1, device=devices[0]))  # a GPU takes a second to start
+            import_family(ref.family)
         with phase(f"reading the files of model {ref.name}", notify):
             ref = local_ref.result()
-    size = 1 if batch_size == "auto" else batch_size
-    free: dict[int | str, int] = {}  # bytes, by the index of a GPU
-    if torch_device.type in GPUS:
-        backend = torch.get_device_module(torch_device)
-        free = {each.index or 0: backend.mem_get_info(each)[0] for each in devices}
-        check_fits(ref, list(free.values()), backend.get_device_name(torch_device), size)
-    imported = time.perf_counter()
-    notify(f"torch and transformers imported in {imported - started:.1f} s")
-    from captioner.models.batch_size import CPU_SIZE, SMALL_CPU_SIZE, choose_batch_size
+    notify(f"torch and transformers imported in {time.perf_counter() - started:.1f} s")
+    return ref, devices
+
+
+def _free_memory(ref: ModelRef, devices: list[torch.device], batch_size: int) -> dict[int | str, int]:
+    """Return the free bytes of each GPU by its index; none of a CPU. Raises ModelError where the model does not fit."""
+    if devices[0].type not in GPUS:
+        return {}
+    import torch
+
+    backend = torch.get_device_module(devices[0])
+    free: dict[int | str, int] = {device.index or 0: backend.mem_get_info(device)[0] for device in devices}
+    check_fits(ref, list(free.values()), backend.get_device_name(devices[0]), batch_size)
+    return free
+
+
+def _load_weights(
+    ref: ModelRef, devices: list[torch.device], batch_size: int, free: dict[int | str, int], notify: Notify
+) -> TransformersCaptioner:
+    """Return the captioner with its weights on the devices. `free`: bytes of each GPU by its index."""
     from captioner.models.packed import pack_linears
 
-    if torch_device.type == "cpu" and is_small(ref):
-        num_threads = 1
-    if num_threads is not None:
-        torch.set_num_threads(num_threads)
+    started, family = time.perf_counter(), import_family(ref.family)
     with phase("loading weights", notify):
         if len(devices) > 1:
             usable = {index: int(USABLE * num_bytes) for index, num_bytes in free.items()}
-            captioner = family(ref, torch_device, size, usable)
+            captioner = family(ref, devices[0], batch_size, usable)
         else:
-            captioner = family(ref, torch_device, size)
+            captioner = family(ref, devices[0], batch_size)
         pack_linears(captioner.model)  # here, because packed layers cannot be trained
-    notify(f"weights on {captioner.device_name} in {time.perf_counter() - imported:.1f} s")
+    notify(f"weights on {captioner.device_name} in {time.perf_counter() - started:.1f} s")
     if ref.quantize:
         notify(_quantized_size(captioner.weights_bytes, ref))
-    if batch_size == "auto":
-        choose_batch_size(captioner, SMALL_CPU_SIZE if is_small(ref) else CPU_SIZE, notify=notify)
     return captioner
 
 

@@ -21,7 +21,7 @@ from captioner.console.trying import try_images
 from captioner.data import CAPTIONS_SCHEMA, ERROR_CODES, Captions, DecodedImage, PixelSpec, RawImage
 from captioner.errors import OK, SourceError
 from captioner.imaging import IMAGE_SCHEMA, decode_images
-from captioner.imaging.error_codes import one_line
+from captioner.imaging.pillow import one_line
 from captioner.sources import open_source
 from captioner.sources.reading import read_images
 from captioner.steps import Caption, caption_or_reasons

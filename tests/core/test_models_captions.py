@@ -21,7 +21,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from captioner.config import ModelConfig
 from captioner.errors import ModelError
 from captioner.models import load, resolve
-from captioner.models.logprobs import token_counts
+from captioner.models.logits import token_counts
 from captioner.starter.scenes import make_scenes
 from captioner.testing import FakeCaptioner, make_tiny_model
 

@@ -19,7 +19,7 @@ from captioner.config import ModelConfig
 from captioner.data import Captions, object_array
 from captioner.errors import FingerprintError, UsageError
 from captioner.models import load, resolve
-from captioner.models.drawing import Sampling
+from captioner.models.logits import Sampling
 from captioner.models.seeds import image_seed, random_numbers
 from captioner.starter.scenes import make_scenes
 from captioner.testing import make_folder, make_tiny_model

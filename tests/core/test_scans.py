@@ -16,8 +16,8 @@ from PIL import Image
 from captioner import pipeline
 from captioner.config import SourceConfig
 from captioner.errors import OutputError, UsageError
-from captioner.imaging.error_codes import ImageError
 from captioner.imaging.opening import open_image
+from captioner.imaging.pillow import ImageError
 from captioner.imaging.tiff import extract, page_offsets
 from captioner.sources import open_source
 from captioner.starter.scenes import make_scenes

@@ -17,8 +17,8 @@ pytest.importorskip("triton")
 from captioner.config import ModelConfig
 from captioner.models import load, resolve
 from captioner.models.git import FastSearch, triton_kernels
+from captioner.models.git.captioner import has_triton
 from captioner.models.git.network import GitNetwork
-from captioner.models.git.search import has_triton
 from captioner.models.git.triton_network import TritonGitNetwork
 from captioner.starter.scenes import make_scenes
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from captioner.models.git.network import GitNetwork, best_continuations
-from captioner.models.git.task import SearchResult, Task
+from captioner.models.git.searches import SearchResult, Task
 
 LOWEST_SCORE = -1.0e9  # below any real score
 

@@ -14,10 +14,8 @@ import torch
 
 from captioner.console.phases import phase
 from captioner.models.git.beam import BeamSearch
-from captioner.models.git.greedy import GreedySearch
 from captioner.models.git.network import GitNetwork
-from captioner.models.git.sampled import SampledSearch
-from captioner.models.git.task import Search, Task
+from captioner.models.git.searches import GreedySearch, SampledSearch, Search, Task
 
 WARM_UP_STEPS = 3  # as recommended in torch's documentation of CUDA graphs
 
