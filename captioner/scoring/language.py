@@ -21,14 +21,17 @@ _SAME = {"nb": "no"}  # tags that the model has under another name
 
 def language_of(text: str) -> str | None:
     """Return the language code of a caption, such as "en"; None when undecided."""
-    code, probability = _probabilities(text)[0]
+    code, probability = _most_probable(text)
     return code if probability >= MIN_PROBABILITY else None
 
 
 def is_in_other_language(text: str, language: str) -> bool:
     """Return whether a caption is certainly not in this language, a code of `known_languages`."""
-    probabilities = _probabilities(text)
-    return probabilities[0][1] > TIMES_AS_PROBABLE * dict(probabilities)[language]
+    code, probability = _most_probable(text)
+    if code == language:  # most captions, for which the other languages, and sorting them, are not needed
+        return False
+    probabilities: dict[str, float] = dict(_identifier().rank(text))
+    return probability > TIMES_AS_PROBABLE * probabilities[language]
 
 
 def recognised_language(tag: str) -> str:
@@ -47,9 +50,10 @@ def known_languages() -> set[str]:
 
 
 @lru_cache(maxsize=10_000)
-def _probabilities(text: str) -> tuple[tuple[str, float], ...]:
-    """Return each language code with its probability, the most probable first."""
-    return tuple(_identifier().rank(text))
+def _most_probable(text: str) -> tuple[str, float]:
+    """Return the most probable language code with its probability."""
+    code, probability = _identifier().classify(text)
+    return code, probability
 
 
 @lru_cache(maxsize=1)

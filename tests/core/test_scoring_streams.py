@@ -52,10 +52,27 @@ def test_rows_by_time_are_all_counted_in_few_buckets(seconds: list[int], max_buc
 
 def rows_made_at(second: int) -> pa.Table:
     """Return one failed row of the captions table that was created at that second."""
-    values = dict.fromkeys(COLUMNS) | {"status": "failed", "error_code": "decode_error", "image_id": "a.png"}
+    return rows_of([{"status": "failed", "error_code": "decode_error"}], second)
+
+
+def rows_of(rows: list[dict[str, str]], second: int = 0) -> pa.Table:
+    """Return rows of the captions table with these values."""
+    values = dict.fromkeys(COLUMNS) | {"image_id": "a.png", "created_at": datetime.fromtimestamp(second, UTC)}
     fields = [CAPTIONS_SCHEMA.field(name) for name in COLUMNS]
-    moment = datetime.fromtimestamp(second, UTC)
-    return pa.Table.from_pylist([values | {"created_at": moment}], pa.schema(fields))
+    return pa.Table.from_pylist([values | row for row in rows], pa.schema(fields))
+
+
+def test_the_language_of_many_captions_is_that_of_a_sample_of_each_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table_stats, "MAX_LANGUAGES", 20)
+    german = [f"ein Hund auf der Wiese {number}" for number in range(15)]
+    english = [f"a dog on the grass {number}" for number in range(88)]
+    stats = TableStats()
+    for captions in (german + english, english + german):
+        stats.add(rows_of([{"status": "ok", "caption": text, "sha256": text} for text in captions]))
+
+    assert stats.language == "en"
+    assert set(stats.languages) == {"en", "de"}
+    assert 2 * 10 < stats.languages.total() <= 2 * 20
 
 
 def test_vocabulary_by_hand() -> None:
