@@ -61,6 +61,10 @@ STARTER_NOTE = (
     "give --model your own model or a hub id"
 )
 
+LACKING = (
+    "the last parts of the plan of an --extend may be lost: give --extend with the selection of images it had, so that "
+    "the source is compared with the plan"
+)
 NO_LOGPROBS = "the model server gives no log-probabilities: logprob_mean is null, and no caption counts as uncertain"
 
 Notify = Callable[[str], None]
@@ -347,9 +351,19 @@ def _check_same_source(config: CaptionConfig, table: CaptionsTable) -> None:
 
 def _bring_plan_up_to_date(planned: Planned, notify: Notify, rows_per_chunk: Callable[[], int]) -> None:
     plans, config = planned.table.plans(), planned.config
-    if plans and not config.output.extend:
-        _note_changes(planned, notify, sum(plan.num_rows for plan in plans if plan.adds_parts))
+    num_planned = sum(plan.num_rows for plan in plans if plan.adds_parts)
+    lacking = [plan for plan in plans if plan.may_lack_images]
+    # What an --extend selected is known to nobody else.
+    list_again = bool(lacking) and not any(plan.generation for plan in lacking)
+    if lacking and not list_again and not config.output.extend:
+        planned.notes.append(LACKING)
+        notify(LACKING)
+    if plans and not config.output.extend and not list_again:
+        _note_changes(planned, notify, num_planned)
         return
+    limit = config.source.limit
+    if limit is not None and list_again and not config.output.extend:
+        limit = max(0, limit - num_planned)
     started = time.perf_counter()
     max_rows = rows_per_chunk()
     with phase("listing images", notify) as listing:
@@ -357,9 +371,9 @@ def _bring_plan_up_to_date(planned: Planned, notify: Notify, rows_per_chunk: Cal
         def show(num_rows: int) -> None:
             listing.text = f"listing images, {num_rows:,} listed"
 
-        plan = make_plan(
-            planned.table, planned.source, max_rows, config.output.rows_per_file, config.source.limit, on_progress=show
-        )
+        plan = make_plan(planned.table, planned.source, max_rows, config.output.rows_per_file, limit, on_progress=show)
+    for incomplete in lacking:  # every image of the source is planned now
+        planned.table.write_plan(replace(incomplete, may_lack_images=False))
     if plan is None:
         notify("nothing to add: every image of the source is in the plan")
         return

@@ -8,6 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,7 @@ from captioner.errors import DamagedFileError, SourceError
 from captioner.store.ids import IdIndex, digests_of
 from captioner.store.parallel_listing import list_units
 from captioner.store.table import (
+    PLAN_FACTS,
     CaptionsTable,
     Plan,
     is_marked_otherwise,
@@ -194,8 +196,8 @@ class _PlanWriter:
     def resume(self) -> _Position:
         """Take over the parts of a listing that was killed, and return the position to continue from.
 
-        A part that is damaged, or was left by a killed `--retry-failed`, is deleted with all after it: what was in them
-        is listed again.
+        A part that is damaged, was the last one, or was left by a killed `--retry-failed`, is deleted with all after
+        it: what was in them is listed again.
         """
         directory, parts = self._table.directory, sorted(part_numbers(self._list_names()))
         while parts and self._take_over(parts[0]):
@@ -223,6 +225,7 @@ class _PlanWriter:
             is_marked_otherwise(self._table, name, metadata)
             or part != self._first_part + len(self._parts)
             or "part_row" in rows.column_names
+            or PLAN_FACTS in metadata
             or position.num_notes != len(self._notes) + len(notes)
         ):
             return False
@@ -244,7 +247,7 @@ class _PlanWriter:
         self._ids.add(rows["image_id"])
         self._pending.append((unit, rows))
         self._num_pending += rows.num_rows
-        while self._num_pending >= self._rows_per_part:
+        while self._num_pending > self._rows_per_part:  # `finish` writes the last part
             self._write_part(self._rows_per_part)
 
     def finish(self, kind: str, source: Source) -> Plan:
@@ -252,7 +255,7 @@ class _PlanWriter:
         if not self._parts:  # a small collection: enough chunks for several workers and for a progress display
             self._rows_per_chunk = min(self._rows_per_chunk, _rows_of_small_chunks(self._num_pending))
         if self._num_pending:
-            self._write_part(self._num_pending)
+            self._write_part(self._num_pending, last_of=kind)
         duplicates = self._ids.duplicates()
         if len(duplicates):
             names = self._names_of(duplicates)
@@ -262,6 +265,9 @@ class _PlanWriter:
                 f"such as {', '.join(repr(name) for name in names)}; every image needs its own id "
                 "(for a table choose another --id-column; a tar: write it anew without the older members)"
             )
+        return self._plan(kind)
+
+    def _plan(self, kind: str) -> Plan:
         return Plan(
             self._generation,
             kind,
@@ -292,7 +298,8 @@ class _PlanWriter:
         images = counted(number + num_captioned, "image")
         return [f"{number:,} of {images} without a reference caption, e.g. {examples}"]
 
-    def _write_part(self, num_rows: int) -> None:
+    def _write_part(self, num_rows: int, last_of: str | None = None) -> None:
+        """Write a part of the first rows that wait. `last_of`: the kind of the plan whose last part this is."""
         part_rows, rest = _split(self._pending, num_rows)
         unit, last = part_rows[-1]
         rows = pa.concat_tables([rows for _, rows in part_rows]).drop_columns(["_row"])
@@ -309,10 +316,12 @@ class _PlanWriter:
         name = plan_part_name(self._generation, part)
         notes = self._notes[self._num_written_notes : position.num_notes]
         self._num_written_notes = position.num_notes
-        listing = {_POSITION: json.dumps(asdict(position)).encode(), _NOTES: json.dumps(notes).encode()}
-        metadata = listing | plan_part_mark(self._table, name)
-        self._table.directory.write_table(name, rows.replace_schema_metadata(metadata), self._rows_per_chunk)
         self._parts[part] = rows.num_rows
+        facts: dict[bytes, Any] = {_POSITION: asdict(position), _NOTES: notes}
+        if last_of:
+            facts[PLAN_FACTS] = self._plan(last_of).to_json()
+        metadata = {key: json.dumps(fact).encode() for key, fact in facts.items()} | plan_part_mark(self._table, name)
+        self._table.directory.write_table(name, rows.replace_schema_metadata(metadata), self._rows_per_chunk)
         self._pending = rest
         self._num_pending -= num_rows
 

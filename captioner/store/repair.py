@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 from captioner.console.text import counted
 from captioner.data import PLAN_SCHEMA, Source
 from captioner.errors import DamagedFileError, OutputError
+from captioner.store.counts import TableCounts
 from captioner.store.directory import RECHECK_FILE, FileStat
 from captioner.store.ids import IdIndex
 from captioner.store.parallel_listing import list_units
@@ -29,6 +30,7 @@ from captioner.store.table import (
     history_name,
     is_marked_otherwise,
     plan_folder,
+    plan_from_json,
     plan_name,
     plan_part_mark,
     plan_part_name,
@@ -60,34 +62,58 @@ def _restore_plan_records(table: CaptionsTable) -> list[str]:
             table.read_plan(generation)
         except DamagedFileError as error:
             if table.directory.exists(plan_name(generation)) or table.was_complete(generation):
-                table.directory.write_json(RECHECK_FILE, {"damaged": plan_name(generation)})
-                table.write_plan(_plan_of_parts(table, generation))
-                problems.append(f"{_what(error)}; it is made again from the parts of the plan")
+                problems.append(f"{_what(error)}; {_make_plan_again(table, generation)}")
     return problems
 
 
-def _plan_of_parts(table: CaptionsTable, generation: int) -> Plan:
-    """Return the plan that the parts of a generation make.
+def _make_plan_again(table: CaptionsTable, generation: int) -> str:
+    """Write the plan.json of a generation from its parts, and return in words what was done.
 
-    A part that has gone, too, has as many rows as the other parts, or as the published part. Raises OutputError where
-    nothing tells how many.
+    The first listing, of which nothing is left, is deleted, and done again. Raises OutputError where too little is left
+    of another one.
+    """
+    table.directory.write_json(RECHECK_FILE, {"damaged": plan_name(generation)})
+    plan = _plan_of_parts(table, generation)
+    if plan is None and table.generations() == [0]:
+        table.directory.delete_folder(plan_folder(0))
+        return "no part of the plan is left, and the source is listed again"
+    if plan is None:
+        what = "is damaged, and too few parts of the plan are left to make it again"
+        raise OutputError(f"{table.directory.shown(plan_name(generation))} {what}; restore it, or give --overwrite")
+    if plan.may_lack_images:  # what was in a last part that cannot be read is listed again
+        for part in set(table.parts_in_folder(generation)) - set(plan.parts):
+            table.directory.delete(plan_part_name(generation, part))
+    table.write_plan(plan)
+    lacking = ", of which the last may be lost: the source is compared with them" if plan.may_lack_images else ""
+    return f"it is made again from the parts of the plan{lacking}"
+
+
+def _plan_of_parts(table: CaptionsTable, generation: int) -> Plan | None:
+    """Return the plan that the parts of a generation make; None where too little is left of them.
+
+    The last part of a listing holds the whole plan, and so does each part of a plan that captions rows again. Without
+    one, and in tables of earlier versions, the plan is that of the parts that are left (`_parts_of_listing`).
     """
     parts, facts, rows_per_chunk = dict[int, int](), dict[str, Any](), 1
     for part in table.parts_in_folder(generation):
         name = plan_part_name(generation, part)
         with suppress(DamagedFileError), table.directory.open_parquet(name) as file:
             metadata = file.schema_arrow.metadata or {}
-            if not is_marked_otherwise(table, name, metadata):
-                parts[part] = file.metadata.num_rows
-                rows_per_chunk = max(rows_per_chunk, file.metadata.row_group(0).num_rows)
-                is_retry = "part_row" in file.schema_arrow.names
-                facts = json.loads(metadata.get(PLAN_FACTS, b"{}")) or ({"kind": "retry"} if is_retry else {})
+            if is_marked_otherwise(table, name, metadata):
+                continue
+            facts_of_part = json.loads(metadata.get(PLAN_FACTS, b"{}"))
+            if "parts" in facts_of_part:
+                table.directory.read_table(name, ["image_id"])  # compares the checksum
+                return plan_from_json(generation, facts_of_part)
+            parts[part] = file.metadata.num_rows
+            rows_per_chunk = max(rows_per_chunk, file.metadata.row_group(0).num_rows)
+            is_retry = "part_row" in file.schema_arrow.names
+            facts = facts_of_part or ({"kind": "retry"} if is_retry else {})
+    is_whole = True
     if not facts:
-        for part in _numbers_of_parts(table, generation):
-            parts[part] = parts.get(part) or _num_rows(table, part) or max(parts.values(), default=0)
-    if not parts or not all(parts.values()):
-        what = "is damaged, and too few parts of the plan are left to make it again"
-        raise OutputError(f"{table.directory.shown(plan_name(generation))} {what}; restore it, or give --overwrite")
+        parts, is_whole = _parts_of_listing(table, generation, parts)
+    if not parts:
+        return None
     recaption = facts.get("recaption")
     return Plan(
         generation,
@@ -95,17 +121,54 @@ def _plan_of_parts(table: CaptionsTable, generation: int) -> Plan:
         rows_per_chunk,
         dict(sorted(parts.items())),
         recaption=Recaption(**recaption) if recaption else None,
+        may_lack_images=not is_whole,
     )
 
 
-def _numbers_of_parts(table: CaptionsTable, generation: int) -> range:
-    """Return the numbers of the parts that a listing made: those after the earlier ones, up to the last that shows."""
-    older = {part for number in table.generations() if number < generation for part in table.parts_in_folder(number)}
-    newer = {part for number in table.generations() if number > generation for part in table.parts_in_folder(number)}
-    committed = {int(chunk_id.split("-")[1]) for chunk_id in table.committed_chunks(generation)}
-    parts = set(table.parts_in_folder(generation)) | committed | (table.published_parts() - newer)
-    first = max(older, default=-1) + 1
-    return range(first, max(parts, default=-1) + 1)
+def _parts_of_listing(table: CaptionsTable, generation: int, rows: dict[int, int]) -> tuple[dict[int, int], bool]:
+    """Return the number of rows of each part of a listing, and whether those are all of its parts.
+
+    `rows`: of the plan parts that can be read. One in the middle that cannot has as many as the published part, or as
+    the largest one. Parts after the last whose number of rows is certain are left out.
+    """
+    others = [number for number in table.generations() if number != generation]
+    plans = [plan for number in others if (plan := _readable_plan(table, number)) and plan.adds_parts]
+    first = 1 + max((part for plan in plans if plan.generation < generation for part in plan.parts), default=-1)
+    later = [min(plan.parts) for plan in plans if plan.generation > generation]
+    recorded = _published_rows(table, generation)
+    end = min(later, default=max(recorded) + 1 if recorded else None)
+    in_later_folders = {part for number in others if number > generation for part in table.parts_in_folder(number)}
+    for part in table.published_parts():
+        is_of_listing = part >= first and (part not in in_later_folders if end is None else part < end)
+        if is_of_listing and part not in rows:
+            recorded[part] = _num_rows(table, part) or recorded.get(part, 0)
+    certain = {part: num_rows for part, num_rows in (recorded | rows).items() if num_rows}
+    largest, last = max(certain.values(), default=0), max(certain, default=first - 1)
+    return {part: certain.get(part, largest) for part in range(first, last + 1)}, last + 1 == end
+
+
+def _readable_plan(table: CaptionsTable, generation: int) -> Plan | None:
+    with suppress(DamagedFileError):
+        return table.read_plan(generation)
+    return None
+
+
+def _published_rows(table: CaptionsTable, generation: int) -> dict[int, int]:
+    """Return the number of rows of each part, as the record of a published listing tells it; 0 where it does not.
+
+    {} where it is not published, or the record is damaged.
+    """
+    if not table.is_published(generation):
+        return {}
+    with suppress(DamagedFileError):
+        files = table.published_files(generation)
+        rows = dict.fromkeys(files, 0)
+        for part, file in files.items():
+            counts = TableCounts()
+            counts.add_record(file["counts"] or {"ok": 0, "failed_by_reason": {}, "by_fingerprint": {}})
+            rows[part] = counts.ok + counts.failed
+        return rows
+    return {}
 
 
 def _num_rows(table: CaptionsTable, part: int) -> int:
@@ -182,7 +245,7 @@ def _list_again(table: CaptionsTable, source: Source, plan: Plan, damaged: dict[
     )
     rest = listed.filter(pc.invert(is_published))
     expected = sum(plan.parts[part] for part in damaged if part not in ids)
-    if table.info["source"].get("limit") is not None:
+    if table.info["source"].get("limit") is not None or plan.may_lack_images:
         rest = rest.slice(0, expected)
     for part, damage in damaged.items():
         num_rows = plan.parts[part]
@@ -197,7 +260,10 @@ def _list_again(table: CaptionsTable, source: Source, plan: Plan, damaged: dict[
                 "backup, or start again with --overwrite"
             )
         name = plan_part_name(plan.generation, part)
-        rows = rows.combine_chunks().replace_schema_metadata(plan_part_mark(table, name))
+        metadata = plan_part_mark(table, name)
+        if part == max(plan.parts) and not plan.may_lack_images:
+            metadata[PLAN_FACTS] = json.dumps(plan.to_json()).encode()
+        rows = rows.combine_chunks().replace_schema_metadata(metadata)
         table.directory.write_table(name, rows, plan.rows_per_chunk)
 
 

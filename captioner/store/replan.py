@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 
 import numpy as np
 import numpy.typing as npt
@@ -118,8 +117,7 @@ def write_rows_again(
     rows = rows.append_column(pa.field("part_row", pa.int64()), pa.array(indices, pa.int64()))
     if plan.kind == "retry" and table.answer_columns:
         rows = rows.append_column(PREVIOUS, _previous_rows(table, part, indices))
-    facts = {"kind": plan.kind, "recaption": plan.recaption and asdict(plan.recaption)}
-    metadata = {PLAN_FACTS: json.dumps(facts).encode()} | plan_part_mark(table, name)
+    metadata = {PLAN_FACTS: json.dumps(plan.to_json()).encode()} | plan_part_mark(table, name)
     table.directory.write_table(name, rows.replace_schema_metadata(metadata), plan.rows_per_chunk)
 
 

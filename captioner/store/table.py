@@ -48,7 +48,9 @@ _CHUNK = re.compile(r"(g(\d{3,})-\d{5,}-\d{4,})(\.arrow|\.parquet)")
 # Of a published file. Of tables of earlier versions there are no counts (see `captioner.store.counts`).
 _FILE_FACTS = ("sha256", "num_bytes")
 _MALFORMED = (AttributeError, KeyError, TypeError, ValueError)  # of JSON that lacks what it should hold
-PLAN_FACTS = b"captioner.plan"  # schema metadata of a plan part that captions rows again: kind and recaption as JSON
+# Schema metadata of the last plan part of a listing, and of each one that captions rows again: the plan as JSON. In
+# earlier versions only the second kind has it, with "kind" and "recaption".
+PLAN_FACTS = b"captioner.plan"
 PLAN_PART = b"captioner.part"  # schema metadata of a plan part: table id and name
 _KINDS = ("archive", "extend", "retry", "recaption")
 
@@ -87,6 +89,8 @@ class Plan:
     notes: list[str] = field(default_factory=list)  # what a person should know of the source, as it was listed
     num_bytes: dict[int, int] = field(default_factory=dict)  # of the file of each part; {} in earlier versions
     ignored_kinds: dict[str, int] = field(default_factory=dict)  # number of ignored files by suffix, or name
+    # It was made again from parts of which the last ones may be lost: the source is to be listed again.
+    may_lack_images: bool = False
 
     @property
     def num_rows(self) -> int:
@@ -126,6 +130,7 @@ class Plan:
             "notes": self.notes,
             "num_bytes": {str(part): size for part, size in sorted(self.num_bytes.items())},
             "ignored_kinds": self.ignored_kinds,
+            "may_lack_images": self.may_lack_images,
         }
 
 
@@ -204,7 +209,7 @@ class CaptionsTable:
         name = plan_name(generation)
         value = self.directory.read_json(name)
         try:
-            return _plan_from_json(generation, value)
+            return plan_from_json(generation, value)
         except _MALFORMED as error:
             raise self.directory.damage(name, f"is damaged: {error!r}") from error
 
@@ -465,7 +470,8 @@ def _files_of(record: dict[str, Any]) -> dict[int, dict[str, Any]]:
     }
 
 
-def _plan_from_json(generation: int, value: dict[str, Any]) -> Plan:
+def plan_from_json(generation: int, value: dict[str, Any]) -> Plan:
+    """Return the plan that `Plan.to_json` wrote. Raises one of _MALFORMED."""
     recaption = value.get("recaption")
     if value["kind"] not in _KINDS or value["rows_per_chunk"] < 1:
         raise ValueError(value["kind"])
@@ -482,4 +488,5 @@ def _plan_from_json(generation: int, value: dict[str, Any]) -> Plan:
         notes=value.get("notes", []),
         num_bytes={int(part): size for part, size in value.get("num_bytes", {}).items()},
         ignored_kinds=value.get("ignored_kinds", {}),
+        may_lack_images=bool(value.get("may_lack_images")),
     )

@@ -20,7 +20,7 @@ from captioner.store.counts import TableCounts
 from captioner.store.ids import IdIndex
 from captioner.store.read import OnDamage, check_part, raise_damage, read_chunk, read_parts
 from captioner.store.repair import recorded_files, unchanged_parts
-from captioner.store.table import CaptionsTable, Plan, captions_name, history_name, part_numbers
+from captioner.store.table import CaptionsTable, Plan, captions_name, history_name, part_numbers, plan_name
 
 MAX_PROBLEMS = 20
 
@@ -114,6 +114,10 @@ def verify(table: CaptionsTable) -> Verification:
 
 def _verify_plan(table: CaptionsTable, plan: Plan, result: Verification, planned: IdIndex) -> None:
     is_published = table.is_published(plan.generation)
+    if plan.may_lack_images:
+        name = table.directory.shown(plan_name(plan.generation))
+        what = "is made again from parts of which the last may be lost; run the same `captioner caption` command again"
+        result.add_problem(f"{name} {what}{', with --extend' if plan.generation else ''}")
     if not is_published:
         result.open_generations.append(plan.generation)
     published = table.published_parts()

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -25,7 +26,8 @@ from captioner.sources import open_source
 from captioner.store.directory import Directory
 from captioner.store.plan import read_planned
 from captioner.store.repair import restore_table
-from captioner.store.table import CaptionsTable, open_table, plan_part_name
+from captioner.store.replan import make_retry_plan
+from captioner.store.table import PLAN_FACTS, CaptionsTable, Plan, open_table, plan_name, plan_part_name
 from captioner.store.verify import count_rows, verify
 from captioner.testing import Killed, killed_at_write, make_folder
 from ray_jobs.cli import main
@@ -52,12 +54,17 @@ def contents(out: Path | str) -> list[dict]:
     return [{name: value for name, value in row.items() if name not in names} for row in rows_of(out)]
 
 
-def captioned_but_not_published(config: CaptionConfig) -> CaptionsTable:
-    """Every chunk committed, none published: where a driver may be when it dies."""
+def caption_chunks(config: CaptionConfig, number: int | None) -> CaptionsTable:
+    """Caption and commit the first chunks of a plan, or all: a driver that dies then."""
     engine = pipeline.ThisProcess(config)
     job = open_job(config, engine, lambda line: None)
-    list(engine.caption_chunks(job.work, job.missing_chunks(job.table.open_plans()[0])))
+    list(engine.caption_chunks(job.work, job.missing_chunks(job.table.open_plans()[0])[:number]))
     return job.table
+
+
+def captioned_but_not_published(config: CaptionConfig) -> CaptionsTable:
+    """Every chunk committed, none published: where a driver may be when it dies."""
+    return caption_chunks(config, None)
 
 
 def injure(directory: Directory, name: str, injury: Injury) -> None:
@@ -390,6 +397,141 @@ def test_a_plan_or_record_that_was_damaged_is_made_again(
         assert verify(open_table(str(out))).proven
         assert contents(out) == contents(finished)
         assert all(not path.exists() or path.read_bytes() == chunks[path] for path in chunks)  # nothing was done again
+
+
+def lose_last_parts(table: CaptionsTable, generation: int, number: int) -> None:
+    """Damage plan.json, and delete the last plan parts of a generation."""
+    injure(table.directory, plan_name(generation), INJURIES["a bit flipped"])
+    parts = table.parts_in_folder(generation)
+    for part in parts[len(parts) - number :]:
+        table.directory.delete(plan_part_name(generation, part))
+
+
+def by_image(rows: list[dict]) -> dict[str, dict]:
+    assert len(rows) == len({row["image_id"] for row in rows})
+    return {row["image_id"]: row for row in rows}
+
+
+@pytest.mark.parametrize("num_chunks", [0, 1, 3])  # of three parts with one chunk each
+@pytest.mark.parametrize("num_lost", [1, 2, 3])
+def test_parts_of_the_plan_that_are_lost_with_its_record_are_listed_again(
+    tmp_path: Path, archive: Path, finished: Path, num_lost: int, num_chunks: int
+) -> None:
+    """Nothing tells of the last parts of a plan, if no image of theirs was captioned."""
+    out, config = tmp_path / "out", caption_config(archive, tmp_path / "out", plan_only=num_chunks == 0)
+    if num_chunks:
+        caption_chunks(config, num_chunks)
+    else:
+        pipeline.run(config)
+    table = open_table(str(out))
+    lose_last_parts(table, 0, num_lost)
+    assert run("verify", out)[0] == 1
+
+    code, output = run("caption", archive, out, "--model", "fake", "--local", "--rows-per-file", "16")
+
+    assert code == 0
+    assert "plan/g000/plan.json is damaged" in output
+    assert verify(table).proven
+    assert by_image(contents(out)) == by_image(contents(finished))
+
+
+@pytest.mark.parametrize("limit", [None, 40, 36, 20])
+def test_a_plan_of_an_earlier_version_that_is_made_again_is_compared_with_the_source(
+    tmp_path: Path, archive: Path, limit: int | None
+) -> None:
+    """Its last part does not say that it is the last one."""
+    out, config = tmp_path / "out", caption_config(archive, tmp_path / "out", source={"limit": limit})
+    pipeline.run(config.model_copy(update={"output": config.output.model_copy(update={"plan_only": True})}))
+    table = open_table(str(out))
+    for part in table.parts_in_folder(0):
+        name = plan_part_name(0, part)
+        rows = table.directory.read_table(name)
+        facts = {key: value for key, value in rows.schema.metadata.items() if key != PLAN_FACTS}
+        table.directory.write_table(name, rows.replace_schema_metadata(facts), table.plans()[0].rows_per_chunk)
+    caption_chunks(config, 1)
+    lose_last_parts(table, 0, 1)
+
+    assert pipeline.run(config) == 0
+
+    assert verify(table).proven
+    assert len(by_image(contents(out))) == min(limit or 40, 40)
+
+
+def test_a_plan_that_is_made_again_is_the_same_and_takes_no_new_image(tmp_path: Path, archive: Path) -> None:
+    images = shutil.copytree(archive, tmp_path / "images")
+    config = caption_config(images, tmp_path / "out", plan_only=True)
+    pipeline.run(config)
+    table = open_table(str(tmp_path / "out"))
+    before = table.plans()
+    make_folder(tmp_path / "more", 1)
+    (tmp_path / "more/000000.png").rename(images / "zz.png")
+    injure(table.directory, plan_name(0), INJURIES["cut"])
+
+    pipeline.run(config)
+
+    assert table.plans() == before
+
+
+def test_a_plan_that_lost_parts_is_completed_after_a_kill_at_any_write(tmp_path: Path, archive: Path) -> None:
+    config = caption_config(archive, tmp_path / "whole")
+    caption_chunks(config, 1)
+    lose_last_parts(open_table(str(tmp_path / "whole")), 0, 2)
+    write, lived = 0, False
+    while not lived:
+        write += 1
+        out = Path(shutil.copytree(tmp_path / "whole", tmp_path / str(write)))
+        config = caption_config(archive, out, plan_only=True)
+        try:
+            with killed_at_write(write):
+                pipeline.run(config)
+            lived = True
+        except Killed:
+            assert run("verify", out)[0] == 1
+            pipeline.run(config)
+
+        ids = [name for plan in open_table(str(out)).plans() for name in ids_of(open_table(str(out)), plan)]
+        assert sorted(ids) == sorted(path.name for path in archive.glob("*.png"))
+    assert write > 5
+
+
+def ids_of(table: CaptionsTable, plan: Plan) -> list[str]:
+    return [name for part in plan.parts for name in table.read_plan_part(plan, part)["image_id"].to_pylist()]
+
+
+def test_an_extension_that_lost_parts_is_proven_only_after_it_was_extended_again(
+    tmp_path: Path, archive: Path, finished: Path
+) -> None:
+    """What it selected is not what the first command selected."""
+    out, first = tmp_path / "out", {"exclude": ["00001*", "00002*"]}
+    pipeline.run(caption_config(archive, out, source=first))
+    pipeline.run(caption_config(archive, out, rows_per_file=8, extend=True, plan_only=True))
+    table = open_table(str(out))
+    lose_last_parts(table, 1, 1)
+
+    assert pipeline.run(caption_config(archive, out, source=first)) == 0
+    assert named(verify(table).problems, "run the same `captioner caption` command again, with --extend")
+    assert pipeline.run(caption_config(archive, out, extend=True)) == 0
+
+    assert verify(table).proven
+    assert by_image(contents(out)) == by_image(contents(finished))
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_list_of_rows_to_caption_again_is_whole_or_lost_and_said(
+    tmp_path: Path, archive: Path, finished: Path, lost: int
+) -> None:
+    """Each of its parts knows the others."""
+    config = caption_config(archive, shutil.copytree(finished, tmp_path / "out"))
+    table = open_table(config.output.path)
+    plan = make_retry_plan(table, indices={part: np.array([2, 3, 5]) for part in table.published_parts()})
+    assert plan is not None
+    before = table.plans()
+    lose_last_parts(table, plan.generation, lost)
+
+    problems = restore_table(table, open_source(config.source))
+
+    assert table.plans() == (before[:-1] if lost else before)
+    assert named(problems, "the list of what to caption again is lost") == bool(lost)
 
 
 def test_a_plan_is_not_made_again_from_a_source_that_has_changed(
