@@ -1,9 +1,11 @@
 """Captioning by a model server that answers after a fixed time: images/s beside what its concurrency allows.
 
-    python -m benchmarks.endpoint [--images 640] [--concurrency 32] [--delay 1.0] [--ray] [--peer]
+    python -m benchmarks.endpoint [--images 640] [--concurrency 32] [--delay 1.0] [--spread 0] [--ray] [--peer]
 
 The server answers every request after --delay seconds, so that it can answer at most concurrency / delay images/s.
-Measured from its first request to its last answer, over the whole run: start and end count. --ray: on a local Ray in
+--spread: the sigma of a log-normal factor of the delay, since answers of models are not equally long; what is allowed
+is then concurrency / the mean of the delays. Measured from its first request to its last answer, over the whole run:
+start and end count; `steady_share`: without the first and the last --concurrency requests. --ray: on a local Ray in
 place of --local. --peer: then Ray's HttpRequestProcessor on the same images and server, in the same run. It awaits the
 requests of a batch one after the other (Ray 2.60), so that it gets --concurrency actors, which are all started before
 the first request. Prints a line for each side.
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import base64
 import json
+import math
 import os
 import subprocess
 import sys
@@ -21,10 +24,12 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
+from statistics import fmean
 from typing import Any
 
 from captioner.starter.scenes import make_scenes
-from captioner.testing.model_server import ModelServer
+from captioner.testing.model_server import Asked, ModelServer
 
 Side = Callable[[Path, ModelServer, argparse.Namespace], None]
 PEER_BATCH = 4  # images; each actor has many batches, so that none waits for the last one of another
@@ -35,6 +40,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=640)
     parser.add_argument("--concurrency", type=int, default=32)
     parser.add_argument("--delay", type=float, default=1.0)
+    parser.add_argument("--spread", type=float, default=0.0)
     parser.add_argument("--ray", action="store_true")
     parser.add_argument("--peer", action="store_true")
     options = parser.parse_args()
@@ -48,24 +54,42 @@ def main() -> None:
 
 def measure(caption: Side, archive: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Return the figures of one side."""
-    times: list[float] = []
-    with ModelServer(delay=options.delay) as server:
-        server.rule = lambda asked: times.append(time.perf_counter())  # type: ignore[func-returns-value]
+    spans: list[tuple[float, float]] = []  # of the requests: when they came, and how long the answer takes
+    random = Random(0)
+
+    def answer_later(asked: Asked) -> None:
+        delay = options.delay * math.exp(random.gauss(0, options.spread))
+        spans.append((time.perf_counter(), delay))
+        time.sleep(delay)
+
+    with ModelServer(answer_later) as server:  # type: ignore[arg-type,func-returns-value]
         started = time.perf_counter()
         caption(archive, server, options)
         run = time.perf_counter() - started
-    allowed = options.concurrency / options.delay
-    rate = len(times) / (times[-1] + options.delay - times[0])
+    count, starts = options.concurrency, sorted(start for start, _ in spans)
+    allowed = count / fmean(delay for _, delay in spans)
+    rate = len(spans) / (max(start + delay for start, delay in spans) - starts[0])
     return {
-        "images": len(times),
+        "images": len(spans),
         "images_per_second": round(rate, 2),
-        "allowed": allowed,
+        "allowed": round(allowed, 2),
         "share": round(rate / allowed, 3),
+        "steady_share": steady_share(spans, starts, count),
+        "all_under_way_after": round(starts[count - 1] - starts[0], 2),
         "most_at_once": server.most_at_once,
         "run_seconds": round(run, 1),
         "cpus": os.cpu_count(),
         "load": round(os.getloadavg()[0], 1),
     }
+
+
+def steady_share(spans: list[tuple[float, float]], starts: list[float], count: int) -> float | None:
+    """Return the share of requests under way between the first and the last `count` starts; None for few requests."""
+    if len(starts) <= 2 * count:
+        return None
+    first, last = starts[count - 1], starts[-count]
+    busy = sum(max(0.0, min(start + delay, last) - max(start, first)) for start, delay in spans)
+    return round(busy / (count * (last - first)), 3)
 
 
 def make_photos(directory: Path, count: int) -> Path:

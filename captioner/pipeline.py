@@ -34,7 +34,7 @@ from captioner.models import load
 from captioner.models.devices import pick_device
 from captioner.models.resolving import FAKE
 from captioner.run.job import Engine, Job, open_job, plan_images
-from captioner.run.prefetch import in_parallel, one_ahead
+from captioner.run.prefetch import as_finished, one_ahead
 from captioner.run.quality import MAX_ROWS_CHECKED, SpotCheck, check, enforce, report
 from captioner.run.record import Tally, make_record, recorded, write_record
 from captioner.steps import Work, caption, commit, decode, read
@@ -125,8 +125,9 @@ class ThisProcess:
             captioner: Captioner = load(
                 work.model, work.device, self._model.batch_size, notify=notify, num_gpus=work.num_gpus
             )
-            calls = getattr(captioner, "max_calls", 1)
-            for rows in in_parallel(lambda rows: caption(work, captioner, rows, memory), decoded, calls):
+            endpoint = work.model.endpoint
+            calls = endpoint.chunks_at_once(max(chunk.num_rows for chunk in chunks)) if endpoint else 1
+            for rows in as_finished(lambda rows: caption(work, captioner, rows, memory), decoded, calls):
                 yield commit(work, rows)
 
 

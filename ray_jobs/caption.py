@@ -153,15 +153,17 @@ def make_dataset(
         },
         num_cpus=sizes.cpus_per_worker,
         num_gpus=sizes.gpus_per_worker or None,
-        **pool(sizes.num_workers, sizes.max_workers, calls_at_once(work, sizes)),
+        **pool(
+            sizes.num_workers, sizes.max_workers, calls_at_once(work, sizes, max(chunk.num_rows for chunk in chunks))
+        ),
     )
     return dataset.map_batches(CommitStage, fn_constructor_kwargs={"work": work}, num_cpus=0, **pool(sizes.committers))
 
 
-def calls_at_once(work: Work, sizes: Sizes) -> int:
+def calls_at_once(work: Work, sizes: Sizes, rows_per_chunk: int) -> int:
     """Return how many chunks a caption worker has at the same time."""
     if work.model.endpoint:
-        return work.model.endpoint.chunks_at_once
+        return work.model.endpoint.chunks_at_once(rows_per_chunk)
     return CaptionStage.MAX_CALLS if sizes.gpus_per_worker else 1
 
 

@@ -123,7 +123,7 @@ def measure(source: Source, rows: pa.Table, model: ModelRef, sizes: Sizes, confi
     work = sample_work(source, pieces, model, config)
     blocks = [pa.Table.from_pylist([asdict(Chunk(0, 0, index, len(piece)))]) for index, piece in enumerate(pieces)]
     blocks *= num_repeats(len(pieces), sizes)
-    calls = calls_at_once(work, sizes)
+    calls = min(calls_at_once(work, sizes, len(pieces[0])), len(blocks) // 2)  # some pieces are measured after filling
     decode = ray.remote(num_cpus=sizes.cpus_per_decoder)(DecodeStage)
     caption = ray.remote(num_cpus=sizes.cpus_per_worker, num_gpus=sizes.gpus_per_worker or None, max_concurrency=calls)(
         CaptionStage

@@ -32,7 +32,7 @@ from captioner.models import resolve
 from captioner.models.endpoint.api_key import ApiKey
 from captioner.models.endpoint.captioning import EndpointCaptioner
 from captioner.run.judging import image_errors, open_finished, open_work, pixels_of, read_captions
-from captioner.run.prefetch import in_parallel, one_ahead
+from captioner.run.prefetch import as_finished, one_ahead
 from captioner.scoring.judgements import OBJECTS_FILE, objects_name
 from captioner.scoring.sample import LowestRanks, rank
 from captioner.steps import ChunkRows, Work
@@ -165,7 +165,9 @@ def _asked(
         for first in range(0, captions.num_rows, ROWS)
     )
     with one_ahead(batches) as decoded:
-        yield from in_parallel(lambda batch: (batch[0], judge.ask(batch[1])[0]), decoded, judge.captioner.max_calls)
+        endpoint = work.model.endpoint
+        calls = endpoint.chunks_at_once(ROWS) if endpoint else 1
+        yield from as_finished(lambda batch: (batch[0], judge.ask(batch[1])[0]), decoded, calls)
 
 
 def _json_schema() -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, as_completed, wait
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -48,6 +48,30 @@ def in_parallel(function: Callable[[T], U], items: Iterator[T], count: int) -> I
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def as_finished(function: Callable[[T], U], items: Iterator[T], count: int) -> Iterator[U]:
+    """Yield `function` of each item as `in_parallel` does, but in the order in which the calls end.
+
+    A call that takes long holds up none of the others.
+    """
+    if count == 1:
+        yield from map(function, items)
+        return
+    pending: set[Future[U]] = set()
+    with ThreadPoolExecutor(count) as threads:
+        try:
+            for item in items:
+                pending.add(threads.submit(function, item))
+                is_full = len(pending) == count
+                finished, pending = wait(pending, None if is_full else 0, FIRST_COMPLETED)
+                for future in finished:
+                    yield future.result()
+            for future in as_completed(pending):
+                yield future.result()
         finally:
             for future in pending:
                 future.cancel()

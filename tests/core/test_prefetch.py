@@ -1,4 +1,4 @@
-"""Prefetching returns all items in order, and their errors."""
+"""Prefetching returns all items in order, and their errors; calls that run together are returned as they end."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from captioner.run.prefetch import one_ahead
+from captioner.run.prefetch import as_finished, one_ahead
 
 
 @settings(deadline=None)
@@ -51,3 +51,27 @@ def test_stopping_early_leaves_no_thread_running() -> None:
         next(items)
 
     assert set(threading.enumerate()) <= before
+
+
+def test_a_call_that_takes_long_holds_up_none_of_the_others() -> None:
+    last_called = threading.Event()
+
+    def call(number: int) -> int:
+        if number == 0:
+            assert last_called.wait(timeout=120)
+        elif number == 9:
+            last_called.set()
+        return number
+
+    assert sorted(as_finished(call, iter(range(10)), 2)) == list(range(10))
+
+
+@given(st.lists(st.integers()), st.integers(1, 4))
+def test_calls_that_run_together_give_every_result_once(numbers: list[int], count: int) -> None:
+    assert sorted(as_finished(lambda number: -number, iter(numbers), count)) == sorted(-number for number in numbers)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_an_error_of_a_call_is_raised(count: int) -> None:
+    with pytest.raises(ZeroDivisionError):
+        list(as_finished(lambda number: 1 // number, iter([1, 0, 1, 1, 1]), count))

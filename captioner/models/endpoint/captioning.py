@@ -133,7 +133,6 @@ class EndpointCaptioner:
     def __init__(self, ref: ModelRef, key: ApiKey, notify: Callable[[str], None]) -> None:
         assert ref.endpoint is not None
         self._ref, self._endpoint = ref, ref.endpoint
-        self.max_calls = ref.endpoint.chunks_at_once
         num_encoders = min(4, os.cpu_count() or 1)
         self._encoders = ThreadPoolExecutor(num_encoders, thread_name_prefix="encode")
         self._loop = asyncio.new_event_loop()
