@@ -7,12 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.resources import files
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
-
-from captioner.console.text import counted, printable
+from captioner.console.text import counted
+from captioner.report.page import template_environment
 
 NO_FIGURE = "-"
 
@@ -85,8 +83,6 @@ class Trial:
 
 def render(names: Sequence[str], uris: Sequence[str], trials: Sequence[Trial]) -> str:
     """Return the page. `names`, `uris`: of each image its file and the data URI of its thumbnail, or ""."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"shown": printable}
-    template = environment.from_string(files("captioner.report").joinpath("comparison.html").read_text("utf-8"))
+    template = template_environment().get_template("comparison.html")
     title = f"{counted(len(trials), 'model')} on {counted(len(names), 'image')}"
     return template.render(title=title, images=list(enumerate(zip(names, uris, strict=True))), trials=trials)

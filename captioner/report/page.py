@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import lru_cache
-from importlib.resources import files
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined, Template
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from captioner.console.text import counted, printable
@@ -39,12 +38,22 @@ def render(facts: dict[str, Any], images: Mapping[str, str]) -> str:
 
 @lru_cache(maxsize=1)
 def _template() -> Template:
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = template_environment()
     environment.filters |= {"number": _number, "decimal": _decimal, "interval": _interval, "words": _words}
     environment.filters |= {"percent": _percent, "capital": _capital}
     environment.filters |= {"share": percent, "agreement": agreement_line, "verdict": VERDICT_LABELS.__getitem__}
-    environment.filters |= {"shown": printable, "moment": _moment, "counted": counted}
-    return environment.from_string(files("captioner.report").joinpath("page.html").read_text(encoding="utf-8"))
+    environment.filters |= {"moment": _moment, "counted": counted}
+    return environment.get_template("page.html")
+
+
+def template_environment() -> Environment:
+    """Return what the templates of this package are rendered in."""
+    loader = PackageLoader("captioner", "report")
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["shown"] = printable
+    return environment
 
 
 class _Thumbnails:
