@@ -363,9 +363,14 @@ def test_the_grid_filters_by_decision_flag_and_draft(make_reviewable) -> None:
         assert ids(session, show="undecided") == [names[4], *names[6:]]
         assert ids(session) == names
         page = session.grid(GridRequest())
-        assert page["counts"] == {"all": 30, "undecided": 25, "flagged": 2, "skipped": 1, "drafts": 1} | dict.fromkeys(
-            ("approved", "edited", "rejected", "decorative", "expert"), 1
-        )
+        assert page["counts"] == {
+            "all": 30,
+            "undecided": 25,
+            "flagged": 2,
+            "skipped": 1,
+            "drafts": 1,
+            "failed": 0,
+        } | dict.fromkeys(("approved", "edited", "rejected", "decorative", "expert"), 1)
         assert [(image["state"], image["flagged"]) for image in page["images"][:2]] == [
             ("approved", True),
             ("rejected", False),
@@ -374,11 +379,29 @@ def test_the_grid_filters_by_decision_flag_and_draft(make_reviewable) -> None:
         assert page["images"][7]["has_draft"]
 
 
-def test_the_grid_says_how_many_images_have_no_caption(make_reviewable) -> None:
-    with open_session(make_reviewable(captions=[None, None])) as session:
-        page = session.grid(GridRequest())
+def test_images_without_a_caption_have_a_tile_with_the_reason(
+    tmp_path: Path,
+) -> None:
+    images = make_folder(tmp_path / "images", 5)
+    (images / "000001.png").write_bytes(b"no image")
+    (images / "000002.png").write_bytes((images / "000002.png").read_bytes()[:-80])
+    config = caption_config(images, tmp_path / "out", max_failed=1.0)
+    pipeline.run(config)
+    make_alt_texts(open_table(str(tmp_path / "out")), AltTextConfig())
+    shutil.copy(images / "000003.png", images / "000002.png")  # which is mended after the run
 
-    assert (page["num_images"], page["num_failed"]) == (28, 2)
+    with serving(tmp_path / "out") as (ask, _):
+        everything, failed = ask("GET", "grid")[1], ask("GET", "grid?show=failed")[1]
+        assert (everything["num_images"], everything["counts"]["failed"], failed["num_images"]) == (3, 2, 2)
+        assert [(image["image_id"], image["reason"]) for image in failed["images"]] == [
+            ("000001.png", "not an image"),
+            ("000002.png", "truncated"),
+        ]
+        assert all(image["text"] and image["has_image"] for image in failed["images"])
+        assert [ask("GET", f"failed/{number}")[0] for number in (0, 1, 2)] == [404, 200, 404]
+        assert ask("GET", "failed/x")[0] == 404
+        found = [ask("GET", f"grid?show=failed&query={word}")[1]["images"] for word in ("truncated", "1.png", "dog")]
+        assert [[image["index"] for image in images] for images in found] == [[1], [0], []]
 
 
 def test_the_grid_is_searched_in_names_texts_and_what_people_wrote(make_reviewable) -> None:

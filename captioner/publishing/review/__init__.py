@@ -25,7 +25,7 @@ The page's elements and keys, which tests and the screenshots rely on:
                "Only this one" and "All of them"
     body       data-view "card", "done" or "grid"
     #grid      all images: data-request, a counter of the pages loaded; labelled "Show", "Folder", "Search", "Number";
-               one button for each image in #tiles
+               one button for each image in #tiles; an item .failed for one without a caption
     #done      the end: #counts, and #commands with a "Copy" button for each command
     #card      the image under review: data-image-id, data-index; data-state "loading", "ready", "saving", "editing"
                or "done"; data-draft "none", "saving", "kept" or "failed"; data-shown, a counter that increases when a

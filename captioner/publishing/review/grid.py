@@ -22,7 +22,10 @@ from captioner.store.table import CaptionsTable
 PAGE_SIZE = 60
 MAX_FOLDERS = 200  # in the list of folders: as many as a person can look through
 DECISIONS = ("approved", "edited", "rejected", "decorative", "expert")
-FILTERS = ("all", "undecided", "flagged", *DECISIONS, "skipped", "drafts")
+FAILED = "failed"  # images without a caption
+FILTERS = ("all", "undecided", "flagged", *DECISIONS, "skipped", "drafts", FAILED)
+
+_REASON = ("error_code", "error_message")
 
 Mask = npt.NDArray[np.bool_]
 
@@ -53,23 +56,29 @@ class GridRequest:
 
 
 class Grid:
-    """The images of a review session, filtered and searched."""
+    """The images of a review session, filtered and searched, and those without a caption."""
 
     def __init__(self, table: CaptionsTable, queue: Queue) -> None:
         self._queue = queue
         self._search = TextSearch(table, len(queue))
+        self._failed_search = TextSearch(table, queue.num_failed, failed=True)
 
     def page(
         self, request: GridRequest, skipped: Collection[int], drafts: Collection[int]
     ) -> tuple[list[int], dict[str, Any]]:
         """Return the indices of one page of images, and what the page shows around them.
 
-        `skipped`, `drafts`: images that this reviewer skipped, or has an unsaved text about. Raises OutputError when
-        the table was changed during the review.
+        Images without a caption, which only the filter FAILED shows, are counted among themselves. `skipped`,
+        `drafts`: images that this reviewer skipped, or has an unsaved text about. Raises OutputError when the table was
+        changed during the review.
         """
         masks = self._masks(skipped, drafts)
-        edited = {index: review.text for index, review in self._queue.decided.items() if review.text}
-        matching = np.flatnonzero(masks[request.show] & self._search.matches(request.folder, request.query, edited))
+        if request.show == FAILED:
+            matching = np.flatnonzero(self._failed_search.matches(request.folder, request.query, {}))
+        else:
+            edited = {index: review.text for index, review in self._queue.decided.items() if review.text}
+            is_found = self._search.matches(request.folder, request.query, edited)
+            matching = np.flatnonzero(masks[request.show] & is_found)
         num_pages = max(1, -(-len(matching) // PAGE_SIZE))
         page = min(request.page, num_pages - 1)
         first = page * PAGE_SIZE
@@ -79,8 +88,7 @@ class Grid:
             "first": first,
             "num_images": len(matching),
             "total": len(self._queue),
-            "num_failed": self._queue.num_failed,
-            "counts": _sums(masks),
+            "counts": _sums(masks) | {FAILED: self._queue.num_failed},
             "folders": self._search.folders,
         }
         return matching[first : first + PAGE_SIZE].tolist(), around
@@ -114,14 +122,16 @@ def _mask(length: int, indices: list[int]) -> Mask:
 
 
 class TextSearch:
-    """Finds images by folder and by words of their ids and alt texts.
+    """Finds images by folder and by words of their ids and alt texts; with `failed`, those without a caption.
+
+    Of these the reason is searched in place of the alt text.
 
     Reads the ids and texts of the whole table for each new search, about 1 s for 1,000,000 images; the latest search is
     remembered. Raises OutputError when the table was changed since it was opened.
     """
 
-    def __init__(self, table: CaptionsTable, num_images: int) -> None:
-        self._table, self._num_images = table, num_images
+    def __init__(self, table: CaptionsTable, num_images: int, failed: bool = False) -> None:
+        self._table, self._num_images, self._failed = table, num_images, failed
         self._latest: tuple[tuple[str, tuple[str, ...]], list[Mask]] | None = None
 
     @cached_property
@@ -175,10 +185,13 @@ class TextSearch:
         return masks_of_table
 
     def _columns(self) -> Iterator[tuple[pa.ChunkedArray, pa.ChunkedArray]]:
-        """Yield the ids and alt texts of the captioned images of each part."""
-        for _, rows, alt_texts in read_alt_texts(self._table, []):
-            captioned = pc.is_valid(alt_texts["alt_text"])
-            yield rows["image_id"].filter(captioned), alt_texts["alt_text"].filter(captioned)
+        """Yield the ids of the images of each part, and their alt texts or reasons."""
+        for _, rows, alt_texts in read_alt_texts(self._table, list(_REASON) if self._failed else []):
+            wanted, texts = pc.is_valid(alt_texts["alt_text"]), alt_texts["alt_text"]
+            if self._failed:
+                reasons = [pc.fill_null(rows[name], "") for name in _REASON]
+                wanted, texts = pc.invert(wanted), pc.binary_join_element_wise(*reasons, " ")
+            yield rows["image_id"].filter(wanted), texts.filter(wanted)
 
 
 def _holds(texts: pa.ChunkedArray, word: str) -> pa.ChunkedArray:

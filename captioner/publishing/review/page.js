@@ -1,7 +1,7 @@
 const LANGUAGE = /^[A-Za-z]{2,3}(-[A-Za-z0-9]{1,8})*$/;
 const NAMES = {
   all: "All", undecided: "Undecided", flagged: "Flagged", approved: "Approved", edited: "Edited", rejected: "Rejected",
-  decorative: "Decorative", expert: "Needs an expert", skipped: "Skipped by you", drafts: "Your drafts",
+  decorative: "Decorative", expert: "Needs an expert", skipped: "Skipped by you", drafts: "Your drafts", failed: "Failed",
 };
 let card = null, excluded = new Set(), numShown = 0, canUndo = false, fromGrid = false;
 
@@ -151,6 +151,7 @@ function showFacts() {
     ["Text before the edit", card.text === card.alt_text ? "" : card.alt_text],
     ["Model’s caption", normalize(card.caption) === normalize(card.alt_text) ? "" : card.caption],
     ["Mean token probability", card.certainty === null ? "unknown" : `${Math.round(100 * card.certainty)} %`],
+    ["Lift by the judge", card.lift === null ? "" : `${card.lift.toFixed(2)} (0: fits other images as well)`],
     ["Size", [size, bytes].filter(Boolean).join(", ")],
     ["Path", card.uri],
   ];
@@ -328,9 +329,10 @@ function showGrid(grid) {
   const last = grid.first + grid.images.length, range = `${(grid.first + 1).toLocaleString()}–${last.toLocaleString()} of `;
   const many = grid.num_pages > 1 ? range : "";
   const matching = grid.num_images ? `${many}${grid.num_images.toLocaleString()} ${grid.num_images === 1 ? "image" : "images"}` : "No image matches.";
-  const failed = grid.num_failed ? `; ${grid.num_failed.toLocaleString()} more without a caption, which the report names` : "";
+  const showsFailed = wanted.show === "failed", numFailed = grid.counts.failed;
+  const failed = numFailed && !showsFailed ? `; ${numFailed.toLocaleString()} more without a caption, under “Failed”` : "";
   $("matching").textContent = matching + failed;
-  $("tiles").replaceChildren(...grid.images.map(tile));
+  $("tiles").replaceChildren(...grid.images.map(showsFailed ? failedTile : tile));
   $("pages").hidden = grid.num_pages < 2;
   $("page-number").textContent = `Page ${(grid.page + 1).toLocaleString()} of ${grid.num_pages.toLocaleString()}`;
   $("previous").disabled = grid.page === 0;
@@ -345,23 +347,43 @@ function showOptions(select, options, value) {
 }
 
 function tile(image, position) {
-  const item = element("li"), button = element("button"), picture = element("img"), tags = element("span"), text = element("span");
+  const item = element("li"), button = element("button"), tags = Object.assign(element("span"), {className: "tags"});
   button.type = "button";
-  picture.loading = "lazy";
-  picture.alt = "";
-  picture.src = `image/${image.index}/small`;
-  tags.className = "tags";
   tags.append(element("span", `${(image.index + 1).toLocaleString()} `));
   const good = ["approved", "edited", "decorative"].includes(image.state);
   if (image.state !== "undecided") tags.append(tag(NAMES[image.state], good ? "good" : "bad"));
   if (image.flagged) tags.append(tag("Flagged", "doubt"));
   if (image.has_draft) tags.append(tag("Draft", "doubt"));
-  text.className = "text";
-  text.append(Object.assign(element("span", image.text || "(empty)"), {dir: "auto"}), Object.assign(element("span", image.image_id), {className: "id"}));
-  button.append(picture, tags, text);
+  button.append(smallImage(`image/${image.index}/small`), tags, tileText(image.text || "(empty)", image.image_id));
   button.addEventListener("click", () => openImage(image.index, position));
   item.append(button);
   return item;
+}
+
+/* An image without a caption: why, and the image where it can be shown. There is nothing to decide about it. */
+function failedTile(image) {
+  const item = element("li"), tags = Object.assign(element("span"), {className: "tags"});
+  item.className = "failed";
+  tags.append(tag(image.reason, "bad"));
+  item.append(image.has_image ? smallImage(`failed/${image.index}`) : noImage(), tags, tileText(image.text, image.image_id));
+  return item;
+}
+
+function smallImage(address) {
+  const small = Object.assign(element("img"), {loading: "lazy", alt: ""});
+  small.addEventListener("error", () => small.replaceWith(noImage()));
+  small.src = address;
+  return small;
+}
+
+function noImage() {
+  return Object.assign(element("span", "no image"), {className: "no-image"});
+}
+
+function tileText(words, imageId) {
+  const text = Object.assign(element("span"), {className: "text"});
+  text.append(Object.assign(element("span", words), {dir: "auto"}), Object.assign(element("span", imageId), {className: "id"}));
+  return text;
 }
 
 function tag(text, kind) {

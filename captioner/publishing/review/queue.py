@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Collection, Iterable, Iterator
 from datetime import UTC, datetime
@@ -25,6 +26,7 @@ MAX_GROUP = 12  # images decided together: as many as a person can look at
 _SCAN_SIZE = 65_536  # images
 _SORTED_AT_ONCE = 1 << 22  # images, 100 MB of memory
 _COLUMNS = ["image_id", "logprob_mean", "flags", "created_at"]
+_LOCATION = np.dtype([("part", "<i4"), ("row", "<i4")])
 _FIELDS = np.dtype(
     [
         ("part", "<i4"),  # part of the table
@@ -33,6 +35,7 @@ _FIELDS = np.dtype(
         ("text", "<u8"),  # hash of the alt text
         ("created", "<i8"),  # creation time of the caption, microseconds
         ("flagged", "?"),
+        ("lift", "<f4"),  # NaN where `captioner judge` has none
         ("weakness", "<u8"),  # small for images that the queue "flagged" shows first, see `_weakness`
     ]
 )
@@ -52,11 +55,11 @@ class Queue:
         self.seed = int(table.table_id, 16)
         self.decided: dict[int, Review] = {}  # the decision about each decided image, by index
         self.for_expert: set[int] = set()
-        self.num_failed = 0  # images without a caption, which are not among these
+        failed = _DiskColumn(_LOCATION)
         columns = {name: _DiskColumn(_FIELDS[name]) for name in _FIELDS.names or ()}
         for part, rows, alt_texts in read_alt_texts(table, _COLUMNS):
             keys, ids = _keys(table, part, rows, alt_texts, self.seed)
-            self.num_failed += len(rows) - len(keys)
+            failed.append(_failed(part, alt_texts))
             first = len(columns["id"])
             for name, column in columns.items():
                 column.append(keys[name])
@@ -65,6 +68,7 @@ class Queue:
                 if review and review.applies_to(_timestamp(keys["created"][row])):
                     self.decided[first + row] = review
         self._keys = {name: column.array() for name, column in columns.items()}
+        self._failed = failed.array()
         self._open = np.ones(len(self._keys["id"]), bool)
         self._open[list(self.decided)] = False
         self.for_expert.update(index for index, review in self.decided.items() if review.decision == "expert")
@@ -87,6 +91,23 @@ class Queue:
     def location(self, index: int) -> tuple[int, int]:
         """Return the part of the table that holds an image, and its row in that part."""
         return int(self._keys["part"][index]), int(self._keys["row"][index])
+
+    def lift(self, index: int) -> float | None:
+        """Return how much better a caption fits its image than others by `captioner judge`; None where not judged."""
+        lift = float(self._keys["lift"][index])
+        return None if math.isnan(lift) else lift
+
+    @property
+    def num_failed(self) -> int:
+        """The number of images without a caption, which are not among those to review."""
+        return len(self._failed)
+
+    def failed_location(self, number: int) -> tuple[int, int]:
+        """Return the part of the table that holds an image without a caption, and its row in that part.
+
+        `number`: of the image among those without a caption, from 0 in table order.
+        """
+        return int(self._failed["part"][number]), int(self._failed["row"][number])
 
     def index_of(self, image_id: str) -> int | None:
         """Return the index of an image; `None` when it has no caption in this table."""
@@ -212,8 +233,17 @@ def _keys(
     keys["created"] = rows["created_at"].cast(pa.int64()).to_numpy()
     keys["flagged"] = flagged_rows(rows["flags"], alt_texts)
     logprobs = pc.fill_null(rows["logprob_mean"], float("nan")).to_numpy()
-    keys["weakness"] = _weakness(keys["flagged"], lifts_of(table, part, rows), logprobs)
+    keys["lift"] = lifts_of(table, part, rows)
+    keys["weakness"] = _weakness(keys["flagged"], keys["lift"], logprobs)
     return keys, ids
+
+
+def _failed(part: int, alt_texts: pa.Table) -> npt.NDArray[np.void]:
+    """Return where the images of a part are that have no caption (dtype _LOCATION)."""
+    rows = np.flatnonzero(pc.is_null(alt_texts["alt_text"]).to_numpy())
+    locations = np.zeros(len(rows), _LOCATION)
+    locations["part"], locations["row"] = part, rows
+    return locations
 
 
 def _weakness(

@@ -47,6 +47,28 @@ def read_rows(table: CaptionsTable, locations: Sequence[tuple[int, int]]) -> lis
     return [_row(table.directory, captions[location], alt_texts[location]) for location in locations]
 
 
+@dataclass(frozen=True, slots=True)
+class FailedRow:
+    """An image without a caption. `code`, `message`: its error_code and error_message."""
+
+    row: Row
+    code: str
+    message: str
+
+
+def read_failed(table: CaptionsTable, locations: Sequence[tuple[int, int]]) -> list[FailedRow]:
+    """Read rows without a caption, given as for `read_rows`. Raises OutputError when one of them no longer exists."""
+    columns = [*_COLUMNS, *_PLAN_COLUMNS, "error_code", "error_message"]
+    rows = _read(table.directory, captions_name, locations, columns)
+    return [_failed_row(rows[location]) for location in locations]
+
+
+def _failed_row(values: dict[str, Any]) -> FailedRow:
+    code, message = values.pop("error_code") or "", values.pop("error_message") or ""
+    row = Row(**values | {"caption": "", "flags": (), "alt_text": ""})
+    return FailedRow(row, code, message)
+
+
 def read_catalogue(table: CaptionsTable, part: int, row: int) -> dict[str, str]:
     """Return the columns of one image that are kept from the source (title, tags, ...), as texts; none is empty."""
     columns = [field.name for field in table.kept_fields if not _holds_bytes(field.type)]

@@ -15,6 +15,7 @@ and for a review alone:
 
     GET  /TOKEN/state/INDEX            the state for an image of the grid
     GET  /TOKEN/grid?...               a page of all images: see `GridRequest`
+    GET  /TOKEN/failed/NUMBER          a small JPEG of an image without a caption
     POST /TOKEN/draft                  {"index", "text"} -> {}: keeps what was typed
 """
 
@@ -32,7 +33,7 @@ from urllib.parse import urlsplit
 
 from captioner.errors import CaptionerError, UsageError
 from captioner.publishing.review.grid import GridRequest
-from captioner.publishing.review.previews import Previews, Size
+from captioner.publishing.review.previews import Preview, Previews, Size
 from captioner.publishing.review.rows import Row
 from captioner.publishing.review.session import ReviewSession
 
@@ -190,6 +191,11 @@ class _Handler(BaseHTTPRequestHandler):
                 self._send_json(session.open(self._parse_index(index)))
             case ("GET", "grid"):
                 self._send_json(session.grid(GridRequest.from_query(urlsplit(self.path).query)))
+            case ("GET", "failed", number):
+                row = session.failed_row(int(number)) if number.isdecimal() and len(number) <= 10 else None
+                if row is None:
+                    raise _HttpError(HTTPStatus.NOT_FOUND, "no such image")
+                self._send_preview(self.server.previews.preview(row, "small"))
             case ("POST", "draft"):
                 session.keep_draft(*self._draft())
                 self._send_json({})
@@ -231,7 +237,9 @@ class _Handler(BaseHTTPRequestHandler):
         }
 
     def _send_image(self, index: int, size: Size) -> None:
-        preview = self.server.previews.preview(self.server.session.row(index), size)
+        self._send_preview(self.server.previews.preview(self.server.session.row(index), size))
+
+    def _send_preview(self, preview: Preview) -> None:
         if preview.jpeg is None:
             raise _HttpError(HTTPStatus.NOT_FOUND, preview.error)
         self._send(preview.jpeg, "image/jpeg")

@@ -14,15 +14,16 @@ from captioner.publishing.alt_text.texts import read_settings
 from captioner.publishing.review.acceptance import acceptance, seconds_per_image
 from captioner.publishing.review.decisions import Decisions
 from captioner.publishing.review.drafts import Drafts
-from captioner.publishing.review.grid import Grid, GridRequest
+from captioner.publishing.review.grid import FAILED, Grid, GridRequest
 from captioner.publishing.review.next_steps import next_commands
 from captioner.publishing.review.queue import Queue, QueueKind
-from captioner.publishing.review.rows import Row, read_catalogue, read_rows
+from captioner.publishing.review.rows import Row, read_catalogue, read_failed, read_rows
 from captioner.publishing.review.view import (
     DECISION_LABELS,
     current_text,
     describe_decision,
     describe_earlier,
+    describe_failed,
     describe_image,
 )
 from captioner.store.journal import Decision, Review, latest_reviews
@@ -128,7 +129,17 @@ class ReviewSession:
         with self._lock:
             self._apply_new_decisions()
             indices, around = self._grid.page(request, *self._skipped_and_drafts())
+            if request.show == FAILED:
+                rows = read_failed(self._table, list(map(self._queue.failed_location, indices)))
+                return {"images": list(map(describe_failed, indices, rows)), **around}
             return {"images": list(map(self._tile, indices, self._rows_of(indices))), **around}
+
+    def failed_row(self, number: int) -> Row | None:
+        """Return the data of an image without a caption; None where there is no such image."""
+        with self._lock:
+            if number >= self._queue.num_failed:
+                return None
+            return read_failed(self._table, [self._queue.failed_location(number)])[0].row
 
     def summary(self) -> dict[str, Any]:
         """Return the number of images by decision ("counts"), and the commands that come next ("commands")."""
@@ -328,6 +339,7 @@ class ReviewSession:
         catalogue = read_catalogue(self._table, *self._queue.location(index))
         return {
             **describe_image(index, row, review),
+            "lift": self._queue.lift(index),
             "alt_text": row.alt_text,
             "draft": self._drafts.get(row.image_id),
             "decided": None if is_open or review is None else review.review_id,

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from captioner.console.text import counted, printable
-from captioner.publishing.review.rows import Row
+from captioner.publishing.review.rows import FailedRow, Row
 from captioner.publishing.review.standing_flags import describe_flag
 from captioner.store.journal import Review
 
@@ -33,6 +33,20 @@ def describe_image(index: int, row: Row, review: Review | None) -> dict[str, Any
         "width": row.width,
         "height": row.height,
         "num_bytes": row.num_bytes,
+    }
+
+
+NOT_SHOWN = ("decoder_crashed", "timeout")  # what these images do to a decoder, they would do again
+
+
+def describe_failed(number: int, failed: FailedRow) -> dict[str, Any]:
+    """Return what is shown of an image without a caption. `number`: among these images."""
+    return {
+        "index": number,
+        "image_id": printable(failed.row.image_id),
+        "reason": failed.code.replace("_", " "),
+        "text": printable(failed.message),
+        "has_image": failed.code not in NOT_SHOWN,
     }
 
 
