@@ -257,14 +257,16 @@ def judge(config: JudgeTableConfig, out: Out) -> int:
     report.
     """
     from captioner.console import commands
-    from captioner.run.judging import JudgeEngine, JudgeHere
+    from captioner.run.judging import JudgeHere
+    from captioner.run.object_judge import AskHere
 
-    if config.cluster.local or config.judge.endpoint:
-        return commands.judge(out, config, JudgeHere())
+    if config.cluster.local:
+        is_asked = bool(config.judge.endpoint)
+        return commands.judge_objects(out, config, AskHere()) if is_asked else commands.judge(out, config, JudgeHere())
     from ray_jobs.judge import RayJudge
 
-    engine: JudgeEngine = RayJudge(config.cluster)
-    return commands.judge(out, config, engine)
+    engine = RayJudge(config.cluster)
+    return (commands.judge_objects if config.judge.endpoint else commands.judge)(out, config, engine)
 
 
 @command()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import pickle
 import uuid
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
@@ -74,7 +75,7 @@ class CaptionStage:
         from captioner.models import load
 
         self.work = work
-        notify = None if messages is None else partial(_put, messages, uuid.uuid4().hex)
+        notify = None if messages is None else messages_to(messages)
         device = worker_device(work.device)
         self.captioner = load(work.model, device, batch_size, num_threads, notify, api_key, work.num_gpus)
         self.memory = work.new_memory()
@@ -105,6 +106,11 @@ class CommitStage:
         receipt = commit(self.work, from_block(block, self.work))
         self.metrics.add(receipt)
         return pa.table({"receipt": [json.dumps(asdict(receipt))]})
+
+
+def messages_to(messages: Queue) -> Callable[[str], None]:
+    """Return a function that puts a line into a queue, with a name for this worker."""
+    return partial(_put, messages, uuid.uuid4().hex)
 
 
 def _put(messages: Queue, worker: str, line: str) -> None:

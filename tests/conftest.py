@@ -82,20 +82,21 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_reviewable(finished: Path, tmp_path: Path) -> MakeReviewable:
     """Makes `tmp_path/out`, a finished table with alt texts, of `tmp_path/archive`.
 
-    `captions`, `logprobs`, `flags`: of its first images, by their number; the others keep "image CRC".
+    `captions`, `logprobs`, `flags`, `errors`: of its first images, by their number; the others keep "image CRC".
     """
 
     def make(
-        captions: Sequence[str] = (),
+        captions: Sequence[str | None] = (),
         logprobs: Sequence[float] = (),
         flags: Sequence[list[str]] = (),
+        errors: Sequence[str] = (),
         alt_text: AltTextConfig | None = None,
     ) -> Path:
         shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
         out = tmp_path / "out"
         (part,) = (out / "captions").iterdir()
         rows = pq.read_table(part)
-        given = {"caption": captions, "logprob_mean": logprobs, "flags": flags}
+        given = {"caption": captions, "logprob_mean": logprobs, "flags": flags, "error_code": errors}
         for name, values in given.items():
             column = [*values, *rows[name].to_pylist()[len(values) :]]
             rows = rows.set_column(

@@ -141,10 +141,15 @@ def check(out: str, settings: CheckConfig, against: str | None = None) -> int:
 
 def judge(out: str, config: JudgeTableConfig, engine: judging.JudgeEngine) -> int:
     """Judge the captions of a table by their images, write its report and print the figures."""
-    if config.judge.endpoint:
-        lines = object_judge.lines(object_judge.judge_objects(out, config))
-    else:
-        lines = judging.lines(judging.judge(out, config, engine))
+    return _report_judged(out, judging.lines(judging.judge(out, config, engine)))
+
+
+def judge_objects(out: str, config: JudgeTableConfig, engine: object_judge.ObjectJudgeEngine) -> int:
+    """Ask what captions name that is not in their images, write the report and print the figures."""
+    return _report_judged(out, object_judge.lines(object_judge.judge_objects(out, config, engine)))
+
+
+def _report_judged(out: str, lines: list[str]) -> int:
     with phase("writing the report", notify):
         page = quality.report(open_table(out))
     for line in lines:

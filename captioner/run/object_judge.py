@@ -1,6 +1,6 @@
 """Ask a chat model on model servers whether captions name anything that is not in their images.
 
-    for a sample of the captions that were not asked about yet:
+    for a sample of the captions that were not asked about yet, a few at a time, in this process or on Ray:
         read -> decode -> ask: which things does the caption name, and which of them can be seen
     write OUT/checks/objects/part-*.parquet after each few answers; then OUT/checks/objects.json
 
@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -27,7 +27,6 @@ from captioner.console.text import counted
 from captioner.data import CAPTIONS_SCHEMA, Captions, Usage
 from captioner.errors import DamagedFileError, UsageError
 from captioner.files import shown
-from captioner.imaging.sandbox.decoder import GuardedDecoder
 from captioner.models import resolve
 from captioner.models.endpoint.api_key import ApiKey
 from captioner.models.endpoint.captioning import EndpointCaptioner
@@ -77,11 +76,50 @@ class _Objects(BaseModel):
     objects: list[_Object]
 
 
-@dataclass
-class Judge:
-    """Asks about captions; holds the connections to the servers."""
+@dataclass(frozen=True)
+class ObjectWork:
+    """What a worker needs to know. Small and picklable. `takes_schema`: whether the servers take a JSON Schema."""
 
-    captioner: EndpointCaptioner
+    work: Work
+    takes_schema: bool = True
+
+
+Batch = tuple[int, pa.Table]  # a part of the table, and some of its captions
+
+
+class ObjectJudgeEngine(Protocol):
+    """Where the servers are asked from: this process, or workers on Ray."""
+
+    def ask_about(self, work: ObjectWork, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Yield of each batch its part and its rows of OBJECTS_SCHEMA, in any order."""
+        ...
+
+
+class AskHere:
+    """The engine of `--local`, without Ray: some captions are decoded while the servers are asked about others."""
+
+    def ask_about(self, work: ObjectWork, batches: Iterator[Batch]) -> Iterator[Batch]:
+        judge = Judge(work, ApiKey.from_environment(), notify)
+        calls = judge_calls(work)
+        with (
+            work.work.decoder() as decoder,
+            one_ahead((part, pixels_of(work.work, captions, decoder)) for part, captions in batches) as decoded,
+        ):
+            yield from as_finished(lambda batch: (batch[0], judge.ask(batch[1])[0]), decoded, calls)
+
+
+def judge_calls(work: ObjectWork) -> int:
+    """Return how many batches must be under way so that no server waits."""
+    assert work.work.model.endpoint is not None
+    return work.work.model.endpoint.chunks_at_once(ROWS)
+
+
+class Judge:
+    """Asks about captions; holds the connections to the servers. `key`: of the servers."""
+
+    def __init__(self, work: ObjectWork, key: ApiKey, notify: Callable[[str], None]) -> None:
+        self.captioner = EndpointCaptioner(work.work.model, key, notify)
+        self.captioner.schema = _json_schema() if work.takes_schema else None
 
     def ask(self, decoded: ChunkRows) -> tuple[pa.Table, Usage]:
         """Return the rows of OBJECTS_SCHEMA of captions, and the tokens that their answers took.
@@ -112,7 +150,7 @@ def _verdict(answer: str) -> tuple[list[dict[str, Any]] | None, str]:
     return [one.model_dump() for one in listed.objects], ""
 
 
-def judge_objects(out: str, config: JudgeTableConfig) -> dict[str, Any]:
+def judge_objects(out: str, config: JudgeTableConfig, engine: ObjectJudgeEngine) -> dict[str, Any]:
     """Ask about a sample of the captions of OUT, and return the figures (objects.json).
 
     Raises EndpointError where no server can be used, and UsageError where OUT is not finished.
@@ -140,34 +178,23 @@ def judge_objects(out: str, config: JudgeTableConfig) -> dict[str, Any]:
             left = list(_left(table, settings, made_by))
         total = sum(captions.num_rows for _, captions, _ in left)
         if total:
-            judge = Judge(EndpointCaptioner(work.model, ApiKey.from_environment(), notify))
-            judge.captioner.schema = _json_schema()
+            takes_schema = _estimate(work, left[0][1].slice(0, ASKED_FIRST), total, model)
             judged = {part: verdicts for part, _, verdicts in left}
-            with work.decoder() as decoder:
-                _estimate(judge, pixels_of(work, left[0][1].slice(0, ASKED_FIRST), decoder), total, model)
-                for part, rows in _asked(judge, work, left, decoder):
-                    check_held()
-                    judged[part] = pa.concat_tables([judged[part], rows])
-                    verdicts = judged[part].replace_schema_metadata({_MADE_BY: made_by})
-                    table.directory.write_table(objects_name(part), verdicts)
+            for part, rows in engine.ask_about(ObjectWork(work, takes_schema), _batches(left)):
+                check_held()
+                judged[part] = pa.concat_tables([judged[part], rows])
+                verdicts = judged[part].replace_schema_metadata({_MADE_BY: made_by})
+                table.directory.write_table(objects_name(part), verdicts)
         figures = _summarise(table, work, made_by)
         table.directory.write_json(OBJECTS_FILE, figures, checksum=True)
         return figures
 
 
-def _asked(
-    judge: Judge, work: Work, left: list[tuple[int, pa.Table, pa.Table]], decoder: GuardedDecoder
-) -> Iterator[tuple[int, pa.Table]]:
-    """Yield the part and the verdicts of each few captions; others are decoded and asked about meanwhile."""
-    batches = (
-        (part, pixels_of(work, captions.slice(first, ROWS), decoder))
-        for part, captions, _ in left
-        for first in range(0, captions.num_rows, ROWS)
-    )
-    with one_ahead(batches) as decoded:
-        endpoint = work.model.endpoint
-        calls = endpoint.chunks_at_once(ROWS) if endpoint else 1
-        yield from as_finished(lambda batch: (batch[0], judge.ask(batch[1])[0]), decoded, calls)
+def _batches(left: list[tuple[int, pa.Table, pa.Table]]) -> Iterator[Batch]:
+    """Yield the captions of each part that are left, a few at a time."""
+    for part, captions, _ in left:
+        for first in range(0, captions.num_rows, ROWS):
+            yield part, captions.slice(first, ROWS)
 
 
 def _json_schema() -> dict[str, Any]:
@@ -212,17 +239,21 @@ def _is_current(judged: pa.Table, captions: pa.Table) -> list[bool]:
     ]
 
 
-def _estimate(judge: Judge, decoded: ChunkRows, total: int, model: ModelConfig) -> None:
-    """Ask about a few captions, and say what all will take. Without a schema where the servers take none."""
+def _estimate(work: Work, captions: pa.Table, total: int, model: ModelConfig) -> bool:
+    """Ask about a few captions, and say what all will take; return whether the servers take a schema."""
+    with work.decoder() as decoder:
+        decoded = pixels_of(work, captions, decoder)
+    judge, takes_schema = Judge(ObjectWork(work), ApiKey.from_environment(), notify), True
     rows, usage = judge.ask(decoded)
     if not any(row["objects"] is not None for row in rows.to_pylist()):
-        judge.captioner.schema = None
+        judge.captioner.schema, takes_schema = None, False
         rows, usage = judge.ask(decoded)
     prompt, answer = (total / rows.num_rows * tokens for tokens in (usage.prompt_tokens, usage.completion_tokens))
     cost = model.cost_of(prompt, answer)
     price = "" if cost is None else f", cost {cost:,.2f}"
     tokens = f"about {prompt:,.0f} prompt tokens and {answer:,.0f} answer tokens"
     notify(f"estimate: {counted(total, 'request')}, {tokens}{price}")
+    return takes_schema
 
 
 def _summarise(table: CaptionsTable, work: Work, made_by: bytes) -> dict[str, Any]:

@@ -245,6 +245,27 @@ def test_the_grid_by_keyboard_and_axe_finds_nothing(out: Path, review, open_page
     ]
 
 
+@pytest.mark.parametrize(("phone", "dark"), [(False, False), (True, True)], ids=["desktop", "dark phone"])
+def test_images_without_a_caption_are_in_the_grid(make_reviewable, review, open_page, phone: bool, dark: bool) -> None:
+    out = make_reviewable([None] * 3, errors=["generate_error", "truncated", "decoder_crashed"])
+    (out.parent / "archive" / "000001.png").write_bytes(b"no image")
+    with review(out, "--queue", "all") as (_, url):
+        page = open_page(url, phone, dark)
+        page.wait_for_selector(READY)
+        page.keyboard.press("g")
+        matching(page, "27 images; 3 more without a caption, under “Failed”")
+        page.get_by_label("Show").select_option("failed")
+        matching(page, "3 images")
+        page.wait_for_function("document.querySelectorAll('#tiles .no-image').length === 2")
+        page.wait_for_function("document.querySelector('#tiles .failed img').naturalWidth > 0")
+        assert page.locator("#tiles .tag").all_inner_texts() == ["generate error", "truncated", "decoder crashed"]
+        assert page.locator("#tiles li").nth(0).locator("img").count() == 1
+        assert violations(page) == []
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        page.get_by_label("Search").fill("crashed")
+        matching(page, "1 image")
+
+
 def test_letters_are_keys_only_where_they_should_be(out: Path, review, open_page) -> None:
     with review(out, "--queue", "all") as (_, url):
         page = open_page(url)

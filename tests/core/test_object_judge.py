@@ -45,7 +45,7 @@ def listing(asked: Asked) -> Answer:
 
 def judge(table: CaptionsTable, server: ModelServer, *flags: str) -> None:
     with pytest.raises(SystemExit) as ended:
-        main(["judge", table.directory.location, "--endpoint", server.url, "--model", server.model, *flags])
+        main(["judge", table.directory.location, "--local", "--endpoint", server.url, "--model", server.model, *flags])
     assert ended.value.code == 0
 
 

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import threading
+import zlib
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +27,7 @@ from captioner.errors import CaptionerError
 from captioner.models import load, resolve
 from captioner.store.table import open_table, plan_part_name
 from captioner.store.verify import count_rows, verify
-from captioner.testing import make_tiny_model
+from captioner.testing import make_folder, make_tiny_model
 from captioner.testing.faults import Killed, killed_at_write
 from captioner.testing.model_server import Answer, Asked, ModelServer, failing, saying
 
@@ -192,6 +198,50 @@ def test_a_retry_of_answers_that_is_killed_at_any_write_ends_like_an_undisturbed
                 {**row, "generation": 0, "chunk_id": "", "chunk_row": 0} for row in expected
             ]
     assert write > 5
+
+
+def test_a_driver_that_is_killed_in_a_retry_of_answers_loses_nothing_and_doubles_nothing(tmp_path: Path) -> None:
+    """Chunks of 7 images, four under way; the server holds what it is asked from the 40th request on."""
+    make_folder(tmp_path / "images", 60)
+    (tmp_path / "questions.yaml").write_text(QUESTIONS)
+    out, held, settings = tmp_path / "out", threading.Event(), {"max_side": 4096}
+
+    def badly(asked: Asked) -> Answer | None:
+        bad = prompt_of(asked) == "Which objects?" or zlib.crc32(asked.image) % 2
+        return None if prompt_of(asked) == "Describe it." else failing(400, "not now") if bad else counted_people(asked)
+
+    def well(asked: Asked) -> Answer:
+        answer = saying("a, b") if prompt_of(asked) == "Which objects?" else counted_people(asked)
+        return replace(answer, held=held if asked.number >= 40 else None)
+
+    with ModelServer(badly) as server:
+        run(tmp_path / "images", server, **settings)
+        before, missing = answers(tmp_path / "images"), count_rows(open_table(str(out))).failed_answers
+        server.asked.clear()
+        server.rule = well
+        command = [sys.executable, "-m", "ray_jobs.cli", "caption", str(tmp_path / "images"), str(out), "--local"]
+        command += ["--endpoint", server.url, "--questions", str(tmp_path / "questions.yaml"), "--max-side", "4096"]
+        with subprocess.Popen([*command, "--concurrency", "2", "--retry-failed"], stderr=subprocess.DEVNULL) as driver:
+            server.wait_for(41)
+            driver.send_signal(signal.SIGKILL)
+        before_kill = len(server.asked)
+        held.set()
+        table = open_table(str(out))
+        assert 0 < len(list(table.committed_chunks(1))) < table.plans()[1].num_chunks
+        run(tmp_path / "images", server, retry_failed=True, **settings)
+
+    assert verify(open_table(str(out))).proven
+    assert missing["tags"] == 60 > missing["facts"] > 10
+    assert answers(tmp_path / "images") == {name: (row[0], "a, b", 2) for name, row in before.items()}
+    times_asked = Counter((asked.image, prompt_of(asked)) for asked in server.asked)
+    assert len(times_asked) == sum(missing.values())  # and no caption
+    asked_twice = sum(times_asked.values()) - len(times_asked)
+    assert 0 < asked_twice <= min(before_kill, 4 * 7 * 2)
+    assert max(times_asked.values()) == 2
+
+
+def counted_people(asked: Asked) -> Answer:
+    return saying(GOOD["Count."])
 
 
 def test_a_damaged_plan_of_a_retry_of_answers_is_made_again(folder: Path) -> None:

@@ -1,5 +1,6 @@
-"""Captions judged on Ray: the same scores as in one process."""
+"""Captions judged on Ray: the same scores and verdicts as in one process."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,13 @@ from helpers import caption_config
 
 from captioner import pipeline
 from captioner.config import JudgeTableConfig
+from captioner.errors import EndpointError
 from captioner.run.judging import JudgeEngine, JudgeHere, judge
-from captioner.scoring.judgements import JUDGE_FOLDER, judge_name
+from captioner.run.object_judge import AskHere, ObjectJudgeEngine, judge_objects
+from captioner.scoring.judgements import JUDGE_FOLDER, OBJECTS_FOLDER, judge_name, objects_name
 from captioner.store.table import open_table
 from captioner.testing import make_tar
+from captioner.testing.model_server import Answer, Asked, ModelServer, saying
 from captioner.testing.tiny_clip import make_tiny_clip
 from ray_jobs.judge import RayJudge
 
@@ -43,3 +47,37 @@ def test_ray_gives_the_scores_of_one_process(tmp_path: Path) -> None:
         assert [row[name] for row in on_ray] == [row[name] for row in here], name
     for name in ("clip_score", "clip_score_others", "lift", "ref_clip_score"):
         assert [row[name] for row in on_ray] == pytest.approx([row[name] for row in here], abs=1e-5), name
+
+
+def test_ray_gives_the_verdicts_of_one_process_and_resumes(tmp_path: Path) -> None:
+    out, archive = tmp_path / "out", make_tar(tmp_path / "archive.tar", 40)
+    pipeline.run(caption_config(archive, out))
+
+    def answer(asked: Asked) -> Answer | None:
+        code = asked.caption[-1]
+        if "another" in broken and asked.number > 20:
+            return Answer(changes={"model": "another"})
+        return saying(json.dumps({"objects": [{"name": code, "seen": code.isdigit()}]}))
+
+    def verdicts_of(engine: ObjectJudgeEngine) -> list[dict[str, Any]]:
+        judge_objects(str(out), settings, engine)
+        directory = open_table(str(out)).directory
+        rows = [row for part in range(3) for row in directory.read_table(objects_name(part)).to_pylist()]
+        return sorted(rows, key=lambda row: row["image_id"])
+
+    broken: set[str] = set()
+    with ModelServer(answer) as server:
+        judge_settings = {"name": server.model, "endpoint": [server.url], "concurrency": 4, "sample": "all"}
+        settings = JudgeTableConfig.model_validate({"judge": judge_settings, "cluster": {"decode_cpus": 1}})
+        here = verdicts_of(AskHere())
+        shutil.rmtree(out / OBJECTS_FOLDER)
+        broken.add("another")
+        server.asked.clear()
+        with pytest.raises(EndpointError, match="the answers now come from model 'another'"):
+            verdicts_of(RayJudge(settings.cluster))
+        broken.clear()
+        on_ray = verdicts_of(RayJudge(settings.cluster))
+
+    assert len({row["num_unseen"] for row in here}) == 2
+    assert on_ray == here
+    assert server.most_at_once <= 4
