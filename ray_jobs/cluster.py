@@ -27,7 +27,7 @@ from captioner.console.stopping import notify
 from captioner.console.text import counted
 from captioner.errors import ClusterError
 from ray_jobs.address import check_gcs
-from ray_jobs.workers import job_config, keep_messages
+from ray_jobs.workers import check_own_workers, job_config, keep_messages
 
 MIN_CPU_SHARE = 0.05
 JOIN_TIMEOUT_S = 30.0  # for a cluster that answers
@@ -84,6 +84,8 @@ def _join(config: ClusterConfig) -> Resources:
 
     if not ray.is_initialized():
         _init(address)
+        if address == "local":
+            check_own_workers()
     total = ray.cluster_resources()
     alive = [node for node in ray.nodes() if node["Alive"]]
     cpus = [node["Resources"]["CPU"] for node in alive if node["Resources"].get("CPU")]
@@ -172,6 +174,8 @@ def import_ray(config: ClusterConfig) -> str:
         raise ClusterError(f"{address}: Ray Client is not supported; submit a job to the cluster or give HOST:PORT")
     if "ray" not in sys.modules:  # it reads these variables when it is imported
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # hides a warning about actor arguments at every start
+        # Else ray.init waits, holding Python's lock, for the first worker processes, for ever where they cannot start.
+        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
         if address == "local" and os.environ.setdefault("RAY_AUTH_MODE", "token") == "token":
             _keep_token_private()
         if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
@@ -218,7 +222,7 @@ def _init(address: str) -> None:
     check_gcs(address)
     keep_messages()
     try:
-        with _quiet_stderr(), _own_sigterm():
+        with _quiet_stderr(), _own_sigterm(), _without_monitors():
             ray.init(**settings)
     except Exception as error:  # Ray also raises exceptions of no particular class
         raise ClusterError(f"Ray at {address!r} cannot be reached: {' '.join(str(error).split())[:300]}") from error
@@ -243,6 +247,25 @@ def _quiet_stderr() -> Iterator[None]:
         sys.stderr = python_stderr
         os.close(devnull)
         os.close(descriptor)
+
+
+@contextmanager
+def _without_monitors() -> Iterator[None]:
+    """Let a Ray that is started here do without its autoscaler, its dashboard's server and its reader of logs.
+
+    It has no nodes to add, no dashboard and no logs to show, but each of the three is a process that takes about a
+    second of CPU, and `ray.init` waits for the server. Ray has no setting for that.
+    """
+    from ray._private.node import Node
+
+    methods = {name: getattr(Node, name) for name in ("start_monitor", "start_api_server", "start_log_monitor")}
+    for name in methods:
+        setattr(Node, name, lambda *_, **__: None)
+    try:
+        yield
+    finally:
+        for name, method in methods.items():
+            setattr(Node, name, method)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ start would never end. `WorkerStarts` ends such a run with the reason.
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,11 +16,15 @@ from site import getsitepackages
 from typing import Any
 
 import captioner
+from captioner.console.phases import phase
+from captioner.console.text import printable
 from captioner.errors import ClusterError
 from ray_jobs.failures import first_error
 
+START_TIMEOUT_S = 60.0  # for the first worker process of a Ray that runs on this machine
 MAX_RESTARTS = 4  # of a worker, before any worker has finished a chunk
 POLL_S = 1.0
+ADVICE = "fix it, then run the same command again; --local needs no Ray"
 CRASHED = "its process crashed or was killed, for lack of memory perhaps; the logs of Ray's workers say more"
 
 _messages: deque[str] = deque(maxlen=100)  # of Ray about workers that died
@@ -49,6 +54,42 @@ def keep_messages() -> None:
         _messages.extend(data["lines"])
 
     worker.print_to_stdstream = keep
+
+
+def check_own_workers() -> None:
+    """Wait until a worker process of this machine's own Ray has run a task; the next task or actor uses that process.
+
+    Raises ClusterError with the reason where none can: Ray starts such a process again and again, for ever.
+    """
+    import ray
+
+    task = ray.remote(num_cpus=0, max_retries=0)(_do_nothing).remote()
+    logs = Path(ray._private.worker.global_worker.node.get_logs_dir_path())
+    deadline = time.monotonic() + START_TIMEOUT_S
+    with phase("starting a worker process"):
+        while not ray.wait([task], timeout=POLL_S)[0]:
+            if reason := _import_error(logs / "raylet.err"):
+                raise ClusterError(f"Ray's worker processes cannot start: {reason}; {ADVICE}")
+            if time.monotonic() > deadline:
+                raise ClusterError(
+                    f"no worker process of Ray started within {START_TIMEOUT_S:g} s, for lack of memory perhaps; "
+                    f"its logs are in {logs}; {ADVICE}"
+                )
+    try:
+        ray.get(task)
+    except ray.exceptions.RayError as error:
+        raise ClusterError(f"a worker died while it started: {first_error(str(error)) or CRASHED}; {ADVICE}") from None
+
+
+def _do_nothing() -> None:
+    pass
+
+
+def _import_error(log: Path) -> str:
+    """Return the last error of a worker process that could not import Ray, from the log of the raylet; "" for none."""
+    text = log.read_text(errors="replace") if log.exists() else ""
+    *_, last = text.split("Traceback (most recent call last):")
+    return printable(first_error(last)) if "default_worker.py" in last else ""
 
 
 class WorkerStarts:

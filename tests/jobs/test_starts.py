@@ -23,7 +23,7 @@ import os, sys
 
 class Dying:
     def find_spec(self, name, path=None, target=None):
-        if name == "captioner.steps":
+        if name == os.environ["AT"]:
             exec(open(os.environ["HOW"]).read())
 
 if any("default_worker.py" in word for word in sys.orig_argv):
@@ -41,7 +41,7 @@ images, *hows = sys.argv[1:]
 for out, how in enumerate(hows):
     Path(os.environ["HOW"]).write_text(how)
     try:
-        main(["caption", images, str(out), "--model", "fake"])
+        main(["caption", images, str(out), "--model", "fake", "--preprocess", "processor"])
     except SystemExit as ended:
         print(f"ended with {ended.code}", file=sys.stderr, flush=True)
 """
@@ -82,7 +82,8 @@ def test_a_job_under_uv_run_works_where_it_is_started_and_imports_no_module_from
 ) -> None:
     make_folder(tmp_path / "images", 20, width=32)
 
-    done = python("-m", "ray_jobs.caption", "../images", "out", "--model", "fake", folder=here, before=uv)
+    words = ("-m", "ray_jobs.caption", "../images", "out", "--model", "fake", "--preprocess", "processor")
+    done = python(*words, folder=here, before=uv)
 
     assert done.returncode == 0, done.stderr
     assert verify(open_table(str(here / "out"))).proven
@@ -91,7 +92,7 @@ def test_a_job_under_uv_run_works_where_it_is_started_and_imports_no_module_from
 def test_workers_that_die_at_their_start_end_the_run_with_the_reason(tmp_path: Path) -> None:
     images = make_folder(tmp_path / "images", 20, width=32)
     (tmp_path / "sitecustomize.py").write_text(DYING)
-    environment = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "HOW": str(tmp_path / "how")}
+    environment = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "HOW": str(tmp_path / "how"), "AT": "captioner.steps"}
 
     done = python(
         "-c", DIE_TWICE, images, "os.abort()", "raise ImportError('no libfoo')", folder=tmp_path, **environment
@@ -102,6 +103,20 @@ def test_workers_that_die_at_their_start_end_the_run_with_the_reason(tmp_path: P
     for log, reason in ((crashed, "its process crashed or was killed"), (unable, "no libfoo")):
         (error,) = [line for line in log.splitlines() if "error" in line.lower()]
         assert reason in error
+
+
+def test_workers_that_cannot_start_at_all_end_the_run_with_the_reason(tmp_path: Path) -> None:
+    """Ray's own start would wait for them."""
+    images = make_folder(tmp_path / "images", 20, width=32)
+    (tmp_path / "sitecustomize.py").write_text(DYING)
+    (tmp_path / "how").write_text("raise ImportError('no libfoo')")
+    environment = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "HOW": str(tmp_path / "how"), "AT": "ray"}
+
+    done = python("-m", "ray_jobs.cli", "caption", images, "out", "--model", "fake", folder=tmp_path, **environment)
+
+    assert done.returncode == 1
+    (error,) = [line for line in done.stderr.splitlines() if "error" in line.lower()]
+    assert "Ray's worker processes cannot start: ImportError: no libfoo; fix it" in error
 
 
 @pytest.mark.skipif(os.getuid() != 0 or shutil.which("setpriv") is None, reason="needs root, who can be anybody")
