@@ -69,7 +69,7 @@ nodes: setup ## A job on NODES=8 nodes, of which some are slow, late, preempted 
 
 families: setup ## Caption and train with a tiny model of every type; the ordinary suite has some of them
 	ALL_FAMILIES=1 $(BIN)/python -m pytest tests/core/test_models_families.py tests/core/test_models_check.py \
-		tests/core/test_training_families.py -q
+		tests/core/test_training_families.py tests/core/test_training_fsdp.py -q
 
 fuzz: setup ## Decode 100,000 damaged files, damage 10,000 tables and sources: FUZZ_CASES=... TABLE_CASES=... FUZZ_SEED=...
 	FUZZ_CASES=$(or $(FUZZ_CASES),100000) $(BIN)/python -m pytest tests/core/test_fuzz.py -q -s

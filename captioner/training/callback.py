@@ -117,8 +117,8 @@ class TrainingCallback(TrainerCallback):
     def _evaluate(self, state: Any, windows: Iterator[pa.Table] | None = None) -> None:
         result = self._evaluator(self._task.eval, windows)
         state.log_history.append({"step": state.global_step, **{f"eval_{name}": v for name, v in result.items()}})
-        if warning := collapse_warning(state.log_history, self._task.config):
-            state.log_history[-1]["warning"] = warning
+        if self._worker.rank == 0 and (warning := collapse_warning(state.log_history, self._task.config)):
+            state.log_history[-1]["warning"] = warning  # only rank 0 has captions to quote
         self._seed(state)
 
     def _seed(self, state: Any) -> None:

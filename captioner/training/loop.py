@@ -36,7 +36,7 @@ from captioner.training.fsdp import gathered, is_sharded, load_sharded, shard
 from captioner.training.loss import CaptionLoss
 from captioner.training.order import GlobalOrder, Share
 from captioner.training.pairs import max_caption_tokens
-from captioner.training.trainable import open_trainable
+from captioner.training.trainable import enable_gradient_checkpointing, open_trainable
 from captioner.training.worker import Worker, WorkerTask
 
 PREPARATION_FAILED: dict[str, Any] = {
@@ -113,7 +113,7 @@ def _open_model(
     device = torch.device("cpu") if shards else worker.device
     captioner = open_trainable(model, config.model, device, eval_batch_size(config), checkpoint)
     if config.training.gradient_checkpointing:
-        captioner.model.activation_checkpointing_enable({"use_reentrant": False})
+        enable_gradient_checkpointing(captioner.model)
     if model.quantize and config.training.bf16:
         for module in captioner.model.modules():
             if hasattr(module, "compute_dtype"):  # of layers of bitsandbytes, which autocast does not change

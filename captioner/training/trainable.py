@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -85,6 +86,14 @@ def open_trainable(
     if config.freeze_vision:
         vision.requires_grad_(False)
     return captioner
+
+
+def enable_gradient_checkpointing(network: Any) -> None:
+    """Keep only the inputs of each layer for the backward pass, which computes the rest again."""
+    network.activation_checkpointing_enable({"use_reentrant": False})
+    # transformers lets the output of embeddings require gradients, for the reentrant form alone. GIT and BLIP add to
+    # that output in place, which autograd refuses where the embeddings are frozen, as they are beside adapters.
+    network.disable_input_require_grads()
 
 
 def vision_part(network: torch.nn.Module, family: str) -> torch.nn.Module:

@@ -14,7 +14,7 @@ import torch
 from helpers import train_config, training_losses
 
 from captioner.config import TrainConfig, TrainingConfig
-from captioner.errors import UsageError
+from captioner.errors import TrainingError, UsageError
 from captioner.testing import make_folder, make_tiny_model
 from captioner.training import job
 from captioner.training.local import LocalEngine, LocalWorker
@@ -78,6 +78,7 @@ def train_in_group(rank: int, port: int, kill_at: int | None, config: TrainConfi
     worker = GroupWorker(rank, kill_at, *arguments)
     ended = train_worker(config, model, worker, worker.latest_checkpoint())
     if rank == 0:
+        worker.folder.parent.mkdir(exist_ok=True)  # of the checkpoints, of which there may be none
         (worker.folder.parent / "ended").write_bytes(pickle.dumps(ended))
     torch.distributed.destroy_process_group()
 
@@ -111,7 +112,7 @@ class GroupEngine(LocalEngine):
 def settings(data: Path, out: Path, model: Path, batch_size: int, lora: Settings, **training: Any) -> TrainConfig:
     groups = {"model": {"device": "cpu"} | lora, "data": {"caption_choice": "first"}}
     steps = {"max_steps": 6, "eval_steps": 2, "learning_rate": 1e-3, "per_device_train_batch_size": batch_size}
-    return train_config(data, out, model, groups, 8, **steps, **training)
+    return train_config(data, out, model, groups, 8, **steps | training)
 
 
 CASES = [(family, lora) for family in TRAINABLE for lora in ({}, {"lora_rank": 4})]
@@ -138,6 +139,15 @@ def test_two_workers_with_half_of_the_weights_give_the_losses_of_one(
     memory = json.loads((tmp_path / "sharded" / "checkpoints" / "memory.json").read_text())
     assert memory["weights"] / memory["all_weights"] == pytest.approx(0.5, abs=0.05)
     assert memory["states"] / (2 * memory["all_trained"]) == pytest.approx(0.5, abs=0.05)
+
+
+def test_a_collapse_stops_all_workers_and_is_said(tmp_path: Path) -> None:
+    """Only the first worker has captions to quote."""
+    data, model = make_folder(tmp_path / "data", 20, seed=5), make_tiny_model("git", tmp_path / "model")
+    rate = {"learning_rate": 10, "eval_steps": 2, "max_steps": 40, "stop_on_collapse": True, "fsdp": True}
+
+    with pytest.raises(TrainingError, match="collapsed at step 2"):
+        job.run(settings(data, tmp_path / "out", model, 4, {}, **rate), GroupEngine())
 
 
 @pytest.mark.parametrize(

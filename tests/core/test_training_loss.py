@@ -29,7 +29,7 @@ from captioner.training.collate import Collate
 from captioner.training.loop import make_collate
 from captioner.training.loss import CaptionLoss
 from captioner.training.pairs import TRAINABLE
-from captioner.training.trainable import open_trainable
+from captioner.training.trainable import enable_gradient_checkpointing, open_trainable
 
 FAMILIES = list(TRAINABLE)
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -160,9 +160,12 @@ def test_gradients_of_git_are_those_of_its_own_forward_pass(models) -> None:
     assert_same_gradients(gradients(captioner, loss(**batch)), expected)
 
 
+@pytest.mark.parametrize("adapters", [{}, {"lora_rank": 2}], ids=["all-weights", "adapters"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path: Path, family: str) -> None:
-    captioner = open_tiny(make_tiny_model(family, tmp_path / "model"))
+def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path: Path, family: str, adapters: dict) -> None:
+    if adapters:
+        pytest.importorskip("peft", reason="the extra `lora` is not installed")
+    captioner = open_tiny(make_tiny_model(family, tmp_path / "model"), **adapters)
     for module in captioner.model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -170,7 +173,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path: Path, famil
     value, all_kept = with_saved_size(lambda: loss(**batch))
     expected = gradients(captioner, value)
 
-    captioner.model.activation_checkpointing_enable({"use_reentrant": False})
+    enable_gradient_checkpointing(captioner.model)
     value, kept = with_saved_size(lambda: loss(**batch))
 
     assert kept < 0.7 * all_kept
