@@ -43,13 +43,17 @@ def restore_table(table: CaptionsTable, source: Source) -> list[str]:
     """Make again what can be made of the rest of a table, or by captioning; return a sentence for each damaged file.
 
     A file that has the size it was written with, and was not changed since, is not read: at 100 million images that
-    would take minutes. Where something was found damaged (see `Directory.damage`) all files are read. Raises
-    OutputError for what cannot be made again.
+    would take minutes. Where something was found damaged (see `Directory.damage`), before or now, all files are read.
+    Raises OutputError for what cannot be made again.
     """
     problems = _restore_plan_records(table)
-    recheck = table.directory.exists(RECHECK_FILE)
-    problems += _restore_plan_parts(table, source, recheck)
-    problems += _reopen_damaged_parts(table, recheck)
+    read_all = False
+    while not read_all:
+        read_all = table.directory.exists(RECHECK_FILE)
+        problems += _restore_plan_parts(table, source, read_all)
+        problems += _reopen_damaged_parts(table, read_all)
+        if not read_all and not table.directory.exists(RECHECK_FILE):
+            return problems
     table.directory.delete(RECHECK_FILE)
     return problems
 

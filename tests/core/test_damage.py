@@ -23,7 +23,7 @@ from captioner.errors import DamagedFileError, VerificationError
 from captioner.publishing.alt_text.command import make_alt_texts
 from captioner.run.job import open_job
 from captioner.sources import open_source
-from captioner.store.directory import Directory
+from captioner.store.directory import RECHECK_FILE, Directory
 from captioner.store.plan import read_planned
 from captioner.store.repair import restore_table
 from captioner.store.replan import make_retry_plan
@@ -160,6 +160,23 @@ def test_damage_that_changes_neither_size_nor_time_is_found_by_verify_and_then_r
     assert named(verify(table).problems, name)
     assert pipeline.run(caption_config(archive, out)) == 0
 
+    assert verify(table).proven
+    assert contents(out) == contents(finished)
+
+
+def test_a_start_that_finds_one_damaged_file_reads_all_of_them(tmp_path: Path, archive: Path, finished: Path) -> None:
+    """What damaged the one may have damaged others, and a start deletes the note that something was damaged."""
+    out = shutil.copytree(finished, tmp_path / "out")
+    table = open_table(str(out))
+    injure(table.directory, "captions/part-00000.parquet", INJURIES["cut"])
+    for name in ("captions/part-00001.parquet", "plan/g000/part-00001.parquet"):
+        before = (out / name).stat()
+        injure(table.directory, name, INJURIES["a bit flipped"])
+        os.utime(out / name, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+    assert pipeline.run(caption_config(archive, out)) == 0
+
+    assert not (out / RECHECK_FILE).exists()
     assert verify(table).proven
     assert contents(out) == contents(finished)
 
