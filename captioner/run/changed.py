@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import sha256
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from captioner.console.text import counted
 from captioner.data import Source
+from captioner.run.prefetch import in_parallel
 from captioner.sources.huggingface import HuggingFaceSource
 from captioner.sources.plan_rows import WrappedSource
-from captioner.sources.reading import STAMP, have_changed
-from captioner.sources.root import Root, unit_of_file
+from captioner.sources.reading import have_changed
+from captioner.sources.root import UNKNOWN, Root, unit_of_file
 from captioner.store.parallel_listing import list_units
 from captioner.store.read import read_parts
 from captioner.store.replan import RowIndices, current_plan_rows, with_newer_values
@@ -28,7 +31,15 @@ from captioner.store.table import CaptionsTable
 COMPARE_UP_TO = 1_000_000
 # A file that is newer than its caption is read and compared; so many at most where that is only for a note.
 COMPARE_FILES_UP_TO = 1_000
+# Requests for sizes and times, and reads, at the same time: a file server takes a millisecond for each.
+REQUESTS_AT_ONCE = 16
+FILES_PER_BATCH = 256
+PIECE_BYTES = 8 << 20  # of a file that is read to be compared
 _COLUMNS = ["image_id", "status", "error_code", "num_bytes", "created_at", "sha256", "chunk_id"]
+
+
+T = TypeVar("T")
+U = TypeVar("U")
 
 
 @dataclass
@@ -70,7 +81,7 @@ def find_changed(table: CaptionsTable, source: Source, compare_up_to: int | None
         planned = current_plan_rows(table, part, plans=plans)
         if len(planned) != len(rows):  # not all of its chunks are committed
             planned = planned.take(pc.index_in(rows["image_id"], planned["image_id"].combine_chunks()))
-        mask = np.fromiter(files.have_changed(rows, planned), bool, len(rows))
+        mask = files.have_changed(rows, planned)
         if mask.any():
             changed.indices[part] = np.flatnonzero(mask)
             changed.example = changed.example or rows["image_id"][int(mask.argmax())].as_py()
@@ -112,55 +123,70 @@ class _Files:
             source = source.source
         self._root: Root | None = getattr(source, "root", None)
         self._saved = source if isinstance(source, HuggingFaceSource) else None
-        self._now = time.time()
+        self._now = time.time_ns()
         self._compare_left = compare_up_to
         self.num_unsure = 0  # files that are newer than their captions, and were not compared
         self._stamps: dict[bytes, str | None] = {}  # of tars, tables and datasets
-        self._folder: bytes | None = None  # of a store, the last one that was listed
-        self._in_folder: dict[bytes, str] = {}  # stamps by name
+        # Of the folders of a store that hold the last images: sizes and times of their files by name.
+        self._folders: dict[bytes, dict[bytes, tuple[int, int]]] = {}
 
-    def have_changed(self, rows: pa.Table, planned: pa.Table) -> Iterator[bool]:
-        """Yield for each row whether its file has changed."""
-        names = [name for name in ("file", "offset", "row", "page_at", STAMP.name) if name in planned.column_names]
-        for row, plan in zip(rows.to_pylist(), planned.select(names).to_pylist(), strict=True):
-            yield row["error_code"] == "changed" or self._has_changed(row, plan)
+    def have_changed(self, rows: pa.Table, planned: pa.Table) -> npt.NDArray[np.bool_]:
+        """Return for each row whether its file has changed. `rows`: _COLUMNS; `planned`: the plan rows of the same."""
+        changed: npt.NDArray[np.bool_] = _mask(pc.equal(rows["error_code"], "changed"))
+        in_container = _mask(pc.or_(pc.is_valid(planned["offset"]), pc.is_valid(planned["row"])))
+        if in_container.any():
+            changed |= in_container & np.array(have_changed(planned, self.stamp), bool)
+        if self._root is not None:
+            alone = np.flatnonzero(~in_container & ~changed & _mask(pc.equal(rows["status"], "ok")))
+            changed[alone] = self._have_changed_alone(self._root, rows.take(alone), planned.take(alone))
+        return changed
 
-    def _has_changed(self, row: dict[str, Any], plan: dict[str, Any]) -> bool:
-        if plan["offset"] is not None or plan["row"] is not None:
-            stamp = self.stamp(plan["file"])
-            return bool(plan.get(STAMP.name) and stamp and stamp != plan[STAMP.name])
-        if row["status"] != "ok" or self._root is None:
-            return False
-        size, _, changed_at = (self._stamp_of_image(plan["file"]) or "").partition(" ")
-        if size.isdecimal() and plan.get("page_at") is None and int(size) != row["num_bytes"]:
-            return True
+    def _have_changed_alone(self, root: Root, rows: pa.Table, planned: pa.Table) -> npt.NDArray[np.bool_]:
+        """Do the same for images that have a file each."""
+        files = planned["file"].to_pylist()
+        sizes, times = self._sizes_and_times(root, files)
+        num_bytes = pc.fill_null(rows["num_bytes"], -1).to_numpy()
+        created_at = 1_000 * pc.cast(rows["created_at"], pa.int64()).to_numpy()
+        is_page = np.zeros(len(files), bool)
+        if "page_at" in planned.column_names:
+            is_page = _mask(pc.is_valid(planned["page_at"]))
+        has_other_size = (sizes >= 0) & ~is_page & (sizes != num_bytes)
         # A time in the future says nothing: some cameras and archives have such clocks.
-        seconds = int(changed_at) / 1e9 if changed_at.isdecimal() else 0.0
-        is_newer = row["created_at"].timestamp() < seconds <= self._now
-        return is_newer and (plan.get("page_at") is not None or self._has_other_bytes(plan["file"], row["sha256"]))
-
-    def _has_other_bytes(self, file: bytes, digest: str) -> bool:
-        """Return whether a file is not what was captioned; a copy of the same bytes has a new time too."""
-        assert self._root is not None
-        if self._compare_left == 0:
-            self.num_unsure += 1
-            return False
+        is_newer = (created_at < times) & (times <= self._now)
+        changed: npt.NDArray[np.bool_] = has_other_size | (is_newer & is_page)
+        unsure = np.flatnonzero(is_newer & ~changed)
         if self._compare_left is not None:
-            self._compare_left -= 1
-        try:
-            return sha256(self._root.read(file)).hexdigest() != digest
-        except OSError:
-            return False
+            self.num_unsure += max(0, len(unsure) - self._compare_left)
+            unsure = unsure[: self._compare_left]
+            self._compare_left -= len(unsure)
+        digests = rows["sha256"].take(unsure).to_pylist()
+        items = [(files[index], int(num_bytes[index]), digest) for index, digest in zip(unsure, digests, strict=True)]
+        changed[unsure] = list(_in_batches(partial(_have_other_bytes, root), items))
+        return changed
 
-    def _stamp_of_image(self, file: bytes) -> str | None:
-        """Return the stamp of a file of its own; in a store its folder is listed once."""
-        assert self._root is not None
-        if not self._root.is_in_store(file):
-            return self._root.stamp(file)
-        folder, name = os.path.split(file)
-        if folder != self._folder:
-            self._folder, self._in_folder = folder, self._root.stamps_in(folder)
-        return self._in_folder.get(name)
+    def _sizes_and_times(
+        self, root: Root, files: Sequence[bytes]
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Return size in bytes and time of change in ns of each file, -1 where they cannot be asked for.
+
+        Each folder of a store is listed once.
+        """
+        in_store = {file for file in files if root.is_in_store(file)}
+        folders = dict.fromkeys(os.path.dirname(file) for file in files if file in in_store)
+        new = [folder for folder in folders if folder not in self._folders]
+        listed = zip(new, in_parallel(root.sizes_and_times_in, iter(new), REQUESTS_AT_ONCE), strict=True)
+        self._folders = {folder: self._folders[folder] for folder in folders if folder in self._folders} | dict(listed)
+        local = iter(_in_batches(root.sizes_and_times, [file for file in files if file not in in_store]))
+        pairs = np.array(
+            [
+                self._folders[os.path.dirname(file)].get(os.path.basename(file), UNKNOWN)
+                if file in in_store
+                else next(local)
+                for file in files
+            ],
+            np.int64,
+        ).reshape(-1, 2)
+        return pairs[:, 0], pairs[:, 1]
 
     def stamp(self, file: bytes) -> str | None:
         """Return the stamp of a file that holds many images."""
@@ -168,3 +194,35 @@ class _Files:
             stamp_of = self._saved.stamp if self._saved else self._root.stamp if self._root else None
             self._stamps[file] = stamp_of(file) if stamp_of else None
         return self._stamps[file]
+
+
+def _mask(values: pa.ChunkedArray) -> npt.NDArray[np.bool_]:
+    """Return booleans as an array that can be changed; null is false."""
+    return np.array(pc.fill_null(values, False))
+
+
+def _in_batches(function: Callable[[list[T]], list[U]], items: list[T]) -> Iterator[U]:
+    """Yield what `function` returns for each item of a list: of one batch after another, in threads where several."""
+    batches = (items[first : first + FILES_PER_BATCH] for first in range(0, len(items), FILES_PER_BATCH))
+    at_once = REQUESTS_AT_ONCE if len(items) > FILES_PER_BATCH else 1
+    for results in in_parallel(function, batches, at_once):
+        yield from results
+
+
+def _have_other_bytes(root: Root, items: list[tuple[bytes, int, str]]) -> list[bool]:
+    """Return whether files are not what was captioned: a copy of the same bytes has a new time too.
+
+    `items`: file, its size in bytes, and the sha256 of what was captioned.
+    """
+    return [_digest(root, file, size) not in (None, digest) for file, size, digest in items]
+
+
+def _digest(root: Root, file: bytes, size: int) -> str | None:
+    """Return the sha256 of a file, of which a piece is held at once; None where it cannot be read."""
+    digest = sha256()
+    try:
+        for offset in range(0, max(1, size), PIECE_BYTES):
+            digest.update(root.read(file, offset, min(PIECE_BYTES, size - offset)))
+    except OSError:
+        return None
+    return digest.hexdigest()

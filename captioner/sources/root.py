@@ -28,6 +28,7 @@ FETCH_LFS = "it is a pointer of Git LFS, without the content; fetch that with `g
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 TABLE_FILE = b"table.json"  # in the OUT of a run
 HEAD_BYTES = 4096  # in which the formats of images have their signatures
+UNKNOWN = (-1, -1)  # size and time of change of a file that cannot be asked for
 BUFFER_BYTES = 4 << 20  # of one request to a store
 
 # Sidecars, documents, tables and what systems and tools leave beside images, which are never images. Every other file
@@ -170,7 +171,7 @@ class Root:
 
     def join(self, file: bytes) -> bytes:
         """Return the full path or URI of a file. A name that is absolute, or a URI, stays as it is."""
-        if file.startswith(b"/") or is_uri(os.fsdecode(file)):
+        if file.startswith(b"/") or (b"://" in file and is_uri(os.fsdecode(file))):
             return file
         return os.path.join(os.fsencode(self._base), file) if file else os.fsencode(self._base)
 
@@ -215,16 +216,34 @@ class Root:
 
     def is_in_store(self, file: bytes) -> bool:
         """Return whether the file is not on a local disk."""
-        return is_uri(os.fsdecode(self.join(file)))
+        if b"://" in file and is_uri(os.fsdecode(file)):
+            return True
+        return not file.startswith(b"/") and is_uri(self.location)
 
-    def stamps_in(self, folder: bytes) -> dict[bytes, str]:
-        """Return the stamp of each file in a folder of a store, by name; none where it cannot be listed."""
+    def sizes_and_times(self, files: Sequence[bytes]) -> list[tuple[int, int]]:
+        """Return size in bytes and time of change in ns of files of a local disk; UNKNOWN of what cannot be asked."""
+        base = os.path.join(os.fsencode(self._base), b"")
+        results = []
+        for file in files:
+            try:
+                status = os.stat(file if file.startswith(b"/") else base + file)
+                results.append((status.st_size, status.st_mtime_ns))
+            except (OSError, ValueError):
+                results.append(UNKNOWN)
+        return results
+
+    def sizes_and_times_in(self, folder: bytes) -> dict[bytes, tuple[int, int]]:
+        """Return the same of each file in a folder of a store, by name; {} where it cannot be listed."""
         filesystem, inside = self._inside(self.join(folder))
         try:
             infos = filesystem.get_file_info(FileSelector(inside))
         except OSError:
             return {}
-        return {info.base_name.encode(): _stamp(info) for info in infos if info.type == FileType.File}
+        return {
+            info.base_name.encode(): (UNKNOWN[0] if info.size is None else info.size, info.mtime_ns or UNKNOWN[1])
+            for info in infos
+            if info.type == FileType.File
+        }
 
     def has_anything(self) -> bool:
         """Return whether the root exists and is not empty: an unmounted disk leaves an empty directory behind."""

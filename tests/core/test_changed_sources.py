@@ -9,6 +9,7 @@ import shutil
 import tarfile
 from pathlib import Path
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -17,6 +18,8 @@ from PIL import Image
 from captioner import pipeline
 from captioner.config import CaptionConfig
 from captioner.console.commands import status
+from captioner.run import changed
+from captioner.sources import open_source
 from captioner.store.read import read_parts
 from captioner.store.table import open_table
 from captioner.store.verify import verify
@@ -204,3 +207,39 @@ def test_the_plan_hardly_grows(tmp_path) -> None:
         pq.write_table(table, tmp_path / name, row_group_size=512, compression="zstd")
 
     assert (tmp_path / "with").stat().st_size - (tmp_path / "without").stat().st_size < rows.num_rows
+
+
+@pytest.mark.parametrize("where", ["disk", "store"])
+def test_changes_are_found_among_many_files_whatever_their_folder(tmp_path, monkeypatch, where, capsys) -> None:
+    """Files are asked for, and read, in batches."""
+    monkeypatch.setattr(changed, "FILES_PER_BATCH", 3)
+    monkeypatch.setattr(changed, "PIECE_BYTES", 100)
+    root = tmp_path if where == "disk" else f"memory://bucket{tmp_path}"
+    filesystem = fsspec.url_to_fs(str(root))[0]
+
+    def put(number: int, data: bytes) -> None:
+        filesystem.pipe_file(f"{root}/images/{number % 4}/{number:03d}.bmp", data)
+
+    for folder in range(4):
+        filesystem.makedirs(f"{root}/images/{folder}", exist_ok=True)
+    for number in range(COUNT):
+        put(number, image(number))
+    config = CaptionConfig.model_validate(
+        {"source": {"path": f"{root}/images"}, "model": {"name": "fake"}, "output": {"path": str(tmp_path / "out")}}
+    )
+    assert pipeline.run(config) == 0
+    put(3, image(30))
+    put(8, image(8))  # a copy
+    put(9, image(9) + b"more")
+    put(23, image(31))
+    filesystem.rm_file(f"{root}/images/2/010.bmp")
+
+    table = open_table(str(tmp_path / "out"))
+    result = changed.find_changed(table, open_source(config.source), None)
+
+    rows = pa.concat_tables(read_parts(table))
+    names = [rows["image_id"][int(index)].as_py() for indices in result.indices.values() for index in indices]
+    other_size, newer = ["1/009.bmp"], ["3/003.bmp", "3/023.bmp"]
+    assert sorted(names) == other_size + (newer if where == "disk" else [])  # this store tells no times
+    assert result.num_images == len(names)
+    assert changed.find_changed(table, open_source(config.source), 1).num_unsure == (2 if where == "disk" else 0)
