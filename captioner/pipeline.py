@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
+from contextlib import closing
 from dataclasses import replace
 
 from captioner.config import CaptionConfig
@@ -77,8 +78,12 @@ def _caption_and_publish(
             write_record(job, make_record(job, "running", tally))
             num_committed = plan.num_rows - sum(chunk.num_rows for chunk in chunks)
             publisher = PartPublisher(job.table, plan, chunks, check_held)
-            with publisher, Progress(total=plan.num_rows, already=num_committed) as progress:
-                for receipt in engine.caption_chunks(work, chunks):
+            with (
+                publisher,
+                Progress(total=plan.num_rows, already=num_committed) as progress,
+                closing(engine.caption_chunks(work, chunks)) as receipts,
+            ):
+                for receipt in receipts:
                     check_held()
                     publisher.add(receipt.chunk_id)
                     if tally.first_at is None:
@@ -115,7 +120,7 @@ class ThisProcess:
     def slots(self) -> dict[str, float]:
         return {"decode": 1, "device": 1, "write": 1}
 
-    def caption_chunks(self, work: Work, chunks: list[Chunk]) -> Iterator[Receipt]:
+    def caption_chunks(self, work: Work, chunks: list[Chunk]) -> Generator[Receipt, None, None]:
         memory = work.new_memory()
         with (
             work.decoder() as decoder,
@@ -127,7 +132,8 @@ class ThisProcess:
             )
             endpoint = work.model.endpoint
             calls = endpoint.chunks_at_once(max(chunk.num_rows for chunk in chunks)) if endpoint else 1
-            for rows in as_finished(lambda rows: caption(work, captioner, rows, memory), decoded, calls):
+            stop = getattr(captioner, "stop", lambda: None)
+            for rows in as_finished(lambda rows: caption(work, captioner, rows, memory), decoded, calls, stop):
                 yield commit(work, rows)
 
 

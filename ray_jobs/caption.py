@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
@@ -66,7 +66,7 @@ class RayEngine:
         sizes = self._sizes or self._share_out()
         return {"decode": sizes.decode_cpus, "device": sizes.num_workers, "write": sizes.committers}
 
-    def caption_chunks(self, work: Work, chunks: list[Chunk]) -> Iterator[Receipt]:
+    def caption_chunks(self, work: Work, chunks: list[Chunk]) -> Generator[Receipt, None, None]:
         sizes = self._sizes = self._share_out(is_small(work.model))
         work = replace(work, model=work.model.shared_by(max(sizes.num_workers, sizes.max_workers)))
         check_gpu_nodes(work.device, sizes)

@@ -310,6 +310,12 @@ def review(
             "random: to measure the acceptance rate."
         ),
     ] = "flagged",
+    only: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SELECTOR", help="Review only these, as caption --only: flags, logprob<10%, judge<10%, ..."
+        ),
+    ] = None,
     open: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
 ) -> int:
     """Decide about each alt text on a page.
@@ -320,8 +326,10 @@ def review(
     Every decision is saved at once in OUT/reviews; the same command again continues the review.
     """
     from captioner.publishing.review import command
+    from captioner.run.selector import rows_matching
 
-    return command.run(out, port, reviewer, queue, open)
+    choose = (lambda table, reviews: rows_matching(table, only, reviews)) if only else None
+    return command.run(out, port, reviewer, queue, open, choose)
 
 
 @command()

@@ -9,7 +9,7 @@ import glob
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -85,7 +85,7 @@ class Engine(Protocol):
         """How many of "decode", "device" and "write" work at once."""
         ...
 
-    def caption_chunks(self, work: Work, chunks: list[Chunk]) -> Iterator[Receipt]:
+    def caption_chunks(self, work: Work, chunks: list[Chunk]) -> Generator[Receipt, None, None]:
         """Caption and commit the chunks, in any order; one receipt for each."""
         ...
 

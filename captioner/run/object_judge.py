@@ -105,7 +105,9 @@ class AskHere:
             work.work.decoder() as decoder,
             one_ahead((part, pixels_of(work.work, captions, decoder)) for part, captions in batches) as decoded,
         ):
-            yield from as_finished(lambda batch: (batch[0], judge.ask(batch[1])[0]), decoded, calls)
+            yield from as_finished(
+                lambda batch: (batch[0], judge.ask(batch[1])[0]), decoded, calls, judge.captioner.stop
+            )
 
 
 def judge_calls(work: ObjectWork) -> int:

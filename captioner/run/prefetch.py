@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, as_completed, wait
 from contextlib import contextmanager
 from typing import TypeVar
@@ -53,10 +53,13 @@ def in_parallel(function: Callable[[T], U], items: Iterator[T], count: int) -> I
                 future.cancel()
 
 
-def as_finished(function: Callable[[T], U], items: Iterator[T], count: int) -> Iterator[U]:
+def as_finished(
+    function: Callable[[T], U], items: Iterator[T], count: int, stop: Callable[[], None] = lambda: None
+) -> Generator[U, None, None]:
     """Yield `function` of each item as `in_parallel` does, but in the order in which the calls end.
 
-    A call that takes long holds up none of the others.
+    A call that takes long holds up none of the others. `stop`: called where the iteration ends early, by an error or by
+    the caller; it lets the calls under way end, which are waited for.
     """
     if count == 1:
         yield from map(function, items)
@@ -72,9 +75,11 @@ def as_finished(function: Callable[[T], U], items: Iterator[T], count: int) -> I
                     yield future.result()
             for future in as_completed(pending):
                 yield future.result()
-        finally:
+        except BaseException:  # GeneratorExit too
             for future in pending:
                 future.cancel()
+            stop()
+            raise
 
 
 def _prefetched(thread: ThreadPoolExecutor, items: Iterator[T], pending: Future[T | None]) -> Iterator[T]:

@@ -196,6 +196,13 @@ def select(table: CaptionsTable, selector: Selector, fingerprint: str, reviews: 
     return selection
 
 
+def rows_matching(table: CaptionsTable, only: str, reviews: Mapping[str, Review]) -> RowIndices:
+    """Return the rows that match an --only, whichever model captioned them. Raises UsageError as `parse_selector`."""
+    selector = parse_selector(only)
+    asked_for = {image_id: review for image_id, review in reviews.items() if review.decision in selector.decisions}
+    return select(table, selector, "", asked_for).indices
+
+
 def _parts(table: CaptionsTable) -> Iterator[tuple[int, pa.Table]]:
     for part in generation_of_parts(table):
         yield part, table.directory.read_table(captions_name(part), _COLUMNS)

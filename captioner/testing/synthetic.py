@@ -8,7 +8,7 @@ from __future__ import annotations
 import binascii
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -78,7 +78,7 @@ class InstantEngine:
     def slots(self) -> dict[str, float]:
         return {"decode": 1, "device": 1, "write": 1}
 
-    def caption_chunks(self, work: Work, chunks: list[Chunk]) -> Iterator[Receipt]:
+    def caption_chunks(self, work: Work, chunks: list[Chunk]) -> Generator[Receipt, None, None]:
         texts = pa.array(_texts())
         for count, chunk in enumerate(chunks):
             if count == self.stop_after:

@@ -39,6 +39,7 @@ from captioner.testing.model_server import (
     too_many_requests,
 )
 
+ANOTHER_MODEL, LOCAL = Answer(changes={"model": "another"}), {"local": True}
 NO_PORT = "http://127.0.0.1:1/v1"  # where nothing listens
 COLOURS = np.random.default_rng(0).integers(0, 256, (64, 3), np.uint8)
 
@@ -580,6 +581,25 @@ def test_all_that_concurrency_allows_is_under_way(tmp_path: Path) -> None:
 
     assert server.most_at_once == 24
     assert len(rows_of(tmp_path / "out")) == 40
+
+
+def test_a_run_that_stops_breaks_off_its_requests(tmp_path: Path) -> None:
+    """Chunks of 16 images: three answers of the second never come, and one of the third is of another model."""
+    never = threading.Event()
+
+    def rule(asked: Asked) -> Answer | None:
+        return Answer(held=never) if asked.number in (17, 18, 19) else ANOTHER_MODEL if asked.number == 36 else None
+
+    archive = make_folder(tmp_path / "archive", 60)
+    model = {"name": "tiny-vlm", "concurrency": 4}
+    with ModelServer(rule) as server:
+        config = caption_config(archive, tmp_path / "out", model={**model, "endpoint": [server.url]}, cluster=LOCAL)
+        with pytest.raises(EndpointError, match="the answers now come from model 'another'"):
+            pipeline.run(config)
+        assert len(server.asked) < 45
+        never.set()
+        server.rule = lambda asked: None
+        assert pipeline.run(config) == 0
 
 
 def test_a_run_waits_for_a_server_that_is_gone_and_goes_on_when_it_is_back() -> None:

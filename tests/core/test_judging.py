@@ -21,7 +21,7 @@ from captioner.models.dual_encoder import open_encoder, resolve_judge
 from captioner.publishing.alt_text.command import make_alt_texts
 from captioner.publishing.review.queue import Queue
 from captioner.run import judging
-from captioner.run.selector import no_reviews, parse_selector, select
+from captioner.run.selector import no_reviews, parse_selector, rows_matching, select
 from captioner.scoring.clip_score import clip_scores, compare_with_images, ref_clip_score
 from captioner.scoring.judgements import JUDGE_FILE, judge_name
 from captioner.starter.render import render_scenes
@@ -279,6 +279,8 @@ def test_the_weakest_captions_are_selected_and_reviewed_first(judged_out: Path, 
     unflagged = np.flatnonzero(~queue.flagged)
     first = next(index for index in queue._order.tolist() if not queue.flagged[index])
     assert lifts[first] == lifts[unflagged].min()
+    of_weakest = Queue(table, "flagged", {}, rows_matching(table, "judge<10%", {}))
+    assert sorted(of_weakest.lift(index) for index in range(len(of_weakest))) == sorted(lifts[list(weakest)].tolist())
 
 
 def test_a_share_of_judged_captions_needs_some(scenes: Path, tmp_path: Path) -> None:

@@ -71,6 +71,19 @@ def test_calls_that_run_together_give_every_result_once(numbers: list[int], coun
     assert sorted(as_finished(lambda number: -number, iter(numbers), count)) == sorted(-number for number in numbers)
 
 
+def test_calls_under_way_are_told_where_nobody_waits_for_them() -> None:
+    stopped = threading.Event()
+
+    def call(number: int) -> int:
+        assert number == 0 or stopped.wait(timeout=120)
+        return number
+
+    results = as_finished(call, iter(range(3)), 2, stopped.set)
+    assert next(results) == 0
+    results.close()
+    assert stopped.is_set()
+
+
 @pytest.mark.parametrize("count", [1, 3])
 def test_an_error_of_a_call_is_raised(count: int) -> None:
     with pytest.raises(ZeroDivisionError):

@@ -38,10 +38,12 @@ from captioner.publishing.review.next_steps import describe_counts
 from captioner.publishing.review.previews import Previews
 from captioner.publishing.review.server import ReviewServer
 from captioner.publishing.review.session import DecisionRequest, ReviewSession
+from captioner.run.selector import rows_matching
 from captioner.scoring.verdicts import wilson
 from captioner.store.directory import Directory
 from captioner.store.journal import Journal, Review, read_reviews
-from captioner.store.table import open_table
+from captioner.store.replan import RowIndices
+from captioner.store.table import CaptionsTable, open_table
 from captioner.testing import ABORT_MARKER, decoder_faults, make_folder
 from ray_jobs.cli import main
 
@@ -402,6 +404,47 @@ def test_images_without_a_caption_have_a_tile_with_the_reason(
         assert ask("GET", "failed/x")[0] == 404
         found = [ask("GET", f"grid?show=failed&query={word}")[1]["images"] for word in ("truncated", "1.png", "dog")]
         assert [[image["index"] for image in images] for images in found] == [[1], [0], []]
+
+
+def test_rows_that_only_names_are_a_review_of_their_own(make_reviewable) -> None:
+    out = make_reviewable(["a dog"] * 6, flags=[[], ["truncated"], [], ["truncated"]])
+    with open_session(out) as session:
+        decide_about(session, 0, "rejected")
+        decide_about(session, 1, "approved")
+    table = open_table(str(out))
+
+    def choose(table: CaptionsTable, reviews: dict[str, Review]) -> RowIndices:
+        return rows_matching(table, "rejected or flag:truncated", reviews)
+
+    with ReviewSession(table, "ana", "all", choose) as session:
+        assert ids(session) == ["000000.png", "000001.png", "000003.png"]
+        assert ids(session, query="3.png") == ["000003.png"]
+        assert ids(session, show="rejected") == ["000000.png"]
+        state = session.next()
+        assert (state["card"]["image_id"], state["progress"]["total"], state["progress"]["left"]) == (
+            "000003.png",
+            3,
+            1,
+        )
+        assert session.undo()["message"] == "Undone: Approved"
+        assert decide(session, "approved")[1]["message"] == "Approved for 2 images"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--only", "expert"), "--only: no image with an alt text in"),
+        (("--only", "flags", "--queue", "random"), "--queue random measures the whole table; leave out --only"),
+        (("--only", "flagged"), "did you mean 'flags'?"),
+    ],
+)
+def test_an_only_that_leaves_nothing_to_review_is_refused(
+    make_reviewable, flags: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["review", str(make_reviewable()), *flags])
+    assert ended.value.code == 1
+    assert message in capsys.readouterr().err
 
 
 def test_the_grid_is_searched_in_names_texts_and_what_people_wrote(make_reviewable) -> None:

@@ -1,6 +1,6 @@
 """The spot-check in the distributed job: the same rows and the same figures, however the work is shared out."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ class Recording(RayEngine):
         super().__init__(config)
         self.scored: list[Sequence[int]] = []
 
-    def caption_chunks(self, work: Work, chunks: list[Chunk]) -> Iterator[Receipt]:
+    def caption_chunks(self, work: Work, chunks: list[Chunk]) -> Generator[Receipt, None, None]:
         for receipt in super().caption_chunks(work, chunks):
             self.scored.extend(receipt.scored)
             yield receipt

@@ -6,7 +6,7 @@ import asyncio
 import os
 import threading
 from collections.abc import Callable, Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -39,6 +39,7 @@ TEST_PIXELS = np.full((64, 64, 3), 128, np.uint8)
 TEST_IMAGE = image_url(TEST_PIXELS)
 TEST_TOKENS = 8
 NOT_ASKED = Reply(error="not asked: the image has no caption")
+STOPPED = "the run is stopped"
 ANSWERED = Reply()  # in place of a reply to a question that is not asked
 
 
@@ -135,7 +136,7 @@ class EndpointCaptioner:
         self._ref, self._endpoint = ref, ref.endpoint
         num_encoders = min(4, os.cpu_count() or 1)
         self._encoders = ThreadPoolExecutor(num_encoders, thread_name_prefix="encode")
-        self._loop = asyncio.new_event_loop()
+        self._loop, self._is_stopped = asyncio.new_event_loop(), False
         threading.Thread(target=self._loop.run_forever, name="requests", daemon=True).start()
         self._start(key, notify, self._endpoint, num_encoders)
 
@@ -153,11 +154,25 @@ class EndpointCaptioner:
         by_question = [_as_captions(column) for column in zip(*replies, strict=True)]
         return with_answers(self._ref.questions, by_question, prompts)
 
+    def stop(self) -> None:
+        """Break off all requests: calls of `caption` raise EndpointError, now and later."""
+        self._loop.call_soon_threadsafe(self._stop)
+
+    def _stop(self) -> None:
+        self._is_stopped = True
+        for task in asyncio.all_tasks(self._loop):
+            task.cancel()
+
     def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+        try:
+            return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+        except CancelledError:
+            raise EndpointError(STOPPED) from None
 
     async def _replies(self, pixels: Pixels, prompts: Sequence[Prompts]) -> list[list[Reply]]:
         """Return the replies about each image, [N][questions]."""
+        if self._is_stopped:
+            raise EndpointError(STOPPED)
         try:
             async with asyncio.TaskGroup() as tasks:
                 answers = [tasks.create_task(self._converse(*asked)) for asked in zip(pixels, prompts, strict=True)]

@@ -15,22 +15,33 @@ from captioner.publishing.review.next_steps import describe_counts
 from captioner.publishing.review.previews import Previews
 from captioner.publishing.review.queue import QueueKind
 from captioner.publishing.review.server import HOST, PageSession, ReviewServer
-from captioner.publishing.review.session import ReviewSession
+from captioner.publishing.review.session import ChooseRows, ReviewSession
 from captioner.publishing.review.spot_check import SpotCheckSession, choose_sample
 from captioner.store.table import CaptionsTable, open_table
 
 _MAX_NAME_LENGTH = 100
 
 
-def run(out: str, port: int, reviewer: str | None, queue: QueueKind, open_page: bool) -> int:
+def run(
+    out: str,
+    port: int,
+    reviewer: str | None,
+    queue: QueueKind,
+    open_page: bool,
+    choose: ChooseRows | None = None,
+) -> int:
     """Serve the review page of OUT until Ctrl-C, and print its address on standard output.
 
-    Raises OutputError when OUT has no finished table, has no alt texts, or cannot be written; UsageError when the port
-    is in use.
+    `choose`: as for `ReviewSession`. Raises OutputError when OUT has no finished table, has no alt texts, or cannot be
+    written; UsageError when the port is in use, or no image is chosen.
     """
     name = _reviewer(reviewer)
+    if choose and queue == "random":
+        raise UsageError("--queue random measures the whole table; leave out --only")
     table = open_table(out)
-    with stoppable("every decision is saved"), ReviewSession(table, name, queue) as session:
+    with stoppable("every decision is saved"), ReviewSession(table, name, queue, choose) as session:
+        if choose and not len(session):
+            raise UsageError(f"--only: no image with an alt text in {out} matches; there is nothing to review")
         _note_damage(out, session.decisions.num_damaged)
         _serve(session, table, f"reviewing {counted(len(session), 'alt text')} as {name}", port, open_page)
     return OK

@@ -16,7 +16,8 @@ import pyarrow.compute as pc
 
 from captioner.errors import OutputError, UsageError
 from captioner.publishing.alt_text.texts import read_alt_texts
-from captioner.publishing.review.queue import Queue
+from captioner.publishing.review.queue import Queue, rows_to_review
+from captioner.store.replan import RowIndices
 from captioner.store.table import CaptionsTable
 
 PAGE_SIZE = 60
@@ -60,7 +61,7 @@ class Grid:
 
     def __init__(self, table: CaptionsTable, queue: Queue) -> None:
         self._queue = queue
-        self._search = TextSearch(table, len(queue))
+        self._search = TextSearch(table, len(queue), selected=queue.selected)
         self._failed_search = TextSearch(table, queue.num_failed, failed=True)
 
     def page(
@@ -124,14 +125,16 @@ def _mask(length: int, indices: list[int]) -> Mask:
 class TextSearch:
     """Finds images by folder and by words of their ids and alt texts; with `failed`, those without a caption.
 
-    Of these the reason is searched in place of the alt text.
+    Of these the reason is searched in place of the alt text. `selected`: as for `Queue`.
 
     Reads the ids and texts of the whole table for each new search, about 1 s for 1,000,000 images; the latest search is
     remembered. Raises OutputError when the table was changed since it was opened.
     """
 
-    def __init__(self, table: CaptionsTable, num_images: int, failed: bool = False) -> None:
-        self._table, self._num_images, self._failed = table, num_images, failed
+    def __init__(
+        self, table: CaptionsTable, num_images: int, failed: bool = False, selected: RowIndices | None = None
+    ) -> None:
+        self._table, self._num_images, self._failed, self._selected = table, num_images, failed, selected
         self._latest: tuple[tuple[str, tuple[str, ...]], list[Mask]] | None = None
 
     @cached_property
@@ -186,12 +189,14 @@ class TextSearch:
 
     def _columns(self) -> Iterator[tuple[pa.ChunkedArray, pa.ChunkedArray]]:
         """Yield the ids of the images of each part, and their alt texts or reasons."""
-        for _, rows, alt_texts in read_alt_texts(self._table, list(_REASON) if self._failed else []):
-            wanted, texts = pc.is_valid(alt_texts["alt_text"]), alt_texts["alt_text"]
+        for part, rows, alt_texts in read_alt_texts(self._table, list(_REASON) if self._failed else []):
             if self._failed:
-                reasons = [pc.fill_null(rows[name], "") for name in _REASON]
-                wanted, texts = pc.invert(wanted), pc.binary_join_element_wise(*reasons, " ")
-            yield rows["image_id"].filter(wanted), texts.filter(wanted)
+                failed = pc.is_null(alt_texts["alt_text"])
+                reasons = pc.binary_join_element_wise(*(pc.fill_null(rows[name], "") for name in _REASON), " ")
+                yield rows["image_id"].filter(failed), reasons.filter(failed)
+            else:
+                kept = rows_to_review(part, alt_texts, self._selected)
+                yield rows["image_id"].take(kept), alt_texts["alt_text"].take(kept)
 
 
 def _holds(texts: pa.ChunkedArray, word: str) -> pa.ChunkedArray:

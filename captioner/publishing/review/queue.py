@@ -18,6 +18,7 @@ from captioner.publishing.review.standing_flags import flagged_rows
 from captioner.scoring.judgements import lifts_of
 from captioner.scoring.sample import rank
 from captioner.store.journal import Review
+from captioner.store.replan import RowIndices
 from captioner.store.table import CaptionsTable
 
 QueueKind = Literal["flagged", "random", "all"]
@@ -47,18 +48,25 @@ class Queue:
     `kind`: "flagged" puts flagged images first, then those with the lowest lift where they are judged (see
     `captioner.scoring.judgements`), then those with the lowest log-probability; "random" is the same random
     order for every reviewer and every start; "all" is the table's order. `reviews`: the decisions so far, by image id.
-    Raises OutputError as `read_alt_texts` does.
+    `selected`: the rows of each part that are reviewed; None for all. Raises OutputError as `read_alt_texts` does.
     """
 
-    def __init__(self, table: CaptionsTable, kind: QueueKind, reviews: dict[str, Review]) -> None:
-        self.kind = kind
+    def __init__(
+        self,
+        table: CaptionsTable,
+        kind: QueueKind,
+        reviews: dict[str, Review],
+        selected: RowIndices | None = None,
+    ) -> None:
+        self.kind, self.selected = kind, selected
         self.seed = int(table.table_id, 16)
         self.decided: dict[int, Review] = {}  # the decision about each decided image, by index
         self.for_expert: set[int] = set()
         failed = _DiskColumn(_LOCATION)
         columns = {name: _DiskColumn(_FIELDS[name]) for name in _FIELDS.names or ()}
         for part, rows, alt_texts in read_alt_texts(table, _COLUMNS):
-            keys, ids = _keys(table, part, rows, alt_texts, self.seed)
+            kept = rows_to_review(part, alt_texts, selected)
+            keys, ids = _keys(table, part, kept, rows, alt_texts, self.seed)
             failed.append(_failed(part, alt_texts))
             first = len(columns["id"])
             for name, column in columns.items():
@@ -219,11 +227,16 @@ def _indices_between(
         yield first + np.flatnonzero(part >= low if high is None else (part >= low) & (part < high))
 
 
+def rows_to_review(part: int, alt_texts: pa.Table, selected: RowIndices | None) -> npt.NDArray[np.int64]:
+    """Return the rows of a part that have an alt text, of those that are `selected`; None for all."""
+    with_text = np.flatnonzero(pc.is_valid(alt_texts["alt_text"]).to_numpy())
+    return with_text if selected is None else np.intersect1d(with_text, selected.get(part, with_text[:0]))
+
+
 def _keys(
-    table: CaptionsTable, part: int, rows: pa.Table, alt_texts: pa.Table, seed: int
+    table: CaptionsTable, part: int, kept: npt.NDArray[np.int64], rows: pa.Table, alt_texts: pa.Table, seed: int
 ) -> tuple[npt.NDArray[np.void], list[str]]:
-    """Return the keys of a part's captioned images (dtype _FIELDS), and their ids."""
-    kept = np.flatnonzero(pc.is_valid(alt_texts["alt_text"]).to_numpy())
+    """Return the keys of a part's images to review (dtype _FIELDS), and their ids."""
     rows, alt_texts = rows.take(kept), alt_texts.take(kept)
     ids = rows["image_id"].to_pylist()
     keys = np.zeros(len(kept), _FIELDS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -27,7 +27,10 @@ from captioner.publishing.review.view import (
     describe_image,
 )
 from captioner.store.journal import Decision, Review, latest_reviews
+from captioner.store.replan import RowIndices
 from captioner.store.table import CaptionsTable
+
+ChooseRows = Callable[[CaptionsTable, dict[str, Review]], RowIndices]
 
 _ROW_CACHE_SIZE = 256
 _MAX_SECONDS = 86_400.0
@@ -75,17 +78,19 @@ def seconds_from(value: Any) -> float | None:
 class ReviewSession:
     """One reviewer's session on a table; thread-safe, and a context manager.
 
-    Raises OutputError when the table is not finished, has no alt texts, or OUT cannot be written.
+    `choose`: returns the rows to review by the decisions so far, by image id; None for all of the table. Raises
+    OutputError when the table is not finished, has no alt texts, or OUT cannot be written.
     """
 
     page = "page"
 
-    def __init__(self, table: CaptionsTable, reviewer: str, kind: QueueKind) -> None:
+    def __init__(self, table: CaptionsTable, reviewer: str, kind: QueueKind, choose: ChooseRows | None = None) -> None:
         self._table, self._reviewer, self._kind = table, reviewer, kind
         self._settings = read_settings(table)
         self.decisions = Decisions(table.directory, reviewer)
         self._drafts = Drafts(table.directory, reviewer)
-        self._queue = Queue(table, kind, self.decisions.latest())
+        latest = self.decisions.latest()
+        self._queue = Queue(table, kind, latest, choose(table, latest) if choose else None)
         self._grid = Grid(table, self._queue)
         self._opened: int | None = None  # the image that was opened from the grid
         self._shown_again: set[str] = set()  # review ids of skips that no longer count
