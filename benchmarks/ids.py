@@ -102,7 +102,7 @@ def scenes(count: int, spec: Any) -> torch.Tensor:
 
 
 def up_to_end(ids: torch.Tensor, limit: int, end: int) -> torch.Tensor:
-    """The ids of each caption up to its end token, then -1: what follows the end is no part of it."""
+    """The ids of each caption up to its end token, then -1: what follows the end is not part of it."""
     ids = torch.nn.functional.pad(ids, (0, limit - ids.shape[1]), value=-1)
     ends = (ids == end).int()
     return ids.masked_fill(ends.cumsum(1) - ends > 0, -1)

@@ -94,7 +94,7 @@ class Timed:
 
         judging.score = timed
         try:
-            yield from judging.JudgeHere().judge_chunks(work, chunks)
+            yield from judging.LocalJudgeEngine().judge_chunks(work, chunks)
         finally:
             judging.score = score
 

@@ -92,7 +92,7 @@ class Settings(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _bool_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """Turn true and false, which pydantic takes for the numbers 1 and 0, into texts, which are no numbers."""
+        """Turn true and false, which pydantic takes for the numbers 1 and 0, into texts, which are not numbers."""
         is_number = not _types_in(cls.model_fields[str(info.field_name)].annotation).isdisjoint((int, float))
         return str(value).lower() if isinstance(value, bool) and is_number else value
 
@@ -303,7 +303,7 @@ class CheckConfig(Settings):
     )
 
 
-class SpotCheckConfig(CheckConfig):
+class RunCheckConfig(CheckConfig):
     """How to check the captions of a run while it captions and at its end."""
 
     seed: int = Field(0, ge=0, description="Seed of the sample.", json_schema_extra={"flag": "check-seed"})
@@ -323,7 +323,7 @@ class CaptionConfig(Settings):
     model: ModelConfig = ModelConfig()
     cluster: ClusterConfig = ClusterConfig()
     output: OutputConfig = OutputConfig()
-    check: SpotCheckConfig = SpotCheckConfig()
+    check: RunCheckConfig = RunCheckConfig()
 
 
 class JudgeConfig(Settings):

@@ -114,7 +114,7 @@ class Chunk:
         return f"g{self.generation:03d}-{self.part:05d}-{self.index:04d}"
 
     @classmethod
-    def of_id(cls, chunk_id: str) -> Chunk:
+    def from_id(cls, chunk_id: str) -> Chunk:
         """Return the chunk with this id; its number of rows is not known."""
         generation, part, index = (int(text) for text in chunk_id.removeprefix("g").split("-"))
         return cls(generation, part, index, num_rows=0)
@@ -249,7 +249,7 @@ class ImageBatch:
 class Usage(NamedTuple):
     """Tokens that were counted.
 
-    `prompt_tokens`, `completion_tokens`: by model servers, also for answers that are no captions. `input_tokens`: of
+    `prompt_tokens`, `completion_tokens`: by model servers, also for answers that are not captions. `input_tokens`: of
     the batches of a chat model in this process, images and question; `padding_tokens` of them fill shorter rows.
     """
 
@@ -306,7 +306,7 @@ class Captions:
     gives none. `finished`: whether the end token was reached within the limit. `errors`: why an image has no caption,
     "" where it has one; empty where all have one. `usage`: tokens that were counted, for each image or all; or empty.
     `samples`: all captions of each image with --num-captions, of which `texts` has the first, None for an answer that
-    is no caption; else empty.
+    is not a caption; else empty.
     `answers`: to the other questions about each image, by column; empty where there are none.
     """
 

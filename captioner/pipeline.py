@@ -25,18 +25,14 @@ from captioner.console.stopping import notify, stoppable
 from captioner.console.summary import print_summary
 from captioner.console.text import counted
 from captioner.data import Captioner, Chunk, Receipt
-from captioner.errors import (
-    OK,
-    TooManyFailedError,
-    VerificationError,
-)
+from captioner.errors import OK, TooManyFailedError, VerificationError
 from captioner.files import shown
 from captioner.models import load
 from captioner.models.devices import pick_device
 from captioner.models.resolving import FAKE
 from captioner.run.job import Engine, Job, open_job, plan_images
 from captioner.run.prefetch import as_finished, one_ahead
-from captioner.run.quality import MAX_ROWS_CHECKED, SpotCheck, check, enforce, report
+from captioner.run.quality import MAX_ROWS_CHECKED, RunningCheck, check, enforce, report
 from captioner.run.record import Tally, make_record, recorded, write_record
 from captioner.steps import Work, caption, commit, decode, read
 from captioner.store.journal import read_latest_reviews
@@ -50,7 +46,7 @@ MAX_ROUNDS = 3  # in which chunks that were damaged before they were published a
 
 def run(config: CaptionConfig, engine: Engine | None = None) -> int:
     """Caption a source into OUT; return the exit code. Raises CaptionerError (see `captioner.errors`)."""
-    engine = engine or ThisProcess(config)
+    engine = engine or LocalEngine(config)
     out = config.output.path
     with stoppable(f"progress is saved in {shown(out)}"), sole_writer(out) as check_held:
         if config.output.plan_only:
@@ -59,22 +55,22 @@ def run(config: CaptionConfig, engine: Engine | None = None) -> int:
             return OK
         job = open_job(config, engine, notify, read_latest_reviews)
         with recorded(job) as tally:
-            spot_check = SpotCheck(config.check, notify)
+            running_check = RunningCheck(config.check, notify)
             for plan in job.generations():
-                _caption_and_publish(job, engine, plan, tally, spot_check, check_held)
-            job.notes.extend(spot_check.notes())
+                _caption_and_publish(job, engine, plan, tally, running_check, check_held)
+            job.notes.extend(running_check.notes())
             return close_job(job, tally)
 
 
 def _caption_and_publish(
-    job: Job, engine: Engine, plan: Plan, tally: Tally, spot_check: SpotCheck, check_held: Callable[[], None]
+    job: Job, engine: Engine, plan: Plan, tally: Tally, running_check: RunningCheck, check_held: Callable[[], None]
 ) -> None:
-    """Caption the missing chunks of a plan and publish it; chunks that were damaged before that, once more."""
+    """Caption the missing chunks of a plan and publish it; caption again the chunks that turn out to be damaged."""
     chunks = job.missing_chunks(plan)
     tally.skip(plan, chunks)
     for _ in range(MAX_ROUNDS):
         if chunks:
-            work = replace(job.work, sample=spot_check.draw(job.table))
+            work = replace(job.work, sample=running_check.draw(job.table))
             write_record(job, make_record(job, "running", tally))
             num_committed = plan.num_rows - sum(chunk.num_rows for chunk in chunks)
             publisher = PartPublisher(job.table, plan, chunks, check_held)
@@ -89,7 +85,7 @@ def _caption_and_publish(
                     if tally.first_at is None:
                         notify(f"first images after {time.perf_counter() - job.started:.1f} s")
                     tally.add(receipt, job.started)
-                    progress.update(receipt, note=spot_check.add(receipt))
+                    progress.update(receipt, note=running_check.add(receipt))
             tally.slots = engine.slots()
         check_held()
         with phase("publishing the captions", notify):
@@ -102,7 +98,7 @@ def _caption_and_publish(
     raise VerificationError(f"{damaged[-1]}: damaged {MAX_ROUNDS} times in a row; check the disk")
 
 
-class ThisProcess:
+class LocalEngine:
     """The engine of `--local`, without Ray: one chunk is captioned while the next is decoded and the one after read."""
 
     def __init__(self, config: CaptionConfig) -> None:

@@ -54,7 +54,7 @@ from captioner.store.table import CaptionsTable
 
 READ_BYTES = 1 << 30  # of the files of a chunk that are in memory at once; but a single one may be larger
 MAX_REASON = 200  # characters of an error_message
-ROWS_ELSEWHERE = 16  # rows that are read to find out whether the source is there, where no image of a chunk is
+ROWS_ELSEWHERE = 16  # rows of other chunks; where no image of a chunk is there, they show whether the source is
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,7 @@ class ChunkRows:
     """A chunk between two steps.
 
     `rows`: its columns so far. `pixels`: of its images, None once they are captioned. `seconds`: spent in each step.
-    `engine`, `device`: what captioned it (see `captioner.models.base`), or "". `usage`: tokens that were
-    counted.
+    `engine`, `device`: what captioned it (see `captioner.models.base`), or "". `usage`: tokens that were counted.
     """
 
     chunk: Chunk
@@ -130,7 +129,7 @@ def read(work: Work, chunk: Chunk) -> ReadChunk:
 
 
 def read_rows(work: Work, chunk: Chunk, planned: pa.Table) -> list[RawImage]:
-    """Read planned rows of a chunk, up to READ_BYTES; the code of those that are to be read later is NOT_YET."""
+    """Read planned rows of a chunk, up to READ_BYTES; rows that must be read later have the code NOT_YET."""
     with reads_at_once(work.read_concurrency), limited_to(ReadLimits(work.max_file_size, READ_BYTES)):
         # A run that captions every copy must read every copy: the source must not share the bytes of the first one.
         unused = {PREVIOUS} if work.dedupe else {PREVIOUS, KNOWN_SHA256.name}
@@ -145,7 +144,7 @@ def decode(work: Work, read: ReadChunk, decoder: GuardedDecoder) -> ChunkRows:
     """Decode the images of a chunk to the pixels the model wants. Bad images have an `error_code`."""
     from captioner.imaging import decode_images
 
-    decoder.wait()  # for its start, which is no part of decoding
+    decoder.wait()  # for its start, which is not part of decoding
     started = time.perf_counter()
     batch = _decode_all(
         work, read, partial(decode_images, spec=work.model.spec, max_pixels=work.max_pixels, decode_each=decoder)
@@ -159,7 +158,7 @@ def decode(work: Work, read: ReadChunk, decoder: GuardedDecoder) -> ChunkRows:
 
 
 def _decode_all(work: Work, read: ReadChunk, decode_images: Callable[[Sequence[RawImage]], ImageBatch]) -> ImageBatch:
-    """Decode the images of a chunk, reading those for which there was no memory before when others are decoded."""
+    """Decode the images of a chunk; those for which there was no memory are read once the others are decoded."""
     raws, indices = read.raws, np.arange(len(read.raws))
     batches: list[ImageBatch] = []
     decoded: list[npt.NDArray[np.int64]] = []
@@ -181,7 +180,7 @@ def _decode_all(work: Work, read: ReadChunk, decode_images: Callable[[Sequence[R
 def caption(
     work: Work, captioner: Captioner, decoded: ChunkRows, memory: CaptionMemory[Caption] | None = None
 ) -> ChunkRows:
-    """Caption a chunk: its rows then have all columns of the table. With a `memory`, copies are captioned once."""
+    """Caption a chunk and return its rows with all columns of the table. With a `memory`, copies are captioned once."""
     started = time.perf_counter()
     usages: list[Usage] = []
     prompts = _prompts(work, decoded.rows)
@@ -269,8 +268,10 @@ def caption_or_reasons(
         captions = captioner.caption(pixels) if prompts is None else captioner.caption(pixels, prompts)
         if usages is not None:
             usages.extend(captions.usage)
-        differ = prompts is not None and question
-        return _as_list(captions, [asked[0] or "" for asked in prompts or ()] if differ else [question] * len(pixels))
+        questions = [question] * len(pixels)
+        if question and prompts is not None:  # a chat model: each image has a question of its own
+            questions = [image_prompts[0] or "" for image_prompts in prompts]
+        return _as_list(captions, questions)
     except EndpointError:
         raise
     except Exception as error:
@@ -349,11 +350,11 @@ def _caption_rows(
 
 
 def _copy_keys(sha256s: list[str | None], prompts: list[Prompts] | None) -> list[str | None]:
-    """Return what byte-equal images have in common that may share a caption: they are asked the same too."""
+    """Return a key for each image; images with equal keys have the same bytes and prompts, and share a caption."""
     if prompts is None:
         return sha256s
-    asked = [hashlib.sha256(json.dumps(of_image).encode()).hexdigest() for of_image in prompts]
-    return [sha256 and sha256 + digest for sha256, digest in zip(sha256s, asked, strict=True)]
+    digests = [hashlib.sha256(json.dumps(image_prompts).encode()).hexdigest() for image_prompts in prompts]
+    return [sha256 and sha256 + digest for sha256, digest in zip(sha256s, digests, strict=True)]
 
 
 def _finished_rows(work: Work, decoded: ChunkRows, results: list[RowResult], prompts: list[Prompts] | None) -> pa.Table:

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from captioner import pipeline
@@ -121,21 +122,9 @@ def make_dataset(
     again; and Ray never fuses two pools into one process.
     """
     import ray
-    from ray.data import ActorPoolStrategy
 
-    # A batch of one row is one chunk; Ray requires a batch size where a stage reserves a GPU.
-    # One call at a time where a stage may raise: with Ray's true multi-threading two calls that fail together may both
-    # be lost, and the run waits for ever (Ray 2.60).
-    def pool(size: int, max_size: int = 0, max_calls: int = 1) -> dict[str, Any]:
-        max_size = min(max(size, max_size), len(chunks))
-        threads: dict[str, Any] = {"max_concurrent_calls_per_actor": max_calls, "enable_true_multi_threading": True}
-        strategy = ActorPoolStrategy(
-            min_size=min(size, len(chunks)), max_size=max_size, **(threads if max_calls > 1 else {})
-        )
-        return {"compute": strategy, "batch_size": 1, "batch_format": "pyarrow", "zero_copy_batch": True}
-
-    rows = [asdict(chunk) for chunk in chunks]
-    dataset = ray.data.from_items(rows, override_num_blocks=len(chunks))
+    pool = partial(actor_pool, len(chunks))
+    dataset = ray.data.from_items([asdict(chunk) for chunk in chunks], override_num_blocks=len(chunks))
     dataset = dataset.map_batches(
         DecodeStage,
         fn_constructor_kwargs={"work": work},
@@ -158,6 +147,24 @@ def make_dataset(
         ),
     )
     return dataset.map_batches(CommitStage, fn_constructor_kwargs={"work": work}, num_cpus=0, **pool(sizes.committers))
+
+
+def actor_pool(num_chunks: int, size: int, max_size: int = 0, max_calls: int = 1) -> dict[str, Any]:
+    """Return the arguments of `map_batches` for a stage of `size` to `max_size` actors, which get one chunk a call.
+
+    A batch of one row is one chunk; Ray requires a batch size where a stage reserves a GPU. `max_calls`: chunks that an
+    actor processes at the same time. More than one only where no call raises: with Ray's true multi-threading two calls
+    that fail together may both be lost, and the run waits for ever (Ray 2.60).
+    """
+    from ray.data import ActorPoolStrategy
+
+    threads: dict[str, Any] = {"max_concurrent_calls_per_actor": max_calls, "enable_true_multi_threading": True}
+    strategy = ActorPoolStrategy(
+        min_size=min(size, num_chunks),
+        max_size=min(max(size, max_size), num_chunks),
+        **(threads if max_calls > 1 else {}),
+    )
+    return {"compute": strategy, "batch_size": 1, "batch_format": "pyarrow", "zero_copy_batch": True}
 
 
 def calls_at_once(work: Work, sizes: Sizes, rows_per_chunk: int) -> int:

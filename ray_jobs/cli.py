@@ -257,15 +257,16 @@ def judge(config: JudgeTableConfig, out: Out) -> int:
     report.
     """
     from captioner.console import commands
-    from captioner.run.judging import JudgeHere
-    from captioner.run.object_judge import AskHere
+    from captioner.run.judging import LocalJudgeEngine
+    from captioner.run.object_judge import LocalObjectJudgeEngine
 
+    if config.cluster.local and config.judge.endpoint:
+        return commands.judge_objects(out, config, LocalObjectJudgeEngine())
     if config.cluster.local:
-        is_asked = bool(config.judge.endpoint)
-        return commands.judge_objects(out, config, AskHere()) if is_asked else commands.judge(out, config, JudgeHere())
-    from ray_jobs.judge import RayJudge
+        return commands.judge(out, config, LocalJudgeEngine())
+    from ray_jobs.judge import RayJudgeEngine
 
-    engine = RayJudge(config.cluster)
+    engine = RayJudgeEngine(config.cluster)
     return (commands.judge_objects if config.judge.endpoint else commands.judge)(out, config, engine)
 
 

@@ -23,7 +23,7 @@ from captioner.errors import OK, SourceError, UsageError
 from captioner.files import shown
 from captioner.models import is_small, resolve, resolve_dtype
 from captioner.models.placement import check_spread
-from captioner.run.asked import check_names
+from captioner.run.question_checks import check_columns_of_questions
 from captioner.sources import describe, open_source
 from captioner.store.parallel_listing import list_units
 from ray_jobs.cluster import Sizes, connect, sizes_of
@@ -68,7 +68,7 @@ def run(config: CaptionConfig, sample: int, seed: int, price_per_gpu_hour: float
     notify(f"{counted(total, 'image')} listed; captioning a sample of {rows.num_rows:,}")
     resources = connect(config.cluster)
     model, device = resolve(config.model, notify=notify), config.model.compute_on
-    check_names(model, config.source)
+    check_columns_of_questions(model, config.source)
     check_spread(model, config.cluster)
     sizes = sizes_of(config, resources, is_small(model))
     model = model.shared_by(sizes.num_workers)

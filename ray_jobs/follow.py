@@ -27,16 +27,9 @@ class Follower:
     `waits_for`: what the job needs before it starts, for the message when `pending_timeout` seconds have passed.
     """
 
-    def __init__(
-        self,
-        client: JobSubmissionClient,
-        job_id: str,
-        waits_for: str,
-        pending_timeout: float,
-        lost_after: float = LOST_S,
-    ) -> None:
+    def __init__(self, client: JobSubmissionClient, job_id: str, waits_for: str, pending_timeout: float) -> None:
         self._client, self._job_id, self._waits_for = client, job_id, waits_for
-        self._pending_timeout, self._lost_after = pending_timeout, lost_after
+        self._pending_timeout = pending_timeout
         self._written = 0
         self._last_answer = time.monotonic()
 
@@ -75,7 +68,7 @@ class Follower:
                 self._last_answer = time.monotonic()
                 return info
             except ClusterError as error:
-                if time.monotonic() - self._last_answer > self._lost_after:
+                if time.monotonic() - self._last_answer > LOST_S:
                     raise ClusterError(
                         f"{error}; {self._job_id} may still run; run the same command to follow it"
                     ) from error

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -29,7 +30,7 @@ from captioner.run.object_judge import OBJECTS_SCHEMA, Batch, Judge, ObjectWork,
 from captioner.scoring.judgements import JUDGE_SCHEMA
 from captioner.steps import Work
 from captioner.store.table import TABLE_FILE
-from ray_jobs.caption import CHUNKS_PER_EXECUTION, configure_ray_data, no_progress_timeout, shown_messages
+from ray_jobs.caption import CHUNKS_PER_EXECUTION, actor_pool, configure_ray_data, no_progress_timeout, shown_messages
 from ray_jobs.cluster import Connection, Sizes, share_out
 from ray_jobs.failures import execution_error
 from ray_jobs.gpus import worker_device
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class RayJudge:
+class RayJudgeEngine:
     """Judges chunks on the cluster. Connects when the first chunk is judged: a judged table needs no Ray."""
 
     def __init__(self, config: ClusterConfig) -> None:
@@ -151,13 +152,8 @@ class AskAboutObjects:
 def make_dataset(rows: list[dict[str, Any]], stages: Stages, sizes: Sizes) -> Dataset:
     """Return the graph of stages, not started yet. Every stage is a pool of actors, as in `ray_jobs.caption`."""
     import ray
-    from ray.data import ActorPoolStrategy
 
-    def pool(size: int, calls: int = 1) -> dict[str, Any]:
-        threads = {"max_concurrent_calls_per_actor": calls, "enable_true_multi_threading": True} if calls > 1 else {}
-        strategy = ActorPoolStrategy(size=min(size, len(rows)), **threads)
-        return {"compute": strategy, "batch_size": 1, "batch_format": "pyarrow", "zero_copy_batch": True}
-
+    pool = partial(actor_pool, len(rows))
     (decoder, decoder_arguments), (judge, judge_arguments) = stages.decoder, stages.judge
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
     dataset = dataset.map_batches(
@@ -171,7 +167,7 @@ def make_dataset(rows: list[dict[str, Any]], stages: Stages, sizes: Sizes) -> Da
         fn_constructor_kwargs=judge_arguments,
         num_cpus=sizes.cpus_per_worker,
         num_gpus=sizes.gpus_per_worker or None,
-        **pool(sizes.num_workers, stages.calls),
+        **pool(sizes.num_workers, max_calls=stages.calls),
     )
 
 

@@ -80,7 +80,7 @@ class DriverMetrics:
         from ray.util.metrics import Gauge
 
         self._queue = Gauge("captioner_queue_pictures", "Planned images that are not committed yet.")
-        self._wer = Gauge("captioner_running_wer", "WER of the spot-checked captions of this run so far.")
+        self._wer = Gauge("captioner_running_wer", "WER of the captions of this run that have been scored so far.")
         self._left, self._edits, self._words = num_rows, 0, 0
         self._queue.set(num_rows)
 

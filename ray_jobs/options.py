@@ -101,7 +101,7 @@ def takes(
                 log_as_json()
             settings, own = flags.resolve(values)
             if values["print_config"]:
-                typer.echo("---\n".join(to_yaml(one, flags.groups) for one in settings), nl=False)
+                typer.echo("---\n".join(to_yaml(config, flags.groups) for config in settings), nl=False)
                 return OK
             return command(settings if each else settings[0], **own)
 

@@ -59,7 +59,7 @@ class Piece:
     usage: Usage = NO_USAGE
 
     @classmethod
-    def of(cls, captioned: ChunkRows, gap: float) -> Piece:
+    def from_captioned(cls, captioned: ChunkRows, gap: float) -> Piece:
         rows, seconds = captioned.rows, captioned.seconds
         return cls(
             index=captioned.chunk.index,
@@ -189,7 +189,7 @@ def _pipeline(work: SampleWork, decoders: list[Any], workers: list[Any], blocks:
         block = ray.get(finished[0])
         raise_error(block)
         now, num_finished = time.perf_counter(), num_finished + 1
-        piece = Piece.of(from_block(block, work), now - last_finish if num_finished > len(workers) else 0.0)
+        piece = Piece.from_captioned(from_block(block, work), now - last_finish if num_finished > len(workers) else 0.0)
         unfinished.discard(piece.index)
         yield piece
         last_finish = now

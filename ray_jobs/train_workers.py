@@ -137,9 +137,7 @@ def as_directory(checkpoint: Any) -> Iterator[Path]:
         yield Path(checkpoint.to_directory(directory))
 
 
-def map_tables(
-    function: Callable[[pa.Table], pa.Table], tables: Iterable[pa.Table], num_cpus: float = 1
-) -> Iterator[pa.Table]:
+def map_tables(function: Callable[[pa.Table], pa.Table], tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
     """Yield `function(table)` for each table, in order, computed by Ray tasks, a bounded number of them at once.
 
     Works in the driver and inside a Ray Train worker; a task whose process or node dies is run again. These are plain
@@ -152,7 +150,7 @@ def map_tables(
         return shared_function(table)
 
     # A worker's own placement group holds its CPUs and no others: tasks may run anywhere.
-    task = ray.remote(num_cpus=num_cpus, scheduling_strategy="SPREAD")(call)
+    task = ray.remote(num_cpus=1, scheduling_strategy="SPREAD")(call)
     shared_function, max_tasks = ray.put(function), _max_tasks()
     running: deque[Any] = deque()
     try:

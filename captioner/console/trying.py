@@ -91,7 +91,7 @@ def _share_equal(unquantised: Trial, quantised: Trial) -> str:
     if unquantised.error or quantised.error:
         return f"{name}: not compared with unquantised weights, because one of the two could not be loaded"
     captions = [texts for texts in zip(unquantised.texts, quantised.texts, strict=True) if not texts[0].error_code]
-    equal = sum(one.caption == other.caption for one, other in captions)
+    equal = sum(before.caption == after.caption for before, after in captions)
     return f"{name}: {equal} of {counted(len(captions), 'caption')} equal to those of unquantised weights"
 
 

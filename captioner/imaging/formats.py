@@ -108,7 +108,7 @@ def _unidentified(data: bytes, failure: tuple[str, Exception] | None) -> ImageEr
 
 
 def why_not_an_image(head: bytes) -> ImageError | None:
-    """Return why a file that begins with these bytes, 4 KiB at least, is no image; None where it may be one.
+    """Return why a file that begins with these bytes, 4 KiB at least, is not an image; None where it may be one.
 
     Nothing is parsed but signatures, so that it is safe outside the sandbox.
     """

@@ -81,7 +81,7 @@ class TiffDirectory:
 def page_offsets(read: Read) -> list[int]:
     """Return the offset of each page's directory, in order, without smaller copies and masks.
 
-    Empty where the file is no TIFF. A broken chain ends with the invalid offset: that page will fail to decode.
+    Empty where the file is not a TIFF. A broken chain ends with the invalid offset: that page will fail to decode.
     """
     chain = []
     for directory in _chain(read):

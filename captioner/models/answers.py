@@ -139,7 +139,7 @@ def _parse(text: str) -> Any:
     try:
         return json.loads(fenced[1] if fenced else text, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
-        raise MisfitError(f"is no JSON: {_line(str(error))}") from None
+        raise MisfitError(f"is not JSON: {_line(str(error))}") from None
 
 
 def _text_in(text: str) -> Any:
@@ -152,7 +152,7 @@ def _text_in(text: str) -> Any:
 
 
 def _refuse(constant: str) -> Any:
-    raise ValueError(f"{constant} is no number of JSON")
+    raise ValueError(f"{constant} is not a JSON number")
 
 
 def _references(schema: Any) -> list[str]:
@@ -232,7 +232,7 @@ def _as_text(value: Any) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise MisfitError("holds text that is no valid Unicode") from None
+        raise MisfitError("holds text that is not valid Unicode") from None
     return text
 
 

@@ -68,11 +68,11 @@ class TransformersCaptioner:
         self._num_devices = len(max_memory or [device])
         self.dtype: torch.dtype = getattr(torch, ref.dtype)
         self.uploads = Uploads(device)
-        self.sampling = Sampling.of(ref)
+        self.sampling = Sampling.from_model(ref)
         self._search_lock = threading.Lock()  # calls from two threads are searched one after the other
         self.model = open_model(ref.path, self.dtype, device, self.attention, ref.adapter, ref.quantize, max_memory)
         self.weights_bytes = stored_bytes(self.model)
-        self._counted = Usage()  # since the last call of `caption` that returned
+        self._usage = Usage()  # counted since the last call of `caption` that returned
         self.tokenizer = open_tokenizer(ref.path)
         self.prefix = self.start_ids()
         self._check_length()
@@ -82,7 +82,7 @@ class TransformersCaptioner:
         self.processor: Any = self.open_native_processor() if ref.spec.variable_size else None
 
     def use_device(self, device: torch.device) -> None:
-        """Expect the network on `device`, to which others have moved it."""
+        """Compute on `device`, to which the caller has moved the network."""
         self.device, self.uploads = device, Uploads(device)
         self.mean, self.std = self.mean.to(device), self.std.to(device)
 
@@ -182,14 +182,14 @@ class TransformersCaptioner:
                     for values in batches
                     for tokens, logprobs in self._search_or_halve(values)
                 ]
-                usage, self._counted = self._counted, Usage()
+                usage, self._usage = self._usage, Usage()
             return replace(_concatenate([part.result() for part in parts]), usage=[usage])
 
-    def count_padding(self, mask: torch.Tensor) -> None:
+    def count_tokens(self, mask: torch.Tensor) -> None:
         """Count the tokens of a batch, and those of them that are padding: 0 in `mask` [N, T], on the CPU."""
         num_tokens = mask.numel()
         padding = num_tokens - int(mask.sum())
-        self._counted = Usage.total([self._counted, Usage(input_tokens=num_tokens, padding_tokens=padding)])
+        self._usage = Usage.total([self._usage, Usage(input_tokens=num_tokens, padding_tokens=padding)])
 
     def _batches(self, images: Any) -> AbstractContextManager[Iterator[Any]]:
         if self.processor is None:
@@ -239,9 +239,9 @@ class TransformersCaptioner:
 
         Raises torch.OutOfMemoryError.
         """
-        return self.search(self.prepare(values), self._numbers(values))
+        return self.search(self.prepare(values), self._random_numbers(values))
 
-    def _numbers(self, values: Any) -> torch.Tensor | None:
+    def _random_numbers(self, values: Any) -> torch.Tensor | None:
         """Return the random numbers of sampled captions, float64 [N, captions, steps]; None where none are sampled."""
         if self.sampling is None:
             return None

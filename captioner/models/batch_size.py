@@ -11,7 +11,7 @@ import math
 import os
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -69,10 +69,8 @@ def choose_batch_size(
     if key not in sizes:
         notify(f"trying out batch sizes on {captioner.device_name}, once for this model and device")
         started = clock()
-        deadline, start = (
-            started + TIME_LIMIT_S,
-            FIRST_SIZE_VARIABLE if captioner.ref.spec.variable_size else FIRST_SIZE,
-        )
+        deadline = started + TIME_LIMIT_S
+        start = FIRST_SIZE_VARIABLE if captioner.ref.spec.variable_size else FIRST_SIZE
         with phase("trying out batch sizes", notify):
             sizes[key] = fastest_size(lambda size: seconds_for(captioner, size, clock, deadline), start)
         notify(f"batch size {sizes[key]}, tried out in {clock() - started:.1f} s")
@@ -80,14 +78,14 @@ def choose_batch_size(
     captioner.batch_size = sizes[key]
 
 
-def fastest_size(seconds: Callable[[int], float], start: int = FIRST_SIZE, sizes: Sequence[int] = SIZES) -> int:
-    """Return the last of `sizes`, from `start` up, that fits and is MIN_SPEEDUP times as fast as the size before it.
+def fastest_size(seconds: Callable[[int], float], start: int = FIRST_SIZE) -> int:
+    """Return the last of SIZES, from `start` up, that fits and is MIN_SPEEDUP times as fast as the size before it.
 
     Where `start` does not fit, return the largest below it that does; where none fits, the smallest, since batches that
     do not fit are halved later. `seconds`: returns the seconds of one batch, or raises torch.OutOfMemoryError.
     """
     best, best_rate = 0, 0.0
-    for size in (size for size in sizes if size >= start):
+    for size in (size for size in SIZES if size >= start):
         try:
             rate = size / seconds(size)
         except torch.OutOfMemoryError:
@@ -95,17 +93,17 @@ def fastest_size(seconds: Callable[[int], float], start: int = FIRST_SIZE, sizes
         if rate < MIN_SPEEDUP * best_rate:
             break
         best, best_rate = size, rate
-    return best or _largest_below(start, seconds, sizes)
+    return best or _largest_below(start, seconds)
 
 
-def _largest_below(start: int, seconds: Callable[[int], float], sizes: Sequence[int]) -> int:
-    for size in reversed([size for size in sizes if size < start]):
+def _largest_below(start: int, seconds: Callable[[int], float]) -> int:
+    for size in reversed([size for size in SIZES if size < start]):
         try:
             seconds(size)
             return size
         except torch.OutOfMemoryError:
             continue
-    return sizes[0]
+    return SIZES[0]
 
 
 def seconds_for(captioner: BatchCaptioner, size: int, clock: Callable[[], float], deadline: float = math.inf) -> float:

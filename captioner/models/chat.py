@@ -87,29 +87,29 @@ class ChatCaptioner(TransformersCaptioner):
         The vision part encodes an image for the first question that is asked about it.
         """
         columns = zip(*(prompts or [self.prompts] * len(pixels)), strict=True)
-        asked = zip(self.ref.questions, columns, strict=True)
+        questions = zip(self.ref.questions, columns, strict=True)
         with self._features.sharing(pixels if self.ref.more_questions else []):
-            replies = [self._ask_some(pixels, question, column) for question, column in asked]
+            replies = [self._ask_some(pixels, question, column) for question, column in questions]
         return with_answers(self.ref.questions, replies, prompts)
 
     def _ask_some(self, pixels: Pixels, question: Question, prompts: Sequence[str | None]) -> Captions:
         """Ask one question about the images that have a prompt; there is an empty answer in place of the others."""
-        asked = [(index, prompt) for index, prompt in enumerate(prompts) if prompt is not None]
-        indices, texts = [index for index, _ in asked], [prompt for _, prompt in asked]
-        if len(asked) == len(prompts):
+        indices = [index for index, prompt in enumerate(prompts) if prompt is not None]
+        texts = [prompt for prompt in prompts if prompt is not None]
+        if len(texts) == len(prompts):
             return self._ask(pixels, question, texts)
-        answers = self._ask(pixels[indices], question, texts) if asked else NO_CAPTIONS
+        answers = self._ask(pixels[indices], question, texts) if texts else NO_CAPTIONS
         return with_gaps(answers, indices, len(prompts))
 
     def _ask(self, pixels: Pixels, question: Question, prompts: Sequence[str]) -> Captions:
         """Ask one question; once more about the images whose answers do not fit its schema."""
         captions = self.caption_batches(self._asked(pixels, question, prompts))
         misfits = [misfit(question, *answer) for answer in zip(captions.texts, captions.finished, strict=True)]
-        again = [index for index, reason in enumerate(misfits) if reason]
-        if not again:
+        indices = [index for index, reason in enumerate(misfits) if reason]
+        if not indices:
             return captions
-        prompts = [asked_again(question, prompts[index], misfits[index]) for index in again]
-        return replaced(captions, again, self.caption_batches(self._asked(pixels[again], question, prompts)))
+        prompts = [asked_again(question, prompts[index], misfits[index]) for index in indices]
+        return replaced(captions, indices, self.caption_batches(self._asked(pixels[indices], question, prompts)))
 
     def _asked(self, pixels: Pixels, question: Question, prompts: Sequence[str]) -> AskedImages:
         settings = deepcopy(self.settings)
@@ -155,14 +155,14 @@ class ChatCaptioner(TransformersCaptioner):
 
     def prepare(self, values: ProcessedBatch) -> dict[str, Any]:
         inputs = values.inputs()
-        self.count_padding(inputs["attention_mask"])
+        self.count_tokens(inputs["attention_mask"])
         inputs = {name: self._to_device(value) for name, value in inputs.items()}
         if self._prepared is not None:
             inputs = self._prepared.normalised(inputs)
         return {name: self._to_dtype(value) for name, value in inputs.items()}
 
     def _to_device(self, value: Any) -> Any:
-        """Return a tensor on the device; what is none, such as a list of sizes, unchanged."""
+        """Return a tensor on the device, and anything else, such as a list of sizes, unchanged."""
         return value.to(self.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
 
     def _to_dtype(self, value: Any) -> Any:

@@ -17,7 +17,7 @@ from captioner.data import Pixels
 from captioner.errors import ModelError
 from captioner.files import shown
 from captioner.models import adapters, weights
-from captioner.models.pixels import read_pixel_spec
+from captioner.models.pixel_spec import read_pixel_spec
 from captioner.models.ref import ModelRef
 from captioner.models.resolving import ensure_local, locate
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import zlib
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,31 +14,28 @@ from captioner.models.seeds import random_numbers
 class FakeCaptioner:
     """Captions each image with the CRC-32 of its pixels, so that only equal images get equal captions.
 
-    `delay`: seconds that each call sleeps. `prompt`: the first words of captions, instead of "picture". `num_captions`,
-    `seed`: of sampled captions, which end with a random number; None where none are sampled. `questions`: asked about
-    each image, whose answers begin with the prompt too; None for the caption alone.
+    `num_captions`, `seed`: of sampled captions, which end with a random number; None where none are sampled.
+    `questions`: asked about each image; captions and answers begin with the prompt of their question, or with "picture"
+    where it has none. None: the caption alone.
     """
 
     def __init__(
         self,
-        delay: float = 0.0,
-        prompt: str | None = None,
         num_captions: int = 1,
         seed: int | None = None,
         questions: Sequence[Question] | None = None,
     ) -> None:
-        self.delay, self.num_captions, self.seed = delay, num_captions, seed
-        self.questions = questions or [Question(CAPTION, prompt, 40)]
+        self.num_captions, self.seed = num_captions, seed
+        self.questions = questions or [Question(CAPTION, None, 40)]
 
     def caption(self, pixels: Pixels, prompts: Sequence[Prompts] | None = None) -> Captions:
         """Caption images: "picture 1a2b3c4d", with a log-probability that depends on the CRC."""
-        if self.delay:
-            time.sleep(self.delay)
         checksums = [zlib.crc32(image.tobytes()) for image in pixels]
         logprobs = [-(checksum % 1000) / 1000 for checksum in checksums]
-        asked = prompts or [tuple(fill(question.prompt, {}) for question in self.questions)] * len(checksums)
+        if prompts is None:
+            prompts = [tuple(fill(question.prompt, {}) for question in self.questions)] * len(checksums)
         replies = []
-        for column in zip(*asked, strict=True):
+        for column in zip(*prompts, strict=True):
             texts = [
                 f"{prompt or 'picture'} {checksum:08x}" for prompt, checksum in zip(column, checksums, strict=True)
             ]

@@ -61,7 +61,7 @@ class Sampling:
     num_captions: int
 
     @classmethod
-    def of(cls, ref: ModelRef) -> Sampling | None:
+    def from_model(cls, ref: ModelRef) -> Sampling | None:
         """Return the sampling of a model; None where it searches greedily or with beams."""
         return cls(ref.temperature, ref.top_p, ref.num_captions) if ref.temperature else None
 

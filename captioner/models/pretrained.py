@@ -18,6 +18,7 @@ from captioner.models.quantized import compute_as_loaded, loading_options
 # What transformers raises for directories that it cannot open a model or a tokenizer from.
 LOADING_ERRORS = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError)
 
+MAX_NAMES = 3  # of tensors or layers, in a message
 # Constants that earlier versions of transformers saved with the weights: of GPT-2 until 2023, of CLIP.
 _CONSTANTS = (".attn.masked_bias", ".position_ids")
 
@@ -64,12 +65,7 @@ def open_model(
     Raises ModelError naming tensors that are missing, unexpected or of a wrong shape.
     """
     options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
-    if str(device) == "meta":
-        options["device_map"] = "meta"
-    if quantize is not None:
-        options |= loading_options(quantize, dtype, device)
-    if max_memory is not None:
-        options |= {"device_map": "balanced", "max_memory": max_memory}
+    options |= _placement_options(dtype, device, quantize, max_memory)
     try:
         with quiet():
             model, info = AutoModelForImageTextToText.from_pretrained(
@@ -91,6 +87,18 @@ def open_model(
         check_placed(path, model, max_memory)
     is_placed = quantize is not None or max_memory is not None
     return (compute_as_loaded(model) if is_placed else model.to(device)).eval()
+
+
+def _placement_options(
+    dtype: torch.dtype, device: torch.device | str, quantize: str | None, max_memory: dict[int | str, int] | None
+) -> dict[str, Any]:
+    """Return the arguments of `from_pretrained` that say where weights go; {} where they are moved there afterwards."""
+    options: dict[str, Any] = {"device_map": "meta"} if str(device) == "meta" else {}
+    if quantize is not None:
+        options |= loading_options(quantize, dtype, device)
+    if max_memory is not None:
+        options |= {"device_map": "balanced", "max_memory": max_memory}
+    return options
 
 
 def check_placed(path: str, model: Any, max_memory: dict[int | str, int]) -> None:
@@ -115,8 +123,8 @@ def check_loading_info(path: str, info: dict[str, Any]) -> None:
         raise ModelError(f"{path}: tensors do not fit config.json: {'; '.join(described)}; save the model again")
 
 
-def _shorten(names: list[str], limit: int = 3) -> str:
-    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
+def _shorten(names: list[str]) -> str:
+    return ", ".join(names[:MAX_NAMES]) + (", ..." if len(names) > MAX_NAMES else "")
 
 
 @contextmanager

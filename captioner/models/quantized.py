@@ -74,7 +74,7 @@ def loading_options(kind: str, dtype: torch.dtype, device: torch.device | str) -
 def compute_as_loaded(network: Any) -> Any:
     """Return the network without bitsandbytes' own layout of weights for CPUs with AVX-512 BF16.
 
-    It computes in bfloat16 whatever --dtype says, and refuses layers whose sizes are no multiples of 32 and 64, which
+    It computes in bfloat16 whatever --dtype says, and refuses layers whose sizes are not multiples of 32 and 64, which
     vision encoders have (bitsandbytes 0.50).
     """
     for module in network.modules():

@@ -42,7 +42,7 @@ class _Entry(Settings):
 
 
 def read_questions(config: ModelConfig) -> tuple[ModelConfig, tuple[Question, ...]]:
-    """Return the settings with the prompt and the limit of the caption, and the questions of --questions, it first.
+    """Return the settings with the prompt and limit of the caption, and the questions, that of the caption first.
 
     Raises UsageError naming the file and the key at fault.
     """
@@ -67,7 +67,7 @@ def read_questions(config: ModelConfig) -> tuple[ModelConfig, tuple[Question, ..
 def _question(config: ModelConfig, name: object, entry: object) -> Question:
     where = f"--questions {config.questions}"
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise UsageError(f"{where}: {name!r} is no name for a column; use letters, digits and _, a letter first")
+        raise UsageError(f"{where}: {name!r} is not a column name; use letters, digits and _, a letter first")
     if not isinstance(entry, dict):
         raise UsageError(f"{where}: {name} is {entry!r}, but must hold keys: {KEYS}")
     try:
@@ -117,7 +117,7 @@ def fill(prompt: str | None, values: Mapping[str, str]) -> str:
 
 
 def filled_prompts(ref: ModelRef, values: Mapping[str, str]) -> tuple[str, ...]:
-    """Return what an image is asked that has these values: with the schema, where nothing else tells it the model."""
+    """Return the prompts of an image with these values; with the schema, where the model learns it in no other way."""
     tells_schema = ref.endpoint is None or not ref.endpoint.response_format
     return tuple(
         fill(question.prompt, values) + (instruction(question) if tells_schema else "") for question in ref.questions
@@ -142,9 +142,9 @@ def prompts_of(ref: ModelRef, rows: pa.Table) -> list[Prompts] | None:
 def asked_columns(ref: ModelRef, prompts: list[Prompts] | None, num_rows: int) -> dict[str, list[str | None]]:
     """Return the columns of the table with what each row is asked. `prompts`: from `prompts_of`."""
     names = [prompt_column(question.name) for question in ref.questions]
-    asked = prompts or [same_prompts(ref)] * num_rows
+    prompts = prompts or [same_prompts(ref)] * num_rows
     return {
-        name: [text or None for text in column] for name, column in zip(names, zip(*asked, strict=True), strict=True)
+        name: [text or None for text in column] for name, column in zip(names, zip(*prompts, strict=True), strict=True)
     }
 
 
@@ -163,7 +163,7 @@ def check_columns(ref: ModelRef, columns: Collection[str], advice: str) -> None:
         if name not in columns:
             flag = "--questions" if ref.more_questions else "--prompt"
             raise UsageError(
-                f"{flag}: {{{name}}} is no column of the images; {advice}, or write {{{{{name}}}}} for the braces "
+                f"{flag}: {{{name}}} is not a column of the images; {advice}, or write {{{{{name}}}}} for the braces "
                 "themselves"
             )
 
@@ -206,18 +206,18 @@ def with_answers(
 
     `prompts`: what each image was asked. Where one is None, neither the reply nor its columns mean anything.
     """
-    captions, more = replies[0], list(zip(questions[1:], replies[1:], strict=True))
-    if not more and questions[0].schema is None:
+    captions, others = replies[0], list(zip(questions[1:], replies[1:], strict=True))
+    if not others and questions[0].schema is None:
         return captions
-    asked = prompts or [("",) * len(questions)] * len(captions.texts)
-    of_caption = _answers(questions[0], captions, [of_image[0] for of_image in asked])
+    prompts = prompts or [("",) * len(questions)] * len(captions.texts)
+    of_caption = _answers(questions[0], captions, [image_prompts[0] for image_prompts in prompts])
     answers = [values for values, _ in of_caption]
     texts = [values.pop(CAPTION, None) or "" for values in answers]
-    for index, (question, reply) in enumerate(more, start=1):
-        of_question = _answers(question, reply, [of_image[index] for of_image in asked])
+    for index, (question, reply) in enumerate(others, start=1):
+        of_question = _answers(question, reply, [image_prompts[index] for image_prompts in prompts])
         for answer, (values, error) in zip(answers, of_question, strict=True):
             answer |= {**values, error_column(question.name): error or None}
-    usage = [Usage.total(of_image) for of_image in zip(*(reply.usage for reply in replies), strict=True)]
+    usage = [Usage.total(usages) for usages in zip(*(reply.usage for reply in replies), strict=True)]
     return replace(captions, texts=texts, errors=[error for _, error in of_caption], answers=answers, usage=usage)
 
 
@@ -232,7 +232,10 @@ def _answers(question: Question, reply: Captions, prompts: Sequence[str | None])
 
 
 def _answer(question: Question, text: str, finished: bool, error: str) -> tuple[dict[str, Any], str]:
-    """A text that was cut is kept with the reason; a caption that was cut has a flag instead."""
+    """Return the columns of one answer, and why it is not whole, or "".
+
+    A text that was cut is kept with the reason; a caption that was cut has a flag instead.
+    """
     error = error or misfit(question, text, finished)
     if error:
         return {field.name: None for field in fields_of(question)}, error

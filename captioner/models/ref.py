@@ -123,7 +123,7 @@ class ModelRef:
 
     @property
     def question(self) -> str:
-        """The prompt where it is a question to a chat model, which is no part of a caption; else ""."""
+        """The prompt where it is a question to a chat model, which is not part of a caption; else ""."""
         return (self.prompt or "") if family_of(self.family).prompt == "question" else ""
 
     def shared_by(self, num_workers: int) -> ModelRef:

@@ -18,7 +18,7 @@ from captioner.errors import ModelError
 from captioner.files import is_uri, local_path, shown
 from captioner.models import adapters, weights
 from captioner.models.families import FAMILIES, family_of
-from captioner.models.pixels import read_pixel_spec
+from captioner.models.pixel_spec import read_pixel_spec
 from captioner.models.quantized import check_quantize
 from captioner.models.questions import read_questions, with_questions
 from captioner.models.ref import ModelRef
@@ -174,9 +174,9 @@ def _describe(
 def _family(config_file: Path, config: dict[str, Any], notify: Callable[[str], None]) -> str:
     model_type = config.get("model_type")
     if model_type not in FAMILIES:
-        from captioner.models.untested import why_not  # imports transformers
+        from captioner.models.unlisted import why_unsupported  # imports transformers
 
-        reason = why_not(config_file.parent, config)
+        reason = why_unsupported(config_file.parent, config)
         if reason is not None:
             raise ModelError(
                 f"{config_file}: model_type {model_type!r} is not supported: {reason}; supported: {', '.join(FAMILIES)}"

@@ -25,7 +25,7 @@ def check_field(table: CaptionsTable, name: str) -> None:
     if name == SAMPLES_FIELD.name:
         raise UsageError(f"--field {name}: holds several captions of each image; {CAPTION_FIELD} is the first of them")
     if not _is_text(schema.field(name).type):
-        raise UsageError(f"--field {name}: holds {schema.field(name).type}, which is no text; name another column")
+        raise UsageError(f"--field {name}: holds {schema.field(name).type}, which is not text; name another column")
 
 
 def texts_of(rows: pa.Table, name: str) -> pa.ChunkedArray:

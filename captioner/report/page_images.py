@@ -41,7 +41,7 @@ def thumbnails(table: CaptionsTable, shown: Iterable[Mapping[str, Any]]) -> tupl
         source = reopen_source(table.info["source"])
         with GuardedDecoder(SIDE, MAX_PIXELS, config.decode_timeout) as decoder:
             for chunk_id, rows in by_chunk.items():
-                planned = read_planned(table, Chunk.of_id(chunk_id)).take(pa.array(sorted(rows)))
+                planned = read_planned(table, Chunk.from_id(chunk_id)).take(pa.array(sorted(rows)))
                 readable = {raw.image_id: raw.data for raw in read_images(source, planned) if raw.data is not None}
                 for image_id, decoded in zip(readable, decoder(readable.values()), strict=True):
                     if decoded.pixels is not None:

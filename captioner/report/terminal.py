@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Any, TextIO
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -15,9 +15,9 @@ from captioner.scoring.verdicts import describe
 SHOWN, WIDTH = 3, 160  # rows of each kind; characters of a caption
 
 
-def print_check(facts: dict[str, Any], stream: TextIO | None = None) -> None:
-    """Print a summary of OUT/report/report.json, by default to standard output."""
-    console = Console(file=stream or sys.stdout, highlight=False)
+def print_check(facts: dict[str, Any]) -> None:
+    """Print a summary of OUT/report/report.json on standard output."""
+    console = Console(file=sys.stdout, highlight=False)
     check = facts["check"]
     console.print(Text(printable(facts["verdict"]["title"]), style="bold"))
     for sentence in facts["verdict"]["sentences"]:

@@ -15,7 +15,7 @@ from captioner.errors import FingerprintError, UsageError
 from captioner.models import ModelRef
 from captioner.models.devices import auto_dtype
 from captioner.models.questions import answer_columns, answer_fields
-from captioner.run.asked import check_same_answers
+from captioner.run.question_checks import check_same_answers
 from captioner.store.table import CaptionsTable, as_hex
 
 FACTS = (

@@ -25,9 +25,9 @@ from captioner.errors import DamagedFileError, OutputError, SourceError, UsageEr
 from captioner.files import is_uri, local_path, shown
 from captioner.models import ModelRef, resolve, weights_bytes
 from captioner.models.placement import check_spread
-from captioner.run.asked import check_names, check_values
 from captioner.run.changed import COMPARE_UP_TO, find_changed, refreshed
 from captioner.run.fingerprint import bind, facts_of, rebind
+from captioner.run.question_checks import check_columns_of_questions, check_prompt_columns
 from captioner.run.selector import ReadReviews, make_recaption_plan, no_reviews, parse_selector
 from captioner.sources import describe, open_source
 from captioner.sources.splits import DEFAULT as DEFAULT_SPLIT
@@ -185,11 +185,11 @@ def open_job(config: CaptionConfig, engine: Engine, notify: Notify, read_reviews
     check_settings(config)
     started = time.perf_counter()
     model = resolve(config.model, None, notify=notify)
-    check_names(model, config.source)
+    check_columns_of_questions(model, config.source)
     check_spread(model, config.cluster)
     rows_per_chunk = partial(_rows_per_chunk, model, engine)
     planned = _plan(config, notify, rows_per_chunk, engine.start)
-    check_values(model, planned.table)
+    check_prompt_columns(model, planned.table)
     table, model = bind(planned.table, config, model, engine.device)
     work = Work(
         table,

@@ -90,7 +90,7 @@ class JudgeEngine(Protocol):
         ...
 
 
-class JudgeHere:
+class LocalJudgeEngine:
     """The engine of `--local`, without Ray: the next chunk is read and decoded while one is scored."""
 
     def judge_chunks(self, work: JudgeWork, chunks: list[Chunk]) -> Iterator[tuple[Chunk, pa.Table]]:
@@ -146,7 +146,7 @@ def pixels_of(work: Work, captions: pa.Table, decoder: GuardedDecoder, chunk: Ch
 
 
 def image_errors(rows: pa.Table) -> list[str]:
-    """Return for each row of `pixels_of` why there is no image that was captioned; "" where there is one."""
+    """Return for each row of `pixels_of` why the image that was captioned is not available; "" where it is."""
     columns = (rows[name].to_pylist() for name in ("error_code", "sha256", "captioned"))
     return [
         code or ("" if digest == captioned else "changed") for code, digest, captioned in zip(*columns, strict=True)
@@ -166,11 +166,11 @@ def _planned(table: CaptionsTable, rows: pa.Table) -> pa.Table:
     for index, chunk_id in enumerate(rows["chunk_id"].to_pylist()):
         indices[chunk_id].append(index)
     chunk_rows, tables = rows["chunk_row"].to_numpy(), []
-    for chunk_id, of_chunk in indices.items():
-        planned = read_planned(table, Chunk.of_id(chunk_id)).take(chunk_rows[of_chunk])
+    for chunk_id, chunk_indices in indices.items():
+        planned = read_planned(table, Chunk.from_id(chunk_id)).take(chunk_rows[chunk_indices])
         tables.append(without_replan_columns(planned))
     order = np.argsort(np.concatenate(list(indices.values())))
-    planned = pa.concat_tables([one.replace_schema_metadata() for one in tables], promote_options="default")
+    planned = pa.concat_tables([table.replace_schema_metadata() for table in tables], promote_options="default")
     return planned.take(order).combine_chunks()
 
 
@@ -204,7 +204,7 @@ def _scores_of(
     return {
         "clip_score": own,
         "clip_score_others": others,
-        "lift": [None if mean is None else mine - mean for mine, mean in zip(own, others, strict=True)],
+        "lift": [None if mean is None else score - mean for score, mean in zip(own, others, strict=True)],
         "ref_clip_score": _ref_clip_scores(encoder, own, texts, rows["reference_captions"].to_pylist()),
         "retrieved": [
             bool(is_best) if has else None for is_best, has in zip(scores.retrieved, has_others, strict=True)

@@ -95,7 +95,7 @@ class ObjectJudgeEngine(Protocol):
         ...
 
 
-class AskHere:
+class LocalObjectJudgeEngine:
     """The engine of `--local`, without Ray: some captions are decoded while the servers are asked about others."""
 
     def ask_about(self, work: ObjectWork, batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -138,7 +138,7 @@ class Judge:
         for index, text, error in zip(asked, answers.texts, answers.errors, strict=True):
             objects[index], errors[index] = (None, error) if error else _verdict(text)
         columns: dict[str, Any] = {name: decoded.rows[name] for name in ("image_id", "created_at")}
-        unseen = [None if listed is None else sum(not one["seen"] for one in listed) for listed in objects]
+        unseen = [None if listed is None else sum(not item["seen"] for item in listed) for listed in objects]
         columns |= {"objects": objects, "num_unseen": unseen, "error": errors}
         return pa.table(columns, schema=OBJECTS_SCHEMA), Usage.total(answers.usage)
 
@@ -149,7 +149,7 @@ def _verdict(answer: str) -> tuple[list[dict[str, Any]] | None, str]:
         listed = _Objects.model_validate_json(answer[answer.find("{") : answer.rfind("}") + 1])
     except ValidationError:
         return None, f"the answer is not the JSON that was asked for: {' '.join(answer.split())[:80]!r}"
-    return [one.model_dump() for one in listed.objects], ""
+    return [item.model_dump() for item in listed.objects], ""
 
 
 def judge_objects(out: str, config: JudgeTableConfig, engine: ObjectJudgeEngine) -> dict[str, Any]:
@@ -216,7 +216,7 @@ def _left(table: CaptionsTable, settings: JudgeConfig, made_by: bytes) -> Iterat
         judged = judged.filter(pa.array(_is_current(judged, captions), pa.bool_()))
         if highest is not None:
             ranks = [rank(image_id, settings.seed) for image_id in captions["image_id"].to_pylist()]
-            captions = captions.filter(pa.array([one <= highest for one in ranks], pa.bool_()))
+            captions = captions.filter(pa.array([row_rank <= highest for row_rank in ranks], pa.bool_()))
         captions = captions.filter(pc.invert(pc.is_in(captions["image_id"], value_set=judged["image_id"])))
         if captions.num_rows:
             yield part, captions, judged
@@ -272,7 +272,7 @@ def _summarise(table: CaptionsTable, work: Work, made_by: bytes) -> dict[str, An
             if row["objects"] is None:
                 errors[row["error"].partition(":")[0]] += 1
                 continue
-            names = [one["name"] for one in row["objects"] if not one["seen"]]
+            names = [item["name"] for item in row["objects"] if not item["seen"]]
             num_judged += 1
             num_with_unseen += bool(names)
             unseen.update(set(names))

@@ -10,18 +10,17 @@ from collections.abc import Callable
 from hashlib import sha256
 from typing import Any
 
-from captioner.config import CheckConfig, JudgeConfig, SpotCheckConfig
+from captioner.config import CheckConfig, JudgeConfig, RunCheckConfig
 from captioner.console.stopping import notify
 from captioner.console.text import counted
 from captioner.data import Receipt
 from captioner.errors import CheckFailedError, SourceError, StoppedEarlyError, UsageError
 from captioner.files import absolute
 from captioner.report import make_report
-from captioner.scoring.changes import find_changes
 from captioner.scoring.check_table import CHECK_FILE, Check, check_table
-from captioner.scoring.compare import compare_tables
+from captioner.scoring.compare import compare_recaptioned, compare_tables
 from captioner.scoring.eligible_rows import CheckSpec, no_match_message
-from captioner.scoring.language import recognised_language
+from captioner.scoring.language import language_code
 from captioner.scoring.references import References, read_references
 from captioner.scoring.running_wer import RunningWer, Sample, draw_sample
 from captioner.scoring.terms import read_terms
@@ -50,7 +49,7 @@ def check_spec(table: CaptionsTable, settings: CheckConfig, max_rows: int | None
     """Return the settings with their files read. Raises SourceError or UsageError naming the file."""
     references = references_of(table, settings)
     terms = read_terms(settings.terms) if settings.terms else ()
-    language = recognised_language(settings.language) if settings.language else None
+    language = language_code(settings.language) if settings.language else None
     return CheckSpec(references, settings.sample, settings.seed, terms, language, max_rows)
 
 
@@ -97,7 +96,7 @@ def check(
     remember_references(table, settings)
     if other is not None:
         result.comparison = compare_tables(table, other, spec)
-    result.changes = find_changes(table, spec)
+    result.changes = compare_recaptioned(table, spec)
     result.spot_check = figures(table)
     contents = result.to_json() | {
         "gates": {name: getattr(settings, name) for name in ("max_wer", "min_lift", "max_flagged", "min_right")},
@@ -121,13 +120,13 @@ def report(table: CaptionsTable) -> str:
     return make_report(table)
 
 
-class SpotCheck:
-    """The check while captioning: workers score a sample of the rows they write, the driver adds the scores up.
+class RunningCheck:
+    """Checks captions while a run makes them: workers score a sample of their rows, the driver sums the scores.
 
     `notify`: called with one line where most captions of the first chunks have the same fault.
     """
 
-    def __init__(self, settings: SpotCheckConfig, notify: Callable[[str], None] = lambda line: None) -> None:
+    def __init__(self, settings: RunCheckConfig, notify: Callable[[str], None] = lambda line: None) -> None:
         self._settings, self._notify = settings, notify
         self._running = RunningWer(settings.seed)
         self._faults = _CommonFaults()

@@ -18,9 +18,9 @@ from captioner.config import CaptionConfig, ModelConfig
 from captioner.data import NO_USAGE, Chunk, Receipt, Usage
 from captioner.errors import CaptionerError, CheckFailedError, StoppedEarlyError, TooManyFailedError
 from captioner.files import shown
-from captioner.run.asked import notes_of
 from captioner.run.bottleneck import busy_shares
 from captioner.run.job import Job
+from captioner.run.question_checks import question_notes
 from captioner.store.counts import TableCounts
 from captioner.store.table import Plan
 
@@ -154,7 +154,7 @@ def make_record(job: Job, state: str, tally: Tally, counts: TableCounts | None =
         "fingerprint": job.table.info["fingerprint"],
         "models": job.table.info.get("models", {}),
         "settings": _without_keys(job.config),
-        "notes": [*job.notes, *notes_of(tally.blank_columns, tally.unanswered)],
+        "notes": [*job.notes, *question_notes(tally.blank_columns, tally.unanswered)],
         "versions": versions(),
         "hardware": hardware(tally.devices),
     }

@@ -143,7 +143,7 @@ def _unknown_term(text: str, term: str) -> str:
     if name in RUN_FLAGS:
         return f"--only {text}: {name!r} is a flag of the whole run, not of one caption; give logprob<10%, for instance"
     near = difflib.get_close_matches(term, _EXAMPLES, n=1, cutoff=0.5)
-    return f"--only {text}: {term!r} is no term; " + (
+    return f"--only {text}: {term!r} is not a term; " + (
         f"did you mean {near[0]!r}?" if near else f"terms are {', '.join(_EXAMPLES[:6])}, flag:NAME, joined by 'or'"
     )
 

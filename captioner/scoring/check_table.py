@@ -50,7 +50,7 @@ class Check:
     sample: int | str
     seed: int
     comparison: dict[str, Any] | None = None
-    changes: dict[str, Any] | None = None  # of the latest recaptioning, see `find_changes`
+    changes: dict[str, Any] | None = None  # of the latest recaptioning, see `compare_recaptioned`
     spot_check: dict[str, Any] | None = None  # by people, see `captioner.scoring.verdicts.figures`
 
     def summary(self) -> dict[str, Any]:

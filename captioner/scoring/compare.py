@@ -1,9 +1,13 @@
-"""Compare two runs over the same images: which captions differ, and which run has the better scores."""
+"""Compare the captions of two runs over the same images: which differ, and which run has the better scores.
+
+`compare_tables` compares two tables; `compare_recaptioned` the latest recaptioning of a table with the captions that it
+replaced, which are kept in history/.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,15 +18,17 @@ import pyarrow.compute as pc
 from captioner.data import STATUS_OK
 from captioner.scoring.bootstrap import difference_interval, interval, mean_interval
 from captioner.scoring.coco_metrics import Tokens, bleu_counts, bleu_of, cider_d, rouge_l
-from captioner.scoring.eligible_rows import CheckSpec
+from captioner.scoring.eligible_rows import CheckSpec, trained_images
 from captioner.scoring.normalise import caption_tokens
 from captioner.scoring.sample import LowestRanks, rank
 from captioner.scoring.wer import match_captions
 from captioner.store.read import read_parts
-from captioner.store.table import CaptionsTable
+from captioner.store.table import CaptionsTable, Plan, captions_name, history_name
 
 COMPARED_ROWS = 10_000
 SHOWN_CHANGES = 24
+_ROW_COLUMNS = ["image_id", "status", "caption", "sha256", "reference_captions", "fingerprint", "chunk_id", "chunk_row"]
+_COUNTS = ("num_rows", "changed", "now_ok", "now_failed", "trained_left_out")
 
 
 @dataclass(frozen=True)
@@ -93,19 +99,20 @@ def differences(pairs: Sequence[CaptionPair], seed: int) -> dict[str, dict[str, 
     references = [pair.references for pair in pairs]
     texts = [pair.caption for pair in pairs], [pair.other for pair in pairs]
     reference_tokens = [[caption_tokens(text) for text in captions] for captions in references]
-    mine, theirs = ([caption_tokens(text) for text in captions] for captions in texts)
+    tokens, other_tokens = ([caption_tokens(text) for text in captions] for captions in texts)
     figures = _wer_difference(texts, references, seed)
-    figures["CIDEr-D"] = _mean_difference(cider_d(mine, reference_tokens), cider_d(theirs, reference_tokens), seed)
-    figures["BLEU-4"] = _bleu_difference(mine, theirs, reference_tokens, seed)
-    rouges = [list(map(rouge_l, captions, reference_tokens)) for captions in (mine, theirs)]
+    ciders, other_ciders = (cider_d(captions, reference_tokens) for captions in (tokens, other_tokens))
+    figures["CIDEr-D"] = _mean_difference(ciders, other_ciders, seed)
+    figures["BLEU-4"] = _bleu_difference(tokens, other_tokens, reference_tokens, seed)
+    rouges = [list(map(rouge_l, captions, reference_tokens)) for captions in (tokens, other_tokens)]
     figures["ROUGE-L"] = _mean_difference(rouges[0], rouges[1], seed)
     return figures
 
 
 def _wer_difference(texts: tuple[list[str], list[str]], references: list[list[str]], seed: int) -> dict[str, Any]:
     """Return the WER figures; empty when no reference has a word."""
-    mine, theirs = ([match.best_edits for match in match_captions(captions, references)] for captions in texts)
-    rows = Counter((a.edits, a.words, b.edits, b.words) for a, b in zip(mine, theirs, strict=True))
+    edits, other_edits = ([match.best_edits for match in match_captions(captions, references)] for captions in texts)
+    rows = Counter((a.edits, a.words, b.edits, b.words) for a, b in zip(edits, other_edits, strict=True))
     sums = [sum(row[column] * count for row, count in rows.items()) for column in range(4)]
     if not sums[1] or not sums[3]:
         return {}
@@ -114,17 +121,17 @@ def _wer_difference(texts: tuple[list[str], list[str]], references: list[list[st
     }
 
 
-def _mean_difference(mine: Sequence[float], theirs: Sequence[float], seed: int) -> dict[str, Any]:
-    gaps = [round(a - b, 6) for a, b in zip(mine, theirs, strict=True)]
-    return _figures(sum(mine) / len(mine), sum(theirs) / len(theirs), mean_interval(gaps, seed))
+def _mean_difference(scores: Sequence[float], others: Sequence[float], seed: int) -> dict[str, Any]:
+    gaps = [round(a - b, 6) for a, b in zip(scores, others, strict=True)]
+    return _figures(sum(scores) / len(scores), sum(others) / len(others), mean_interval(gaps, seed))
 
 
 def _bleu_difference(
-    mine: Sequence[Tokens], theirs: Sequence[Tokens], references: Sequence[Sequence[Tokens]], seed: int
+    captions: Sequence[Tokens], others: Sequence[Tokens], references: Sequence[Sequence[Tokens]], seed: int
 ) -> dict[str, Any]:
     counts = [
-        (*bleu_counts(caption, captions), *bleu_counts(other, captions))
-        for caption, other, captions in zip(mine, theirs, references, strict=True)
+        (*bleu_counts(caption, texts), *bleu_counts(other, texts))
+        for caption, other, texts in zip(captions, others, references, strict=True)
     ]
     bleu, other_bleu = (float(bleu_of(sums)[3]) for sums in np.array(counts, np.float64).sum(axis=0).reshape(2, 10))
     gap = interval(Counter(counts), lambda sums: bleu_of(sums[:, :10])[:, 3] - bleu_of(sums[:, 10:])[:, 3], seed)
@@ -132,7 +139,7 @@ def _bleu_difference(
 
 
 def _figures(
-    mine: float, theirs: float, interval: tuple[float, float] | None, lower_is_better: bool = False
+    score: float, other: float, interval: tuple[float, float] | None, lower_is_better: bool = False
 ) -> dict[str, Any]:
     """Return the figures of one score.
 
@@ -141,8 +148,8 @@ def _figures(
     verdict = "not shown to differ"
     if interval is not None and (interval[0] > 0 or interval[1] < 0):
         verdict = "better" if (interval[1] < 0) == lower_is_better else "worse"
-    gap = mine - theirs
-    return {"this": mine, "other": theirs, "difference": gap, "interval": interval, "verdict": verdict}
+    gap = score - other
+    return {"this": score, "other": other, "difference": gap, "interval": interval, "verdict": verdict}
 
 
 def shown_pairs(changed: Sequence[CaptionPair]) -> list[dict[str, Any]]:
@@ -158,3 +165,92 @@ def shown_pairs(changed: Sequence[CaptionPair]) -> list[dict[str, Any]]:
         }
         for pair in changed[:SHOWN_CHANGES]
     ]
+
+
+def compare_recaptioned(table: CaptionsTable, spec: CheckSpec) -> dict[str, Any] | None:
+    """Return the figures of the latest recaptioning (`--only`); `None` when none has been published.
+
+    All rows are counted. At most 10,000 are scored: the first in the seed's order that have references, both captions,
+    and were not training images of the new model. Differences are new minus old.
+    """
+    plans = [plan for plan in table.plans() if plan.recaption and table.is_published(plan.generation)]
+    if not plans:
+        return None
+    plan, recaption = plans[-1], plans[-1].recaption
+    assert recaption is not None
+    recaptioned = _Recaptioned(spec, trained_images(table))
+    for older, newer in _replaced_rows(table, plan):
+        recaptioned.add(older, newer)
+    pairs = list(recaptioned.scored)
+    return {
+        "generation": plan.generation,
+        "only": recaption.only,
+        "logprob_below": recaption.logprob_below,
+        "model": recaption.model,
+        "before": [{**_model_name_of(table, name), "rows": rows} for name, rows in recaptioned.before.most_common()],
+        **{name: recaptioned.counts[name] for name in _COUNTS},
+        "scored": len(pairs),
+        "differences": differences(pairs, spec.seed),
+        "shown": shown_pairs(list(recaptioned.changed)),
+    }
+
+
+class _Recaptioned:
+    """Collects counts and samples of the replaced rows."""
+
+    def __init__(self, spec: CheckSpec, trained: frozenset[str]) -> None:
+        self._spec, self._trained = spec, trained
+        self.counts: Counter[str] = Counter()
+        self.before: Counter[str] = Counter()  # rows by their older fingerprint
+        self.scored: LowestRanks[CaptionPair] = LowestRanks(COMPARED_ROWS)
+        self.changed: LowestRanks[CaptionPair] = LowestRanks(SHOWN_CHANGES)
+
+    def add(self, older: dict[str, Any], newer: dict[str, Any]) -> None:
+        """Add a replaced row and its replacement."""
+        counts, was_ok, is_ok = self.counts, older["status"] == STATUS_OK, newer["status"] == STATUS_OK
+        self.before[older["fingerprint"]] += 1
+        counts["num_rows"] += 1
+        counts["now_ok"] += is_ok and not was_ok
+        counts["now_failed"] += was_ok and not is_ok
+        if not (was_ok and is_ok):
+            return
+        pair, order = _pair(older, newer, self._spec), rank(newer["image_id"], self._spec.seed)
+        if pair.caption != pair.other:
+            counts["changed"] += 1
+            self.changed.offer(order, pair.image_id, pair)
+        if pair.references and newer["sha256"] in self._trained:
+            counts["trained_left_out"] += 1
+        elif pair.references:
+            self.scored.offer(order, pair.image_id, pair)
+
+
+def _replaced_rows(table: CaptionsTable, plan: Plan) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Yield (replaced row, current row) for each image of a generation."""
+    for part in sorted(plan.parts):
+        part_rows = table.read_plan_part(plan, part, ["part_row"])["part_row"]
+        name = history_name(plan.generation, part)
+        older = table.directory.read_table(name, _ROW_COLUMNS)
+        if len(older) != plan.parts[part]:
+            raise table.directory.damage(name, "is damaged: it holds the rows of another part")
+        newer = table.directory.read_table(captions_name(part), _ROW_COLUMNS).take(part_rows.combine_chunks())
+        for old, new in zip(older.to_batches(1024), _slices_like(newer, older), strict=True):
+            yield from zip(old.to_pylist(), new.to_pylist(), strict=True)
+
+
+def _slices_like(rows: pa.Table, like: pa.Table) -> Iterator[pa.Table]:
+    """Yield slices of `rows` as long as the batches of `like`."""
+    first = 0
+    for batch in like.to_batches(1024):
+        yield rows.slice(first, len(batch))
+        first += len(batch)
+
+
+def _pair(older: dict[str, Any], newer: dict[str, Any], spec: CheckSpec) -> CaptionPair:
+    references, name = spec.references, newer["image_id"]
+    captions = references.find(name) if references else newer["reference_captions"]
+    return CaptionPair(name, newer["caption"], older["caption"], captions or [], newer["chunk_id"], newer["chunk_row"])
+
+
+def _model_name_of(table: CaptionsTable, fingerprint: str) -> dict[str, Any]:
+    model = table.info.get("models", {}).get(fingerprint, {})
+    return {"fingerprint": fingerprint, "name": model.get("name", fingerprint[:12])}

@@ -1,4 +1,4 @@
-"""The spot check while captioning: sample rows before the start, score them when they are written, and sum up."""
+"""The WER of a sample while a run captions: draw the sample, score its rows when they are written, and sum up."""
 
 from __future__ import annotations
 
@@ -41,6 +41,8 @@ def score_sampled(sample: Sample, image_ids: Sequence[str], captions: Sequence[s
         for image_id, caption in zip(image_ids, captions, strict=True)
         if image_id in sample and caption is not None
     ]
+    if not sampled:
+        return []  # most chunks of a large table: aligning needs no import then
     matches = match_captions([caption for caption, _ in sampled], [references for _, references in sampled])
     return [(match.best_edits.edits, match.best_edits.words) for match in matches]
 

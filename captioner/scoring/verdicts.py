@@ -204,8 +204,8 @@ def kappa(pairs: Sequence[tuple[str, str]]) -> float | None:
 
     Source: J. Cohen, A coefficient of agreement for nominal scales, 1960.
     """
-    first, second = Counter(one for one, _ in pairs), Counter(other for _, other in pairs)
-    same = sum(one == other for one, other in pairs) / len(pairs)
+    first, second = (Counter(verdicts) for verdicts in zip(*pairs, strict=True))
+    same = sum(verdict == other for verdict, other in pairs) / len(pairs)
     by_chance = sum(first[verdict] * second[verdict] for verdict in first) / len(pairs) ** 2
     return None if by_chance == 1 else (same - by_chance) / (1 - by_chance)
 
@@ -285,7 +285,7 @@ def _agreements(by_image: Mapping[str, Mapping[str, str]]) -> Iterator[dict[str,
             if first in verdicts and second in verdicts
         ]
         if both:
-            same = sum(one == other for one, other in both)
+            same = sum(verdict == other for verdict, other in both)
             yield {"reviewers": [first, second], "captions": len(both), "same": same, "kappa": kappa(both)}
 
 

@@ -62,7 +62,7 @@ def open_source(config: SourceConfig, refuse_flags: bool = True) -> Source:
     """Open the source at `config.path`; its kind follows from its name and its files.
 
     A table file is a manifest, or a table of images; a tar, a glob of tars or a folder of tars is a WebDataset, and the
-    same for Parquet; a saved dataset is recognised by its JSON files; a name that is no path is a hub id; everything
+    same for Parquet; a saved dataset is recognised by its JSON files; a name that is not a path is a hub id; everything
     else is a folder. Raises SourceError where there is nothing, and UsageError where a flag has no meaning for that
     kind; without `refuse_flags` such flags are ignored.
     """

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from captioner.data import RawImage
-from captioner.sources.reading import check_archive, reads_of, run_reads
+from captioner.sources.reading import raise_if_source_failed, reads_of, run_reads
 from captioner.sources.root import Root
 
 KNOWN_SHA256 = pa.field("known_sha256", pa.string())  # a column of the plan beside PLAN_SCHEMA; null: not known
@@ -21,7 +21,7 @@ _HEX = re.compile("[0-9a-f]{64}")
 
 
 def with_known_sha256(rows: pa.Table, sha256s: Sequence[str | None]) -> pa.Table:
-    """Add KNOWN_SHA256 to `rows`, null where it is no sha256 in hex, and move copies behind the first of them."""
+    """Add KNOWN_SHA256 to `rows`, null where it is not a sha256 in hex, and move copies behind the first of them."""
     lower = [(text or "").lower() for text in sha256s]
     column = pa.array([text if _HEX.fullmatch(text) else None for text in lower], KNOWN_SHA256.type)
     rows = rows.append_column(KNOWN_SHA256, column)
@@ -48,7 +48,7 @@ def read_copies_once(rows: pa.Table, root: Root) -> list[RawImage]:
         if firsts[index] in verified:
             images[index] = RawImage(ids[index], root.uri(files[index]), images[firsts[index]].data)
     in_order = [images[index] for index in range(rows.num_rows)]
-    check_archive(in_order, root, in_archives=False)
+    raise_if_source_failed(in_order, root, in_archives=False)
     return in_order
 
 

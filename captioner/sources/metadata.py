@@ -19,7 +19,7 @@ from captioner.sources.root import Root, UnlistableError, is_excluded, is_hidden
 from captioner.sources.tables import UnreadableTableError, encoding_of, open_table, read_batches
 
 CAPTION_SUFFIXES = (b".caption", b".txt")  # of text files beside images, as tools for training write them
-MAX_CAPTION_BYTES = 1 << 16  # a longer text is no caption
+MAX_CAPTION_BYTES = 1 << 16  # a longer text is not a caption
 METADATA_NAMES = (b"metadata.jsonl", b"metadata.csv", b"metadata.parquet")
 
 

@@ -23,11 +23,10 @@ def plan_table(
     size: Sequence[int] | None = None,
     row: Sequence[int] | pa.Array | None = None,
     references: Sequence[list[str] | None] | pa.Array | None = None,
-    page_at: Sequence[int | None] | None = None,
     kept: pa.Table | None = None,
 ) -> pa.Table:
-    """Return rows of PLAN_SCHEMA, then the kept columns. Columns that are not given are null."""
-    values_of = (image_id, file, offset, size, row, references, page_at)
+    """Return rows of PLAN_SCHEMA, then the kept columns. Columns that are not given, and the page, are null."""
+    values_of = (image_id, file, offset, size, row, references, None)
     columns = [
         pa.nulls(len(image_id), field.type) if values is None else _as_array(values, field.type)
         for field, values in zip(PLAN_SCHEMA, values_of, strict=True)

@@ -95,8 +95,8 @@ class SuspectedSourceError(SourceError):
     """Every read of some rows failed, as when the source is gone; or only these rows are."""
 
 
-def each_row_alone() -> AbstractContextManager[None]:
-    """Let reads of this thread that all fail be failed rows: the source is known to be there, or judged later."""
+def rows_may_all_fail() -> AbstractContextManager[None]:
+    """Make reads of this thread that all fail failed rows, where the source is known to exist or is judged later."""
     return assigned(_suspicious, False)
 
 
@@ -109,7 +109,7 @@ def read_part(source: Source, rows: pa.Table, elsewhere: Iterable[pa.Table]) -> 
     try:
         return read_images(source, rows)
     except SuspectedSourceError as error:
-        with each_row_alone():
+        with rows_may_all_fail():
             if not any(_is_there(source, others) for others in elsewhere):
                 raise SourceError(str(error)) from error
             return read_images(source, rows)
@@ -120,22 +120,22 @@ def _is_there(source: Source, rows: pa.Table) -> bool:
 
 
 def read_images(source: Source, rows: pa.Table) -> list[RawImage]:
-    """Return one RawImage for each planned row, in order: `source.read`, whatever the rows hold.
+    """Return `source.read` of planned rows, one RawImage for each, in order.
 
-    Where that raises for a row, the row is found by halves and fails alone. Raises SourceError where the source is at
-    fault.
+    Where it raises for a row, the rows are read in halves until that row is alone, and only it fails. Raises
+    SourceError where the source is at fault.
     """
     try:
         return source.read(rows)
     except CaptionerError:
         raise
-    except Exception as error:  # of a library, for a name or a file that nobody thought of
+    except Exception as error:  # of a library, for an unforeseen name or file
         if rows.num_rows == 1:
             image_id = rows["image_id"][0].as_py()
             message = " ".join(f"{type(error).__name__}: {error}".split())
             return [RawImage(image_id, image_id, None, "decode_error", f"it cannot be read: {message}")]
     half = rows.num_rows // 2
-    with each_row_alone():  # the fault that was raised is no fault of the source
+    with rows_may_all_fail():  # the fault that was raised is not a fault of the source
         return read_images(source, rows.slice(0, half)) + read_images(source, rows.slice(half))
 
 
@@ -145,7 +145,7 @@ def read_all(tasks: Sequence[Callable[[], RawImage]], root: Root, *, in_archives
     `in_archives`: the images are inside other files, so that a single one cannot be missing.
     """
     images = run_reads(tasks)
-    check_archive(images, root, in_archives)
+    raise_if_source_failed(images, root, in_archives)
     return images
 
 
@@ -197,15 +197,15 @@ def _seconds_until_late(reads: Sequence[_TimedRead]) -> float:
 
 
 def with_stamp(rows: pa.Table, stamp: str | None) -> pa.Table:
-    """Add the STAMP column: what `Root.stamp` said of the file that holds these images when it was listed."""
+    """Add the STAMP column: `Root.stamp` of the file that holds these images, from when it was listed."""
     return rows.append_column(STAMP, pa.repeat(pa.scalar(stamp, STAMP.type), rows.num_rows))
 
 
 def have_changed(rows: pa.Table, stamp_of: Callable[[bytes], str | None]) -> list[bool]:
-    """Return for each row whether its file is not any more what it was when the row was planned.
+    """Return for each row whether its file has changed since the row was planned.
 
-    `stamp_of`: what the stamp of a file is now, asked once for each file. A file that is gone or does not answer has
-    not changed.
+    `stamp_of`: returns the present stamp of a file; called once for each file. A file that is gone or cannot be asked
+    for has not changed.
     """
     if STAMP.name not in rows.column_names:
         return [False] * rows.num_rows  # a plan of an earlier version, or of files that each are one image
@@ -215,9 +215,9 @@ def have_changed(rows: pa.Table, stamp_of: Callable[[bytes], str | None]) -> lis
 
 
 def as_planned(images: Sequence[RawImage], rows: pa.Table, root: Root) -> list[RawImage]:
-    """Return the images, those of files that changed after they were planned without their bytes.
+    """Return the images; those whose files changed after they were planned are failed, without their bytes.
 
-    To be called after reading: a file that is replaced meanwhile is noticed too.
+    Call it after reading, so that a file that is replaced meanwhile is noticed too.
     """
     return [
         changed_image(image, f"{readable(file)} is not the file that was planned") if has_changed else image
@@ -274,7 +274,7 @@ def _read_member(root: Root, limits: ReadLimits, image: RawImage, file: bytes, o
     limits.admit(size, lambda: root.retry(lambda: root.read(file, offset, HEAD_BYTES)))
     data = root.retry(lambda: root.read(file, offset - room, room + size))
     if not is_member(data[:room], name, size):
-        return changed_image(image, "the tar has another member at this place, or none")
+        return changed_image(image, "the tar has another member at this position, or none")
     missing = room + size - len(data)
     if missing:
         message = f"the tar ends {missing} bytes before the image"
@@ -293,7 +293,7 @@ def failed_read(image_id: str, uri: str, error: OSError) -> RawImage:
     return RawImage(image_id, uri, None, error_code_of(error), message)
 
 
-def check_archive(images: Sequence[RawImage], root: Root, in_archives: bool) -> None:
+def raise_if_source_failed(images: Sequence[RawImage], root: Root, in_archives: bool) -> None:
     """Raise SuspectedSourceError where every read failed for a reason that may lie with the source."""
     if not _suspicious.get():
         return

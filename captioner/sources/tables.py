@@ -33,7 +33,7 @@ class Table(Protocol):
     def batches(self, columns: Sequence[str], captions: str | None = None) -> Iterator[pa.Table]:
         """Yield these columns of every row, in order, at most BATCH_ROWS rows at a time.
 
-        In the column `captions` what is no caption may be null.
+        In the column `captions` what is not a caption may be null.
         """
         ...
 

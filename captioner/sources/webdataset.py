@@ -65,7 +65,7 @@ class WebDatasetSource:
     def list_unit(self, unit: str) -> Iterator[Listing]:
         """List the images of a tar; damage is a row that will fail.
 
-        One of several tars that cannot be opened, or is no tar, is a single row that will fail. Of members with the
+        One of several tars that cannot be opened, or is not a tar, is a single row that will fail. Of members with the
         same name, as `tar -r` leaves them, the last one is listed: in a tar of fewer than HELD_LISTINGS listings, which
         are held back until the end of the tar is known. In a larger tar, the same name twice is the same id twice.
         """

@@ -323,7 +323,7 @@ class Directory:
 
     @_retried
     def delete(self, name: str) -> None:
-        """Delete a file; a missing file is no error, whatever a store raises for it."""
+        """Delete a file; a missing file is not an error, whatever a store raises for it."""
         try:
             self.filesystem.delete_file(self.path(name))
         except OSError:
@@ -331,7 +331,7 @@ class Directory:
                 raise
 
     def delete_folder(self, name: str) -> None:
-        """Delete a folder with its content; a missing folder is no error."""
+        """Delete a folder with its content; a missing folder is not an error."""
         try:
             self.filesystem.delete_dir(self.path(name))
         except OSError as error:

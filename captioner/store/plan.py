@@ -70,7 +70,7 @@ class _Position:
                 self.ignored_kinds[kind] = self.ignored_kinds.get(kind, 0) + number
 
     def take(self, rows: pa.Table) -> None:
-        """Count the images without captions among rows that are written. A row of damage is no image."""
+        """Count the images without captions among rows that are written. A row of damage is not an image."""
         has_captions = pc.is_valid(rows["reference_captions"])
         is_damage = pc.fill_null(pc.less(rows["size"], 0), False)
         uncaptioned = rows["image_id"].filter(pc.invert(pc.or_(has_captions, is_damage)))

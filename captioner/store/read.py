@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-from pyarrow.dataset import Dataset, dataset, field
 
 from captioner.data import STATUS_FAILED, STATUS_OK, Chunk
 from captioner.errors import DamagedFileError
 from captioner.store.checksum import ARROW_SUFFIX
 from captioner.store.table import CaptionsTable, Plan, captions_name, open_table
+
+if TYPE_CHECKING:
+    from pyarrow.dataset import Dataset
 
 OnDamage = Callable[[DamagedFileError], None]
 
@@ -173,12 +176,12 @@ class TableDatasets:
     @property
     def captions(self) -> Dataset:
         """The rows that have a caption."""
-        return self.rows.filter(field("status") == STATUS_OK)
+        return self.rows.filter(pc.field("status") == STATUS_OK)
 
     @property
     def failed(self) -> Dataset:
         """The rows that have none, with `error_code` and `error_message`."""
-        return self.rows.filter(field("status") == STATUS_FAILED)
+        return self.rows.filter(pc.field("status") == STATUS_FAILED)
 
 
 def open_datasets(location: str) -> TableDatasets:
@@ -199,6 +202,8 @@ def open_datasets(location: str) -> TableDatasets:
 
 def _dataset(table: CaptionsTable, names: Sequence[str]) -> Dataset:
     """Return the files as one dataset, whatever their formats."""
+    from pyarrow.dataset import dataset  # which imports pandas: too slow for a start that does not need it
+
     directory = table.directory
     paths = {"parquet": list[str](), "arrow": list[str]()}
     for name in names:

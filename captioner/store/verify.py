@@ -201,7 +201,7 @@ def _verify_files(table: CaptionsTable, result: Verification) -> None:
         result.add_problem(f"{captions_name(part)} belongs to no plan; move it elsewhere")
     for name in names:
         if name.endswith(".parquet") and not part_numbers([name]):
-            result.add_problem(f"captions/{name} is no file of this table, but is read with it; move it elsewhere")
+            result.add_problem(f"captions/{name} is not a file of this table, but is read with it; move it elsewhere")
     for name in table.files_with_rows():
         if name not in result.verified_files:
             with result.noting_damage():

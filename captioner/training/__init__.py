@@ -11,7 +11,7 @@
     collate.py        from pairs to decoded pixels to batches on a device
     trainable.py      open a model for training; lora.py its adapters
     loss.py           cross-entropy over caption tokens; git_layers.py GIT's layers for it
-    callback.py       evaluation and early stopping; tensorboard.py writes the figures
+    callback.py       evaluation, early stopping and TensorBoard's figures
     checkpoints.py    checkpoints, written in a thread while training continues
     evaluate.py       WER of generated captions and loss on the eval set
     progress.py       the progress line

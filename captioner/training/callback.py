@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import tempfile
 import time
 from collections import deque
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -17,7 +19,6 @@ from captioner.training.advice import COLLAPSED, collapse_warning, is_collapsed,
 from captioner.training.checkpoints import Checkpoints, Snapshot
 from captioner.training.evaluate import SHARES, Evaluator
 from captioner.training.schedule import best_of, evaluations, is_stale
-from captioner.training.tensorboard import write_events
 from captioner.training.worker import Worker, WorkerTask
 
 
@@ -98,7 +99,7 @@ class TrainingCallback(TrainerCallback):
         snapshot, self._trainer.snapshot = self._trainer.snapshot, None
         self._checkpoints.save(snapshot, metrics)
         if self._worker.rank == 0 and self._task.config.training.report_to == "tensorboard":
-            write_events(Directory(self._task.config.output.path), state.log_history[self._num_written :])
+            write_tensorboard(Directory(self._task.config.output.path), state.log_history[self._num_written :])
             self._num_written = len(state.log_history)
 
     @property
@@ -182,3 +183,25 @@ def sum_over_workers(values: torch.Tensor, device: torch.device) -> torch.Tensor
     total = values.to(device)
     distributed.all_reduce(total)
     return total
+
+
+def write_tensorboard(out: Directory, entries: list[dict[str, Any]]) -> None:
+    """Write entries of a history as TensorBoard events into OUT/tensorboard.
+
+    Each has its `step`; names are Trainer's: "train/loss", "eval/wer" and so on. Called at each checkpoint. The file is
+    named after its last step, so a resumed run replaces the events of steps that it repeats.
+    """
+    from tensorboardX import SummaryWriter
+
+    with tempfile.TemporaryDirectory(prefix="captioner-events-") as folder:
+        with SummaryWriter(folder) as writer:
+            for entry in entries:
+                for name, value in entry.items():
+                    if isinstance(value, int | float) and name not in ("step", "epoch"):
+                        writer.add_scalar(_tensorboard_name(name), value, entry["step"])
+        (file,) = Path(folder).iterdir()
+        out.write_bytes(f"tensorboard/events.out.tfevents.{entries[-1]['step']:08d}", file.read_bytes())
+
+
+def _tensorboard_name(name: str) -> str:
+    return f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}"

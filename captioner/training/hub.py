@@ -34,7 +34,7 @@ The shuffled column is the WER of the same captions assigned to other images. {s
 
 - Training run: `{run_id}`, step {step:,} of {max_steps:,}
 - Data fingerprint: `{data_fingerprint}`
-- Training images: `training_images.parquet` (sha256); leave them out of spot-checks.
+- Training images: `training_images.parquet` (sha256); leave them out when you measure quality.
 
 ## Settings
 

@@ -202,15 +202,20 @@ def _run(config: TrainConfig, engine: TrainEngine) -> int:
         if setup.pixel_cache is not None:
             setup.pixel_cache.remove()
         progress.show_status("")
-    waited = {name: getattr(outcome, name) for name in ("checkpoint_seconds", "data_seconds", "train_seconds")}
-    seconds = {"seconds": round(time.perf_counter() - started, 1), **waited}
-    out.write_json(RUN_FILE, setup.record | {"state": "finished", **seconds, **result})
+    _write_finished(setup, outcome, result, time.perf_counter() - started)
     _push(config, out)
+    _notify_result(config, result)
+    return OK
+
+
+def _write_finished(setup: TrainSetup, outcome: TrainOutcome, result: dict[str, Any], seconds: float) -> None:
+    """Write the record of a finished run, and say where it waited much for images. `seconds`: that the run took."""
+    waited = {name: getattr(outcome, name) for name in ("checkpoint_seconds", "data_seconds", "train_seconds")}
+    record = setup.record | {"state": "finished", "seconds": round(seconds, 1), **waited, **result}
+    setup.out.write_json(RUN_FILE, record)
     if outcome.data_seconds > MUCH_WAITING * outcome.train_seconds:
         share = outcome.data_seconds / outcome.train_seconds
         notify(f"training waited for decoded images {share:.0%} of its time; more CPUs would make it faster")
-    _notify_result(config, result)
-    return OK
 
 
 def _train(

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _METRICS = "metrics.json"
 
 
-class LocalEngine:
+class LocalTrainEngine:
     """The engine that trains in this process. OUT must be a local directory; every checkpoint is kept.
 
     `device`: a value of --device.

@@ -13,7 +13,7 @@ from captioner.data import PLAN_SCHEMA, ImageBatch, Listing, PixelSpec, RawImage
 from captioner.errors import UsageError
 from captioner.imaging.sandbox.decoder import GuardedDecoder
 from captioner.sources import open_source, reopen_source
-from captioner.sources.reading import each_row_alone, read_images
+from captioner.sources.reading import read_images, rows_may_all_fail
 from captioner.store.parallel_listing import list_units
 from captioner.store.table import open_table, plan_part_name, table_exists
 
@@ -48,7 +48,7 @@ class PairSources:
         for index, number in enumerate(rows["data"].to_pylist()):
             indices_by_source.setdefault(number, []).append(index)
         for number, indices in indices_by_source.items():
-            with each_row_alone():  # --max-failed limits the failures of all rows together
+            with rows_may_all_fail():  # --max-failed limits the failures of all rows together
                 raws = read_images(self.sources[number], plan.take(indices))
             for index, image in zip(indices, raws, strict=True):
                 images[index] = image

@@ -38,7 +38,7 @@ class PixelCache:
     """Keeps pixels until they take `limit` bytes on a node. Picklable.
 
     Later images are not kept: where every image is read once in each epoch, the first ones are as good as the last.
-    `run`: the name of the run. Errors of the disk and damaged files are no errors: the image is decoded.
+    `run`: the name of the run. Errors of the disk and damaged files are not errors: the image is decoded.
     """
 
     run: str

@@ -19,7 +19,7 @@ from captioner.store.read import read_parts
 from captioner.store.table import open_table
 from captioner.store.verify import verify
 from captioner.training import job
-from captioner.training.local import LocalEngine
+from captioner.training.local import LocalTrainEngine
 from ray_jobs.cli import main
 
 pytestmark = pytest.mark.browser
@@ -104,7 +104,7 @@ def test_the_whole_loop(tmp_path: Path, archive: Path, open_page, review) -> Non
 
     captioner("feedback", out, tmp_path / "pairs")
     assert json.loads((tmp_path / "pairs/feedback.json").read_text())["pairs"] == {"edited": 14, "approved": 2}
-    job.run(training(tmp_path), LocalEngine())
+    job.run(training(tmp_path), LocalTrainEngine())
     check_training_report(open_page, (tmp_path / "trained/report.html").as_uri())
 
     before = rows_of(out)

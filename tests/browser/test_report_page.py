@@ -46,7 +46,7 @@ def judged(out: str, clip: Path) -> None:
     objects = [
         {"name": name, "seen": seen} for name, seen in (("image", True), ("a very small dog", False), ("sea", False))
     ]
-    judging.judge(out, JudgeTableConfig(judge=JudgeConfig(name=str(clip), device="cpu")), judging.JudgeHere())
+    judging.judge(out, JudgeTableConfig(judge=JudgeConfig(name=str(clip), device="cpu")), judging.LocalJudgeEngine())
     with ModelServer(lambda asked: saying(json.dumps({"objects": objects}))) as server:
         command = ("judge", out, "--endpoint", server.url, "--model", server.model, "--sample", "30")
         # A process of its own: an event loop of the browser runs in this one.

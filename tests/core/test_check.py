@@ -128,7 +128,7 @@ def test_rows_are_scored_where_they_are_written_in_any_order(tmp_path: Path, arc
     """The sums in the receipts, whatever chunk comes first, are those of the check at the end."""
     receipts = []
 
-    class Recording(pipeline.ThisProcess):
+    class Recording(pipeline.LocalEngine):
         def caption_chunks(self, work, chunks):
             for receipt in super().caption_chunks(work, chunks[::-1]):
                 receipts.append(receipt)
@@ -262,7 +262,7 @@ def test_a_check_of_an_unfinished_run_begins_with_how_much_is_done(
     tmp_path: Path, archive: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = caption_config(archive, tmp_path / "out")
-    engine = pipeline.ThisProcess(config)
+    engine = pipeline.LocalEngine(config)
     job = open_job(config, engine, lambda line: None)
     list(engine.caption_chunks(job.work, job.missing_chunks(job.table.open_plans()[0])[:3]))
     capsys.readouterr()
@@ -576,12 +576,12 @@ def receipt(num_ok: int, num_duplicates: int = 0, **fields: Any) -> Receipt:
 )
 def test_a_fault_of_most_captions_is_said_once_while_running_and_at_the_end(receipts: list[Receipt], line: str) -> None:
     lines: list[str] = []
-    spot_check = quality.SpotCheck(CaptionConfig().check, lines.append)
+    running_check = quality.RunningCheck(CaptionConfig().check, lines.append)
 
     for one in [*receipts, receipt(0), receipt(0)]:
-        spot_check.add(one)
+        running_check.add(one)
 
-    (while_running,), (at_the_end,) = lines, spot_check.notes()
+    (while_running,), (at_the_end,) = lines, running_check.notes()
     assert re.match(line, at_the_end)
     assert while_running.endswith(" so far")
 
@@ -597,12 +597,12 @@ def test_a_fault_of_most_captions_is_said_once_while_running_and_at_the_end(rece
 )
 def test_a_run_with_some_faults_is_no_senseless_run(receipts: list[Receipt]) -> None:
     lines: list[str] = []
-    spot_check = quality.SpotCheck(CaptionConfig().check, lines.append)
+    running_check = quality.RunningCheck(CaptionConfig().check, lines.append)
 
     for one in receipts:
-        spot_check.add(one)
+        running_check.add(one)
 
-    assert (lines, spot_check.notes()) == ([], [])
+    assert (lines, running_check.notes()) == ([], [])
 
 
 def test_a_receipt_counts_flags_and_the_most_frequent_caption(tmp_path: Path) -> None:
@@ -615,7 +615,7 @@ def test_a_receipt_counts_flags_and_the_most_frequent_caption(tmp_path: Path) ->
             return Captions(["a dog a dog a dog"] * count, [6] * count, [-1.0] * count, [False] * count)
 
     config = caption_config(archive, tmp_path / "out")
-    job = open_job(config, pipeline.ThisProcess(config), print)
+    job = open_job(config, pipeline.LocalEngine(config), print)
     (plan,) = job.generations()
     (chunk,) = job.missing_chunks(plan)
     with job.work.decoder() as decoder:

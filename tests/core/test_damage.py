@@ -56,7 +56,7 @@ def contents(out: Path | str) -> list[dict]:
 
 def caption_chunks(config: CaptionConfig, number: int | None) -> CaptionsTable:
     """Caption and commit the first chunks of a plan, or all: a driver that dies then."""
-    engine = pipeline.ThisProcess(config)
+    engine = pipeline.LocalEngine(config)
     job = open_job(config, engine, lambda line: None)
     list(engine.caption_chunks(job.work, job.missing_chunks(job.table.open_plans()[0])[:number]))
     return job.table

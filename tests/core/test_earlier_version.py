@@ -19,7 +19,7 @@ from captioner.store.read import read_parts
 from captioner.store.table import CaptionsTable, open_table
 from captioner.store.verify import verify
 from captioner.training import job
-from captioner.training.local import LocalEngine
+from captioner.training.local import LocalTrainEngine
 
 WRITTEN = Path(__file__).parents[1] / "data/earlier_version"
 WRITTEN_AT = "/tmp/captioner"
@@ -150,7 +150,7 @@ def test_a_stopped_training_run_goes_on_with_its_pairs(home: Path) -> None:
     pairs = {file.name: file.read_bytes() for file in (home / "training_stopped/pairs").iterdir()}
     run_id = json.loads((home / "training_stopped/train.json").read_text())["training_run_id"]
 
-    assert job.run(training(home, "training_stopped"), LocalEngine()) == 0
+    assert job.run(training(home, "training_stopped"), LocalTrainEngine()) == 0
 
     record = json.loads((home / "training_stopped/train.json").read_text())
     assert (record["state"], record["training_run_id"]) == ("finished", run_id)
@@ -159,7 +159,7 @@ def test_a_stopped_training_run_goes_on_with_its_pairs(home: Path) -> None:
 
 
 def test_a_finished_training_run_has_nothing_to_do(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    class NoTraining(LocalEngine):
+    class NoTraining(LocalTrainEngine):
         def train(self, opened: job.PreparedRun) -> job.TrainOutcome:
             raise AssertionError("the run is finished")
 

@@ -224,7 +224,7 @@ def test_a_server_that_is_gone_leaves_its_images_to_the_others() -> None:
         (saying(None, refusal="I cannot help with that."), "refused: I cannot help with that."),
         (saying("a d", "content_filter"), "content filter: the server withheld the answer"),
         (saying(None, "tool_calls"), "no caption: the answer calls a tool"),
-        (saying("a dog \ud800"), "the answer is no valid Unicode"),
+        (saying("a dog \ud800"), "the answer is not valid Unicode"),
         (failing(400, "image too small"), "400: image too small"),
         (failing(413), "413: out of order"),
         (Answer(422, body=b"<html>no</html>"), "422: <html>no</html>"),

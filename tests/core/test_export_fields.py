@@ -133,7 +133,7 @@ def test_words_are_added_after_the_mark_of_texts_nobody_reviewed(table: Captions
     [
         ({"field": "titel"}, "--field titel: the table has no such column; did you mean title"),
         ({"field": "qqq"}, "--field qqq: the table has no such column; columns of text are image_id, .*title, tags"),
-        ({"field": "box"}, "--field box: holds struct<x: int64>, which is no text"),
+        ({"field": "box"}, "--field box: holds struct<x: int64>, which is not text"),
         ({"to": "csv", "prefix": "x"}, "--prefix: does not apply to --to csv"),
         ({"to": "hub", "path": "data"}, "DEST data: with --to hub name a repository, OWNER/NAME"),
         ({"to": "hub", "path": "someone/data"}, "--to hub: HF_HUB_OFFLINE is set, so nothing can be uploaded"),

@@ -17,7 +17,7 @@ from captioner.store.journal import Decision, Journal, Review
 from captioner.store.table import open_table
 from captioner.testing import make_folder, make_parquet
 from captioner.training import job
-from captioner.training.local import LocalEngine
+from captioner.training.local import LocalTrainEngine
 from ray_jobs.cli import main
 
 
@@ -69,7 +69,7 @@ def test_train_takes_the_pairs_and_checks_leave_their_images_out(tmp_path: Path,
         "training": {"max_steps": 1, "per_device_train_batch_size": 4},
         "output": {"path": str(tmp_path / "trained")},
     }
-    job.run(TrainConfig.model_validate(tree), LocalEngine())
+    job.run(TrainConfig.model_validate(tree), LocalTrainEngine())
 
     model = {"name": str(tmp_path / "trained/model")}
     pipeline.run(caption_config(captioned / "archive", tmp_path / "out", model=model))
@@ -82,7 +82,7 @@ def test_train_takes_the_pairs_and_checks_leave_their_images_out(tmp_path: Path,
     tree = {"data": {"path": str(more)}, "model": again, "training": {"max_steps": 1}} | {
         "output": {"path": str(tmp_path / "taught again")}
     }
-    job.run(TrainConfig.model_validate(tree), LocalEngine())
+    job.run(TrainConfig.model_validate(tree), LocalTrainEngine())
     seen = pq.read_table(tmp_path / "taught again/model/training_images.parquet")
     assert len(set(seen["sha256"].to_pylist())) == 16  # what it was taught before is not forgotten
 

@@ -62,9 +62,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return caption_config(archive, home / state, rows_per_file=4, **output)
 
     def caption_some(state: str, num_chunks: int, **output: object) -> None:
-        job = open_job(config(state, **output), pipeline.ThisProcess(config(state)), lambda line: None)
+        job = open_job(config(state, **output), pipeline.LocalEngine(config(state)), lambda line: None)
         plan = next(job.generations())
-        list(pipeline.ThisProcess(config(state)).caption_chunks(job.work, job.missing_chunks(plan)[:num_chunks]))
+        list(pipeline.LocalEngine(config(state)).caption_chunks(job.work, job.missing_chunks(plan)[:num_chunks]))
 
     pipeline.run(config("finished"))
     for state in ("retry-planned", "retrying"):

@@ -75,10 +75,10 @@ def settings(model: Path, **judge: Any) -> JudgeTableConfig:
 
 
 def judge(out: Path, model: Path, engine: judging.JudgeEngine | None = None) -> dict[str, Any]:
-    return judging.judge(str(out), settings(model), engine or judging.JudgeHere())
+    return judging.judge(str(out), settings(model), engine or judging.LocalJudgeEngine())
 
 
-class Watched(judging.JudgeHere):
+class Watched(judging.LocalJudgeEngine):
     """The engine of one process, which notes the chunks that it is given."""
 
     def __init__(self) -> None:
@@ -246,7 +246,7 @@ def test_images_that_changed_or_are_gone_are_counted_and_named(
 
 def test_what_cannot_judge_is_refused_before_anything_is_read(exchanged_out: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="judge needs --model"):
-        judging.judge(str(exchanged_out), JudgeTableConfig(), judging.JudgeHere())
+        judging.judge(str(exchanged_out), JudgeTableConfig(), judging.LocalJudgeEngine())
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "git"}))
     with pytest.raises(ModelError, match="model_type 'git' does not judge captions; give a model of type clip or sig"):
         judge(exchanged_out, tmp_path)
@@ -306,10 +306,10 @@ def test_references_of_a_file_replace_those_of_the_source_and_are_remembered(
     file.write_text("\n".join(json.dumps({"image": row["image_id"], "text": row["caption"]}) for row in names[:5]))
     config = settings(clip, references=str(file))
     own = judge(out, clip)
-    given = judging.judge(str(out), config, judging.JudgeHere())
+    given = judging.judge(str(out), config, judging.LocalJudgeEngine())
     watched = Watched()
     later = judge(out, clip, watched)
-    source_again = judging.judge(str(out), settings(clip, references=""), judging.JudgeHere())
+    source_again = judging.judge(str(out), settings(clip, references=""), judging.LocalJudgeEngine())
 
     scores = open_table(str(out)).directory.read_table(judge_name(0))
     assert (own["num_with_references"], given["num_with_references"]) == (12, 5)
@@ -320,7 +320,7 @@ def test_references_of_a_file_replace_those_of_the_source_and_are_remembered(
     assert source_again == own
     file.write_text(json.dumps({"image": "no.png", "text": "a"}))
     with pytest.raises(UsageError, match="none of its names"):
-        judging.judge(str(out), config, judging.JudgeHere())
+        judging.judge(str(out), config, judging.LocalJudgeEngine())
 
 
 def test_a_siglip_gives_the_scores_of_transformers(scenes: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from captioner.data import PixelSpec, RawImage
 from captioner.errors import ModelError
 from captioner.imaging import decode_images
-from captioner.models.pixels import read_pixel_spec
+from captioner.models.pixel_spec import read_pixel_spec
 
 CLASSES = {
     "CLIPImageProcessor": CLIPImageProcessorPil,

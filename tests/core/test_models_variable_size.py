@@ -28,7 +28,7 @@ from captioner.imaging import decode_images
 from captioner.imaging.fitting import resized, tiled_sizes
 from captioner.imaging.sandbox.decoder import GuardedDecoder
 from captioner.models import load, resolve
-from captioner.models.native_processor import native_spec
+from captioner.models.pixel_spec import native_spec
 from captioner.models.prepared import PreparedPatches, PreparedTiles
 from captioner.starter.scenes import make_scenes
 from captioner.steps import ChunkRows, Work

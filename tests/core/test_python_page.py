@@ -42,7 +42,7 @@ def test_a_table_as_datasets_has_the_committed_rows_at_any_time(tmp_path: Path) 
     archive, out = make_folder(tmp_path / "archive", 40), tmp_path / "out"
     (archive / "000003.png").write_bytes(b"")
     config = caption_config(archive, out)
-    engine = pipeline.ThisProcess(config)
+    engine = pipeline.LocalEngine(config)
     job = open_job(config, engine, lambda line: None)
     list(engine.caption_chunks(job.work, job.missing_chunks(job.table.open_plans()[0])[:1]))
 

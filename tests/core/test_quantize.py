@@ -71,7 +71,7 @@ def test_int8_changes_few_captions(tiny) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_layers_of_any_width_compute_in_the_dtype(tiny, tmp_path: Path, kind: str, dtype: str) -> None:
-    """The vision encoders of some models have layers whose width is no multiple of 32."""
+    """The vision encoders of some models have layers whose width is not a multiple of 32."""
     ref = replace(resolved(tiny("blip"), quantize=kind), dtype=dtype)
     captioner = load(ref, "cpu", 4)
     layer = captioner.model.text_decoder.bert.encoder.layer[0].intermediate.dense

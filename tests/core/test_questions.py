@@ -125,7 +125,7 @@ def test_equal_images_share_a_caption_only_where_they_are_asked_the_same(table: 
             "about {titel}",
             "title",
             UsageError,
-            r"\{titel\} is no column of the images; add it to --keep-columns \(kept: title\)",
+            r"\{titel\} is not a column of the images; add it to --keep-columns \(kept: title\)",
         ),
         ("about {title}", "", UsageError, r"add it to --keep-columns \(kept: none\), or write \{\{title\}\}"),
         ("about {empty}", "empty", SourceError, "no image has a value in column 'empty'"),
@@ -160,7 +160,7 @@ def test_try_fills_in_the_image_id_and_has_no_other_column(table: Path, capsys: 
 
     assert try_images([str(file)], [ModelConfig(name="fake", prompt="{image_id} shows")]) == 0
     assert capsys.readouterr().out.startswith(f"{file}: {file} shows ")
-    with pytest.raises(UsageError, match=r"\{title\} is no column of the images; files given to try"):
+    with pytest.raises(UsageError, match=r"\{title\} is not a column of the images; files given to try"):
         try_images([str(file)], [ModelConfig(name="fake", prompt="{title}")])
 
 
@@ -259,7 +259,7 @@ def test_only_takes_another_model_with_questions_of_the_same_names(table: Path) 
         ("caption: {prompt: ''}", "caption.prompt: String should have at least 1 character"),
         ("caption: {prompt: a}\nyear: {prompt: b}", "the table already has a column 'year'"),
         ("caption: {prompt: a}\nstatus: {prompt: b}", "the table already has a column 'status'"),
-        ("caption: {prompt: a}\nlong text: {prompt: b}", "'long text' is no name for a column"),
+        ("caption: {prompt: a}\nlong text: {prompt: b}", "'long text' is not a column name"),
         ("- a", "must hold keys at the top level, not a list"),
     ],
 )
@@ -323,14 +323,14 @@ def test_the_properties_of_a_schema_are_columns_of_their_types(table: Path) -> N
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
-        (saying("two people"), "is no JSON: Expecting value"),
+        (saying("two people"), "is not JSON: Expecting value"),
         (saying('{"people": "two"}'), "does not fit the schema: $.people: 'two' is not of type 'integer'"),
         (saying('{"colours": []}'), "does not fit the schema: $: 'people' is a required property"),
         (saying('{"people": 2, "dogs": 1}'), "has properties that the schema does not name: dogs"),
         (saying('{"people": 9223372036854775808}'), "holds an integer of more than 64 bits"),
         (saying('{"people": 1, "place": {"share": 1e999}}'), "holds a number that is too large"),
-        (saying('{"people": 1, "place": {"share": NaN}}'), "NaN is no number of JSON"),
-        (saying('{"people": 1, "colours": ["\\ud800"]}'), "holds text that is no valid Unicode"),
+        (saying('{"people": 1, "place": {"share": NaN}}'), "NaN is not a JSON number"),
+        (saying('{"people": 1, "colours": ["\\ud800"]}'), "holds text that is not valid Unicode"),
         (saying('{"people": 2', "length"), "cut at 40 tokens"),
     ],
 )
@@ -355,7 +355,7 @@ def test_an_answer_that_fits_the_second_time_is_an_answer(table: Path) -> None:
         (2, None, "Count.")
     }
     again = next(prompt_of(asked) for asked in server.asked if "An earlier answer was wrong" in prompt_of(asked))
-    assert "is no JSON" in again
+    assert "is not JSON" in again
     assert '"required": ["people"]' in again
 
 
@@ -379,7 +379,7 @@ def test_a_schema_of_the_caption_needs_one_and_fills_columns_too(table: Path) ->
 
     result = sorted((row["status"], row["caption"] or "", row["tags"] or []) for row in rows(table).values())
     assert result == [("failed", "", [])] * 5 + [("ok", "a cat", ["cat"])]
-    assert "is no JSON" in next(row["error_message"] for row in rows(table).values() if row["status"] == "failed")
+    assert "is not JSON" in next(row["error_message"] for row in rows(table).values() if row["status"] == "failed")
 
 
 def test_a_schema_of_a_text_takes_an_answer_with_and_without_quotes(table: Path) -> None:
@@ -517,8 +517,8 @@ def test_a_chat_model_is_told_the_schema_and_asked_once_more(chat: Path, tmp_pat
     captions = captioner.caption(images(3))
 
     assert [answer["people"] for answer in captions.answers] == [None] * 3
-    assert all("is no JSON" in answer["facts_error"] for answer in captions.answers)
-    assert sum("An earlier answer was wrong: is no JSON" in prompt for prompt in asked) == 3
+    assert all("is not JSON" in answer["facts_error"] for answer in captions.answers)
+    assert sum("An earlier answer was wrong: is not JSON" in prompt for prompt in asked) == 3
     assert sum(prompt.startswith("Count.") and '"required": ["people"]' in prompt for prompt in asked) == 6
 
 

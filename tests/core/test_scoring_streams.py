@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from captioner.data import CAPTIONS_SCHEMA
 from captioner.scoring import table_stats
+from captioner.scoring.scores import compare_vocabulary
 from captioner.scoring.table_stats import COLUMNS, CappedCounter, TableStats
-from captioner.scoring.vocabulary import compare_vocabulary
 
 TEXTS = st.lists(st.text("abc", min_size=1, max_size=2), max_size=200)
 

@@ -66,7 +66,7 @@ def test_a_source_that_is_gone_is_an_error_and_not_one_row(tmp_path: Path, kind:
             {"tar": make_tar, "parquet": make_parquet}[kind](tmp_path / f"images/{number}.{kind}", 20, seed=number)
     config = caption_config(tmp_path / "images", tmp_path / "out")
     plan(tmp_path)
-    engine = pipeline.ThisProcess(config)
+    engine = pipeline.LocalEngine(config)
     caption_chunks = engine.caption_chunks
 
     def gone(work, chunks):

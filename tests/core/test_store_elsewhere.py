@@ -1,4 +1,4 @@
-"""A table on something that is no local disk: one PUT a file, the same promise."""
+"""A table on something that is not a local disk: one PUT a file, the same promise."""
 
 from pathlib import Path
 

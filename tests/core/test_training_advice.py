@@ -22,7 +22,7 @@ from captioner.testing.tiny_models import TINY_SIDE
 from captioner.training import job
 from captioner.training.advice import collapse_warning, is_collapsed, length_warning
 from captioner.training.evaluate import WINDOW, Evaluator
-from captioner.training.local import LocalEngine
+from captioner.training.local import LocalTrainEngine
 from captioner.training.loop import make_collate
 from captioner.training.loss import CaptionLoss
 from captioner.training.recipes import LORA_LEARNING_RATE, recipe_of, with_recipe
@@ -37,7 +37,9 @@ def test_a_collapse_is_said_by_the_second_evaluation_and_is_in_the_report(
     tmp_path: Path, data: Path, tiny: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    job.run(train_config(data, out, tiny, max_new_tokens=8, learning_rate=10, max_steps=4, eval_steps=2), LocalEngine())
+    job.run(
+        train_config(data, out, tiny, max_new_tokens=8, learning_rate=10, max_steps=4, eval_steps=2), LocalTrainEngine()
+    )
 
     history = json.loads((out / "history.json").read_text())["history"]
     warned = [index for index, entry in enumerate(evaluations(history)) if "warning" in entry]
@@ -52,7 +54,7 @@ def test_a_collapse_is_said_by_the_second_evaluation_and_is_in_the_report(
 def test_a_run_can_be_stopped_at_a_collapse(tmp_path: Path, data: Path, tiny: Path) -> None:
     settings = {"learning_rate": 10, "max_steps": 40, "eval_steps": 2, "stop_on_collapse": True}
     with pytest.raises(TrainingError, match=r"collapsed at step 2; .*lower --learning-rate into another OUT"):
-        job.run(train_config(data, tmp_path / "out", tiny, max_new_tokens=8, **settings), LocalEngine())
+        job.run(train_config(data, tmp_path / "out", tiny, max_new_tokens=8, **settings), LocalTrainEngine())
 
     assert not (tmp_path / "out" / "model").exists()
 

@@ -12,7 +12,7 @@ from captioner.config import TrainConfig
 from captioner.testing import make_folder, make_tiny_model
 from captioner.training import job
 from captioner.training.checkpoints import copies_on_host
-from captioner.training.local import LocalEngine, LocalWorker
+from captioner.training.local import LocalTrainEngine, LocalWorker
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -49,7 +49,7 @@ def test_training_continues_while_a_checkpoint_is_written(
 
     monkeypatch.setattr(LocalWorker, "report", slow_report)
     monkeypatch.setattr(LocalWorker, "show_progress", noting_show_progress)
-    job.run(into(config, tmp_path / "out"), LocalEngine())
+    job.run(into(config, tmp_path / "out"), LocalTrainEngine())
 
     folders = sorted((tmp_path / "out" / "checkpoints").glob("*/step-*"))
     assert [folder.name for folder in folders] == ["step-00000002", "step-00000004"]
@@ -66,7 +66,7 @@ def test_a_checkpoint_that_cannot_be_written_stops_the_run(
     monkeypatch.setattr(LocalWorker, "report", full)
 
     with pytest.raises(OSError, match="no space left"):
-        job.run(into(config, tmp_path / "out"), LocalEngine())
+        job.run(into(config, tmp_path / "out"), LocalTrainEngine())
 
 
 def test_copies_do_not_change_and_share_memory_like_the_originals() -> None:

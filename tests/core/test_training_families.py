@@ -22,7 +22,7 @@ from captioner.scoring.wer import corpus_wer
 from captioner.testing import make_folder, make_tiny_model
 from captioner.testing.tiny_models import TINY_SIDE
 from captioner.training import job
-from captioner.training.local import LocalEngine
+from captioner.training.local import LocalTrainEngine
 from captioner.training.pairs import TRAINABLE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -40,7 +40,7 @@ def test_a_family_learns_its_scenes_by_heart_and_captions_them_in_the_main_job(t
     steps = {"max_steps": STEPS, "eval_steps": STEPS, "logging_steps": STEPS}
     one_eval_image = {"data": {"eval_fraction": 0.01, "caption_choice": "first"}}
     batch = {"per_device_train_batch_size": NUM_SCENES}
-    job.run(train_config(data, out, model, one_eval_image, **schedule, **steps, **batch), LocalEngine())
+    job.run(train_config(data, out, model, one_eval_image, **schedule, **steps, **batch), LocalTrainEngine())
 
     trained = {"name": str(out / "model"), "max_new_tokens": 24}
     pipeline.run(caption_config(data, tmp_path / "captions", model=trained))
@@ -66,7 +66,7 @@ sys.path.insert(0, {str(Path(__file__).parents[1])!r})
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import torch
 from captioner.training import job
-from captioner.training.local import LocalEngine, LocalWorker
+from captioner.training.local import LocalTrainEngine, LocalWorker
 from test_training_families import resumed_config
 torch.set_num_threads(1)
 show_progress = LocalWorker.show_progress
@@ -75,13 +75,14 @@ def killed(worker, progress):
     if progress["step"] == 5:
         os.kill(os.getpid(), signal.SIGKILL)
 LocalWorker.show_progress = killed
-job.run(resumed_config(Path({str(data)!r}), Path({str(tmp_path / "killed")!r}), Path({str(model)!r})), LocalEngine())
+config = resumed_config(Path({str(data)!r}), Path({str(tmp_path / "killed")!r}), Path({str(model)!r}))
+job.run(config, LocalTrainEngine())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
 
     for name in ("killed", "whole"):
-        job.run(resumed_config(data, tmp_path / name, model), LocalEngine())
+        job.run(resumed_config(data, tmp_path / name, model), LocalTrainEngine())
 
     assert len(training_losses(tmp_path / "killed")) == 6
     assert training_losses(tmp_path / "killed") == pytest.approx(training_losses(tmp_path / "whole"), rel=1e-4)
@@ -98,7 +99,7 @@ def test_an_adapter_that_is_kept_captions_like_the_merged_model_and_loads_with_p
     for name in ("merged", "kept"):
         lora = {"lora_rank": 4, "lora_targets": ["q_proj", "v_proj"], "keep_adapter": name == "kept"}
         config = train_config(data, tmp_path / name, model, {"model": lora}, 8, learning_rate=1e-2, max_steps=3)
-        job.run(config, LocalEngine())
+        job.run(config, LocalTrainEngine())
         ref = resolve(ModelConfig(name=str(tmp_path / name / "model"), max_new_tokens=8))
         captions.append(load(ref, device="cpu").caption(pixels).texts)
 
@@ -133,4 +134,4 @@ def test_wrong_settings_of_adapters_and_prompts_are_errors(tmp_path: Path, setti
     model = {"name": str(make_tiny_model("git", tmp_path / "model"))} | settings
 
     with pytest.raises(error, match=message):
-        job.run(train_config(data, tmp_path / "out", groups={"model": model}), LocalEngine())
+        job.run(train_config(data, tmp_path / "out", groups={"model": model}), LocalTrainEngine())

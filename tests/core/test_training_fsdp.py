@@ -17,7 +17,7 @@ from captioner.config import TrainConfig, TrainingConfig
 from captioner.errors import TrainingError, UsageError
 from captioner.testing import make_folder, make_tiny_model
 from captioner.training import job
-from captioner.training.local import LocalEngine, LocalWorker
+from captioner.training.local import LocalTrainEngine, LocalWorker
 from captioner.training.pairs import TRAINABLE
 from captioner.training.schedule import with_batch_of
 
@@ -83,7 +83,7 @@ def train_in_group(rank: int, port: int, kill_at: int | None, config: TrainConfi
     torch.distributed.destroy_process_group()
 
 
-class GroupEngine(LocalEngine):
+class GroupEngine(LocalTrainEngine):
     """Trains with two processes."""
 
     def __init__(self, kill_at: int | None = None) -> None:
@@ -125,13 +125,13 @@ def test_two_workers_with_half_of_the_weights_give_the_losses_of_one(
     if lora:
         pytest.importorskip("peft", reason="the extra `lora` is not installed")
     data, model = make_folder(tmp_path / "data", 20, seed=5), make_tiny_model(family, tmp_path / "model")
-    job.run(settings(data, tmp_path / "alone", model, 8, lora), LocalEngine("cpu"))
+    job.run(settings(data, tmp_path / "alone", model, 8, lora), LocalTrainEngine("cpu"))
     sharded = settings(data, tmp_path / "sharded", model, 4, lora, fsdp=True, gradient_checkpointing=True)
 
     for step in (3, 5):
         with pytest.raises(RuntimeError, match="-9"):
             job.run(sharded, GroupEngine(kill_at=step))
-    job.run(sharded, LocalEngine("cpu"))
+    job.run(sharded, LocalTrainEngine("cpu"))
 
     losses = training_losses(tmp_path / "sharded")
     assert len(losses) == 6

@@ -11,7 +11,7 @@ from captioner.errors import OutputError
 from captioner.store.directory import Directory
 from captioner.testing import make_folder, make_tiny_model
 from captioner.training.hub import push_to_hub
-from captioner.training.local import LocalEngine
+from captioner.training.local import LocalTrainEngine
 from ray_jobs.cli import app
 from ray_jobs.options import settings_of_call
 from ray_jobs.train import run
@@ -78,7 +78,7 @@ def test_one_command_does_all_that_the_guide_does(
     hub = Hub()
     monkeypatch.setattr("huggingface_hub.HfApi", lambda: hub)
 
-    assert run(config, LocalEngine()) == 0
+    assert run(config, LocalTrainEngine()) == 0
 
     captured = capsys.readouterr()
     assert hub.created == [("me/git-base-pokemon", True, True)]

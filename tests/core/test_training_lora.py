@@ -15,7 +15,7 @@ from captioner.models.quantized import stored_bytes
 from captioner.testing import make_folder, make_tiny_model
 from captioner.testing.tiny_models import TINY_SIDE
 from captioner.training import job
-from captioner.training.local import LocalEngine
+from captioner.training.local import LocalTrainEngine
 from captioner.training.loop import make_collate
 from captioner.training.loss import CaptionLoss
 from captioner.training.trainable import ADAPTERS, open_trainable
@@ -70,7 +70,7 @@ def test_adapters_learn_beside_weights_of_4_bits_and_are_merged_with_whole_ones(
     config = train_config(data, tmp_path / "out", model, lora, 8, learning_rate=1e-2, max_steps=6)
     whole = resolve(ModelConfig(name=str(model)))
 
-    job.run(config, LocalEngine("cpu"))
+    job.run(config, LocalTrainEngine("cpu"))
 
     losses = training_losses(tmp_path / "out")
     assert losses[-1] < losses[0]

@@ -18,7 +18,7 @@ from captioner.models import load, resolve
 from captioner.testing.tiny_models import TINY_SIDE
 from captioner.training import job
 from captioner.training.evaluate import WINDOW, Evaluator
-from captioner.training.local import LocalEngine, LocalWorker
+from captioner.training.local import LocalTrainEngine, LocalWorker
 from captioner.training.loop import make_collate
 from captioner.training.loss import CaptionLoss
 from captioner.training.trainable import open_trainable
@@ -32,7 +32,7 @@ settings = partial(train_config, max_new_tokens=8, learning_rate=1e-3)
 def plain_out(tmp_path_factory: pytest.TempPathFactory, data: Path, tiny: Path) -> Path:
     """Return the OUT of a run without options."""
     out = tmp_path_factory.mktemp("plain") / "out"
-    job.run(settings(data, out, tiny), LocalEngine())
+    job.run(settings(data, out, tiny), LocalTrainEngine())
     return out
 
 
@@ -47,7 +47,9 @@ def test_a_run_with_adapters_ends_with_a_plain_model_that_captions(tmp_path: Pat
     from transformers import AutoModelForImageTextToText
 
     out = tmp_path / "out"
-    job.run(settings(data, out, tiny, {"model": {"lora_rank": 4}}, learning_rate=1e-2, eval_steps=2), LocalEngine())
+    job.run(
+        settings(data, out, tiny, {"model": {"lora_rank": 4}}, learning_rate=1e-2, eval_steps=2), LocalTrainEngine()
+    )
 
     trained, base = load_file(out / "model" / "model.safetensors"), load_file(tiny / "model.safetensors")
     assert trained.keys() == base.keys()
@@ -68,7 +70,7 @@ def test_bfloat16_gives_nearly_the_same_curve_and_float32_weights(
 ) -> None:
     from safetensors.torch import load_file
 
-    job.run(settings(data, tmp_path / "out", tiny, bf16=True), LocalEngine())
+    job.run(settings(data, tmp_path / "out", tiny, bf16=True), LocalTrainEngine())
 
     assert training_losses(tmp_path / "out") == pytest.approx(plain, rel=0.05)
     assert training_losses(tmp_path / "out") != plain
@@ -79,7 +81,7 @@ def test_bfloat16_gives_nearly_the_same_curve_and_float32_weights(
 def test_gradient_checkpointing_gives_the_same_curve(
     tmp_path: Path, data: Path, tiny: Path, plain: list[float]
 ) -> None:
-    job.run(settings(data, tmp_path / "out", tiny, gradient_checkpointing=True), LocalEngine())
+    job.run(settings(data, tmp_path / "out", tiny, gradient_checkpointing=True), LocalTrainEngine())
 
     assert training_losses(tmp_path / "out") == pytest.approx(plain, rel=1e-4)
 
@@ -87,14 +89,14 @@ def test_gradient_checkpointing_gives_the_same_curve(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_float16_without_a_gpu_is_refused_before_anything_is_written(tmp_path: Path, data: Path, tiny: Path) -> None:
     with pytest.raises(UsageError, match="--fp16: there is no GPU"):
-        job.run(settings(data, tmp_path / "out", tiny, fp16=True), LocalEngine())
+        job.run(settings(data, tmp_path / "out", tiny, fp16=True), LocalTrainEngine())
 
     assert not (tmp_path / "out").exists()
 
 
 def test_events_for_tensorboard_are_in_out(tmp_path: Path, data: Path, tiny: Path) -> None:
     out = tmp_path / "out"
-    job.run(settings(data, out, tiny, report_to="tensorboard", eval_steps=2), LocalEngine())
+    job.run(settings(data, out, tiny, report_to="tensorboard", eval_steps=2), LocalTrainEngine())
 
     history = json.loads((out / "history.json").read_text())["history"]
     points = [point for file in sorted((out / "tensorboard").iterdir()) for point in scalars(file)]
@@ -136,11 +138,11 @@ def test_a_stopped_run_says_how_to_resume_it_and_resumes(
     with monkeypatch.context() as patch:
         patch.setattr(LocalWorker, "show_progress", stop_at_step_3)
         with pytest.raises(error, match=rf"checkpoints are saved in {out}; run the same command to continue") as raised:
-            job.run(config, LocalEngine())
+            job.run(config, LocalTrainEngine())
     assert raised.value.exit_code == code
     assert [folder.name for folder in (out / "checkpoints").glob("*/step-*")] == ["step-00000002"]
 
-    job.run(config, LocalEngine())
+    job.run(config, LocalTrainEngine())
 
     assert training_losses(out) == pytest.approx(plain, rel=1e-5)
 
@@ -169,7 +171,7 @@ def test_a_finished_run_is_uploaded_by_the_same_command(
 
     monkeypatch.setattr("huggingface_hub.HfApi", Hub)
     to_hub = {"push_to_hub": True, "hub_model_id": "someone/model"}
-    job.run(settings(data, plain_out, tiny, {"output": to_hub}), LocalEngine())
+    job.run(settings(data, plain_out, tiny, {"output": to_hub}), LocalTrainEngine())
 
     assert {"README.md", "model.safetensors", "training_images.parquet", "training_run.json"} < set(uploaded)
     assert "uploaded to https://hub.example/someone/model" in capsys.readouterr().err

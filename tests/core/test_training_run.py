@@ -18,7 +18,7 @@ from captioner.scoring.wer import corpus_wer
 from captioner.testing import make_folder, make_tiny_model
 from captioner.testing.tiny_models import TINY_SIDE
 from captioner.training import job
-from captioner.training.local import LocalEngine, LocalWorker
+from captioner.training.local import LocalTrainEngine, LocalWorker
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -33,7 +33,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
     """Return the OUT of a run of a few steps on captions that are new to the starter, with a test set."""
     out = tmp_path_factory.mktemp("trained") / "out"
     groups = {"data": {"test_fraction": 0.1}}
-    job.run(train_config(data, out, groups=groups, learning_rate=1e-3, max_steps=6, eval_steps=3), LocalEngine())
+    job.run(train_config(data, out, groups=groups, learning_rate=1e-3, max_steps=6, eval_steps=3), LocalTrainEngine())
     return out
 
 
@@ -106,7 +106,9 @@ def test_the_report_shows_pairs_and_captions_and_loads_nothing(trained: Path) ->
 
 def test_the_same_command_again_does_nothing(trained: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     groups = {"data": {"test_fraction": 0.1}}
-    job.run(train_config(data, trained, groups=groups, learning_rate=1e-3, max_steps=6, eval_steps=3), LocalEngine())
+    job.run(
+        train_config(data, trained, groups=groups, learning_rate=1e-3, max_steps=6, eval_steps=3), LocalTrainEngine()
+    )
 
     assert "nothing to train" in capsys.readouterr().err
 
@@ -115,7 +117,7 @@ def test_a_changed_setting_is_refused_by_name(trained: Path, data: Path) -> None
     with pytest.raises(FingerprintError, match=r"started with training\.learning_rate = 0\.001, now it is 0\.5"):
         job.run(
             train_config(data, trained, groups={"data": {"test_fraction": 0.1}}, learning_rate=0.5, max_steps=6),
-            LocalEngine(),
+            LocalTrainEngine(),
         )
 
 
@@ -127,7 +129,7 @@ def test_a_killed_run_resumes_and_ends_like_an_uninterrupted_one(
     tmp_path: Path, data: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {"max_steps": 6, "eval_steps": 2, "learning_rate": 1e-3}
-    job.run(train_config(data, tmp_path / "whole", tiny, **options), LocalEngine())
+    job.run(train_config(data, tmp_path / "whole", tiny, **options), LocalTrainEngine())
     show_progress = LocalWorker.show_progress
 
     def die_at_step_5(worker: LocalWorker, progress: dict) -> None:
@@ -138,9 +140,9 @@ def test_a_killed_run_resumes_and_ends_like_an_uninterrupted_one(
     with monkeypatch.context() as patch:
         patch.setattr(LocalWorker, "show_progress", die_at_step_5)
         with pytest.raises(Stopped):
-            job.run(train_config(data, tmp_path / "killed", tiny, **options), LocalEngine())
+            job.run(train_config(data, tmp_path / "killed", tiny, **options), LocalTrainEngine())
     assert not (tmp_path / "killed" / "model").exists()
-    job.run(train_config(data, tmp_path / "killed", tiny, **options), LocalEngine())
+    job.run(train_config(data, tmp_path / "killed", tiny, **options), LocalTrainEngine())
 
     assert training_losses(tmp_path / "killed") == pytest.approx(training_losses(tmp_path / "whole"), rel=1e-5)
     assert len(training_losses(tmp_path / "killed")) == 6
@@ -164,7 +166,7 @@ def _weights(out: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("family", ["git", "blip", "vision-encoder-decoder"])
 def test_every_family_trains(tmp_path: Path, data: Path, family: str) -> None:
     model, out = without_dropout(make_tiny_model(family, tmp_path / "model")), tmp_path / "out"
-    job.run(train_config(data, out, model, learning_rate=1e-2, max_steps=3), LocalEngine())
+    job.run(train_config(data, out, model, learning_rate=1e-2, max_steps=3), LocalTrainEngine())
 
     assert training_losses(out)[-1] < training_losses(out)[0]
     assert_loads(out / "model", family)
@@ -174,7 +176,7 @@ def test_gradients_that_are_accumulated_are_those_of_the_whole_batch(tmp_path: P
     model = without_dropout(make_tiny_model("git", tmp_path / "model"))
     for out, accumulation in (("whole", 1), ("parts", 2)):
         cut = {"per_device_train_batch_size": 8 // accumulation, "gradient_accumulation_steps": accumulation}
-        job.run(train_config(data, tmp_path / out, model, learning_rate=1e-2, max_steps=3, **cut), LocalEngine())
+        job.run(train_config(data, tmp_path / out, model, learning_rate=1e-2, max_steps=3, **cut), LocalTrainEngine())
 
     assert training_losses(tmp_path / "parts") == pytest.approx(training_losses(tmp_path / "whole"), rel=1e-3)
 
@@ -204,7 +206,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     monkeypatch.setattr(CaptionLoss, "forward", broken)
     out = tmp_path / "out"
     with pytest.raises(TrainingError, match=r"the loss of step 3 is nan.*checkpoint stays"):
-        job.run(train_config(data, out, tiny, max_steps=4, eval_steps=1), LocalEngine())
+        job.run(train_config(data, out, tiny, max_steps=4, eval_steps=1), LocalTrainEngine())
 
     assert [folder.name for folder in sorted((out / "checkpoints").glob("*/step-*"))] == [
         "step-00000001",
@@ -228,7 +230,8 @@ def test_a_loss_that_is_not_finite_is_noticed_between_evaluations(
     monkeypatch.setattr(CaptionLoss, "forward", broken)
     with pytest.raises(TrainingError, match="the loss of step 3 is nan"):
         job.run(
-            train_config(data, tmp_path / "out", tiny, max_steps=20, eval_steps=10, logging_steps=10), LocalEngine()
+            train_config(data, tmp_path / "out", tiny, max_steps=20, eval_steps=10, logging_steps=10),
+            LocalTrainEngine(),
         )
 
     assert len(calls) == 4
@@ -239,7 +242,8 @@ def test_early_stopping_keeps_the_best(tmp_path: Path, data: Path) -> None:
     """The starter was trained on these captions, so no evaluation is better than the first."""
     out = tmp_path / "out"
     job.run(
-        train_config(data, out, max_steps=9, eval_steps=1, early_stopping_patience=2, learning_rate=1e-2), LocalEngine()
+        train_config(data, out, max_steps=9, eval_steps=1, early_stopping_patience=2, learning_rate=1e-2),
+        LocalTrainEngine(),
     )
 
     assert len(training_losses(out)) == 2
@@ -260,10 +264,10 @@ def test_early_stopping_keeps_the_best(tmp_path: Path, data: Path) -> None:
 )
 def test_wrong_settings_are_errors_before_anything_starts(tmp_path: Path, data: Path, groups, error, message) -> None:
     with pytest.raises(error, match=message):
-        job.run(train_config(data, tmp_path / "out", groups=groups), LocalEngine())
+        job.run(train_config(data, tmp_path / "out", groups=groups), LocalTrainEngine())
 
 
 def test_an_out_without_a_training_run_is_refused(tmp_path: Path, data: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="holds no training run"):
-        job.run(train_config(data, tmp_path), LocalEngine())
+        job.run(train_config(data, tmp_path), LocalTrainEngine())

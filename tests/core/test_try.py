@@ -63,11 +63,11 @@ def test_every_model_answers_all_questions_on_the_terminal_and_on_the_page(
 
     printed = capsys.readouterr().out
     assert printed.count("tags: a <i> ") == 2
-    assert printed.count("number_error: is no JSON") == 2
+    assert printed.count("number_error: is not JSON") == 2
     assert printed.count("captions: Describe ") == 2  # of the model that samples
     html = page.read_text()
     assert html.count("tags</span> a &lt;i&gt; ") == 2
-    assert html.count("number_error</span> is no JSON") == 2
+    assert html.count("number_error</span> is not JSON") == 2
 
 
 def test_a_model_that_cannot_be_loaded_leaves_the_others(

@@ -27,7 +27,7 @@ def archive(tmp_path: Path) -> Path:
 def captioned_but_not_published(archive: Path, out: Path) -> CaptionsTable:
     """Every chunk committed, none published: where a driver may be when it dies."""
     config = caption_config(archive, out)
-    engine = pipeline.ThisProcess(config)
+    engine = pipeline.LocalEngine(config)
     job = open_job(config, engine, lambda line: None)
     assert len(list(engine.caption_chunks(job.work, job.missing_chunks(job.table.open_plans()[0])))) == 3
     return job.table

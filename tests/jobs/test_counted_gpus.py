@@ -134,7 +134,7 @@ def test_a_run_on_one_gpu_fails_goes_on_and_retries(tmp_path: Path, monkeypatch:
         with pytest.raises(ModelError, match="model: gone"):
             caption.run(config)
 
-    engine = pipeline.ThisProcess(config)
+    engine = pipeline.LocalEngine(config)
     job = open_job(config, engine, lambda line: None)
     (plan,) = job.table.open_plans()
     assert len(list(engine.caption_chunks(job.work, job.missing_chunks(plan)[:2]))) == 2

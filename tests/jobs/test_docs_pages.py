@@ -21,7 +21,7 @@ from captioner.store.table import open_table
 from captioner.store.verify import verify
 from captioner.testing import make_folder, make_tiny_model
 from captioner.testing.tiny_clip import make_tiny_clip
-from captioner.training.local import LocalEngine
+from captioner.training.local import LocalTrainEngine
 from ray_jobs import train
 from ray_jobs.cli import main
 
@@ -127,7 +127,7 @@ def training_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # many threads on a small model wait for each other more than they work
-    monkeypatch.setattr(train, "RayTrainEngine", lambda config: LocalEngine(config.model.device))
+    monkeypatch.setattr(train, "RayTrainEngine", lambda config: LocalTrainEngine(config.model.device))
     yield
     torch.set_num_threads(threads)
 

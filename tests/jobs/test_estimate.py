@@ -64,7 +64,7 @@ def test_a_sampled_image_with_a_header_of_any_size_is_not_ok_and_costs_no_other(
     work = sample_work(source, [rows], resolve(ModelConfig(name="fake")), config)
 
     decoded = DecodeStage(work)(pa.Table.from_pylist([asdict(Chunk(0, 0, 0, 4))]))
-    piece = Piece.of(from_block(CaptionStage(work, 4, 1)(decoded), work), gap=0.0)
+    piece = Piece.from_captioned(from_block(CaptionStage(work, 4, 1)(decoded), work), gap=0.0)
 
     assert (piece.num_rows, piece.num_ok) == (4, 3)
 

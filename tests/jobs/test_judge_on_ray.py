@@ -11,14 +11,14 @@ from helpers import caption_config
 from captioner import pipeline
 from captioner.config import JudgeTableConfig
 from captioner.errors import EndpointError
-from captioner.run.judging import JudgeEngine, JudgeHere, judge
-from captioner.run.object_judge import AskHere, ObjectJudgeEngine, judge_objects
+from captioner.run.judging import JudgeEngine, LocalJudgeEngine, judge
+from captioner.run.object_judge import LocalObjectJudgeEngine, ObjectJudgeEngine, judge_objects
 from captioner.scoring.judgements import JUDGE_FOLDER, OBJECTS_FOLDER, judge_name, objects_name
 from captioner.store.table import open_table
 from captioner.testing import make_tar
 from captioner.testing.model_server import Answer, Asked, ModelServer, saying
 from captioner.testing.tiny_clip import make_tiny_clip
-from ray_jobs.judge import RayJudge
+from ray_jobs.judge import RayJudgeEngine
 
 pytestmark = pytest.mark.usefixtures("ray_instance")
 
@@ -39,7 +39,7 @@ def test_ray_gives_the_scores_of_one_process(tmp_path: Path) -> None:
         directory = open_table(str(out)).directory
         return [row for part in range(3) for row in directory.read_table(judge_name(part)).to_pylist()]
 
-    here, on_ray = rows_of(JudgeHere()), rows_of(RayJudge(settings.cluster))
+    here, on_ray = rows_of(LocalJudgeEngine()), rows_of(RayJudgeEngine(settings.cluster))
 
     assert len({row["clip_score"] for row in here}) > 5
     assert len(on_ray) == len(here) == 40
@@ -69,14 +69,14 @@ def test_ray_gives_the_verdicts_of_one_process_and_resumes(tmp_path: Path) -> No
     with ModelServer(answer) as server:
         judge_settings = {"name": server.model, "endpoint": [server.url], "concurrency": 4, "sample": "all"}
         settings = JudgeTableConfig.model_validate({"judge": judge_settings, "cluster": {"decode_cpus": 1}})
-        here = verdicts_of(AskHere())
+        here = verdicts_of(LocalObjectJudgeEngine())
         shutil.rmtree(out / OBJECTS_FOLDER)
         broken.add("another")
         server.asked.clear()
         with pytest.raises(EndpointError, match="the answers now come from model 'another'"):
-            verdicts_of(RayJudge(settings.cluster))
+            verdicts_of(RayJudgeEngine(settings.cluster))
         broken.clear()
-        on_ray = verdicts_of(RayJudge(settings.cluster))
+        on_ray = verdicts_of(RayJudgeEngine(settings.cluster))
 
     assert len({row["num_unseen"] for row in here}) == 2
     assert on_ray == here

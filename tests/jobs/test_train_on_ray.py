@@ -17,7 +17,7 @@ from captioner.models.devices import cpu_only_build
 from captioner.store.directory import Directory
 from captioner.testing import make_folder, make_tiny_model
 from captioner.training import job
-from captioner.training.local import LocalEngine
+from captioner.training.local import LocalTrainEngine
 from ray_jobs.cluster import Resources, share_out
 from ray_jobs.train import RayTrainEngine, num_threads
 from ray_jobs.train_workers import map_tables
@@ -72,7 +72,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory, data: Path, tiny: Path) -> P
 
     out, threads = tmp_path_factory.mktemp("alone") / "out", torch.get_num_threads()
     torch.set_num_threads(1)  # many threads on a tiny model wait for each other more than they work
-    job.run(settings(data, out, tiny, workers=1), LocalEngine())
+    job.run(settings(data, out, tiny, workers=1), LocalTrainEngine())
     torch.set_num_threads(threads)
     return out
 

@@ -18,7 +18,7 @@ class ApiKey:
 
     @classmethod
     def from_environment(cls) -> ApiKey:
-        """Return the key of CAPTIONER_API_KEY, else of OPENAI_API_KEY. Raises UsageError where it is no key."""
+        """Return the key of CAPTIONER_API_KEY, else of OPENAI_API_KEY. Raises UsageError where it is not a key."""
         for name in VARIABLES:
             value = os.environ.get(name, "").strip()
             if value:

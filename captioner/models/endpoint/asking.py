@@ -59,7 +59,7 @@ class BusyError(Exception):
 
 
 def checked_url(url: str) -> str:
-    """Return an --endpoint without a slash at its end. Raises UsageError where it is no URL, or holds a key."""
+    """Return an --endpoint without a slash at its end. Raises UsageError where it is not a URL, or holds a key."""
     parts = urlsplit(url)
     if "@" in parts.netloc or parts.query or parts.fragment:
         raise UsageError(
@@ -185,7 +185,7 @@ class Client:
         error, status = error_in(answer), response.status_code
         if status < 300 and error is None:
             if answer is None:
-                raise BrokenError("the answer is no JSON")
+                raise BrokenError("the answer is not JSON")
             return answer
         message, code = error or (data[:200].decode(errors="replace"), None)
         if status < 300:

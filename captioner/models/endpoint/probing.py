@@ -143,7 +143,7 @@ def describe_server(url: str, config: ModelConfig, key: ApiKey) -> str:
                 raise EndpointError(f"does not answer: {error}") from None
             seconds = time.perf_counter() - started
         logprobs = "" if probe.reply.logprob_mean is not None else ", gives no log-probabilities"
-        return f"serves {_some(names)}; {probe.model} answers one image in {seconds:.2f} s{logprobs}"
+        return f"serves {_first_names(names)}; {probe.model} answers one image in {seconds:.2f} s{logprobs}"
 
     return asyncio.run(ask())
 
@@ -184,7 +184,7 @@ async def _probe_once(client: Client, url: str, config: ModelConfig, schemas: Se
     except (EndpointError, RejectedError) as error:
         names = await _names(client, url)
         if names and model not in names:
-            raise EndpointError(f"{url}: does not serve --model {model}; it serves {_some(names)}") from None
+            raise EndpointError(f"{url}: does not serve --model {model}; it serves {_first_names(names)}") from None
         if isinstance(error, EndpointError):
             raise
         raise EndpointError(
@@ -236,7 +236,7 @@ async def _sampling_options(client: Client, probe: Probe, config: ModelConfig) -
 async def _only_model(client: Client, url: str) -> str:
     names = await client.models(url)
     if len(names) != 1:
-        raise EndpointError(f"{url}: serves {_some(names)}; name one with --model")
+        raise EndpointError(f"{url}: serves {_first_names(names)}; name one with --model")
     return names[0]
 
 
@@ -248,7 +248,7 @@ async def _names(client: Client, url: str) -> list[str]:
         return []
 
 
-def _some(names: list[str]) -> str:
+def _first_names(names: list[str]) -> str:
     more = f" and {len(names) - MAX_NAMES:,} more" if len(names) > MAX_NAMES else ""
     return ", ".join(names[:MAX_NAMES]) + more if names else "no model that it lists"
 

@@ -20,9 +20,9 @@ _BEGINNING_OF_THOUGHT = re.compile(r"<think(?:ing)?>.*$", re.DOTALL | re.IGNOREC
 class Reply:
     """An answer to one image.
 
-    `error`: why it is no caption, or "". `model`, `system_fingerprint`: who gave it, None where it does not say.
-    `samples`: the text of each choice where several were asked for, None for one that is no caption; the other fields
-    are those of the first that is one, as in `captioner.data.Captions`.
+    `error`: why it is not a caption, or "". `model`, `system_fingerprint`: who gave it, None where it does not say.
+    `samples`: the text of each choice where several were asked for, None for one that is not a caption; the other
+    fields are those of the first that is one, as in `captioner.data.Captions`.
     """
 
     text: str = ""
@@ -46,7 +46,7 @@ def joined(replies: Sequence[Reply], count: int) -> Reply:
 
 
 class NoReplyError(ValueError):
-    """Raised where a server's JSON is no chat completion."""
+    """Raised where a server's JSON is not a chat completion."""
 
 
 def error_in(body: Any) -> tuple[str, int | None] | None:
@@ -122,7 +122,7 @@ def _why_no_caption(message: dict[str, Any], content: str, text: str, reason: ob
     try:
         text.encode()
     except UnicodeEncodeError:
-        return "the answer is no valid Unicode"
+        return "the answer is not valid Unicode"
     return ""
 
 

@@ -73,7 +73,7 @@ class _Reader:
             with self._lock:
                 if self._source is None:
                     self._source = reopen_source(self._table.info["source"])
-            planned = read_planned(self._table, Chunk.of_id(row.chunk_id)).take(pa.array([row.chunk_row]))
+            planned = read_planned(self._table, Chunk.from_id(row.chunk_id)).take(pa.array([row.chunk_row]))
             (raw,) = read_images(self._source, planned)
             return raw
         except (CaptionerError, OSError) as error:

@@ -70,7 +70,7 @@ class DecisionRequest:
 
 
 def seconds_from(value: Any) -> float | None:
-    """Return the time of a decision that a page sent; None where it is no plausible number."""
+    """Return the time of a decision that a page sent; None where it is not a plausible number."""
     timed = isinstance(value, int | float) and 0 <= value <= _MAX_SECONDS
     return float(cast(float, value)) if timed else None
 
@@ -293,7 +293,7 @@ class ReviewSession:
         )
 
     def _queue_of(self, index: int) -> str:
-        """Return the queue to store with a decision: an image from the grid is no part of the random sample."""
+        """Return the queue to store with a decision: an image from the grid is not part of the random sample."""
         replaced = self._queue.decision(index)
         if replaced is not None:
             return replaced.queue

@@ -202,7 +202,7 @@ def choose_sample(table: CaptionsTable, size: int | None, seed: int | None, by: 
     """Draw the sample to look at and note it in OUT; returns it, and a sentence about it.
 
     What is not given is as in the latest spot-check of the table, so that every reviewer sees the same captions. Raises
-    UsageError when the table has no caption, or `by` is no column or has more values than the sample has images.
+    UsageError when the table has no caption, or `by` is not a column or has more values than the sample has images.
     """
     columns = columns_to_stratify(table)
     if by and by not in columns:

@@ -20,7 +20,7 @@ from captioner.models.processors import processor_class
 from captioner.models.weights import read_json
 
 
-def why_not(directory: Path, config: dict[str, Any]) -> str | None:
+def why_unsupported(directory: Path, config: dict[str, Any]) -> str | None:
     """Return why the model in `directory`, with the contents of its config.json, cannot be tried; None where it can."""
     model_type = str(config.get("model_type"))
     if model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:

@@ -1,4 +1,4 @@
-"""What a run asks about its images: checks before work starts, and notes about what could not be asked or answered."""
+"""Check what a run asks about its images before it starts, and note what was not answered when it ends."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from captioner.store.table import CaptionsTable, plan_part_name
 IMAGE_ID = "image_id"
 
 
-def check_names(ref: ModelRef, source: SourceConfig) -> None:
-    """Raise UsageError where a prompt holds a column that is not kept, or an answer's column has another use."""
+def check_columns_of_questions(ref: ModelRef, source: SourceConfig) -> None:
+    """Raise UsageError where a prompt names a column that is not kept, or the column of an answer exists already."""
     kept = ", ".join(source.keep_columns) or "none"
     check_columns(ref, [IMAGE_ID, *source.keep_columns], f"add it to --keep-columns (kept: {kept})")
     taken = {*CAPTIONS_SCHEMA.names, SAMPLES_FIELD.name, *PLAN_SCHEMA.names, *source.keep_columns}
@@ -28,8 +28,8 @@ def check_names(ref: ModelRef, source: SourceConfig) -> None:
         taken.add(field.name)
 
 
-def check_values(ref: ModelRef, table: CaptionsTable) -> None:
-    """Raise SourceError where no image has a value in a column of the prompt. Reads the plan until one has."""
+def check_prompt_columns(ref: ModelRef, table: CaptionsTable) -> None:
+    """Raise SourceError where a column of the prompt is empty for all images. Reads the plan until it finds a value."""
     for name in prompt_columns(ref):
         if name == IMAGE_ID:
             continue
@@ -55,7 +55,7 @@ def check_same_answers(ref: ModelRef, table: CaptionsTable) -> None:
         )
 
 
-def notes_of(blank: dict[str, int], unanswered: dict[str, int]) -> list[str]:
+def question_notes(blank: dict[str, int], unanswered: dict[str, int]) -> list[str]:
     """Return a line for each column that was empty in prompts, and for each question without an answer."""
     return [
         *(f"prompt: column {name!r} was empty for {counted(count, 'image')}" for name, count in blank.items()),
