@@ -69,13 +69,8 @@ def load(
     size = 1 if batch_size == "auto" else batch_size
     ref, devices = _import_and_verify(ref, device, num_gpus, notify)
     free = _free_memory(ref, devices, size)
-    if devices[0].type == "cpu" and is_small(ref):
-        num_threads = 1
-    if num_threads is not None:
-        import torch
-
-        torch.set_num_threads(num_threads)
-    captioner = _load_weights(ref, devices, size, free, notify)
+    num_threads = 1 if devices[0].type == "cpu" and is_small(ref) else num_threads
+    captioner = _load_weights(ref, devices, size, free, num_threads, notify)
     if batch_size == "auto":
         from captioner.models.batch_size import CPU_SIZE, SMALL_CPU_SIZE, choose_batch_size
 
@@ -118,11 +113,20 @@ def _free_memory(ref: ModelRef, devices: list[torch.device], batch_size: int) ->
 
 
 def _load_weights(
-    ref: ModelRef, devices: list[torch.device], batch_size: int, free: dict[int | str, int], notify: Notify
+    ref: ModelRef,
+    devices: list[torch.device],
+    batch_size: int,
+    free: dict[int | str, int],
+    num_threads: int | None,
+    notify: Notify,
 ) -> TransformersCaptioner:
     """Return the captioner with its weights on the devices. `free`: bytes of each GPU by its index."""
+    import torch
+
     from captioner.models.packed import pack_linears
 
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
     started, family = time.perf_counter(), import_family(ref.family)
     with phase("loading weights", notify):
         if len(devices) > 1:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -96,7 +97,7 @@ def captioned(work: Work, chunk: Chunk, texts: pa.Array) -> ChunkRows:
     numbers = pc.cast(pc.utf8_slice_codeunits(pc.utf8_slice_codeunits(ids, -13), 0, 9), pa.int64()).to_numpy()
     has_failed = (numbers % FAILURE_EVERY == 7) & (chunk.generation == 0)
     failed = pa.array(has_failed)
-    count, model, schema = len(ids), work.model, work.table.schema
+    count, schema = len(ids), work.table.schema
     columns: dict[str, pa.Array] = {
         "image_id": ids,
         "uri": pc.binary_join_element_wise(_SCHEME, ids, ""),
@@ -115,16 +116,7 @@ def captioned(work: Work, chunk: Chunk, texts: pa.Array) -> ChunkRows:
         "reference_captions": planned["reference_captions"].combine_chunks(),
         "chunk_row": pa.array(np.arange(count), pa.int32()),
     }
-    same_for_all = {
-        "format": "JPEG",
-        "model": model.name,
-        "model_sha256": model.sha256,
-        "fingerprint": model.fingerprint,
-        "generation": chunk.generation,
-        "run_id": work.run_id,
-        "chunk_id": chunk.chunk_id,
-        "created_at": datetime.now(UTC),
-    }
+    same_for_all = _same_for_all(work, chunk)
     arrays = [
         columns[field.name]
         if field.name in columns
@@ -135,6 +127,20 @@ def captioned(work: Work, chunk: Chunk, texts: pa.Array) -> ChunkRows:
         [array.cast(field.type) for array, field in zip(arrays, schema, strict=True)], schema=schema
     )
     return ChunkRows(chunk, rows, None, dict.fromkeys(("read", "decode", "generate"), 0.0))
+
+
+def _same_for_all(work: Work, chunk: Chunk) -> dict[str, Any]:
+    """Return the columns that have one value for all rows of a chunk."""
+    return {
+        "format": "JPEG",
+        "model": work.model.name,
+        "model_sha256": work.model.sha256,
+        "fingerprint": work.model.fingerprint,
+        "generation": chunk.generation,
+        "run_id": work.run_id,
+        "chunk_id": chunk.chunk_id,
+        "created_at": datetime.now(UTC),
+    }
 
 
 def _texts() -> list[str]:
