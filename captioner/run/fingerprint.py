@@ -1,4 +1,4 @@
-"""Bind a table to one model and its settings, its fingerprint.
+"""Bind a table to one model and its settings, which are known by their fingerprint.
 
 Captions of two models are never mixed in a table, except with --only; each row then names its model.
 """

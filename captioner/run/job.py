@@ -127,7 +127,7 @@ class Job:
             if retry is None:
                 self.notify("nothing to retry: no image has failed")
             else:
-                self.notify(self._retrying(retry))
+                self.notify(self._retry_message(retry))
                 yield retry
         elif self.config.output.extend:
             with phase(COMPARING, self.notify):
@@ -139,14 +139,14 @@ class Job:
         if self.config.output.only:
             yield from self._recaption(self.config.output.only)
 
-    def _retrying(self, plan: Plan) -> str:
-        """Return what a plan of --retry-failed does."""
+    def _retry_message(self, plan: Plan) -> str:
+        """Return what a plan of --retry-failed captions or asks again, as a line for the user."""
         counts = count_rows(self.table, whole_files=False)
         without = ", ".join(f"{count:,} without {name}" for name, count in counts.failed_answers.items())
         captioned = plan.num_rows - counts.failed
         failed = [counted(counts.failed, "failed image")] if counts.failed or not without else []
-        asked = [f"{counted(captioned, 'image')} without an answer ({without})"] if without else []
-        return f"retrying {' and '.join(failed + asked)}"
+        unanswered = [f"{counted(captioned, 'image')} without an answer ({without})"] if without else []
+        return f"retrying {' and '.join(failed + unanswered)}"
 
     def _refresh(self, rows: pa.Table, error_codes: list[str | None]) -> pa.Table:
         return refreshed(self.work.source, rows, error_codes)

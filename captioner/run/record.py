@@ -146,7 +146,7 @@ def make_record(job: Job, state: str, tally: Tally, counts: TableCounts | None =
         "slots": tally.slots,
         "images_per_second": None if rate is None else round(rate, 2),
         "engine": tally.engine,
-        "usage": _served(tally.usage, job.config.model) if model.endpoint else None,
+        "usage": _usage_record(tally.usage, job.config.model) if model.endpoint else None,
         "padding_share": round(tally.usage.padding_tokens / tally.usage.input_tokens, 4)
         if tally.usage.input_tokens
         else None,
@@ -160,7 +160,7 @@ def make_record(job: Job, state: str, tally: Tally, counts: TableCounts | None =
     }
 
 
-def _served(usage: Usage, model: ModelConfig) -> dict[str, float | None]:
+def _usage_record(usage: Usage, model: ModelConfig) -> dict[str, float | None]:
     """Return the tokens that model servers counted, and their cost."""
     prompt, completion = usage.prompt_tokens, usage.completion_tokens
     return {"prompt_tokens": prompt, "completion_tokens": completion, "cost": model.cost_of(prompt, completion)}
