@@ -41,7 +41,7 @@ SLOWEST = [
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Iterator[None]:
-    """Half a million objects are made here and live to the end: the search for garbage leaves them out."""
+    """Keep the garbage collector from searching the half a million objects that collection makes and keeps."""
     gc.disable()
     try:
         return (yield)
@@ -64,7 +64,7 @@ MakeReviewable = Callable[..., Path]
 
 @pytest.fixture(scope="session", autouse=True)
 def ctrl_c() -> Iterator[None]:
-    """A shell that starts the tests in its background ignores Ctrl-C for them, and their children inherit that."""
+    """Let tests and their child processes get Ctrl-C, which a shell ignores for what it starts in the background."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

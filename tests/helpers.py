@@ -33,7 +33,10 @@ def caption_config(
     check: Settings = DEFAULTS,
     **output: Any,
 ) -> CaptionConfig:
-    """Of a run with the fake model, in parts of 16 rows. `output` and the groups: what differs."""
+    """Return the settings of a run with the fake model and 16 rows in a file.
+
+    `source`, `model`, `cluster`, `check`, `output`: settings that differ from these.
+    """
     return CaptionConfig.model_validate(
         {
             "source": {"path": str(archive), **source},
@@ -73,12 +76,12 @@ def training_losses(out: Path) -> list[float]:
 
 
 def rows_of(out: Path | str) -> list[dict[str, Any]]:
-    """The current rows of a table, in order."""
+    """Return the current rows of a table, in order."""
     return pa.concat_tables(read_parts(open_table(str(out)))).to_pylist()
 
 
 def contents(out: Path | str) -> list[dict[str, Any]]:
-    """What a person would compare: the rows without what names the run."""
+    """Return the rows of a table without the columns that differ from run to run."""
     return [
         {name: value for name, value in row.items() if name not in ("run_id", "created_at")} for row in rows_of(out)
     ]
@@ -89,7 +92,7 @@ def source_at(path: Path | str, **settings: Any) -> Source:
 
 
 def listed(source: Source) -> tuple[pa.Table, list[str]]:
-    """All rows that the source lists, and the names that it ignores."""
+    """Return all rows that a source lists, and the names that it ignores."""
     listings = [listing for unit in source.units() for listing in source.list_unit(unit)]
     rows = pa.concat_tables([listing.rows for listing in listings] or [PLAN_SCHEMA.empty_table()])
     return rows, [name for listing in listings for name in listing.ignored]
@@ -100,13 +103,13 @@ def listed_rows(source: Source) -> pa.Table:
 
 
 def chats_to_test() -> tuple[str, ...]:
-    """Chat types of the ordinary suite, some of each kind of processor; with ALL_FAMILIES (`make families`) all."""
+    """Return the chat model types to test: some of each kind of processor; with ALL_FAMILIES (`make families`) all."""
     some = "qwen3_vl", "gemma3", "llava", "internvl", "vipllava", "paligemma"
     return tuple(TINY_CHATS) if "ALL_FAMILIES" in os.environ else some
 
 
 def with_few_references(archive: Path, count: int = 5) -> Path:
-    """Keep the captions of the first images only: scoring those of all would take half of the time of a run."""
+    """Keep the captions of the first images only, since scoring all would take half of the time of a run."""
     metadata = archive / "metadata.jsonl"
     metadata.write_text("".join(metadata.read_text().splitlines(keepends=True)[:count]))
     return archive
@@ -118,7 +121,7 @@ READY = "#card[data-state=ready][data-image]:not([data-image=loading])"  # an im
 
 
 def violations(page: Any) -> list[str]:
-    """What axe-core finds against WCAG 2.2 A and AA and its best practices, in words."""
+    """Return in words what axe-core finds against WCAG 2.2 A and AA and its best practices."""
     from axe_playwright_python.sync_playwright import Axe
 
     page.evaluate("Promise.all(document.getAnimations().map((one) => one.finished)).then(() => 0)")
