@@ -23,7 +23,7 @@ TOKENS = 1_000  # of an image, its question and its caption, in estimates of the
 
 
 def check_spread(ref: ModelRef, cluster: ClusterConfig) -> None:
-    """Raise UsageError where --gpus-per-worker is 2 or more, and the model is none that is spread over GPUs."""
+    """Raise UsageError where --gpus-per-worker is 2 or more, and the model is not one that can be spread over GPUs."""
     num_gpus = cluster.gpus_for_weights
     if num_gpus == 1:
         return

@@ -152,7 +152,7 @@ def _open_directory(config: SourceConfig, root: Root, refuse_flags: bool) -> Sou
 
 
 def _is_saved_dataset(root: Root) -> bool:
-    """Return whether `datasets` saved a dataset here: files of these names may be anybody's."""
+    """Return whether `datasets` saved a dataset here: files with these names alone prove nothing."""
     return _contains(root, b"dataset_dict.json", b'"splits"') or (
         _contains(root, b"state.json", b'"_data_files"') and root.exists(b"dataset_info.json")
     )

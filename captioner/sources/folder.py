@@ -129,7 +129,7 @@ class _Folder:
         return self.above[-1] in self.above[:-1]
 
     def with_metadata(self, files: Sequence[bytes]) -> tuple[_Folder, list[str]]:
-        """Return the folder with the captions of its metadata, and notes about files that are none."""
+        """Return the folder with the captions of its metadata, and notes about files that are not metadata."""
         loaded, notes = [], []
         for name in METADATA_NAMES if not self.hidden else ():
             path = os.path.join(self.directory, name)
@@ -145,7 +145,7 @@ class _Folder:
         return is_excluded(os.path.join(self.directory, name, b""), self.exclude)
 
     def unmatched_note(self, metadata: Metadata) -> str:
-        """Return a line about names in a metadata file that are of no image; "" where there are none."""
+        """Return a line about names in a metadata file that match no image; "" where all match."""
         paths = unmatched(metadata, self.root, self.exclude)
         if not paths:
             return ""

@@ -66,7 +66,7 @@ def find_references(metadata: Sequence[Metadata], paths: Sequence[bytes]) -> lis
 
 
 class ForeignMetadataError(SourceError):
-    """A file that has the name of metadata and is none: it does not name files."""
+    """Raised for a file with the name of a metadata file that does not name files."""
 
 
 def unmatched(metadata: Metadata, root: Root, exclude: Sequence[str] = ()) -> list[bytes]:

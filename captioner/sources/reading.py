@@ -47,7 +47,7 @@ class ReadLimits:
         self._num_bytes, self._lock = 0, threading.Lock()
 
     def admit(self, size: int, read_head: Callable[[], bytes]) -> None:
-        """Count a file of so many bytes. Raises RefusedFileError where it is not to be read, or not yet."""
+        """Count a file of `size` bytes. Raises RefusedFileError where it must not be read, or not yet."""
         self.check(size)
         if size > SNIFF_ABOVE:
             from captioner.imaging.formats import why_not_an_image
@@ -82,7 +82,7 @@ def limited_to(limits: ReadLimits) -> AbstractContextManager[None]:
 
 
 def reads_at_once(number: int) -> AbstractContextManager[None]:
-    """Let the sources of this thread run so many reads in parallel.
+    """Let the sources of this thread run `number` reads in parallel.
 
     pyarrow's client of a store opens 25 connections, or as many as pyarrow has I/O threads when the client is created.
     """

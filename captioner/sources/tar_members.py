@@ -141,7 +141,7 @@ def _next_header(stream: BinaryIO, start: int, size: int) -> int | None:
 
 
 def _parsed(block: bytes) -> tarfile.TarInfo | None:
-    """Return a header, or None where the block is none: too short, all zeros, a wrong checksum."""
+    """Return a header, or None where the block does not hold one: too short, all zeros, a wrong checksum."""
     try:
         return tarfile.TarInfo.frombuf(block, tarfile.ENCODING, "surrogateescape")
     except (tarfile.TarError, ValueError):

@@ -67,7 +67,7 @@ def with_previous(table: CaptionsTable, decoded: pa.Table, rows: pa.Table, finge
 
 
 def _previous_of(rows: pa.Table) -> pa.Table:
-    """Return the previous rows; one that there is none of has nulls alone."""
+    """Return the previous rows; where there is none, all its values are null."""
     previous = rows[PREVIOUS].combine_chunks()
     return pa.Table.from_arrays(previous.flatten(), names=[field.name for field in previous.type])
 

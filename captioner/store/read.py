@@ -37,7 +37,7 @@ def read_parts(
 ) -> Iterator[pa.Table]:
     """Yield the committed rows, one part of the table (about --rows-per-file rows) at a time, in plan order.
 
-    `every`: yield only one of so many parts. Of a run that is not finished, images without a committed row are left
+    `every`: yield only every n-th part. Of a run that is not finished, images without a committed row are left
     out; committed rows of an unfinished `--retry-failed` replace the older ones. `on_damage` is called for each file
     that is damaged or missing; where it returns, the rows of that file are left out. `whole_files`: compare published
     files with their checksums; without, only the pages of `columns` are read and checked. `besides`: parts that are

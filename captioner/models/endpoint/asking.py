@@ -177,7 +177,7 @@ class Client:
         return self._checked(url, response, data)
 
     def _checked(self, url: str, response: httpx2.Response, data: bytes) -> Any:
-        """Return the JSON of an answer. Raises where its status, or an error in its body, says that it is none."""
+        """Return the JSON of an answer. Raises where its status, or an error in its body, says that it is not one."""
         try:
             answer = json.loads(data)
         except ValueError:

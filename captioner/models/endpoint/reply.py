@@ -50,7 +50,7 @@ class NoReplyError(ValueError):
 
 
 def error_in(body: Any) -> tuple[str, int | None] | None:
-    """Return the message and the status of the error that a JSON body is; None where it is none.
+    """Return the message and the status of the error that a JSON body describes; None where it describes none.
 
     Servers and the gateways before them send errors with status 200 too.
     """
@@ -72,7 +72,7 @@ def error_in(body: Any) -> tuple[str, int | None] | None:
 
 
 def judge(body: Any) -> Reply:
-    """Return the reply that a chat completion holds. Raises NoReplyError where it is none."""
+    """Return the reply that a chat completion holds. Raises NoReplyError where it is not one."""
     choices = body.get("choices") if isinstance(body, dict) else None
     if not isinstance(choices, list) or not choices:
         raise NoReplyError("the answer holds no message")

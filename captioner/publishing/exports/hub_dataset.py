@@ -2,7 +2,7 @@
 
 The files are uploaded one after the other and appear together in one commit at the end, so that the repository never
 holds half of a dataset. The same table and settings give the same files, and the hub does not take a file twice, so
-that an upload that broke goes on where it was.
+that an interrupted upload continues where it stopped.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _SOURCES = _COLUMNS | {name: name for name in PROVENANCE}  # column of the datas
 
 
 def checked_repository(settings: ExportConfig) -> str:
-    """Return DEST as a repository. Raises UsageError where it is none, or where the hub cannot be reached."""
+    """Return DEST as a repository. Raises UsageError where it is not one, or where the hub cannot be reached."""
     from huggingface_hub import constants
 
     if not _REPOSITORY.fullmatch(settings.path):
