@@ -1,4 +1,4 @@
-"""Find images whose files have changed since they were planned or captioned, and plan them anew."""
+"""Find images whose files have changed since they were planned or captioned, and plan them again."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from captioner.store.table import CaptionsTable
 
 # The source is not compared with a finished plan of more images than this: it would take minutes.
 COMPARE_UP_TO = 1_000_000
-# A file that is newer than its caption is read and compared; so many at most where that is only for a note.
+# A file that is newer than its caption is read and compared. Where the result is only a note, at most this many are.
 COMPARE_FILES_UP_TO = 1_000
 # Requests for sizes and times, and reads, at the same time: a file server takes a millisecond for each.
 REQUESTS_AT_ONCE = 16
@@ -44,9 +44,9 @@ U = TypeVar("U")
 
 @dataclass
 class Changed:
-    """The captioned images whose files are not any more what was captioned, and rows that failed as `changed`.
+    """Images whose files differ from what was captioned, and rows that failed as `changed`.
 
-    `indices`: of rows in the parts of the table, which must be published to be planned again.
+    `indices`: of these rows in each part of the table; only rows of published parts can be planned again.
     """
 
     indices: RowIndices = field(default_factory=dict)
@@ -69,8 +69,8 @@ class Changed:
 def find_changed(table: CaptionsTable, source: Source, compare_up_to: int | None = COMPARE_FILES_UP_TO) -> Changed:
     """Compare the size and time of change of every captioned file with its row.
 
-    `compare_up_to`: how many files that are newer than their captions are read; all where it is None. Otherwise one
-    request for each file, for a tar or a table and all its images, for a folder of a store.
+    `compare_up_to`: at most this many files that are newer than their captions are read; None: all. Apart from that it
+    takes one request for each file; for a tar or table, whatever it holds; and for each folder of a store.
     """
     changed, files, plans = Changed(), _Files(source, compare_up_to), table.plans()
     # What is damaged is captioned again anyway.
@@ -116,13 +116,13 @@ def _units_of(source: Source, files: set[bytes]) -> list[str]:
 
 
 class _Files:
-    """What the files of a source are now."""
+    """Sizes, times and bytes of the files of a source as they are now."""
 
     def __init__(self, source: Source, compare_up_to: int | None = 0) -> None:
         while isinstance(source, WrappedSource):
             source = source.source
         self._root: Root | None = getattr(source, "root", None)
-        self._saved = source if isinstance(source, HuggingFaceSource) else None
+        self._dataset = source if isinstance(source, HuggingFaceSource) else None
         self._now = time.time_ns()
         self._compare_left = compare_up_to
         self.num_unsure = 0  # files that are newer than their captions, and were not compared
@@ -142,7 +142,7 @@ class _Files:
         return changed
 
     def _have_changed_alone(self, root: Root, rows: pa.Table, planned: pa.Table) -> npt.NDArray[np.bool_]:
-        """Do the same for images that have a file each."""
+        """Return the same for images that have a file each."""
         files = planned["file"].to_pylist()
         sizes, times = self._sizes_and_times(root, files)
         num_bytes = pc.fill_null(rows["num_bytes"], -1).to_numpy()
@@ -191,7 +191,7 @@ class _Files:
     def stamp(self, file: bytes) -> str | None:
         """Return the stamp of a file that holds many images."""
         if file not in self._stamps:
-            stamp_of = self._saved.stamp if self._saved else self._root.stamp if self._root else None
+            stamp_of = self._dataset.stamp if self._dataset else self._root.stamp if self._root else None
             self._stamps[file] = stamp_of(file) if stamp_of else None
         return self._stamps[file]
 
