@@ -23,7 +23,9 @@ from captioner.sources.tar_members import header_room, is_member
 
 NOT_YET = "not_yet"  # the code of an image that is read later, when there is memory for it; never in a table
 SNIFF_ABOVE = 16 << 20  # bytes; of a larger file the first ones must be those of an image
-LATE_SECONDS, LATE_TIMES = 1.0, 10  # see `run_reads`
+# When a read is late (see `run_reads`): the least seconds, and how many times those of half of the reads.
+LATE, VERY_LATE = (0.3, 4), (1.0, 10)
+SECOND_READS = 0.01  # of the reads, the share that is started a second time when they are no more than LATE
 STAMP = pa.field("stamp", pa.string())  # a column of the plan beside PLAN_SCHEMA, of images that share a file
 
 _concurrency = ContextVar("concurrency", default=32)
@@ -152,20 +154,22 @@ def read_all(tasks: Sequence[Callable[[], RawImage]], root: Root, *, in_archives
 def run_reads(tasks: Sequence[Callable[[], RawImage]]) -> list[RawImage]:
     """Run reads in parallel; return their images in order.
 
-    Once half of them have returned, a read that takes LATE_TIMES as long as these, and LATE_SECONDS at least, is
-    started a second time, and the first answer counts: a store that lets one request in a thousand hang would otherwise
-    hold up every second chunk until the request times out.
+    Once half of them have returned, a read that is LATE is started a second time, and the first answer counts: a store
+    that lets one request in a thousand hang would otherwise hold up every second chunk until the request times out.
+    After SECOND_READS of them only those that are VERY_LATE are started again, as some are slow because they are large.
     """
     reads = [_TimedRead(task) for task in tasks]
     pool = ThreadPoolExecutor(min(concurrency(), len(tasks)) or 1)
     try:
-        calls = [[pool.submit(read)] for read in reads]
+        calls, num_second = [[pool.submit(read)] for read in reads], 0
         while waiting := [index for index, futures in enumerate(calls) if not any(map(Future.done, futures))]:
-            wait([future for index in waiting for future in calls[index]], timeout=LATE_SECONDS / 4)
-            limit = _seconds_until_late(reads)
+            wait([future for index in waiting for future in calls[index]], timeout=LATE[0] / 4)
+            late, very_late = _seconds_until(LATE, reads), _seconds_until(VERY_LATE, reads)
             for index in waiting:
+                limit = late if num_second < SECOND_READS * len(tasks) else very_late
                 if len(calls[index]) == 1 and reads[index].elapsed() > limit:
                     calls[index].append(in_background(tasks[index]))
+                    num_second += 1
         return [next(future for future in futures if future.done()).result() for futures in calls]
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
@@ -189,11 +193,13 @@ class _TimedRead:
         return time.monotonic() - self._started
 
 
-def _seconds_until_late(reads: Sequence[_TimedRead]) -> float:
+def _seconds_until(late: tuple[float, int], reads: Sequence[_TimedRead]) -> float:
+    """Return after how many seconds a read is `late`; infinity before half of the reads have returned."""
+    least, times = late
     seconds = [read.seconds for read in reads if read.seconds is not None]
     if 2 * len(seconds) < len(reads):
         return math.inf
-    return max(LATE_SECONDS, LATE_TIMES * statistics.median(seconds)) if seconds else math.inf
+    return max(least, times * statistics.median(seconds)) if seconds else math.inf
 
 
 def with_stamp(rows: pa.Table, stamp: str | None) -> pa.Table:

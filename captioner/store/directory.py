@@ -24,11 +24,12 @@ from captioner.files import Retry, absolute, open_filesystem, shown
 from captioner.store.checksum import (
     ARROW_SUFFIX,
     PARSE_ERRORS,
+    WholeFile,
     decoded,
-    file_matches,
     from_file,
     to_arrow,
     to_parquet,
+    whole_file,
     with_checksum,
     without_checksum,
 )
@@ -199,21 +200,21 @@ class Directory:
         with self.filesystem.open_input_stream(self.path(name)) as stream:
             return bytes(stream.read())
 
-    def write_bytes(self, name: str, data: bytes | pa.Buffer) -> None:
+    def write_bytes(self, name: str, data: bytes | bytearray | pa.Buffer) -> None:
         """Write a file atomically. Raises OutputError naming the file and the cause."""
         try:
             self.retry(lambda: self._put(name, data))
         except OSError as error:
             raise OutputError(f"cannot write {self.shown(name)}: {error}; fix it, then run again") from error
 
-    def _put(self, name: str, data: bytes | pa.Buffer) -> None:
+    def _put(self, name: str, data: bytes | bytearray | pa.Buffer) -> None:
         if self.is_local:
             self._write_local(name, data)
             return
         with self.filesystem.open_output_stream(self.path(name)) as stream:
             stream.write(data)
 
-    def _write_local(self, name: str, data: bytes | pa.Buffer) -> None:
+    def _write_local(self, name: str, data: bytes | bytearray | pa.Buffer) -> None:
         final = self.path(name)
         folder = os.path.dirname(final)
         os.makedirs(folder, exist_ok=True)
@@ -286,40 +287,37 @@ class Directory:
                 raise ValueError(f"it has no column {missing[0]}")
             return table
 
-    def read_checked(self, name: str) -> bytes:
-        """Return the bytes of a table's file. Raises DamagedFileError where they are not those that were written."""
-        data = self.read_bytes(name)
+    def read_checked(self, name: str) -> WholeFile:
+        """Return a table's file. Raises DamagedFileError where its bytes are not those that were written."""
         try:
-            if not file_matches(name, data):
-                from_file(name, data)  # which raises, or reads every page of a file without checksum
+            return whole_file(name, self.read_bytes(name))
         except ValueError as error:
             raise self.damage(name, f"is damaged: {error}") from error
-        return data
 
-    def decoded(self, name: str, data: bytes, columns: list[str] | None = None) -> pa.Table:
+    def decoded(self, name: str, file: WholeFile, columns: list[str] | None = None) -> pa.Table:
         """Return what `read_checked` returned of a file as a table: these columns, or all.
 
         Raises DamagedFileError where it is whole but another kind of file, without these columns.
         """
         try:
-            return decoded(name, data, columns)
+            return decoded(name, file.data, columns)
         except ValueError as error:
             raise self.damage(name, f"is damaged: {error}") from error
 
-    def write_table(self, name: str, table: pa.Table, row_group_size: int | None = None) -> bytes:
-        """Write `table` as one file, Arrow IPC or Parquet by its name, atomically, and return the bytes written."""
-        data = to_arrow(table) if name.endswith(ARROW_SUFFIX) else to_parquet(table.schema, [table], row_group_size)
-        self.write_bytes(name, data)
-        return data
+    def write_table(self, name: str, table: pa.Table, row_group_size: int | None = None) -> WholeFile:
+        """Write `table` as one file, Arrow IPC or Parquet by its name, atomically, and return what was written."""
+        file = to_arrow(table) if name.endswith(ARROW_SUFFIX) else to_parquet(table.schema, [table], row_group_size)
+        self.write_bytes(name, file.data)
+        return file
 
-    def write_tables(self, name: str, schema: pa.Schema, tables: Iterable[pa.Table]) -> bytes:
-        """Write a stream of tables as one Parquet file, atomically, and return the bytes written.
+    def write_tables(self, name: str, schema: pa.Schema, tables: Iterable[pa.Table]) -> WholeFile:
+        """Write a stream of tables as one Parquet file, atomically, and return what was written.
 
         Row groups have at least ROW_GROUP_ROWS rows.
         """
-        data = to_parquet(schema, _row_groups(tables))
-        self.write_bytes(name, data)
-        return data
+        file = to_parquet(schema, _row_groups(tables))
+        self.write_bytes(name, file.data)
+        return file
 
     @_retried
     def delete(self, name: str) -> None:

@@ -118,7 +118,7 @@ def _order_of(digests: Digests) -> npt.NDArray[np.int64]:
 def _in_buckets(parts: list[Digests]) -> list[Digests]:
     """Return the digests of each bucket."""
     digests = np.concatenate([np.empty(0, _DIGEST), *parts])
-    bucket_of = digests["high"] % _BUCKETS
+    bucket_of = (digests["high"] % _BUCKETS).astype(np.uint8)  # small numbers are sorted in a fifth of the time
     order = np.argsort(bucket_of, kind="stable")
     ends = np.searchsorted(bucket_of[order], np.arange(_BUCKETS + 1))
     return [digests[order[ends[number] : ends[number + 1]]] for number in range(_BUCKETS)]

@@ -19,7 +19,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from hashlib import sha256
 from types import TracebackType
 from typing import Any
 
@@ -39,6 +38,9 @@ from captioner.store.table import CaptionsTable, Plan, captions_name, history_na
 PARTS_AT_ONCE = min(4, os.cpu_count() or 1)
 # Chunks of a part that are read or deleted at the same time in a store, which takes some 30 ms to answer.
 REQUESTS_AT_ONCE = 16
+# The record of the parts so far is written when it lacks one part in so many. Written after each part, what is written
+# of it would grow with the square of the parts: 700 MB for 2,000 of them.
+PARTS_FOR_ONE_UNRECORDED = 200
 
 OnPart = Callable[[int], None]
 
@@ -112,7 +114,8 @@ class PartPublisher:
     """Publishes each part of a plan when all its chunks are committed; a context manager.
 
     `chunks`: those of the plan that are missing now. `check_held`: raises OutputError where OUT is no longer this
-    run's. Parts of which a file is damaged, and those of plans that supersede rows, are left to `publish`.
+    run's. Parts of which a file is damaged, and those of plans that supersede rows, are left to `publish`, which also
+    reads those that the record lacks.
     """
 
     def __init__(
@@ -121,6 +124,7 @@ class PartPublisher:
         self._table, self._plan, self._check_held = table, plan, check_held
         self._num_missing = Counter(chunk.part for chunk in chunks) if plan.adds_parts else Counter[int]()
         self._files = _unchanged_files(table, plan)
+        self._num_unrecorded = 0
         self._lock = threading.Lock()
         self._pending: list[Future[None]] = []
         self._threads = ThreadPoolExecutor(_parts_at_once(table), thread_name_prefix="publishing")
@@ -159,7 +163,10 @@ class PartPublisher:
             return
         with self._lock:
             self._files[part] = file
-            self._table.write_files_so_far(self._plan.generation, self._files)
+            self._num_unrecorded += 1
+            if self._num_unrecorded * PARTS_FOR_ONE_UNRECORDED >= len(self._files):
+                self._table.write_files_so_far(self._plan.generation, self._files)
+                self._num_unrecorded = 0
         _delete_chunks(self._table, (chunk.chunk_id for chunk in self._plan.part_chunks(part)))
 
 
@@ -198,12 +205,12 @@ def _publish_part(table: CaptionsTable, plan: Plan, part: int, is_published: boo
     name, counts = captions_name(part), TableCounts()
     if is_published or (not plan.adds_parts and has_rows_of(table, plan, part)):
         # Of a generation that supersedes rows, they were written before a kill; the older ones are in history/.
-        data = table.directory.read_checked(name)
-        counts.add_rows(table.directory.decoded(name, data, table.counted_columns), table.answer_columns)
+        file = table.directory.read_checked(name)
+        counts.add_rows(table.directory.decoded(name, file, table.counted_columns), table.answer_columns)
     elif plan.adds_parts:
         counted_columns: list[pa.Table] = []
         rows_of_chunks = _noted(table, _committed_rows(table, plan, part), counted_columns)
-        data = table.directory.write_tables(name, table.schema, rows_of_chunks)
+        file = table.directory.write_tables(name, table.schema, rows_of_chunks)
         counts.add_rows(pa.concat_tables(counted_columns), table.answer_columns)
     else:
         current = table.directory.read_table(name)
@@ -212,14 +219,15 @@ def _publish_part(table: CaptionsTable, plan: Plan, part: int, is_published: boo
         table.directory.write_table(history_name(plan.generation, part), current.take(indices))
         rows = replace_rows(current, indices, newer)
         counts.add_rows(rows, table.answer_columns)
-        data = table.directory.write_table(name, rows)
-    return {"sha256": sha256(data).hexdigest(), "num_bytes": len(data), "counts": counts.to_record()}
+        file = table.directory.write_table(name, rows)
+    return {"sha256": file.sha256, "num_bytes": len(file.data), "counts": counts.to_record()}
 
 
 def _noted(table: CaptionsTable, tables: Iterable[pa.Table], counted_columns: list[pa.Table]) -> Iterator[pa.Table]:
     """Yield the same tables, and append to a list the columns by which their rows are counted."""
+    names = table.counted_columns
     for rows in tables:
-        counted_columns.append(rows.select(table.counted_columns))
+        counted_columns.append(rows.select(names))
         yield rows
 
 

@@ -97,12 +97,13 @@ def read_chunk(table: CaptionsTable, chunk: Chunk, columns: Sequence[str] | None
     """
     name = table.chunk_name(chunk.chunk_id)
     schema = table.schema if columns is None else pa.schema([table.schema.field(column) for column in columns])
-    rows = table.directory.read_table(name, sorted({*schema.names, "chunk_id"}))
-    if rows.num_rows != chunk.num_rows or not pc.all(pc.equal(rows["chunk_id"], chunk.chunk_id)).as_py():
-        raise table.directory.damage(name, "is damaged: it holds the rows of another chunk")
-    rows = rows if rows.column_names == schema.names else rows.select(schema.names)
+    # Where all columns are wanted they are not named: looking for 27 names takes a third of the time of reading.
+    read = table.directory.read_table(name, None if columns is None else sorted({*columns, "chunk_id"}))
+    rows = read if columns is None else read.select(list(columns))
     if not rows.schema.equals(schema):
         raise table.directory.damage(name, "is damaged: its columns are not those of this table")
+    if read.num_rows != chunk.num_rows or not pc.all(pc.equal(read["chunk_id"], chunk.chunk_id)).as_py():
+        raise table.directory.damage(name, "is damaged: it holds the rows of another chunk")
     return rows
 
 

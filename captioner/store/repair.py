@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import posixpath
 from contextlib import suppress
-from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -408,10 +407,10 @@ def damage_of_part(table: CaptionsTable, plan: Plan, part: int, recorded: dict[s
     """
     name = captions_name(part)
     try:
-        data = table.directory.read_checked(name)
-        if recorded and sha256(data).hexdigest() == recorded["sha256"]:
+        file = table.directory.read_checked(name)
+        if recorded and file.sha256 == recorded["sha256"]:
             return ""
-        if recorded and len(data) == recorded["num_bytes"]:
+        if recorded and len(file.data) == recorded["num_bytes"]:
             return f"{table.directory.shown(name)} is damaged: its bytes are not those that were published"
         ids = table.directory.read_table(name, ["image_id"])["image_id"]
     except DamagedFileError as error:

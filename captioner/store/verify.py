@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from hashlib import sha256
 from typing import Any
 
 import pyarrow as pa
@@ -15,7 +14,7 @@ import pyarrow.compute as pc
 from captioner.console.text import counted
 from captioner.data import ERROR_CODES, STATUS_FAILED, STATUS_OK
 from captioner.errors import DamagedFileError
-from captioner.store.checksum import has_checksum
+from captioner.store.checksum import WholeFile, has_checksum
 from captioner.store.counts import TableCounts
 from captioner.store.ids import IdIndex
 from captioner.store.read import OnDamage, check_part, raise_damage, read_chunk, read_parts
@@ -148,8 +147,8 @@ def _verify_part(
         result.lost += len(ids)
         result.add_problem(f"{name} is missing: {counted(len(ids), 'image has', 'images have')} no row")
         return
-    data = _verified_bytes(table, name, result)
-    rows = table.directory.decoded(name, data, ["image_id", "chunk_id", *table.counted_columns])
+    file = _verified_file(table, name, result)
+    rows = table.directory.decoded(name, file, ["image_id", "chunk_id", *table.counted_columns])
     with result.noting_damage():
         check_part(table, plan, part, rows)
         result.counts_of_parts[part] = TableCounts()
@@ -205,24 +204,22 @@ def _verify_files(table: CaptionsTable, result: Verification) -> None:
     for name in table.files_with_rows():
         if name not in result.verified_files:
             with result.noting_damage():
-                _verified_bytes(table, name, result)
+                _verified_file(table, name, result)
 
 
-def _verified_bytes(table: CaptionsTable, name: str, result: Verification) -> bytes:
-    """Return the bytes of a file, compared with its checksum and with the record of what was published.
+def _verified_file(table: CaptionsTable, name: str, result: Verification) -> WholeFile:
+    """Return a file, compared with its checksum and with the record of what was published.
 
     Raises DamagedFileError.
     """
     result.verified_files.add(name)
-    data = table.directory.read_checked(name)
-    if not has_checksum(name, data):
+    file = table.directory.read_checked(name)
+    if not has_checksum(name, file.data):
         if table.info.get("checksums"):
             raise table.directory.damage(name, "is damaged: its checksum is gone")
         result.unchecked += 1
-    folder, _, file = name.rpartition("/")
-    (part,) = part_numbers([file]) or (-1,)
-    if folder == "captions" and part in result.recorded:
-        digest = sha256(data).hexdigest()
-        if digest != result.recorded[part]["sha256"]:
-            result.add_problem(f"{name} is not the file that was published (sha256 {digest[:12]})")
-    return data
+    folder, _, base_name = name.rpartition("/")
+    (part,) = part_numbers([base_name]) or (-1,)
+    if folder == "captions" and part in result.recorded and file.sha256 != result.recorded[part]["sha256"]:
+        result.add_problem(f"{name} is not the file that was published (sha256 {file.sha256[:12]})")
+    return file

@@ -223,7 +223,8 @@ def test_a_process_killed_with_a_table_on_s3_leaves_what_resumes(
 
 
 def test_a_read_that_hangs_holds_up_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "LATE_SECONDS", 0.01)
+    monkeypatch.setattr(reading, "LATE", (0.01, 4))
+    monkeypatch.setattr(reading, "VERY_LATE", (0.02, 10))
     released, calls = threading.Event(), Counter[int]()
 
     def read(number: int) -> RawImage:
@@ -240,3 +241,22 @@ def test_a_read_that_hangs_holds_up_no_other(monkeypatch: pytest.MonkeyPatch) ->
 
     assert [image.image_id for image in images] == [str(number) for number in range(100)]
     assert calls[7] == calls[57] == 2
+
+
+def test_of_many_slow_reads_few_are_started_a_second_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "LATE", (0.01, 4))
+    released, calls = threading.Event(), Counter[int]()
+
+    def read(number: int) -> RawImage:
+        calls[number] += 1
+        if calls[number] == 2:
+            released.set()
+        if number % 10 == 7:
+            released.wait()
+        return RawImage(str(number), str(number), b"bytes")
+
+    with reading.reads_at_once(32):
+        images = reading.run_reads([partial(read, number) for number in range(100)])
+
+    assert [image.image_id for image in images] == [str(number) for number in range(100)]
+    assert calls.total() == 101
