@@ -9,6 +9,7 @@ JSON object of pictures a second, medians of the rounds.
 
 --errors, --stalls: the same is then read from a second server, which answers this share of the requests with 503, or
 after --stall-seconds, in turns with the first one; "share" is its rate as a share of the other's, median of the rounds.
+"second_reads" are the reads that were late and were started again, for each picture.
 --work: milliseconds for each picture that the reader is busy with a chunk while the next one is read, as a decoder is.
 """
 
@@ -29,6 +30,7 @@ from email.utils import formatdate
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING
+from unittest import mock
 
 if TYPE_CHECKING:
     from captioner.data import RawImage
@@ -51,12 +53,14 @@ def main() -> None:
                 [_read(_location(port), list(files), concurrency, options.work / 1000) for port in ports]
                 for _ in range(options.rounds)
             ]
-            rates = [each[0] for each in rounds]
-            facts = {"pictures_per_second": round(statistics.median(rates), 1)}
-            print(f"{concurrency} reads at once:", [[round(rate, 1) for rate in each] for each in rounds], flush=True)
+            rates = [[rate for rate, _ in each] for each in rounds]
+            facts = {"pictures_per_second": round(statistics.median(each[0] for each in rates), 1)}
+            facts["second_reads"] = round(statistics.mean(each[0][1] for each in rounds), 5)
+            print(f"{concurrency} reads at once:", [[round(rate, 1) for rate in each] for each in rates], flush=True)
             if len(ports) > 1:
-                facts["with_faults"] = round(statistics.median(each[1] for each in rounds), 1)
-                facts["share"] = round(statistics.median(each[1] / each[0] for each in rounds), 3)
+                facts["with_faults"] = round(statistics.median(each[1] for each in rates), 1)
+                facts["share"] = round(statistics.median(each[1] / each[0] for each in rates), 3)
+                facts["second_reads_with_faults"] = round(statistics.mean(each[1][1] for each in rounds), 5)
             result[str(concurrency)] = facts
     print(json.dumps({"latency_ms": options.latency, "pictures": options.pictures, "read_concurrency": result}))
 
@@ -89,11 +93,15 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _read(location: str, names: list[str], concurrency: int, work: float) -> float:
-    """Pictures a second, read in chunks of 512. `work`: seconds for each picture that follow reading."""
+def _read(location: str, names: list[str], concurrency: int, work: float) -> tuple[float, float]:
+    """Pictures a second, read in chunks of 512, and second reads for each picture.
+
+    `work`: seconds for each picture that follow reading.
+    """
     import pyarrow as pa
 
     from captioner.run.prefetch import one_ahead
+    from captioner.sources import reading
     from captioner.sources.reading import read_rows, reads_at_once
     from captioner.sources.root import Root
 
@@ -106,11 +114,14 @@ def _read(location: str, names: list[str], concurrency: int, work: float) -> flo
         with reads_at_once(concurrency):
             return read_rows(rows.slice(first, CHUNK), Root.at(location))
 
-    with one_ahead(read(first) for first in range(0, count, CHUNK)) as chunks:
+    with (
+        mock.patch.object(reading, "in_background", wraps=reading.in_background) as second,
+        one_ahead(read(first) for first in range(0, count, CHUNK)) as chunks,
+    ):
         for images in chunks:
             assert all(image.data for image in images), next(image.error_message for image in images if not image.data)
             time.sleep(work * len(images))
-    return count / (time.perf_counter() - started)
+    return count / (time.perf_counter() - started), second.call_count / count
 
 
 @contextmanager
