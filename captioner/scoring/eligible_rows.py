@@ -49,13 +49,15 @@ class EligibleRow:
 
 @dataclass
 class RowSelector:
-    """Selects the rows to score: with a caption and references, not training images, the first in the seed's order."""
+    """Selects the rows to score: with a caption and references, not training images, the first in the seed's order.
+
+    `num_eligible`: rows that can be scored. `num_trained`: rows left out because their images are training images.
+    """
 
     table: CaptionsTable
     spec: CheckSpec
     num_eligible: int = 0
     num_trained: int = 0
-    _num_trained: int = 0
     _max_rank: int | None = None
 
     def __post_init__(self) -> None:
@@ -67,13 +69,14 @@ class RowSelector:
 
     def eligible(self, rows: pa.Table) -> Iterator[EligibleRow]:
         """Yield and count the rows of a part that can be scored."""
-        for row in self._with_references(rows):
-            self.num_eligible += 1
-            yield row
+        for row, is_trained in self._with_references(rows):
+            self.num_trained += is_trained
+            self.num_eligible += not is_trained
+            if not is_trained:
+                yield row
 
     def set_sample(self, sample: LowestRanks[None]) -> None:
         """Set the sample drawn from all eligible rows. Raises UsageError when the references match no image."""
-        self.num_trained = self._num_trained
         references = self.spec.references
         if references and references.unmatched()[0] == len(references.captions):
             raise UsageError(no_match_message(references, self.table))
@@ -81,9 +84,14 @@ class RowSelector:
 
     def sampled(self, rows: pa.Table) -> list[EligibleRow]:
         """Return the rows of a part that are in the sample."""
-        return [row for row in self._with_references(rows) if self._max_rank is None or row.rank <= self._max_rank]
+        return [
+            row
+            for row, is_trained in self._with_references(rows)
+            if not is_trained and (self._max_rank is None or row.rank <= self._max_rank)
+        ]
 
-    def _with_references(self, rows: pa.Table) -> Iterator[EligibleRow]:
+    def _with_references(self, rows: pa.Table) -> Iterator[tuple[EligibleRow, bool]]:
+        """Yield the rows with a caption and references, each with whether its image is a training image."""
         references, seed = self.spec.references, self.spec.seed
         ids, statuses = rows["image_id"].to_pylist(), rows["status"].to_pylist()
         from_source = [None] * len(ids) if references else rows["reference_captions"].to_pylist()
@@ -92,10 +100,8 @@ class RowSelector:
             row_references = references.find(image_id) if references else from_source[index]
             if not row_references or statuses[index] != STATUS_OK:
                 continue
-            if digests[index] in self._trained:
-                self._num_trained += 1
-                continue
-            yield EligibleRow(index, rank(image_id, seed), image_id, captions[index], row_references)
+            row = EligibleRow(index, rank(image_id, seed), image_id, captions[index], row_references)
+            yield row, digests[index] in self._trained
 
 
 def no_match_message(references: References, table: CaptionsTable) -> str:
