@@ -13,9 +13,13 @@ from typing import Any
 
 from ray.train.backend import Backend, BackendConfig
 
+from captioner.console.text import counted
+from captioner.errors import ClusterError
 from ray_jobs.gpus import training_device
+from ray_jobs.workers import reason_of_death
 
 TIMEOUT_S = 1800
+MAX_DEATHS = 3  # of workers while they join, one start of all workers after the other
 
 
 @dataclass
@@ -48,7 +52,12 @@ class ProcessGroup(BackendConfig):
 
 
 class _ProcessGroupBackend(Backend):
+    """Ray Train's controller keeps one for all starts of the workers."""
+
     share_cuda_visible_devices = True  # NCCL uses direct connections only to GPUs that a worker sees
+
+    def __init__(self) -> None:
+        self._deaths = 0  # since the workers last joined
 
     def on_start(self, worker_group: Any, backend_config: ProcessGroup) -> None:
         import ray.util
@@ -56,12 +65,30 @@ class _ProcessGroupBackend(Backend):
         placement_group, address, port = worker_group.execute_single(0, _placement_group_and_free_address)
         try:
             worker_group.execute(_join, backend_config, address, port)
-        except ray.exceptions.RayError:
+            self._deaths = 0
+        except ray.exceptions.RayError as error:
             # Ray Train counts these workers as started, so it does not clean up after this failure, and its controller
             # never gets the group of workers to shut it down. They would keep their CPUs and GPUs, for which the next
             # training of this driver would wait.
             ray.util.remove_placement_group(placement_group)
+            self._count_death(error)
             raise
+
+    def _count_death(self, error: Exception) -> None:
+        """Raise ClusterError where workers died too often.
+
+        Ray Train starts the workers again for ever where one dies before training begins. Its own limit,
+        `controller_failure_limit`, also counts waiting for nodes that are to come, which may take long.
+        """
+        import ray.exceptions
+
+        if isinstance(error, ray.exceptions.RayActorError):
+            self._deaths += 1
+            if self._deaths >= MAX_DEATHS:
+                raise ClusterError(
+                    f"a training worker died {counted(self._deaths, 'time')} while it joined the others: "
+                    f"{reason_of_death(error)}; checkpoints are saved; run the same command to continue"
+                ) from error
 
 
 def _placement_group_and_free_address() -> tuple[Any, str, int]:

@@ -6,6 +6,7 @@ start would never end. `WorkerStarts` ends such a run with the reason.
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections import deque
@@ -90,6 +91,19 @@ def _import_error(log: Path) -> str:
     text = log.read_text(errors="replace") if log.exists() else ""
     *_, last = text.split("Traceback (most recent call last):")
     return printable(first_error(last)) if "default_worker.py" in last else ""
+
+
+def reason_of_death(error: Exception) -> str:
+    """Return why an actor's process ended: what it wrote, if it ran on this node. `error`: of Ray about the actor."""
+    import ray
+
+    if process := re.search(r"^\s*pid: (\d+)$", str(error), re.MULTILINE):
+        logs = Path(ray._private.worker.global_worker.node.get_logs_dir_path())
+        for log in logs.glob(f"worker-*-{process[1]}.err"):
+            text = log.read_text(errors="replace")
+            if message := first_error(text) or "".join(re.findall(r"^Fatal Python error: .+$", text, re.MULTILINE)[:1]):
+                return printable(message)
+    return CRASHED
 
 
 class WorkerStarts:

@@ -19,6 +19,7 @@ from captioner.testing import make_folder, make_tiny_model
 from captioner.training import job
 from captioner.training.local import LocalTrainEngine
 from ray_jobs.cluster import Resources, share_out
+from ray_jobs.process_group import ProcessGroup
 from ray_jobs.train import RayTrainEngine, num_threads
 from ray_jobs.train_workers import map_tables
 
@@ -219,6 +220,28 @@ def test_workers_that_cannot_use_their_gpus_leave_them_to_what_comes_next(
 
     gpus = ray_instance.cluster_resources()["GPU"]
     assert ray_instance.get(ray_instance.remote(num_cpus=0, num_gpus=gpus)(lambda: "runs").remote(), timeout=60)
+
+
+@pytest.mark.usefixtures("ray_instance")
+def test_a_worker_that_always_dies_while_it_joins_ends_the_training_with_its_error(
+    tmp_path: Path, data: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Dying(ProcessGroup):  # defined here, so that it travels to workers by value
+        @property
+        def backend(self) -> str:
+            import os
+
+            if "MASTER_PORT" in os.environ:  # in a worker that joins
+                os.abort()
+            return "gloo"
+
+    monkeypatch.setattr("ray_jobs.process_group.ProcessGroup", Dying)
+    config = settings(data, tmp_path / "out", tiny, workers=1)
+
+    with pytest.raises(
+        ClusterError, match="worker died 3 times while it joined the others: Fatal Python error: Aborted"
+    ):
+        job.run(config, RayTrainEngine(config))
 
 
 @pytest.mark.usefixtures("ray_instance")
