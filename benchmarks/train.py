@@ -49,7 +49,7 @@ def ours(args: argparse.Namespace) -> dict:
     from captioner.models import resolve
     from captioner.run.prefetch import one_ahead
     from captioner.training.collate import Decode, Upload
-    from captioner.training.loop import make_collate
+    from captioner.training.evaluate import make_collate
     from captioner.training.loss import CaptionLoss
     from captioner.training.order import GlobalOrder, Share
     from captioner.training.pair_sources import list_pairs, open_pair_sources

@@ -20,7 +20,6 @@ from typing import Any
 import pyarrow as pa
 
 from captioner.config import ClusterConfig, ModelConfig, TrainConfig
-from captioner.console.trying import try_images
 from captioner.errors import CaptionerError
 from captioner.files import absolute
 from captioner.models import ModelRef, weights_bytes
@@ -51,6 +50,8 @@ def run(config: TrainConfig, engine: TrainEngine | None = None) -> int:
     image, out, model = config.output.caption_image, config.output.path.rstrip("/"), config.model
     if code or image is None:
         return code
+    from captioner.console.trying import try_images
+
     trained = ModelConfig(
         name=f"{out}/model", prompt=model.prompt, max_new_tokens=model.max_new_tokens, device=model.device
     )

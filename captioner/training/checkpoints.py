@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig
-from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from captioner.models.pretrained import quiet
 from captioner.training.lora import adapter_weights, save_adapters
@@ -84,6 +83,8 @@ class Snapshot:
 
     def __init__(self, trainer: Trainer, network: Any, with_adapters: bool) -> None:
         weights = adapter_weights(network) if with_adapters else network.state_dict(keep_vars=True)
+        from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME  # seconds, which finish.py spares
+
         states = {OPTIMIZER_NAME: trainer.optimizer.state_dict(), SCHEDULER_NAME: trainer.lr_scheduler.state_dict()}
         if trainer.accelerator.scaler is not None:
             states[SCALER_NAME] = trainer.accelerator.scaler.state_dict()
@@ -106,6 +107,8 @@ class Snapshot:
             save_network(self._network, folder, self._weights)
         for name, state in self._states.items():
             torch.save(state, folder / name)
+        from transformers.trainer import TRAINER_STATE_NAME
+
         (folder / TRAINER_STATE_NAME).write_text(self._trainer_state, encoding="utf-8")
 
 

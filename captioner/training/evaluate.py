@@ -16,12 +16,16 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
+from captioner.config import TrainConfig
 from captioner.console.text import counted
 from captioner.models.base import TransformersCaptioner
+from captioner.models.chat import ChatCaptioner
 from captioner.scoring.coco_metrics import cider_d
 from captioner.scoring.normalise import caption_tokens, normalise
+from captioner.training.chat_batches import ChatCollate, answer_frame
 from captioner.training.collate import Collate, batches_of, pixels_of
 from captioner.training.loss import CaptionLoss
+from captioner.training.pairs import max_caption_tokens
 
 # Captions are shuffled within a window for the baseline, so windows do not depend on the number of workers.
 WINDOW = 64
@@ -32,6 +36,25 @@ SHARES = ("equal_share", "empty_share", "cut_share")  # of the figures of an eva
 
 TableDecoder = Callable[[Iterator[pa.Table]], Iterator[pa.Table]]
 """Decodes tables of pairs: the same tables with a column of pixels, in the same order."""
+
+
+def eval_batch_size(config: TrainConfig) -> int:
+    """Return the number of images in a batch of an evaluation."""
+    return config.training.per_device_eval_batch_size or config.training.per_device_train_batch_size
+
+
+def make_collate(captioner: TransformersCaptioner) -> Collate:
+    """Return the Collate for the tokenizer and the special tokens of a captioner."""
+    settings, ref = captioner.settings, captioner.ref
+    end_ids = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+    padding = settings.pad_token_id if settings.pad_token_id is not None else end_ids[0]
+    longest = max_caption_tokens(ref)
+    if isinstance(captioner, ChatCaptioner):
+        before, end = answer_frame(captioner, end_ids)
+        return ChatCollate(captioner.tokenizer, (), end, padding, ref.spec, longest, captioner.process, before)
+    # A token that `generate` always writes first is not learned.
+    forced = [] if settings.forced_bos_token_id is None else [settings.forced_bos_token_id]
+    return Collate(captioner.tokenizer, (*captioner.prefix, *forced), end_ids[0], padding, ref.spec, longest)
 
 
 @dataclass(frozen=True)

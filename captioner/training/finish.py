@@ -20,10 +20,9 @@ from captioner.models.weights import SETTINGS_FILES
 from captioner.scoring.eligible_rows import TRAINING_IMAGES
 from captioner.training.checkpoints import save_network
 from captioner.training.collate import Decode
-from captioner.training.evaluate import SHARES, Evaluator
+from captioner.training.evaluate import SHARES, Evaluator, eval_batch_size, make_collate
 from captioner.training.hub import model_card
 from captioner.training.job import MODEL_FILE
-from captioner.training.loop import eval_batch_size, make_collate
 from captioner.training.loss import CaptionLoss
 from captioner.training.report import write_report
 from captioner.training.schedule import best_of, evaluations

@@ -23,19 +23,16 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from captioner.config import TrainConfig
 from captioner.errors import ModelError
 from captioner.models.base import TransformersCaptioner
-from captioner.models.chat import ChatCaptioner
 from captioner.models.pretrained import quiet
 from captioner.models.ref import ModelRef
 from captioner.run.prefetch import one_ahead
 from captioner.training.callback import TrainingCallback, sum_over_workers
-from captioner.training.chat_batches import ChatCollate, answer_frame
 from captioner.training.checkpoints import Checkpoints, Snapshot
 from captioner.training.collate import Collate, Decode, Upload, batches_of
-from captioner.training.evaluate import Evaluator, TableDecoder, windows_of
+from captioner.training.evaluate import Evaluator, TableDecoder, eval_batch_size, make_collate, windows_of
 from captioner.training.fsdp import gathered, is_sharded, load_sharded, shard
 from captioner.training.loss import CaptionLoss
 from captioner.training.order import GlobalOrder, Share
-from captioner.training.pairs import max_caption_tokens
 from captioner.training.trainable import enable_gradient_checkpointing, open_trainable
 from captioner.training.worker import Worker, WorkerTask
 
@@ -171,25 +168,6 @@ def _train(
 def _show_status(worker: Worker, text: str) -> None:
     if worker.rank == 0:
         worker.show_status(text)
-
-
-def eval_batch_size(config: TrainConfig) -> int:
-    """Return the number of images in a batch of an evaluation."""
-    return config.training.per_device_eval_batch_size or config.training.per_device_train_batch_size
-
-
-def make_collate(captioner: TransformersCaptioner) -> Collate:
-    """Return the Collate for the tokenizer and the special tokens of a captioner."""
-    settings, ref = captioner.settings, captioner.ref
-    end_ids = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
-    padding = settings.pad_token_id if settings.pad_token_id is not None else end_ids[0]
-    longest = max_caption_tokens(ref)
-    if isinstance(captioner, ChatCaptioner):
-        before, end = answer_frame(captioner, end_ids)
-        return ChatCollate(captioner.tokenizer, (), end, padding, ref.spec, longest, captioner.process, before)
-    # A token that `generate` always writes first is not learned.
-    forced = [] if settings.forced_bos_token_id is None else [settings.forced_bos_token_id]
-    return Collate(captioner.tokenizer, (*captioner.prefix, *forced), end_ids[0], padding, ref.spec, longest)
 
 
 def training_arguments(task: WorkerTask, folder: str, use_cpu: bool) -> TrainingArguments:

@@ -21,9 +21,8 @@ from captioner.scoring.normalise import caption_tokens
 from captioner.testing.tiny_models import TINY_SIDE
 from captioner.training import job
 from captioner.training.advice import collapse_warning, is_collapsed, length_warning
-from captioner.training.evaluate import WINDOW, Evaluator
+from captioner.training.evaluate import WINDOW, Evaluator, make_collate
 from captioner.training.local import LocalTrainEngine
-from captioner.training.loop import make_collate
 from captioner.training.loss import CaptionLoss
 from captioner.training.recipes import LORA_LEARNING_RATE, recipe_of, with_recipe
 from captioner.training.schedule import best_of, evaluations

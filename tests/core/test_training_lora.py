@@ -15,8 +15,8 @@ from captioner.models.quantized import stored_bytes
 from captioner.testing import make_folder, make_tiny_model
 from captioner.testing.tiny_models import TINY_SIDE
 from captioner.training import job
+from captioner.training.evaluate import make_collate
 from captioner.training.local import LocalTrainEngine
-from captioner.training.loop import make_collate
 from captioner.training.loss import CaptionLoss
 from captioner.training.trainable import ADAPTERS, open_trainable
 

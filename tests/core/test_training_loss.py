@@ -26,7 +26,7 @@ from captioner.testing import make_tiny_model
 from captioner.testing.tiny_models import TINY_SIDE
 from captioner.training.chat_batches import ChatCollate
 from captioner.training.collate import Collate
-from captioner.training.loop import make_collate
+from captioner.training.evaluate import make_collate
 from captioner.training.loss import CaptionLoss
 from captioner.training.pairs import TRAINABLE
 from captioner.training.trainable import enable_gradient_checkpointing, open_trainable

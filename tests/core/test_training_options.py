@@ -17,9 +17,8 @@ from captioner.errors import InterruptedRunError, TerminatedRunError, UsageError
 from captioner.models import load, resolve
 from captioner.testing.tiny_models import TINY_SIDE
 from captioner.training import job
-from captioner.training.evaluate import WINDOW, Evaluator
+from captioner.training.evaluate import WINDOW, Evaluator, make_collate
 from captioner.training.local import LocalTrainEngine, LocalWorker
-from captioner.training.loop import make_collate
 from captioner.training.loss import CaptionLoss
 from captioner.training.trainable import open_trainable
 
