@@ -113,6 +113,20 @@ def test_importing_is_light(module: str) -> None:
     assert shown.strip() == "[]"
 
 
+def test_tests_import_the_modules_that_they_name() -> None:
+    """Else they pass only where another test has imported the module before."""
+    missing = []
+    for path in (ROOT / "tests").rglob("*.py"):
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        imported = {f"{alias.name}." for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        named = {ast.unparse(node) for node in nodes if isinstance(node, ast.Attribute)}
+        for module in named & set(MODULES):
+            if not any(name.startswith(f"{module}.") for name in imported):
+                missing.append(f"{path.name}: {module}")
+
+    assert missing == []
+
+
 @pytest.mark.parametrize("module", [module for module in MODULES if not module.split(".")[-1].startswith("_")])
 def test_every_module_says_what_it_is(module: str) -> None:
     source = source_of(module)

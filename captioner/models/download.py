@@ -70,11 +70,11 @@ def _has_weights(directory: Path | None) -> bool:
 
 def _commit_of(name: str, revision: str | None) -> str:
     """Return the commit of a branch or tag; of the main branch for None."""
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
-        return str(HfApi().model_info(name, revision=revision, timeout=20).sha)
+        return str(HfApi().model_info(name, revision=revision, timeout=max(20, constants.HF_HUB_ETAG_TIMEOUT)).sha)
     except GatedRepoError:
         raise ModelError(
             f"--model {name}: its owner grants access one by one; ask on the hub, then set HF_TOKEN"

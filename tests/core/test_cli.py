@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import captioner.console.commands
+import captioner.console.trying
 import captioner.pipeline
 import captioner.starter.render
 from captioner.config import CaptionConfig, Setting, command_line, load_config, settings_of

@@ -82,7 +82,7 @@ def etag(file: Path) -> str:
 @pytest.fixture
 def hub(model) -> Iterator[ThreadingHTTPServer]:
     handler = type("TestHub", (Hub,), {"directory": model, "requests": []})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server = type("Server", (ThreadingHTTPServer,), {"request_queue_size": 64})(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -112,6 +112,8 @@ def ask(hub, tmp_path):
             "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_address[1]}",
             "HF_HOME": str(tmp_path / "hf"),
             "NO_PROXY": "127.0.0.1",
+            "HF_HUB_ETAG_TIMEOUT": "300",  # by default 10 s, in which a busy machine may not answer
+            "HF_HUB_DOWNLOAD_TIMEOUT": "300",
         }
         environment |= variables
         command = [sys.executable, "-c", RESOLVE, name, revision]
