@@ -222,7 +222,7 @@ def _init(address: str) -> None:
     check_gcs(address)
     keep_messages()
     try:
-        with _quiet_stderr(), _own_sigterm(), _without_monitors():
+        with _quiet_stderr(), _own_sigterm(), without_monitors():
             ray.init(**settings)
     except Exception as error:  # Ray also raises exceptions of no particular class
         raise ClusterError(f"Ray at {address!r} cannot be reached: {' '.join(str(error).split())[:300]}") from error
@@ -250,7 +250,7 @@ def _quiet_stderr() -> Iterator[None]:
 
 
 @contextmanager
-def _without_monitors() -> Iterator[None]:
+def without_monitors() -> Iterator[None]:
     """Let a Ray that is started here do without its autoscaler, its dashboard's server and its reader of logs.
 
     It has no nodes to add, no dashboard and no logs to show, but each of the three is a process that takes about a

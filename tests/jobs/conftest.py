@@ -14,8 +14,10 @@ def ray_instance():
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     import ray
 
+    from ray_jobs.cluster import without_monitors
+
     if not ray.is_initialized():
-        with pytest.MonkeyPatch.context() as patch:
+        with pytest.MonkeyPatch.context() as patch, without_monitors():
             patch.setenv("PYTHONPATH", decoder_faults()["PYTHONPATH"])
             ray.init(
                 address="local",

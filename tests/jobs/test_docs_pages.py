@@ -46,7 +46,7 @@ SHORTER = {
     "train": ["--max-steps", "2", "--num-workers", "1", "--device", "cpu"],
     "estimate": ["--num-workers", "1", "--decode-cpus", "1", "--device", "cpu"],
     "doctor": ["--device", "cpu"],
-    "judge": ["--num-workers", "1", "--decode-cpus", "1", "--device", "cpu"],
+    "judge": ["--local", "--device", "cpu"],
 }
 
 
@@ -122,7 +122,7 @@ def captions(out: str) -> int:
 
 @pytest.fixture
 def training_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Train in this process: the README's commands show that training works on Ray."""
+    """Train in this process: test_counted_gpus and test_train_on_ray show that training works on Ray."""
     import torch
 
     threads = torch.get_num_threads()
@@ -173,6 +173,7 @@ def test_when_something_fails() -> None:
     run_page("when-something-fails.md")
 
 
+@pytest.mark.usefixtures("training_here")
 def test_the_readme(desk: Path) -> None:
     shutil.copytree(desk / "images", desk / "pairs")
     run_page("README.md")

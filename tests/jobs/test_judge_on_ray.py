@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("ray_instance")
 
 def test_ray_gives_the_scores_of_one_process(tmp_path: Path) -> None:
     out, archive = tmp_path / "out", make_tar(tmp_path / "archive.tar", 40)
-    pipeline.run(caption_config(archive, out))  # parts of 16 rows
+    pipeline.run(caption_config(archive, out, model={"preprocess": "processor"}))  # parts of 16 rows
     settings = JudgeTableConfig.model_validate(
         {
             "judge": {"name": str(make_tiny_clip(tmp_path / "clip", num_steps=40)), "device": "cpu"},
@@ -51,7 +51,7 @@ def test_ray_gives_the_scores_of_one_process(tmp_path: Path) -> None:
 
 def test_ray_gives_the_verdicts_of_one_process_and_resumes(tmp_path: Path) -> None:
     out, archive = tmp_path / "out", make_tar(tmp_path / "archive.tar", 40)
-    pipeline.run(caption_config(archive, out))
+    pipeline.run(caption_config(archive, out, model={"preprocess": "processor"}))
 
     def answer(asked: Asked) -> Answer | None:
         code = asked.caption[-1]
