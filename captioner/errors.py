@@ -2,6 +2,7 @@
 
     CaptionerError                 exit 1
     +-- UsageError                 an invalid flag, YAML key or value
+    |   +-- NoAnswerError          a store did not answer in time, and is still being asked
     +-- SourceError                the source: missing, empty, unreadable as a whole
     +-- ModelError                 the model: missing, without weights or tensors, of an unknown kind
     |   +-- EndpointError          a model server: not reachable, refuses the key, or serves another model than before
@@ -49,6 +50,10 @@ class CaptionerError(Exception):
 
 class UsageError(CaptionerError):
     """Raised for a setting that is unknown or out of range."""
+
+
+class NoAnswerError(UsageError):
+    """Raised where a store did not answer in time; its client may ask on for a minute, whatever becomes of this."""
 
 
 class SourceError(CaptionerError):

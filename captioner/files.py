@@ -6,8 +6,9 @@ import os
 import re
 import time
 from collections.abc import Callable
+from concurrent.futures import wait
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TypeVar
 from urllib.parse import quote, unquote
@@ -15,10 +16,18 @@ from urllib.parse import quote, unquote
 import pyarrow as pa
 from pyarrow.fs import FileSystem, FSSpecHandler, LocalFileSystem, PyFileSystem
 
-from captioner.errors import UsageError
+from captioner.errors import NoAnswerError, UsageError
+from captioner.run.prefetch import in_background
 
 T = TypeVar("T")
 
+CONNECT_SECONDS = 30.0  # for the first answer of a store
+_CHECK = "check the address, the network and the credentials of the store, then run again"
+# Of errors of clients: nobody answers, or there is nobody to ask for credentials.
+_UNREACHABLE = re.compile(
+    r"(?i:network_connection|curlcode|connection|resolve host|name or service|unreachable|timed? ?out|unavailable|"
+    r"metadata|credential|authenticat|offline)"
+)
 
 _FILE_URI = re.compile(r"file:(//(localhost)?)?/", re.IGNORECASE)  # also file:/path, as Java and Spark write it
 
@@ -60,10 +69,19 @@ def shown(location: str) -> str:
     return re.sub(r"^(\w+://)[^/@]*@", r"\1", address)
 
 
+def check_remains(location: str) -> None:
+    """Raise UsageError where what is written would be lost with the process."""
+    if location.lower().startswith("memory://"):
+        raise UsageError(
+            f"{shown(location)}: memory:// is lost when the command ends; give an OUT on a disk, s3:// or gs://"
+        )
+
+
 def open_filesystem(location: str) -> tuple[FileSystem, str]:
     """Return the filesystem of a local path or URI, and the path inside it (absolute where local).
 
-    Raises UsageError where nothing installed opens URIs of that scheme.
+    Raises UsageError where nothing installed opens URIs of that scheme, and where the store cannot be reached or does
+    not answer within CONNECT_SECONDS.
     """
     if not is_uri(location):
         return LocalFileSystem(), local_path(location)
@@ -74,22 +92,46 @@ def open_filesystem(location: str) -> tuple[FileSystem, str]:
 @lru_cache(maxsize=256)
 def _open_uri(uri: str) -> tuple[FileSystem, str]:
     """Open a URI. Cached: making a client takes milliseconds, or a request to the store."""
+    connection = in_background(partial(_connect, uri))
+    wait([connection], CONNECT_SECONDS)
+    if not connection.done():
+        raise NoAnswerError(f"{shown(uri)} did not answer within {CONNECT_SECONDS:g} s; {_CHECK}")
+    return connection.result()
+
+
+def _connect(uri: str) -> tuple[FileSystem, str]:
+    """Open a URI, and ask the store once. Raises UsageError where that shows that it cannot be reached."""
     try:
         filesystem, path = FileSystem.from_uri(
-            quote(_with_single_puts(uri), safe=":/?&=@%+,;~!$'()*")
+            quote(_with_options(uri), safe=":/?&=@%+,;~!$'()*")
         )  # spaces and Unicode in keys
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-        return _open_with_fsspec(uri)
-    except OSError as error:  # hdfs:// without its libraries, for instance
+        filesystem, path = _open_with_fsspec(uri)
+    except (OSError, pa.ArrowException) as error:  # hdfs:// without its libraries, for instance
         raise _cannot_open(uri, error) from None
+    try:
+        filesystem.get_file_info(path.rstrip("/"))
+    except Exception as error:  # clients behind fsspec raise their own exceptions
+        if _UNREACHABLE.search(f"{type(error).__name__} {error}"):
+            raise _cannot_open(uri, error, f"; {_CHECK}") from None
     return filesystem, path
 
 
-def _with_single_puts(uri: str) -> str:
-    """Let a small file be one request to S3 instead of the three of a multipart upload."""
-    if not uri.startswith("s3://") or "allow_delayed_open=" in uri:
+def _with_options(uri: str) -> str:
+    """Add options of pyarrow that the URI does not set.
+
+    A small file is one request to S3, not the three of a multipart upload. Google Cloud Storage would repeat a request
+    for 15 minutes; those who ask have their own repetitions (`Retry`).
+    """
+    scheme = uri.partition("://")[0].lower()
+    option, value = {
+        "s3": ("allow_delayed_open", "true"),
+        "gs": ("retry_limit_seconds", f"{CONNECT_SECONDS:g}"),
+        "gcs": ("retry_limit_seconds", f"{CONNECT_SECONDS:g}"),
+    }.get(scheme, ("", ""))
+    if not option or f"{option}=" in uri:
         return uri
-    return f"{uri}{'&' if '?' in uri else '?'}allow_delayed_open=true"
+    return f"{uri}{'&' if '?' in uri else '?'}{option}={value}"
 
 
 def _open_with_fsspec(uri: str) -> tuple[FileSystem, str]:
@@ -105,8 +147,9 @@ def _open_with_fsspec(uri: str) -> tuple[FileSystem, str]:
     return PyFileSystem(FSSpecHandler(filesystem)), path
 
 
-def _cannot_open(uri: str, error: Exception) -> UsageError:
-    return UsageError(f"{shown(uri)} cannot be opened: {' '.join(str(error).split()) or type(error).__name__}")
+def _cannot_open(uri: str, error: Exception, what_to_do: str = "") -> UsageError:
+    reason = " ".join(str(error).split())[:500] or type(error).__name__
+    return UsageError(f"{shown(uri)} cannot be opened: {reason}{what_to_do}")
 
 
 def cache_dir() -> Path:

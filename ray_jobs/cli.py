@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import signal
 import sys
 import threading
@@ -23,7 +24,7 @@ from captioner.config import (
 from captioner.console.phases import HEARTBEAT
 from captioner.console.stopping import quit_at_once
 from captioner.console.text import counted, printable
-from captioner.errors import ERROR, INTERRUPTED, OK, CaptionerError, UsageError
+from captioner.errors import ERROR, INTERRUPTED, OK, CaptionerError, NoAnswerError, UsageError
 from ray_jobs.help import Command, Group
 from ray_jobs.options import takes
 
@@ -60,6 +61,9 @@ def caption(config: CaptionConfig) -> int:
 
     The same command again continues a stopped run. SOURCE and OUT may come from --config.
     """
+    from captioner.files import check_remains
+
+    check_remains(config.output.path)
     if config.cluster.local:
         from captioner import pipeline
 
@@ -453,8 +457,10 @@ def train(config: TrainConfig) -> int:
 
     The same command again continues from the last checkpoint. DATA and OUT may come from --config.
     """
+    from captioner.files import check_remains
     from ray_jobs import train
 
+    check_remains(config.output.path)
     return train.run(config)
 
 
@@ -515,6 +521,8 @@ def main(argv: list[str] | None = None) -> NoReturn:
     words = (sys.argv[1:] if argv is None else argv) or ["--help"]
     try:
         sys.exit(_commands().main(words, prog_name="captioner", standalone_mode=False) or OK)
+    except NoAnswerError as error:
+        _fail(str(error), error.exit_code, at_once=True)
     except CaptionerError as error:
         _fail(str(error), error.exit_code)
     except typer.TyperException as error:  # an unknown flag or command, a missing or misplaced value
@@ -529,10 +537,15 @@ def _commands() -> Any:
     return typer.main.get_command(app)
 
 
-def _fail(message: str, exit_code: int) -> NoReturn:
+def _fail(message: str, exit_code: int, at_once: bool = False) -> NoReturn:
+    """Print an error and end the process. `at_once`: without waiting for what it still does."""
     if exit_code == INTERRUPTED and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, quit_at_once)  # whoever presses Ctrl-C again does not wait for Ray's end
     print(f"captioner: error: {printable(message)}", file=sys.stderr)
+    if at_once:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
     sys.exit(exit_code)
 
 

@@ -1,16 +1,23 @@
 """A table on something that is not a local disk: one PUT a file, the same promise."""
 
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
+import fsspec
 import pytest
 from helpers import caption_config, contents
 
-from captioner import pipeline
-from captioner.errors import OutputError
+from captioner import files, pipeline
+from captioner.errors import NoAnswerError, OutputError, UsageError
 from captioner.store.directory import Directory
 from captioner.store.table import open_table
 from captioner.store.verify import verify
 from captioner.testing import Killed, killed_at_write, make_folder
+from ray_jobs.cli import main
 
 
 def test_a_table_in_an_object_store_survives_kills(tmp_path: Path) -> None:
@@ -85,3 +92,80 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
 
     with pytest.raises(OutputError, match=r"x.parquet is damaged"):
         Directory(str(tmp_path)).read_table("x.parquet")
+
+
+class SilentFileSystem(fsspec.AbstractFileSystem):
+    """A store whose client waits for ever."""
+
+    protocol = "silent"
+    at_end = threading.Event()
+
+    def info(self, path: str, **kwargs: object) -> dict:
+        self.at_end.wait()
+        raise FileNotFoundError(path)
+
+
+@pytest.fixture
+def silent_port() -> Iterator[int]:
+    """A port that takes connections and never says a word."""
+    SilentFileSystem.at_end.clear()
+    fsspec.register_implementation("silent", SilentFileSystem, clobber=True)
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        yield server.getsockname()[1]
+    SilentFileSystem.at_end.set()
+
+
+@pytest.mark.parametrize(
+    "uri", ["gs://anonymous@bucket/x?endpoint_override=127.0.0.1:{port}&scheme=http", "silent://bucket/x"]
+)
+def test_a_store_that_never_answers_is_an_error_soon(
+    monkeypatch: pytest.MonkeyPatch, silent_port: int, uri: str
+) -> None:
+    monkeypatch.setattr(files, "CONNECT_SECONDS", 0.5)
+
+    with pytest.raises(NoAnswerError, match=r"://bucket/x did not answer within 0.5 s; check the address, the network"):
+        files.open_filesystem(uri.format(port=silent_port))
+
+
+@pytest.mark.parametrize("where", ["SOURCE", "OUT"])
+def test_a_command_ends_although_the_client_of_its_store_still_waits(
+    tmp_path: Path, silent_port: int, where: str
+) -> None:
+    """The one of S3 would keep the process for a minute and a half."""
+    uri = f"s3://key:secret@bucket/x?endpoint_override=127.0.0.1:{silent_port}&scheme=http&region=us-east-1"
+    folder = str(make_folder(tmp_path / "archive", 2))
+    words = [
+        "caption",
+        *((uri, str(tmp_path / "out")) if where == "SOURCE" else (folder, uri)),
+        "--model",
+        "fake",
+        "--local",
+    ]
+    code = f"from captioner import files; files.CONNECT_SECONDS = 1; from ray_jobs.cli import main; main({words})"
+
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[-1].startswith("captioner: error: s3://bucket/x did not answer within 1 s; check")
+
+
+@pytest.mark.parametrize("uri", ["gs://anonymous@bucket/x?{at}", "s3://key:secret@bucket/x?{at}&region=us-east-1"])
+def test_a_store_where_nobody_listens_is_an_error_soon(monkeypatch: pytest.MonkeyPatch, uri: str) -> None:
+    monkeypatch.setattr(files, "CONNECT_SECONDS", 2.0)
+
+    with pytest.raises(UsageError, match=r"://bucket/x (did not answer within 2 s|cannot be opened: .*); check the"):
+        files.open_filesystem(uri.format(at="endpoint_override=127.0.0.1:1&scheme=http"))
+
+
+def test_an_out_that_would_be_lost_with_the_process_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    archive = str(make_folder(tmp_path / "archive", 2))
+    for command, model in (("caption", "fake"), ("train", "starter")):
+        with pytest.raises(SystemExit) as ended:
+            main([command, archive, "memory://bucket/out", "--model", model])
+
+        assert ended.value.code == 1
+        assert "memory:// is lost when the command ends; give an OUT on a disk" in capsys.readouterr().err
