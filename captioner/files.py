@@ -6,7 +6,7 @@ import os
 import re
 import time
 from collections.abc import Callable
-from concurrent.futures import wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -23,6 +23,7 @@ T = TypeVar("T")
 
 CONNECT_SECONDS = 30.0  # for the first answer of a store
 _CHECK = "check the address, the network and the credentials of the store, then run again"
+_unanswered: dict[str, Future[tuple[FileSystem, str]]] = {}  # by URI, so that nobody waits for it twice
 # Of errors of clients: nobody answers, or there is nobody to ask for credentials.
 _UNREACHABLE = re.compile(
     r"(?i:network_connection|curlcode|connection|resolve host|name or service|unreachable|timed? ?out|unavailable|"
@@ -92,9 +93,11 @@ def open_filesystem(location: str) -> tuple[FileSystem, str]:
 @lru_cache(maxsize=256)
 def _open_uri(uri: str) -> tuple[FileSystem, str]:
     """Open a URI. Cached: making a client takes milliseconds, or a request to the store."""
-    connection = in_background(partial(_connect, uri))
-    wait([connection], CONNECT_SECONDS)
+    asked_before = _unanswered.pop(uri, None)
+    connection = asked_before or in_background(partial(_connect, uri))
+    wait([connection], 0 if asked_before else CONNECT_SECONDS)
     if not connection.done():
+        _unanswered[uri] = connection
         raise NoAnswerError(f"{shown(uri)} did not answer within {CONNECT_SECONDS:g} s; {_CHECK}")
     return connection.result()
 

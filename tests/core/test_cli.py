@@ -278,7 +278,7 @@ def test_try_takes_images_and_the_flags_of_the_model(monkeypatch: pytest.MonkeyP
         calls.append((paths, [(model.name, model.num_beams) for model in models]))
         return 0
 
-    monkeypatch.setattr(captioner.console.trying, "try_images", try_images)
+    monkeypatch.setattr("captioner.console.trying.try_images", try_images)
 
     assert exit_code("try", "a.jpg", "b.jpg", "--model", "starter", "--num-beams", "3") == 0
     assert exit_code("try", "a.jpg", "--model", "starter", "--model", "models/git") == 0

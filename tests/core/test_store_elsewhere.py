@@ -124,9 +124,14 @@ def test_a_store_that_never_answers_is_an_error_soon(
     monkeypatch: pytest.MonkeyPatch, silent_port: int, uri: str
 ) -> None:
     monkeypatch.setattr(files, "CONNECT_SECONDS", 0.5)
+    uri = uri.format(port=silent_port)
 
     with pytest.raises(NoAnswerError, match=r"://bucket/x did not answer within 0.5 s; check the address, the network"):
-        files.open_filesystem(uri.format(port=silent_port))
+        files.open_filesystem(uri)
+
+    monkeypatch.setattr(files, "CONNECT_SECONDS", 600.0)
+    with pytest.raises(UsageError, match=r"://bucket/x"):  # at once
+        files.open_filesystem(uri)
 
 
 @pytest.mark.parametrize("where", ["SOURCE", "OUT"])
