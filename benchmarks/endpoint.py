@@ -29,7 +29,7 @@ from statistics import fmean
 from typing import Any
 
 from captioner.starter.scenes import make_scenes
-from captioner.testing.model_server import Asked, ModelServer
+from captioner.testing.model_server import ModelServer, Request
 
 Side = Callable[[Path, ModelServer, argparse.Namespace], None]
 PEER_BATCH = 4  # images; each actor has many batches, so that none waits for the last one of another
@@ -57,7 +57,7 @@ def measure(caption: Side, archive: Path, options: argparse.Namespace) -> dict[s
     spans: list[tuple[float, float]] = []  # of the requests: when they came, and how long the answer takes
     random = Random(0)
 
-    def answer_later(asked: Asked) -> None:
+    def answer_later(asked: Request) -> None:
         delay = options.delay * math.exp(random.gauss(0, options.spread))
         spans.append((time.perf_counter(), delay))
         time.sleep(delay)

@@ -82,7 +82,7 @@ def run(config: CaptionConfig, sample: int, seed: int, price_per_gpu_hour: float
             "`captioner try FILE` says why for one file"
         )
     prediction = predict(pieces, total, sizes.num_workers, sizes.decode_cpus, seed)
-    for line in lines(prediction, sizes, price_per_gpu_hour, config.model):
+    for line in prediction_lines(prediction, sizes, price_per_gpu_hour, config.model):
         print(line)
     return OK
 
@@ -144,7 +144,7 @@ def predict(pieces: Sequence[Piece], total: int, num_workers: int, decoders: int
     )
 
 
-def lines(
+def prediction_lines(
     prediction: Prediction, sizes: Sizes, price_per_gpu_hour: float | None, model: ModelConfig | None = None
 ) -> list[str]:
     """Return the prediction as lines to print, with intervals in brackets."""

@@ -141,12 +141,12 @@ def check(out: str, settings: CheckConfig, against: str | None = None) -> int:
 
 def judge(out: str, config: JudgeTableConfig, engine: judging.JudgeEngine) -> int:
     """Judge the captions of a table by their images, write its report and print the figures."""
-    return _report_judged(out, judging.lines(judging.judge(out, config, engine)))
+    return _report_judged(out, judging.summary_lines(judging.judge(out, config, engine)))
 
 
 def judge_objects(out: str, config: JudgeTableConfig, engine: object_judge.ObjectJudgeEngine) -> int:
     """Ask what captions name that is not in their images, write the report and print the figures."""
-    return _report_judged(out, object_judge.lines(object_judge.judge_objects(out, config, engine)))
+    return _report_judged(out, object_judge.summary_lines(object_judge.judge_objects(out, config, engine)))
 
 
 def _report_judged(out: str, lines: list[str]) -> int:

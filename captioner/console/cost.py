@@ -51,12 +51,12 @@ def run(num_images: int, gpu: str, num_gpus: int, cpus_per_gpu: int | None, pric
         raise UsageError(
             f"--gpu {gpu}: nothing was measured on it; give one of {', '.join(CARDS)}, or estimate a SOURCE"
         )
-    for line in lines(num_images, CARDS[gpu], num_gpus, cpus_per_gpu, price_per_gpu_hour):
+    for line in estimate_lines(num_images, CARDS[gpu], num_gpus, cpus_per_gpu, price_per_gpu_hour):
         print(line)
     return OK
 
 
-def lines(
+def estimate_lines(
     num_images: int, card: Card, num_gpus: int = 1, cpus_per_gpu: int | None = None, price: float | None = None
 ) -> list[str]:
     """Return the estimate as lines to print. `price`: of a GPU hour, with the CPUs beside it."""

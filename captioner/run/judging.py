@@ -409,7 +409,7 @@ def summarise(table: CaptionsTable, work: JudgeWork) -> dict[str, Any]:
     }
 
 
-def lines(figures: dict[str, Any]) -> list[str]:
+def summary_lines(figures: dict[str, Any]) -> list[str]:
     """Return the figures as lines for the terminal."""
     if not figures["num_judged"]:
         return ["no caption could be judged", *_unjudged_lines(figures)]

@@ -289,7 +289,7 @@ def _summarise(table: CaptionsTable, work: Work, made_by: bytes) -> dict[str, An
     }
 
 
-def lines(figures: dict[str, Any]) -> list[str]:
+def summary_lines(figures: dict[str, Any]) -> list[str]:
     """Return the figures as lines for the terminal."""
     judged, unseen = figures["num_judged"], figures["num_with_unseen"]
     share = f" ({unseen / judged:.1%})" if judged else ""

@@ -1,6 +1,6 @@
 """An OpenAI-compatible model server for tests, which misbehaves on order.
 
-    with ModelServer(lambda asked: too_many_requests(5) if asked.number == 3 else None) as server:
+    with ModelServer(lambda request: too_many_requests(5) if request.number == 3 else None) as server:
         captioner caption images/ out/ --endpoint {server.url} --model {server.model}
 
 `python -m captioner.testing.model_server --help` starts one that answers after a fixed time, for measurements.
@@ -27,7 +27,7 @@ from PIL import Image
 
 
 @dataclass(frozen=True)
-class Asked:
+class Request:
     """A request about an image.
 
     `number`: from 1, without the requests by which a run finds out what the server is. `image`: the bytes that came.
@@ -85,7 +85,7 @@ def saying(content: str | None, finish_reason: str = "stop", **message: Any) -> 
 
 
 HALF_A_REPLY, NO_REPLY = Answer(sent=0.5), Answer(sent=0.0)
-Rule = Callable[[Asked], Answer | None]
+Rule = Callable[[Request], Answer | None]
 
 
 class ModelServer:
@@ -109,12 +109,12 @@ class ModelServer:
         refuses: Collection[str] = (),
         most_choices: int = 100,
     ) -> None:
-        self.rule: Rule = rule or (lambda asked: None)
+        self.rule: Rule = rule or (lambda request: None)
         self.model, self.system_fingerprint = model, system_fingerprint
         self.delay, self.logprobs, self.key = delay, logprobs, key
         self.refuses, self.most_choices = refuses, most_choices
-        self.asked: list[Asked] = []
-        self.probes: list[Asked] = []
+        self.asked: list[Request] = []
+        self.probes: list[Request] = []
         self.most_at_once = 0
         self._at_once = 0
         self._changed = threading.Condition()
@@ -140,39 +140,39 @@ class ModelServer:
         with self._changed:
             self._changed.wait_for(lambda: len(self.asked) >= count)
 
-    def ask(self, body: dict[str, Any], headers: dict[str, str]) -> Asked:
-        """Note a request."""
+    def note_request(self, body: dict[str, Any], headers: dict[str, str]) -> Request:
+        """Note a request, and return it."""
         image = _image_in(body)
         with self._changed:
             is_probe = _is_grey(image)
-            asked = Asked(0 if is_probe else len(self.asked) + 1, image, body, headers)
-            (self.probes if is_probe else self.asked).append(asked)
+            request = Request(0 if is_probe else len(self.asked) + 1, image, body, headers)
+            (self.probes if is_probe else self.asked).append(request)
             self._at_once += not is_probe
             self.most_at_once = max(self.most_at_once, self._at_once)
             self._changed.notify_all()
-        return asked
+        return request
 
-    def answer(self, asked: Asked) -> Answer:
+    def answer(self, request: Request) -> Answer:
         """Return what to do with a request."""
-        key, model = asked.headers.get("Authorization"), asked.body["model"]
+        key, model = request.headers.get("Authorization"), request.body["model"]
         if self.key and key != f"Bearer {self.key}":
             return failing(401, f"Incorrect API key provided: {key}")
         if model != self.model:
             return failing(404, f"The model `{model}` does not exist.")
-        refused = sorted(set(self.refuses) & set(asked.body))
+        refused = sorted(set(self.refuses) & set(request.body))
         if refused:
             return failing(400, f"{refused[0]} is not supported")
-        return (self.rule(asked) if asked.number else None) or Answer()
+        return (self.rule(request) if request.number else None) or Answer()
 
-    def ended(self, asked: Asked) -> None:
+    def note_answer(self, request: Request) -> None:
         """Note that a request is about to be answered."""
         with self._changed:
-            self._at_once -= asked.number > 0
+            self._at_once -= request.number > 0
 
-    def completion(self, asked: Asked) -> dict[str, Any]:
+    def completion(self, request: Request) -> dict[str, Any]:
         """Return the chat completion with the caption of an image."""
-        captions = asked.captions[: self.most_choices]
-        choices = [self._choice(index, text, asked.body) for index, text in enumerate(captions)]
+        captions = request.captions[: self.most_choices]
+        choices = [self._choice(index, text, request.body) for index, text in enumerate(captions)]
         return {
             "object": "chat.completion",
             "model": self.model,
@@ -226,15 +226,15 @@ def _handler_of(server: ModelServer) -> type[BaseHTTPRequestHandler]:
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            asked = server.ask(body, dict(self.headers))
+            request = server.note_request(body, dict(self.headers))
             try:
-                answer = server.answer(asked)
+                answer = server.answer(request)
                 if answer.held is not None:
                     answer.held.wait()
                 time.sleep(server.delay)
             finally:
-                server.ended(asked)
-            self._send(answer, server.completion(asked))
+                server.note_answer(request)
+            self._send(answer, server.completion(request))
 
         def _send(self, answer: Answer, completion: dict[str, Any]) -> None:
             body = completion | answer.changes if answer.body is None else answer.body

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from captioner.console.cost import CARDS, Card, lines, run
+from captioner.console.cost import CARDS, Card, estimate_lines, run
 from captioner.errors import UsageError
 from ray_jobs.cli import main
 
@@ -13,7 +13,7 @@ CARD = Card(images_per_second=1_000, decoded_per_cpu=100, source="a test")
 
 def figures(*args: object, **settings: object) -> dict[str, str]:
     labels = ("images/s", "CPUs", "time", "GPU time", "cost of GPUs")
-    shown = lines(*args, **settings)
+    shown = estimate_lines(*args, **settings)
     return {label: line[16:].strip() for line in shown for label in labels if line.startswith(f"{label}  ")}
 
 

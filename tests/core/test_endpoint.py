@@ -32,8 +32,8 @@ from captioner.testing.model_server import (
     HALF_A_REPLY,
     NO_REPLY,
     Answer,
-    Asked,
     ModelServer,
+    Request,
     failing,
     saying,
     too_many_requests,
@@ -70,15 +70,15 @@ def ignore(line: str) -> None:
     """Take a message."""
 
 
-def first_image(answer: Answer) -> Callable[[Asked], Answer | None]:
+def first_image(answer: Answer) -> Callable[[Request], Answer | None]:
     return lambda asked: answer if asked.number == 1 else None
 
 
-def same_image(answer: Answer) -> Callable[[Asked], Answer | None]:
+def same_image(answer: Answer) -> Callable[[Request], Answer | None]:
     """The answer for the first image that comes, whenever it comes again."""
     images: list[bytes] = []
 
-    def rule(asked: Asked) -> Answer | None:
+    def rule(asked: Request) -> Answer | None:
         images.append(asked.image)
         return answer if asked.image == images[0] else None
 
@@ -587,7 +587,7 @@ def test_a_run_that_stops_breaks_off_its_requests(tmp_path: Path) -> None:
     """Chunks of 16 images: three answers of the second never come, and one of the third is of another model."""
     never = threading.Event()
 
-    def rule(asked: Asked) -> Answer | None:
+    def rule(asked: Request) -> Answer | None:
         return Answer(held=never) if asked.number in (17, 18, 19) else ANOTHER_MODEL if asked.number == 36 else None
 
     archive = make_folder(tmp_path / "archive", 60)

@@ -14,7 +14,7 @@ from captioner.models.endpoint.api_key import VARIABLES
 from captioner.scoring.judgements import OBJECTS_FILE, objects_name
 from captioner.store.table import CaptionsTable, open_table
 from captioner.testing import make_folder
-from captioner.testing.model_server import Answer, Asked, ModelServer, failing, saying
+from captioner.testing.model_server import Answer, ModelServer, Request, failing, saying
 from ray_jobs.cli import main
 
 COUNT = 20  # images, in parts of 16
@@ -32,11 +32,11 @@ def table(tmp_path: Path) -> CaptionsTable:
     return open_table(str(tmp_path / "out"))
 
 
-def prompt_of(asked: Asked) -> str:
+def prompt_of(asked: Request) -> str:
     return str(asked.body["messages"][-1]["content"][1]["text"])
 
 
-def listing(asked: Asked) -> Answer:
+def listing(asked: Request) -> Answer:
     """Every caption of the fake model names a code; it is seen where it begins with a digit."""
     code = json.loads(prompt_of(asked).split("says: ")[1].splitlines()[0]).split()[-1]
     objects = [{"name": "image", "seen": True}, {"name": code[0], "seen": code[0].isdigit()}]
@@ -81,7 +81,7 @@ def captions_of(table: CaptionsTable) -> dict[str, str]:
 
 
 def test_the_schema_is_sent_and_left_out_where_a_server_takes_none(table: CaptionsTable) -> None:
-    def rule(asked: Asked) -> Answer:
+    def rule(asked: Request) -> Answer:
         if "response_format" in asked.body:
             return failing(400, "response_format is not supported")
         return listing(asked)
@@ -96,7 +96,7 @@ def test_the_schema_is_sent_and_left_out_where_a_server_takes_none(table: Captio
 
 
 def test_no_verdict_is_a_reason_and_is_asked_for_again(table: CaptionsTable) -> None:
-    def rule(asked: Asked) -> Answer:
+    def rule(asked: Request) -> Answer:
         return listing(asked) if asked.number % 2 else saying("I see a dog.")
 
     with ModelServer(rule) as server:

@@ -37,7 +37,7 @@ from captioner.models.questions import columns_in, fill
 from captioner.store.table import open_table
 from captioner.store.verify import verify
 from captioner.testing import make_tiny_model
-from captioner.testing.model_server import Answer, Asked, ModelServer, failing, saying
+from captioner.testing.model_server import Answer, ModelServer, Request, failing, saying
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -87,7 +87,7 @@ def at(server: ModelServer, **changes: Any) -> dict[str, Any]:
     return {"name": "tiny-vlm", "endpoint": [server.url], "concurrency": 2, **changes}
 
 
-def prompt_of(asked: Asked) -> str:
+def prompt_of(asked: Request) -> str:
     return str(asked.body["messages"][-1]["content"][1]["text"])
 
 
@@ -186,7 +186,7 @@ def test_answers_are_columns_and_one_server_is_asked_all_about_an_image(table: P
 def test_an_answer_that_fails_leaves_the_caption_and_is_counted(
     table: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def rule(asked: Asked) -> Answer | None:
+    def rule(asked: Request) -> Answer | None:
         return failing(400, "no tags today") if "Two squares" in prompt_of(asked) else None
 
     with ModelServer(rule) as server:
@@ -295,7 +295,7 @@ def facts(*answers: Answer) -> Any:
     """Return a rule that answers the question about facts, the n-th time it is asked about an image, with the n-th."""
     times: Counter[bytes] = Counter()
 
-    def rule(asked: Asked) -> Answer | None:
+    def rule(asked: Request) -> Answer | None:
         if prompt_of(asked) == "Describe it.":
             return None
         times[asked.image] += 1
@@ -360,7 +360,7 @@ def test_an_answer_that_fits_the_second_time_is_an_answer(table: Path) -> None:
 
 
 def test_a_server_that_refuses_response_format_is_told_the_schema_by_the_prompt(table: Path) -> None:
-    def rule(asked: Asked) -> Answer | None:
+    def rule(asked: Request) -> Answer | None:
         return saying(json.dumps(FACTS)) if prompt_of(asked).startswith("Count.") else None
 
     with ModelServer(rule, refuses=["response_format"]) as server:

@@ -29,7 +29,7 @@ from captioner.store.table import open_table, plan_part_name
 from captioner.store.verify import count_rows, verify
 from captioner.testing import make_folder, make_tiny_model
 from captioner.testing.faults import Killed, killed_at_write
-from captioner.testing.model_server import Answer, Asked, ModelServer, failing, saying
+from captioner.testing.model_server import Answer, ModelServer, Request, failing, saying
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -59,7 +59,7 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
-def prompt_of(asked: Asked) -> str:
+def prompt_of(asked: Request) -> str:
     return str(asked.body["messages"][-1]["content"][1]["text"]).partition("\n")[0]
 
 
@@ -67,7 +67,7 @@ def answering(bad: dict[str, set[int]], caption: str = "") -> Any:
     """Return a rule that answers all questions but those of `bad`, about images of these numbers."""
     clue = {Image.new("RGB", (1, 1), colour(index)).tobytes()[0]: index for index in range(5)}
 
-    def rule(asked: Asked) -> Answer | None:
+    def rule(asked: Request) -> Answer | None:
         prompt, red = prompt_of(asked), _red(asked.image)
         index = clue[min(clue, key=lambda value: abs(value - red))]
         if index in bad.get(prompt, ()):
@@ -206,11 +206,11 @@ def test_a_driver_that_is_killed_in_a_retry_of_answers_loses_nothing_and_doubles
     (tmp_path / "questions.yaml").write_text(QUESTIONS)
     out, held, settings = tmp_path / "out", threading.Event(), {"max_side": 4096}
 
-    def badly(asked: Asked) -> Answer | None:
+    def badly(asked: Request) -> Answer | None:
         bad = prompt_of(asked) == "Which objects?" or zlib.crc32(asked.image) % 2
         return None if prompt_of(asked) == "Describe it." else failing(400, "not now") if bad else counted_people(asked)
 
-    def well(asked: Asked) -> Answer:
+    def well(asked: Request) -> Answer:
         answer = saying("a, b") if prompt_of(asked) == "Which objects?" else counted_people(asked)
         return replace(answer, held=held if asked.number >= 40 else None)
 
@@ -240,7 +240,7 @@ def test_a_driver_that_is_killed_in_a_retry_of_answers_loses_nothing_and_doubles
     assert max(times_asked.values()) == 2
 
 
-def counted_people(asked: Asked) -> Answer:
+def counted_people(asked: Request) -> Answer:
     return saying(GOOD["Count."])
 
 

@@ -18,7 +18,7 @@ from captioner.errors import EndpointError
 from captioner.store.table import open_table
 from captioner.store.verify import verify
 from captioner.testing import make_folder
-from captioner.testing.model_server import Answer, Asked, ModelServer, saying
+from captioner.testing.model_server import Answer, ModelServer, Request, saying
 from ray_jobs import caption, doctor, estimate
 
 KEY = "sk-secret-of-the-test"
@@ -46,7 +46,7 @@ def test_a_run_on_ray_makes_the_local_table_without_a_gpu_and_keeps_the_key(
     command_lines: set[str] = set()
     free_gpus: set[float] = set()
 
-    def look(asked: Asked) -> None:
+    def look(asked: Request) -> None:
         command_lines.update(every_command_line())
         free_gpus.add(ray_instance.available_resources()["GPU"])
 

@@ -19,7 +19,7 @@ from captioner.sources import open_source
 from captioner.testing import make_folder
 from ray_jobs.cluster import Sizes
 from ray_jobs.doctor import Finding, findings
-from ray_jobs.estimate import Prediction, draw_sample, lines, predict, run
+from ray_jobs.estimate import Prediction, draw_sample, predict, prediction_lines, run
 from ray_jobs.sampling import Piece, cut, num_repeats, sample_work
 from ray_jobs.stages import CaptionStage, DecodeStage, from_block
 
@@ -45,7 +45,7 @@ def test_the_rate_is_that_of_the_pipeline_and_its_interval_reaches_up_to_the_cap
 
 def test_time_and_cost_are_shown_with_their_intervals() -> None:
     prediction = Prediction(1_000_000, 100.0, 80.0, 125.0, "model", 2e11, 3.4e8, 0.999)
-    shown = "\n".join(lines(prediction, Sizes(4, 1.0, 1.0, 1, 8, 1), price_per_gpu_hour=1.5))
+    shown = "\n".join(prediction_lines(prediction, Sizes(4, 1.0, 1.0, 1, 8, 1), price_per_gpu_hour=1.5))
 
     assert "1,000,000, 200.0 GB" in shown
     assert "100.0 (80.0 to 125.0), bottleneck: model" in shown
@@ -53,7 +53,7 @@ def test_time_and_cost_are_shown_with_their_intervals() -> None:
     assert "11.11 GPU h (8.89 to 13.89) on 4 GPUs" in shown
     assert "16.67 (13.33 to 20.83)" in shown
     assert "340.0 MB" in shown
-    assert "GPU" not in "\n".join(lines(prediction, Sizes(4, 1.0, 0.0, 1, 8, 1), price_per_gpu_hour=1.5))
+    assert "GPU" not in "\n".join(prediction_lines(prediction, Sizes(4, 1.0, 0.0, 1, 8, 1), price_per_gpu_hour=1.5))
 
 
 def test_a_sampled_image_with_a_header_of_any_size_is_not_ok_and_costs_no_other(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from captioner.run.object_judge import LocalObjectJudgeEngine, ObjectJudgeEngine
 from captioner.scoring.judgements import JUDGE_FOLDER, OBJECTS_FOLDER, judge_name, objects_name
 from captioner.store.table import open_table
 from captioner.testing import make_tar
-from captioner.testing.model_server import Answer, Asked, ModelServer, saying
+from captioner.testing.model_server import Answer, ModelServer, Request, saying
 from captioner.testing.tiny_clip import make_tiny_clip
 from ray_jobs.judge import RayJudgeEngine
 
@@ -53,7 +53,7 @@ def test_ray_gives_the_verdicts_of_one_process_and_resumes(tmp_path: Path) -> No
     out, archive = tmp_path / "out", make_tar(tmp_path / "archive.tar", 40)
     pipeline.run(caption_config(archive, out, model={"preprocess": "processor"}))
 
-    def answer(asked: Asked) -> Answer | None:
+    def answer(asked: Request) -> Answer | None:
         code = asked.caption[-1]
         if "another" in broken and asked.number > 20:
             return Answer(changes={"model": "another"})
