@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from hashlib import sha256
+from operator import itemgetter
 from typing import Any
 
 from captioner.config import CheckConfig, JudgeConfig, RunCheckConfig
@@ -177,6 +178,7 @@ class _CommonFaults:
         self._num_different = 0
         self._flags: Counter[str] = Counter()
         self._captions: Counter[str] = Counter()  # the most frequent of each chunk
+        self._commonest = ("", 0)  # of them: looked for in all after each chunk, it took the square of their number
 
     def add(self, receipt: Receipt) -> None:
         self.num_captions += receipt.num_ok
@@ -184,13 +186,14 @@ class _CommonFaults:
         self._flags.update(receipt.flags)
         caption, count = receipt.commonest
         self._captions[caption] += count
+        self._commonest = max(self._commonest, (caption, self._captions[caption]), key=itemgetter(1))
 
     def commonest(self) -> str:
         """Return a sentence about the fault of at least half of the captions, "" where there is none."""
         for flag, (fault, advice) in COMMON_FAULTS.items():
             if 2 * self._flags[flag] >= self.num_captions > 0:
                 return f"{self._flags[flag]:,} of {counted(self.num_captions, 'caption')} {fault} ({advice})"
-        caption, count = max(self._captions.items(), key=lambda item: item[1], default=("", 0))
+        caption, count = self._commonest
         if count >= MIN_SAME and 2 * count >= self._num_different:
             images = counted(self._num_different, "image")
             return f"{count:,} of {images} with the same caption, {caption!r} (check the model)"

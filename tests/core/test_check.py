@@ -4,6 +4,7 @@ import json
 import random
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from helpers import caption_config
+from hypothesis import given
+from hypothesis import strategies as st
 
 from captioner import pipeline, steps
 from captioner.config import CaptionConfig, CheckConfig
@@ -603,6 +606,20 @@ def test_a_run_with_some_faults_is_no_senseless_run(receipts: list[Receipt]) -> 
         running_check.add(one)
 
     assert (lines, running_check.notes()) == ([], [])
+
+
+@given(st.lists(st.tuples(st.sampled_from(["a cat", "a dog", "a red box"]), st.integers(0, 20)), max_size=30))
+def test_the_caption_that_is_named_is_the_most_frequent_of_all_chunks(commonest: list[tuple[str, int]]) -> None:
+    running_check = quality.RunningCheck(CaptionConfig().check, lambda line: None)
+    totals = Counter[str]()
+    for caption, count in commonest:
+        running_check.add(receipt(count, commonest=(caption, count)))
+        totals[caption] += count
+        most, total = max(totals.values()), totals.total()
+        notes = running_check.notes()
+        assert bool(notes) == (most >= quality.MIN_SAME and 2 * most >= total)
+        assert all(f"{most:,} of {total:,} images" in note for note in notes)
+        assert not notes or any(repr(each) in notes[0] for each in totals if totals[each] == most)
 
 
 def test_a_receipt_counts_flags_and_the_most_frequent_caption(tmp_path: Path) -> None:
