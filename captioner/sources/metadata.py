@@ -73,6 +73,8 @@ def unmatched(metadata: Metadata, root: Root, exclude: Sequence[str] = ()) -> li
     """Return the paths in a metadata file that are of no image of the source, without those that are excluded."""
     rows_by_directory: dict[bytes, dict[bytes, int]] = {}
     for path, row in metadata.row_of.items():
+        if b"\\" in path:  # which stands for another path, too, maybe one of several lines
+            row = metadata.row_of.get(_path_of(os.fsdecode(path)), row)
         if not is_excluded(metadata.prefix + path, exclude):
             directory, name = os.path.split(path)
             rows_by_directory.setdefault(directory, {})[name] = row

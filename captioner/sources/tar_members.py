@@ -38,18 +38,30 @@ class Damage:
     end: int
 
 
+@dataclass(frozen=True, slots=True)
+class Zeros:
+    """Bytes of zeros, from `start` to `end`, between members, which are not the end of a tar with whole records.
+
+    They are between tars that were joined, if those were written by a program that does not fill the last record; or
+    they are in the place of members.
+    """
+
+    start: int
+    end: int
+
+
 class EndMark:
     """The end of a tar that has the mark for it: a block of zeros."""
 
 
-def walk(stream: BinaryIO) -> Iterator[Entry | Damage | EndMark]:
+def walk(stream: BinaryIO) -> Iterator[Entry | Damage | Zeros | EndMark]:
     """Yield every member of a tar with the open tar, damage between them, and an EndMark last where there is one.
 
     After damage it goes on with the next header that has a right checksum, at whatever byte. Members of tars that
     were joined are members like others.
     """
     size = stream.seek(0, os.SEEK_END)
-    position = 0
+    position = tar_start = 0
     while True:
         data_start, end = position, position
         for entry, archive in _members_from(stream, position):
@@ -65,7 +77,9 @@ def walk(stream: BinaryIO) -> Iterator[Entry | Damage | EndMark]:
                 yield EndMark()
             return
         if following is not None and following > end and _is_header(stream, following):
-            position = following  # of a tar that was joined to this one
+            if (following - tar_start) % tarfile.RECORDSIZE:
+                yield Zeros(end, following)
+            position = tar_start = following  # of a tar that was joined to this one
             continue
         # Bytes that were cut out may have put the next header inside the data of the last member.
         header = _next_header(stream, data_start, size)

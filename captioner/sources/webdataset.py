@@ -29,7 +29,7 @@ from captioner.sources.root import (
     readable,
     unit_of_file,
 )
-from captioner.sources.tar_members import Damage, EndMark, walk
+from captioner.sources.tar_members import Damage, EndMark, Zeros, walk
 
 IMAGE_SUFFIXES = frozenset(
     b"jpg jpeg jpe jfif png apng webp gif bmp dib tif tiff avif avifs heic heif jp2 j2k jpx "
@@ -263,6 +263,10 @@ def _walk(stream: BinaryIO, name: str, uri: str, notes: list[str]) -> Iterator[_
     for entry in walk(stream):
         if isinstance(entry, EndMark):
             has_end_mark = True
+            continue
+        if isinstance(entry, Zeros):
+            zeros = f"zeros from byte {entry.start:,} to {entry.end:,}, and members after them"
+            notes.append(f"{name}: {zeros}; unless tars were joined there, what images were there is lost")
             continue
         if isinstance(entry, Damage):
             if is_empty and (entry.start, entry.end) == (0, size):

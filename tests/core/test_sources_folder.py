@@ -314,6 +314,16 @@ def test_a_name_in_metadata_finds_its_image_however_it_is_written(tmp_path):
     assert found == dict(zip(names, [*list(lines.values())[:6], None], strict=True))
 
 
+def test_names_of_one_image_that_are_written_in_several_ways_all_match(tmp_path):
+    fill(tmp_path, "b.png", "sub/c.png")
+    names = ["b.png", "./b.png", ".\\b.png", "sub/c.png", "sub\\c.png", "x/../sub/c.png"]
+    rows = [{"file_name": name, "text": name} for name in names]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    assert references_of(source_at(tmp_path)) == {"b.png": names[:3], "sub/c.png": names[3:]}
+    assert notes_of(source_at(tmp_path)) == []
+
+
 @pytest.mark.parametrize("early", ["text", None, ["list"]])
 @pytest.mark.parametrize("late", ["text", None, ["a", "list"]])
 def test_captions_may_become_lists_and_other_columns_anything(tmp_path, early, late):
