@@ -104,10 +104,12 @@ def _placement_group_and_free_address() -> tuple[Any, str, int]:
 
 
 def _join(group: ProcessGroup, address: str, port: int) -> None:
+    backend, device = group.backend, training_device(group.device)
+
     import ray.train
     import torch
 
-    context, device = ray.train.get_context(), training_device(group.device)
+    context = ray.train.get_context()
     rank, size = context.get_world_rank(), context.get_world_size()
     os.environ.update(  # read by accelerate, on which transformers' Trainer stands
         MASTER_ADDR=address,
@@ -124,4 +126,4 @@ def _join(group: ProcessGroup, address: str, port: int) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     timeout = timedelta(seconds=TIMEOUT_S)
-    torch.distributed.init_process_group(group.backend, rank=rank, world_size=size, timeout=timeout)
+    torch.distributed.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
