@@ -56,8 +56,11 @@ def code_of(error: BaseException, data: bytes) -> str:
 
 def one_line(error: BaseException | str) -> str:
     """Return the message for a table cell: one line without control characters, at most 200 characters."""
-    text = _OBJECT_ADDRESS.sub("file", str(error))
-    if isinstance(error, BaseException) and len(_WORD.findall(text)) < 2:  # "", "320" or "(3, 16)"
+    first = error.args[0] if isinstance(error, BaseException) and error.args else None
+    text = _OBJECT_ADDRESS.sub("file", first.decode("latin-1") if isinstance(first, bytes) else str(error))
+    # Of Python's own: "Python int too large to convert to C ssize_t"; or "", "320" or "(3, 16)".
+    is_no_sentence = isinstance(error, OverflowError | struct.error) or len(_WORD.findall(text)) < 2
+    if isinstance(error, BaseException) and is_no_sentence:
         details = f"{type(error).__name__}: {text}".rstrip(": ")
         text = f"the file holds something that its decoder does not expect ({details})"
     text = " ".join("".join(c if c.isprintable() else " " for c in text).split())

@@ -117,11 +117,16 @@ def test_an_image_that_makes_the_decoder_raise_fails_alone() -> None:
     assert codes == ["", "decode_error", "", "decode_error", ""]
 
 
-@pytest.mark.parametrize("error", [AssertionError(), KeyError(320), ValueError((3, 16)), IndexError("0x1f")])
+ODD_ERRORS = [AssertionError(), KeyError(320), ValueError((3, 16)), IndexError("0x1f")]
+ODD_ERRORS += [OverflowError("Python int too large to convert to C ssize_t"), struct.error("unpack requires a buffer")]
+
+
+@pytest.mark.parametrize("error", ODD_ERRORS)
 def test_a_reason_is_words(error: Exception) -> None:
     assert one_line(error).startswith("the file holds something that its decoder does not expect (")
     assert type(error).__name__ in one_line(error)
     assert one_line(OSError("broken data stream")) == "broken data stream"
+    assert one_line(ValueError(b"Token too long in file header: 1000")) == "Token too long in file header: 1000"
 
 
 def test_captions_that_do_not_fit_the_table_fail_alone() -> None:
