@@ -249,16 +249,20 @@ def _quiet_stderr() -> Iterator[None]:
         os.close(descriptor)
 
 
+MONITOR_STARTS = "start_monitor", "start_api_server", "start_log_monitor"
+
+
 @contextmanager
 def without_monitors() -> Iterator[None]:
     """Let a Ray that is started here do without its autoscaler, its dashboard's server and its reader of logs.
 
     It has no nodes to add, no dashboard and no logs to show, but each of the three is a process that takes about a
-    second of CPU, and `ray.init` waits for the server. Ray has no setting for that.
+    second of CPU, and `ray.init` waits for the server. Ray has no setting for that; a Ray without these private methods
+    starts with all of its processes.
     """
     from ray._private.node import Node
 
-    methods = {name: getattr(Node, name) for name in ("start_monitor", "start_api_server", "start_log_monitor")}
+    methods = {name: getattr(Node, name) for name in MONITOR_STARTS if hasattr(Node, name)}
     for name in methods:
         setattr(Node, name, lambda *_, **__: None)
     try:

@@ -13,6 +13,7 @@ import pytest
 from captioner.store.table import open_table
 from captioner.store.verify import verify
 from captioner.testing import make_folder
+from ray_jobs.cluster import MONITOR_STARTS
 from ray_jobs.failures import first_error
 
 ROOT = Path(__file__).parents[2]
@@ -145,3 +146,10 @@ def test_the_error_that_is_shown_is_the_first_that_is_not_rays_own() -> None:
     assert first_error(text) == "ImportError: no libfoo"
     assert first_error("ray.exceptions.RaySystemError: System error: x\n") == "RaySystemError: System error: x"
     assert first_error("nothing that is an error") == ""
+
+
+def test_rays_processes_that_a_run_does_without_are_started_by_these_methods() -> None:
+    """Where Ray renames a method, runs start as before, with more processes."""
+    from ray._private.node import Node
+
+    assert all(callable(getattr(Node, name)) for name in MONITOR_STARTS)
