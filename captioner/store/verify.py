@@ -94,6 +94,9 @@ def verify(table: CaptionsTable) -> Verification:
     result = Verification(counts=TableCounts())
     with result.noting_damage():
         result.recorded = recorded_files(table)
+    if not table.plans():
+        what = "the source is not listed to its end; run the same `captioner caption` command again"
+        result.add_problem(f"{table.directory.shown('plan')}: {what}")
     with IdIndex() as planned:
         for plan in table.plans():
             _verify_plan(table, plan, result, planned)

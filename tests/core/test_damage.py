@@ -474,6 +474,19 @@ def test_a_plan_of_an_earlier_version_that_is_made_again_is_compared_with_the_so
     assert len(by_image(contents(out))) == min(limit or 40, 40)
 
 
+def test_of_a_source_that_was_not_listed_to_its_end_nothing_is_proven(tmp_path: Path, archive: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(Killed), killed_at_write(4):  # after table.json and a part of the plan
+        pipeline.run(caption_config(archive, out, plan_only=True))
+
+    code, output = run("verify", out)
+
+    assert code == 1
+    assert "the source is not listed to its end; run the same `captioner caption` command again" in output
+    assert pipeline.run(caption_config(archive, out)) == 0
+    assert run("verify", out)[0] == 0
+
+
 def test_a_plan_that_is_made_again_is_the_same_and_takes_no_new_image(tmp_path: Path, archive: Path) -> None:
     images = shutil.copytree(archive, tmp_path / "images")
     config = caption_config(images, tmp_path / "out", plan_only=True)
