@@ -37,11 +37,11 @@ class TakesFields(Protocol):
 class Progress:
     """Shows a run's progress from its receipts; a context manager, used by one thread.
 
-    `total`: planned images. `already`: those committed before this start. `stream`: standard error by default; a
-    terminal gets a live display, anything else a line every `interval` seconds (INTERVAL_S, if that is shorter, until
-    the first commit) and at the end. Until the first commit the line names the open phase. The lines come from a
-    separate thread, so that a stall is visible. A stream that takes fields gets `fields()` with each line. `clock`:
-    monotonic seconds.
+    `total`: planned images. `already`: those committed before this start. `verb`: what is done with them. `stream`:
+    standard error by default; a terminal gets a live display, anything else a line every `interval` seconds
+    (INTERVAL_S, if that is shorter, until the first commit) and at the end. Until the first commit the line names
+    the open phase. The lines come from a separate thread, so that a stall is visible. A stream that takes fields
+    gets `fields()` with each line. `clock`: monotonic seconds.
     """
 
     def __init__(
@@ -49,11 +49,12 @@ class Progress:
         total: int,
         already: int = 0,
         *,
+        verb: str = "captioned",
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
         interval: float = HEARTBEAT_S,
     ) -> None:
-        self._total, self._already = total, already
+        self._total, self._already, self._verb = total, already, verb
         self._done, self._failed = already, 0
         self._note = ""
         self._edits = self._words = self._scored = 0
@@ -101,12 +102,17 @@ class Progress:
         """Count a committed chunk. `note`: additional text for the line."""
         with self._lock:
             self._note = f"  {note}" if note else ""
-            self._last = self._clock()
-            self._done += receipt.num_rows
-            self._failed += receipt.num_rows - receipt.num_ok
             self._scored += len(receipt.scored)
             self._edits += sum(edits for edits, _ in receipt.scored)
             self._words += sum(words for _, words in receipt.scored)
+        self.add(receipt.num_rows, receipt.num_rows - receipt.num_ok)
+
+    def add(self, num_images: int, num_failed: int) -> None:
+        """Count images that are done. `num_failed`: how many of them failed."""
+        with self._lock:
+            self._last = self._clock()
+            self._done += num_images
+            self._failed += num_failed
             self._commits.append((self._last, self._done))
 
     def line(self) -> str:
@@ -151,7 +157,7 @@ class Progress:
 
     def _count(self) -> str:
         share = 100 * self._done // self._total if self._total else 100
-        return f"captioned {self._done:,}/{self._total:,} ({share}%)"
+        return f"{self._verb} {self._done:,}/{self._total:,} ({share}%)"
 
     def _rate(self, now: float) -> float:
         """Return the images per second over the last minute.

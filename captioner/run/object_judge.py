@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from captioner.config import JudgeConfig, JudgeTableConfig, ModelConfig
 from captioner.console.phases import phase
+from captioner.console.progress import Progress
 from captioner.console.stopping import notify, stoppable
 from captioner.console.text import counted
 from captioner.data import CAPTIONS_SCHEMA, Captions, Usage
@@ -180,13 +181,17 @@ def judge_objects(out: str, config: JudgeTableConfig, engine: ObjectJudgeEngine)
             left = list(_left(table, settings, made_by))
         total = sum(captions.num_rows for _, captions, _ in left)
         if total:
-            takes_schema = _estimate(work, left[0][1].slice(0, ASKED_FIRST), total, model)
+            asked_first = left[0][1].slice(0, ASKED_FIRST)
+            with phase(f"asking about {counted(asked_first.num_rows, 'caption')} for the estimate", notify):
+                takes_schema = _estimate(work, asked_first, total, model)
             judged = {part: verdicts for part, _, verdicts in left}
-            for part, rows in engine.ask_about(ObjectWork(work, takes_schema), _batches(left)):
-                check_held()
-                judged[part] = pa.concat_tables([judged[part], rows])
-                verdicts = judged[part].replace_schema_metadata({_MADE_BY: made_by})
-                table.directory.write_table(objects_name(part), verdicts)
+            with Progress(total, verb="judged") as progress:
+                for part, rows in engine.ask_about(ObjectWork(work, takes_schema), _batches(left)):
+                    check_held()
+                    judged[part] = pa.concat_tables([judged[part], rows])
+                    verdicts = judged[part].replace_schema_metadata({_MADE_BY: made_by})
+                    table.directory.write_table(objects_name(part), verdicts)
+                    progress.add(rows.num_rows, rows["objects"].null_count)
         figures = _summarise(table, work, made_by)
         table.directory.write_json(OBJECTS_FILE, figures, checksum=True)
         return figures

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -95,13 +96,15 @@ def test_the_schema_is_sent_and_left_out_where_a_server_takes_none(table: Captio
     assert [row["error"] for row in rows_of(table)] == [""] * COUNT
 
 
-def test_no_verdict_is_a_reason_and_is_asked_for_again(table: CaptionsTable) -> None:
+def test_no_verdict_is_a_reason_and_is_asked_for_again(table: CaptionsTable, capsys) -> None:
     def rule(asked: Request) -> Answer:
         return listing(asked) if asked.number % 2 else saying("I see a dog.")
 
     with ModelServer(rule) as server:
         judge(table, server)
     errors = [row["error"] for row in rows_of(table)]
+    progress = rf"^judged 20/20 \(100%\) in [0-9:]+  failed {sum(map(bool, errors))}$"
+    assert re.search(progress, capsys.readouterr().err, re.MULTILINE)
     assert set(errors) == {"", "the answer is not the JSON that was asked for: 'I see a dog.'"}
     assert table.directory.read_json(OBJECTS_FILE)["not_judged"] == {
         "the answer is not the JSON that was asked for": sum(map(bool, errors))

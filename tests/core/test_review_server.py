@@ -476,13 +476,37 @@ def test_the_grid_is_paged(make_reviewable, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_folders_are_listed_as_deep_as_a_person_can_read(reviewable_catalogue, monkeypatch: pytest.MonkeyPatch) -> None:
     with open_session(reviewable_catalogue) as session:
-        assert session.grid(GridRequest())["folders"] == {"a": 1, "a/b": 2, "ab": 1}
+        assert folders_of(session) == {"a": (1, 0), "a/b": (2, 0), "ab": (1, 0)}
         assert ids(session, folder="a") == ["a/1.png", "a/b/2.png", "a/b/3.png"]
         assert ids(session, folder="a/b", query="/3") == ["a/b/3.png"]
-    for maximum, expected in ((2, {"a": 3, "ab": 1}), (1, {})):
+    for maximum, expected in ((2, {"a": (3, 0), "ab": (1, 0)}), (1, {})):
         monkeypatch.setattr(grid, "MAX_FOLDERS", maximum)
         with open_session(reviewable_catalogue) as session:
-            assert session.grid(GridRequest())["folders"] == expected
+            assert folders_of(session) == expected
+
+
+def test_folders_with_failed_images_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = make_folder(tmp_path / "images", 5)
+    names = {"good/1": False, "mixed/1": False, "mixed/2": True, "bad/x/1": True, "bad/y/1": True, "1": True}
+    for name, is_broken in names.items():
+        (images / name).parent.mkdir(exist_ok=True, parents=True)
+        data = (images / "000000.png").read_bytes()
+        (images / f"{name}.png").write_bytes(data[: len(data) // 2] if is_broken else data)
+    pipeline.run(caption_config(images, tmp_path / "out", max_failed=1.0))
+    make_alt_texts(open_table(str(tmp_path / "out")), AltTextConfig())
+
+    with open_session(tmp_path / "out") as session:
+        assert folders_of(session) == {"bad/x": (1, 1), "bad/y": (1, 1), "good": (1, 0), "mixed": (2, 1)}
+        assert ids(session, show="failed", folder="bad/x") == ["bad/x/1.png"]
+    monkeypatch.setattr(grid, "MAX_FOLDERS", 3)
+    with open_session(tmp_path / "out") as session:
+        assert folders_of(session) == {"bad": (2, 2), "good": (1, 0), "mixed": (2, 1)}
+
+
+def folders_of(session: ReviewSession) -> dict[str, tuple[int, int]]:
+    """Return of each folder in the list the number of its images, and of those without a caption."""
+    folders = session.grid(GridRequest())["folders"]
+    return {name: (count["images"], count["failed"]) for name, count in folders.items()}
 
 
 @pytest.fixture

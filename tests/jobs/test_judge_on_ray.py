@@ -1,6 +1,7 @@
 """Captions judged on Ray: the same scores and verdicts as in one process."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ def test_ray_gives_the_scores_of_one_process(tmp_path: Path) -> None:
         assert [row[name] for row in on_ray] == pytest.approx([row[name] for row in here], abs=1e-5), name
 
 
-def test_ray_gives_the_verdicts_of_one_process_and_resumes(tmp_path: Path) -> None:
+def test_ray_gives_the_verdicts_of_one_process_and_resumes(tmp_path: Path, capsys) -> None:
     out, archive = tmp_path / "out", make_tar(tmp_path / "archive.tar", 40)
     pipeline.run(caption_config(archive, out, model={"preprocess": "processor"}))
 
@@ -76,8 +77,10 @@ def test_ray_gives_the_verdicts_of_one_process_and_resumes(tmp_path: Path) -> No
         with pytest.raises(EndpointError, match="the answers now come from model 'another'"):
             verdicts_of(RayJudgeEngine(settings.cluster))
         broken.clear()
+        capsys.readouterr()
         on_ray = verdicts_of(RayJudgeEngine(settings.cluster))
 
     assert len({row["num_unseen"] for row in here}) == 2
     assert on_ray == here
+    assert re.search(r"^judged \d+/\d+ \(100%\) in [0-9:]+  failed 0$", capsys.readouterr().err, re.MULTILINE)
     assert server.most_at_once <= 4

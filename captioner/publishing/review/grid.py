@@ -90,13 +90,26 @@ class Grid:
             "num_images": len(matching),
             "total": len(self._queue),
             "counts": _sums(masks) | {FAILED: self._queue.num_failed},
-            "folders": self._search.folders,
+            "folders": self._folders,
         }
         return matching[first : first + PAGE_SIZE].tolist(), around
 
     def counts(self, skipped: Collection[int], drafts: Collection[int]) -> dict[str, int]:
         """Return the number of images of each filter."""
         return _sums(self._masks(skipped, drafts))
+
+    @cached_property
+    def _folders(self) -> dict[str, dict[str, int]]:
+        """The number of images in each folder, and of those among them that have no caption.
+
+        Where there are more than MAX_FOLDERS, those that are deeper are counted with the folder above them; empty when
+        there are too many at every depth.
+        """
+        failed = self._failed_search.count_by_folder()
+        images = self._search.count_by_folder() + failed
+        depth = _list_depth(images)
+        images, failed = _cut_to(depth, images), _cut_to(depth, failed)
+        return {folder: {"images": images[folder], "failed": failed[folder]} for folder in sorted(images)}
 
     def _masks(self, skipped: Collection[int], drafts: Collection[int]) -> dict[str, Mask]:
         """Return which images each filter shows; bool [N]."""
@@ -110,6 +123,26 @@ class Grid:
             "flagged": self._queue.flagged,
         }
         return masks | {show: _mask(len(self._queue), indices[show]) for show in FILTERS if show in indices}
+
+
+def _list_depth(folders: Collection[str]) -> int:
+    """Return the depth down to which there are at most MAX_FOLDERS folders; 0 where there are too many at each."""
+    deepest = max((folder.count("/") + 1 for folder in folders), default=0)
+    depths = range(deepest, 0, -1)
+    return next((depth for depth in depths if len({_cut(folder, depth) for folder in folders}) <= MAX_FOLDERS), 0)
+
+
+def _cut_to(depth: int, counts: Counter[str]) -> Counter[str]:
+    """Return the counts with those of deeper folders added to the folder above them at `depth`."""
+    shorter: Counter[str] = Counter()
+    for folder, count in counts.items():
+        shorter[_cut(folder, depth)] += count
+    del shorter[""]
+    return shorter
+
+
+def _cut(folder: str, depth: int) -> str:
+    return "/".join(folder.split("/")[:depth])
 
 
 def _sums(masks: dict[str, Mask]) -> dict[str, int]:
@@ -137,26 +170,13 @@ class TextSearch:
         self._table, self._num_images, self._failed, self._selected = table, num_images, failed, selected
         self._latest: tuple[tuple[str, tuple[str, ...]], list[Mask]] | None = None
 
-    @cached_property
-    def folders(self) -> dict[str, int]:
-        """The number of images in each folder.
-
-        Where there are more than MAX_FOLDERS, those that are deeper are counted with the folder above them; empty when
-        there are too many at every depth.
-        """
+    def count_by_folder(self) -> Counter[str]:
+        """Return the number of images directly in each folder, without those in none."""
         counts: Counter[str] = Counter()
-        for ids, _ in self._columns():
+        for ids, _ in self._columns() if self._num_images else ():
             counts.update(image_id.rpartition("/")[0] for image_id in ids.to_pylist())
         del counts[""]
-        for depth in range(max((folder.count("/") for folder in counts), default=0), -1, -1):
-            if len(counts) <= MAX_FOLDERS:
-                break
-            shorter: Counter[str] = Counter()
-            for folder, count in counts.items():
-                shorter["/".join(folder.split("/")[:depth])] += count
-            del shorter[""]
-            counts = shorter
-        return dict(sorted(counts.items()))
+        return counts
 
     def matches(self, folder: str, query: str, edited: Mapping[int, str]) -> Mask:
         """Return which images are in a folder and hold every word of a query; bool [N].

@@ -323,7 +323,7 @@ function showGrid(grid) {
   $("trouble").textContent = "";
   wanted.page = grid.page;
   showOptions($("show"), Object.keys(NAMES).map((show) => [show, `${NAMES[show]} (${grid.counts[show].toLocaleString()})`]), wanted.show);
-  const folders = Object.entries(grid.folders).map(([name, count]) => [name, `${name} (${count.toLocaleString()})`]);
+  const folders = Object.entries(grid.folders).map(([name, count]) => [name, `${name} (${folderCount(count)})`]);
   $("folder-field").hidden = !folders.length;
   showOptions($("folder"), [["", "All"], ...folders], wanted.folder);
   const last = grid.first + grid.images.length, range = `${(grid.first + 1).toLocaleString()}–${last.toLocaleString()} of `;
@@ -339,6 +339,10 @@ function showGrid(grid) {
   $("following").disabled = grid.page + 1 >= grid.num_pages;
   $("number").dataset.total = grid.total;
   $("grid").dataset.request = gridRequest;
+}
+
+function folderCount({ images, failed }) {
+  return images.toLocaleString() + (failed ? `, ${failed.toLocaleString()} failed` : "");
 }
 
 function showOptions(select, options, value) {
