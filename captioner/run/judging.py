@@ -326,7 +326,7 @@ def _judge_parts(work: JudgeWork, engine: JudgeEngine, counts: dict[int, int], c
             waiting[chunk.part][chunk.index] = rows
             if len(waiting[chunk.part]) == num_left[chunk.part]:
                 _write_part(work, chunk.part, waiting.pop(chunk.part))
-            progress.add(rows.num_rows, rows.num_rows - rows["clip_score"].count_nonnull())
+            progress.add(rows.num_rows, rows["clip_score"].null_count)
 
 
 def _write_part(work: JudgeWork, part: int, chunks: dict[int, pa.Table]) -> None:

@@ -498,6 +498,8 @@ def test_folders_with_failed_images_are_listed(tmp_path: Path, monkeypatch: pyte
     with open_session(tmp_path / "out") as session:
         assert folders_of(session) == {"bad/x": (1, 1), "bad/y": (1, 1), "good": (1, 0), "mixed": (2, 1)}
         assert ids(session, show="failed", folder="bad/x") == ["bad/x/1.png"]
+        request = GridRequest(folder="bad")
+        assert (session.grid(request)["num_images"], session.grid(request)["num_failed"]) == (0, 2)
     monkeypatch.setattr(grid, "MAX_FOLDERS", 3)
     with open_session(tmp_path / "out") as session:
         assert folders_of(session) == {"bad": (2, 2), "good": (1, 0), "mixed": (2, 1)}

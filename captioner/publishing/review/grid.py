@@ -69,13 +69,14 @@ class Grid:
     ) -> tuple[list[int], dict[str, Any]]:
         """Return the indices of one page of images, and what the page shows around them.
 
-        Images without a caption, which only the filter FAILED shows, are counted among themselves. `skipped`,
-        `drafts`: images that this reviewer skipped, or has an unsaved text about. Raises OutputError when the table was
-        changed during the review.
+        Images without a caption, which only the filter FAILED shows, are counted among themselves; "num_failed" are
+        those in the folder that hold the words. `skipped`, `drafts`: images that this reviewer skipped, or has an
+        unsaved text about. Raises OutputError when the table was changed during the review.
         """
         masks = self._masks(skipped, drafts)
+        failed = self._failed_search.matches(request.folder, request.query, {})
         if request.show == FAILED:
-            matching = np.flatnonzero(self._failed_search.matches(request.folder, request.query, {}))
+            matching = np.flatnonzero(failed)
         else:
             edited = {index: review.text for index, review in self._queue.decided.items() if review.text}
             is_found = self._search.matches(request.folder, request.query, edited)
@@ -88,6 +89,7 @@ class Grid:
             "num_pages": num_pages,
             "first": first,
             "num_images": len(matching),
+            "num_failed": int(failed.sum()),
             "total": len(self._queue),
             "counts": _sums(masks) | {FAILED: self._queue.num_failed},
             "folders": self._folders,
@@ -196,7 +198,7 @@ class TextSearch:
     def _search(self, folder: str, words: tuple[str, ...]) -> list[Mask]:
         """Return which images are in the folder, then for each word which ones hold it."""
         parts: list[list[Mask]] = [[np.zeros(0, bool)] * (1 + len(words))]
-        for ids, texts in self._columns():
+        for ids, texts in self._columns() if self._num_images else ():
             in_folder = pc.starts_with(ids, f"{folder}/") if folder else pa.array(np.ones(len(ids), bool))
             masks = [in_folder, *(pc.or_(_holds(ids, word), _holds(texts, word)) for word in words)]
             parts.append([mask.to_numpy(zero_copy_only=False) for mask in masks])

@@ -328,9 +328,9 @@ function showGrid(grid) {
   showOptions($("folder"), [["", "All"], ...folders], wanted.folder);
   const last = grid.first + grid.images.length, range = `${(grid.first + 1).toLocaleString()}–${last.toLocaleString()} of `;
   const many = grid.num_pages > 1 ? range : "";
-  const matching = grid.num_images ? `${many}${grid.num_images.toLocaleString()} ${grid.num_images === 1 ? "image" : "images"}` : "No image matches.";
-  const showsFailed = wanted.show === "failed", numFailed = grid.counts.failed;
-  const failed = numFailed && !showsFailed ? `; ${numFailed.toLocaleString()} more without a caption, under “Failed”` : "";
+  const matching = grid.num_images ? `${many}${grid.num_images.toLocaleString()} ${grid.num_images === 1 ? "image" : "images"}` : "No image matches";
+  const showsFailed = wanted.show === "failed", numFailed = grid.num_failed;
+  const failed = numFailed && !showsFailed ? `; ${numFailed.toLocaleString()} more without a caption, under “Failed”` : grid.num_images ? "" : ".";
   $("matching").textContent = matching + failed;
   $("tiles").replaceChildren(...grid.images.map(showsFailed ? failedTile : tile));
   $("pages").hidden = grid.num_pages < 2;
