@@ -25,6 +25,7 @@ import pyarrow.compute as pc
 
 from captioner.config import JudgeConfig, JudgeTableConfig, SourceConfig
 from captioner.console.phases import phase
+from captioner.console.progress import Progress
 from captioner.console.stopping import notify, stoppable
 from captioner.console.text import counted
 from captioner.data import CAPTIONS_SCHEMA, STATUS_OK, Chunk
@@ -313,19 +314,19 @@ def _judge_parts(work: JudgeWork, engine: JudgeEngine, counts: dict[int, int], c
         for part, count in counts.items()
         for index, first in enumerate(range(0, count, ROWS))
     ]
-    num_left, total, num_done = Counter(chunk.part for chunk in chunks), sum(counts.values()), 0
+    num_left = Counter(chunk.part for chunk in chunks)
     waiting: dict[int, dict[int, pa.Table]] = defaultdict(dict)
     for part in counts.keys() - num_left.keys():  # without captions
         _write_part(work, part, {})
-    started = time.perf_counter()
-    for chunk, rows in engine.judge_chunks(work, chunks) if chunks else ():
-        check_held()
-        waiting[chunk.part][chunk.index] = rows
-        num_done += rows.num_rows
-        if len(waiting[chunk.part]) == num_left[chunk.part]:
-            _write_part(work, chunk.part, waiting.pop(chunk.part))
-            rate = num_done / (time.perf_counter() - started)
-            notify(f"{num_done:,} of {counted(total, 'caption')} judged; images/s: {rate:,.1f}")
+    if not chunks:
+        return
+    with Progress(sum(counts.values()), verb="judged") as progress:
+        for chunk, rows in engine.judge_chunks(work, chunks):
+            check_held()
+            waiting[chunk.part][chunk.index] = rows
+            if len(waiting[chunk.part]) == num_left[chunk.part]:
+                _write_part(work, chunk.part, waiting.pop(chunk.part))
+            progress.add(rows.num_rows, rows["clip_score"].null_count)
 
 
 def _write_part(work: JudgeWork, part: int, chunks: dict[int, pa.Table]) -> None:

@@ -1,6 +1,7 @@
 """Captions judged by their images: CLIPScore and its relatives, retrieval, resuming, and what comes of it."""
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -235,7 +236,8 @@ def test_images_that_changed_or_are_gone_are_counted_and_named(
         main(["judge", str(tmp_path / "out"), "--model", str(clip), "--local", "--device", "cpu"])
 
     assert ended.value.code == 0
-    printed = capsys.readouterr().out
+    printed, errors = capsys.readouterr()
+    assert re.search(r"^judged 200/200 \(100%\) in [0-9:]+  failed 2$", errors, re.MULTILINE)
     assert "not judged: 1 image (changed), such as 'images/00003.png'" in printed
     assert "not judged: 1 image (not_found), such as 'images/00150.png'" in printed
     assert "finds its image" in printed
