@@ -140,12 +140,13 @@ def _device_field() -> Any:
     )
 
 
+_MODEL_NAME = "starter (packaged; for rendered scenes only), a model directory, a hub id or a URI."
+
+
 class ModelConfig(Settings):
     """Which model to use, and how it writes captions."""
 
-    name: str = Field(
-        "", description="starter, a model directory, a hub id or a URI.", json_schema_extra={"flag": "model"}
-    )
+    name: str = Field("", description=_MODEL_NAME, json_schema_extra={"flag": "model"})
     revision: str | None = Field(None, description="Branch, tag or commit of a hub id.")
     prompt: str | None = Field(
         None,
@@ -468,9 +469,7 @@ class TrainDataConfig(Settings):
 class TrainModelConfig(Settings):
     """Which model to train, and which of its weights."""
 
-    name: str = Field(
-        "starter", description="starter, a model directory, a hub id or a URI.", json_schema_extra={"flag": "model"}
-    )
+    name: str = Field("starter", description=_MODEL_NAME, json_schema_extra={"flag": "model"})
     revision: str | None = Field(None, description="Branch, tag or commit of a hub id.")
     device: Device = _device_field()
     freeze_vision: bool = Field(False, description="Do not train the vision encoder.")

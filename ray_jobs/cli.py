@@ -325,7 +325,7 @@ def review(
 ) -> int:
     """Decide about each alt text on a page.
 
-    Serves a page on this machine: one key for each decision (a accept, e edit, r reject, ? lists all), g for a grid of
+    Serves a page on this machine: one key for each decision (a approve, e edit, r reject, ? lists all), g for a grid of
     all images; Ctrl-C here ends it.
 
     Every decision is saved at once in OUT/reviews; the same command again continues the review.
@@ -526,7 +526,8 @@ def main(argv: list[str] | None = None) -> NoReturn:
     except CaptionerError as error:
         _fail(str(error), error.exit_code)
     except typer.TyperException as error:  # an unknown flag or command, a missing or misplaced value
-        _fail(f"{error.format_message().rstrip('.')}; see captioner --help", ERROR)
+        message = error.format_message().rstrip(".")
+        _fail(f"{message} See captioner --help" if message.endswith("?") else f"{message}; see captioner --help", ERROR)
     except (KeyboardInterrupt, typer.Abort):
         _fail("stopped by Ctrl-C", INTERRUPTED)
 

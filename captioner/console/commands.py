@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import webbrowser
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -11,8 +10,8 @@ from typing import Any
 
 from captioner.config import CheckConfig, JudgeTableConfig
 from captioner.console.phases import phase
-from captioner.console.stopping import notify
-from captioner.console.text import counted, printable
+from captioner.console.stopping import notify, open_in_browser
+from captioner.console.text import counted, printable, shell_command
 from captioner.errors import ERROR, OK, CaptionerError, DamagedFileError
 from captioner.report import FIGURES
 from captioner.report.terminal import print_check
@@ -78,6 +77,8 @@ def status(out: str) -> int:
         print(f"{name:<22}{number:>14,}")
     for problem in damaged:
         print(f"captioner: {printable(str(problem))}", file=sys.stderr)
+    if counts.failed:
+        print(f"names and causes of failed images: {printable(shell_command('report', out, '--open'))}, under Failures")
     models = table.info.get("models", {})
     for fingerprint, number in counts.by_fingerprint.items() if len(models) > 1 else ():
         name = models.get(fingerprint, {}).get("name", fingerprint[:12])
@@ -164,5 +165,5 @@ def report(out: str, open_page: bool) -> int:
         page = quality.report(open_table(out))
     print(printable(page))
     if open_page:
-        webbrowser.open(page if "://" in page else Path(page).absolute().as_uri())
+        open_in_browser(page if "://" in page else Path(page).absolute().as_uri())
     return OK

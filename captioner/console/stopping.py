@@ -1,4 +1,4 @@
-"""Print messages next to the progress display, and stop a run on Ctrl-C or SIGTERM."""
+"""Print messages next to the progress display, open pages, and stop a run on Ctrl-C or SIGTERM."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import webbrowser
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -67,3 +68,9 @@ def notify(line: str) -> None:
     """Print one line on standard error, next to the progress display."""
     print(f"captioner: {printable(line)}", file=sys.stderr, flush=True)
     HEARTBEAT.line_printed()
+
+
+def open_in_browser(address: str) -> None:
+    """Open a page in the browser; where there is none, say that it is to be opened by hand."""
+    if not webbrowser.open(address):
+        notify(f"no browser could be opened; open this page in one yourself: {address}")

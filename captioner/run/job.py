@@ -29,7 +29,7 @@ from captioner.run.changed import COMPARE_UP_TO, find_changed, refreshed
 from captioner.run.fingerprint import bind, facts_of, rebind
 from captioner.run.question_checks import check_columns_of_questions, check_prompt_columns
 from captioner.run.selector import ReadReviews, make_recaption_plan, no_reviews, parse_selector
-from captioner.sources import describe, open_source
+from captioner.sources import check_exists, describe, open_source
 from captioner.sources.splits import DEFAULT as DEFAULT_SPLIT
 from captioner.starter.scenes import describes_scene
 from captioner.steps import Work
@@ -342,6 +342,8 @@ def _check_same_source(config: CaptionConfig, table: CaptionsTable) -> None:
         now = shown(now) if name == "path" else now
         before, now = (value or DEFAULT_SPLIT if name == "split" else value for value in (before, now))
         if name not in may_differ and before != now:
+            if name == "path":
+                check_exists(config.source.path)  # a mistyped name is no other source
             what = {"path": "from", "take_as": "with --as"}.get(name, f"with --{name.replace('_', '-')}")
             raise OutputError(
                 f"{shown(config.output.path)} was created {what} {before!r}, not {now!r}; give the same, another OUT, "

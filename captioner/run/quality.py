@@ -41,7 +41,10 @@ COMMON_FAULTS = {
     "repeated": ("repeat a word or phrase", "try another model or --num-beams"),
     "refusal": ("refuse to describe the image", "try another --prompt or model"),
     "repeats_prompt": ("repeat the prompt", "try another --prompt or model"),
-    "truncated": ("are cut off at the token limit", "raise --max-new-tokens"),
+    "truncated": (
+        "are cut off at the token limit",
+        "raise --max-new-tokens; --only flag:truncated captions these again",
+    ),
 }
 MAX_SPOT_CHECKED = 5_000  # rows scored while captioning: they travel to every worker
 

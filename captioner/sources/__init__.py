@@ -28,7 +28,7 @@ from captioner.sources.splits import choose_split, splits_of
 from captioner.sources.tables import TABLE_SUFFIXES, open_table
 from captioner.sources.webdataset import COMPRESSED_SUFFIXES, IMAGE_SUFFIXES, WebDatasetSource
 
-__all__ = ["FLAGS_OF_KINDS", "describe", "open_source", "reopen_source"]
+__all__ = ["FLAGS_OF_KINDS", "check_exists", "describe", "open_source", "reopen_source"]
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -117,6 +117,13 @@ def _open(config: SourceConfig, refuse_flags: bool) -> Source:
     if is_hub_id:
         return HuggingFaceSource.open(config, hub_id)
     raise SourceError(f"{path}: no such file or directory")
+
+
+def check_exists(path: str) -> None:
+    """Raise SourceError where `path` can only be a local file or folder, and is not there."""
+    may_be_elsewhere = is_uri(path) or glob.has_magic(path) or _HUB_ID.fullmatch(path.rstrip("/"))
+    if not may_be_elsewhere and not Root.at(path).exists():
+        raise SourceError(f"{path}: no such file or directory")
 
 
 def _is_image(root: Root, name: bytes) -> bool:

@@ -41,7 +41,8 @@ def sole_writer(location: str) -> Iterator[Callable[[], None]]:
         os.makedirs(path, exist_ok=True)
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
-        raise OutputError(f"{location} cannot be used as a directory: {error}") from None
+        reason = "it is a file" if os.path.isfile(path) else error.strerror or error
+        raise OutputError(f"{location} cannot be used as a directory: {reason}; give another OUT") from None
     try:
         if _lock(descriptor, location):
             yield _never_lost

@@ -194,7 +194,7 @@ def test_the_command_line_of_settings_makes_the_same_settings(tree: dict[str, An
     [
         (["caption", "--modle", "x"], ["--modle", "--model"]),
         (["caption", "a", "b", "--batchsize", "8"], ["--batchsize", "--batch-size"]),
-        (["capton"], ["capton", "caption"]),
+        (["capton"], ["capton", "Did you mean 'caption'? See captioner --help"]),
         (["caption", "a", "b", "c"], ["c"]),
         (["caption", "a", "b", "--model"], ["--model"]),
         (["caption", "a", "b", "--overwrite=3"], ["--overwrite"]),

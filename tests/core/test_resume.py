@@ -10,6 +10,7 @@ from helpers import caption_config, contents, with_few_references
 
 from captioner import pipeline
 from captioner.config import CaptionConfig
+from captioner.console.commands import status
 from captioner.errors import FingerprintError, OutputError, SourceError, TooManyFailedError
 from captioner.store.directory import Directory
 from captioner.store.journal import Journal, Review
@@ -220,6 +221,25 @@ def test_another_model_or_source_is_refused(tmp_path: Path, archive: Path) -> No
         pipeline.run(other_beams)
     with pytest.raises(OutputError, match=r"was created from .*--overwrite"):
         pipeline.run(other_source)
+
+
+def test_a_mistyped_source_of_a_table_is_said_to_be_missing(tmp_path: Path, archive: Path) -> None:
+    pipeline.run(caption_config(archive, tmp_path / "out"))
+
+    with pytest.raises(SourceError, match=r"archive2: no such file or directory"):
+        pipeline.run(caption_config(tmp_path / "archive2", tmp_path / "out"))
+
+
+def test_status_says_where_failed_images_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, out = make_folder(tmp_path / "archive", 3), tmp_path / "out"
+    pipeline.run(caption_config(source, out))
+    status(str(out))
+    assert "names and causes" not in capsys.readouterr().out
+
+    (source / "000003.png").write_bytes(b"")
+    pipeline.run(caption_config(source, out, extend=True))
+    status(str(out))
+    assert f"names and causes of failed images: captioner report {out} --open" in capsys.readouterr().out
 
 
 def test_a_start_that_planned_nothing_leaves_out_free(tmp_path: Path, archive: Path) -> None:

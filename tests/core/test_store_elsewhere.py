@@ -83,7 +83,7 @@ def test_an_out_that_is_a_file_is_refused(tmp_path: Path) -> None:
     archive = make_folder(tmp_path / "archive", 2)
     (tmp_path / "out").write_text("a file")
 
-    with pytest.raises(OutputError, match=r"out cannot be used as a directory"):
+    with pytest.raises(OutputError, match=r"out cannot be used as a directory: it is a file; give another OUT"):
         pipeline.run(caption_config(archive, str(tmp_path / "out")))
 
 

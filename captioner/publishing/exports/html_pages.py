@@ -126,7 +126,7 @@ def _fill(page: Page, index: TextIndex, export: Export) -> tuple[str, str, list[
     export.tally.written.update(rows[gap.src]["review_status"] for gap, _ in filled)
     num_unfilled = len(page.gaps) - len(filled)
     if num_unfilled:
-        export.tally.left_out["missing on the pages, without a text here"] += num_unfilled
+        export.tally.left_out["alt texts missing on the pages, for images without a reviewed text"] += num_unfilled
     return text, unified_diff(page.name, page.text, text), [(gap, rows[gap.src]) for gap, _ in filled]
 
 

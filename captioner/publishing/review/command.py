@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextlib
 import getpass
 import sys
-import webbrowser
 
 from captioner.console.phases import phase
-from captioner.console.stopping import notify, stoppable
+from captioner.console.stopping import notify, open_in_browser, stoppable
 from captioner.console.text import counted, printable
 from captioner.errors import OK, CaptionerError, UsageError
 from captioner.publishing.review.next_steps import describe_counts
@@ -79,7 +78,7 @@ def _serve(
         print(f"{title}: {server.url}", flush=True)
         print("captioner: every decision is saved at once; Ctrl-C ends the review", file=sys.stderr)
         if open_page:
-            webbrowser.open(server.url)
+            open_in_browser(server.url)
         try:
             server.serve_forever()
         finally:
