@@ -49,8 +49,9 @@ def verify(out: str) -> int:
         print(f"captioner: {counted(result.unchecked, 'file')} of an earlier version without a checksum")
     print(f"{printable(out)}: {_verdict(result)}")
     if result.proven:
-        print("compared: rows with the plan, files with their checksums; not compared: captions with their images")
-        print("(captioner check does, on a sample), and the source with what was captioned (captioner status does)")
+        print("compared: rows with the plan, files with their checksums")
+        print("not compared: captions with images (captioner check does, on a sample)")
+        print("              the source of today with the plan (captioner status does)")
     return OK if result.proven else ERROR
 
 

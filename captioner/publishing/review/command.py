@@ -81,6 +81,8 @@ def _serve(
             open_in_browser(server.url)
         try:
             server.serve_forever()
+        except KeyboardInterrupt:  # the way in which this command ends
+            notify("ended by Ctrl-C; everything is saved; run the same command to continue")
         finally:
             _print_summary(session)
 
