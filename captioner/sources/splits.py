@@ -29,7 +29,9 @@ _IN_NAME = {name: re.compile(rf"(.*[-._ 0-9])?({words})[-._ 0-9].*".encode()) fo
 def splits_of(root: Root, files: Sequence[bytes]) -> dict[str, list[bytes]]:
     """Return the files of each split, without those that belong to none; {} where nothing says splits."""
     rules = (_split_of_shard, _split_of_folder, _split_of_name)
-    return _by_readme(root, files) or next(filter(None, (_by(files, rule) for rule in rules)), {})
+    # `datasets` takes what is in folders like __MACOSX and __pycache__ for no data.
+    named = [file for file in files if b"/__" not in b"/" + os.path.dirname(file)]
+    return _by_readme(root, files) or next(filter(None, (_by(named, rule) for rule in rules)), {})
 
 
 def choose_split(

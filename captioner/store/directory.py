@@ -17,10 +17,10 @@ from typing import Any, ClassVar, Concatenate, ParamSpec, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
+from pyarrow.fs import FileSelector, FileSystem, FileType
 
 from captioner.errors import DamagedFileError, OutputError
-from captioner.files import Retry, absolute, open_filesystem, shown
+from captioner.files import Retry, absolute, is_uri, open_filesystem, shown
 from captioner.store.checksum import (
     ARROW_SUFFIX,
     PARSE_ERRORS,
@@ -131,7 +131,7 @@ class Directory:
 
     @property
     def is_local(self) -> bool:
-        return isinstance(self.filesystem, LocalFileSystem)
+        return not is_uri(self.location)
 
     def path(self, name: str) -> str:
         """Return `name` as a path inside `filesystem`."""
