@@ -158,13 +158,16 @@ def actor_pool(num_chunks: int, size: int, max_size: int = 0, max_calls: int = 1
     """
     from ray.data import ActorPoolStrategy
 
-    threads: dict[str, Any] = {"max_concurrent_calls_per_actor": max_calls, "enable_true_multi_threading": True}
-    # Ray would queue as many chunks again, with their decoded images: a GPU needs them, calls to servers do not.
-    threads["max_tasks_in_flight_per_actor"] = max(2 * CaptionStage.MAX_CALLS, max_calls)
+    threads: dict[str, Any] = {}
+    if max_calls > 1:
+        threads = {
+            "max_concurrent_calls_per_actor": max_calls,
+            "enable_true_multi_threading": True,
+            # Ray would queue as many chunks again, with their decoded images: only a GPU needs them.
+            "max_tasks_in_flight_per_actor": max(2 * CaptionStage.MAX_CALLS, max_calls),
+        }
     strategy = ActorPoolStrategy(
-        min_size=min(size, num_chunks),
-        max_size=min(max(size, max_size), num_chunks),
-        **(threads if max_calls > 1 else {}),
+        min_size=min(size, num_chunks), max_size=min(max(size, max_size), num_chunks), **threads
     )
     return {"compute": strategy, "batch_size": 1, "batch_format": "pyarrow", "zero_copy_batch": True}
 

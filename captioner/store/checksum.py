@@ -90,13 +90,14 @@ def whole_file(name: str, data: bytes) -> WholeFile:
     Raises ValueError where its bytes are not those that were written; without a checksum, where a page is damaged.
     """
     start = _checksum_start(name, data)
-    if start is None:
-        from_file(name, data)
-        return WholeFile(data, sha256(data).hexdigest())
-    checksum, digest = _checksum_and_digest(data, start)
-    if data[start : start + _LENGTH] != checksum:
+    if start is not None:
+        checksum, digest = _checksum_and_digest(data, start)
+        if data[start : start + _LENGTH] == checksum:
+            return WholeFile(data, digest)
+    if has_checksum(name, data):
         raise ValueError(_NOT_WHOLE)
-    return WholeFile(data, digest)
+    decoded(name, data, check=True)
+    return WholeFile(data, sha256(data).hexdigest())
 
 
 def from_file(name: str, data: bytes, columns: list[str] | None = None) -> pa.Table:
@@ -104,11 +105,9 @@ def from_file(name: str, data: bytes, columns: list[str] | None = None) -> pa.Ta
 
     Raises ValueError where its bytes are damaged, or a column is missing.
     """
-    start = _checksum_start(name, data)
-    is_whole = start is not None and data[start : start + _LENGTH] == _checksum_and_digest(data, start)[0]
-    if has_checksum(name, data) and not is_whole:
-        raise ValueError(_NOT_WHOLE)
-    return decoded(name, data, columns, check=not is_whole)
+    if not has_checksum(name, data):
+        return decoded(name, data, columns, check=True)
+    return decoded(name, whole_file(name, data).data, columns)
 
 
 def decoded(name: str, data: bytes | bytearray, columns: list[str] | None = None, check: bool = False) -> pa.Table:
