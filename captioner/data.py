@@ -37,6 +37,19 @@ ERROR_CODES = (
     "damaged",  # a part of a tar, or a whole tar or table, in which there is nothing to read
 )
 
+# Failures that may be gone when the same files are read again: of a network, of permissions, of memory, of a model. The
+# others are of the file itself, or of a limit that a flag sets.
+PASSING_ERROR_CODES = frozenset({"not_found", "permission", "timeout", "decoder_crashed", "generate_error", "changed"})
+
+
+def retry_may_help(counts: Mapping[str, Any]) -> bool:
+    """Return whether --retry-failed may caption an image that failed, or get an answer that lacks.
+
+    `counts`: TableCounts as JSON; of earlier versions, and of runs that were stopped, some counts may be absent.
+    """
+    return bool(counts.get("failed_answers")) or not PASSING_ERROR_CODES.isdisjoint(counts.get("failed_by_reason", ()))
+
+
 # The columns of the frozen plan: enough to read an image again without listing the source.
 PLAN_SCHEMA = pa.schema(
     [

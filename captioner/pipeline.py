@@ -24,7 +24,7 @@ from captioner.console.progress import Progress
 from captioner.console.stopping import notify, stoppable
 from captioner.console.summary import print_summary
 from captioner.console.text import counted
-from captioner.data import Captioner, Chunk, Receipt
+from captioner.data import Captioner, Chunk, Receipt, retry_may_help
 from captioner.errors import OK, TooManyFailedError, VerificationError
 from captioner.files import shown
 from captioner.models import load
@@ -154,9 +154,10 @@ def close_job(job: Job, tally: Tally) -> int:
     print_summary(record, sys.stderr)
     limit = job.config.output.max_failed
     if not counts.ok or counts.failed / counts.planned > limit:
+        again = ", --retry-failed does them again" if retry_may_help(record["counts"]) else ""
         raise TooManyFailedError(
             f"{counts.failed:,} of {counted(counts.planned, 'image')} failed (--max-failed {limit:g}); the table is "
-            "complete, the reasons are in its error_code column, --retry-failed does them again"
+            f"complete, the reasons are in its error_code column{again}"
         )
     enforce(result, job.config.check)
     return OK

@@ -102,7 +102,7 @@ def review(browser: Any, address: str, decisions: str, known: dict[str, str]) ->
             page.keyboard.insert_text(known[str(page.locator("#card").get_attribute("data-image-id"))])
             if number == 2:
                 save(page.screenshot(), "review-edit.png")
-            page.keyboard.press("Control+Enter")
+            page.keyboard.press("Enter")
         page.wait_for_selector(f"#card[data-shown='{shown + 1}']", state="attached")
     wait_for_card(page)
     page.keyboard.press("g")

@@ -93,11 +93,11 @@ def status(out: str) -> int:
 
 def _print_latest_start(out: str, record: dict[str, Any]) -> None:
     rate, when = record["images_per_second"], datetime.fromisoformat(record["written_at"])
+    speed = "" if rate is None else f"; images/s after start-up: {rate:,.1f}"
     state = record["state"]
-    print(f"{'images/s':<22}{'-' if rate is None else format(rate, ',.1f'):>14}")
     if state == "running" and not is_held(out):
         state = "killed before its end; run the same command to continue; started"
-    print(f"latest start {printable(record['run_id'])}: {printable(state)} at {when:%Y-%m-%d %H:%M} UTC")
+    print(f"latest start {printable(record['run_id'])}: {printable(state)} at {when:%Y-%m-%d %H:%M} UTC{speed}")
 
 
 def _notes_of(table: CaptionsTable, num_planned: int) -> list[str]:

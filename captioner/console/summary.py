@@ -13,6 +13,7 @@ from rich.text import Text
 from captioner.config import CaptionConfig, command_line
 from captioner.console.progress import duration
 from captioner.console.text import counted, printable, shell_command
+from captioner.data import retry_may_help
 from captioner.run.bottleneck import bottleneck_line
 
 
@@ -46,15 +47,19 @@ def _rows(record: dict[str, Any]) -> list[tuple[str, str]]:
         "ignored": "skipped, not images",
     }
     rows += [(label, f"{counts[name]:,}") for name, label in labels.items() if counts.get(name)]
-    if record.get("images_per_second"):
-        rows.append(("images/s", f"{record['images_per_second']:,.1f}"))
     rows += usage_rows(record.get("usage") or {})
     if record.get("padding_share") is not None:
         rows.append(("padding in batches", f"{record['padding_share']:.1%}"))
-    seconds = record.get("seconds", {})
+    return rows + _time_rows(record.get("seconds", {}), record.get("images_per_second"))
+
+
+def _time_rows(seconds: Mapping[str, float], images_per_second: float | None) -> list[tuple[str, str]]:
+    """Return the time of a run and its parts; the rate stands below the part that it is of."""
     names = {"run": "time", "startup": "  start-up"}
-    rows += [(names[name], duration(seconds[name])) for name in names if name in seconds]
-    return rows
+    rows = [(names[name], duration(seconds[name])) for name in names if name in seconds]
+    if len(rows) == len(names):
+        rows.append(("  after start-up", duration(max(0.0, seconds["run"] - seconds["startup"]))))
+    return rows + ([("    images/s", f"{images_per_second:,.1f}")] if images_per_second else [])
 
 
 def usage_rows(usage: Mapping[str, float | None]) -> list[tuple[str, str]]:
@@ -80,8 +85,10 @@ def _lines(record: dict[str, Any]) -> list[str]:
             f"WER {check['wer']:.3f} against the references of {counted(check['num_rows'], 'image')}{shuffled}"
         )
     counts = record.get("counts", {})
-    if counts.get("failed") or counts.get("failed_answers"):
+    if retry_may_help(counts):
         lines.append(f"retry the failed: {_retry_command(record)}")
+    elif counts.get("failed"):
+        lines.append("which images failed and why: the report, under Failures")
     if record.get("report"):
         lines.append(f"the report: {record['report']}")
     if record.get("output"):

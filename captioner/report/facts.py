@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import ValidationError
 
 from captioner.config import CaptionConfig, command_line
 from captioner.console.text import shell_command
+from captioner.data import STATUS_OK, retry_may_help
 from captioner.report.verdict import verdict_of
 from captioner.run.bottleneck import bottleneck_line
 from captioner.scoring.check_table import CHECK_FILE
 from captioner.scoring.flags import ALL_FLAGS
 from captioner.scoring.judgements import JUDGE_FILE, OBJECTS_FILE
+from captioner.store.read import read_parts
 from captioner.store.table import CaptionsTable
 from captioner.store.verify import count_rows
 
@@ -44,7 +48,7 @@ def collect(table: CaptionsTable) -> dict[str, Any]:
         "stages": _stages(latest),
         "bottleneck": bottleneck_line(latest.get("busy", {}), latest.get("seconds", {}), latest.get("slots")),
         "usage": _usage_line(starts),
-        "commands": _commands(record),
+        "commands": _commands(record, counts),
         "run": record,
         "starts": starts,
         "model": table.info.get("model"),
@@ -56,12 +60,21 @@ def collect(table: CaptionsTable) -> dict[str, Any]:
 def _judgement(table: CaptionsTable) -> dict[str, Any] | None:
     """Return the figures of `captioner judge`; None where it did not run.
 
-    `is_current`: whether the table has no captions that were made since.
+    `is_current`: whether the table has no captions that were made since. A retry may have captioned nothing.
     """
     figures = table.directory.read_record(JUDGE_FILE)
     if not figures:
         return None
-    return figures | {"is_current": figures["generations"] == [plan.generation for plan in table.plans()]}
+    new = {plan.generation for plan in table.plans()} - {*figures["generations"]}
+    return figures | {"is_current": not new or not _has_captions_of(table, new)}
+
+
+def _has_captions_of(table: CaptionsTable, generations: Collection[int]) -> bool:
+    values = pa.array(sorted(generations), pa.int32())
+    for rows in read_parts(table, ["generation", "status"]):
+        if pc.any(pc.and_(pc.is_in(rows["generation"], values), pc.equal(rows["status"], STATUS_OK))).as_py():
+            return True
+    return False
 
 
 def _throughput(committed: Sequence[Sequence[int]], resolution: int) -> dict[str, Any]:
@@ -112,10 +125,15 @@ def _usage_line(starts: Sequence[Mapping[str, Any]]) -> str | None:
     return f"Model servers counted {prompt:,.0f} prompt tokens and {answer:,.0f} answer tokens{cost}."
 
 
-def _commands(record: dict[str, Any]) -> dict[str, str]:
-    """Return the run's command and the one that retries failed images; empty when the record has no settings."""
+def _commands(record: dict[str, Any], counts: Mapping[str, Any]) -> dict[str, str]:
+    """Return the run's command, and where some failure may pass the one that retries failed images.
+
+    Empty when the record has no settings.
+    """
     with suppress(ValidationError, KeyError):
         config = CaptionConfig.model_validate(record["settings"])
+        if not retry_may_help(counts):
+            return {"run": _shell(config)}
         changes = {"retry_failed": True, "overwrite": False, "extend": False, "only": None}
         retry = config.model_copy(update={"output": config.output.model_copy(update=changes)})
         return {"run": _shell(config), "retry": _shell(retry)}

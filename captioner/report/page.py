@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -13,8 +14,11 @@ from markupsafe import Markup
 from captioner.console.text import counted, printable
 from captioner.report import charts
 from captioner.report.page_images import MAX_BYTES
+from captioner.scoring.flags import flag_name
 from captioner.scoring.normalise import normalise, split_words
 from captioner.scoring.verdicts import VERDICT_LABELS, agreement_line, percent
+
+_FLAG = re.compile(r"((?<![\w-])--[a-z][\w-]*)")
 
 
 def render(facts: dict[str, Any], images: Mapping[str, str]) -> str:
@@ -40,7 +44,12 @@ def render(facts: dict[str, Any], images: Mapping[str, str]) -> str:
 def _template() -> Template:
     environment = template_environment()
     environment.filters |= {"number": _number, "decimal": _decimal, "interval": _interval, "words": _words}
-    environment.filters |= {"percent": _percent, "capital": _capital}
+    environment.filters |= {
+        "percent": _percent,
+        "capital": _capital,
+        "flag_name": flag_name,
+        "whole_flags": _whole_flags,
+    }
     environment.filters |= {"share": percent, "agreement": agreement_line, "verdict": VERDICT_LABELS.__getitem__}
     environment.filters |= {"moment": _moment, "counted": counted}
     return environment.get_template("page.html")
@@ -177,8 +186,15 @@ def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _words(flag: str) -> str:
-    return flag.replace("_", " ")
+def _whole_flags(text: str) -> Markup:
+    """Return a text as HTML in which no flag is broken after its hyphens; what is copied from it is the same text."""
+    flag = Markup('<span class="word">{}</span>')
+    parts = _FLAG.split(printable(text))
+    return Markup("").join(flag.format(part) if _FLAG.fullmatch(part) else part for part in parts)
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
 
 
 Piece = tuple[str, str]  # "same", "missing" (in the reference only) or "added" (in the caption only); words

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from captioner.console.text import counted, printable, shorten
+from captioner.scoring.flags import ALL_FLAGS, flag_name
 from captioner.scoring.verdicts import describe
 
 SHOWN, WIDTH = 3, 160  # rows of each kind; characters of a caption
@@ -26,6 +27,7 @@ def print_check(facts: dict[str, Any]) -> None:
     for name, value in _figures(check):
         table.add_row(Text(name), Text(value))
     console.print(table)
+    _print_flags(console, check["flags"])
     if check.get("spot_check"):
         console.print(Text("judged by people:"))
         for line in describe(check["spot_check"]):
@@ -39,6 +41,19 @@ def print_check(facts: dict[str, Any]) -> None:
             caption, reference = shorten(row["caption"], WIDTH), shorten(row["reference"], WIDTH)
             line = f"  {row['wer']:.2f}  {row['image_id']}: {caption}  (reference: {reference})"
             console.print(Text(printable(line)), soft_wrap=True)
+
+
+def _print_flags(console: Console, flags: dict[str, int]) -> None:
+    """Print how many captions have each flag, and what the flag says of a caption."""
+    if not flags:
+        return
+    console.print(Text("flagged captions:"))
+    table = Table.grid(padding=(0, 2))
+    table.add_column()
+    table.add_column(justify="right")
+    for flag, count in flags.items():
+        table.add_row(Text(f"  {flag_name(flag)}"), Text(f"{count:,}"), Text(ALL_FLAGS.get(flag, "")))
+    console.print(table)
 
 
 def _print_comparison(console: Console, comparison: dict[str, Any] | None) -> None:
@@ -64,8 +79,7 @@ def _figures(check: dict[str, Any]) -> list[tuple[str, str]]:
         ("BLEU-1 to 4", ", ".join(_decimal(value) for value in check["bleu"] or [None])),
         ("ROUGE-L", _decimal(check["rouge_l"])),
     ]
-    flags = [(flag.replace("_", " "), f"{count:,}") for flag, count in check["flags"].items()]
-    return (rows if check["num_rows"] else []) + flags
+    return rows if check["num_rows"] else []
 
 
 def _decimal(value: float | None) -> str:

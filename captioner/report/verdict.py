@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from captioner.console.text import counted
+from captioner.scoring.flags import flag_name
 from captioner.scoring.verdicts import percent
 
 Level = Literal["good", "mixed", "bad", "unknown"]
@@ -103,7 +104,7 @@ def _about_flags(check: dict[str, Any]) -> list[str]:
         return []
     flag, count = max(flags.items(), key=lambda item: item[1])
     share = f"{counted(count, 'caption')} ({100 * count / total:.1f} %)"
-    return [f"The most frequent flag is “{flag.replace('_', ' ')}”: {share}."]
+    return [f"The most frequent flag is “{flag_name(flag)}”: {share}."]
 
 
 def _about_coverage(counts: dict[str, Any], check: dict[str, Any]) -> list[str]:

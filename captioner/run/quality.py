@@ -43,7 +43,7 @@ COMMON_FAULTS = {
     "repeats_prompt": ("repeat the prompt", "try another --prompt or model"),
     "truncated": (
         "are cut off at the token limit",
-        "raise --max-new-tokens; --only flag:truncated captions these again",
+        "raise --max-new-tokens; --only flag:cut_off captions these again",
     ),
 }
 MAX_SPOT_CHECKED = 5_000  # rows scored while captioning: they travel to every worker

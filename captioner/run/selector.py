@@ -5,7 +5,7 @@
 Terms are joined by "or" or a comma; a row is selected where one of them applies:
 
     flags         its caption has any flag (`captioner.scoring.flags.CAPTION_FLAGS`)
-    flag:NAME     its caption has this flag
+    flag:NAME     its caption has this flag, by its stored name or as people see it: flag:truncated, flag:cut_off
     logprob<10%   its caption is among the least certain 10 % ("below" may stand for "<")
     logprob<-2.5  its mean log-probability is below -2.5
     judge<10%     its lift is among the lowest 10 % of those that `captioner judge` found
@@ -33,7 +33,7 @@ import pyarrow.compute as pc
 
 from captioner.data import STATUS_FAILED
 from captioner.errors import UsageError
-from captioner.scoring.flags import CAPTION_FLAGS, RUN_FLAGS
+from captioner.scoring.flags import CAPTION_FLAGS, RUN_FLAGS, flag_name
 from captioner.scoring.judgements import lifts_of
 from captioner.store.directory import Directory
 from captioner.store.replan import Refresh, RowIndices, generation_of_parts, plan_rows_again
@@ -120,8 +120,8 @@ def parse_selector(text: str) -> Selector:
         logprob = _LOGPROB.fullmatch(term)
         if term == "flags":
             flags |= set(CAPTION_FLAGS)
-        elif term.removeprefix("flag:") in CAPTION_FLAGS and term.startswith("flag:"):
-            flags.add(term.removeprefix("flag:"))
+        elif term.startswith("flag:") and (flag := _FLAGS_BY_NAME.get(_squeezed(term.removeprefix("flag:")))):
+            flags.add(flag)
         elif term in ("rejected", "expert"):
             decisions.add(term)
         elif logprob:
@@ -146,6 +146,14 @@ def _unknown_term(text: str, term: str) -> str:
     return f"--only {text}: {term!r} is not a term; " + (
         f"did you mean {near[0]!r}?" if near else f"terms are {', '.join(_EXAMPLES[:6])}, flag:NAME, joined by 'or'"
     )
+
+
+def _squeezed(name: str) -> str:
+    return "".join(name.lower().replace("_", " ").split())
+
+
+# Flags by their stored names and by those that people see, both without spaces.
+_FLAGS_BY_NAME = {_squeezed(name): flag for flag in CAPTION_FLAGS for name in (flag, flag_name(flag))}
 
 
 @dataclass(slots=True)

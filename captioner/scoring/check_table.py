@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from captioner.scoring.eligible_rows import CheckSpec, RowSelector
+from captioner.scoring.judgements import JUDGE_FILE, OBJECTS_FILE
 from captioner.scoring.row_checks import RowChecker
 from captioner.scoring.sample import LowestRanks
 from captioner.scoring.scores import Scores
@@ -96,8 +97,9 @@ def check_table(table: CaptionsTable, spec: CheckSpec) -> Check:
             for row in selector.eligible(rows_slice):
                 sample.offer(row.rank, row.image_id, None)
     selector.set_sample(sample)
-    for name in table.directory.list_names("checks"):  # of an earlier check
-        table.directory.delete(f"checks/{name}")
+    for name in table.directory.list_names("checks"):  # of an earlier check; the judges' figures stay
+        if f"checks/{name}" not in (JUDGE_FILE, OBJECTS_FILE):
+            table.directory.delete(f"checks/{name}")
     checker = RowChecker(spec, stats)
     columns = selector.columns([*COLUMNS, "flags", "chunk_id", "chunk_row"])
     for part, rows in enumerate(read_parts(table, columns, every)):

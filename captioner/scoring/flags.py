@@ -30,6 +30,15 @@ RUN_FLAGS = {
     "listed_term": "contains a term of the list given with --terms",
 }
 ALL_FLAGS = CAPTION_FLAGS | RUN_FLAGS
+# Names that people see in place of those that tables store, where these are short or have a second meaning: an image
+# file can be truncated too (`captioner.data.ERROR_CODES`). Tables keep the stored names, so that earlier ones open.
+_SHOWN_NAMES = {
+    "truncated": "cut off",
+    "no_logprob": "no log-probability",
+    "image_of": "starts with “image of”",
+    "over_125": "over 125 characters",
+    "over_250": "over 250 characters",
+}
 
 # Flags that say a caption is wrong whatever the image shows; the others are a matter of style, length or rank.
 FAULTS = frozenset(
@@ -47,6 +56,11 @@ _IMAGE_OF = re.compile(
 )
 _TOKENS = regex.compile(r"\w+|[^\w\s]")
 MAX_PHRASE_WORDS = 6
+
+
+def flag_name(flag: str) -> str:
+    """Return the name of a stored flag as people see it: "cut off" for truncated."""
+    return _SHOWN_NAMES.get(flag, flag.replace("_", " "))
 
 
 def caption_flags(text: str, logprob_mean: float | None = 0.0, finished: bool = True, prompt: str = "") -> list[str]:

@@ -76,7 +76,7 @@ def decide(page, decisions: list[str], texts: dict[str, str]) -> dict[str, str]:
             page.keyboard.press("e")
             page.keyboard.press("Control+A")
             page.keyboard.insert_text(texts[image_id].capitalize() + ".")
-            page.keyboard.press("Control+Enter")
+            page.keyboard.press("Enter")
         else:
             page.keyboard.press(KEYS[decision])
         page.wait_for_selector(f"#card:not([data-index='{index}'])", state="attached")

@@ -43,7 +43,7 @@ def test_axe_finds_nothing_wherever_the_page_is(out: Path, review, open_page, ph
         page.keyboard.press("Escape")
         page.keyboard.press("e")
         page.get_by_role("textbox", name="Alt text").fill("x" * 260)
-        page.keyboard.press("Control+Enter")
+        page.keyboard.press("Enter")
         page.get_by_text("the limit is 250 (captioner alt-text --hard-max)").wait_for()
         assert violations(page) == []
         page.keyboard.press("Escape")
@@ -76,7 +76,7 @@ def reviewed(out: Path, review, open_page) -> Path:
         page.keyboard.press("e")
         page.keyboard.press("Control+a")
         page.keyboard.type("rude keys: a e r d s x u o ?")
-        press_and_wait(page, "Control+Enter")
+        press_and_wait(page, "Enter")
         process.send_signal(signal.SIGKILL)
     return out
 
@@ -143,7 +143,7 @@ def test_what_was_typed_outlives_escape_a_reload_and_a_killed_server(out: Path, 
         page.wait_for_selector(READY)
         page.keyboard.press("e")
         assert page.get_by_role("textbox", name="Alt text").input_value() == "A dog. It barks at night."
-        press_and_wait(page, "Control+Enter")
+        press_and_wait(page, "Enter")
         press_and_wait(page, "u")
         page.get_by_role("button", name="Discard").click()
         page.wait_for_selector("#card[data-draft=none]")
@@ -159,7 +159,7 @@ def test_a_text_that_comes_too_late_stays_as_a_draft(out: Path, review, open_pag
             journal.append(Review("rejected", ("000000.png",), None, "ben"))
         page.keyboard.press("e")
         page.keyboard.insert_text(" It barks.")
-        press_and_wait(page, "Control+Enter")
+        press_and_wait(page, "Enter")
         page.get_by_role("status").get_by_text("ben has already decided about this image").wait_for()
         page.keyboard.press("g")
         page.get_by_label("Show").select_option("drafts")
@@ -178,7 +178,7 @@ def test_texts_and_names_of_others_are_never_html(out: Path, review, open_page) 
         assert page.inner_text("#alt-text") == f"Dogs {HOSTILE}."
         page.keyboard.press("e")
         page.get_by_role("textbox", name="Alt text").fill(HOSTILE)
-        press_and_wait(page, "Control+Enter")
+        press_and_wait(page, "Enter")
         press_and_wait(page, "u")
         assert page.title() == "Review of alt texts"
         assert page.locator("#card img[src=x]").count() == 0
@@ -214,7 +214,7 @@ def test_the_grid_by_keyboard_and_axe_finds_nothing(out: Path, review, open_page
         page.keyboard.press("e")
         page.keyboard.press("Control+a")
         page.keyboard.type("A stop sign.")
-        page.keyboard.press("Control+Enter")  # saved: back in the grid, where the search still is
+        page.keyboard.press("Enter")  # saved: back in the grid, where the search still is
         page.get_by_role("button", name="7 Edited Flagged A stop sign. 000006.png").wait_for()
         assert violations(page) == []
         assert page.evaluate("document.activeElement.closest('#tiles') !== null")

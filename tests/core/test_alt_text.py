@@ -15,13 +15,16 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from captioner import pipeline
-from captioner.config import AltTextConfig
+from captioner.config import AltTextConfig, CheckConfig
 from captioner.errors import OutputError, UsageError
 from captioner.publishing.alt_text.command import chosen_rules, make_alt_texts
 from captioner.publishing.alt_text.findings import CaptionedImage, findings
 from captioner.publishing.alt_text.rules import RULES, Limits, apply_rules
 from captioner.publishing.alt_text.schemas import ALT_TEXT_SCHEMA
 from captioner.publishing.alt_text.texts import read_texts
+from captioner.report import facts
+from captioner.run import quality
+from captioner.scoring.judgements import JUDGE_FILE
 from captioner.scoring.terms import term_finder
 from captioner.store.table import CaptionsTable, open_table
 from captioner.testing import make_folder
@@ -221,3 +224,26 @@ def test_a_table_that_is_not_finished(tmp_path: Path) -> None:
 
     with pytest.raises(OutputError, match="not finished"):
         make_alt_texts(open_table(str(tmp_path / "out")), AltTextConfig())
+
+
+def test_a_retry_that_captions_nothing_leaves_alt_texts_and_judgements_current(tmp_path: Path) -> None:
+    archive, out = make_folder(tmp_path / "archive", 3), tmp_path / "out"
+    (archive / "empty.png").write_bytes(b"")
+    pipeline.run(caption_config(archive, out))
+    table = open_table(str(out))
+    make_alt_texts(table, AltTextConfig())
+
+    pipeline.run(caption_config(archive, out, retry_failed=True))
+
+    assert len(table.plans()) == 2
+    assert [rows.num_rows for rows in read_texts(table)] == [3]
+    table.directory.write_json(JUDGE_FILE, {"generations": [0]}, checksum=True)
+    quality.check(table, CheckConfig())
+    assert facts._judgement(table)["is_current"]
+    table.directory.delete(JUDGE_FILE)  # the page shows more figures than these
+    (archive / "empty.png").write_bytes((archive / "000000.png").read_bytes())
+    pipeline.run(caption_config(archive, out, retry_failed=True))
+    with pytest.raises(OutputError, match="newer captions than alt texts"):
+        list(read_texts(table))
+    table.directory.write_json(JUDGE_FILE, {"generations": [0]}, checksum=True)
+    assert not facts._judgement(table)["is_current"]

@@ -23,7 +23,7 @@ from captioner.console.phases import HEARTBEAT, Heartbeat, phase
 from captioner.console.progress import Progress, duration
 from captioner.console.summary import print_summary
 from captioner.console.text import counted, printable
-from captioner.data import Receipt
+from captioner.data import ERROR_CODES, Receipt
 from captioner.models import adapters, resolve
 from captioner.run.job import plan_images
 from captioner.sources.root import Root
@@ -364,7 +364,7 @@ RECORD = {
         "planned": 12_000,
         "ok": 11_950,
         "failed": 50,
-        "failed_by_reason": {"truncated": 10, "not_an_image": 40},
+        "failed_by_reason": {"timeout": 10, "not_an_image": 40},
         "skipped": 512,
         "ignored": 3,
     },
@@ -396,8 +396,12 @@ def test_summary_says_what_was_done_and_what_to_do_next() -> None:
     assert ("ok", "11,950") in rows
     assert rows.index(("not_an_image", "40")) == rows.index(("failed", "50")) + 1
     assert ("committed before this start", "512") in rows
-    assert ("images/s", "212.4") in rows
-    assert ("time", "01:10") in rows
+    assert rows[rows.index(("time", "01:10")) :][:4] == [
+        ("time", "01:10"),
+        ("start-up", "00:08"),
+        ("after start-up", "01:02"),
+        ("images/s", "212.4"),
+    ], "the rate stands below the time that it is of"
     assert "WER 0.040 against the references of 500 images (captions shuffled 0.800)" in shown
     assert "the table: /data/out/captions" in shown
     assert "alt texts" not in shown, "the run is not finished"
@@ -418,6 +422,18 @@ def test_summary_shows_text_from_data_as_it_is_but_for_control_characters() -> N
 
 def test_summary_without_failures_speaks_of_no_retry() -> None:
     assert "--retry-failed" not in shown_summary({"counts": {"planned": 1, "ok": 1, "failed": 0}})
+
+
+@pytest.mark.parametrize("code", ERROR_CODES)
+def test_a_retry_is_offered_only_where_the_same_files_may_pass(code: str) -> None:
+    counts = {"planned": 2, "ok": 1, "failed": 1, "failed_by_reason": {code: 1}}
+    shown = shown_summary({"counts": counts})
+
+    of_the_file = {"empty_file", "not_an_image", "truncated", "unsupported_format", "decode_error", "damaged"}
+    of_a_limit = {"too_many_pixels", "too_large"}  # its message names the flag
+    assert ("--retry-failed" not in shown) == (code in of_the_file | of_a_limit)
+    assert ("which images failed and why: the report" in shown) == ("--retry-failed" not in shown)
+    assert "--retry-failed" in shown_summary({"counts": counts | {"failed_by_reason": {"damaged": 1, "timeout": 1}}})
 
 
 def test_summary_of_an_almost_empty_record() -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from captioner import pipeline
 from captioner.errors import FingerprintError, OutputError, UsageError
 from captioner.run.selector import Selector, parse_selector
-from captioner.scoring.flags import CAPTION_FLAGS
+from captioner.scoring.flags import CAPTION_FLAGS, flag_name
 from captioner.store.directory import Directory
 from captioner.store.journal import Journal, Review
 from captioner.store.table import open_table
@@ -211,6 +211,14 @@ def test_only_needs_a_table(run: Run) -> None:
 def test_a_selector_written_out_means_the_same(selector: Selector) -> None:
     assert parse_selector(selector.text) == selector
     assert parse_selector(selector.text.replace(" or ", ",").replace("<", " below ").upper()) == selector
+
+
+@pytest.mark.parametrize("flag", CAPTION_FLAGS)
+def test_a_flag_is_selected_by_the_name_that_people_see(flag: str) -> None:
+    name = flag_name(flag)
+
+    for written in (flag, name, name.replace(" ", "_"), name.upper()):
+        assert parse_selector(f"failed or flag:{written}") == Selector(flags=frozenset({flag}), failed=True)
 
 
 def test_the_report_shows_what_changed(tmp_path: Path, run: Run) -> None:

@@ -17,10 +17,13 @@ from PIL import Image
 
 from captioner import pipeline
 from captioner.config import CheckConfig
+from captioner.data import ERROR_CODES
 from captioner.report import charts, facts
 from captioner.report.page import render, word_diff
+from captioner.report.terminal import print_check
 from captioner.report.verdict import verdict_of
 from captioner.run import quality
+from captioner.scoring.flags import ALL_FLAGS, flag_name
 from captioner.store.table import CaptionsTable, open_table
 from captioner.testing import make_folder
 from ray_jobs.cli import main
@@ -151,7 +154,6 @@ def test_the_page_says_what_the_run_did(page: Page, figures: dict[str, Any]) -> 
         "Scored 60 of 60 captions with references",
         "Special tokens",
         "empty file 1",
-        "--retry-failed",
         figures["fingerprint"],
         f"pyarrow {pa.__version__}",
         "In references only, by images:",
@@ -219,7 +221,7 @@ def test_throughput_has_no_more_bins_than_commits_tell_and_shows_a_stall() -> No
 
 def test_thumbnails_are_upright_and_small(out: Path) -> None:
     html = (out / "report/index.html").read_text(encoding="utf-8")
-    section = html[html.index("<h3>Truncated</h3>") :]
+    section = html[html.index("<h3>Cut off</h3>") :]
     found = re.search(r'src="data:image/jpeg;base64,([^"]+)"', section)
 
     assert found is not None
@@ -277,6 +279,58 @@ def test_a_report_is_made_of_the_rows_that_are_there_now(tmp_path: Path) -> None
     pipeline.run(caption_config(archive, tmp_path / "out", extend=True))
 
     assert table.directory.read_json("report/report.json")["check"]["survey"]["num_rows"] == 21
+
+
+def test_the_page_offers_a_retry_only_where_it_may_help(figures: dict[str, Any]) -> None:
+    record = figures["run"]
+    counts = figures["counts"]
+
+    assert set(facts._commands(record, counts)) == set(figures["commands"]) == {"run"}, "one empty file"
+    retry = facts._commands(record, counts | {"failed_by_reason": {"empty_file": 1, "timeout": 1}})["retry"]
+    assert "--retry-failed" in retry.split()
+
+
+def test_no_line_of_the_page_is_broken_inside_a_flag(figures: dict[str, Any]) -> None:
+    line = "captioner caption '<my> photos' out --model a-b/c --num-beams 3"
+    html = render(figures | {"commands": {"run": line}, "run": figures["run"] | {"notes": ["raise (--limit)"]}}, {})
+
+    assert 'raise (<span class="word">--limit</span>)' in html
+    assert '<span class="word">--model</span> a-b/c <span class="word">--num-beams</span> 3' in html
+    assert ".word { white-space: nowrap; }" in html
+    assert line in Page(html).text
+
+
+def test_scores_that_cannot_be_measured_say_what_they_need(figures: dict[str, Any]) -> None:
+    none = dict.fromkeys(("wer", "shuffled_wer", "lift", "cider_d"))
+    without = figures["check"] | none | {"num_rows": 0, "with_references": 0}
+    of_one_caption = figures["check"] | {"shuffled_wer": None, "lift": None}
+
+    tiles = [tiles_of(figures | {"check": check}) for check in (figures["check"], without, of_one_caption)]
+
+    assert not any("no data" in text for text in tiles)
+    assert "Scores not measured captioner check OUT --references FILE" in tiles[1]
+    assert "Lift not measured needs two scored captions" in tiles[2]
+    assert "Images/s" not in tiles_of(figures | {"run": figures["run"] | {"images_per_second": None}})
+
+
+def tiles_of(figures: dict[str, Any]) -> str:
+    html = render(figures, {})
+    start = html.index('<dl class="tiles">')
+    return Page(html[start : html.index("</dl>", start) + 5]).text
+
+
+def test_every_flag_is_shown_with_its_count_and_what_it_means(
+    figures: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    print_check(figures | {"check": figures["check"] | {"flags": dict.fromkeys(ALL_FLAGS, 1234)}})
+
+    lines = " ".join(capsys.readouterr().out.split())
+    for flag, meaning in ALL_FLAGS.items():
+        assert f"{flag_name(flag)} 1,234 {meaning}" in lines
+
+
+def test_no_flag_of_a_caption_has_the_name_of_a_failure() -> None:
+    assert {flag_name(flag) for flag in ALL_FLAGS}.isdisjoint(code.replace("_", " ") for code in ERROR_CODES)
 
 
 @pytest.mark.parametrize(

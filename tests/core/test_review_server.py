@@ -588,16 +588,20 @@ def test_the_summary_counts_and_its_commands_run_as_they_are(make_reviewable, tm
         summary = session.summary()
     assert describe_counts(summary["counts"]) == "1 approved, 1 edited, 14 decorative, 14 rejected (of 30)"
     commands = [shlex.split(line["command"]) for line in summary["commands"]]
-    assert [words[:2] for words in commands] == [["captioner", "export"]] * 2 + [["captioner", "feedback"]]
+    assert [words[:2] for words in commands] == [["captioner", "export"]] * 3 + [["captioner", "feedback"]]
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/index.html").write_text('<img src="000000.png"><img src="000001.png">')
     for _, *words in commands:
+        words = [str(tmp_path / "site") if word == "SITE" else word for word in words]
         with pytest.raises(SystemExit) as ended:
             main(words)
         assert ended.value.code == 0
     assert len((tmp_path / "it's a table-texts.csv").read_text().splitlines()) == 17
+    assert 'alt="A dog of my own."' in (tmp_path / "it's a table-pages/index.html").read_text()
     with open_session(out) as session:
         again = [shlex.split(line["command"]) for line in session.summary()["commands"]]
     assert [words[3] for words in again] == [
-        str(tmp_path / f"it's a table-{name}") for name in ("texts-2.csv", "xmp-2", "pairs-2")
+        str(tmp_path / f"it's a table-{name}") for name in ("texts-2.csv", "pages-2", "xmp-2", "pairs-2")
     ]
 
 

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from captioner.console.text import shell_command
+from captioner.data import STATUS_FAILED
 from captioner.errors import OutputError
 from captioner.publishing.alt_text.schemas import ALT_TEXT_SCHEMA, TEXTS_SCHEMA, UNREVIEWED
 from captioner.publishing.fields import CAPTION_FIELD, check_field, texts_of
@@ -85,13 +86,25 @@ def read_settings(table: CaptionsTable) -> dict[str, Any]:
 def read_alt_texts(table: CaptionsTable, columns: list[str]) -> Iterator[tuple[int, pa.Table, pa.Table]]:
     """Yield (part, these columns of its captions, its rows of ALT_TEXT_SCHEMA). Raises as `read_texts`."""
     read_settings(table)
-    columns = list(dict.fromkeys([*columns, "image_id", "run_id", "created_at"]))
+    columns = list(dict.fromkeys([*columns, "image_id", "status", "run_id", "created_at"]))
     for part, rows in zip(generation_of_parts(table), read_parts(table, columns), strict=True):
         alt_texts = table.directory.read_table(alt_text_name(part), ALT_TEXT_SCHEMA.names)
-        if not all(alt_texts[name].equals(rows[name]) for name in ("image_id", "run_id", "created_at")):
+        if not _are_of(rows, alt_texts):
             out = table.directory.shown("")
             raise OutputError(f"{out} has newer captions than alt texts; run `{shell_command('alt-text', out)}` again")
         yield part, rows, alt_texts
+
+
+def _are_of(rows: pa.Table, alt_texts: pa.Table) -> bool:
+    """Return whether the alt texts were made of these captions.
+
+    An image that had no caption and still has none may have been tried again since.
+    """
+    if not alt_texts["image_id"].equals(rows["image_id"]):
+        return False
+    same = pc.and_(*(pc.equal(alt_texts[name], rows[name]) for name in ("run_id", "created_at")))
+    without = pc.and_(pc.equal(rows["status"], STATUS_FAILED), pc.is_null(alt_texts["alt_text"]))
+    return pc.all(pc.or_(same, without)).as_py() is not False
 
 
 def _join(rows: pa.Table, alt_texts: pa.Table, reviews: dict[str, Review], language: str | None) -> pa.Table:

@@ -17,7 +17,7 @@
 The page's elements and keys, which tests and the screenshots rely on:
 
     keys       a or Enter approve, e edit, r reject, d decorative, s skip, x needs an expert, u undo, o only this one,
-               g all images, ? help; while editing Ctrl+Enter saves and Esc stops editing: what was typed stays as a
+               g all images, ? help; while editing Enter saves and Esc stops editing: what was typed stays as a
                draft; in the grid / searches, digits choose a number, arrows move, Enter opens, Esc goes back. Letter
                keys do nothing while a text is edited or when "Single-key shortcuts" in the help is off
     buttons    "Approve", "Edit", "Reject", "Decorative", "Skip", "Needs an expert", "Images", "Undo", "Help"; "Save"

@@ -24,9 +24,9 @@ def describe_counts(counts: dict[str, int]) -> str:
 
 
 def next_commands(out: str, reviewer: str, counts: dict[str, int]) -> list[dict[str, Any]]:
-    """Return {"purpose", "command"} of what can be done with the decisions; each command runs as it is.
+    """Return {"purpose", "command"} of what can be done with the decisions.
 
-    `out`: the absolute path of the table. DEST is a new name beside it.
+    Each command runs as it is, but for SITE. `out`: the absolute path of the table. DEST is a new name beside it.
     """
     num_texts = counts["approved"] + counts["edited"]
     commands: list[tuple[str, list[str]]] = []
@@ -34,6 +34,12 @@ def next_commands(out: str, reviewer: str, counts: dict[str, int]) -> list[dict[
         commands.append(("Go on reviewing", ["review", out, "--reviewer", reviewer]))
     if num_texts or counts["decorative"]:
         commands.append(("A spreadsheet of the texts", ["export", out, _free(f"{out}-texts.csv"), "--to", "csv"]))
+        commands.append(
+            (
+                "Copies of web pages with their missing alt texts; SITE is the folder of your pages",
+                ["export", out, _free(f"{out}-pages"), "--to", "html", "--html-dir", "SITE"],
+            )
+        )
     if num_texts:
         commands.append(("Sidecar files with IPTC alt text", ["export", out, _free(f"{out}-xmp"), "--to", "xmp"]))
         commands.append(("Training pairs, to teach the model", ["feedback", out, _free(f"{out}-pairs")]))

@@ -462,6 +462,9 @@ function onKey(event) {
   if ($("card").dataset.state === "editing") {
     if (event.key === "Escape") leaveEditor();
     else if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) decide("edited", $("editor").value);
+    else if (event.key === "Enter" && event.target === $("editor")) {  // an alt text is one line
+      if (!event.shiftKey) decide("edited", $("editor").value);
+    }
     else return;
     event.preventDefault();
     return;

@@ -37,9 +37,19 @@ function commandItem({purpose, command}) {
   copy.setAttribute("aria-label", `Copy: ${purpose}`);
   copy.addEventListener("click", () => navigator.clipboard.writeText(command).then(
     () => showStatus("Copied."), () => showStatus("The browser did not allow it: select the text and copy it.")));
-  line.append(element("code", command), copy);
+  line.append(commandLine(command), copy);
   item.append(element("p", purpose), line);
   return item;
+}
+
+/* A command line in which no flag is broken after its hyphens. */
+function commandLine(command) {
+  const code = element("code");
+  command.split(" ").forEach((word, position) => {
+    const part = word.startsWith("-") ? Object.assign(element("span", word), {className: "word"}) : word;
+    code.append(position ? " " : "", part);
+  });
+  return code;
 }
 
 function showStatus(message) {

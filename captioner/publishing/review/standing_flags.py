@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from captioner.publishing.alt_text.findings import FINDINGS
 from captioner.scoring.chat_habits import HABITS
-from captioner.scoring.flags import ALL_FLAGS, caption_flags
+from captioner.scoring.flags import ALL_FLAGS, caption_flags, flag_name
 
 _DESCRIPTIONS = ALL_FLAGS | FINDINGS
 # Flags about the caption's words, which a rule may have fixed. The others are about how the caption was generated.
@@ -40,4 +40,4 @@ def flagged_rows(of_caption: pa.ChunkedArray, alt_texts: pa.Table) -> npt.NDArra
 
 def describe_flag(flag: str) -> str:
     """Return a flag as a phrase for people."""
-    return _DESCRIPTIONS.get(flag, flag.replace("_", " "))
+    return _DESCRIPTIONS.get(flag, flag_name(flag))
