@@ -25,6 +25,8 @@ export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export RAY_USAGE_STATS_ENABLED := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Also where the user has set it: else each of the hundreds of processes of the tests compiles the modules of this package.
+export PYTHONDONTWRITEBYTECODE :=
 
 # The core, without torch and Ray where it can be: under a minute on two CPUs.
 FAST := $(addsuffix .py,tests/test_house tests/test_package tests/core/test_config tests/core/test_store_plan \

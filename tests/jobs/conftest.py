@@ -2,14 +2,38 @@
 finds no device behind it. Its decoders obey the markers of `captioner.testing`."""
 
 import os
+from pathlib import Path
 
 import pytest
 
 from captioner.testing import decoder_faults
 
+# Run by each process of Ray before all else. transformers imports these packages wherever they are installed, which
+# takes up to two seconds of CPU in each of some hundred workers.
+WITHOUT_EXTRAS = """
+import sys
+from importlib.machinery import PathFinder
+
+class WithoutExtras(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name in ("bitsandbytes", "peft", "torchao") else PathFinder.find_spec(name, path, target)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = WithoutExtras
+"""
+
+
+@pytest.fixture(scope="session")
+def worker_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """PYTHONPATH for Ray's processes: what `pip install captioner` installs, without extras, and decoders that obey."""
+    faults, _, rest = decoder_faults()["PYTHONPATH"].partition(os.pathsep)
+    folder = tmp_path_factory.mktemp("worker_path")
+    (folder / "sitecustomize.py").write_text(WITHOUT_EXTRAS + (Path(faults) / "sitecustomize.py").read_text())
+    return os.pathsep.join(filter(None, (str(folder), rest)))
+
 
 @pytest.fixture(scope="module")
-def ray_instance():
+def ray_instance(worker_path: str):
     """One for all modules of this process: starting it costs seconds. Tests of clusters may have ended it."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     import ray
@@ -18,7 +42,7 @@ def ray_instance():
 
     if not ray.is_initialized():
         with pytest.MonkeyPatch.context() as patch, without_monitors():
-            patch.setenv("PYTHONPATH", decoder_faults()["PYTHONPATH"])
+            patch.setenv("PYTHONPATH", worker_path)
             ray.init(
                 address="local",
                 num_cpus=4,

@@ -1,11 +1,13 @@
-"""The distributed job: the same table as one process makes, and none of Ray's traps."""
+"""The distributed job: the same table and spot-check as one process makes, and none of Ray's traps."""
 
 import io
 import pickle
 import tarfile
 import time
 from collections import Counter
+from collections.abc import Generator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -13,10 +15,12 @@ from helpers import caption_config, rows_of
 
 from captioner import pipeline
 from captioner.config import CaptionConfig, ClusterConfig
-from captioner.errors import ClusterError, ModelError, SourceError
+from captioner.data import Chunk, Receipt
+from captioner.errors import CheckFailedError, ClusterError, ModelError, SourceError
 from captioner.imaging.sandbox import decoder
 from captioner.run.job import ROWS_PER_CHUNK, open_job, plan_images
-from captioner.store.table import open_table
+from captioner.steps import Work
+from captioner.store.table import CaptionsTable, open_table
 from captioner.store.verify import verify
 from captioner.testing import make_folder, make_tar, make_tiny_model
 from ray_jobs import caption
@@ -53,38 +57,58 @@ def captions(out: Path) -> list[tuple]:
     return [tuple(row[name] for name in names) for row in rows_of(out)]
 
 
-@pytest.fixture(scope="module")
-def local_captions(tmp_path_factory: pytest.TempPathFactory, archive: Path, model: Path) -> list[tuple]:
-    out = tmp_path_factory.mktemp("local") / "out"
-    pipeline.run(settings(archive, out, model, batch_size=16))
-    return captions(out)
+class Recording(RayEngine):
+    """Keeps what the receipts say about the sample: edits and words of each image."""
+
+    def __init__(self, config: CaptionConfig) -> None:
+        super().__init__(config)
+        self.scored: list[Sequence[int]] = []
+
+    def caption_chunks(self, work: Work, chunks: list[Chunk]) -> Generator[Receipt, None, None]:
+        for receipt in super().caption_chunks(work, chunks):
+            self.scored.extend(receipt.scored)
+            yield receipt
 
 
-def test_the_distributed_table_equals_the_local_one(
-    tmp_path: Path, archive: Path, model: Path, local_captions: list[tuple]
+def checked(table: CaptionsTable) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """Return the rows of the sample by their image, and the figures."""
+    names = [name for name in table.directory.list_names("checks") if name.startswith("part-")]
+    rows = [row for name in names for row in table.directory.read_table(f"checks/{name}").to_pylist()]
+    return {row["image_id"]: row for row in rows if row["words"]}, table.directory.read_json("checks/check.json")
+
+
+def test_one_process_or_two_workers_any_batch_size_the_same_captions_sample_and_scores(
+    tmp_path: Path, archive: Path, model: Path
 ) -> None:
-    texts = [row[3] for row in local_captions if row[1] == "ok"]
-    assert len(set(texts)) >= len(texts) / 2  # a model that says the same of everything would prove nothing
+    """Sampled captions. The receipts of the cluster carry the scores, by which the run is found to be too bad."""
 
-    code = run(settings(archive, tmp_path / "out", model, num_workers=2, batch_size=5))
-
-    assert code == 0
-    assert captions(tmp_path / "out") == local_captions
-    assert verify(open_table(str(tmp_path / "out"))).proven
-
-
-def test_sampled_captions_on_ray_are_those_of_one_process(tmp_path: Path, archive: Path, model: Path) -> None:
-    def sampled(out: Path, **cluster) -> CaptionConfig:
-        config = settings(archive, out, model, **cluster)
+    def sampled(out: Path, batch: int, max_wer: float | None = None, **cluster) -> CaptionConfig:
+        config = settings(archive, out, model, batch_size=batch, **cluster)
         drawn = config.model.model_copy(update={"temperature": 4.0, "num_captions": 2, "seed": 5})
-        return config.model_copy(update={"model": drawn})
+        check = config.check.model_copy(update={"sample": 25, "seed": 2, "max_wer": max_wer})
+        return config.model_copy(update={"model": drawn, "check": check})
 
-    assert pipeline.run(sampled(tmp_path / "local", batch_size=16)) == 0
-    assert run(sampled(tmp_path / "ray", batch_size=5)) == 0
+    assert pipeline.run(sampled(tmp_path / "one", 16)) == 0
+    config = sampled(tmp_path / "two", 5, max_wer=0.01, num_workers=2)
+    engine = Recording(config)
+    with pytest.raises(CheckFailedError, match=r"is above --max-wer 0.01"):
+        pipeline.run(config, engine)
 
-    drawn = {row["image_id"]: row["captions"] for row in rows_of(tmp_path / "local")}
-    assert len({text for texts in drawn.values() for text in texts or []}) >= 100
-    assert {row["image_id"]: row["captions"] for row in rows_of(tmp_path / "ray")} == drawn
+    tables = [open_table(str(tmp_path / out)) for out in ("one", "two")]
+    assert verify(tables[1]).proven
+    assert captions(tmp_path / "two") == captions(tmp_path / "one")
+    both = [{row["image_id"]: row["captions"] for row in rows_of(table.directory.location)} for table in tables]
+    assert both[0] == both[1]
+    assert len({text for texts in both[0].values() for text in texts or []}) >= 100
+    (sampled_rows, check), (sampled_again, check_again) = map(checked, tables)
+    assert len(engine.scored) == 25
+    assert sum(edits for edits, _ in engine.scored) / sum(words for _, words in engine.scored) == check["wer"]
+    assert sampled_rows == sampled_again
+    assert len(sampled_rows) == check["num_rows"] == 25
+    for figure in ("wer", "interval", "wer_single", "mer", "cer", "shuffled_wer", "lift", "cider_d", "bleu", "rouge_l"):
+        assert check[figure] == check_again[figure] is not None, figure
+    assert check["wer"] > 0
+    assert len({row["reference"] for row in sampled_rows.values()}) > 12
 
 
 def make_faulty_tars(root: Path) -> Path:
@@ -137,7 +161,7 @@ def test_weak_rows_are_recaptioned_alike_on_ray_and_in_one_process(tmp_path: Pat
 
 
 def test_decoding_captioning_and_commits_stay_separate_operators(tmp_path: Path, archive: Path) -> None:
-    config = settings(archive, tmp_path / "out", num_workers=2)
+    config = settings(archive, tmp_path / "out")
     engine = RayEngine(config)
     job = open_job(config, engine, lambda line: None)
     (plan,) = job.table.open_plans()

@@ -18,7 +18,8 @@ from captioner.steps import ChunkRows
 from captioner.store.table import open_table
 from captioner.store.verify import verify
 from captioner.testing import make_folder
-from ray_jobs import caption, demo
+from captioner.training.local import LocalTrainEngine
+from ray_jobs import caption, demo, train
 from ray_jobs.cli import main
 from ray_jobs.cluster import Resources, Sizes, accelerator_of, share_out
 from ray_jobs.gpus import device_kind, worker_device
@@ -26,7 +27,8 @@ from ray_jobs.stages import CaptionStage, _put
 
 pytestmark = pytest.mark.usefixtures("ray_instance")
 
-ONE_GPU = {"num_workers": 1, "gpus_per_worker": 1}
+ONE_DECODER = {"decode_cpus": 1}  # each actor is a process that takes seconds to start
+ONE_GPU = {"num_workers": 1, "gpus_per_worker": 1, **ONE_DECODER}
 # The GPUs are only counted; decoders that need not import torch start in a tenth of the time.
 ON_CPU = {"device": "cpu", "preprocess": "processor"}
 
@@ -93,7 +95,7 @@ def test_workers_hold_the_gpus_that_were_asked_for_and_a_chunk_stays_whole(
     (notes := tmp_path / "notes").mkdir()
     monkeypatch.setattr(caption, "CaptionStage", noting_stage(notes, num_workers))
 
-    code = caption.run(caption_config(archive, tmp_path / "out", model=ON_CPU, cluster=cluster))
+    code = caption.run(caption_config(archive, tmp_path / "out", model=ON_CPU, cluster=ONE_DECODER | cluster))
 
     assert code == 0
     gpus = [note.read_text() for note in notes.iterdir()]
@@ -207,14 +209,16 @@ def test_a_worker_looks_at_its_own_gpu_and_without_one_takes_the_cpu() -> None:
     assert ray.get(ray.remote(num_gpus=0.5)(worker_device).remote("cpu")) == "cpu"
 
 
-def test_the_demo_trains_on_a_cluster_with_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One worker of its two; two are trained with in test_train_on_ray.py."""
+def test_the_demo_trains_and_reserves_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process; test_train_on_ray.py trains on Ray with the shares of the demo."""
     config = demo.demo_config(tmp_path / "images", tmp_path / "run")
+    cluster, two_gpus = ClusterConfig(**config.cluster.model_dump()), Resources(4, 2, 1, 4)
+    assert share_out(two_gpus, cluster, device=config.model.device).gpus_per_worker == 0
     short = {"max_steps": 1, "eval_steps": 1, "per_device_train_batch_size": 4}
-    one_worker = config.cluster.model_copy(update={"num_workers": 1})
-    config = config.model_copy(update={"training": config.training.model_copy(update=short), "cluster": one_worker})
+    config = config.model_copy(update={"training": config.training.model_copy(update=short)})
     monkeypatch.setattr(demo, "IMAGES", 40)
     monkeypatch.setattr(demo, "demo_config", lambda images, out: config)
+    monkeypatch.setattr(train, "RayTrainEngine", lambda config: LocalTrainEngine(config.model.device))
 
     assert demo.train(tmp_path) == 0
     assert (tmp_path / "run/model/model.safetensors").exists()

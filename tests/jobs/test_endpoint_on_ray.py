@@ -66,7 +66,7 @@ def test_a_run_on_ray_makes_the_local_table_without_a_gpu_and_keeps_the_key(
         server.rule = lambda asked: saying("5")
         again = settings(archive, tmp_path / "out", server, questions=str(questions))
         retry = again.output.model_copy(update={"retry_failed": True})
-        assert caption.run(again.model_copy(update={"output": retry})) == 0
+        assert pipeline.run(again.model_copy(update={"output": retry})) == 0
 
     assert [row["caption"] for row in rows_of(tmp_path / "out")] == [row["caption"] for row in before]
     assert all(row["words"] in (old["words"], "5") for row, old in zip(rows_of(tmp_path / "out"), before, strict=True))

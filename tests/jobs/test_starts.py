@@ -1,4 +1,5 @@
-"""Runs as they start elsewhere: under `uv run`, beside foreign modules, without a home, with workers that die."""
+"""Runs as they start elsewhere: under `uv run`, beside foreign modules, without a home and a network, with workers that
+die."""
 
 import os
 import re
@@ -18,6 +19,49 @@ from ray_jobs.failures import first_error
 
 ROOT = Path(__file__).parents[2]
 UNNAMED_USER = "54321"  # without an entry in /etc/passwd
+CLOUD_METADATA = {"169.254.169.254", "metadata.google.internal"}
+# Python reads sitecustomize.py at the start of every process, Ray's workers and daemons included.
+REFUSE = """
+import ipaddress, os, socket
+import psutil
+
+OWN = {"localhost", socket.gethostname()}
+OWN |= {entry.address for entries in psutil.net_if_addrs().values() for entry in entries}
+
+def refuse(host):
+    with open(os.environ["REFUSED_LOG"], "a") as log:
+        log.write(f"{host}\\n")
+    raise ConnectionRefusedError(f"outbound connection to {host} refused by the test")
+
+def outside(host):
+    if host in OWN or host in (None, ""):
+        return False
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return True
+    return not (address.is_loopback or address.is_unspecified)
+
+def guarded(connect):
+    def wrapper(self, address, *rest):
+        if self.family in (socket.AF_INET, socket.AF_INET6) and self.type & socket.SOCK_STREAM:
+            if outside(address[0]):
+                refuse(address[0])
+        return connect(self, address, *rest)
+    return wrapper
+
+def guarded_lookup(lookup):
+    def wrapper(host, *rest, **named):
+        name = host.decode() if isinstance(host, bytes) else host
+        if outside(name):
+            refuse(name)
+        return lookup(host, *rest, **named)
+    return wrapper
+
+socket.socket.connect = guarded(socket.socket.connect)
+socket.socket.connect_ex = guarded(socket.socket.connect_ex)
+socket.getaddrinfo = guarded_lookup(socket.getaddrinfo)
+"""
 # Python reads sitecustomize.py at the start of every process, Ray's workers included.
 DYING = """
 import os, sys
@@ -32,12 +76,14 @@ if any("default_worker.py" in word for word in sys.orig_argv):
 """
 
 
-# Two runs on one Ray, whose workers die in two ways.
+# Two runs on one Ray, whose workers die in two ways. Each death costs a second of CPU, so they end after the second.
 DIE_TWICE = """
 import os, sys
 from pathlib import Path
+from ray_jobs import workers
 from ray_jobs.cli import main
 
+workers.MAX_RESTARTS = 2
 images, *hows = sys.argv[1:]
 for out, how in enumerate(hows):
     Path(os.environ["HOW"]).write_text(how)
@@ -52,7 +98,7 @@ def python(
     *words: object, folder: Path, before: Sequence[str] = (), **settings: str
 ) -> subprocess.CompletedProcess[str]:
     """Run a program in a folder, with a Ray of its own."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "XDG_"))}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "RAY_", "XDG_"))}
     environment |= {"PYTHONPATH": str(ROOT), **settings}
     command = [*before, sys.executable, "-P", *map(str, words)]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
@@ -78,16 +124,42 @@ def here(tmp_path: Path) -> Path:
     return here
 
 
-def test_a_job_under_uv_run_works_where_it_is_started_and_imports_no_module_from_there(
-    here: Path, uv: list[str], tmp_path: Path
-) -> None:
-    make_folder(tmp_path / "images", 20, width=32)
+@pytest.fixture
+def nobody(tmp_path: Path) -> list[str]:
+    """Words before a command that give it a user without a name, where these tests may be anybody; that user may write
+    to `tmp_path/theirs`."""
+    (tmp_path / "theirs").mkdir()
+    if os.getuid() != 0 or shutil.which("setpriv") is None:
+        return []
+    os.chown(tmp_path / "theirs", int(UNNAMED_USER), int(UNNAMED_USER))
+    # Reading everywhere: Python itself may be installed below the home directory of root.
+    reading = ("--inh-caps=-all,+dac_read_search", "--ambient-caps=+dac_read_search")
+    unnamed = ("env", "-u", "USER", "-u", "LOGNAME", "-u", "USERNAME", "-u", "LNAME")
+    return [*unnamed, "setpriv", "--reuid", UNNAMED_USER, "--regid", UNNAMED_USER, "--clear-groups", *reading, "--"]
 
-    words = ("-m", "ray_jobs.caption", "../images", "out", "--model", "fake", "--preprocess", "processor")
-    done = python(*words, folder=here, before=uv)
+
+def test_a_job_under_uv_run_beside_foreign_modules_by_a_user_without_name_and_home_connects_to_nobody(
+    here: Path, uv: list[str], nobody: list[str], tmp_path: Path
+) -> None:
+    """All at once, since each start of a Ray takes seconds. Every outbound connection is refused, and none was tried
+    but one: Ray asks the link-local address of the machine's own cloud which cloud it is, even with its usage reports
+    off."""
+    make_folder(tmp_path / "images", 20)
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/sitecustomize.py").write_text(REFUSE)
+    refused = tmp_path / "theirs/refused"
+    settings = {"PYTHONPATH": f"{tmp_path / 'site'}{os.pathsep}{ROOT}", "REFUSED_LOG": str(refused)}
+
+    blocked = python("-c", "import socket; socket.create_connection(('192.0.2.1', 9), 1)", folder=here, **settings)
+    assert "refused by the test" in blocked.stderr  # the guard works
+    refused.unlink()
+    words = ("-m", "ray_jobs.caption", "../images", "../theirs/out", "--model", "starter")
+    done = python(*words, folder=here, before=[*uv, *nobody], HOME="/nonexistent", **settings)
 
     assert done.returncode == 0, done.stderr
-    assert verify(open_table(str(here / "out"))).proven
+    assert verify(open_table(str(tmp_path / "theirs/out"))).proven
+    tried = set(refused.read_text().split()) if refused.exists() else set()
+    assert tried <= CLOUD_METADATA
 
 
 def test_workers_that_die_at_their_start_end_the_run_with_the_reason(tmp_path: Path) -> None:
@@ -118,24 +190,6 @@ def test_workers_that_cannot_start_at_all_end_the_run_with_the_reason(tmp_path: 
     assert done.returncode == 1
     (error,) = [line for line in done.stderr.splitlines() if "error" in line.lower()]
     assert "Ray's worker processes cannot start: ImportError: no libfoo; fix it" in error
-
-
-@pytest.mark.skipif(os.getuid() != 0 or shutil.which("setpriv") is None, reason="needs root, who can be anybody")
-def test_a_user_without_name_and_home(tmp_path: Path) -> None:
-    images = make_folder(tmp_path / "images", 20, width=32)
-    out = tmp_path / "out"
-    out.mkdir()
-    os.chown(out, int(UNNAMED_USER), int(UNNAMED_USER))
-    # Reading everywhere: Python itself may be installed below the home directory of root.
-    reading = ("--inh-caps=-all,+dac_read_search", "--ambient-caps=+dac_read_search")
-    nobody = ("setpriv", "--reuid", UNNAMED_USER, "--regid", UNNAMED_USER, "--clear-groups", *reading, "--")
-    nobody = ("env", "-u", "USER", "-u", "LOGNAME", "-u", "USERNAME", "-u", "LNAME", *nobody)
-
-    words = ("-m", "ray_jobs.cli", "caption", images, out, "--model", "fake", "--preprocess", "processor")
-    done = python(*words, folder=tmp_path, before=nobody, HOME="/nonexistent")
-
-    assert done.returncode == 0, done.stderr
-    assert verify(open_table(str(out))).proven
 
 
 def test_the_error_that_is_shown_is_the_first_that_is_not_rays_own() -> None:

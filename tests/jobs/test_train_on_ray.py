@@ -47,11 +47,12 @@ def settings(
     fsdp: bool = False,
     address: str | None = None,
 ) -> TrainConfig:
-    """`gpus`: of each worker, which computes on the CPU all the same. `batch`: of each, by default of 8 in all."""
+    """`gpus`: of each worker, which computes on the CPU all the same; 0 as the demo has it, with --device auto.
+    `batch`: of each, by default of 8 in all."""
     return TrainConfig.model_validate(
         {
             "data": {"path": str(data), "eval_fraction": 0.2},
-            "model": {"name": str(model), "max_new_tokens": 8, "device": "cpu"},
+            "model": {"name": str(model), "max_new_tokens": 8, "device": "cpu" if gpus else "auto"},
             "cluster": {"num_workers": workers, "gpus_per_worker": gpus, "address": address},
             "training": {
                 "per_device_train_batch_size": batch or 8 // workers,
@@ -73,7 +74,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory, data: Path, tiny: Path) -> P
 
     out, threads = tmp_path_factory.mktemp("alone") / "out", torch.get_num_threads()
     torch.set_num_threads(1)  # many threads on a tiny model wait for each other more than they work
-    job.run(settings(data, out, tiny, workers=1), LocalTrainEngine())
+    job.run(settings(data, out, tiny, workers=1), LocalTrainEngine("cpu"))
     torch.set_num_threads(threads)
     return out
 
@@ -83,25 +84,36 @@ def curve(out: Path | str, name: str) -> list[tuple[int, float]]:
     return [(entry["step"], pytest.approx(entry[name], rel=1e-3)) for entry in history if name in entry]
 
 
-def signalling_loop(note: Path, out: str, victim: int | None, sent: int = signal.SIGKILL) -> Callable[[dict], dict]:
-    """The loop of a worker that, at step 5 of the first start and once the checkpoint of step 4 is kept, sends a signal
-    to `victim` (`None`: itself) and waits for its own end. `note` is there from then on; beside it stands from which
-    checkpoint each start went on. Defined here in whole, so that it travels to workers by value."""
+Signal = tuple[int, int | None, signal.Signals]
+
+
+def signalling_loop(starts: Path, out: str, *signals: Signal | None) -> Callable[[dict], dict]:
+    """The loop of a worker that notes in `starts` from which checkpoint each start goes on.
+
+    `signals`: of each start with this loop, the step at which rank 0 sends which signal to which process (`None`:
+    itself) and waits for its own end, once the checkpoint of the step before is kept. Defined here in whole, so that it
+    travels to workers by value.
+    """
+    before = len(started_from(starts))
 
     def loop(config: dict) -> dict:
         import os
         import threading
         import time
+        from itertools import islice
 
         import ray.train
 
         from captioner.store.directory import Directory
         from ray_jobs.train_workers import RayWorker, train_loop
 
-        restored = ray.train.get_checkpoint()
+        own_signal = None
         if ray.train.get_context().get_world_rank() == 0:
-            with open(f"{note}.starts", "a") as starts:
-                starts.write("new " if restored is None else f"{os.path.basename(restored.path)} ")
+            restored = ray.train.get_checkpoint()
+            with open(starts, "a+") as notes:
+                notes.write("new\n" if restored is None else f"{os.path.basename(restored.path)}\n")
+                notes.seek(0)
+                own_signal = next(islice(signals, sum(1 for _ in notes) - before - 1, None), None)
 
         def is_kept(checkpoint: str) -> bool:
             directory = Directory(out)
@@ -112,10 +124,10 @@ def signalling_loop(note: Path, out: str, victim: int | None, sent: int = signal
         class Signalling(RayWorker):
             def show_progress(self, progress: dict) -> None:
                 super().show_progress(progress)
-                if progress["step"] == 5 and not note.exists():
-                    while not is_kept("step-00000004"):
+                if own_signal is not None and progress["step"] == own_signal[0]:
+                    step, victim, sent = own_signal
+                    while not is_kept(f"step-{step - 1:08d}"):
                         time.sleep(0.05)
-                    note.write_text("sent")
                     os.kill(victim or os.getpid(), sent)
                     threading.Event().wait()
 
@@ -124,8 +136,9 @@ def signalling_loop(note: Path, out: str, victim: int | None, sent: int = signal
     return loop
 
 
-def starts(note: Path) -> list[str]:
-    return Path(f"{note}.starts").read_text().split()
+def started_from(starts: Path) -> list[str]:
+    """The checkpoint from which each start went on, or "new"."""
+    return starts.read_text().split() if starts.exists() else []
 
 
 @pytest.fixture
@@ -141,15 +154,48 @@ def bucket() -> Iterator[str]:
     server.stop()
 
 
-@pytest.mark.usefixtures("ray_instance")
-def test_two_workers_give_the_curve_of_one_even_when_one_is_killed_and_out_is_an_object_store(
-    tmp_path: Path, data: Path, tiny: Path, alone: Path, bucket: str
+def train_in_own_process(data: Path, out: str, model: Path, address: str, starts: Path) -> int:
+    """Train with two sharded workers in a process of its own, killed at step 3; return its exit code."""
+    code = f"""
+import importlib.util, os, signal, sys
+from pathlib import Path
+from captioner.training import job
+from ray_jobs.train import RayTrainEngine
+spec = importlib.util.spec_from_file_location("killed_driver", {__file__!r})
+tests = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tests)
+data, model, starts, out = Path({str(data)!r}), Path({str(model)!r}), Path({str(starts)!r}), {out!r}
+config = tests.settings(data, out, model, workers=2, fsdp=True, address={address!r})
+job.run(config, RayTrainEngine(config, tests.signalling_loop(starts, out, (3, os.getpid(), signal.SIGKILL))))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=1200)
+    assert done.returncode < 0, done.stderr
+    return done.returncode
+
+
+def test_the_curve_is_that_of_one_worker_whatever_is_killed_or_stopped_and_out_is_an_object_store(
+    tmp_path: Path, data: Path, tiny: Path, alone: Path, bucket: str, ray_instance
 ) -> None:
-    config, note, out = settings(data, bucket, tiny, workers=2, gpus=1), tmp_path / "note", Directory(bucket)
+    """One run of four starts: of two sharded workers the driver is killed; of two with a GPU each one worker is killed,
+    and Ctrl-C stops the next two; one worker with half a GPU ends it."""
+    starts, out = tmp_path / "starts", Directory(bucket)
+    address = ray_instance.get_runtime_context().gcs_address
+    assert train_in_own_process(data, bucket, tiny, address, starts) == -signal.SIGKILL
+    assert not out.exists("model/config.json")
 
-    job.run(config, RayTrainEngine(config, signalling_loop(note, bucket, None)))
+    config = settings(data, bucket, tiny, workers=2, gpus=1)
+    killed, stopped = (5, None, signal.SIGKILL), (5, os.getpid(), signal.SIGINT)
+    with pytest.raises(
+        InterruptedRunError, match=r"stopped by Ctrl-C; checkpoints are saved in .*; run the same command to continue"
+    ) as ended:
+        job.run(config, RayTrainEngine(config, signalling_loop(starts, bucket, killed, stopped)))
+    assert "secret" not in str(ended.value)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
-    assert starts(note) == ["new", "step-00000004"]
+    config = settings(data, bucket, tiny, workers=1, gpus=0.5, batch=4)
+    job.run(config, RayTrainEngine(config, signalling_loop(starts, bucket)))
+
+    assert started_from(starts) == ["new", "step-00000002", "step-00000004", "step-00000004"]
     assert curve(bucket, "loss") == curve(alone, "loss")
     assert curve(bucket, "eval_loss") == curve(alone, "eval_loss")
     assert curve(bucket, "eval_wer") == curve(alone, "eval_wer")
@@ -157,42 +203,6 @@ def test_two_workers_give_the_curve_of_one_even_when_one_is_killed_and_out_is_an
     assert {"config.json", "model.safetensors", "training_run.json"} < set(out.list_names("model"))
     assert out.exists("report.html")
     assert not [name for name in ("train.json", "model/training_run.json") if b"secret" in out.read_bytes(name)]
-
-
-def test_after_the_driver_of_two_sharded_workers_was_killed_one_worker_goes_on_also_after_ctrl_c(
-    tmp_path: Path, data: Path, tiny: Path, alone: Path, ray_instance
-) -> None:
-    """The driver that is killed is a process of its own on the same Ray."""
-    address = ray_instance.get_runtime_context().gcs_address
-    out, killed, stopped = tmp_path / "out", tmp_path / "killed", tmp_path / "stopped"
-    code = f"""
-import importlib.util, os, sys
-from pathlib import Path
-from captioner.training import job
-from ray_jobs.train import RayTrainEngine, num_threads
-spec = importlib.util.spec_from_file_location("killed_driver", {__file__!r})
-tests = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tests)
-out, model, process = Path({str(out)!r}), Path({str(tiny)!r}), os.getpid()
-config = tests.settings(Path({str(data)!r}), out, model, workers=2, fsdp=True, address={address!r})
-job.run(config, RayTrainEngine(config, tests.signalling_loop(Path({str(killed)!r}), str(out), process)))
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=1200)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert not (out / "model").exists()
-
-    config = settings(data, out, tiny, workers=1, gpus=0.5, batch=4)
-    engine = RayTrainEngine(config, signalling_loop(stopped, str(out), os.getpid(), signal.SIGINT))
-    with pytest.raises(
-        InterruptedRunError,
-        match=f"stopped by Ctrl-C; checkpoints are saved in {out}; run the same command to continue",
-    ):
-        job.run(config, engine)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    job.run(config, engine)
-
-    assert starts(killed) + starts(stopped) == ["new", "step-00000004", "step-00000004"]
-    assert curve(out, "loss") == curve(alone, "loss")
 
 
 @pytest.mark.usefixtures("ray_instance")
@@ -212,8 +222,8 @@ def test_workers_that_cannot_use_their_gpus_leave_them_to_what_comes_next(
     tmp_path: Path, data: Path, ray_instance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ray_jobs.train.check_gpu_nodes", lambda *_: None)  # as with a CUDA build without a driver
-    words = {"cluster": {"num_workers": 2}, "data": {"path": str(data)}, "output": {"path": str(tmp_path / "out")}}
-    config = TrainConfig.model_validate(words)
+    words = {"data": {"path": str(data)}, "output": {"path": str(tmp_path / "out")}}
+    config = TrainConfig.model_validate(words | {"cluster": {"num_workers": 1, "gpus_per_worker": 2}})
 
     with pytest.raises(ModelError, match="the GPU that was reserved cannot be used"):
         job.run(config, RayTrainEngine(config))
@@ -228,6 +238,13 @@ def test_a_worker_that_always_dies_while_it_joins_ends_the_training_with_its_err
 ) -> None:
     class Dying(ProcessGroup):  # defined here, so that it travels to workers by value
         @property
+        def backend_cls(self) -> type:
+            from ray_jobs import process_group
+
+            process_group.MAX_DEATHS = 2  # in the process that controls the run: a start of workers takes seconds
+            return super().backend_cls
+
+        @property
         def backend(self) -> str:
             import os
             import sys
@@ -237,10 +254,11 @@ def test_a_worker_that_always_dies_while_it_joins_ends_the_training_with_its_err
             return "gloo"
 
     monkeypatch.setattr("ray_jobs.process_group.ProcessGroup", Dying)
+    monkeypatch.setattr("ray_jobs.process_group.MAX_DEATHS", 2)
     config = settings(make_folder(tmp_path / "data", 8), tmp_path / "out", tiny, workers=1)
 
     with pytest.raises(
-        ClusterError, match="worker died 3 times while it joined the others: Fatal Python error: Aborted"
+        ClusterError, match="worker died 2 times while it joined the others: Fatal Python error: Aborted"
     ):
         job.run(config, RayTrainEngine(config))
 
