@@ -28,6 +28,7 @@ import numpy.typing as npt
 from captioner.data import DecodedImage, PixelSpec
 from captioner.imaging import decode, squeeze
 from captioner.imaging.fitting import needs_torch
+from captioner.imaging.formats import available_formats
 
 NUM_SLOTS = 8  # images sent ahead, so that a decoder does not wait for its caller
 # Sent over the control socket: 0 when ready, then the pid and the exit code of each worker.
@@ -144,6 +145,7 @@ def serve(connection: socket.socket, decode_one: Callable[[bytes], DecodedImage]
 def main(argv: list[str]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the caller ends this process
     settings: dict[str, Any] = json.loads(argv[1])
+    available_formats()  # imports Pillow's plugins, which each worker would import anew
     decode_one = _decoder_of(settings)
     slots = Slots(settings["max_bytes"], settings["slots"])
     work = partial(serve, decode_one=decode_one, slots=slots, timeout=settings["timeout"])
