@@ -62,6 +62,17 @@ def kept_children() -> Iterator[None]:
         child.close()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def no_flushing() -> Iterator[None]:
+    """Let no write wait for the disk: tests write many thousands of files, and none of them cuts the power.
+
+    Those in which flushing fails replace it themselves.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
 @pytest.fixture(scope="module")
 def tiny_thumbnails() -> Iterator[None]:
     """For tests of many runs, each of which makes a report."""
