@@ -25,7 +25,7 @@ export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export RAY_USAGE_STATS_ENABLED := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-# Also where the user has set it: else each of the hundreds of processes of the tests compiles the modules of this package.
+# Also where the user has set it: else each of some hundred processes compiles the modules of this package.
 export PYTHONDONTWRITEBYTECODE :=
 
 # The core, without torch and Ray where it can be: under a minute on two CPUs.

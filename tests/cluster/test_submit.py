@@ -1,4 +1,4 @@
-"""`captioner submit` against a real cluster: submit, follow, submit twice, stop, resume, exit codes."""
+"""A real head: `captioner submit`, follow, submit twice, stop, resume, exit codes; wrong ports, versions and tokens."""
 
 from __future__ import annotations
 
@@ -17,12 +17,15 @@ import time
 from pathlib import Path
 
 import pytest
+import ray
 from helpers import caption_config
 
 from captioner import pipeline
+from captioner.errors import ClusterError
 from captioner.store.table import open_table
 from captioner.store.verify import verify
 from captioner.testing import GATE_MARKER, decoder_faults, make_folder, num_committed_chunks
+from ray_jobs.address import check_dashboard, check_gcs
 from ray_jobs.follow import Follower
 
 DEADLINE_S = 600.0
@@ -173,6 +176,40 @@ def test_without_the_token_the_message_says_so(head, tmp_path: Path) -> None:
     assert job.returncode == 1
     assert "RAY_AUTH_TOKEN" in log
     assert "Traceback" not in log
+
+
+def test_ports_given_for_each_other(head) -> None:
+    with pytest.raises(ClusterError, match="is a Ray dashboard; give the port of the GCS"):
+        check_gcs(head.url.removeprefix("http://"))
+    with pytest.raises(ClusterError, match="is not the dashboard but Ray's own port"):
+        check_dashboard(f"http://{head.gcs}")
+
+
+def test_the_port_of_ray_client(head) -> None:
+    with pytest.raises(ClusterError, match="is not the port of Ray's GCS"):
+        check_gcs(head.client_server)
+
+
+def test_tokens(head, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    with pytest.raises(ClusterError, match="needs a token; set RAY_AUTH_MODE=token"):
+        check_gcs(head.gcs)
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "x" * 32)
+    with pytest.raises(ClusterError, match="refuses this token"):
+        check_gcs(head.gcs)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", head.token)
+    check_gcs(head.gcs)
+
+
+def test_another_version_of_ray(head, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", head.token)
+    there = ray.__version__
+    monkeypatch.setattr(ray, "__version__", "2.1.0")
+
+    with pytest.raises(ClusterError, match=f"runs Ray {there}, this is Ray 2.1.0"):
+        check_gcs(head.gcs)
 
 
 class Terminal:

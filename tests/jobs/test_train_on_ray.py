@@ -229,7 +229,7 @@ def test_workers_that_cannot_use_their_gpus_leave_them_to_what_comes_next(
         job.run(config, RayTrainEngine(config))
 
     gpus = ray_instance.cluster_resources()["GPU"]
-    assert ray_instance.get(ray_instance.remote(num_cpus=0, num_gpus=gpus)(lambda: "runs").remote(), timeout=60)
+    assert ray_instance.get(ray_instance.remote(num_cpus=0, num_gpus=gpus)(lambda: "runs").remote(), timeout=600)
 
 
 @pytest.mark.usefixtures("ray_instance")
