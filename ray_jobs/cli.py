@@ -25,6 +25,7 @@ from captioner.console.phases import HEARTBEAT
 from captioner.console.stopping import quit_at_once
 from captioner.console.text import counted, printable
 from captioner.errors import ERROR, INTERRUPTED, OK, CaptionerError, NoAnswerError, UsageError
+from ray_jobs import usage_errors
 from ray_jobs.help import Command, Group
 from ray_jobs.options import takes
 
@@ -526,8 +527,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
     except CaptionerError as error:
         _fail(str(error), error.exit_code)
     except typer.TyperException as error:  # an unknown flag or command, a missing or misplaced value
-        message = error.format_message().rstrip(".")
-        _fail(f"{message} See captioner --help" if message.endswith("?") else f"{message}; see captioner --help", ERROR)
+        _fail(usage_errors.describe(error), ERROR)
     except (KeyboardInterrupt, typer.Abort):
         _fail("stopped by Ctrl-C", INTERRUPTED)
 

@@ -10,11 +10,14 @@ from pathlib import Path
 import pyarrow as pa
 
 from captioner.config import CaptionConfig, Setting, SourceConfig, settings_of
+from captioner.console.phases import phase
+from captioner.console.stopping import notify
 from captioner.console.text import counted, printable
 from captioner.data import Source
 from captioner.errors import OK, OutputError, SourceError
 from captioner.files import shown
-from captioner.models.resolving import STARTER
+from captioner.models.download import why_unreachable
+from captioner.models.resolving import STARTER, is_hub_id
 from captioner.sources import describe, open_source
 from captioner.starter.scenes import describes_scene
 
@@ -59,7 +62,8 @@ def run(path: str, file: str, model: str | None, out: str) -> int:
     rows = _first_rows(source)
     facts = [f"{shown(path)} is {describe(source)}", _contents(rows)]
     values = {"source.path": path, "model.name": model or _fitting_model(rows), "output.path": out}
-    text = _text(file, facts, values)
+    missing = _why_missing(values["model.name"])
+    text = _text(file, facts, values, missing)
     try:
         with Path(file).open("x", encoding="utf-8") as stream:
             stream.write(text)
@@ -67,8 +71,17 @@ def run(path: str, file: str, model: str | None, out: str) -> int:
         raise OutputError(f"{file} exists already; give another FILE, or remove it") from None
     except OSError as error:
         raise OutputError(f"{file} cannot be written: {error.strerror or error}; give another FILE") from None
-    print("\n".join(map(printable, [*facts, f"wrote {file}; next: captioner caption --config {file}"])))
+    then = f"first set model.name in it, since {missing}; then" if missing else "next"
+    print("\n".join(map(printable, [*facts, f"wrote {file}; {then}: captioner caption --config {file}"])))
     return OK
+
+
+def _why_missing(model: str) -> str:
+    """Return why this machine cannot use a model of the hub; "" where it can, and for other models."""
+    if not is_hub_id(model):
+        return ""
+    with phase(f"asking the hub for {model}", notify):
+        return why_unreachable(model)
 
 
 def _first_rows(source: Source) -> pa.Table:
@@ -101,11 +114,15 @@ def _fitting_model(rows: pa.Table) -> str:
     return STARTER if is_scene else FOR_PHOTOS
 
 
-def _text(file: str, facts: list[str], values: dict[str, str]) -> str:
+def _text(file: str, facts: list[str], values: dict[str, str], missing: str) -> str:
     settings = {(setting.group, setting.field): setting for setting in settings_of(CaptionConfig)}
     lines = [_HEAD.format(file=printable(file), facts="\n# ".join(map(printable, facts)))]
     for group, fields in SHOWN.items():
         lines.append(f"{group}:")
+        if group == "model" and missing:
+            lines += [f"  # {line}" for line in textwrap.wrap(f"CHANGE name: {printable(missing)}", 90)]
+        elif group == "model" and is_hub_id(values["model.name"]):
+            lines.append("  # Downloaded from the Hugging Face hub by the first run; a directory needs no network.")
         lines += [line for field in fields for line in _lines(settings[group, field], values)]
         lines.append("")
     return "\n".join(lines)

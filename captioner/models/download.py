@@ -44,6 +44,18 @@ def download_from_hub(name: str, revision: str | None, notify: Callable[[str], N
     return directory, directory.name
 
 
+def why_unreachable(name: str) -> str:
+    """Return why a hub id can neither be read from Hugging Face's cache nor be downloaded now; "" where it can."""
+    from huggingface_hub import constants
+
+    try:
+        if not _has_weights(_cached(name, None)):
+            (_from_hub_cache if constants.HF_HUB_OFFLINE else _commit_of)(name, None)
+    except ModelError as error:
+        return str(error)
+    return ""
+
+
 def _from_hub_cache(name: str, revision: str | None) -> tuple[Path, str]:
     directory = _cached(name, revision)
     if directory is None:

@@ -78,7 +78,7 @@ def locate(name: str, revision: str | None, notify: Callable[[str], None]) -> tu
     """Return the local directory of a model, and its commit where it is from the hub."""
     if not name.strip():
         raise ModelError("no model given; add --model starter|DIR|HUB_ID|URI")
-    on_hub = _is_hub_id(name)
+    on_hub = is_hub_id(name)
     if revision is not None and not on_hub:
         raise ModelError(f"--revision {revision}: only hub ids have revisions, but --model is {name}; leave it out")
     if name == STARTER:
@@ -101,7 +101,7 @@ def locate(name: str, revision: str | None, notify: Callable[[str], None]) -> tu
     )
 
 
-def _is_hub_id(name: str) -> bool:
+def is_hub_id(name: str) -> bool:
     """Return whether `name` has the form owner/name and is not a local path."""
     return bool(_HUB_ID.fullmatch(name)) and not name.startswith((".", "~")) and not Path(local_path(name)).exists()
 

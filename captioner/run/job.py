@@ -260,7 +260,10 @@ def _plan(
 
 
 def check_settings(config: CaptionConfig) -> None:
-    """Raise UsageError for settings that are missing or exclude each other."""
+    """Raise UsageError for settings that are missing or exclude each other, SourceError where SOURCE is not there.
+
+    Before the model is looked for: SOURCE is the first thing that a person writes.
+    """
     if not config.source.path:
         raise UsageError("no SOURCE given; name a folder, tar, Parquet file, dataset or manifest")
     if not config.output.path:
@@ -272,6 +275,7 @@ def check_settings(config: CaptionConfig) -> None:
         if config.output.plan_only:
             raise UsageError("--only and --plan-only exclude each other; give one of them")
         parse_selector(config.output.only)
+    check_exists(config.source.path)
 
 
 def _with_absolute_source(config: CaptionConfig) -> CaptionConfig:

@@ -192,8 +192,14 @@ def test_the_command_line_of_settings_makes_the_same_settings(tree: dict[str, An
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        (["caption", "--modle", "x"], ["--modle", "--model"]),
-        (["caption", "a", "b", "--batchsize", "8"], ["--batchsize", "--batch-size"]),
+        (["caption", "--modle", "x"], ["--modle; did you mean --model? See captioner caption --help"]),
+        (["caption", "a", "b", "--batchsize", "8"], ["--batchsize; did you mean --batch-size?"]),
+        (["caption", "a", "b", "--dry-run"], ["--dry-run; did you mean --plan-only?"]),
+        (["caption", "a", "-o", "b"], ["-o; OUT is given without a flag; see captioner caption --help"]),
+        (["caption", "my", "photos", "out"], ["(out); put paths with spaces in quotes; see captioner caption"]),
+        (["--model", "starter", "caption", "a", "b"], ["flags stand after the command: captioner caption ... --model"]),
+        (["caption", "no such folder/", "b", "--local"], ["no such folder/: no such file or directory"]),
+        (["check", "a", "--frobnicate"], ["--frobnicate; see captioner check --help"]),
         (["capton"], ["capton", "Did you mean 'caption'? See captioner --help"]),
         (["caption", "a", "b", "c"], ["c"]),
         (["caption", "a", "b", "--model"], ["--model"]),

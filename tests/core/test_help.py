@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from captioner.store.table import open_table
 from captioner.testing import make_folder, make_tar
 from ray_jobs.cli import app, main
 from ray_jobs.help import COMMAND_GROUPS, EVERYDAY, EXAMPLES
+from ray_jobs.usage_errors import ALIKE, OTHER_NAMES, WITHOUT_A_FLAG, suggestions
 
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands
 PATHS = ["", *COMMANDS, "demo train", "demo server", "models convert"]
@@ -145,3 +147,41 @@ def test_init_refuses_in_one_line(
     assert run("init", *words) == 1
     assert message in capsys.readouterr().err
     assert (tmp_path / "taken.yaml").read_text() == "mine"
+
+
+@pytest.mark.parametrize("path", COMMANDS)
+def test_a_flag_without_one_of_its_letters_is_suggested_whole(path: str) -> None:
+    flags = [*flags_of(path)]
+    for flag in flags:
+        name = flag.removeprefix("--")
+        typos = {f"--{name[:at]}{name[at + 1 :]}" for at in range(1, len(name))} - {*flags}
+        for typo in typos if len(name) > 3 else ():
+            suggested = suggestions(typo, flags)
+            likeness = max(difflib.SequenceMatcher(None, one, flag).ratio() for one in suggested)
+            assert likeness >= ALIKE, typo  # cpus and gpus are alike
+
+
+def test_suggestions_are_near_or_none() -> None:
+    flags = [*flags_of("caption")]
+
+    assert suggestions("--workers", flags) == ["--num-workers"]
+    assert suggestions("--column", flags) == ["--id-column", "--image-column", "--reference-column"]
+    assert [suggestions(option, flags) for option in ("--verbose", "--foo", "--max", "--quiet")] == [[]] * 4
+    of_any = {flag for path in COMMANDS for flag in flags_of(path)}
+    assert {*OTHER_NAMES.values()} <= of_any, "each is a flag of some command"
+    assert of_any.isdisjoint(WITHOUT_A_FLAG) or {"--out"} == of_any & {*WITHOUT_A_FLAG}
+
+
+def test_init_says_what_to_change_where_its_model_cannot_be_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    make_folder(tmp_path / "images", 1)
+
+    assert run("init", "images", "hub.yaml", "--model", "nobody/nothing") == 0
+    assert "first set model.name in it, since --model nobody/nothing: neither a directory" in capsys.readouterr().out
+    assert "  # CHANGE name: --model nobody/nothing" in (tmp_path / "hub.yaml").read_text()
+    assert run("init", "images", "starter.yaml", "--model", "starter") == 0
+    assert "wrote starter.yaml; next:" in capsys.readouterr().out
+    assert "CHANGE" not in (tmp_path / "starter.yaml").read_text()
