@@ -108,11 +108,12 @@ def _unidentified(data: bytes, failure: tuple[str, Exception] | None) -> ImageEr
 
 
 def why_not_an_image(head: bytes) -> ImageError | None:
-    """Return why a file that begins with these bytes, 4 KiB at least, is not an image; None where it may be one.
+    """Return why a file that begins with these bytes, 4 KiB or all of it, is not an image; None where it may be one.
 
     Nothing is parsed but signatures, so that it is safe outside the sandbox.
     """
-    accepted = any(accepts and accepts(head[:_PREFIX]) for _, accepts in (Image.OPEN[n] for n in available_formats()))
+    prefix = head[:_PREFIX].ljust(_PREFIX, b"\0")  # Pillow's functions fail on a file of few bytes
+    accepted = any(accepts and accepts(prefix) for _, accepts in (Image.OPEN[n] for n in available_formats()))
     if accepted or _may_be_without_signature(head):
         return None
     return _unidentified(head, None)

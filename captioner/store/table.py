@@ -413,7 +413,9 @@ def create_table(
         for folder in _OWN_FOLDERS:
             directory.delete_folder(folder)
     elif not directory.is_empty():
-        raise OutputError(f"{location} is not empty and holds no captions table; give another OUT")
+        raise OutputError(
+            f"{location} is not empty and holds no captions table; give another OUT (SOURCE stands before OUT)"
+        )
     info = {
         "schema_version": SCHEMA_VERSION,
         # Chunks are written below this id: a writer of an overwritten table cannot reach the new one.

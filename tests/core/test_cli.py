@@ -398,3 +398,16 @@ def test_verify_says_what_is_left_of_an_unfinished_run(tmp_path: Path, capsys: p
 )
 def test_the_state_of_a_run_that_ended_says_why(error: BaseException, state: str) -> None:
     assert state_after(error) == state
+
+
+def test_exchanged_paths_and_an_archive_that_is_not_read_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = make_folder(tmp_path / "my photos", 1)
+    (tmp_path / "photos.ZIP").write_bytes(b"PK")
+    fake = ("--model", "fake", "--local")
+
+    assert exit_code("caption", str(photos), str(photos), *fake) == 1
+    assert "give another OUT (SOURCE stands before OUT)" in capsys.readouterr().err
+    assert exit_code("caption", str(tmp_path / "photos.ZIP"), str(tmp_path / "out"), *fake) == 1
+    assert "unpack it and give the folder" in capsys.readouterr().err
