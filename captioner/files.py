@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 import time
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 from urllib.parse import quote, unquote
@@ -30,6 +32,9 @@ _UNREACHABLE = re.compile(
     r"metadata|credential|authenticat|offline)"
 )
 
+_ONE_SLASH = re.compile(r"(?!file:)([a-z][a-z0-9+]+):/([^/].*)", re.IGNORECASE)  # s3:/bucket
+_ALIKE = 0.75  # how alike two names are that may be meant for each other, from 0 to 1
+_MAX_NAMES_COMPARED = 10_000  # of a folder
 _FILE_URI = re.compile(r"file:(//(localhost)?)?/", re.IGNORECASE)  # also file:/path, as Java and Spark write it
 
 
@@ -68,6 +73,32 @@ def shown(location: str) -> str:
     """Return a location for records and messages: without the keys and options that a URI may hold."""
     address = location.partition("?")[0] if is_uri(location) else location
     return re.sub(r"^(\w+://)[^/@]*@", r"\1", address)
+
+
+def did_you_mean(location: str) -> str:
+    """Return "; did you mean PATH?" for a path that is not there, or "" where nothing near it is.
+
+    That is a path on this machine that is written almost alike, or the URI of a path with one slash too few.
+    """
+    if with_one_slash := _ONE_SLASH.fullmatch(location):
+        return f"; did you mean {with_one_slash[1]}://{with_one_slash[2]}?"
+    if is_uri(location):
+        return ""
+    first, *names = Path(location).expanduser().parts or (".",)
+    path = Path(first) if Path(first).exists() else Path(_near(Path(), first))
+    for name in names:
+        path /= name if (path / name).exists() else _near(path, name)
+    return f"; did you mean {path}?" if path.exists() and path != Path(location) else ""
+
+
+def _near(folder: Path, name: str) -> str:
+    """Return the name in `folder` that is most like `name`, which it lacks; `name` itself where none is."""
+    try:
+        with os.scandir(folder) as entries:
+            names = [entry.name for entry in islice(entries, _MAX_NAMES_COMPARED)]
+    except OSError:
+        return name
+    return next(iter(difflib.get_close_matches(name, names, n=1, cutoff=_ALIKE)), name)
 
 
 def check_remains(location: str) -> None:

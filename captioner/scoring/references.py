@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from captioner.errors import SourceError, UsageError
-from captioner.files import open_filesystem
+from captioner.files import did_you_mean, open_filesystem
 from captioner.sources.columns import as_captions
 from captioner.sources.root import Root
 from captioner.sources.tables import TABLE_SUFFIXES, Table, open_table, read_batches
@@ -89,7 +89,7 @@ def read_references(location: str, columns: Sequence[str] = ()) -> References:
     """
     root = Root.at(location)
     if not root.exists():
-        raise SourceError(f"--references {location}: no such file or directory")
+        raise SourceError(f"--references {location}: no such file or directory{did_you_mean(location)}")
     is_table = not os.path.isdir(location) and not location.lower().endswith(".json")
     if columns and (not is_table or len(columns) < 2):
         needed = "give a column of names, then one or more of captions" if is_table else f"{location} has no columns"

@@ -14,7 +14,7 @@ from captioner.config import CaptionConfig, SourceConfig, settings_of
 from captioner.console.text import counted
 from captioner.data import Source
 from captioner.errors import SourceError, UsageError
-from captioner.files import is_uri
+from captioner.files import did_you_mean, is_uri
 from captioner.sources.columns import Columns, choose_columns
 from captioner.sources.detect import look_into, match_glob
 from captioner.sources.folder import FolderSource
@@ -116,14 +116,14 @@ def _open(config: SourceConfig, refuse_flags: bool) -> Source:
         return _open_directory(config, root, refuse_flags)
     if is_hub_id:
         return HuggingFaceSource.open(config, hub_id)
-    raise SourceError(f"{path}: no such file or directory")
+    raise SourceError(f"{path}: no such file or directory{did_you_mean(path)}")
 
 
 def check_exists(path: str) -> None:
     """Raise SourceError where `path` can only be a local file or folder, and is not there."""
     may_be_elsewhere = is_uri(path) or glob.has_magic(path) or _HUB_ID.fullmatch(path.rstrip("/"))
     if not may_be_elsewhere and not Root.at(path).exists():
-        raise SourceError(f"{path}: no such file or directory")
+        raise SourceError(f"{path}: no such file or directory{did_you_mean(path)}")
 
 
 def _is_image(root: Root, name: bytes) -> bool:

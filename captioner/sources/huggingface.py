@@ -14,6 +14,7 @@ import pyarrow as pa
 from captioner.config import SourceConfig
 from captioner.data import Listing, RawImage
 from captioner.errors import SourceError
+from captioner.files import did_you_mean
 from captioner.sources.cells import make_cell, read_cells
 from captioner.sources.columns import Columns, choose_columns, table_rows
 from captioner.sources.plan_rows import BATCH_ROWS
@@ -106,7 +107,7 @@ def _load_split(location: str, split: str, stamp: object) -> Any:
         dataset = datasets.load_from_disk(location) if os.path.isdir(location) else datasets.load_dataset(location)
     except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError) as error:
         missing = "" if os.path.isdir(location) else "no such file or directory, and "
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split()) + (did_you_mean(location) if missing else "")
         raise SourceError(f"{location}: {missing}cannot be loaded as a Hugging Face dataset: {reason}") from None
     if not isinstance(dataset, dict):  # a bare Dataset knows the split it was, or none
         dataset = {str(dataset.split or split): dataset}

@@ -25,6 +25,7 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -32,6 +33,7 @@ import pyarrow as pa
 from captioner.config import SourceConfig
 from captioner.data import CAPTIONS_SCHEMA, SAMPLES_FIELD, Chunk, error_column
 from captioner.errors import DamagedFileError, OutputError
+from captioner.files import did_you_mean, is_uri, local_path
 from captioner.store.checksum import ARROW_SUFFIX
 from captioner.store.counts import COUNTED
 from captioner.store.directory import Directory
@@ -367,7 +369,8 @@ def open_table(location: str) -> CaptionsTable:
     """Open the table at `location`. Raises OutputError where there is none."""
     directory = Directory(location)
     if not directory.exists(TABLE_FILE):
-        raise OutputError(f"{location} holds no captions table (no {TABLE_FILE}); give the OUT of a caption run")
+        near = _table_above(location) or did_you_mean(location) or "; give the OUT of a caption run"
+        raise OutputError(f"{location} holds no captions table (no {TABLE_FILE}){near}")
     info = directory.read_json(TABLE_FILE)
     if info.get("schema_version") != SCHEMA_VERSION:
         version = info.get("schema_version")
@@ -380,6 +383,12 @@ def open_table(location: str) -> CaptionsTable:
     except (pa.ArrowException, OSError, *_MALFORMED) as error:
         raise directory.damage(TABLE_FILE, f"is damaged: {error!r}") from error
     return table
+
+
+def _table_above(location: str) -> str:
+    """Return "; did you mean OUT?" for a folder or file inside a table on this machine, else ""."""
+    parents = [] if is_uri(location) else Path(local_path(location)).parents[:2]
+    return next((f"; did you mean {parent}?" for parent in parents if (parent / TABLE_FILE).exists()), "")
 
 
 def _check_info(table: CaptionsTable) -> None:

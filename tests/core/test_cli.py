@@ -411,3 +411,41 @@ def test_exchanged_paths_and_an_archive_that_is_not_read_are_named(
     assert "give another OUT (SOURCE stands before OUT)" in capsys.readouterr().err
     assert exit_code("caption", str(tmp_path / "photos.ZIP"), str(tmp_path / "out"), *fake) == 1
     assert "unpack it and give the folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["caption", "museum/photso", "new"], "museum/photos"),
+        (["caption", "musuem/photso/2020/", "new"], "museum/photos/2020"),
+        (["caption", "photso", "new"], None),  # nothing near it where it was looked for
+        (["caption", "museum/zebras", "new"], None),
+        (["caption", "s3:/bucket/photos", "new"], "s3://bucket/photos"),
+        (["check", "museum/table/captions"], "museum/table"),
+        (["status", "museum/table/captions/part-00000.parquet"], "museum/table"),
+        (["verify", "museum/tabel"], "museum/table"),
+        (["report", "museum/photos"], None),  # it is there, and holds no table
+    ],
+)
+def test_a_mistyped_path_names_what_it_may_have_meant(
+    words: list[str],
+    meant: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "museum/photos/2020").mkdir(parents=True)
+    (tmp_path / "museum/table/captions").mkdir(parents=True)
+    (tmp_path / "museum/table/table.json").write_text("{}")
+    flags = ["--model", "starter", "--local"] if words[0] == "caption" else []
+
+    assert exit_code(*words, *flags) == 1
+
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert (
+        (f"did you mean {meant}?" in error or f"did you mean {tmp_path / meant}?" in error)
+        if meant
+        else ("did you mean" not in error)
+    )
