@@ -180,7 +180,7 @@ def _open_files(config: SourceConfig, root: Root, files: list[bytes], reason: st
     if not is_tars and (len(suffixes) != 1 or not suffixes <= set(TABLE_SUFFIXES)):
         names = b", ".join(sorted(suffixes)).decode("utf-8", "replace")
         if len(files) == 1 and suffixes <= {b".zip", b".rar", b".7z"}:
-            raise SourceError(f"{config.path}: is an archive that is not read; unpack it and give the folder")
+            raise SourceError(f"{config.path}: an archive that is not read; unpack it and give the folder")
         if len(files) == 1:
             raise SourceError(f"{config.path}: neither an image, a tar nor a table (.parquet, .csv, .jsonl)")
         raise SourceError(f"{config.path}: expected files of one kind, but there are {names}")

@@ -426,8 +426,15 @@ def test_one_image_is_a_source(tmp_path, name):
     assert references_of(source_at(tmp_path / "000002.png"))["000002.png"]  # of the metadata
 
 
-@pytest.mark.parametrize("name", ["notes.txt", "x.zip", "x.pdf", "empty"])
-def test_one_file_of_something_else_is_an_error(tmp_path, name):
+NO_SOURCE = "neither an image, a tar nor a table"
+NO_TAR = "an archive that is not read; unpack it and give the folder"
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("notes.txt", NO_SOURCE), ("x.pdf", NO_SOURCE), ("empty", NO_SOURCE), ("x.zip", NO_TAR), ("X.7z", NO_TAR)],
+)
+def test_one_file_of_something_else_is_an_error(tmp_path, name, reason):
     fill(tmp_path, name, data=b"" if name == "empty" else b"words, and nothing else")
-    with pytest.raises(SourceError, match="neither an image, a tar nor a table"):
+    with pytest.raises(SourceError, match=reason):
         source_at(tmp_path / name)
