@@ -374,8 +374,8 @@ def _bring_plan_up_to_date(planned: Planned, notify: Notify, rows_per_chunk: Cal
     max_rows = rows_per_chunk()
     with phase("listing images", notify) as listing:
 
-        def show(num_rows: int) -> None:
-            listing.text = f"listing images, {num_rows:,} listed"
+        def show(text: str) -> None:
+            listing.text = text
 
         plan = make_plan(planned.table, planned.source, max_rows, config.output.rows_per_file, limit, on_progress=show)
     for incomplete in lacking:  # every image of the source is planned now

@@ -39,7 +39,7 @@ MIN_ROWS_PER_CHUNK = 16
 # Schema metadata of a plan part, as JSON: a _Position, and its notes that no earlier part has.
 _POSITION, _NOTES = b"captioner.listing", b"captioner.notes"
 
-OnProgress = Callable[[int], None]
+OnProgress = Callable[[str], None]  # called with what is done now, and how far it is
 
 
 @dataclass
@@ -92,7 +92,7 @@ def make_plan(
     rows_per_chunk: int,
     rows_per_file: int,
     limit: int | None = None,
-    on_progress: OnProgress = lambda rows: None,
+    on_progress: OnProgress = lambda text: None,
 ) -> Plan | None:
     """List the source and freeze what is new in it as the next generation.
 
@@ -107,16 +107,19 @@ def make_plan(
     with IdIndex() as planned, IdIndex() as added:
         for plan in plans:
             if plan.adds_parts:
-                _index_ids(table, plan, planned)
+                _index_ids(table, plan, planned, on_progress)
         writer = _PlanWriter(table, generation, first_part, rows_per_chunk, rows_per_file, added)
-        for unit, listing, first_row in _listings_from(source, writer.resume()):
+        position = writer.resume()
+        num_listed = writer.num_rows
+        for unit, listing, first_row in _listings_from(source, position):
+            num_listed += listing.rows.num_rows
+            on_progress(f"listing images, {num_listed:,} listed")
             rows = _numbered(listing.rows, first_row)
             if plans:
                 rows = rows.filter(pa.array(~planned.contains(rows["image_id"])))
             if limit is not None:
                 rows = rows.slice(0, limit - writer.num_rows)
             writer.add(unit, rows, listing)
-            on_progress(writer.num_rows)
             if limit is not None and writer.num_rows >= limit:
                 break
         plan = writer.finish("extend" if plans else "archive", source)
@@ -379,9 +382,12 @@ def _split(
     return first, rest
 
 
-def _index_ids(table: CaptionsTable, plan: Plan, ids: IdIndex) -> None:
-    for part in sorted(plan.parts):
+def _index_ids(table: CaptionsTable, plan: Plan, ids: IdIndex, on_progress: OnProgress = lambda text: None) -> None:
+    num_read = 0
+    for part, num_rows in sorted(plan.parts.items()):
         ids.add(table.read_plan_part(plan, part, ["image_id"])["image_id"])
+        num_read += num_rows
+        on_progress(f"reading the ids of planned images, {num_read:,} of {plan.num_rows:,}")
 
 
 def _no_images_message(source: Source, plan: Plan) -> str:

@@ -252,3 +252,17 @@ def test_the_id_index_is_a_set_in_memory_and_on_disk(added: list[list[str]], ask
 
         assert len(index.duplicates()) == len({i for i in everything if everything.count(i) > 1})
         assert index.contains(asked).tolist() == [image_id in everything for image_id in asked]
+
+
+def test_progress_counts_what_is_listed_and_not_what_is_new(tmp_path: Path) -> None:
+    config = SourceConfig(path=str(make_archive(tmp_path / "archive", [f"{number}.png" for number in range(12)])))
+    table = make_table(tmp_path / "out")
+    texts: list[str] = []
+    assert make_plan(table, open_source(config), 4, 8, on_progress=texts.append)
+    assert texts[-1] == "listing images, 12 listed"
+
+    texts.clear()
+    assert make_plan(table, open_source(config), 4, 8, on_progress=texts.append) is None
+
+    assert "reading the ids of planned images, 12 of 12" in texts
+    assert texts[-1] == "listing images, 12 listed"
