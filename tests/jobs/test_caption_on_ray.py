@@ -111,6 +111,15 @@ def test_one_process_or_two_workers_any_batch_size_the_same_captions_sample_and_
     assert len({row["reference"] for row in sampled_rows.values()}) > 12
 
 
+def test_the_most_probable_captions_on_ray_are_those_of_one_process(tmp_path: Path, archive: Path, model: Path) -> None:
+    assert pipeline.run(settings(archive, tmp_path / "one", model, batch_size=16)) == 0
+    assert run(settings(archive, tmp_path / "ray", model, batch_size=5)) == 0
+
+    texts = [row[3] for row in captions(tmp_path / "one") if row[1] == "ok"]
+    assert len(set(texts)) >= len(texts) / 2  # a model that says the same of everything would prove nothing
+    assert captions(tmp_path / "ray") == captions(tmp_path / "one")
+
+
 def make_faulty_tars(root: Path) -> Path:
     """Tars with a header that claims 2^31 pixels, and one with bytes in which no member is found."""
     for number in range(4):
