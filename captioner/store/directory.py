@@ -254,13 +254,16 @@ class Directory:
         self.write_bytes(name, json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n")
 
     @contextmanager
-    def open_parquet(self, name: str) -> Iterator[pq.ParquetFile]:
+    def open_parquet(self, name: str, columns: Sequence[str] = ()) -> Iterator[pq.ParquetFile]:
         """Open a Parquet file for reading some of its row groups, whose pages are checked.
 
-        Raises DamagedFileError where there is no such file, or what is read of it is damaged.
+        Raises DamagedFileError where there is no such file, what is read of it is damaged, or it lacks one of
+        `columns`: their names have no checksum.
         """
         try:
             with pq.ParquetFile(self._open(name), page_checksum_verification=True) as file:
+                if missing := sorted(set(columns) - set(file.schema_arrow.names)):
+                    raise ValueError(f"it has no column {missing[0]}")
                 yield file
         except PARSE_ERRORS as error:
             raise self.damage(name, f"is damaged: {error}") from error
@@ -281,11 +284,8 @@ class Directory:
 
     def read_columns(self, name: str, columns: list[str]) -> pa.Table:
         """Return some columns of a Parquet file; no other bytes are read. Raises DamagedFileError."""
-        with self.open_parquet(name) as file:
-            table = file.read(columns, use_threads=False)
-            if missing := sorted(set(columns) - set(table.column_names)):
-                raise ValueError(f"it has no column {missing[0]}")
-            return table
+        with self.open_parquet(name, columns) as file:
+            return file.read(columns, use_threads=False)
 
     def read_checked(self, name: str) -> WholeFile:
         """Return a table's file. Raises DamagedFileError where its bytes are not those that were written."""

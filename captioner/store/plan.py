@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from captioner.console.text import counted, printable
-from captioner.data import Chunk, Listing, Source
+from captioner.data import PLAN_SCHEMA, Chunk, Listing, Source
 from captioner.errors import DamagedFileError, SourceError
 from captioner.store.ids import IdIndex, digests_of
 from captioner.store.parallel_listing import list_units
@@ -134,13 +134,17 @@ def make_plan(
 def read_planned(table: CaptionsTable, chunk: Chunk) -> pa.Table:
     """Return the planned rows of one chunk: PLAN_SCHEMA, kept columns, and `part_row` where they are recaptioned.
 
-    Raises DamagedFileError where the file is that of another part.
+    Raises DamagedFileError where the file is damaged, or that of another part.
     """
     name = plan_part_name(chunk.generation, chunk.part)
     with table.directory.open_parquet(name) as file:
         is_other = is_marked_otherwise(table, name, file.schema_arrow.metadata or {})
         if is_other or chunk.index >= file.num_row_groups:
             raise table.directory.damage(name, "is damaged: it is that of another part")
+        # The pages of a Parquet file have checksums; the names and types of its columns have none.
+        types = {field.name: field.type for field in file.schema_arrow}
+        if any(types.get(field.name) != field.type for field in PLAN_SCHEMA):
+            raise table.directory.damage(name, "is damaged: it lacks columns of a plan")
         return file.read_row_group(chunk.index)
 
 

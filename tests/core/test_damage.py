@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from captioner import pipeline
 from captioner.config import AltTextConfig, CaptionConfig
+from captioner.data import PLAN_SCHEMA
 from captioner.errors import DamagedFileError, VerificationError
 from captioner.publishing.alt_text.command import make_alt_texts
 from captioner.run.job import open_job
@@ -370,6 +371,29 @@ def test_verify_notices_any_bit_that_flips(finished: Path, unpublished: Path, da
 
     assert not result.proven
     assert named(result.problems, str(file.relative_to(out)))
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_a_plan_part_with_a_flipped_bit_is_read_as_planned_or_refused(finished: Path, data: st.DataObject) -> None:
+    """A report reads chunks of the plan without the checksum of the whole file, and the footer has none of its own."""
+    table = open_table(str(finished))
+    chunk = next(table.plans()[0].chunks())
+    file = finished / plan_part_name(chunk.generation, chunk.part)
+    before, planned = file.read_bytes(), read_planned(table, chunk)
+    end = 8 * (len(before) - 8)
+    position = data.draw(st.integers(end - 8 * int.from_bytes(before[-8:-4], "little"), end - 1))
+    damaged = bytearray(before)
+    damaged[position // 8] ^= 1 << position % 8
+    file.write_bytes(damaged)
+    rows = planned
+    try:
+        with contextlib.suppress(DamagedFileError):
+            rows = read_planned(table, chunk)
+        assert rows.select(PLAN_SCHEMA.names).equals(planned.select(PLAN_SCHEMA.names))
+    finally:
+        file.write_bytes(before)
+        (finished / RECHECK_FILE).unlink(missing_ok=True)
 
 
 def test_any_reader_of_parquet_can_check_the_pages(finished: Path) -> None:

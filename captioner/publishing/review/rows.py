@@ -108,7 +108,7 @@ def _read_rows_of(
     directory: Directory, name: str, rows: set[int], columns: list[str]
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield rows of a file with their indices. Raises IndexError where it has fewer rows."""
-    with directory.open_parquet(name) as file:
+    with directory.open_parquet(name, columns) as file:
         first = 0
         for group in range(file.metadata.num_row_groups):
             end = first + file.metadata.row_group(group).num_rows
