@@ -346,8 +346,6 @@ def _check_same_source(config: CaptionConfig, table: CaptionsTable) -> None:
         now = shown(now) if name == "path" else now
         before, now = (value or DEFAULT_SPLIT if name == "split" else value for value in (before, now))
         if name not in may_differ and before != now:
-            if name == "path":
-                check_exists(config.source.path)  # a mistyped name is no other source
             what = {"path": "from", "take_as": "with --as"}.get(name, f"with --{name.replace('_', '-')}")
             raise OutputError(
                 f"{shown(config.output.path)} was created {what} {before!r}, not {now!r}; give the same, another OUT, "

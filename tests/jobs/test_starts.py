@@ -76,14 +76,12 @@ if any("default_worker.py" in word for word in sys.orig_argv):
 """
 
 
-# Two runs on one Ray, whose workers die in two ways. Each death costs a second of CPU, so they end after the second.
+# Two runs on one Ray, whose workers die in two ways.
 DIE_TWICE = """
 import os, sys
 from pathlib import Path
-from ray_jobs import workers
 from ray_jobs.cli import main
 
-workers.MAX_RESTARTS = 2
 images, *hows = sys.argv[1:]
 for out, how in enumerate(hows):
     Path(os.environ["HOW"]).write_text(how)

@@ -238,13 +238,6 @@ def test_a_worker_that_always_dies_while_it_joins_ends_the_training_with_its_err
 ) -> None:
     class Dying(ProcessGroup):  # defined here, so that it travels to workers by value
         @property
-        def backend_cls(self) -> type:
-            from ray_jobs import process_group
-
-            process_group.MAX_DEATHS = 2  # in the process that controls the run: a start of workers takes seconds
-            return super().backend_cls
-
-        @property
         def backend(self) -> str:
             import os
             import sys
@@ -254,11 +247,10 @@ def test_a_worker_that_always_dies_while_it_joins_ends_the_training_with_its_err
             return "gloo"
 
     monkeypatch.setattr("ray_jobs.process_group.ProcessGroup", Dying)
-    monkeypatch.setattr("ray_jobs.process_group.MAX_DEATHS", 2)
     config = settings(make_folder(tmp_path / "data", 8), tmp_path / "out", tiny, workers=1)
 
     with pytest.raises(
-        ClusterError, match="worker died 2 times while it joined the others: Fatal Python error: Aborted"
+        ClusterError, match="worker died 3 times while it joined the others: Fatal Python error: Aborted"
     ):
         job.run(config, RayTrainEngine(config))
 
