@@ -171,7 +171,7 @@ def object_array(images: Sequence[npt.NDArray[np.uint8]]) -> npt.NDArray[np.obje
     return array
 
 
-_MAX_TRIAL_SIDE = 1024  # pixels
+_MAX_TRIAL_SIDE, _SMALL_SIDE = 1024, 512  # pixels
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,10 +217,19 @@ class PixelSpec:
     @property
     def trial_size(self) -> tuple[int, int]:
         """The height and width of images to try out batch sizes with; few images of variable size are larger."""
+        return self._size_up_to(_MAX_TRIAL_SIDE)
+
+    @property
+    def small_size(self) -> tuple[int, int]:
+        """The height and width of an image that every device which is large enough for the model has room for."""
+        return self._size_up_to(_SMALL_SIDE)
+
+    def _size_up_to(self, longest: int) -> tuple[int, int]:
+        """Return a height and width of at most `longest` pixels, if the model takes images of that size."""
         if self.resize == "own_edge":
-            return min(self.height, _MAX_TRIAL_SIDE), min(self.width, _MAX_TRIAL_SIDE)
+            return min(self.height, longest), min(self.width, longest)
         if self.resize == "patches":
-            side = max(1, min(_MAX_TRIAL_SIDE, math.isqrt(self.limit)) // self.multiple) * self.multiple
+            side = max(1, min(longest, math.isqrt(self.limit)) // self.multiple) * self.multiple
             return side, side
         return self.height, self.width
 

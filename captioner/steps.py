@@ -38,7 +38,7 @@ from captioner.data import (
     Source,
     Usage,
 )
-from captioner.errors import EndpointError
+from captioner.errors import ModelError
 from captioner.imaging.sandbox.decoder import GuardedDecoder
 from captioner.models import ModelRef
 from captioner.models.questions import asked_columns, blank_columns, prompts_of, same_prompts, unanswered
@@ -260,7 +260,7 @@ def caption_or_reasons(
 
     A batch that fails is tried again in halves, so that one image does not fail the others. `usages`: a list to which
     the tokens that were counted are appended. `question`: what a chat model is asked, see `ModelRef`.
-    `prompts`: see `Captioner.caption`. Raises EndpointError where no model server can be used.
+    `prompts`: see `Captioner.caption`. Raises ModelError where the model itself, or its server, cannot be used.
     """
     if not len(pixels):
         return []
@@ -272,14 +272,16 @@ def caption_or_reasons(
         if question and prompts is not None:  # a chat model: each image has a question of its own
             questions = [image_prompts[0] or "" for image_prompts in prompts]
         return _as_list(captions, questions)
-    except EndpointError:
+    except ModelError:
         raise
     except Exception as error:
-        if len(pixels) == 1:
-            return [f"{type(error).__name__}: {' '.join(str(error).split())}"[:MAX_REASON]]
-        half = len(pixels) // 2
-        first = caption_or_reasons(captioner, pixels[:half], usages, question, prompts and prompts[:half])
-        return first + caption_or_reasons(captioner, pixels[half:], usages, question, prompts and prompts[half:])
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:MAX_REASON]
+    # Outside the except clause, because the exception keeps the failed call's tensors alive.
+    if len(pixels) == 1:
+        return [reason]
+    half = len(pixels) // 2
+    first = caption_or_reasons(captioner, pixels[:half], usages, question, prompts and prompts[:half])
+    return first + caption_or_reasons(captioner, pixels[half:], usages, question, prompts and prompts[half:])
 
 
 def _as_list(captions: Captions, questions: Sequence[str]) -> list[Caption | str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -19,7 +19,9 @@ from transformers import GenerationConfig, LogitsProcessorList
 
 from captioner.data import Captions, Pixels, Prompts, Usage, object_array
 from captioner.errors import ModelError
+from captioner.models.devices import GPUS
 from captioner.models.logits import DrawingProcessor, Sampling, ScoreRecorder, mean_logprobs, token_counts
+from captioner.models.placement import no_room
 from captioner.models.pretrained import decode_all, open_model, open_tokenizer, quiet
 from captioner.models.processors import ProcessedBatch, open_image_processor, processed_batches
 from captioner.models.quantized import stored_bytes
@@ -70,6 +72,7 @@ class TransformersCaptioner:
         self.uploads = Uploads(device)
         self.sampling = Sampling.from_model(ref)
         self._search_lock = threading.Lock()  # calls from two threads are searched one after the other
+        self._has_room = False  # whether the device is known to have memory for an image
         self.model = open_model(ref.path, self.dtype, device, self.attention, ref.adapter, ref.quantize, max_memory)
         self.weights_bytes = stored_bytes(self.model)
         self._usage = Usage()  # counted since the last call of `caption` that returned
@@ -162,7 +165,20 @@ class TransformersCaptioner:
         may call this at once; then batches overlap from one call to the next. Where a batch does not fit the device's
         memory it is halved, and `batch_size` stays at the size that fits. Images of variable size are sorted, largest
         first, so that the rows of a batch differ little in length.
+
+        Raises torch.OutOfMemoryError where an image does not fit, and ModelError where it is alone, none was captioned
+        before and a small one does not fit either: then the model is too large for the device, not the image.
         """
+        try:
+            return self._caption_sorted(images)
+        except torch.OutOfMemoryError as error:
+            if self._has_room or len(images) > 1:
+                raise
+            message = str(error)
+        self._check_room()  # outside the except clause, as below
+        raise torch.OutOfMemoryError(message)
+
+    def _caption_sorted(self, images: Any) -> Captions:
         if self.processor is None:
             return self._caption_in_order(images)
         sizes = [image.size for image in images]
@@ -201,7 +217,9 @@ class TransformersCaptioner:
         if len(values) > self.batch_size:
             return [result for part in _parts(values, self.batch_size) for result in self._search_or_halve(part)]
         try:
-            return [self.search_batch(values)]
+            result = self.search_batch(values)
+            self._has_room = True
+            return [result]
         except torch.OutOfMemoryError:
             if len(values) == 1:
                 raise
@@ -210,10 +228,32 @@ class TransformersCaptioner:
         self.free_memory()
         return self._search_or_halve(values)
 
-    def try_batch(self, size: int) -> None:
-        """Caption `size` images of noise in one batch. Raises torch.OutOfMemoryError."""
-        spec = self.ref.spec
-        noise = np.random.default_rng(0).integers(0, 256, (size, *spec.trial_size, 3), dtype=np.uint8)
+    def _check_room(self) -> None:
+        """Raise ModelError where a small image does not fit the device's memory."""
+        self.free_memory()
+        height, width = self.ref.spec.small_size
+        with self._search_lock, suppress(torch.OutOfMemoryError):
+            self.try_batch(1, (height, width))
+            self._has_room = True
+            return
+        self.free_memory()
+        free, size = self._free_bytes(), f"{width} x {height} pixels"
+        raise no_room(self.ref, size, self.device_name, self.weights_bytes, free, self._num_devices)
+
+    def _free_bytes(self) -> int:
+        """Return the free memory of the GPUs; 0 for other devices."""
+        if self.device.type not in GPUS:
+            return 0
+        backend, first = torch.get_device_module(self.device), self.device.index or 0
+        return sum(int(backend.mem_get_info(first + number)[0]) for number in range(self._num_devices))
+
+    def try_batch(self, size: int, image_size: tuple[int, int] | None = None) -> None:
+        """Caption `size` images of noise in one batch. Raises torch.OutOfMemoryError.
+
+        `image_size`: height and width; None: those of `PixelSpec.trial_size`.
+        """
+        shape = size, *(image_size or self.ref.spec.trial_size), 3
+        noise = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
         if self.processor is None:
             self.search_batch(torch.from_numpy(noise).to(self.device))
         else:

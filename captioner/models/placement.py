@@ -61,6 +61,21 @@ def check_fits(ref: ModelRef, free: Sequence[int], device_name: str, batch_size:
     )
 
 
+def no_room(
+    ref: ModelRef, image_size: str, device_name: str, weights_bytes: int, num_free: int, num_gpus: int = 1
+) -> ModelError:
+    """Return the error of a model whose weights fit its device or devices, but with which not one image fits.
+
+    `weights_bytes`: taken by the weights. `num_free`: bytes that are free beside them, on all devices together.
+    """
+    beams = f"--num-beams 1 instead of {ref.num_beams}, " if ref.num_beams > 1 else ""
+    return ModelError(
+        f"model {ref.name}: not one image, not even of {image_size}, fits the memory of {device_name}, of which the"
+        f" weights take {_gigabytes(weights_bytes)} in {ref.quantize or ref.dtype} and {_gigabytes(num_free)} are free;"
+        f" end other programs on it, or give {beams}{_ways_out(ref, weights_bytes + num_free, num_gpus)}"
+    )
+
+
 def _ways_out(ref: ModelRef, num_free: int, num_gpus: int) -> str:
     """Return what would make a model fit, with the size of its weights, or a smaller model or larger GPU."""
     lighter = {"--dtype bfloat16": replace(ref, dtype="bfloat16")} if ref.dtype == "float32" else {}
@@ -69,7 +84,8 @@ def _ways_out(ref: ModelRef, num_free: int, num_gpus: int) -> str:
     ways = [
         f"{flag} ({_gigabytes(weights_in_memory(other))})"
         for flag, other in lighter.items()
-        if weights_in_memory(other) + cache_bytes(other) <= num_free
+        if weights_in_memory(other) < weights_in_memory(ref)
+        and weights_in_memory(other) + cache_bytes(other) <= num_free
     ]
     if _can_be_spread(ref) and ref.adapter is None:
         needed = weights_in_memory(ref) + cache_bytes(ref)

@@ -13,12 +13,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from captioner.data import DecodedImage
 from captioner.store.directory import Directory
+
+if TYPE_CHECKING:
+    from captioner.models.base import TransformersCaptioner
 
 # In a process started with the environment of `decoder_faults`, an image whose bytes hold one of these kills its
 # decoder, keeps it busy for ever, or makes it wait at the gate whose path follows the marker (see `wait_at`; the pid is
@@ -125,6 +128,22 @@ def with_faults(decode: Callable[..., DecodedImage], caller: int) -> Callable[..
         return decode(data, **settings)
 
     return decode_with_faults
+
+
+def with_room_for(captioner: TransformersCaptioner, num_values: int) -> TransformersCaptioner:
+    """Let a captioner run out of memory at batches of more values of uint8 pixels, as on a small GPU; return it."""
+    import torch
+
+    search_batch = captioner.search_batch
+
+    def search_where_it_fits(values: Any) -> Any:
+        size = sum(image.size for image in values.images) if hasattr(values, "images") else values.numel()
+        if size > num_values:
+            raise torch.OutOfMemoryError(f"no memory for {size:,} values")
+        return search_batch(values)
+
+    captioner.search_batch = search_where_it_fits  # type: ignore[method-assign]
+    return captioner
 
 
 def wait_at(gate: str, pid: int | None = None) -> None:

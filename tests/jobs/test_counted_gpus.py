@@ -17,7 +17,7 @@ from captioner.run.job import open_job
 from captioner.steps import ChunkRows
 from captioner.store.table import open_table
 from captioner.store.verify import verify
-from captioner.testing import make_folder
+from captioner.testing import make_folder, num_committed_chunks
 from captioner.training.local import LocalTrainEngine
 from ray_jobs import caption, demo, train
 from ray_jobs.cli import main
@@ -152,6 +152,35 @@ def test_a_run_on_one_gpu_fails_goes_on_and_retries(tmp_path: Path, monkeypatch:
     assert caption.run(config.model_copy(update={"output": output})) == 0
     assert {status for _, status, *_ in captions(out)} == {"ok"}
     assert json.loads((out / "run.json").read_text())["hardware"]["devices"] == "cpu"
+    assert verify(open_table(str(out))).proven
+
+
+def stage_without_room() -> type[CaptionStage]:
+    """A caption stage on a GPU that has memory for the weights, and for no image."""
+
+    class StageWithoutRoom(CaptionStage):
+        def __init__(self, *arguments: Any, **named: Any) -> None:
+            from captioner.testing import with_room_for
+
+            super().__init__(*arguments, **named)
+            with_room_for(self.captioner, 0)
+
+    return StageWithoutRoom
+
+
+def test_a_gpu_with_room_for_no_image_stops_the_run_in_one_line_and_the_same_command_resumes(
+    tmp_path: Path, archive: Path, local_captions: list[tuple], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    config = caption_config(archive, out, model=ON_CPU | {"name": "starter"}, cluster=ONE_GPU)
+    with monkeypatch.context() as patched:
+        patched.setattr(caption, "CaptionStage", stage_without_room())
+        with pytest.raises(ModelError, match=r"^model starter: not one image, [^\n]+$"):
+            caption.run(config)
+    assert num_committed_chunks(out) == 0
+
+    assert caption.run(config) == 0
+    assert [row[:3] for row in captions(out)] == [row[:3] for row in local_captions]
     assert verify(open_table(str(out))).proven
 
 
