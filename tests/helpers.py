@@ -17,6 +17,7 @@ from captioner.sources import open_source
 from captioner.store.read import read_parts
 from captioner.store.table import open_table
 from captioner.testing.tiny_chat_models import TINY_CHATS
+from captioner.testing.tiny_parts import END, PAD
 
 Settings = Mapping[str, Any]
 DEFAULTS: Settings = MappingProxyType({})
@@ -100,6 +101,22 @@ def listed(source: Source) -> tuple[pa.Table, list[str]]:
 
 def listed_rows(source: Source) -> pa.Table:
     return listed(source)[0]
+
+
+def use_t5(directory: Path) -> Path:
+    """Replace the text decoder of a tiny BLIP-2, an OPT, by a T5 with random weights; return the directory."""
+    import torch
+    from transformers import Blip2ForConditionalGeneration, T5Config
+
+    tiny = Blip2ForConditionalGeneration.from_pretrained(directory)
+    ids = {"pad_token_id": PAD, "eos_token_id": END, "decoder_start_token_id": PAD, "vocab_size": 385}
+    text = T5Config(d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, dropout_rate=0.0, **ids)
+    settings = tiny.config.to_dict() | {"text_config": text.to_dict()}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Blip2ForConditionalGeneration(type(tiny.config).from_dict(settings))
+    model.save_pretrained(directory)
+    return directory
 
 
 def chats_to_test() -> tuple[str, ...]:

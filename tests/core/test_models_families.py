@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import chats_to_test
+from helpers import chats_to_test, use_t5
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
@@ -247,24 +247,10 @@ def test_a_florence_that_needs_its_own_code_is_refused(tmp_path) -> None:
 
 def test_blip2_with_t5_reads_the_prompt_and_does_not_repeat_it(tmp_path) -> None:
     make_tiny_model("blip-2", tmp_path)
-    make_t5(tmp_path)
+    use_t5(tmp_path)
 
     for prompt in (None, "a small red"):
         assert caption(tmp_path, prompt=prompt).texts == generate_one_by_one("blip-2", tmp_path, prompt)
-
-
-def make_t5(directory: Path) -> None:
-    """Replace the text decoder of a tiny BLIP-2 by a T5 with random weights."""
-    from transformers import Blip2ForConditionalGeneration, T5Config
-
-    tiny = AutoModelForImageTextToText.from_pretrained(directory)
-    ids = {"pad_token_id": 0, "eos_token_id": END, "decoder_start_token_id": 0, "vocab_size": 385}
-    tiny.config.text_config = T5Config(d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, **ids)
-    settings = tiny.config.to_dict()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = Blip2ForConditionalGeneration(type(tiny.config).from_dict(settings))
-    model.save_pretrained(directory)
 
 
 def test_a_template_that_writes_the_start_token_gets_no_second_one(tmp_path) -> None:

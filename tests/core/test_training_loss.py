@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import use_t5
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -31,14 +32,19 @@ from captioner.training.loss import CaptionLoss
 from captioner.training.pairs import TRAINABLE
 from captioner.training.trainable import enable_gradient_checkpointing, open_trainable
 
-FAMILIES = list(TRAINABLE)
+BLIP2_T5 = "blip-2 with T5"  # whose text model is an encoder-decoder; the tiny blip-2 has an OPT, as most have
+FAMILIES = [*TRAINABLE, BLIP2_T5]
 pytestmark = pytest.mark.usefixtures("one_thread")
 CAPTIONS = ["a small red circle on a white background", "a ring", "a large blue square above a small green cross"]
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TransformersCaptioner]:
-    return {family: open_tiny(make_tiny_model(family, tmp_path_factory.mktemp(family))) for family in FAMILIES}
+    return {family: open_tiny(make_model(family, tmp_path_factory.mktemp("model"))) for family in FAMILIES}
+
+
+def make_model(family: str, path: Path) -> Path:
+    return use_t5(make_tiny_model("blip-2", path)) if family == BLIP2_T5 else make_tiny_model(family, path)
 
 
 def open_tiny(path: Path, **settings) -> TransformersCaptioner:
@@ -84,6 +90,9 @@ def logits_of_model(captioner: TransformersCaptioner, pixels: torch.Tensor, ids:
         assert inputs.input_ids[0, -len(ids) :].tolist() == ids.tolist()
         return model(**inputs).logits[0, -len(ids) - 1 :]
     images = captioner.normalise(pixels[None])
+    if family == "blip-2" and model.language_model.config.is_encoder_decoder:
+        prompt = torch.tensor([captioner.input_ids()])
+        return model(input_ids=prompt, pixel_values=images, decoder_input_ids=ids[None]).logits[0]
     if family == "blip-2":
         ids = torch.tensor([*captioner.prefix, *ids[1:]])
         return model(input_ids=ids[None], pixel_values=images).logits[0, len(captioner.prefix) - 1 :]
@@ -165,7 +174,7 @@ def test_gradients_of_git_are_those_of_its_own_forward_pass(models) -> None:
 def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path: Path, family: str, adapters: dict) -> None:
     if adapters:
         pytest.importorskip("peft", reason="the extra `lora` is not installed")
-    captioner = open_tiny(make_tiny_model(family, tmp_path / "model"), **adapters)
+    captioner = open_tiny(make_model(family, tmp_path / "model"), **adapters)
     for module in captioner.model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
