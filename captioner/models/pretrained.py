@@ -18,6 +18,11 @@ from captioner.models.quantized import compute_as_loaded, loading_options
 # What transformers raises for directories that it cannot open a model or a tokenizer from.
 LOADING_ERRORS = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError)
 
+# The quantisers fail with messages of their own where a layer is left for the CPU or the disk.
+SPREAD_QUANTIZED = (
+    "; with --quantize, --gpus-per-worker needs room for every layer on the GPUs: give more of them, or leave"
+    " --quantize out to see which layers do not fit"
+)
 MAX_NAMES = 3  # of tensors or layers, in a message
 # Constants that earlier versions of transformers saved with the weights: of GPT-2 until 2023, of CLIP.
 _CONSTANTS = (".attn.masked_bias", ".position_ids")
@@ -79,7 +84,8 @@ def open_model(
                 **options,
             )
     except LOADING_ERRORS as error:
-        raise ModelError(f"{path}: the model cannot be loaded: {' '.join(str(error).split())}") from None
+        advice = "" if quantize is None or max_memory is None else SPREAD_QUANTIZED
+        raise ModelError(f"{path}: the model cannot be loaded: {' '.join(str(error).split())}{advice}") from None
     check_loading_info(path, info)
     if adapter is not None:
         model = merge(model, adapter)

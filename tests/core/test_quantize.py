@@ -17,6 +17,7 @@ from captioner.console.trying import try_images
 from captioner.errors import OK, FingerprintError, ModelError, UsageError
 from captioner.models import load, resolve
 from captioner.models.adapters import CONFIG_FILE, WEIGHTS_FILE
+from captioner.models.loading import import_family
 from captioner.models.placement import cache_bytes, check_fits, weights_in_memory
 from captioner.models.quantized import PACKAGES
 from captioner.models.ref import ModelRef
@@ -56,6 +57,19 @@ def test_quantised_weights_take_fewer_bytes_and_caption_in_any_batch_alike(tiny,
     assert len(set(texts)) > 6
     assert load(ref, "cpu", 1).caption(images(ref)).texts == texts
     assert any(line.startswith(f"--quantize {kind}: weights take ") for line in messages)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torchao would quantise on the GPU and keep layers on the CPU")
+@pytest.mark.parametrize("kind", KINDS)
+def test_quantised_layers_that_fit_none_of_several_devices_are_an_error_with_what_to_do(tiny, kind: str) -> None:
+    """A CPU and a disk, as in test_placement.py, where the quantisers leave no layers."""
+    ref = resolved(tiny("qwen2_5_vl"), quantize=kind)
+    room = {"cpu": int(0.8 * weights_in_memory(ref))}
+
+    with pytest.raises(ModelError, match=r"--gpus-per-worker needs room for every layer on the GPUs: give more") as no:
+        import_family(ref.family)(ref, torch.device("cpu"), 8, room)
+
+    assert "\n" not in str(no.value)
 
 
 def test_int8_changes_few_captions(tiny) -> None:
