@@ -132,9 +132,9 @@ class RayTrainEngine:
 
     def _trainer(self, setup: TrainSetup, board: Any) -> Any:
         from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchTrainer
 
         from ray_jobs.process_group import ProcessGroup
+        from ray_jobs.trainer import Trainer
 
         logging.getLogger("ray.train").setLevel(logging.ERROR)
         sizes, settings = self._sizes(), setup.config.training
@@ -146,10 +146,10 @@ class RayTrainEngine:
             "board": board,
             "threads": self._threads(setup.model),
         }
-        return TorchTrainer(
+        return Trainer(
             self._loop,
             train_loop_config=config,
-            torch_config=ProcessGroup(self._device, self.device(), sizes.num_workers, sizes.gpus_per_worker),
+            backend_config=ProcessGroup(self._device, self.device(), sizes.num_workers, sizes.gpus_per_worker),
             scaling_config=ScalingConfig(
                 num_workers=sizes.num_workers, use_gpu=bool(sizes.gpus_per_worker), resources_per_worker=resources
             ),
@@ -180,9 +180,9 @@ class RayTrainEngine:
 
 
 def _import_trainer(cluster: ClusterConfig) -> None:
-    """Import Ray Train, and torch with it: seconds, in which Ray starts."""
+    """Import Ray Train: a second or two, in which Ray starts."""
     import_ray(cluster)
-    import ray.train.torch  # noqa: F401
+    import ray_jobs.trainer  # noqa: F401
 
 
 def num_threads(sizes: Sizes, resources: Resources, model_bytes: int) -> int:

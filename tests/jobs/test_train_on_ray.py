@@ -10,6 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 from pyarrow.fs import FileSystem
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from captioner.config import ClusterConfig, TrainConfig
 from captioner.errors import ClusterError, InterruptedRunError, ModelError, SourceError
@@ -22,6 +23,7 @@ from ray_jobs.cluster import Resources, share_out
 from ray_jobs.process_group import ProcessGroup
 from ray_jobs.train import RayTrainEngine, num_threads
 from ray_jobs.train_workers import map_tables
+from ray_jobs.trainer import UNUSED_CALLBACKS, Trainer
 
 STEPS = 6
 
@@ -203,6 +205,16 @@ def test_the_curve_is_that_of_one_worker_whatever_is_killed_or_stopped_and_out_i
     assert {"config.json", "model.safetensors", "training_run.json"} < set(out.list_names("model"))
     assert out.exists("report.html")
     assert not [name for name in ("train.json", "model/training_run.json") if b"secret" in out.read_bytes(name)]
+
+
+@pytest.mark.usefixtures("ray_instance")
+def test_ray_train_starts_nothing_for_datasets() -> None:
+    """Where Ray renames what is left out, runs start as before, with one more process."""
+
+    def names(kind: type[DataParallelTrainer]) -> set[str]:
+        return {type(callback).__name__ for callback in kind(lambda: None)._create_default_callbacks()}
+
+    assert names(DataParallelTrainer) - names(Trainer) == UNUSED_CALLBACKS
 
 
 @pytest.mark.usefixtures("ray_instance")
