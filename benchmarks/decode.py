@@ -51,8 +51,8 @@ def main() -> None:
             started = time.process_time()
             run()
             rates[name].append(len(files) / (time.process_time() - started))
-        print(f"round {number}:", {name: round(found[-1], 1) for name, found in rates.items()})
-    ours, theirs = (statistics.median(found[1:]) for found in rates.values())
+        print(f"round {number}:", {name: round(values[-1], 1) for name, values in rates.items()})
+    ours, theirs = (statistics.median(values[1:]) for values in rates.values())
     differences = [_difference(data, ref, processor) for data in files]
     print(
         json.dumps(
@@ -74,8 +74,8 @@ def _open(data: bytes) -> Image.Image:
 
 def _difference(data: bytes, ref: ModelRef, processor: Any) -> float:
     """Mean absolute difference of one picture's pixels, scaled to 0..1."""
-    made = processor(images=[_open(data)], do_rescale=False, do_normalize=False, return_tensors="np")
-    expected = np.asarray(made["pixel_values"][0], np.float32).transpose(1, 2, 0)
+    prepared = processor(images=[_open(data)], do_rescale=False, do_normalize=False, return_tensors="np")
+    expected = np.asarray(prepared["pixel_values"][0], np.float32).transpose(1, 2, 0)
     pixels = decode(data, ref.spec, MAX_PIXELS).pixels
     assert pixels is not None, "a picture that cannot be decoded"
     return float(np.abs(pixels - expected).mean() / 255)

@@ -100,14 +100,14 @@ def measure(out: str, sample: str) -> dict[str, float]:
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     started = time.perf_counter()
-    found = quality.check(open_table(out), CheckConfig.model_validate({"sample": sample}))
+    report = quality.check(open_table(out), CheckConfig.model_validate({"sample": sample}))
     seconds = time.perf_counter() - started
     stop.set()
     thread.join()
-    rows = found.survey.num_rows
+    rows = report.survey.num_rows
     return {
         "rows": rows,
-        "scored": found.scores.num_rows,
+        "scored": report.scores.num_rows,
         "seconds": round(seconds, 1),
         "rows_per_second": round(rows / seconds),
         "peak_uss_mb": round(peak[0] / 1e6),

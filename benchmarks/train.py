@@ -149,22 +149,22 @@ def synchronise() -> None:
 def measure(args: argparse.Namespace, model: Any, run: Callable, feeds: dict[str, Callable]) -> dict:
     """Rates and peak memory in each precision. `run`: a batch -> its loss. `feeds`: name -> number of batches ->
     batches on the device."""
-    found = {}
+    figures = {}
     for precision in args.precision.split(","):
         steps = Steps(model, run, precision)
         reset_peak_memory()
-        found[precision] = {}
+        figures[precision] = {}
         for name, feed in feeds.items():
             steps.take(feed(WARM_UP_STEPS))
             seconds = statistics.median(steps.take(feed(args.steps)) for _ in range(ROUNDS)) / args.steps
             prefix = f"{name}_" if name else ""
-            found[precision][f"{prefix}samples_per_second"] = round(args.batch_size / seconds, 3)
-            found[precision][f"{prefix}seconds"] = round(seconds, 4)
+            figures[precision][f"{prefix}samples_per_second"] = round(args.batch_size / seconds, 3)
+            figures[precision][f"{prefix}seconds"] = round(seconds, 4)
             if name == "step":
-                found[precision]["peak_memory_gb"] = round(peak_memory(), 3)
+                figures[precision]["peak_memory_gb"] = round(peak_memory(), 3)
         if args.profile:
             profile(steps, feeds["step"], args.steps, precision)
-    return found
+    return figures
 
 
 class Steps:
@@ -322,36 +322,36 @@ def in_process(args: argparse.Namespace, what: str, precision: str) -> dict:
     command += ["--gpus-per-worker", str(args.gpus_per_worker)] if args.gpus_per_worker is not None else []
     command += [f"--{name}" for name in ("compile", "profile") if getattr(args, name) and what.startswith("ours")]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    found = json.loads(done.stdout.strip().splitlines()[-1])
-    print(what, found, file=sys.stderr, flush=True)
-    return found
+    figures = json.loads(done.stdout.strip().splitlines()[-1])
+    print(what, figures, file=sys.stderr, flush=True)
+    return figures
 
 
 def compare(args: argparse.Namespace, precisions: list[str]) -> dict:
     """Both sides in every precision, and their ratios."""
-    found = {name: in_process(args, name, ",".join(precisions)) for name in ("ours", "guide")}
-    found["ratio"] = {
+    figures = {name: in_process(args, name, ",".join(precisions)) for name in ("ours", "guide")}
+    figures["ratio"] = {
         precision: {
-            name: round(found["ours"][precision][name] / found["guide"][precision][name], 3)
+            name: round(figures["ours"][precision][name] / figures["guide"][precision][name], 3)
             for name in ("step_samples_per_second", "samples_per_second", "peak_memory_gb")
         }
         for precision in precisions
     }
-    return found
+    return figures
 
 
 def pipeline(args: argparse.Namespace, precision: str) -> dict:
     """The whole job with each number of workers, and its share of the bare step's rate."""
-    found = {"ours": in_process(args, "ours", precision)}
-    shares, before = {}, found["ours"]
+    figures = {"ours": in_process(args, "ours", precision)}
+    shares, before = {}, figures["ours"]
     for workers in args.workers.split(","):
         name = f"job-{workers}"
-        found[name], after = in_process(args, name, precision), in_process(args, "ours again", precision)
-        found[f"ours after {name}"] = after
+        figures[name], after = in_process(args, name, precision), in_process(args, "ours again", precision)
+        figures[f"ours after {name}"] = after
         bare = [rates[precision]["step_samples_per_second"] for rates in (before, after)]
-        shares[name] = round(found[name]["samples_per_second"] / statistics.mean(bare), 3)
+        shares[name] = round(figures[name]["samples_per_second"] / statistics.mean(bare), 3)
         before = after
-    return found | {"share_of_step": shares}
+    return figures | {"share_of_step": shares}
 
 
 def main() -> None:
@@ -386,17 +386,17 @@ def main() -> None:
     if "fp16" in precisions and not torch.cuda.is_available():
         print("fp16 is left out: there is no GPU to compute in float16 on", file=sys.stderr, flush=True)
         precisions.remove("fp16")
-    found = pipeline(args, precisions[0]) if args.pipeline else compare(args, precisions)
+    figures = pipeline(args, precisions[0]) if args.pipeline else compare(args, precisions)
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    found["machine"] = {
+    figures["machine"] = {
         "cpus": cpus,
         "gpu": gpu,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "batch_size": args.batch_size,
     }
-    print(json.dumps(found))
+    print(json.dumps(figures))
 
 
 if __name__ == "__main__":
