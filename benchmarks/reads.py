@@ -176,9 +176,9 @@ def _answer(objects: dict[str, bytes], request: str) -> list[bytes]:
     if headers.get("range", "").startswith("bytes="):
         low, _, high = headers["range"].removeprefix("bytes=").partition("-")
         start, end, status = int(low), min(int(high or end), end), "206 Partial Content"
-    said = [f"HTTP/1.1 {status}", f"Content-Length: {end + 1 - start}", f'ETag: "{hash(data):x}"']
-    said += [f"Content-Range: bytes {start}-{end}/{len(data)}", f"Last-Modified: {formatdate(usegmt=True)}", "", ""]
-    return ["\r\n".join(said).encode(), b"" if method == "HEAD" else data[start : end + 1]]
+    response = [f"HTTP/1.1 {status}", f"Content-Length: {end + 1 - start}", f'ETag: "{hash(data):x}"']
+    response += [f"Content-Range: bytes {start}-{end}/{len(data)}", f"Last-Modified: {formatdate(usegmt=True)}", "", ""]
+    return ["\r\n".join(response).encode(), b"" if method == "HEAD" else data[start : end + 1]]
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def make_table(out: str, count: int) -> None:
 
 def _rows(schema: pa.Schema, part: int, first: int, texts: list[str], rng: random.Random) -> pa.Table:
     count = len(texts)
-    known = [[text.replace("a ", "one ", 1), text.replace("table", "grass")] for text in texts]
+    references = [[text.replace("a ", "one ", 1), text.replace("table", "grass")] for text in texts]
     columns: dict[str, list[object]] = {
         "image_id": [f"images/{first + number:09d}.jpg" for number in range(count)],
         "uri": [""] * count,
@@ -67,7 +67,7 @@ def _rows(schema: pa.Schema, part: int, first: int, texts: list[str], rng: rando
         "num_tokens": [14] * count,
         "logprob_mean": [-abs(rng.gauss(0, 0.5)) for _ in range(count)],
         "flags": [[] for _ in range(count)],
-        "reference_captions": known,
+        "reference_captions": references,
         "model": ["none"] * count,
         "model_sha256": [""] * count,
         "fingerprint": [""] * count,

@@ -233,7 +233,7 @@ def peak_memory() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     if sys.platform == "linux":
-        line = next(one for one in Path("/proc/self/status").read_text().splitlines() if one.startswith("VmHWM"))
+        line = next(text for text in Path("/proc/self/status").read_text().splitlines() if text.startswith("VmHWM"))
         return int(line.split()[1]) / 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
 

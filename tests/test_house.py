@@ -138,7 +138,10 @@ def test_every_module_says_what_it_is(module: str) -> None:
 EMPTY_NAMES = {"place", "places", "found", "told", "known", "made", "said", "one", "some", "it"}
 
 
-@pytest.mark.parametrize("module", MODULES)
+BENCHMARKS = [f"benchmarks.{path.stem}" for path in (ROOT / "benchmarks").glob("*.py")]
+
+
+@pytest.mark.parametrize("module", [*MODULES, *sorted(BENCHMARKS)])
 def test_names_say_what_they_hold(module: str) -> None:
     assert {name for name in bound_names(module) if name.strip("_") in EMPTY_NAMES} == set()
 
