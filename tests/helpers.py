@@ -121,8 +121,8 @@ def use_t5(directory: Path) -> Path:
 
 def chats_to_test() -> tuple[str, ...]:
     """Return the chat model types to test: some of each kind of processor; with ALL_FAMILIES (`make families`) all."""
-    some = "qwen3_vl", "gemma3", "llava", "internvl", "vipllava", "paligemma"
-    return tuple(TINY_CHATS) if "ALL_FAMILIES" in os.environ else some
+    sample = "qwen3_vl", "gemma3", "llava", "internvl", "vipllava", "paligemma"
+    return tuple(TINY_CHATS) if "ALL_FAMILIES" in os.environ else sample
 
 
 def with_few_references(archive: Path, count: int = 5) -> Path:

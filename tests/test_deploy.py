@@ -128,15 +128,15 @@ def test_the_image_is_built_from_files_that_are_there() -> None:
 @pytest.mark.parametrize("file", ["deploy/grafana.json", "docs/aws.md"])
 def test_dashboard_and_documents_name_every_metric_and_no_other(file: str) -> None:
     named = re.findall(r"ray_(captioner_\w+)", (ROOT / file).read_text())
-    made = set(re.findall(r'"(captioner_\w+)"', inspect.getsource(metrics)))
+    defined = set(re.findall(r'"(captioner_\w+)"', inspect.getsource(metrics)))
 
-    assert len(made) >= 8
-    assert {re.sub(r"_(total|bucket)$", "", name) for name in named} == made
+    assert len(defined) >= 8
+    assert {re.sub(r"_(total|bucket)$", "", name) for name in named} == defined
 
 
 def test_the_dashboard_has_panels_side_by_side() -> None:
     panels = json.loads((ROOT / "deploy/grafana.json").read_text())["panels"]
-    places = [(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in panels]
+    positions = [(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in panels]
 
     assert len(panels) >= 10
-    assert len(set(places)) == len({panel["id"] for panel in panels}) == len(panels)
+    assert len(set(positions)) == len({panel["id"] for panel in panels}) == len(panels)

@@ -55,11 +55,11 @@ def test_the_command_line_takes_what_the_documents_show(
 
 
 def test_every_document_with_commands_is_looked_at() -> None:
-    found = commands_of("captioner")
+    commands = commands_of("captioner")
 
-    assert len(found) > 30
+    assert len(commands) > 30
     assert {"README.md", "aws.md", "first-10000.md", "quality.md", "train.md", "when-something-fails.md"} <= {
-        document for document, _ in found
+        document for document, _ in commands
     }
 
 

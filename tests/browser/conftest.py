@@ -21,11 +21,11 @@ Open = Callable[..., object]
 def browser() -> Iterator[object]:
     from playwright.sync_api import sync_playwright
 
-    found = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, CHROMIUM)), None)
-    assert found, "no Chromium; `make test-browser` installs it"
+    executable = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, CHROMIUM)), None)
+    assert executable, "no Chromium; `make test-browser` installs it"
     as_root = ["--no-sandbox"] if os.geteuid() == 0 else []  # its sandbox refuses root
     with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=found, args=[*as_root, "--disable-dev-shm-usage"])
+        opened = playwright.chromium.launch(executable_path=executable, args=[*as_root, "--disable-dev-shm-usage"])
         yield opened
         opened.close()
 

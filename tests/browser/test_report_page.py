@@ -33,8 +33,8 @@ def captioned(archive: Path, out: Path, words: int) -> str:
     rows = table.to_pylist()
     for number, row in enumerate(rows):
         if row["reference_captions"]:
-            said = row["reference_captions"][0].split()[: words + number % 5]
-            row["caption"] = " ".join(said * (10 if number == 3 else 1))
+            caption_words = row["reference_captions"][0].split()[: words + number % 5]
+            row["caption"] = " ".join(caption_words * (10 if number == 3 else 1))
             row["logprob_mean"] = -(number % 9) / 10
             row["flags"] = ["truncated"] * (number % 4 == 0)
     pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), file)

@@ -22,9 +22,9 @@ def decisions(out: Path) -> list[tuple[str, tuple[str, ...], str | None]]:
 def out(make_reviewable, tmp_path: Path) -> Path:
     """A group of four, a long text, a hostile one, flags, an image that has gone."""
     captions = ["a dog"] * 4 + ["a very long text about a dog " * 7, f"dogs {HOSTILE}", "a sign that says “stop”"]
-    made = make_reviewable(captions, logprobs=[-9.0, -8.0, -7.0, -6.0], flags=[["truncated"]])
+    reviewable = make_reviewable(captions, logprobs=[-9.0, -8.0, -7.0, -6.0], flags=[["truncated"]])
     (tmp_path / "archive" / "000006.png").unlink()
-    return made
+    return reviewable
 
 
 @pytest.mark.parametrize("phone", [False, True], ids=["desktop", "phone"])
@@ -82,21 +82,21 @@ def reviewed(out: Path, review, open_page) -> Path:
 
 
 def test_twenty_reviews_by_keyboard_alone_survive_sigkill(reviewed: Path, review, open_page) -> None:
-    made = decisions(reviewed)
-    assert len(made) == 20
-    assert [decision for decision, _, _ in made[:7]] == [
+    saved_decisions = decisions(reviewed)
+    assert len(saved_decisions) == 20
+    assert [decision for decision, _, _ in saved_decisions[:7]] == [
         *("approved", "approved", "approved", "rejected", "decorative", "expert", "skipped")
     ]
-    assert made[0][1] == ("000000.png",)
-    assert made[1][1] == ("000001.png", "000002.png", "000003.png")
-    assert made[-1][::2] == ("edited", "rude keys: a e r d s x u o ?")
+    assert saved_decisions[0][1] == ("000000.png",)
+    assert saved_decisions[1][1] == ("000001.png", "000002.png", "000003.png")
+    assert saved_decisions[-1][::2] == ("edited", "rude keys: a e r d s x u o ?")
     with review(reviewed, "--queue", "all") as (_, url):
         page = open_page(url)
         page.wait_for_selector(READY)
         assert page.inner_text("#progress").startswith("20 of 30 reviewed")
         page.keyboard.press("u")
         page.get_by_role("status").get_by_text("Undone: Saved.").wait_for()
-    assert decisions(reviewed) == made[:-1]
+    assert decisions(reviewed) == saved_decisions[:-1]
 
 
 def test_an_undo_brings_the_group_back(out: Path, review, open_page) -> None:

@@ -167,10 +167,10 @@ def test_alt_texts_lie_beside_the_captions_row_for_row(
     assert "99 alt texts" in capsys.readouterr().out
     assert [file.read_bytes() for file in sorted((out / "captions").iterdir())] == before
     for part in sorted((out / "captions").iterdir()):
-        rows, made = pq.read_table(part), pq.read_table(out / "alt_text" / part.name)
-        assert made.schema.equals(ALT_TEXT_SCHEMA)
+        rows, alt_texts = pq.read_table(part), pq.read_table(out / "alt_text" / part.name)
+        assert alt_texts.schema.equals(ALT_TEXT_SCHEMA)
         for name in ("image_id", "run_id", "created_at"):
-            assert made[name].equals(rows[name])
+            assert alt_texts[name].equals(rows[name])
     settings = json.loads((out / "alt_text" / "settings.json").read_text())
     assert (settings["language"], settings["max_chars"], settings["hard_max"]) == ("en", 125, 250)
     assert settings["rules"] == [name for name in RULES if name != "full_stop"]

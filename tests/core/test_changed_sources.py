@@ -191,7 +191,7 @@ def test_a_plan_of_an_earlier_version_still_compares_tar_members(tmp_path, expec
     with pytest.raises(Exception, match="failed"):
         run(tmp_path, max_failed=0)
 
-    same = {f"{number:03d}" for place, number in enumerate(other_order("tar")) if place == number}
+    same = {f"{number:03d}" for index, number in enumerate(other_order("tar")) if index == number}
     assert {name for name, row in rows_of(tmp_path).items() if row["status"] == "ok"} == same
     assert run(tmp_path, retry_failed=True) == 0
     assert captions_of(tmp_path) == expected

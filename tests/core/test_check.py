@@ -110,13 +110,13 @@ def test_the_same_rows_and_scores_whatever_the_sharding(tmp_path: Path, archive:
     checks = []
     for rows_per_file in (50_000, 16):
         table = captioned(archive, tmp_path / str(rows_per_file), half_true, rows_per_file)
-        found = quality.check(table, CheckConfig(sample=40, seed=3))
+        check = quality.check(table, CheckConfig(sample=40, seed=3))
         rows = pa.concat_tables(
             table.directory.read_table(f"checks/{name}")
             for name in table.directory.list_names("checks")
             if name.startswith("part-")
         ).to_pylist()
-        checks.append((found.scores, rows, draw_sample(table, 40, 3, None)))
+        checks.append((check.scores, rows, draw_sample(table, 40, 3, None)))
 
     (scores, rows, sample), again = checks
     assert again == (scores, rows, sample)
@@ -172,43 +172,45 @@ def test_images_the_model_was_trained_on_are_left_out(tmp_path: Path, archive: P
     run = table.directory.read_json("run.json")
     table.directory.write_json("run.json", run | {"model": {"path": str(tmp_path / "model")}})
 
-    found = quality.check(table, CheckConfig(sample="all"))
+    check = quality.check(table, CheckConfig(sample="all"))
 
-    assert (found.trained_left_out, found.with_references, found.scores.num_rows) == (30, 90, 90)
+    assert (check.trained_left_out, check.with_references, check.scores.num_rows) == (30, 90, 90)
 
 
 # Against what
 
 
-def coco(path: Path, known: dict[str, list[str]]) -> Path:
+def coco(path: Path, references: dict[str, list[str]]) -> Path:
     file = path / "captions.json"
-    images = [{"id": number, "file_name": name} for number, name in enumerate(known)]
-    notes = [{"image_id": n, "caption": text} for n, several in enumerate(known.values()) for text in several]
+    images = [{"id": number, "file_name": name} for number, name in enumerate(references)]
+    notes = [{"image_id": n, "caption": text} for n, several in enumerate(references.values()) for text in several]
     file.write_text(json.dumps({"images": images, "annotations": notes}))
     return file
 
 
-def jsonl(path: Path, known: dict[str, list[str]]) -> Path:
+def jsonl(path: Path, references: dict[str, list[str]]) -> Path:
     file = path / "metadata.jsonl"
-    file.write_text("".join(json.dumps({"file_name": name, "captions": texts}) + "\n" for name, texts in known.items()))
+    file.write_text(
+        "".join(json.dumps({"file_name": name, "captions": texts}) + "\n" for name, texts in references.items())
+    )
     return file
 
 
-def csv(path: Path, known: dict[str, list[str]]) -> Path:
+def csv(path: Path, references: dict[str, list[str]]) -> Path:
     file = path / "captions.csv"
-    rows = [f'{name},"{text}"\n' for name, texts in known.items() for text in texts]
+    rows = [f'{name},"{text}"\n' for name, texts in references.items() for text in texts]
     file.write_text("image,caption\n" + "".join(rows))
     return file
 
 
-def parquet(path: Path, known: dict[str, list[str]]) -> Path:
+def parquet(path: Path, references: dict[str, list[str]]) -> Path:
     file = path / "captions.parquet"
-    pq.write_table(pa.table({"image_id": list(known), "reference_captions": list(known.values())}), file)
+    pq.write_table(pa.table({"image_id": list(references), "reference_captions": list(references.values())}), file)
     return file
 
 
-def texts(path: Path, known: dict[str, list[str]]) -> Path:
-    for number, (name, several) in enumerate(known.items()):
+def texts(path: Path, references: dict[str, list[str]]) -> Path:
+    for number, (name, several) in enumerate(references.items()):
         (path / name).with_suffix(".txt" if number % 2 else ".caption").write_text("\n".join(several))
     return path
 
@@ -217,19 +219,19 @@ def texts(path: Path, known: dict[str, list[str]]) -> Path:
 def test_references_of_every_kind(
     tmp_path: Path, archive: Path, true_table: CaptionsTable, write: Callable[[Path, dict[str, list[str]]], Path]
 ) -> None:
-    known = known_captions(archive)
-    file = write(tmp_path, known)
+    references = known_captions(archive)
+    file = write(tmp_path, references)
 
-    assert read_references(str(file)).find("000003.png") == known["000003.png"]
-    found = quality.check(true_table, CheckConfig(references=str(file)))
-    assert (found.scores.num_rows, found.scores.wer, found.unmatched[0]) == (120, 0.0, 0)
+    assert read_references(str(file)).find("000003.png") == references["000003.png"]
+    check = quality.check(true_table, CheckConfig(references=str(file)))
+    assert (check.scores.num_rows, check.scores.wer, check.unmatched[0]) == (120, 0.0, 0)
 
 
 def test_a_run_is_checked_against_the_references_it_is_given(tmp_path: Path, archive: Path) -> None:
-    known = known_captions(archive)
+    references = known_captions(archive)
     bare = make_folder(tmp_path / "bare", 120)
     (bare / "metadata.jsonl").unlink()
-    file = str(coco(tmp_path, dict(list(known.items())[:90])))
+    file = str(coco(tmp_path, dict(list(references.items())[:90])))
 
     pipeline.run(caption_config(bare, tmp_path / "out", check={"references": file, "sample": "all"}))
 
@@ -293,12 +295,12 @@ def test_images_are_found_by_id_then_path_then_name_then_stem(tmp_path: Path) ->
 
 
 def test_references_of_no_image_are_counted_and_shown(tmp_path: Path, archive: Path, true_table) -> None:
-    known = known_captions(archive) | {"gone.png": ["a dog"], "lost.png": ["a cat"]}
+    references = known_captions(archive) | {"gone.png": ["a dog"], "lost.png": ["a cat"]}
 
-    found = quality.check(true_table, CheckConfig(references=str(csv(tmp_path, known))))
+    check = quality.check(true_table, CheckConfig(references=str(csv(tmp_path, references))))
 
-    assert found.unmatched == (2, ["gone.png", "lost.png"])
-    assert found.with_references == 120
+    assert check.unmatched == (2, ["gone.png", "lost.png"])
+    assert check.with_references == 120
 
 
 def test_references_that_fit_nothing_are_an_error_before_any_image_is_captioned(
@@ -501,9 +503,9 @@ def test_copies_of_one_image_may_share_a_caption(tmp_path: Path, archive: Path) 
         row["caption"] = "a dog on the beach" if number < 40 else f"{number} dogs on the beach"
         row["sha256"] = "same" if number < 40 else row["sha256"]
 
-    found = quality.check(captioned(archive, tmp_path / "out", change), CheckConfig())
+    check = quality.check(captioned(archive, tmp_path / "out", change), CheckConfig())
 
-    assert found.flags["same_caption"] == 0
+    assert check.flags["same_caption"] == 0
 
 
 def test_the_captions_table_is_never_touched(true_table: CaptionsTable) -> None:
@@ -521,23 +523,23 @@ def test_the_captions_table_is_never_touched(true_table: CaptionsTable) -> None:
 def test_right_references_pass_and_shuffled_ones_fail_the_lift_gate(
     tmp_path: Path, archive: Path, true_table: CaptionsTable, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    known, out = known_captions(archive), true_table.directory.location
-    wrong = dict(zip(known, [*list(known.values())[7:], *list(known.values())[:7]], strict=True))
+    references, out = known_captions(archive), true_table.directory.location
+    wrong = dict(zip(references, [*list(references.values())[7:], *list(references.values())[:7]], strict=True))
     (tmp_path / "wrong").mkdir()
 
     right = exit_code(
-        "check", out, "--references", str(jsonl(tmp_path, known)), "--min-lift", "0.5", "--max-wer", "0.1"
+        "check", out, "--references", str(jsonl(tmp_path, references)), "--min-lift", "0.5", "--max-wer", "0.1"
     )
     shown = capsys.readouterr().out
     wrong_code = exit_code("check", out, "--references", str(jsonl(tmp_path / "wrong", wrong)), "--min-lift", "0.5")
-    said = capsys.readouterr()
+    wrong_output = capsys.readouterr()
 
     assert (right, wrong_code) == (0, 2)
     assert re.search(r"^WER +0.000 +95 % interval 0.000 to 0.000", shown, re.MULTILINE)
     assert shown.count("(reference: ") == 3  # three best; nothing is wrong with the worst
-    assert said.out.count("(reference: ") == 6
-    assert re.search(r"lift -?0\.\d+ is below --min-lift 0.5", said.err)
-    assert "Not good enough" in said.out
+    assert wrong_output.out.count("(reference: ") == 6
+    assert re.search(r"lift -?0\.\d+ is below --min-lift 0.5", wrong_output.err)
+    assert "Not good enough" in wrong_output.out
 
 
 def test_a_gate_without_data_fails(tmp_path: Path) -> None:
@@ -581,8 +583,8 @@ def test_a_fault_of_most_captions_is_said_once_while_running_and_at_the_end(rece
     lines: list[str] = []
     running_check = quality.RunningCheck(CaptionConfig().check, lines.append)
 
-    for one in [*receipts, receipt(0), receipt(0)]:
-        running_check.add(one)
+    for chunk_receipt in [*receipts, receipt(0), receipt(0)]:
+        running_check.add(chunk_receipt)
 
     (while_running,), (at_the_end,) = lines, running_check.notes()
     assert re.match(line, at_the_end)
@@ -602,8 +604,8 @@ def test_a_run_with_some_faults_is_no_senseless_run(receipts: list[Receipt]) -> 
     lines: list[str] = []
     running_check = quality.RunningCheck(CaptionConfig().check, lines.append)
 
-    for one in receipts:
-        running_check.add(one)
+    for chunk_receipt in receipts:
+        running_check.add(chunk_receipt)
 
     assert (lines, running_check.notes()) == ([], [])
 
@@ -679,18 +681,18 @@ def test_an_uncertain_run_is_not_stopped() -> None:
 
 
 def test_a_sample_of_none_scores_nothing(true_table: CaptionsTable) -> None:
-    found = quality.check(true_table, CheckConfig(sample=0))
+    check = quality.check(true_table, CheckConfig(sample=0))
 
-    assert (found.scores.num_rows, found.scores.wer, found.with_references) == (0, None, 120)
+    assert (check.scores.num_rows, check.scores.wer, check.with_references) == (0, None, 120)
 
 
 def test_of_a_large_table_every_nth_part_can_be_checked(tmp_path: Path, archive: Path) -> None:
     table = captioned(archive, tmp_path / "out", tell_the_truth, rows_per_file=16)
 
-    found = quality.check(table, CheckConfig(sample="all"), max_rows=60)
+    check = quality.check(table, CheckConfig(sample="all"), max_rows=60)
 
-    assert 16 <= found.stats.num_rows <= 64
-    assert found.scores.num_rows == found.stats.num_rows
+    assert 16 <= check.stats.num_rows <= 64
+    assert check.scores.num_rows == check.stats.num_rows
 
 
 def test_two_runs_are_compared_image_by_image(tmp_path: Path, archive: Path, true_table: CaptionsTable) -> None:
@@ -708,9 +710,9 @@ def test_two_runs_are_compared_image_by_image(tmp_path: Path, archive: Path, tru
     for name in ("CIDEr-D", "BLEU-4", "ROUGE-L"):
         assert comparison["differences"][name]["interval"][1] < 0, name
         assert comparison["differences"][name]["verdict"] == "worse"
-    bleus = [quality.check(one, CheckConfig()).scores.bleu for one in (table, true_table)]
+    bleus = [quality.check(captions_table, CheckConfig()).scores.bleu for captions_table in (table, true_table)]
     measured = comparison["differences"]["BLEU-4"]
-    assert [measured["this"], measured["other"]] == [one[3] for one in bleus if one]
+    assert [measured["this"], measured["other"]] == [bleu[3] for bleu in bleus if bleu]
     assert all(row["caption"] != row["other"] for row in comparison["shown"])
 
 

@@ -62,7 +62,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def example(setting: Setting) -> tuple[list[str], object]:
     """Words for the command line that are not the default, and the value they mean."""
-    known: dict[str, tuple[list[str], object]] = {
+    examples: dict[str, tuple[list[str], object]] = {
         "device": (["mps"], "mps"),
         "dtype": (["bfloat16"], "bfloat16"),
         "quantize": (["int8"], "int8"),
@@ -87,8 +87,8 @@ def example(setting: Setting) -> tuple[list[str], object]:
         "price_out": (["0.5"], 0.5),
     }
     annotation = str(setting.info.annotation)
-    if setting.field in known:
-        words, value = known[setting.field]
+    if setting.field in examples:
+        words, value = examples[setting.field]
     elif setting.info.annotation is bool:
         return [setting.flag], True
     elif "list" in annotation:

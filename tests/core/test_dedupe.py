@@ -68,11 +68,11 @@ def run(archive: Path, out: Path, **output) -> list[dict]:
 
 
 def by_bytes(rows: list[dict]) -> dict[str, list[dict]]:
-    found: dict[str, list[dict]] = {}
+    by_sha256: dict[str, list[dict]] = {}
     for row in rows:
         if row["status"] == "ok":
-            found.setdefault(row["sha256"], []).append(row)
-    return found
+            by_sha256.setdefault(row["sha256"], []).append(row)
+    return by_sha256
 
 
 def test_copies_take_the_caption_of_the_one_that_was_captioned(tmp_path, archive, captioner) -> None:
@@ -227,9 +227,9 @@ def test_a_manifest_that_is_wrong_about_its_files_is_not_believed(tmp_path, arch
 def test_a_copy_of_what_cannot_be_read_is_read_itself(tmp_path, archive, captioner) -> None:
     files = [tmp_path / "gone.png", *sorted(archive.glob("late-*.png"))[:2], tmp_path / "gone too.png"]
     sha256s = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files[1:3]]
-    told = write_manifest(tmp_path, files, [sha256s[0], *sha256s, "not known"])
+    manifest_file = write_manifest(tmp_path, files, [sha256s[0], *sha256s, "not known"])
 
-    rows = run(told, tmp_path / "out")
+    rows = run(manifest_file, tmp_path / "out")
 
     assert sorted((Path(row["uri"]).name, row["error_code"]) for row in rows) == [
         ("gone too.png", "not_found"),
@@ -254,17 +254,17 @@ def test_a_killed_run_over_such_a_manifest_ends_with_each_image_once(tmp_path, m
 
 @hypothesis.settings(deadline=None)
 @given(st.lists(st.sampled_from([None, "", "not known", "A" * 64, "a" * 64, "b" * 64, "c" * 64])))
-def test_copies_are_listed_behind_the_first_and_no_row_is_lost(told) -> None:
-    rows = pa.table({"image_id": [str(place) for place in range(len(told))], "told": pa.array(told, pa.string())})
+def test_copies_are_listed_behind_the_first_and_no_row_is_lost(sha256s) -> None:
+    rows = pa.table({"image_id": [str(index) for index in range(len(sha256s))], "told": pa.array(sha256s, pa.string())})
 
-    listed = with_known_sha256(rows, told).to_pylist()
+    listed = with_known_sha256(rows, sha256s).to_pylist()
 
-    assert sorted(int(row["image_id"]) for row in listed) == list(range(len(told)))
+    assert sorted(int(row["image_id"]) for row in listed) == list(range(len(sha256s)))
     assert all(
         row["known_sha256"] == (row["told"].lower() if row["told"] and len(row["told"]) == 64 else None)
         for row in listed
     )
-    known = [row["known_sha256"] for row in listed]
-    for sha256 in set(known) - {None}:
-        places = [place for place, one in enumerate(known) if one == sha256]
-        assert places == list(range(places[0], places[0] + len(places)))
+    known_sha256s = [row["known_sha256"] for row in listed]
+    for sha256 in set(known_sha256s) - {None}:
+        indices = [index for index, other in enumerate(known_sha256s) if other == sha256]
+        assert indices == list(range(indices[0], indices[0] + len(indices)))

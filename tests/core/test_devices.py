@@ -29,9 +29,9 @@ def accelerator(monkeypatch: pytest.MonkeyPatch):
     return set_to
 
 
-@pytest.mark.parametrize(("found", "device"), [("cuda", "cuda"), ("mps", "mps"), ("xpu", "xpu"), (None, "cpu")])
-def test_auto_is_the_accelerator_that_torch_has(accelerator, found: str | None, device: str) -> None:
-    accelerator(found)
+@pytest.mark.parametrize(("name", "device"), [("cuda", "cuda"), ("mps", "mps"), ("xpu", "xpu"), (None, "cpu")])
+def test_auto_is_the_accelerator_that_torch_has(accelerator, name: str | None, device: str) -> None:
+    accelerator(name)
 
     assert pick_device("auto").type == device
     assert pick_device("cpu").type == "cpu"

@@ -230,9 +230,9 @@ def test_an_upload_that_breaks_commits_nothing_and_goes_on_where_it_was(
 
     with pytest.raises(
         OutputError, match=r"someone/data: the upload failed: .* Bearer \*\*\*; run the same command"
-    ) as said:
+    ) as caught:
         push(table, api, monkeypatch)
-    assert token not in str(said.value)
+    assert token not in str(caught.value)
     assert not api.files
     api.breaks_at = ""
     push(table, api, monkeypatch)

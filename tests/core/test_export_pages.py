@@ -76,14 +76,14 @@ def test_only_missing_alts_are_filled(page: str, encoding: str) -> None:
     text, found_encoding = decode(data)
     gaps = find_gaps(text, markdown=False)
 
-    made, done = fill(text, gaps, lambda src: TEXT if src == "a.png" else None, found_encoding)
+    filled, done = fill(text, gaps, lambda src: TEXT if src == "a.png" else None, found_encoding)
 
-    after = made.encode(found_encoding)
-    assert Events(made).seen == Events(text).seen
+    after = filled.encode(found_encoding)
+    assert Events(filled).seen == Events(text).seen
     for gap, _ in done:  # taking out what was put in gives the page back, byte for byte
-        end = made.index('"', made.index('alt="', gap.position) + 5) + 1
-        made = made[: gap.position] + made[end:]
-    assert made.encode(found_encoding) == data
+        end = filled.index('"', filled.index('alt="', gap.position) + 5) + 1
+        filled = filled[: gap.position] + filled[end:]
+    assert filled.encode(found_encoding) == data
     left = find_gaps(decode(after)[0], markdown=False)
     assert [gap.src for gap in left] == [gap.src for gap in gaps if gap.src != "a.png"]
 
@@ -107,12 +107,12 @@ def test_only_missing_alts_are_filled(page: str, encoding: str) -> None:
 def test_markdown(page: str, wanted: str | None) -> None:
     escaped = 'A "boat" \\<\\&\\> it\'s \\[here\\] \\*now\\* à'
 
-    made, done = fill(page, find_gaps(page, markdown=True), lambda src: TEXT if src == "a.png" else None, "utf-8")
+    filled, done = fill(page, find_gaps(page, markdown=True), lambda src: TEXT if src == "a.png" else None, "utf-8")
 
     if page.startswith("<img"):
-        assert made == f"<img alt=\"{html.escape(TEXT)}\" src='a.png'>"
+        assert filled == f"<img alt=\"{html.escape(TEXT)}\" src='a.png'>"
     else:
-        assert made == (page if wanted is None else wanted.replace("TEXT", escaped))
+        assert filled == (page if wanted is None else wanted.replace("TEXT", escaped))
         assert bool(done) == (wanted is not None)
 
 

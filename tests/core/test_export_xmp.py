@@ -55,7 +55,7 @@ def row(**changes: Any) -> dict[str, Any]:
 
 
 def everything_in(packet: bytes) -> dict[str, dict[str, str]]:
-    return {p.name: p.values for one in parse(packet).descriptions for p in one.properties}
+    return {p.name: p.values for description in parse(packet).descriptions for p in description.properties}
 
 
 xml_texts = st.text(st.characters(blacklist_categories=("Cs", "Cc")), min_size=1).filter(str.strip)
@@ -70,9 +70,9 @@ def test_what_goes_in_comes_out_and_all_else_stays(existing: bytes | None, first
 
     for packet, text in ((once, first), (twice, second)):
         ET.fromstring(packet)
-        found = everything_in(packet)
-        assert {name: found[name] for name in before} == before
-        assert found[ALT_TEXT] == {"x-default": text, "en": text}
+        properties = everything_in(packet)
+        assert {name: properties[name] for name in before} == before
+        assert properties[ALT_TEXT] == {"x-default": text, "en": text}
     assert b"<!-- kept -->" in twice or existing is None
     assert merge_text(twice, row(alt_text=second), "(auto)", update=True) == twice
 

@@ -197,10 +197,12 @@ def test_coco_is_a_dataset_of_images_and_annotations(finished: Path, tmp_path: P
 
     dataset = json.loads((tmp_path / "captions.json").read_text(encoding="utf-8"))
     images = {image["id"]: image for image in dataset["images"]}
-    captions = {images[one["image_id"]]["file_name"]: one["caption"] for one in dataset["annotations"]}
+    captions = {
+        images[annotation["image_id"]]["file_name"]: annotation["caption"] for annotation in dataset["annotations"]
+    }
     assert set(dataset) == {"info", "licenses", "images", "annotations"}
     assert all(isinstance(image_id, int) for image_id in images)
-    assert len({one["id"] for one in dataset["annotations"]}) == len(images) == 3
+    assert len({annotation["id"] for annotation in dataset["annotations"]}) == len(images) == 3
     assert captions["000002.png"] == WRITTEN
     assert {(image["width"], image["height"]) for image in images.values()} == {(64, 64)}
 
@@ -458,13 +460,13 @@ def test_texts_stream(finished: Path, tmp_path: Path, to: str) -> None:
         nonlocal most
         alive: list[weakref.ref] = []
         for number in range(30):
-            made = pa.Table.from_pylist(
+            chosen = pa.Table.from_pylist(
                 [row | {"image_id": f"{number}-{n}", "created_at": 0} for n in range(20)], CHOSEN_SCHEMA
             )
-            alive = [one for one in alive if one() is not None] + [weakref.ref(made)]
+            alive = [ref for ref in alive if ref() is not None] + [weakref.ref(chosen)]
             most = max(most, len(alive))
-            yield made
-            del made
+            yield chosen
+            del chosen
 
     settings = ExportConfig(to=to, path=str(tmp_path / "dest"))
     FORMATS[to].write(

@@ -94,10 +94,10 @@ def test_images_that_have_changed_or_gone_are_left_out(tmp_path: Path) -> None:
     (archive / "000001.png").unlink()
     (archive / "000002.png").write_bytes((archive / "000000.png").read_bytes())
 
-    made = write_feedback(open_table(str(tmp_path / "out")), str(tmp_path / "pairs"))
+    feedback = write_feedback(open_table(str(tmp_path / "out")), str(tmp_path / "pairs"))
 
-    assert made.pairs.total() == 2
-    assert dict(made.left_out) == {"not_found": 1, "changed since it was captioned": 1}
+    assert feedback.pairs.total() == 2
+    assert dict(feedback.left_out) == {"not_found": 1, "changed since it was captioned": 1}
 
 
 def test_images_inside_a_table_are_taken_along(tmp_path: Path) -> None:

@@ -62,37 +62,37 @@ def damaged(rng: random.Random, files: list[bytes]) -> bytes:
     """One to three injuries: bytes changed (headers more often), cut out, cut off, repeated, or another file's."""
     data = bytearray(rng.choice(files))
     for _ in range(rng.randint(1, 3)):
-        place = min(int(rng.expovariate(8 / len(data))), len(data) - 1) if len(data) > 1 else 0
+        start = min(int(rng.expovariate(8 / len(data))), len(data) - 1) if len(data) > 1 else 0
         length = rng.randint(1, 40)
         kind = rng.randrange(6)
         if kind == 0:
-            data[place : place + 1] = bytes([rng.randrange(256)])
+            data[start : start + 1] = bytes([rng.randrange(256)])
         elif kind == 1:
-            data[place : place + 4] = rng.choice([b"\xff\xff\xff\xff", b"\0\0\0\0", b"\x7f\xff\xff\xff", b"\0\0\0\x01"])
+            data[start : start + 4] = rng.choice([b"\xff\xff\xff\xff", b"\0\0\0\0", b"\x7f\xff\xff\xff", b"\0\0\0\x01"])
         elif kind == 2:
-            del data[place : place + length]
+            del data[start : start + length]
         elif kind == 3:
             del data[rng.randrange(len(data)) + 1 :]
         elif kind == 4:
-            data[place:place] = data[place : place + length] * rng.randint(1, 20)
+            data[start:start] = data[start : start + length] * rng.randint(1, 20)
         else:
             other = rng.choice(files)
-            data[place:] = other[min(place, len(other)) :]
+            data[start:] = other[min(start, len(other)) :]
         data = data or bytearray(b"\0")
     return bytes(data)
 
 
 def check(case: int, data: bytes) -> bool:
     """Whether the damaged file still gave pixels."""
-    found = decode(data, SPEC, MAX_PIXELS)
-    if found.error_code:
-        assert found.error_code in ERROR_CODES, (SEED, case, found)
-        assert found.pixels is None, (SEED, case)
-        assert found.error_message.isprintable(), (SEED, case, found)
+    decoded = decode(data, SPEC, MAX_PIXELS)
+    if decoded.error_code:
+        assert decoded.error_code in ERROR_CODES, (SEED, case, decoded)
+        assert decoded.pixels is None, (SEED, case)
+        assert decoded.error_message.isprintable(), (SEED, case, decoded)
         return False
-    assert found.pixels is not None
-    assert (found.pixels.shape, found.pixels.dtype) == ((24, 24, 3), np.uint8), (SEED, case)
-    assert found.width * found.height <= MAX_PIXELS, (SEED, case)
+    assert decoded.pixels is not None
+    assert (decoded.pixels.shape, decoded.pixels.dtype) == ((24, 24, 3), np.uint8), (SEED, case)
+    assert decoded.width * decoded.height <= MAX_PIXELS, (SEED, case)
     return True
 
 

@@ -157,7 +157,7 @@ def test_a_flag_without_one_of_its_letters_is_suggested_whole(path: str) -> None
         typos = {f"--{name[:at]}{name[at + 1 :]}" for at in range(1, len(name))} - {*flags}
         for typo in typos if len(name) > 3 else ():
             suggested = suggestions(typo, flags)
-            likeness = max(difflib.SequenceMatcher(None, one, flag).ratio() for one in suggested)
+            likeness = max(difflib.SequenceMatcher(None, suggestion, flag).ratio() for suggestion in suggested)
             assert likeness >= ALIKE, typo  # cpus and gpus are alike
 
 

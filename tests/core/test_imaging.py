@@ -238,8 +238,8 @@ def test_size_and_format_of_a_truncated_image_are_kept():
 @settings(max_examples=300, deadline=None)
 def test_changed_bytes_give_pixels_or_a_code(name, changes):
     data = bytearray(FILES[name])
-    for place, value in changes:
-        data[int(len(data) * place**3)] = value  # mostly in the header, where it hurts
+    for fraction, value in changes:
+        data[int(len(data) * fraction**3)] = value  # mostly in the header, where it hurts
 
     assert_well_formed(decode(bytes(data), SPEC, 10_000_000))
 

@@ -67,11 +67,11 @@ def test_errors_are_told_from_the_rest() -> None:
 
 def test_the_heartbeat_of_training_carries_its_figures_too() -> None:
     log = io.StringIO()
-    told = {"step": 30, "total": 100, "loss": 1.25, "wer": None, "samples_per_second": 8.0}
+    figures = {"step": 30, "total": 100, "loss": 1.25, "wer": None, "samples_per_second": 8.0}
     with TrainProgress(stream=JsonLines(log)) as progress:
         progress.set_total(100, samples_per_step=4)
-        progress.watch(lambda: told)
+        progress.watch(lambda: figures)
 
     (entry,) = map(json.loads, log.getvalue().splitlines())
     assert entry["message"].startswith("step 30/100  loss 1.2500")
-    assert {key: entry[key] for key in told} == told
+    assert {key: entry[key] for key in figures} == figures

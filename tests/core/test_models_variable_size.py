@@ -76,7 +76,9 @@ def test_fast_tiles_are_nearly_those_of_the_image_processor() -> None:
     files = [as_file(scene.render(320).resize((400, 290))) for scene in make_scenes(4, seed=3)]
     specs = [replace(spec, preprocess=name) for name in ("fast", "processor")]
 
-    fast, exact = (decode_images([RawImage("", "", file) for file in files], one, 10**6).pixels for one in specs)
+    fast, exact = (
+        decode_images([RawImage("", "", file) for file in files], pixel_spec, 10**6).pixels for pixel_spec in specs
+    )
 
     assert max(np.abs(a.astype(int) - b).mean() for a, b in zip(fast, exact, strict=True)) < 1
 

@@ -275,9 +275,9 @@ def test_a_chat_model_answers_some_questions_as_it_answers_all(chat: Path, folde
     config = ModelConfig(name=str(chat), max_new_tokens=5, questions=str(folder.parent / "questions.yaml"))
     captioner = load(resolve(config), batch_size=3)
     prompts = captioner.prompts
-    some = [(None, prompts[1], None), prompts, (prompts[0], None, None), (None, None, prompts[2])]
+    image_prompts = [(None, prompts[1], None), prompts, (prompts[0], None, None), (None, None, prompts[2])]
 
-    all_answers, captions = captioner.caption(images), captioner.caption(images, some)
+    all_answers, captions = captioner.caption(images), captioner.caption(images, image_prompts)
 
     assert len(set(all_answers.texts)) > 1
     assert [captions.texts[index] for index in (1, 2)] == [all_answers.texts[index] for index in (1, 2)]

@@ -227,7 +227,7 @@ def test_the_report_shows_what_changed(tmp_path: Path, run: Run) -> None:
 
     changes = json.loads((tmp_path / "out/checks/check.json").read_text())["changes"]
     assert (changes["num_rows"], changes["changed"], changes["scored"]) == (4, 4, 4)
-    assert [one["rows"] for one in changes["before"]] == [4]
+    assert [model["rows"] for model in changes["before"]] == [4]
     assert changes["differences"]["WER"]["this"] > 0
     page = (tmp_path / "out/report/index.html").read_text()
     assert "Changes by recaptioning" in page

@@ -188,14 +188,14 @@ def test_texts_stand_out_from_their_background_in_both_schemes(out: Path) -> Non
     assert {pair: value for pair, value in low.items() if value < 4.5} == {}
 
 
-def contrast(one: str, other: str) -> float:
+def contrast(colour: str, other: str) -> float:
     """The contrast ratio of two sRGB colours."""
-    high, low = sorted((luminance(one), luminance(other)), reverse=True)
+    high, low = sorted((luminance(colour), luminance(other)), reverse=True)
     return (high + 0.05) / (low + 0.05)
 
 
 def luminance(colour: str) -> float:
-    parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+    parts = [int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5)]
     red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
@@ -212,20 +212,20 @@ def test_a_page_of_part_of_a_table_says_so_and_colours_are_not_lost_in_print(
 
 def test_throughput_has_no_more_bins_than_commits_tell_and_shows_a_stall() -> None:
     commits = [(start, 10) for start in (*range(0, 30, 2), *range(90, 120, 2))]
-    found = facts._throughput(commits, 1)
+    throughput = facts._throughput(commits, 1)
 
-    assert 0 in found["rates"]
-    assert sum(found["rates"]) * found["bin_seconds"] == pytest.approx(300, rel=0.02)
+    assert 0 in throughput["rates"]
+    assert sum(throughput["rates"]) * throughput["bin_seconds"] == pytest.approx(300, rel=0.02)
     assert facts._throughput(commits[:3], 1)["rates"] == []
 
 
 def test_thumbnails_are_upright_and_small(out: Path) -> None:
     html = (out / "report/index.html").read_text(encoding="utf-8")
     section = html[html.index("<h3>Cut off</h3>") :]
-    found = re.search(r'src="data:image/jpeg;base64,([^"]+)"', section)
+    match = re.search(r'src="data:image/jpeg;base64,([^"]+)"', section)
 
-    assert found is not None
-    with Image.open(io.BytesIO(base64.b64decode(found[1]))) as image:
+    assert match is not None
+    with Image.open(io.BytesIO(base64.b64decode(match[1]))) as image:
         assert image.size == (112, 224)
 
 

@@ -304,8 +304,8 @@ def test_verify_finds_what_was_tampered_with(tmp_path: Path, archive: Path) -> N
     rows = table.directory.read_table("captions/part-00000.parquet")
 
     table.directory.write_table("captions/part-00000.parquet", pa.concat_tables([rows.slice(1), rows.slice(3, 1)]))
-    found = verify(table)
-    assert (found.lost, found.doubled, found.proven) == (1, 1, False)
+    verification = verify(table)
+    assert (verification.lost, verification.doubled, verification.proven) == (1, 1, False)
 
     table.directory.delete("captions/part-00001.parquet")
     assert verify(table).lost == 1 + 16

@@ -68,7 +68,7 @@ def decide(
 ) -> tuple[bool, dict[str, Any]]:
     """Decide about the image on the page, as the page does."""
     card = session.next()["card"]
-    others = [] if alone else [one["index"] for one in card["group"]]
+    others = [] if alone else [image["index"] for image in card["group"]]
     return session.decide(DecisionRequest(decision, (card["index"], *others), card["alt_text"], text, seconds=4.0))
 
 
@@ -112,9 +112,9 @@ def test_flags_that_a_rule_has_fixed_are_not_shown(make_reviewable) -> None:
 def test_the_random_queue_is_the_same_for_everybody_and_no_other_order(make_reviewable, tmp_path: Path) -> None:
     out = make_reviewable(["the same"] * 30)
     shutil.copytree(out, tmp_path / "copy")
-    with open_session(out, queue="random") as one, open_session(tmp_path / "copy", "ben", queue="random") as other:
-        assert one.next()["card"]["group"] == []  # a sample is drawn one by one
-        order = shown_in_order(one)
+    with open_session(out, queue="random") as session, open_session(tmp_path / "copy", "ben", queue="random") as other:
+        assert session.next()["card"]["group"] == []  # a sample is drawn one by one
+        order = shown_in_order(session)
         assert order == shown_in_order(other)
     assert sorted(order) == [f"{number:06d}.png" for number in range(30)] != order
 
@@ -167,7 +167,7 @@ def test_an_undo_shows_the_image_again_also_after_a_restart(make_reviewable) -> 
         assert (state["message"], state["card"]["image_id"]) == ("Undone: Rejected", "000002.png")
         state = session.undo()
         assert (state["message"], state["card"]["image_id"]) == ("Undone: Approved for 2 images", "000000.png")
-        assert [one["image_id"] for one in state["card"]["group"]] == ["000001.png"]
+        assert [image["image_id"] for image in state["card"]["group"]] == ["000001.png"]
         assert state["progress"]["left"] == 30
         assert not state["progress"]["can_undo"]
     assert decisions(out) == []
@@ -245,7 +245,9 @@ def test_two_reviewers_get_different_images_and_a_late_decision_is_refused(make_
     with open_session(out) as ana, open_session(out, "ben") as ben:
         on_anas = ana.next()["card"]
         assert ben.next()["card"]["image_id"] == "000002.png"
-        late = DecisionRequest("rejected", (on_anas["index"], *(one["index"] for one in on_anas["group"])), "A dog.")
+        late = DecisionRequest(
+            "rejected", (on_anas["index"], *(image["index"] for image in on_anas["group"])), "A dog."
+        )
         half = DecisionRequest("rejected", (1, 0), "A dog.")
         ben.decide(DecisionRequest("approved", (0,), "A dog."))
 
@@ -272,9 +274,9 @@ def test_edits_are_one_line_and_keep_to_the_hard_limit(make_reviewable) -> None:
     with serving(out) as (ask, _):
 
         def edit(text: str) -> tuple[int, Any]:
-            place = ask("GET", "state")[1]["card"]["index"]
-            shown = ["A dog.", "A cat."][place]
-            return ask("POST", "decide", {"decision": "edited", "indices": [place], "shown": shown, "text": text})
+            index = ask("GET", "state")[1]["card"]["index"]
+            shown = ["A dog.", "A cat."][index]
+            return ask("POST", "decide", {"decision": "edited", "indices": [index], "shown": shown, "text": text})
 
         status, answer = edit("x" * 31)
         assert (status, answer["error"]) == (
@@ -309,12 +311,12 @@ def test_the_acceptance_rate_is_of_a_random_sample_whatever_was_decided_before(m
         assert session.next()["progress"]["acceptance"] is None
     with open_session(out, queue="random") as session:
         order = shown_in_order(session)
-        found = session.next()["progress"]["acceptance"]
+        figures = session.next()["progress"]["acceptance"]
     assert len(order) == 18
     assert not rejected & set(order)
-    assert (found["accepted"], found["decided"]) in [(18, decided) for decided in range(18, 31)]
-    assert found["decided"] > 18  # rejected ones that came before the last accepted one in the random order
-    assert found["low"] < 18 / found["decided"] < found["high"]
+    assert (figures["accepted"], figures["decided"]) in [(18, decided) for decided in range(18, 31)]
+    assert figures["decided"] > 18  # rejected ones that came before the last accepted one in the random order
+    assert figures["low"] < 18 / figures["decided"] < figures["high"]
 
 
 @pytest.mark.parametrize(
@@ -402,8 +404,8 @@ def test_images_without_a_caption_have_a_tile_with_the_reason(
         assert all(image["text"] and image["has_image"] for image in failed["images"])
         assert [ask("GET", f"failed/{number}")[0] for number in (0, 1, 2)] == [404, 200, 404]
         assert ask("GET", "failed/x")[0] == 404
-        found = [ask("GET", f"grid?show=failed&query={word}")[1]["images"] for word in ("truncated", "1.png", "dog")]
-        assert [[image["index"] for image in images] for images in found] == [[1], [0], []]
+        results = [ask("GET", f"grid?show=failed&query={word}")[1]["images"] for word in ("truncated", "1.png", "dog")]
+        assert [[image["index"] for image in images] for images in results] == [[1], [0], []]
 
 
 def test_rows_that_only_names_are_a_review_of_their_own(make_reviewable) -> None:
@@ -745,7 +747,7 @@ def test_images_are_upright_and_small_and_say_what_is_written_in_them(make_revie
         _, (headers, large) = ask("GET", "image/0/large")
         _, (_, small) = ask("GET", "image/0/small")
 
-        assert {one["name"]: one["text"] for one in about["descriptions"]} == {
+        assert {description["name"]: description["text"] for description in about["descriptions"]} == {
             "XMP alt text": "Alt, says XMP",
             "XMP description": "A dog, says XMP",
             "EXIF description": "EXIFwords",
@@ -850,9 +852,9 @@ def reviewing(out: Path, *flags: str) -> Iterator[tuple[subprocess.Popen[str], A
     assert process.stdout is not None
     try:
         line = process.stdout.readline()
-        found = re.search(r"http://127\.0\.0\.1:\d+/[\w-]+/", line)
-        assert found, line
-        yield process, asker(found.group())
+        match = re.search(r"http://127\.0\.0\.1:\d+/[\w-]+/", line)
+        assert match, line
+        yield process, asker(match.group())
     finally:
         process.kill()
         process.communicate()
@@ -876,9 +878,9 @@ def test_every_accepted_decision_survives_sigkill(make_reviewable) -> None:
         state = ask("GET", "state")[1]
         assert (state["card"]["image_id"], state["progress"]["left"]) == ("000007.png", 23)
         process.send_signal(signal.SIGTERM)
-        _, said = process.communicate()
+        _, stderr = process.communicate()
         assert process.returncode == 143
-        assert said.splitlines()[-1] == (
+        assert stderr.splitlines()[-1] == (
             "captioner: error: stopped by SIGTERM; every decision is saved; run the same command to continue"
         )
 
@@ -953,10 +955,10 @@ def test_a_journal_that_was_cut_off_is_told_and_the_rest_counts(
     with reviewing(out) as (process, ask):
         assert ask("GET", "state")[1]["card"]["image_id"] == "000001.png"
         process.send_signal(signal.SIGINT)
-        _, said = process.communicate()
+        _, stderr = process.communicate()
     assert process.returncode == 0
-    assert "ignored 1 damaged line in its review journals" in said
-    assert "captioner: ended by Ctrl-C; everything is saved; run the same command to continue\n" in said
+    assert "ignored 1 damaged line in its review journals" in stderr
+    assert "captioner: ended by Ctrl-C; everything is saved; run the same command to continue\n" in stderr
 
 
 def test_a_table_made_anew_meanwhile_is_told(make_reviewable) -> None:

@@ -78,8 +78,8 @@ def test_what_is_appended_is_read_back(tmp_path: Path) -> None:
         review("b.png", "rejected", "Åsa"),
     ]
     with Journal(out, "Åsa") as journal:
-        for one in written:
-            journal.append(one)
+        for entry in written:
+            journal.append(entry)
 
     assert read_reviews(out) == (written, 0)
 
@@ -92,7 +92,7 @@ def test_each_reviewer_has_a_journal_however_alike_their_names(tmp_path: Path) -
             journal.append(review(f"{number}.png", reviewer=name))
 
     assert len(list((tmp_path / "reviews").iterdir())) == len(names)
-    assert [one.reviewer for one in read_reviews(out)[0]] == names
+    assert [entry.reviewer for entry in read_reviews(out)[0]] == names
 
 
 def test_a_line_that_was_cut_off_is_put_aside_and_costs_no_other(tmp_path: Path) -> None:
@@ -109,10 +109,10 @@ def test_a_line_that_was_cut_off_is_put_aside_and_costs_no_other(tmp_path: Path)
     reviews, damaged = read_reviews(out)
 
     # Only the newline of b.png's line was cut off first: that decision still counts.
-    assert [one.image_ids[0] for one in reviews] == ["a.png", "b.png", "after-100.png"]
+    assert [entry.image_ids[0] for entry in reviews] == ["a.png", "b.png", "after-100.png"]
     assert damaged == 2
     with Decisions(out, "ana") as decisions:
-        assert [one.image_ids[0] for one in decisions.own] == ["a.png", "b.png", "after-100.png"]
+        assert [entry.image_ids[0] for entry in decisions.own] == ["a.png", "b.png", "after-100.png"]
         assert decisions.num_damaged == 2
 
 
@@ -125,8 +125,8 @@ def test_wherever_a_journal_is_cut_off_its_whole_lines_count(texts: list[str], c
         out = Directory(folder)
         written = [review(text, "edited", text=text, shown=text[::-1]) for text in texts]
         with Journal(out, "ana") as journal:
-            for one in written:
-                journal.append(one)
+            for entry in written:
+                journal.append(entry)
         file = journal_of(Path(folder))
         data = file.read_bytes()[:-cut] if cut else file.read_bytes()
         file.write_bytes(data)
@@ -151,13 +151,13 @@ def complete(data: bytes) -> bool:
 
 def test_two_processes_of_one_reviewer_share_a_journal(tmp_path: Path) -> None:
     out = Directory(str(tmp_path))
-    with Journal(out, "ana") as one, Journal(out, "ana") as other:
+    with Journal(out, "ana") as journal, Journal(out, "ana") as other:
         for number in range(6):
-            (one if number % 2 else other).append(review(f"{number}.png"))
+            (journal if number % 2 else other).append(review(f"{number}.png"))
 
     reviews, damaged = read_reviews(out)
 
-    assert [one.image_ids[0] for one in reviews] == [f"{number}.png" for number in range(6)]
+    assert [entry.image_ids[0] for entry in reviews] == [f"{number}.png" for number in range(6)]
     assert damaged == 0
 
 
@@ -172,7 +172,7 @@ def test_lines_of_something_else_are_counted_and_passed_over(tmp_path: Path) -> 
 
     reviews, damaged = read_reviews(out)
 
-    assert [one.image_ids for one in reviews] == [("a.png",)]
+    assert [entry.image_ids for entry in reviews] == [("a.png",)]
     assert damaged == len(others)
 
 
@@ -203,12 +203,12 @@ def test_the_latest_decision_of_all_reviewers_holds_and_a_skip_decides_nothing(t
     }
     for name, reviews in by_name.items():
         with Journal(out, name) as journal:
-            for one in reviews:
-                journal.append(one)
+            for entry in reviews:
+                journal.append(entry)
 
     held = latest_reviews(read_reviews(out)[0])
 
-    assert {image_id: (one.decision, one.reviewer) for image_id, one in held.items()} == {
+    assert {image_id: (entry.decision, entry.reviewer) for image_id, entry in held.items()} == {
         "a.png": ("approved", "ana"),
         "b.png": ("expert", "ben"),
     }
@@ -223,8 +223,8 @@ def test_texts_are_those_of_people_where_they_decided(make_reviewable) -> None:
         review("000003.png", "rejected"),
     ]
     with Journal(Directory(str(out)), "ana") as journal:
-        for one in decided:
-            journal.append(one)
+        for entry in decided:
+            journal.append(entry)
 
     (texts,) = read_texts(open_table(str(out)))
 
@@ -282,7 +282,7 @@ def test_no_acknowledged_decision_is_lost_when_its_process_is_killed(tmp_path: P
         journal.append(review("afterwards.png"))
     reviews, damaged = read_reviews(Directory(str(tmp_path)))
 
-    ids = [one.image_ids[0] for one in reviews]
+    ids = [entry.image_ids[0] for entry in reviews]
     assert ids[: len(acknowledged)] == [f"{number}.png" for number in acknowledged]
     assert len(ids) <= len(acknowledged) + 2  # one that was written and not acknowledged, and the one afterwards
     assert ids[-1] == "afterwards.png"
@@ -293,8 +293,8 @@ def test_a_full_disk_saves_nothing_and_the_next_decision_is_whole(tmp_path: Path
     done = subprocess.run([sys.executable, "-c", FILL_THE_DISK, str(tmp_path)], capture_output=True, text=True)
 
     assert done.returncode == 0, done.stderr
-    said, counted = done.stdout.splitlines()
-    assert "the decision was not saved" in said
+    message, counted = done.stdout.splitlines()
+    assert "the decision was not saved" in message
     assert counted == "['approved', 'rejected'] 0"
 
 
@@ -302,9 +302,9 @@ def test_decisions_of_others_are_seen_as_they_are_written(tmp_path: Path) -> Non
     out = Directory(str(tmp_path))
     with Decisions(out, "ana") as ana, Journal(out, "ben") as ben:
         assert ana.read_new() == []
-        told = review("a.png", "rejected", "ben")
-        ben.append(told)
-        assert ana.read_new() == [told]
+        rejection = review("a.png", "rejected", "ben")
+        ben.append(rejection)
+        assert ana.read_new() == [rejection]
         assert ana.read_new() == []
 
         path = next((tmp_path / "reviews").glob("ben*"))
@@ -312,7 +312,7 @@ def test_decisions_of_others_are_seen_as_they_are_written(tmp_path: Path) -> Non
         path.write_bytes(whole + whole[:50])  # a line that is being written
         assert ana.read_new() == []
 
-        undo = review("a.png", "undo", "ben", undoes=told.review_id)
+        undo = review("a.png", "undo", "ben", undoes=rejection.review_id)
         path.write_bytes(whole)
         ben.append(undo)
         assert ana.read_new() == [undo]

@@ -111,17 +111,17 @@ def test_pages_in_tars_and_manifests(tmp_path: Path, archive: Path) -> None:
         tar.add(archive / "letter.TIF", "b.tif")
     (tmp_path / "list.csv").write_text("path,image_id\narchive/letter.TIF,L7\n")
 
-    found = {
+    sources = {
         name: open_source(SourceConfig(path=str(tmp_path / name), pages="all")) for name in ("scans.tar", "list.csv")
     }
 
-    rows = {name: next(iter(source.list_unit(source.units()[0]))).rows for name, source in found.items()}
+    rows = {name: next(iter(source.list_unit(source.units()[0]))).rows for name, source in sources.items()}
     assert rows["scans.tar"]["image_id"].to_pylist() == [
         "scans.tar/a.png",
         *(f"scans.tar/b.tif#page={number}" for number in (1, 2, 3)),
     ]
     assert rows["list.csv"]["image_id"].to_pylist() == ["L7#page=1", "L7#page=2", "L7#page=3"]
-    for name, source in found.items():
+    for name, source in sources.items():
         last = source.read(rows[name])[-1]
         assert Image.open(io.BytesIO(last.data)).size == (66, 66)
         assert last.uri.endswith("#page=3")
@@ -154,9 +154,9 @@ def test_a_chain_that_leads_back_or_nowhere_ends() -> None:
     data = bytearray(tiff(pages(2)))
     first, second = offsets(bytes(data))
     (count,) = struct.unpack_from("<H", data, second)
-    for leads_to, found in ((first, [first, second]), (len(data) + 9, [first, second, len(data) + 9])):
+    for leads_to, expected in ((first, [first, second]), (len(data) + 9, [first, second, len(data) + 9])):
         struct.pack_into("<I", data, second + 2 + 12 * count, leads_to)
-        assert offsets(bytes(data)) == found
+        assert offsets(bytes(data)) == expected
 
 
 @given(st.data())
@@ -164,9 +164,9 @@ def test_damaged_directories_are_pages_or_a_reason(data) -> None:
     broken = bytearray(_LETTER)
     for _ in range(data.draw(st.integers(1, 8))):
         broken[data.draw(st.integers(4, len(broken) - 1))] = data.draw(st.integers(0, 255))
-    found = offsets(bytes(broken[: data.draw(st.integers(0, len(broken)))]))
+    directory_offsets = offsets(bytes(broken[: data.draw(st.integers(0, len(broken)))]))
 
-    for offset in found[:5]:
+    for offset in directory_offsets[:5]:
         with contextlib.suppress(ValueError):
             assert offsets(extract(bytes(broken), offset))
 
@@ -223,10 +223,10 @@ def test_a_pyramid_is_turned_as_its_page_is(orientation: int) -> None:
 
 def test_a_jpeg_2000_whose_lower_resolutions_are_damaged_is_read_whole_or_fails() -> None:
     data = _LARGE["jpeg2000"]
-    place = data.find(b"\xff\x52") + 9
-    levels = data[place]
+    offset = data.find(b"\xff\x52") + 9
+    levels = data[offset]
 
-    more = data[:place] + bytes([levels + 1]) + data[place + 1 :]  # a level that is not there
+    more = data[:offset] + bytes([levels + 1]) + data[offset + 1 :]  # a level that is not there
 
     with pytest.raises(ImageError):
         open_image(more, 10**9, needed_side=2)

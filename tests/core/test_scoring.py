@@ -132,11 +132,11 @@ def test_corpus_wer_is_summed_edits_over_summed_words() -> None:
 def test_wer_agrees_with_jiwer_for_plain_words(pairs: list[tuple[str, str]]) -> None:
     import jiwer
 
-    for (known, said), edits in zip(pairs, word_edits(pairs), strict=True):
-        if known and said:
-            found = jiwer.process_words(known, said)
-            assert edits.edits == found.substitutions + found.deletions + found.insertions
-            assert edits.hits + edits.substitutions + edits.deletions == len(known.split())
+    for (reference, caption), edits in zip(pairs, word_edits(pairs), strict=True):
+        if reference and caption:
+            output = jiwer.process_words(reference, caption)
+            assert edits.edits == output.substitutions + output.deletions + output.insertions
+            assert edits.hits + edits.substitutions + edits.deletions == len(reference.split())
 
 
 TEXTS = st.text("abc .'", max_size=12)
@@ -161,11 +161,11 @@ REFERENCES = [
 
 def test_bleu_by_hand() -> None:
     # Matches of 1- to 4-grams: 3 + 5, 2 + 4, 1 + 3, 0 + 2 of 9, 7, 5, 3. Said 9 words; closest references 4 + 6.
-    found = bleu(CAPTIONS, REFERENCES)
+    scores = bleu(CAPTIONS, REFERENCES)
     precisions = [8 / 9, 6 / 7, 4 / 5, 2 / 3]
     expected = [math.exp(1 - 10 / 9) * math.prod(precisions[:n]) ** (1 / n) for n in range(1, 5)]
 
-    assert found == pytest.approx(expected, abs=1e-6)
+    assert scores == pytest.approx(expected, abs=1e-6)
     assert bleu([], []) is None
 
 
@@ -178,10 +178,10 @@ def test_rouge_l_by_hand() -> None:
 
 @given(WORDS, WORDS)
 def test_longest_common_subsequence_laws(first: str, second: str) -> None:
-    one, other = first.split(), second.split()
+    left, right = first.split(), second.split()
 
-    assert longest_common(one, other) == longest_common(other, one) <= min(len(one), len(other))
-    assert longest_common(one, one) == len(one)
+    assert longest_common(left, right) == longest_common(right, left) <= min(len(left), len(right))
+    assert longest_common(left, left) == len(left)
 
 
 def test_cider_d_by_hand() -> None:
@@ -244,20 +244,20 @@ def test_no_rows_are_no_data() -> None:
 
 def test_scores_by_hand_and_in_any_order() -> None:
     rows = [("1", "a dog", ["a cat", "the old dog sits"]), ("2", "red car here", ["red car", "a red car there"])]
-    found = []
+    scores = []
     for order in (rows, rows[::-1]):
         sums = ScoreSums(seed=5)
         matches = match_captions([row[1] for row in order], [row[2] for row in order])
-        for (name, caption, known), match in zip(order, matches, strict=True):
-            sums.add(int(name), name, caption, known, match)
-        found.append(sums.scores())
+        for (name, caption, references), match in zip(order, matches, strict=True):
+            sums.add(int(name), name, caption, references, match)
+        scores.append(sums.scores())
 
-    assert found[0] == found[1]
-    assert found[0].wer == (1 + 1) / (2 + 2)  # "a cat": 1 of 2; "red car": 1 of 2
-    assert (found[0].substitutions, found[0].deletions, found[0].insertions) == (1, 0, 1)
-    assert found[0].mer == 2 / (2 + 3)
-    assert found[0].cer == (3 + 5) / (5 + 7)  # dog-cat; " here"
-    assert found[0].lift == 1 - 0.5 / found[0].shuffled_wer
+    assert scores[0] == scores[1]
+    assert scores[0].wer == (1 + 1) / (2 + 2)  # "a cat": 1 of 2; "red car": 1 of 2
+    assert (scores[0].substitutions, scores[0].deletions, scores[0].insertions) == (1, 0, 1)
+    assert scores[0].mer == 2 / (2 + 3)
+    assert scores[0].cer == (3 + 5) / (5 + 7)  # dog-cat; " here"
+    assert scores[0].lift == 1 - 0.5 / scores[0].shuffled_wer
 
 
 def test_intervals_are_seeded_hold_the_figure_and_narrow_with_more_rows() -> None:

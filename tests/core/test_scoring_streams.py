@@ -79,11 +79,11 @@ def test_vocabulary_by_hand() -> None:
     captions = [["a", "red", "dog"], ["a", "zebra", "zebra"]]
     references = [[["a", "red", "hound"], ["the", "hound"]], [["a", "horse"]]]
 
-    found = compare_vocabulary(captions, references)
+    vocabulary = compare_vocabulary(captions, references)
 
-    assert found is not None
-    assert (found["captions"], found["references"], found["shared"]) == (4, 5, 2)
-    assert found["missed"] == [("horse", 1), ("hound", 1), ("the", 1)]
-    assert found["invented"] == [("dog", 1), ("zebra", 1)]
-    assert found["covered"] == 3 / 6  # "a" of two images and "red" of one, of six words in images
+    assert vocabulary is not None
+    assert (vocabulary["captions"], vocabulary["references"], vocabulary["shared"]) == (4, 5, 2)
+    assert vocabulary["missed"] == [("horse", 1), ("hound", 1), ("the", 1)]
+    assert vocabulary["invented"] == [("dog", 1), ("zebra", 1)]
+    assert vocabulary["covered"] == 3 / 6  # "a" of two images and "red" of one, of six words in images
     assert compare_vocabulary([], []) is None

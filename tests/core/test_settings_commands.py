@@ -75,11 +75,11 @@ def test_a_range_in_yaml_is_no_number_to_base_sixty(tmp_path: Path, text: str) -
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [("model.beams=3", "model.num_beams"), ("num_beams", "GROUP.KEY=VALUE"), ("model.prompt=[", "not YAML")],
 )
-def test_a_set_that_means_nothing_is_refused(text: str, said: str) -> None:
-    with pytest.raises(UsageError, match=said):
+def test_a_set_that_means_nothing_is_refused(text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
         parse_set(CaptionConfig, text)
 
 

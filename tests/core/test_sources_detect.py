@@ -34,7 +34,11 @@ def listed(path: Path, **settings: object) -> tuple[list[str], list[str], list[s
     source = source_at(path, **settings)
     listings = [listing for unit in source.units() for listing in source.list_unit(unit)]
     ids = [name for listing in listings for name in listing.rows["image_id"].to_pylist()]
-    return ids, [name for one in listings for name in one.ignored], [note for one in listings for note in one.notes]
+    return (
+        ids,
+        [name for listing in listings for name in listing.ignored],
+        [note for listing in listings for note in listing.notes],
+    )
 
 
 @pytest.mark.parametrize("kind", ["tar", "parquet"])

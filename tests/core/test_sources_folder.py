@@ -115,8 +115,8 @@ def test_metadata_gives_references(tmp_path, key):
     (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "train/a.jpg", key: "outer"}) + "\n")
     (tmp_path / "train" / "metadata.csv").write_text(f"file_name,{key}\nb.jpg,inner\n")
     rows, ignored = listed(source_at(tmp_path))
-    known = dict(zip(rows["image_id"].to_pylist(), rows["reference_captions"].to_pylist(), strict=True))
-    assert known == {"c.jpg": None, "train/a.jpg": ["outer"], "train/b.jpg": ["inner"]}
+    references = dict(zip(rows["image_id"].to_pylist(), rows["reference_captions"].to_pylist(), strict=True))
+    assert references == {"c.jpg": None, "train/a.jpg": ["outer"], "train/b.jpg": ["inner"]}
     assert ignored == [], "a file whose captions are used is not skipped"
 
 
@@ -310,8 +310,8 @@ def test_a_name_in_metadata_finds_its_image_however_it_is_written(tmp_path):
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
     listing = listed(source_at(tmp_path))[0]
-    found = dict(zip(listing["image_id"].to_pylist(), listing["reference_captions"].to_pylist(), strict=True))
-    assert found == dict(zip(names, [*list(lines.values())[:6], None], strict=True))
+    references = dict(zip(listing["image_id"].to_pylist(), listing["reference_captions"].to_pylist(), strict=True))
+    assert references == dict(zip(names, [*list(lines.values())[:6], None], strict=True))
 
 
 def test_names_of_one_image_that_are_written_in_several_ways_all_match(tmp_path):
@@ -335,7 +335,7 @@ def test_captions_may_become_lists_and_other_columns_anything(tmp_path, early, l
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
 
     references = listed(source_at(tmp_path))[0]["reference_captions"].to_pylist()
-    assert references == [[one] if isinstance(one, str) else one for one in (early, late)]
+    assert references == [[value] if isinstance(value, str) else value for value in (early, late)]
 
 
 def references_of(source):

@@ -137,14 +137,14 @@ def test_damaged_containers_are_rows_or_an_error_of_the_source(tmp_path, kind):
 def damaged(rng, whole):
     data = bytearray(whole)
     for _ in range(rng.randint(1, 4)):
-        place = rng.randrange(len(data)) if rng.random() < 0.5 else rng.randrange(min(600, len(data)))
-        place = place if rng.random() < 0.5 else len(data) - 1 - place
+        offset = rng.randrange(len(data)) if rng.random() < 0.5 else rng.randrange(min(600, len(data)))
+        offset = offset if rng.random() < 0.5 else len(data) - 1 - offset
         kind = rng.randrange(3)
         if kind == 0:
-            data[place] = rng.randrange(256)
+            data[offset] = rng.randrange(256)
         elif kind == 1:
-            del data[place : place + rng.randint(1, 700)]
+            del data[offset : offset + rng.randint(1, 700)]
         else:
-            del data[max(place, 1) :]
+            del data[max(offset, 1) :]
         data = data or bytearray(b"\0")
     return bytes(data)

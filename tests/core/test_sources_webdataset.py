@@ -49,8 +49,8 @@ def test_long_names_of_every_tar_format(tmp_path, format):
 
 
 def test_text_beside_an_image_is_its_reference(tmp_path):
-    said = json.dumps({"captions": ["first", "second"], "text": "unused", "alt": "other"}).encode()
-    members = [("1.txt", b" a cat \n"), ("1.jpg", b"x"), ("2.jpg", b"x"), ("2.json", said), ("2.txt", b"second")]
+    metadata = json.dumps({"captions": ["first", "second"], "text": "unused", "alt": "other"}).encode()
+    members = [("1.txt", b" a cat \n"), ("1.jpg", b"x"), ("2.jpg", b"x"), ("2.json", metadata), ("2.txt", b"second")]
     members += [("3.jpg", b"x"), ("3.cls", b"7"), ("4.txt", b"alone"), ("5.json", b"{broken"), ("5.jpg", b"x")]
     members += [("6.caption", b"\xef\xbb\xbfa dog"), ("6.jpg", b"x")]
     tar = write_tar(tmp_path / "x.tar", *members)
@@ -106,9 +106,11 @@ def read_back(*paths):
     source = source_at(*paths)
     listings = [listing for unit in source.units() for listing in source.list_unit(unit)]
     images = [image for listing in listings for image in source.read(listing.rows)]
-    assert [image.image_id for image in images] == [i for one in listings for i in one.rows["image_id"].to_pylist()]
+    assert [image.image_id for image in images] == [
+        i for listing in listings for i in listing.rows["image_id"].to_pylist()
+    ]
     return {image.image_id: image.data or image.error_code for image in images}, [
-        n for one in listings for n in one.notes
+        n for listing in listings for n in listing.notes
     ]
 
 
@@ -133,13 +135,13 @@ def test_past_a_damaged_header_every_other_image_is_found(tmp_path, format, pref
         data[start:end] = b"?" * (end - start)
     tar.write_bytes(data)
 
-    found, notes = read_back(tar)
+    contents, notes = read_back(tar)
 
     expected = {f"x.tar/{name}": content for name, content in members}
     if kind != "inserted":
         del expected[f"x.tar/{members[lost][0]}"]
-    damage = {name: code for name, code in found.items() if "[damaged" in name}
-    assert {name: content for name, content in found.items() if name not in damage} == expected
+    damage = {name: code for name, code in contents.items() if "[damaged" in name}
+    assert {name: content for name, content in contents.items() if name not in damage} == expected
     assert list(damage.values()) == ["damaged"]
     assert len(notes) == 1
     assert "x.tar: damaged from byte" in notes[0]
@@ -153,11 +155,11 @@ def test_bytes_that_are_missing_inside_an_image_cost_no_other(tmp_path):
     del data[start + 100 : start + 900]
     tar.write_bytes(data)
 
-    found, _ = read_back(tar)
+    contents, _ = read_back(tar)
 
-    assert {f"x.tar/{name}" for name, _ in IMAGES} <= set(found)
-    assert "damaged" in found.values()
-    assert all(found[f"x.tar/{name}"] == data for name, data in IMAGES if name != "3.jpg")
+    assert {f"x.tar/{name}" for name, _ in IMAGES} <= set(contents)
+    assert "damaged" in contents.values()
+    assert all(contents[f"x.tar/{name}"] == data for name, data in IMAGES if name != "3.jpg")
 
 
 @pytest.mark.parametrize("num_bytes", [1000, 512, 1024, 2048])
@@ -167,9 +169,9 @@ def test_bytes_that_are_missing_just_before_the_last_image_do_not_hide_it(tmp_pa
     del data[600 : 600 + num_bytes]
     tar.write_bytes(data)
 
-    found, notes = read_back(tar)
+    contents, notes = read_back(tar)
 
-    assert found == {"x.tar/1.jpg": "damaged", "x.tar/2.jpg": b"b"}
+    assert contents == {"x.tar/1.jpg": "damaged", "x.tar/2.jpg": b"b"}
     assert "damaged from byte 512" in notes[0]
 
 
@@ -190,9 +192,9 @@ def test_tars_that_were_joined_are_one(tmp_path, padding):
     second = write_tar(tmp_path / "2/x.tar", *IMAGES[3:]).read_bytes()
     (tmp_path / "x.tar").write_bytes(first + bytes(padding) + second + bytes(padding))
 
-    found, notes = read_back(tmp_path / "x.tar")
+    contents, notes = read_back(tmp_path / "x.tar")
 
-    assert found == {f"x.tar/{name}": data for name, data in IMAGES}
+    assert contents == {f"x.tar/{name}": data for name, data in IMAGES}
     assert [note for note in notes if "unless tars were joined there" not in note] == []
     assert len(notes) == (padding % tarfile.RECORDSIZE > 0)
 
@@ -204,9 +206,9 @@ def test_members_of_which_only_zeros_are_left_are_said(tmp_path):
     data[2 * 1024 : 4 * 1024] = bytes(2 * 1024)
     tar.write_bytes(data)
 
-    found, notes = read_back(tar)
+    contents, notes = read_back(tar)
 
-    assert list(found) == ["x.tar/0.jpg", "x.tar/1.jpg", "x.tar/4.jpg", "x.tar/5.jpg"]
+    assert list(contents) == ["x.tar/0.jpg", "x.tar/1.jpg", "x.tar/4.jpg", "x.tar/5.jpg"]
     assert notes == [
         "x.tar: zeros from byte 2,048 to 4,096, and members after them; unless tars were joined there, what images "
         "were there is lost"
@@ -230,9 +232,9 @@ def test_of_members_with_the_same_name_the_last_one_is_read_as_tar_unpacks_it(me
     with TemporaryDirectory() as folder:
         tar = write_tar(Path(folder, "x.tar"), *members[:1])
         append(tar, *members[1:])
-        found, notes = read_back(tar)
+        contents, notes = read_back(tar)
         images = {name: data for name, data in members if name.endswith(".jpg")}
-        assert found == {f"x.tar/{name}": data for name, data in images.items()}
+        assert contents == {f"x.tar/{name}": data for name, data in images.items()}
         num_older = len(members) - len(dict(members))
         counts = [note.split()[1] for note in notes if "superseded" in note]
         assert counts == ([str(num_older)] if num_older else [])
@@ -259,8 +261,8 @@ def test_the_same_name_in_two_tars_is_two_images(tmp_path):
 def test_a_file_that_was_added_twice_and_is_a_link_to_itself_is_there(tmp_path):
     link = tarfile.TarInfo("a.jpg")
     link.type, link.linkname = tarfile.LNKTYPE, "a.jpg"
-    found, notes = read_back(write_tar(tmp_path / "x.tar", ("a.jpg", b"1"), (link, b"")))
-    assert found == {"x.tar/a.jpg": b"1"}
+    contents, notes = read_back(write_tar(tmp_path / "x.tar", ("a.jpg", b"1"), (link, b"")))
+    assert contents == {"x.tar/a.jpg": b"1"}
     assert notes == []
 
 
@@ -269,8 +271,8 @@ def test_a_newer_version_that_is_damaged_fails(tmp_path):
     data = bytearray(tar.read_bytes())
     del data[2000:3000]
     tar.write_bytes(data)
-    found, notes = read_back(tar)
-    assert found == {"x.tar/a.jpg": "damaged"} | {f"x.tar/{name}": data for name, data in IMAGES}
+    contents, notes = read_back(tar)
+    assert contents == {"x.tar/a.jpg": "damaged"} | {f"x.tar/{name}": data for name, data in IMAGES}
     assert any("superseded" in note for note in notes)
 
 
@@ -301,9 +303,9 @@ def test_a_tar_that_ends_between_members_is_said_to_have_no_end_mark(tmp_path):
         end = archive.getmembers()[3].offset
     tar.write_bytes(tar.read_bytes()[:end])
 
-    found, notes = read_back(tar)
+    contents, notes = read_back(tar)
 
-    assert list(found) == ["x.tar/1.jpg", "x.tar/2.jpg", "x.tar/3.jpg"]
+    assert list(contents) == ["x.tar/1.jpg", "x.tar/2.jpg", "x.tar/3.jpg"]
     assert "no end mark" in notes[0]
 
 
@@ -311,9 +313,9 @@ def test_a_tar_that_ends_within_a_text_is_a_row_that_fails(tmp_path):
     tar = write_tar(tmp_path / "x.tar", ("1.jpg", b"x"), ("1.txt", b"long" * 500), ("2.jpg", b"y"))
     tar.write_bytes(tar.read_bytes()[: 512 * 3 + 100])
 
-    found, _ = read_back(tar)
+    contents, _ = read_back(tar)
 
-    assert found == {"x.tar/1.jpg": b"x", "x.tar/[damaged from byte 1636]": "damaged"}
+    assert contents == {"x.tar/1.jpg": b"x", "x.tar/[damaged from byte 1636]": "damaged"}
 
 
 def test_an_empty_tar_and_one_that_is_none_are_told_and_stop_no_others(tmp_path):
@@ -322,9 +324,9 @@ def test_an_empty_tar_and_one_that_is_none_are_told_and_stop_no_others(tmp_path)
     (tmp_path / "c.tar").write_bytes(b"")
     (tmp_path / "d.tar").write_bytes(b"<html>404</html>" * 100)
 
-    found, notes = read_back(tmp_path)
+    contents, notes = read_back(tmp_path)
 
-    assert found == {
+    assert contents == {
         "b.tar/1.jpg": b"x",
         "c.tar/[damaged from byte 0]": "damaged",
         "d.tar/[damaged from byte 0]": "damaged",

@@ -39,8 +39,8 @@ EXPECTED = texts(caption_or_reasons(FakeCaptioner(), PIXELS))
 def test_an_image_the_model_cannot_bear_fails_alone(unbearable: list[int]) -> None:
     results = texts(caption_or_reasons(Failing(unbearable), PIXELS))
 
-    for place, text in enumerate(results):
-        assert text == ("RuntimeError: CUDA error: device-side assert" if place in unbearable else EXPECTED[place])
+    for index, text in enumerate(results):
+        assert text == ("RuntimeError: CUDA error: device-side assert" if index in unbearable else EXPECTED[index])
 
 
 def test_memory_that_is_too_small_for_a_batch_costs_no_image() -> None:

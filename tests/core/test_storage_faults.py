@@ -211,11 +211,11 @@ def test_a_process_killed_with_a_table_on_s3_leaves_what_resumes(
     out = bucket.format(f"killed-{write}")
     words = ["caption", str(archive), out, "--model", "fake", "--rows-per-file", "16", "--local"]
     killed = subprocess.run([sys.executable, "-c", KILLED_AT_WRITE, str(write), *words], stderr=subprocess.DEVNULL)
-    found = verify(open_table(out))
+    verification = verify(open_table(out))
 
     assert killed.returncode == -signal.SIGKILL
-    assert not found.proven
-    assert found.counts.ok > 0  # some of it was done
+    assert not verification.proven
+    assert verification.counts.ok > 0  # some of it was done
     pipeline.run(caption_config(archive, tmp_path / "local"))
     assert pipeline.run(caption_config(archive, out)) == 0
     assert verify(open_table(out)).proven

@@ -21,13 +21,13 @@ class FlatFileSystem(MemoryFileSystem):
     store: dict = {}  # noqa: RUF012
 
     def ls(self, path, detail=True, **options):
-        found = [one for one in super().ls(path, detail=True, **options) if one["type"] == "file"]
-        return found if detail else [one["name"] for one in found]
+        files = [file for file in super().ls(path, detail=True, **options) if file["type"] == "file"]
+        return files if detail else [file["name"] for file in files]
 
     def find(self, path, maxdepth=None, withdirs=False, detail=False, **options):
         root = self._strip_protocol(path)
-        found = {name: self.info(name) for name in sorted(self.store) if name.startswith(f"{root}/")}
-        return found if detail else list(found)
+        files = {name: self.info(name) for name in sorted(self.store) if name.startswith(f"{root}/")}
+        return files if detail else list(files)
 
 
 def test_an_archive_and_a_table_without_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,6 +41,6 @@ def test_an_archive_and_a_table_without_folders(tmp_path: Path, monkeypatch: pyt
 
     assert pipeline.run(caption_config(source, out)) == 0
 
-    found = verify(open_table(out))
-    assert found.proven
-    assert found.counts.ok == 6
+    verification = verify(open_table(out))
+    assert verification.proven
+    assert verification.counts.ok == 6

@@ -28,17 +28,19 @@ class Known:
 def test_the_same_command_has_the_same_id_and_another_has_another() -> None:
     words = ["caption", "s3://b/images", "s3://b/out", "--model", "m"]
 
-    first, again, other = (make_submission(one).submission_id for one in (words, words, [*words, "--num-beams", "3"]))
+    first, again, other = (
+        make_submission(command).submission_id for command in (words, words, [*words, "--num-beams", "3"])
+    )
 
     assert first == again != other
     assert first.startswith("captioner-caption-")
 
 
 def test_the_order_of_flags_does_not_make_another_job() -> None:
-    one = make_submission(["caption", "s3://a", "s3://b", "--model", "m", "--num-beams", "3"])
+    submission = make_submission(["caption", "s3://a", "s3://b", "--model", "m", "--num-beams", "3"])
     other = make_submission(["caption", "--num-beams=3", "s3://a", "--model", "m", "s3://b"])
 
-    assert one.submission_id == other.submission_id
+    assert submission.submission_id == other.submission_id
 
 
 def test_a_config_file_is_read_here_and_local_paths_become_absolute(
@@ -91,15 +93,15 @@ def test_an_ended_id_gives_way_to_the_next_suffix(jobs: dict[str, str], expected
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["status", "out"], "cannot run as a job"),
         (["caption", "a", "b", "--model", "m", "--address", "h:1"], "--address belongs to submit"),
         (["caption", "a", "b", "--num-beams", "none"], "--num-beams 'none'"),
     ],
 )
-def test_a_command_that_makes_no_sense_is_refused_before_anything_is_sent(words: list[str], said: str) -> None:
-    with pytest.raises(UsageError, match=said):
+def test_a_command_that_makes_no_sense_is_refused_before_anything_is_sent(words: list[str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
         make_submission(words)
 
 

@@ -82,9 +82,9 @@ def test_a_collapse_is_said_once_until_the_captions_recover() -> None:
     config = TrainConfig.model_validate({"training": {"learning_rate": 0.1}})
     history = [evaluation(step, share) for step, share in enumerate([1.0, 0.9, 0.8, 0.2, 0.7])]
 
-    said = [step for step in range(len(history)) if collapse_warning(history[: step + 1], config)]
+    warning_steps = [step for step in range(len(history)) if collapse_warning(history[: step + 1], config)]
 
-    assert said == [1, 4]
+    assert warning_steps == [1, 4]
     assert '90% of the eval images have the same one, "a dog"' in collapse_warning(history[:2], config)
 
 

@@ -44,7 +44,7 @@ def open_pairs(data: Path, spec: PixelSpec, cache: PixelCache) -> tuple[PairSour
 
 def same(left: pa.Table, right: pa.Table, spec: PixelSpec) -> bool:
     pairs = zip(pixels_of(left, spec), pixels_of(right, spec), strict=True)
-    return all(np.array_equal(one, other) for one, other in pairs)
+    return all(np.array_equal(pixels, other) for pixels, other in pairs)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=["fixed", "variable"])

@@ -56,14 +56,14 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     images = make_folder(tmp_path / "images", IMAGES)
     for number, name in enumerate(("images/a.jpg", "images/b.jpg", "images/c.jpg", "image.jpg", "holiday.jpg")):
         shutil.copy(images / f"{number:06}.png", tmp_path / name)
-    known = [json.loads(line) for line in (images / "metadata.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (images / "metadata.jsonl").read_text().splitlines()]
     coco = {
-        "images": [{"id": number, "file_name": row["file_name"]} for number, row in enumerate(known)],
-        "annotations": [{"image_id": number, "caption": row["captions"][0]} for number, row in enumerate(known)],
+        "images": [{"id": number, "file_name": row["file_name"]} for number, row in enumerate(rows)],
+        "annotations": [{"image_id": number, "caption": row["captions"][0]} for number, row in enumerate(rows)],
     }
     for name in ("refs.json", "captions_val2017.json"):
         (tmp_path / name).write_text(json.dumps(coco))
-    lines = [json.dumps({"image_id": row["file_name"], "captions": row["captions"]}) for row in known]
+    lines = [json.dumps({"image_id": row["file_name"], "captions": row["captions"]}) for row in rows]
     (tmp_path / "refs.jsonl").write_text("\n".join(lines))
     for name in ("photos", "DATA"):
         shutil.copytree(images, tmp_path / name)

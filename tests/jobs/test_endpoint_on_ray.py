@@ -118,11 +118,11 @@ def test_estimate_predicts_tokens_and_money_and_doctor_names_what_a_server_serve
             ("answer tokens", "180"),
             ("cost", "0.78"),
         ]
-        (finding,) = [found for found in doctor.findings(config, None) if found.name == "endpoint"]
+        (finding,) = [finding for finding in doctor.findings(config, None) if finding.name == "endpoint"]
         assert finding.passed
         assert "serves tiny-vlm; tiny-vlm answers one image in" in finding.message
         server.key = "another"
-        (finding,) = [found for found in doctor.findings(config, None) if found.name == "endpoint"]
+        (finding,) = [finding for finding in doctor.findings(config, None) if finding.name == "endpoint"]
         assert finding.passed is False
         assert "the key is refused" in finding.message
         assert KEY not in finding.message

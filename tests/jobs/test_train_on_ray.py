@@ -307,7 +307,7 @@ def test_two_workers_on_two_cpus_leave_one_for_decoding() -> None:
 
 def test_workers_without_a_gpu_compute_on_all_cpus_but_a_small_model_on_one() -> None:
     machine, large, small = Resources(num_cpus=8, num_gpus=0, num_nodes=1, least_cpus=8), 10**9, 10**7
-    one, two = (share_out(machine, ClusterConfig(num_workers=number)) for number in (1, 2))
+    one_worker, two_workers = (share_out(machine, ClusterConfig(num_workers=number)) for number in (1, 2))
 
-    assert (num_threads(one, machine, large), num_threads(two, machine, large)) == (8, 4)
-    assert num_threads(one, machine, small) == 1
+    assert (num_threads(one_worker, machine, large), num_threads(two_workers, machine, large)) == (8, 4)
+    assert num_threads(one_worker, machine, small) == 1
