@@ -30,11 +30,17 @@ LAYERS = """
 # Files of one name in several packages, where they are the same thing for each.
 SAME_IN_SEVERAL = {"command", "job", "parquet", "progress", "record", "webdataset"}
 LEVELS = {part: level for level, line in enumerate(LAYERS.split("\n")) for part in line.split()}
-MODULES = sorted(
-    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-    for package in ("captioner", "ray_jobs")
-    for path in (ROOT / package).rglob("*.py")
-)
+
+
+def modules_in(*folders: str) -> list[str]:
+    return sorted(
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for folder in folders
+        for path in (ROOT / folder).rglob("*.py")
+    )
+
+
+MODULES = modules_in("captioner", "ray_jobs")
 
 
 def test_captioner_never_imports_ray() -> None:
@@ -138,10 +144,7 @@ def test_every_module_says_what_it_is(module: str) -> None:
 EMPTY_NAMES = {"place", "places", "found", "told", "known", "made", "said", "one", "some", "it"}
 
 
-BENCHMARKS = [f"benchmarks.{path.stem}" for path in (ROOT / "benchmarks").glob("*.py")]
-
-
-@pytest.mark.parametrize("module", [*MODULES, *sorted(BENCHMARKS)])
+@pytest.mark.parametrize("module", modules_in("captioner", "ray_jobs", "benchmarks", "tests"))
 def test_names_say_what_they_hold(module: str) -> None:
     assert {name for name in bound_names(module) if name.strip("_") in EMPTY_NAMES} == set()
 
