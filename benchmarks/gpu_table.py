@@ -87,7 +87,7 @@ def table(
 
 def summary(name: str, result: dict[str, Any]) -> str:
     seconds = f"{result['seconds']:.1f} s" if "seconds" in result else "-"
-    return f"- {name:<12}{result['status']:<22}{seconds:>8}  {result.get('message', '')}".rstrip()
+    return f"- {name:<15}{result['status']:<22}{seconds:>8}  {result.get('message', '')}".rstrip()
 
 
 def describe_machine() -> dict[str, str]:
