@@ -33,7 +33,7 @@ def archive(tmp_path: Path) -> Path:
     return root
 
 
-def settings(archive: Path, out: Path, decode_timeout: float = 60, **cluster) -> CaptionConfig:
+def settings(archive: Path, out: Path, decode_timeout: float = 600, **cluster) -> CaptionConfig:
     source, model = {"decode_timeout": decode_timeout}, {"preprocess": "processor"}  # decoders need no torch
     return caption_config(archive, out, source=source, model=model, cluster=cluster or SHARES)
 

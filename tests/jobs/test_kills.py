@@ -72,19 +72,29 @@ def start_job(
     *before: str,
     more: Sequence[str] = (),
     environment: Mapping[str, str] = MappingProxyType({}),
-    stderr: int = subprocess.DEVNULL,
+    stderr: int | None = None,
 ) -> subprocess.Popen[bytes]:
-    """The command line in a process of its own, with a Ray of its own unless `more` has an address."""
+    """The command line in a process of its own, with a Ray of its own unless `more` has an address.
+
+    `stderr`: None for a file, see `log_of`.
+    """
     arguments = ["caption", str(archive), str(out), "--model", "fake", "--device", "cpu", "--preprocess", "processor"]
-    arguments += ["--rows-per-file", str(ROWS_PER_FILE), *more]
+    # The image at the gate waits for as long as a slow machine takes to come to the kill.
+    arguments += ["--rows-per-file", str(ROWS_PER_FILE), "--decode-timeout", f"{DEADLINE_S:g}", *more]
     command = [sys.executable, *before, *arguments] if before else [sys.executable, "-m", "ray_jobs.cli", *arguments]
-    return subprocess.Popen(
-        command,
-        stdout=subprocess.DEVNULL,
-        stderr=stderr,
-        start_new_session=True,
-        env=os.environ | environment,
-    )
+    with log_of(out).open("wb") as log:
+        return subprocess.Popen(
+            command,
+            stdout=subprocess.DEVNULL,
+            stderr=log if stderr is None else stderr,
+            start_new_session=True,
+            env=os.environ | environment,
+        )
+
+
+def log_of(out: Path) -> Path:
+    """What a job wrote to standard error."""
+    return out.with_name("job.log")
 
 
 @pytest.fixture
@@ -97,7 +107,7 @@ def on_this_ray(ray_instance) -> list[str]:
 def wait_for_chunks(job: subprocess.Popen[bytes], out: Path, count: int) -> None:
     deadline = time.monotonic() + DEADLINE_S
     while num_committed_chunks(out) < count:
-        assert job.poll() is None, "the job ended by itself"
+        assert job.poll() is None, f"the job ended by itself:\n{log_of(out).read_text(errors='replace')}"
         assert time.monotonic() < deadline, "no chunk was committed"
         time.sleep(0.05)
 
