@@ -27,7 +27,7 @@ from captioner.training.pairs import TRAINABLE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ALL = bool(os.environ.get("ALL_FAMILIES"))
-NUM_SCENES, STEPS = (16, 400) if ALL else (6, 90)
+NUM_SCENES, STEPS = (16, 400) if ALL else (6, 140)  # with 90 Florence-2 learns on some CPUs, and on others not quite
 # A rate at which tiny models with random weights learn; real ones need far less (captioner.training.recipes).
 RATE = 3e-3
 
