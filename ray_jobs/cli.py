@@ -518,6 +518,13 @@ def main(argv: list[str] | None = None) -> NoReturn:
 
     An error that the user can fix is one line on standard error; a traceback means a defect in this program.
     """
+    try:
+        _run_command(argv)
+    except KeyboardInterrupt:  # Ctrl-C again, while the first one or another error is reported
+        quit_at_once(signal.SIGINT)
+
+
+def _run_command(argv: list[str] | None) -> NoReturn:
     HEARTBEAT.line_printed()  # what this process did before does not count as silence
     words = (sys.argv[1:] if argv is None else argv) or ["--help"]
     try:

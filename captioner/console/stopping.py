@@ -9,7 +9,7 @@ import threading
 import webbrowser
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 from captioner.console.phases import HEARTBEAT
 from captioner.console.text import printable
@@ -39,7 +39,7 @@ def stoppable(what_stays: str) -> Iterator[None]:
         raise InterruptedRunError(f"stopped by Ctrl-C; {advice}") from None
 
 
-def quit_at_once(signal_number: int, _: Any = None) -> None:
+def quit_at_once(signal_number: int, _: Any = None) -> NoReturn:
     """End the process without cleaning up, as a handler of signals.
 
     Python's own way out would unload modules while threads of Ray's core still use them: a segmentation fault.

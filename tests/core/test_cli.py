@@ -255,6 +255,18 @@ def test_ctrl_c_anywhere_is_130(failing: Any) -> None:
     assert exit_code("caption", "in", "out", "--local") == 130
 
 
+def test_ctrl_c_while_an_error_is_reported_is_130_without_a_traceback(tmp_path: Path) -> None:
+    code = f"""
+import os, signal
+from ray_jobs import cli
+cli.printable = lambda text: os.kill(os.getpid(), signal.SIGINT)
+cli.main(["caption", {str(tmp_path / "nowhere")!r}, {str(tmp_path / "out")!r}, "--local"])
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "")
+
+
 def test_a_defect_keeps_its_traceback(failing: Any) -> None:
     failing(ZeroDivisionError("a defect"))
 
