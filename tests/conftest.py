@@ -21,6 +21,8 @@ from captioner.testing import make_folder
 
 # GPU kernels are tested by Triton's interpreter; it has to know before torch first imports triton.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+# No test needs a network, also where pytest is called without make.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 # How long an example takes says nothing on a machine that does other work as well.
 hypothesis.settings.register_profile(
