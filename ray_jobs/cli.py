@@ -525,6 +525,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
 
 
 def _run_command(argv: list[str] | None) -> NoReturn:
+    """Run the command line as `main` does; Ctrl-C while an error is reported comes out as KeyboardInterrupt."""
     HEARTBEAT.line_printed()  # what this process did before does not count as silence
     words = (sys.argv[1:] if argv is None else argv) or ["--help"]
     try:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from helpers import caption_config, rows_of
 from PIL import Image
 
@@ -51,12 +52,11 @@ def test_where_not_even_a_small_image_fits_the_run_stops_and_resumes_elsewhere(
 ) -> None:
     config = caption_config(make_folder(tmp_path / "images", 20), tmp_path / "out", model=settings(tiny(family)))
 
-    with pytest.raises(
-        ModelError, match=r"not one image, not even of \d+ x \d+ pixels, fits the memory of cpu, "
-    ) as no:
+    message = r"not one image, not even of \d+ x \d+ pixels, fits the memory of cpu, "
+    with pytest.raises(ModelError, match=message) as caught:
         run(config, room=0)
 
-    assert "\n" not in str(no.value)
+    assert "\n" not in str(caught.value)
     assert num_committed_chunks(tmp_path / "out") == 0
     assert run(config) == OK
     assert {row["status"] for row in rows_of(tmp_path / "out")} == {"ok"}
@@ -90,8 +90,6 @@ def test_a_worker_that_has_captioned_asks_for_no_other_image(tiny) -> None:
     captioner.caption(image)
 
     with_room_for(captioner, 0)
-
-    import torch
 
     with pytest.raises(torch.OutOfMemoryError):
         captioner.caption(image)
