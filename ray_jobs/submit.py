@@ -11,6 +11,7 @@ import hashlib
 import logging
 import os
 import shlex
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
 JOBS = ("caption", "train", "check", "doctor", "estimate")  # commands that may run as a job
+NO_AGENT = "No available agent"  # what a head says, after 10 s, while it starts or where the port of its agent is taken
+AGENT_S = 120.0  # the longest start of a head that is waited for
 PATHS = ("--model", "--out", "--against", "--references", "--terms", "--questions", "--eval-data", "--test-data")
 
 
@@ -132,7 +135,7 @@ def _absolute(location: str, working_dir: str | None, is_output: bool) -> str:
 def submit(submission: Submission, address: str | None, follow: bool, pending_timeout: float) -> int:
     """Start the job or attach to it, then follow it; return the exit code of its command. Raises ClusterError."""
     client = connect_client(address)
-    job_id, is_new = start_or_attach(client, submission)
+    job_id, is_new = start_or_attach(client, submission, pending_timeout)
     announcement = f"{'submitted' if is_new else 'already submitted'}: {job_id}"
     if not follow:
         notify(announcement)
@@ -140,11 +143,14 @@ def submit(submission: Submission, address: str | None, follow: bool, pending_ti
     return Follower(client, job_id, submission.waits_for, pending_timeout).run(announcement)
 
 
-def start_or_attach(client: JobSubmissionClient, submission: Submission) -> tuple[str, bool]:
+def start_or_attach(client: JobSubmissionClient, submission: Submission, pending_timeout: float) -> tuple[str, bool]:
     """Return the submission id, and whether the job was started now.
 
-    A running job of this id is attached to; after its end the next suffix is used: ID, ID-2, ID-3, ...
+    A running job of this id is attached to; after its end the next suffix is used: ID, ID-2, ID-3, ... A head that
+    takes no jobs yet is asked again for `pending_timeout` seconds, 120 at most. Raises ClusterError.
     """
+    timeout = min(pending_timeout, AGENT_S)
+    deadline, is_waiting = time.monotonic() + timeout, False
     while True:
         with reaching(client.get_address()):
             jobs = {job.submission_id: job for job in client.list_jobs() if job.submission_id}
@@ -164,8 +170,19 @@ def start_or_attach(client: JobSubmissionClient, submission: Submission) -> tupl
                 )
             return job_id, True
         except ClusterError as error:
-            if "already exists" not in str(error):  # another submit was faster: attach to its job
+            if "already exists" in str(error):  # another submit was faster: attach to its job
+                continue
+            if NO_AGENT not in str(error):
                 raise
+            if time.monotonic() > deadline:
+                raise ClusterError(
+                    f"{client.get_address()} has taken no job for {timeout:g} s: the agent of its head node does "
+                    "not answer; dashboard_agent.log of the head says why; where another Ray runs on that machine, "
+                    "start the head with --dashboard-agent-listen-port=0"
+                ) from error
+            if not is_waiting:
+                notify(f"{client.get_address()} takes no jobs yet; waiting up to {timeout:g} s for its agent")
+            is_waiting = True
 
 
 def _current_id(base: str, jobs: Mapping[str, Any]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import secrets
 import shutil
 import socket
@@ -14,7 +15,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -85,9 +86,9 @@ class Head:
             time.sleep(0.1)
 
     def _start_raylet(self, num_cpus: int) -> subprocess.Popen[bytes]:
-        agent, metrics = free_ports(2)
+        (metrics,) = free_ports(1)
         flags = {"address": self.gcs, "num-cpus": num_cpus}
-        flags |= {"dashboard-agent-listen-port": agent, "metrics-export-port": metrics}
+        flags |= {"dashboard-agent-listen-port": 0, "metrics-export-port": metrics}
         environment = self.environment | {"PYTHONPATH": ""}
         self.raylets.append(_ray_start(environment, self.home, *(f"--{key}={value}" for key, value in flags.items())))
         self.metrics_ports.append(metrics)
@@ -95,12 +96,14 @@ class Head:
 
 
 def free_ports(count: int) -> list[int]:
-    """Free just now; the system gives them from above 32768, where no worker of Ray's looks."""
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for socket_ in sockets:
-            socket_.bind(("127.0.0.1", 0))
-        return [socket_.getsockname()[1] for socket_ in sockets]
+    """Free now, and likely so until Ray listens there: they are above those of Ray's workers, and below those that the
+    system gives to whoever asks for any port."""
+    ports: list[int] = []
+    while len(ports) < count:
+        port = random.randrange(20_000, 32_768)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            ports.append(port)
+    return ports
 
 
 def _ray_start(environment: dict[str, str], home: Path, *flags: str) -> subprocess.Popen[bytes]:
@@ -132,7 +135,7 @@ def end_tree(process: subprocess.Popen) -> None:
 def head() -> Iterator[Head]:
     """Its two GPUs are only counted: there is no device behind them."""
     home = Path(tempfile.mkdtemp(prefix="cr", dir="/tmp"))  # sockets live below it: their paths must be short
-    gcs, dashboard, agent, client, metrics = free_ports(5)
+    gcs, dashboard, client, metrics = free_ports(4)
     token = secrets.token_hex(16)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= {
@@ -144,7 +147,7 @@ def head() -> Iterator[Head]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_metrics_report_interval_ms": "1000",
     }
-    flags = {"port": gcs, "dashboard-port": dashboard, "dashboard-agent-listen-port": agent}
+    flags = {"port": gcs, "dashboard-port": dashboard, "dashboard-agent-listen-port": 0}
     flags |= {"ray-client-server-port": client, "metrics-export-port": metrics, "num-cpus": 2, "num-gpus": 2}
     settings = ["--dashboard-host", "127.0.0.1", "--temp-dir", str(home / "r")]
     started = _ray_start(

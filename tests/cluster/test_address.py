@@ -1,5 +1,6 @@
 """What answers at a cluster's address is named at once: nobody, another server. A real head is in test_submit.py."""
 
+import json
 import socket
 import subprocess
 import sys
@@ -10,10 +11,12 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+import ray
 
 from captioner.errors import ClusterError
 from ray_jobs import address
 from ray_jobs.address import check_dashboard, check_gcs
+from ray_jobs.submit import Submission, submit
 
 
 @contextmanager
@@ -51,6 +54,45 @@ def web_server() -> Iterator[str]:
     yield f"127.0.0.1:{server.server_port}"
     server.shutdown()
     thread.join()
+
+
+class StartingHead(BaseHTTPRequestHandler):
+    """The dashboard of a head that takes no jobs yet: Ray's agent has not started, or its port is taken."""
+
+    refusals = 1
+    submitted: list[str]
+
+    def do_GET(self) -> None:
+        self._answer(200, [] if self.path == "/api/jobs/" else {"ray_version": ray.__version__})
+
+    def do_POST(self) -> None:
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.submitted.append(request["submission_id"])
+        if len(self.submitted) <= self.refusals:
+            self._answer(500, "No available agent to submit job, please try again later.")
+        else:
+            self._answer(200, {"job_id": None, "submission_id": request["submission_id"]})
+
+    def _answer(self, status: int, answer: object) -> None:
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(json.dumps(answer).encode())
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@contextmanager
+def head_that_refuses(refusals: int) -> Iterator[tuple[str, list[str]]]:
+    """The address of a head that takes the job after so many refusals, and the ids that it was sent."""
+    submitted: list[str] = []
+    handler = type("Handler", (StartingHead,), {"refusals": refusals, "submitted": submitted})
+    with HTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}", submitted
+        server.shutdown()
+        thread.join()
 
 
 def unused() -> str:
@@ -101,3 +143,26 @@ def test_a_command_ends_at_once_where_nobody_listens(tmp_path: Path, command: tu
     assert done.returncode == 1
     assert f"error: {where}: nothing listens there" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+JOB = Submission(["check", "out"], "captioner-check-1")
+
+
+def test_a_head_that_takes_no_jobs_yet_is_asked_again(capsys: pytest.CaptureFixture[str]) -> None:
+    with head_that_refuses(2) as (url, submitted):
+        assert submit(JOB, url, follow=False, pending_timeout=600) == 0
+
+    assert submitted == [JOB.submission_id] * 3
+    assert capsys.readouterr().err.splitlines() == [
+        f"captioner: {url} takes no jobs yet; waiting up to 120 s for its agent",
+        f"captioner: submitted: {JOB.submission_id}",
+    ]
+
+
+def test_a_head_that_never_takes_jobs_is_an_error_that_says_where_to_look() -> None:
+    with head_that_refuses(1000) as (url, _), pytest.raises(ClusterError) as stopped:
+        submit(JOB, url, follow=False, pending_timeout=0)
+
+    assert str(stopped.value).startswith(f"{url} has taken no job for 0 s: the agent of its head node does not answer")
+    assert "dashboard_agent.log" in str(stopped.value)
+    assert "--dashboard-agent-listen-port=0" in str(stopped.value)

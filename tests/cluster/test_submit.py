@@ -96,10 +96,14 @@ def job_ids(head, prefix: str = "captioner-") -> list[str]:
     return sorted(job.submission_id for job in head.client().list_jobs() if job.submission_id.startswith(prefix))
 
 
-def first_line(job: subprocess.Popen[str]) -> str:
-    line = job.stdout.readline()
-    assert line, job.wait()
-    return line.strip()
+def job_id_of(job: subprocess.Popen[str], announcement: str) -> str:
+    """The id of what `captioner submit` has "submitted" or "already submitted"; what it waited for may stand before."""
+    lines = []
+    for line in job.stdout:
+        if line.startswith(f"captioner: {announcement}: "):
+            return line.split(": ")[2].strip()
+        lines.append(line)
+    raise AssertionError(f"ended with {job.wait()}: {''.join(lines)}")
 
 
 def wait_until_half_way(out: Path, gate: Path) -> None:
@@ -114,7 +118,7 @@ def test_stopped_half_way_and_submitted_again_ends_whole(head, archive: Path, ga
     out = tmp_path / "out"
     with Proxy(head.url) as proxy:
         first = head.captioner("submit", "--address", proxy.url, *caption(archive, out))
-        job_id = first_line(first).removeprefix("captioner: submitted: ")
+        job_id = job_id_of(first, "submitted")
         wait_until_half_way(out, gate)
         _stop_half_way(head, proxy, first, job_id, archive, out)
 
@@ -122,7 +126,7 @@ def test_stopped_half_way_and_submitted_again_ends_whole(head, archive: Path, ga
     third = head.submit(*caption(archive, out))
     log, _ = third.communicate()
     assert third.returncode == 0, log
-    assert log.startswith(f"captioner: submitted: {job_id}-2\n")
+    assert f"captioner: submitted: {job_id}-2\n" in log
     assert "committed before this start" in log
     assert verify(open_table(str(out))).proven
 
@@ -131,7 +135,7 @@ def _stop_half_way(head, proxy: Proxy, first, job_id: str, archive: Path, out: P
     proxy.cut()
 
     second = head.submit(*caption(archive, out))
-    assert first_line(second) == f"captioner: already submitted: {job_id}"
+    assert job_id_of(second, "already submitted") == job_id
     assert job_ids(head, job_id) == [job_id]
 
     head.client().stop_job(job_id)
@@ -277,9 +281,10 @@ def test_ctrl_c_as_soon_as_the_job_is_announced_is_answered_too(monkeypatch: pyt
 
 
 def test_ctrl_c_asks_whether_to_stop_or_to_detach(head, archive: Path, tmp_path: Path) -> None:
-    words = caption(archive, tmp_path / "out")
+    job_id = "asked"
+    words = ["--submission-id", job_id, *caption(archive, tmp_path / "out")]
     first = Terminal(head, *words)
-    job_id = re.search(r"submitted: (\S+)\r\n", first.wait_for("\r\n"))[1]
+    first.wait_for(f": submitted: {job_id}\r\n")
     first.press(CTRL_C)
     first.wait_for("Stop the job? [y/N] ")
     first.press("n\r")

@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import pickle
 import signal
-import socket
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -66,15 +66,17 @@ def num_local(values: Any) -> int:
     return int((values.to_local() if hasattr(values, "to_local") else values).numel())
 
 
-def train_in_group(rank: int, port: int, kill_at: int | None, config: TrainConfig, model: Any, *arguments: Any) -> None:
+def train_in_group(
+    rank: int, store: Path, kill_at: int | None, config: TrainConfig, model: Any, *arguments: Any
+) -> None:
     from captioner.training.loop import train_worker
 
-    group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "not used, but asked for by accelerate"}
     os.environ.update(
         {name: str(value) for name, value in group.items()}, ACCELERATE_TORCH_DEVICE="cpu", OMP_NUM_THREADS="1"
     )
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     worker = GroupWorker(rank, kill_at, *arguments)
     ended = train_worker(config, model, worker, worker.latest_checkpoint())
     if rank == 0:
@@ -94,10 +96,8 @@ class GroupEngine(LocalTrainEngine):
         return 2
 
     def train_with(self, worker: LocalWorker, setup: job.TrainSetup) -> dict[str, Any]:
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            port = listener.getsockname()[1]
-        arguments = (port, self._kill_at, setup.config, setup.model, worker.folder, worker.task(), "cpu")
+        store = Path(tempfile.mkdtemp()) / "store"  # no port: another process may take it before it is used
+        arguments = (store, self._kill_at, setup.config, setup.model, worker.folder, worker.task(), "cpu")
         workers = [PROCESSES.Process(target=train_in_group, args=(rank, *arguments)) for rank in (0, 1)]
         for process in workers:
             process.start()
