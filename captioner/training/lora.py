@@ -46,11 +46,13 @@ def target_layers(network: Any, left_out: Any, targets: list[str]) -> list[str]:
     import torch
 
     skipped = set() if left_out is None else {id(module) for module in left_out.modules()}
-    head = network.get_output_embeddings()
+    # Of a part too: BLIP's output layer is its decoder's, and shares the word embeddings, which a merge would change.
+    parts = [module for module in network.modules() if hasattr(module, "get_output_embeddings")]
+    skipped |= {id(part.get_output_embeddings()) for part in parts}
     linear = [
         name
         for name, module in network.named_modules()
-        if isinstance(module, torch.nn.Linear) and id(module) not in skipped and module is not head
+        if isinstance(module, torch.nn.Linear) and id(module) not in skipped
     ]
     unknown = [target for target in targets if not any(_is_named(name, target) for name in linear)]
     if unknown:

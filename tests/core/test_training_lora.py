@@ -18,6 +18,7 @@ from captioner.training import job
 from captioner.training.evaluate import make_collate
 from captioner.training.local import LocalTrainEngine
 from captioner.training.loss import CaptionLoss
+from captioner.training.pairs import TRAINABLE
 from captioner.training.trainable import ADAPTERS, open_trainable
 
 
@@ -60,6 +61,24 @@ def test_adapters_are_trained_restored_and_merged_into_a_plain_model(tmp_path: P
     assert not any("lora" in name for name in restored.model.state_dict())
     assert CaptionLoss(restored).eval()(**texts).item() == pytest.approx(after, rel=1e-3)
     assert (tmp_path / "checkpoint" / ADAPTERS).is_dir()
+
+
+@pytest.mark.parametrize("family", TRAINABLE)
+def test_weights_of_embeddings_and_of_the_output_layer_get_no_adapter(tmp_path: Path, family: str) -> None:
+    """They are often the same weights: an adapter that is merged into one would change the other."""
+    from captioner.training.lora import target_layers
+
+    model = make_tiny_model(family, tmp_path / "model")
+    network = open_trainable(
+        resolve(ModelConfig(name=str(model))), TrainModelConfig(), torch.device("cpu"), 4, None
+    ).model
+    vocabulary = network.config.get_text_config(decoder=True).vocab_size
+
+    layers = [network.get_submodule(name) for name in target_layers(network, None, [])]
+
+    words = {id(part.weight) for part in network.modules() if isinstance(part, torch.nn.Embedding)}
+    assert layers
+    assert not [layer for layer in layers if id(layer.weight) in words or layer.out_features == vocabulary]
 
 
 def test_adapters_learn_beside_weights_of_4_bits_and_are_merged_with_whole_ones(tmp_path: Path) -> None:
