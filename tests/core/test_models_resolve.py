@@ -7,6 +7,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -267,9 +268,16 @@ def test_a_broken_tokenizer_is_an_error_of_one_line(model) -> None:
     assert_one_line(raised.value, str(model))
 
 
-def test_weights_that_changed_since_the_start_are_refused(model) -> None:
+def flip_a_bit(model: Path) -> None:
+    weights = bytearray((model / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (model / "model.safetensors").write_bytes(weights)
+
+
+@pytest.mark.parametrize("change", [partial(make_tiny_model, "git", seed=1), flip_a_bit], ids=["others", "one bit"])
+def test_weights_that_changed_since_the_start_are_refused(model, change) -> None:
     ref = resolved(model)
-    make_tiny_model("git", model, seed=1)
+    change(model)
 
     with pytest.raises(ModelError, match="not the files that the run started with"):
         load(ref)
