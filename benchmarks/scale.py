@@ -204,6 +204,42 @@ VERBS: dict[str, Callable[[str, int], Facts]] = {
 }
 
 
+def publishing(out: str, rows: int) -> Facts:
+    """Publish and verify one generation beside pyarrow's writing of the same rows: CPU seconds, the least of 3 rounds.
+
+    By itself: OUT must be empty. Both take turns, since others may load the machine.
+    """
+    import pyarrow.parquet as pq
+
+    from captioner.config import CaptionConfig
+    from captioner.run import job
+    from captioner.store.publish import publish
+    from captioner.store.table import captions_name, open_table
+    from captioner.store.verify import verify
+    from captioner.testing.synthetic import InstantEngine, SyntheticSource
+
+    settings = {"source": {"path": "synthetic://"}, "model": {"name": "fake"}, "output": {"path": f"{out}/captioned"}}
+    with mock.patch.object(job, "open_source", return_value=SyntheticSource(rows)):
+        opened = job.open_job(CaptionConfig.model_validate(settings), InstantEngine(), lambda line: None)
+    (plan,) = opened.generations()
+    for _ in InstantEngine().caption_chunks(opened.work, opened.missing_chunks(plan)):
+        pass
+    ours, plain = [], []
+    for number in range(3):
+        table = open_table(shutil.copytree(f"{out}/captioned", f"{out}/{number}"))
+        started = time.process_time()
+        assert publish(table, plan) == []
+        assert verify(table).proven
+        ours.append(time.process_time() - started)
+        parts = [table.directory.read_table(captions_name(part)) for part in plan.parts]
+        started = time.process_time()
+        for part in parts:
+            pq.write_table(part, f"{out}/plain")
+        plain.append(time.process_time() - started)
+    least = min(ours), min(plain)
+    return {"ours_cpu": round(least[0], 3), "pyarrow_cpu": round(least[1], 3), "ratio": round(least[1] / least[0], 3)}
+
+
 def _run(out: str, rows: int, engine: Any = None, **output: Any) -> Facts:
     """Run the whole flow, with the SyntheticSource in the place of SOURCE."""
     from captioner import pipeline
@@ -250,7 +286,7 @@ def measure(verb: str, out: str, rows: int) -> Facts:
     """Run one verb in this process."""
     with _peak_memory() as peak:
         started, cpu = time.perf_counter(), time.process_time()
-        facts = (VERBS | {"link": link})[verb](out, rows)
+        facts = (VERBS | {"link": link, "publishing": publishing})[verb](out, rows)
         seconds = time.perf_counter() - started
         cpu_seconds = time.process_time() - cpu
     done = facts.get("rows", rows)
@@ -387,7 +423,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--out", help="a directory that does not exist; by default a temporary one")
-    parser.add_argument("--verbs", help=f"by default {','.join(VERBS)}; also link (see there)")
+    parser.add_argument("--verbs", help=f"by default {','.join(VERBS)}; also link and publishing (see there)")
     parser.add_argument("--s3", action="store_true")
     parser.add_argument("--run", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -132,11 +132,12 @@ class Connection:
         is_own = address == "local"
         try:
             with phase("starting Ray" if is_own else f"connecting to Ray at {address}", notify):
-                return self._resources.result(START_TIMEOUT_S if is_own else JOIN_TIMEOUT_S)
+                # Of its own Ray, the first worker process has a time of its own (`check_own_workers`).
+                return self._resources.result(2 * START_TIMEOUT_S if is_own else JOIN_TIMEOUT_S)
         except TimeoutError:
             if is_own:
                 raise ClusterError(
-                    f"Ray did not start on this machine within {START_TIMEOUT_S:g} s; its logs are in "
+                    f"Ray did not start on this machine within {2 * START_TIMEOUT_S:g} s; its logs are in "
                     "/tmp/ray/session_latest/logs; --local needs no Ray"
                 ) from None
             raise ClusterError(

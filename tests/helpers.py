@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -21,6 +22,22 @@ from captioner.testing.tiny_parts import END, PAD
 
 Settings = Mapping[str, Any]
 DEFAULTS: Settings = MappingProxyType({})
+
+
+STARTED_WITHIN_S = 600.0
+
+
+def started_in_time(start: Callable[[], object], clean_up: Callable[[], object]) -> None:
+    """Start a Ray, again where it fails: each node has 30 s to join it, which a busy machine may not have."""
+    deadline = time.monotonic() + STARTED_WITHIN_S
+    while True:
+        try:
+            start()
+            return
+        except Exception:
+            if time.monotonic() > deadline:
+                raise
+            clean_up()
 
 
 def caption_config(

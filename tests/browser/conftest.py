@@ -25,7 +25,8 @@ def browser() -> Iterator[object]:
     assert executable, "no Chromium; `make test-browser` installs it"
     as_root = ["--no-sandbox"] if os.geteuid() == 0 else []  # its sandbox refuses root
     with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=executable, args=[*as_root, "--disable-dev-shm-usage"])
+        arguments = [*as_root, "--disable-dev-shm-usage"]
+        opened = playwright.chromium.launch(executable_path=executable, args=arguments, timeout=600_000)
         yield opened
         opened.close()
 

@@ -21,10 +21,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from helpers import STARTED_WITHIN_S, started_in_time
 
 from captioner.testing import decoder_faults
-
-STARTED_WITHIN_S = 600.0
 
 
 @dataclass
@@ -98,12 +97,12 @@ class Head:
 def free_ports(count: int) -> list[int]:
     """Free now, and likely so until Ray listens there: they are above those of Ray's workers, and below those that the
     system gives to whoever asks for any port."""
-    ports: list[int] = []
+    ports: set[int] = set()
     while len(ports) < count:
         port = random.randrange(20_000, 32_768)
         with suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            ports.append(port)
-    return ports
+            ports.add(port)
+    return list(ports)
 
 
 def _ray_start(environment: dict[str, str], home: Path, *flags: str) -> subprocess.Popen[bytes]:
@@ -135,6 +134,22 @@ def end_tree(process: subprocess.Popen) -> None:
 def head() -> Iterator[Head]:
     """Its two GPUs are only counted: there is no device behind them."""
     home = Path(tempfile.mkdtemp(prefix="cr", dir="/tmp"))  # sockets live below it: their paths must be short
+    head, started = _start_head(home)
+    deadline = time.monotonic() + STARTED_WITHIN_S
+    try:
+        while not _is_ready(head):
+            assert time.monotonic() < deadline, (home / "start.log").read_text()
+            if started.poll() is not None:  # Ray gives a node 30 s to join
+                head, started = _start_head(home)
+            time.sleep(0.1)
+        yield head
+    finally:
+        for process in [*head.raylets, started]:
+            end_tree(process)
+        shutil.rmtree(home, ignore_errors=True)
+
+
+def _start_head(home: Path) -> tuple[Head, subprocess.Popen[bytes]]:
     gcs, dashboard, client, metrics = free_ports(4)
     token = secrets.token_hex(16)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
@@ -146,6 +161,7 @@ def head() -> Iterator[Head]:
         "RAY_AUTH_TOKEN": token,
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_metrics_report_interval_ms": "1000",
+        "RAY_JOB_STOP_WAIT_TIME_S": "600",  # until Ray kills a job that was asked to stop, by default 3
     }
     flags = {"port": gcs, "dashboard-port": dashboard, "dashboard-agent-listen-port": 0}
     flags |= {"ray-client-server-port": client, "metrics-export-port": metrics, "num-cpus": 2, "num-gpus": 2}
@@ -157,30 +173,17 @@ def head() -> Iterator[Head]:
         *settings,
         *(f"--{key}={value}" for key, value in flags.items()),
     )
-    head = Head(
-        f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{gcs}", f"127.0.0.1:{client}", [metrics], token, home, environment
-    )
+    url, own, of_clients = f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{gcs}", f"127.0.0.1:{client}"
+    return Head(url, own, of_clients, [metrics], token, home, environment), started
+
+
+def _is_ready(head: Head) -> bool:
     try:
-        _wait_until_ready(head, started)
-        yield head
-    finally:
-        for process in [*head.raylets, started]:
-            end_tree(process)
-        shutil.rmtree(home, ignore_errors=True)
-
-
-def _wait_until_ready(head: Head, started: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + STARTED_WITHIN_S
-    while True:
-        assert started.poll() is None, (head.home / "start.log").read_text()
-        assert time.monotonic() < deadline, "the head did not start"
-        try:
-            # The head starts its Ray Client server as a process of its own, which may listen later than the dashboard.
-            socket.create_connection(("127.0.0.1", int(head.client_server.split(":")[1])), timeout=60).close()
-            if head.num_nodes():
-                return
-        except (RuntimeError, ConnectionError, OSError):
-            time.sleep(0.1)
+        # The head starts its Ray Client server as a process of its own, which may listen later than the dashboard.
+        socket.create_connection(("127.0.0.1", int(head.client_server.split(":")[1])), timeout=60).close()
+        return head.num_nodes() > 0
+    except (RuntimeError, OSError):
+        return False
 
 
 @pytest.fixture(scope="module")
@@ -195,9 +198,14 @@ def cluster() -> Iterator:
 
         if ray.is_initialized():
             ray.shutdown()
-        head = {"num_cpus": 0, "object_store_memory": 100 * 2**20, "include_dashboard": False}
-        cluster = Cluster(initialize_head=True, head_node_args=head)
-        cluster.add_node(num_cpus=3, object_store_memory=100 * 2**20)
+        memory = 100 * 2**20
+        cluster = Cluster()
+
+        def start() -> None:
+            cluster.add_node(num_cpus=0, object_store_memory=memory, include_dashboard=False)
+            cluster.add_node(num_cpus=3, object_store_memory=memory)
+
+        started_in_time(start, cluster.shutdown)
         ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
         yield cluster
         ray.shutdown()

@@ -18,6 +18,8 @@ from ray_jobs import address
 from ray_jobs.address import check_dashboard, check_gcs
 from ray_jobs.submit import Submission, submit
 
+UNUSED = "127.0.0.1:1"  # a port that the system gives to nobody who asks for any
+
 
 @contextmanager
 def listening(first_words: bytes | None) -> Iterator[str]:
@@ -95,11 +97,6 @@ def head_that_refuses(refusals: int) -> Iterator[tuple[str, list[str]]]:
         thread.join()
 
 
-def unused() -> str:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return f"127.0.0.1:{server.getsockname()[1]}"
-
-
 def check_both(where: str, message: str) -> None:
     with pytest.raises(ClusterError, match=message):
         check_gcs(where)
@@ -108,7 +105,7 @@ def check_both(where: str, message: str) -> None:
 
 
 def test_nobody_listens() -> None:
-    check_both(unused(), "nothing listens there")
+    check_both(UNUSED, "nothing listens there")
 
 
 def test_a_host_that_is_not_known() -> None:
@@ -134,14 +131,13 @@ def test_a_web_server_is_not_ray(web_server: str) -> None:
 
 @pytest.mark.parametrize("command", [("caption", "archive", "out", "--model", "starter"), ("doctor",)])
 def test_a_command_ends_at_once_where_nobody_listens(tmp_path: Path, command: tuple[str, ...]) -> None:
-    where = unused()
     (tmp_path / "archive").mkdir()
     (tmp_path / "archive" / "a.png").touch()
-    words = [sys.executable, "-m", "ray_jobs.cli", *command, "--address", where]
+    words = [sys.executable, "-m", "ray_jobs.cli", *command, "--address", UNUSED]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
 
     assert done.returncode == 1
-    assert f"error: {where}: nothing listens there" in done.stderr
+    assert f"error: {UNUSED}: nothing listens there" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -101,7 +101,7 @@ def test_crashes_and_hangs_are_reasons_and_their_neighbours_are_fine(png: bytes)
     for index in (0, 7, 8, 9, 30, 59):
         images[index] += ABORT_MARKER
     images[20] += HANG_MARKER
-    with GuardedDecoder(SIDE, NO_LIMIT, timeout=5.0) as decoder:
+    with GuardedDecoder(SIDE, NO_LIMIT, timeout=15.0) as decoder:
         decoded = list(decoder(images))
 
     crashed, hanging = decoded[7], decoded[20]
@@ -166,7 +166,7 @@ def test_a_chunk_that_is_given_up_leaves_nothing_for_the_next(decoder: GuardedDe
 
 @pytest.mark.usefixtures("faults")
 def test_a_large_image_behind_one_that_hangs_waits_for_nothing(png: bytes) -> None:
-    with GuardedDecoder(SIDE, NO_LIMIT, timeout=5.0) as decoder:
+    with GuardedDecoder(SIDE, NO_LIMIT, timeout=15.0) as decoder:
         error_codes = [image.error_code for image in decoder([png + HANG_MARKER, png + bytes(5_000_000)])]
 
     assert error_codes == ["timeout", ""]

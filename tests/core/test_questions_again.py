@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import zlib
 from collections import Counter
 from dataclasses import replace
@@ -223,6 +224,9 @@ def test_a_driver_that_is_killed_in_a_retry_of_answers_loses_nothing_and_doubles
         command += ["--endpoint", server.url, "--questions", str(tmp_path / "questions.yaml"), "--max-side", "4096"]
         with subprocess.Popen([*command, "--concurrency", "2", "--retry-failed"], stderr=subprocess.DEVNULL) as driver:
             server.wait_for(41)
+            while not list(open_table(str(out)).committed_chunks(1)):
+                assert driver.poll() is None
+                time.sleep(0.01)
             driver.send_signal(signal.SIGKILL)
         before_kill = len(server.asked)
         held.set()

@@ -245,6 +245,7 @@ def test_a_read_that_hangs_holds_up_no_other(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_of_many_slow_reads_few_are_started_a_second_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "LATE", (0.01, 4))
+    monkeypatch.setattr(reading, "VERY_LATE", (3600, 10))
     released, calls = threading.Event(), Counter[int]()
 
     def read(number: int) -> RawImage:

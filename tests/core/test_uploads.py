@@ -20,7 +20,7 @@ from captioner.models.uploads import Uploads
 from captioner.starter.scenes import make_scenes
 from captioner.testing import make_tiny_model
 
-WAIT_S = 30  # seconds, for an event that must happen
+WAIT_S = 600  # seconds, for an event that must happen
 
 
 class SlowCopy:

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+from helpers import started_in_time
 
 from captioner.testing import decoder_faults
 
@@ -40,17 +41,14 @@ def ray_instance(worker_path: str):
 
     from ray_jobs.cluster import without_monitors
 
+    settings = {"num_cpus": 4, "num_gpus": 2, "object_store_memory": 300 * 2**20, "include_dashboard": False}
+    # How long Ray waits to hear why a worker died, before it only says that it is gone; by default a second.
+    settings["_system_config"] = {"timeout_ms_task_wait_for_death_info": 60_000}
     if not ray.is_initialized():
         with pytest.MonkeyPatch.context() as patch, without_monitors():
             patch.setenv("PYTHONPATH", worker_path)
-            ray.init(
-                address="local",
-                num_cpus=4,
-                num_gpus=2,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level="ERROR",
-                object_store_memory=300 * 2**20,
+            started_in_time(
+                lambda: ray.init(address="local", log_to_driver=False, logging_level="ERROR", **settings), ray.shutdown
             )
     return ray
 

@@ -209,6 +209,7 @@ def test_the_driver_killed_while_it_overwrites(
 
 
 @pytest.mark.parametrize("line", [b"planned ", b"Ray has "])
+@pytest.mark.usefixtures("gate")
 def test_a_person_who_presses_ctrl_c_again_and_again_ends_the_job(tmp_path: Path, archive: Path, line: bytes) -> None:
     job = start_job(archive, tmp_path / "out", stderr=subprocess.PIPE)
     assert job.stderr is not None

@@ -51,7 +51,7 @@ def join(address: str, **settings: str) -> subprocess.Popen[str]:
     """A process that tries; what it says ends with how it went."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= settings
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([sys.executable, "-c", JOIN, address], env=environment, **pipes)
 
 
@@ -85,5 +85,7 @@ def test_no_token_and_a_wrong_one_do_not(address: str, home: Path) -> None:
     tries = [join(address, **soon, **settings) for settings in (without, wrong)]
 
     for attempt in tries:
-        assert "joined" not in attempt.communicate()[0]
+        shown, log = attempt.communicate()
+        assert "joined" not in shown
         assert attempt.returncode != 0
+        assert "uthenticat" in log
