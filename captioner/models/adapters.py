@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -73,4 +74,20 @@ def merge(network: Any, adapter: str) -> Any:
     wrong = [*result.unexpected_keys, *(name for name in result.missing_keys if "lora_" in name)]
     if wrong:
         raise ModelError(f"{adapter}: does not fit its base model: {len(wrong)} tensors, such as {wrong[0]}")
+    _untie_adapted(wrapped)
     return wrapped.merge_and_unload(safe_merge=True)
+
+
+def _untie_adapted(network: Any) -> None:
+    """Copy the weights of adapted layers that others share, as an output layer and the embeddings may.
+
+    Merged into shared weights, an adapter would change the other layer as well.
+    """
+    import torch
+    from peft.tuners.lora import LoraLayer
+
+    num_owners = Counter(id(weight) for module in network.modules() for weight in module.parameters(recurse=False))
+    adapted: list[Any] = [module for module in network.modules() if isinstance(module, LoraLayer)]
+    for layer in [module.get_base_layer() for module in adapted]:
+        if num_owners[id(layer.weight)] > 1:
+            layer.weight = torch.nn.Parameter(layer.weight.detach().clone(), requires_grad=False)

@@ -14,6 +14,7 @@ import torch
 from captioner.config import ModelConfig
 from captioner.errors import ModelError
 from captioner.models import load, resolve
+from captioner.models.adapters import merge
 from captioner.models.pretrained import open_model
 from captioner.models.ref import ModelRef
 from captioner.models.resolving import ensure_local
@@ -55,6 +56,23 @@ def captions(ref: ModelRef) -> list[str]:
 def edit_config(adapter: Path, **changes: object) -> None:
     file = adapter / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def test_an_adapter_of_the_output_layer_leaves_the_embeddings_that_share_its_weights_alone(tmp_path: Path) -> None:
+    base = str(make_tiny_model("blip", tmp_path / "base"))
+    config = peft.LoraConfig(r=2, target_modules=["decoder"], init_lora_weights=False)
+    wrapped = peft.get_peft_model(open_model(base, torch.float32, "cpu"), config)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    before = open_model(base, torch.float32, "cpu").text_decoder
+    embeddings = before.get_input_embeddings().weight
+    assert embeddings is before.get_output_embeddings().weight
+
+    merged = merge(open_model(base, torch.float32, "cpu"), str(tmp_path / "adapter")).text_decoder
+
+    adapted = wrapped.base_model.model.text_decoder.get_output_embeddings()
+    product = adapted.get_delta_weight("default")
+    assert torch.equal(merged.get_input_embeddings().weight, embeddings)
+    torch.testing.assert_close(merged.get_output_embeddings().weight, embeddings + product)
 
 
 def test_an_adapter_captions_as_the_merged_model(home: Path) -> None:
