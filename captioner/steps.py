@@ -7,7 +7,7 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from captioner.config import SourceConfig
-from captioner.console.text import counted
+from captioner.console.text import counted, valid_unicode
 from captioner.data import (
     CAPTIONS_SCHEMA,
     NO_USAGE,
@@ -37,6 +37,7 @@ from captioner.data import (
     Receipt,
     Source,
     Usage,
+    error_column,
 )
 from captioner.errors import ModelError
 from captioner.imaging.sandbox.decoder import GuardedDecoder
@@ -363,12 +364,13 @@ def _finished_rows(work: Work, decoded: ChunkRows, results: list[RowResult], pro
     """Return the rows with all columns of the table."""
     count, chunk, model = decoded.chunk.num_rows, decoded.chunk, work.model
     captions = [result.caption for result in results]
+    error_columns = [error_column(question.name) for question in model.more_questions]
     answers: list[Mapping[str, Any]] = [caption.answers if caption else {} for caption in captions]
     columns: dict[str, object] = {name: decoded.rows[name] for name in decoded.rows.column_names}
     columns |= {
         "status": [STATUS_FAILED if result.error_code else STATUS_OK for result in results],
         "error_code": [result.error_code or None for result in results],
-        "error_message": [result.error_message or None for result in results],
+        "error_message": _valid(result.error_message or None for result in results),
         "caption": [caption and caption.text for caption in captions],
         "captions": [caption and caption.samples for caption in captions],
         "num_tokens": [caption and caption.num_tokens for caption in captions],
@@ -378,6 +380,7 @@ def _finished_rows(work: Work, decoded: ChunkRows, results: list[RowResult], pro
         "chunk_row": range(count),
     }
     columns |= {field.name: [answer.get(field.name) for answer in answers] for field in work.table.answer_fields}
+    columns |= {name: _valid(answer.get(name) for answer in answers) for name in error_columns}
     columns |= asked_columns(model, prompts, count)
     same_for_all = {
         "model": model.name,
@@ -401,3 +404,8 @@ def _finished_rows(work: Work, decoded: ChunkRows, results: list[RowResult], pro
 
 def _column(values: object, field: pa.Field) -> pa.Array | pa.ChunkedArray:
     return pc.cast(values, field.type) if isinstance(values, pa.ChunkedArray) else pa.array(values, field.type)
+
+
+def _valid(messages: Iterable[str | None]) -> list[str | None]:
+    """Return messages as the table takes them: servers' words, and models', may be no valid Unicode."""
+    return [message and valid_unicode(message) for message in messages]

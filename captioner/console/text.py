@@ -19,6 +19,14 @@ def printable(text: object) -> str:
     return _SURROGATES.sub("\ufffd", _CONTROLS.sub("", _SPACES.sub(" ", str(text))))
 
 
+def valid_unicode(text: str) -> str:
+    """Return `text` with a question mark for each half of a surrogate pair, which no UTF-8 text may hold.
+
+    Servers and browsers send them where they cut a text.
+    """
+    return text.encode(errors="replace").decode()
+
+
 def counted(count: float, noun: str, plural: str = "") -> str:
     """Return a number with its noun: "1 image", "1,200 images", "0.5 GPUs".
 

@@ -208,7 +208,8 @@ def _as_type(value: Any, kind: pa.DataType) -> Any:
     if value is None:
         return None
     if types.is_struct(kind):
-        unnamed = [name for name in value if kind.get_field_index(name) < 0]
+        names = {field.name for field in kind}
+        unnamed = [name for name in value if name not in names]
         if unnamed:
             raise MisfitError(f"has properties that the schema does not name: {_line(', '.join(unnamed))}")
         return {field.name: _as_type(value.get(field.name), field.type) for field in kind}

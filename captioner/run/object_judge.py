@@ -24,7 +24,7 @@ from captioner.config import JudgeConfig, JudgeTableConfig, ModelConfig
 from captioner.console.phases import phase
 from captioner.console.progress import Progress
 from captioner.console.stopping import notify, stoppable
-from captioner.console.text import counted
+from captioner.console.text import counted, valid_unicode
 from captioner.data import CAPTIONS_SCHEMA, Captions, Usage
 from captioner.errors import DamagedFileError, UsageError
 from captioner.files import shown
@@ -140,7 +140,8 @@ class Judge:
             objects[index], errors[index] = (None, error) if error else _verdict(text)
         columns: dict[str, Any] = {name: decoded.rows[name] for name in ("image_id", "created_at")}
         unseen = [None if listed is None else sum(not item["seen"] for item in listed) for listed in objects]
-        columns |= {"objects": objects, "num_unseen": unseen, "error": errors}
+        columns |= {"objects": objects, "num_unseen": unseen}
+        columns["error"] = [valid_unicode(error) for error in errors]
         return pa.table(columns, schema=OBJECTS_SCHEMA), Usage.total(answers.usage)
 
 

@@ -259,6 +259,25 @@ def test_reasoning_before_a_caption_is_no_part_of_it(answer: Answer, text: str) 
     assert not any(captions.errors)
 
 
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (saying(None, refusal="no \ud83d"), "refused: no ?"),
+        (failing(400, "no \ud83d"), "400: no ?"),
+        (failing(500, "no \ud83d"), "the server answers, but not about this image: 500: no ?"),
+    ],
+)
+def test_half_a_surrogate_pair_in_a_message_is_a_question_mark_in_the_row_of_its_image(
+    tmp_path: Path, answer: Answer, reason: str
+) -> None:
+    make_folder(tmp_path / "images", 4)
+    with ModelServer(same_image(answer)) as server:
+        assert run(tmp_path, server) == 0
+
+    messages = [row["error_message"] for row in rows_of(tmp_path / "out") if row["status"] == "failed"]
+    assert messages == [reason]
+
+
 def test_content_may_come_in_parts() -> None:
     with ModelServer(first_image(saying([{"type": "text", "text": "a "}, {"type": "text", "text": "dog"}]))) as server:
         assert "a dog" in captions_of(server).texts

@@ -121,6 +121,13 @@ def test_no_verdict_is_a_reason_and_is_asked_for_again(table: CaptionsTable, cap
     assert [row["error"] for row in rows_of(table)] == [""] * COUNT
 
 
+def test_half_a_surrogate_pair_in_a_refusal_is_a_question_mark(table: CaptionsTable) -> None:
+    with ModelServer(lambda asked: saying(None, refusal="no \ud83d")) as server:
+        judge(table, server)
+
+    assert [row["error"] for row in rows_of(table)] == ["refused: no ?"] * COUNT
+
+
 def test_a_sample_is_the_same_whatever_was_asked_before(table: CaptionsTable) -> None:
     with ModelServer(listing) as server:
         judge(table, server, "--sample", "5")

@@ -327,6 +327,7 @@ def test_the_properties_of_a_schema_are_columns_of_their_types(table: Path) -> N
         (saying('{"people": "two"}'), "does not fit the schema: $.people: 'two' is not of type 'integer'"),
         (saying('{"colours": []}'), "does not fit the schema: $: 'people' is a required property"),
         (saying('{"people": 2, "dogs": 1}'), "has properties that the schema does not name: dogs"),
+        (saying('{"people": 2, "dogs\\ud83d": 1}'), "has properties that the schema does not name: dogs?"),
         (saying('{"people": 9223372036854775808}'), "holds an integer of more than 64 bits"),
         (saying('{"people": 1, "place": {"share": 1e999}}'), "holds a number that is too large"),
         (saying('{"people": 1, "place": {"share": NaN}}'), "NaN is not a JSON number"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import PurePosixPath
 
+from captioner.console.text import valid_unicode
 from captioner.store.directory import Directory
 from captioner.store.journal import FOLDER, journal_name
 
@@ -34,7 +35,7 @@ class Drafts:
 
     def keep(self, image_id: str, text: str) -> None:
         """Keep a text until it is discarded."""
-        whole = text.encode(errors="replace").decode()  # a browser may send half of a surrogate pair
+        whole = valid_unicode(text)  # a browser may send half of a surrogate pair
         self._out.write_json(self._file(image_id), {"image_id": image_id, "text": whole})
         self._texts[image_id] = whole
 
