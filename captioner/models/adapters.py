@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -67,7 +69,8 @@ def merge(network: Any, adapter: str) -> Any:
     from safetensors.torch import load_file
 
     try:
-        wrapped = peft.PeftModel(network, peft.LoraConfig.from_pretrained(adapter))
+        with expecting_conv1d():
+            wrapped = peft.PeftModel(network, peft.LoraConfig.from_pretrained(adapter))
         result: Any = peft.set_peft_model_state_dict(wrapped, load_file(Path(adapter) / WEIGHTS_FILE))
     except (ValueError, RuntimeError, LookupError, TypeError) as error:
         raise ModelError(f"{adapter}: does not fit its base model: {' '.join(str(error).split())[:300]}") from None
@@ -76,6 +79,14 @@ def merge(network: Any, adapter: str) -> Any:
         raise ModelError(f"{adapter}: does not fit its base model: {len(wrong)} tensors, such as {wrong[0]}")
     _untie_adapted(wrapped)
     return wrapped.merge_and_unload(safe_merge=True)
+
+
+@contextmanager
+def expecting_conv1d() -> Iterator[None]:
+    """Silence peft's warnings that it takes the weights of Linear and Conv1D, which GPT-2 has, each as they lie."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set")
+        yield
 
 
 def _untie_adapted(network: Any) -> None:

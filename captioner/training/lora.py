@@ -9,7 +9,7 @@ from typing import Any
 
 from captioner.config import TrainModelConfig
 from captioner.errors import ModelError, UsageError
-from captioner.models.adapters import WEIGHTS_FILE
+from captioner.models.adapters import WEIGHTS_FILE, expecting_conv1d
 
 _WEIGHTS = "adapters.safetensors"
 
@@ -24,7 +24,7 @@ def add_adapters(network: Any, left_out: Any, config: TrainModelConfig, saved: P
     """Add adapters to linear layers of the network, in place, and freeze all other weights.
 
     `left_out`: a part of the network whose layers get none, or None. `saved`: a directory with the adapters' weights.
-    Raises ModelError where --lora-targets names no layer.
+    Raises ModelError where --lora-targets names no layer, or no layer is left.
     """
     import peft
     from safetensors.torch import load_file
@@ -33,7 +33,8 @@ def add_adapters(network: Any, left_out: Any, config: TrainModelConfig, saved: P
     rank = config.lora_rank
     layers = target_layers(network, left_out, config.lora_targets)
     settings = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=layers)
-    peft.inject_adapter_in_model(settings, network)
+    with expecting_conv1d():
+        peft.inject_adapter_in_model(settings, network)
     if saved is not None:
         peft.set_peft_model_state_dict(network, load_file(saved / _WEIGHTS))
 
@@ -41,9 +42,12 @@ def add_adapters(network: Any, left_out: Any, config: TrainModelConfig, saved: P
 def target_layers(network: Any, left_out: Any, targets: list[str]) -> list[str]:
     """Return the names of the linear layers that get an adapter, without the output layer.
 
+    Those of GPT-2 are of the class Conv1D, which has the transposed weights of a Linear.
     `targets`: the last parts of their names, such as "q_proj" or "self_attn.q_proj"; empty for every layer.
+    Raises ModelError where a target is the name of no layer, or no layer is left.
     """
     import torch
+    from transformers.pytorch_utils import Conv1D
 
     skipped = set() if left_out is None else {id(module) for module in left_out.modules()}
     # Of a part too: BLIP's output layer is its decoder's, and shares the word embeddings, which a merge would change.
@@ -52,8 +56,13 @@ def target_layers(network: Any, left_out: Any, targets: list[str]) -> list[str]:
     linear = [
         name
         for name, module in network.named_modules()
-        if isinstance(module, torch.nn.Linear) and id(module) not in skipped
+        if isinstance(module, torch.nn.Linear | Conv1D) and id(module) not in skipped
     ]
+    if not linear:
+        raise ModelError(
+            "--lora-rank: no linear layer is left for an adapter; leave --freeze-vision out, or train without"
+            " --lora-rank"
+        )
     unknown = [target for target in targets if not any(_is_named(name, target) for name in linear)]
     if unknown:
         names = sorted({name.rpartition(".")[2] for name in linear})

@@ -1,5 +1,6 @@
 """Training of LoRA adapters."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from helpers import train_config, training_losses
 
 from captioner.config import ModelConfig, TrainModelConfig
+from captioner.errors import ModelError
 from captioner.models import load, resolve
 from captioner.models.placement import weights_in_memory
 from captioner.models.quantized import stored_bytes
@@ -78,13 +80,60 @@ def test_weights_of_embeddings_and_of_the_output_layer_get_no_adapter(tmp_path: 
 
     words = {id(part.weight) for part in network.modules() if isinstance(part, torch.nn.Embedding)}
     assert layers
-    assert not [layer for layer in layers if id(layer.weight) in words or layer.out_features == vocabulary]
+    assert not [layer for layer in layers if id(layer.weight) in words or vocabulary in layer.weight.shape]
 
 
-def test_adapters_learn_beside_weights_of_4_bits_and_are_merged_with_whole_ones(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("error:fan_in_fan_out")
+def test_the_layers_of_a_gpt2_decoder_get_adapters_that_are_merged_as_they_compute(tmp_path: Path) -> None:
+    """They are Conv1D, whose weights are the transposed ones of a Linear."""
+    pytest.importorskip("peft", reason="the extra `lora` is not installed")
+    from captioner.training.lora import adapter_weights, merge_adapters, save_peft
+
+    path = make_tiny_model("vision-encoder-decoder", tmp_path / "model")
+    captioner = open_with_adapters(path)
+    network = captioner.model
+    adapted = {name.partition(".lora_")[0] for name in adapter_weights(network)}
+    blocks = {"attn": ("c_attn", "c_proj"), "crossattention": ("c_attn", "q_attn", "c_proj"), "mlp": ("c_fc", "c_proj")}
+    decoder = {f"decoder.transformer.h.{n}.{b}.{name}" for n in (0, 1) for b, names in blocks.items() for name in names}
+    assert {name for name in adapted if name.startswith("decoder")} == decoder
+    torch.manual_seed(0)
+    with torch.no_grad():  # new adapters add nothing
+        for name, weight in network.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.05)
+    loss, texts = CaptionLoss(captioner).eval(), make_collate(captioner).texts(["a ring", "a red cross"])
+    texts["pixels"] = torch.randint(0, 256, (2, TINY_SIDE, TINY_SIDE, 3), dtype=torch.uint8)
+    unmerged = loss(**texts).item()
+    shutil.copytree(path, tmp_path / "kept")
+    (tmp_path / "kept" / "model.safetensors").unlink()
+    save_peft(network, tmp_path / "kept", str(path), None)
+
+    merge_adapters(network)
+
+    assert loss(**texts).item() == pytest.approx(unmerged, rel=1e-5)
+    plain = open_trainable(resolve(ModelConfig(name=str(path))), TrainModelConfig(), torch.device("cpu"), 4, None)
+    assert CaptionLoss(plain).eval()(**texts).item() != pytest.approx(unmerged, rel=1e-3)
+    kept = open_trainable(
+        resolve(ModelConfig(name=str(tmp_path / "kept"))), TrainModelConfig(), torch.device("cpu"), 4, None
+    )
+    assert CaptionLoss(kept).eval()(**texts).item() == pytest.approx(unmerged, rel=1e-5)
+
+
+def test_adapters_without_a_layer_to_adapt_are_refused() -> None:
+    from captioner.training.lora import target_layers
+
+    network = torch.nn.Sequential(torch.nn.Linear(2, 2))
+
+    with pytest.raises(ModelError, match=r"--lora-rank: no linear layer is left .*--freeze-vision") as caught:
+        target_layers(network, network, [])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("family", ["blip", "vision-encoder-decoder"])
+def test_adapters_learn_beside_weights_of_4_bits_and_are_merged_with_whole_ones(tmp_path: Path, family: str) -> None:
     for package in ("peft", "bitsandbytes"):
         pytest.importorskip(package, reason="the extras `lora` and `quantize` are not installed")
-    data, model = make_folder(tmp_path / "data", 10, seed=5), make_tiny_model("blip", tmp_path / "model")
+    data, model = make_folder(tmp_path / "data", 10, seed=5), make_tiny_model(family, tmp_path / "model")
     lora = {"model": {"lora_rank": 4, "quantize": "int4"}}
     config = train_config(data, tmp_path / "out", model, lora, 8, learning_rate=1e-2, max_steps=6)
     whole = resolve(ModelConfig(name=str(model)))
