@@ -6,6 +6,7 @@ Every error that can be known before a worker starts is raised here.
 from __future__ import annotations
 
 import glob
+import json
 import os
 import time
 import uuid
@@ -129,7 +130,7 @@ class Job:
             else:
                 self.notify(self._retry_message(retry))
                 yield retry
-        elif self.config.output.extend:
+        if self.config.output.extend:
             with phase(COMPARING, self.notify):
                 changed = find_changed(self.table, self.work.source, compare_up_to=None)
             retry = make_retry_plan(self.table, self._refresh, changed.indices)
@@ -368,6 +369,11 @@ def _bring_plan_up_to_date(planned: Planned, notify: Notify, rows_per_chunk: Cal
     limit = config.source.limit
     if limit is not None and list_again and not config.output.extend:
         limit = max(0, limit - num_planned)
+    elif limit is not None and (num_open := _num_rows_of_open_extensions(planned.table)):
+        limit = max(0, limit - num_open)
+        if not limit:  # the same command as before, which was killed
+            notify(f"{counted(num_open, 'image')} of an --extend are planned already; continuing with them")
+            return
     started = time.perf_counter()
     max_rows = rows_per_chunk()
     with phase("listing images", notify) as listing:
@@ -375,7 +381,16 @@ def _bring_plan_up_to_date(planned: Planned, notify: Notify, rows_per_chunk: Cal
         def show(text: str) -> None:
             listing.text = text
 
-        plan = make_plan(planned.table, planned.source, max_rows, config.output.rows_per_file, limit, on_progress=show)
+        selected = {name: getattr(config.source, name) for name in ("include", "exclude", "limit")}
+        plan = make_plan(
+            planned.table,
+            planned.source,
+            max_rows,
+            config.output.rows_per_file,
+            limit,
+            on_progress=show,
+            selection=json.dumps(selected),
+        )
     for incomplete in lacking:  # every image of the source is planned now
         planned.table.write_plan(replace(incomplete, may_lack_images=False))
     if plan is None:
@@ -386,6 +401,10 @@ def _bring_plan_up_to_date(planned: Planned, notify: Notify, rows_per_chunk: Cal
     notify(f"planned {images} in {chunks}{_skipped(plan)} in {seconds:.1f} s")
     for note in plan.notes:
         notify(note)
+
+
+def _num_rows_of_open_extensions(table: CaptionsTable) -> int:
+    return sum(plan.num_rows for plan in table.open_plans() if plan.kind == "extend")
 
 
 def _skipped(plan: Plan) -> str:

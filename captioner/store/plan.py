@@ -46,12 +46,15 @@ OnProgress = Callable[[str], None]  # called with what is done now, and how far 
 class _Position:
     """How far a listing has come: rows of `unit` taken into the plan, and what was ignored before that unit.
 
-    `num_notes`: notes about the source before that unit.
+    `last_id`: of the last of those rows; where another image stands there, the unit has changed. `selection`: which
+    images were asked for. `num_notes`: notes about the source before that unit.
     `num_captioned`, `num_uncaptioned`: images with and without reference captions among the taken rows.
     """
 
     unit: str | None = None
     taken: int = 0
+    last_id: str | None = None
+    selection: str = ""
     num_ignored: int = 0
     ignored_examples: list[str] = field(default_factory=list)
     num_notes: int = 0
@@ -93,42 +96,60 @@ def make_plan(
     rows_per_file: int,
     limit: int | None = None,
     on_progress: OnProgress = lambda text: None,
+    selection: str = "",
 ) -> Plan | None:
     """List the source and freeze what is new in it as the next generation.
 
     The first plan of a table takes every image; a later one only ids that no earlier plan has, and it is `None` where
-    there are none. A listing that was killed continues after its last full part. `rows_per_chunk` is a maximum: small
+    there are none. A listing that was killed continues after its last full part; where another `selection` of images
+    was listed, or the source has changed before that place, it begins again. `rows_per_chunk` is a maximum: small
     collections get smaller chunks. `limit`: the most rows to plan. Raises SourceError for an empty source and for ids
     that occur twice, which it names.
     """
     plans = table.plans()
     generation = max((plan.generation for plan in plans), default=-1) + 1
     first_part = 1 + max((part for plan in plans if plan.adds_parts for part in plan.parts), default=-1)
-    with IdIndex() as planned, IdIndex() as added:
-        for plan in plans:
-            if plan.adds_parts:
-                _index_ids(table, plan, planned, on_progress)
-        writer = _PlanWriter(table, generation, first_part, rows_per_chunk, rows_per_file, added)
-        position = writer.resume()
-        num_listed = writer.num_rows
-        for unit, listing, first_row in _listings_from(source, position):
-            num_listed += listing.rows.num_rows
-            on_progress(f"listing images, {num_listed:,} listed")
-            rows = _numbered(listing.rows, first_row)
-            if plans:
-                rows = rows.filter(pa.array(~planned.contains(rows["image_id"])))
-            if limit is not None:
-                rows = rows.slice(0, limit - writer.num_rows)
-            writer.add(unit, rows, listing)
-            if limit is not None and writer.num_rows >= limit:
-                break
-        plan = writer.finish("extend" if plans else "archive", source)
+    kind, plan = "extend" if plans else "archive", None
+    with IdIndex() as planned:
+        for earlier in plans:
+            if earlier.adds_parts:
+                _index_ids(table, earlier, planned, on_progress)
+        while plan is None:
+            with IdIndex() as added:
+                writer = _PlanWriter(table, generation, first_part, rows_per_chunk, rows_per_file, added, selection)
+                try:
+                    _list(source, writer, planned if plans else None, limit, on_progress)
+                    plan = writer.finish(kind, source)
+                except _ChangedSourceError:
+                    table.directory.delete_folder(plan_folder(generation))
     if not plan.num_rows and plans:
         return None
     if not plan.num_rows:
         raise SourceError(_no_images_message(source, plan))
     table.write_plan(plan)
     return plan
+
+
+def _list(
+    source: Source, writer: _PlanWriter, planned: IdIndex | None, limit: int | None, on_progress: OnProgress
+) -> None:
+    """List the source into a plan, from where an earlier listing was killed. Raises _ChangedSourceError.
+
+    `planned`: ids to leave out.
+    """
+    position = writer.resume()
+    num_listed = writer.num_rows
+    for unit, listing, first_row in _listings_from(source, position):
+        num_listed += listing.rows.num_rows
+        on_progress(f"listing images, {num_listed:,} listed")
+        rows = _numbered(listing.rows, first_row)
+        if planned is not None:
+            rows = rows.filter(pa.array(~planned.contains(rows["image_id"])))
+        if limit is not None:
+            rows = rows.slice(0, limit - writer.num_rows)
+        writer.add(unit, rows, listing)
+        if limit is not None and writer.num_rows >= limit:
+            break
 
 
 def read_planned(table: CaptionsTable, chunk: Chunk) -> pa.Table:
@@ -182,8 +203,9 @@ class _PlanWriter:
         rows_per_chunk: int,
         rows_per_file: int,
         ids: IdIndex,
+        selection: str,
     ) -> None:
-        self._table, self._generation, self._ids = table, generation, ids
+        self._table, self._generation, self._ids, self._selection = table, generation, ids, selection
         self._rows_per_chunk = min(rows_per_chunk, rows_per_file)
         self._rows_per_file = rows_per_file
         self._rows_per_part = max(1, round(rows_per_file / self._rows_per_chunk)) * self._rows_per_chunk
@@ -204,7 +226,7 @@ class _PlanWriter:
         """Take over the parts of a listing that was killed, and return the position to continue from.
 
         A part that is damaged, was the last one, or was left by a killed `--retry-failed`, is deleted with all after
-        it: what was in them is listed again.
+        it: what was in them is listed again. So are the parts of another selection of images.
         """
         directory, parts = self._table.directory, sorted(part_numbers(self._list_names()))
         while parts and self._take_over(parts[0]):
@@ -233,6 +255,7 @@ class _PlanWriter:
             or part != self._first_part + len(self._parts)
             or "part_row" in rows.column_names
             or PLAN_FACTS in metadata
+            or position.selection != self._selection
             or position.num_notes != len(self._notes) + len(notes)
         ):
             return False
@@ -315,6 +338,8 @@ class _PlanWriter:
             self._position,
             # Units after that of the last row may have no rows.
             taken=last["_row"][-1].as_py() + 1 if unit == self._position.unit else 0,
+            last_id=last["image_id"][-1].as_py() if unit == self._position.unit else None,
+            selection=self._selection,
             num_captioned=self._listed.num_captioned,
             num_uncaptioned=self._listed.num_uncaptioned,
             uncaptioned_examples=self._listed.uncaptioned_examples,
@@ -348,22 +373,32 @@ def _rows_of_small_chunks(num_rows: int) -> int:
     return max(MIN_ROWS_PER_CHUNK, 1 << (-(-num_rows // 64) - 1).bit_length())
 
 
+class _ChangedSourceError(Exception):
+    """A source has changed where a killed listing would continue, so that images could be left out."""
+
+
 def _listings_from(source: Source, position: _Position) -> Iterator[tuple[str, Listing, int]]:
-    """Yield (unit, listing, index of its first row in the unit), from `position` on."""
+    """Yield (unit, listing, index of its first row in the unit), from `position` on. Raises _ChangedSourceError."""
     units = list(source.units())
     if position.unit is not None:
         if position.unit not in units:
-            raise SourceError(
-                f"{source.name}: {position.unit!r} has been removed since the listing was interrupted; "
-                "start again with --overwrite"
-            )
+            raise _ChangedSourceError
         units = units[units.index(position.unit) :]
     rows_listed: dict[str, int] = {}
+    to_find = position.last_id if position.taken else None
     for unit, listing in list_units(source, units):
         first = rows_listed.get(unit, 0)
         rows_listed[unit] = first + listing.rows.num_rows
         skip = max(0, min(listing.rows.num_rows, position.taken - first)) if unit == position.unit else 0
+        if skip and first + skip == position.taken:
+            if listing.rows["image_id"][skip - 1].as_py() != to_find:
+                raise _ChangedSourceError
+            to_find = None
+        if to_find is not None and unit != position.unit:
+            raise _ChangedSourceError
         yield unit, replace(listing, rows=listing.rows.slice(skip)), first + skip
+    if to_find is not None:
+        raise _ChangedSourceError
 
 
 def _numbered(rows: pa.Table, first: int) -> pa.Table:

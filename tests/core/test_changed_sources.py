@@ -165,6 +165,25 @@ def test_what_changed_after_it_was_captioned_is_told_and_captioned_again_by_exte
     assert "have changed" not in capsys.readouterr().err
 
 
+def test_a_retry_with_extend_captions_failed_changed_and_new_images(tmp_path) -> None:
+    folder = tmp_path / "images"
+    write(folder, [0, 1, 2], "folder")
+    (folder / "001.bmp").write_bytes(b"no image")
+    assert run(tmp_path) == 0
+    before = captions_of(tmp_path)
+    for name, number in (("001", 1), ("002", 7), ("003", 3)):
+        (folder / f"{name}.bmp").write_bytes(image(number))
+
+    assert run(tmp_path, retry_failed=True, extend=True) == 0
+
+    captions = captions_of(tmp_path)
+    assert captions.keys() == {"000", "001", "002", "003"}
+    assert all(captions.values())
+    assert captions["000"] == before["000"]
+    assert captions["002"] != before["002"]
+    assert verify(open_table(str(tmp_path / "out"))).proven
+
+
 def test_a_file_of_an_older_time_and_another_size_has_changed_and_one_of_the_future_has_not(tmp_path, capsys) -> None:
     write(tmp_path / "images", list(range(COUNT)), "folder")
     assert run(tmp_path) == 0

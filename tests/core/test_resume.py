@@ -211,6 +211,19 @@ def test_an_extended_table_holds_old_and_new(tmp_path: Path) -> None:
     assert verify(open_table(str(out))).proven
 
 
+def test_an_extension_with_a_limit_goes_on_and_does_not_grow_with_each_start(tmp_path: Path) -> None:
+    source, out = make_folder(tmp_path / "archive", 24), tmp_path / "out"
+    first, more = {"limit": 8}, caption_config(source, out, source={"limit": 6}, extend=True)
+    pipeline.run(caption_config(source, out, source=first))
+    pipeline.run(more.model_copy(update={"output": more.output.model_copy(update={"plan_only": True})}))
+
+    assert pipeline.run(more) == 0
+    assert len(contents(out)) == 14
+    assert pipeline.run(more) == 0  # the first six are captioned: six more
+    assert len(contents(out)) == 20
+    assert verify(open_table(str(out))).proven
+
+
 def test_another_model_or_source_is_refused(tmp_path: Path, archive: Path) -> None:
     config = caption_config(archive, tmp_path / "out")
     pipeline.run(config)

@@ -1,5 +1,7 @@
 """The plan: frozen, cut into chunks, resumable, with every id once."""
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -118,6 +120,57 @@ def test_a_listing_that_was_cut_off_goes_on_to_the_same_plan(tmp_path: Path, arc
     assert plan.notes == [
         "26 of 30 images without a reference caption, e.g. 'a/000.jpg', 'a/001.jpg', 'a/002.jpg'",
     ]
+
+
+def remove_listed(archive: Path) -> None:
+    (archive / "b/001.jpg").unlink()
+
+
+def add_before(archive: Path) -> None:
+    (archive / "b/0015.jpg").touch()
+
+
+def remove_and_add(archive: Path) -> None:
+    remove_listed(archive)
+    add_before(archive)
+
+
+def remove_folder(archive: Path) -> None:
+    shutil.rmtree(archive / "b")
+
+
+@pytest.mark.parametrize("change", [remove_listed, add_before, remove_and_add, remove_folder])
+def test_a_source_that_changes_while_its_listing_is_interrupted_loses_and_doubles_no_image(
+    tmp_path: Path, archive: Path, change: Callable[[Path], None]
+) -> None:
+    table, before = make_table(tmp_path / "out"), image_files(archive)
+    with pytest.raises(KeyboardInterrupt):
+        make_plan(table, StopsAfter(open_source(SourceConfig(path=str(archive))), 3), 2, 8)
+    assert table.parts_in_folder(0) == [0, 1]  # the last of them ends in the middle of b
+    change(archive)
+
+    plan_folder_of(table, archive, rows_per_chunk=2)
+
+    planned = planned_ids(table)
+    assert len(planned) == len(set(planned))
+    assert before & image_files(archive) <= set(planned)
+
+
+def image_files(archive: Path) -> set[str]:
+    return {str(path.relative_to(archive)) for path in archive.rglob("*.jpg")}
+
+
+def test_an_interrupted_listing_of_another_selection_is_not_taken_over(tmp_path: Path, archive: Path) -> None:
+    table, config = make_table(tmp_path / "out"), SourceConfig(path=str(archive), include=["[ab]/*"])
+    with pytest.raises(KeyboardInterrupt):
+        make_plan(table, StopsAfter(open_source(config), 2), 2, 4, selection="a and b")
+    assert table.parts_in_folder(0)
+
+    config = SourceConfig(path=str(archive), include=["[bc]/*"])
+    make_plan(table, open_source(config), 2, 4, selection="b and c")
+
+    assert {image_id[0] for image_id in planned_ids(table)} == {"b", "c"}
+    assert len(planned_ids(table)) == 20
 
 
 @pytest.fixture
