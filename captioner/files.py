@@ -112,11 +112,14 @@ def check_remains(location: str) -> None:
 def open_filesystem(location: str) -> tuple[FileSystem, str]:
     """Return the filesystem of a local path or URI, and the path inside it (absolute where local).
 
-    Raises UsageError where nothing installed opens URIs of that scheme, and where the store cannot be reached or does
-    not answer within CONNECT_SECONDS.
+    Raises UsageError where a local path is not UTF-8, where nothing installed opens URIs of that scheme, and where the
+    store cannot be reached or does not answer within CONNECT_SECONDS.
     """
     if not is_uri(location):
-        return LocalFileSystem(), local_path(location)
+        path = local_path(location)
+        if path != path.encode(errors="replace").decode():  # pyarrow takes none of those
+            raise UsageError(f"{path!a}: its name is not UTF-8; rename it, or give another path")
+        return LocalFileSystem(), path
     filesystem, path = _open_uri(location)
     return filesystem, path.rstrip("/")
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import struct
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers import caption_config, rows_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -19,7 +22,7 @@ from captioner import pipeline
 from captioner.config import CaptionConfig, ModelConfig, SourceConfig
 from captioner.console.trying import try_images
 from captioner.data import CAPTIONS_SCHEMA, ERROR_CODES, Captions, DecodedImage, PixelSpec, RawImage
-from captioner.errors import OK, SourceError
+from captioner.errors import OK, SourceError, UsageError
 from captioner.imaging import IMAGE_SCHEMA, decode_images
 from captioner.imaging.pillow import one_line
 from captioner.sources import open_source
@@ -27,6 +30,7 @@ from captioner.sources.reading import read_images
 from captioner.steps import Caption, caption_or_reasons
 from captioner.store.read import read_parts
 from captioner.store.table import open_table
+from captioner.store.verify import verify
 from captioner.testing import FakeCaptioner, make_folder
 
 SPEC = PixelSpec(height=8, width=8)
@@ -192,6 +196,30 @@ def test_names_and_texts_that_no_file_and_no_utf8_may_hold_are_rows(tmp_path) ->
 
     assert [image.error_code for image in images] == ["", *["not_found"] * 5]
     assert len(set(listing.rows["image_id"].to_pylist())) == 6
+
+
+def test_a_folder_whose_path_is_not_utf8_is_captioned_and_proven(tmp_path, capsys) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    config = caption_config(make_folder(folder, 4), tmp_path / "out")
+
+    assert pipeline.run(config) == OK
+    before = rows_of(tmp_path / "out")
+    capsys.readouterr()
+    assert pipeline.run(config) == OK
+
+    assert "nothing to do" in capsys.readouterr().err
+    assert rows_of(tmp_path / "out") == before
+    assert [row["status"] for row in before] == ["ok"] * 4
+    assert verify(open_table(str(tmp_path / "out"))).proven
+
+
+def test_an_out_whose_path_is_not_utf8_is_refused_in_one_line(tmp_path) -> None:
+    out = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
+
+    with pytest.raises(UsageError, match=r"caf\\udce9': its name is not UTF-8; rename it") as refused:
+        pipeline.run(caption_config(make_folder(tmp_path / "images", 2), out))
+
+    assert "\n" not in str(refused.value)
 
 
 def test_text_in_parquet_that_is_not_utf8_is_shown_with_escapes(tmp_path) -> None:
