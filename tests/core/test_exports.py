@@ -261,6 +261,60 @@ def test_text_files_beside_the_originals(home: Path, existing: str, wanted: str)
     assert (home / "archive/000000.txt").exists()
 
 
+def provenance_beside(home: Path) -> list[dict[str, Any]]:
+    return lines_of(home / "out/exports/captioner-provenance.jsonl")
+
+
+@pytest.mark.parametrize("existing", ["skip", "overwrite", "append"])
+def test_text_files_beside_the_originals_keep_their_provenance(home: Path, existing: str) -> None:
+    export(home, "txt", None, beside_originals=True, existing=existing)
+    first = provenance_beside(home)
+    export(home, "txt", None, beside_originals=True, existing=existing)
+
+    assert len(first) == 3
+    assert provenance_beside(home) == first
+
+
+KILLED_AT_RENAME = """
+import os, signal, sys
+from pathlib import Path
+from captioner.config import ExportConfig
+from captioner.publishing.exports.command import export_texts
+from captioner.store.table import open_table
+
+renames = 0
+real = os.replace
+
+def replace(*paths):
+    global renames
+    renames += 1
+    if renames == int(sys.argv[2]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(*paths)
+
+os.replace = replace
+export_texts(open_table(sys.argv[1]), ExportConfig(to="txt", beside_originals=True, existing="overwrite"))
+"""
+
+
+def test_text_files_whose_export_was_killed_at_any_of_them_have_a_line_each_and_foreign_ones_none(home: Path) -> None:
+    (home / "archive/000002.txt").write_text("mine")
+    for number in range(1, 10):
+        words = [str(home / "out"), str(number)]
+        killed = subprocess.run([sys.executable, "-c", KILLED_AT_RENAME, *words])
+        export(home, "txt", None, beside_originals=True)
+        written = [file for file in sorted((home / "archive").glob("*.txt")) if file.read_text() != "mine"]
+        assert sorted(line["path"] for line in provenance_beside(home)) == list(map(str, written))
+        assert all(Path(line["path"]).read_text() == line["alt_text"] + "\n" for line in provenance_beside(home))
+        for file in written:
+            file.unlink()
+        if not killed.returncode:
+            break
+        assert killed.returncode == -signal.SIGKILL
+
+    assert number == 6  # of the lines before and after, and of three texts
+
+
 def test_a_text_that_was_rejected_later_is_taken_back(home: Path) -> None:
     export(home, "txt", None, beside_originals=True)
     (home / "archive/000001.txt").write_text("changed by somebody\n")
@@ -270,6 +324,7 @@ def test_a_text_that_was_rejected_later_is_taken_back(home: Path) -> None:
 
     assert not (home / "archive/000000.txt").exists()
     assert (home / "archive/000001.txt").exists()
+    assert [Path(line["path"]).name for line in provenance_beside(home)] == ["000001.txt", "000002.txt"]
     assert tally.withdrawn == 1
 
 
