@@ -12,7 +12,7 @@ import pyarrow as pa
 from captioner.config import CaptionConfig, Setting, SourceConfig, settings_of
 from captioner.console.phases import phase
 from captioner.console.stopping import notify
-from captioner.console.text import counted, printable
+from captioner.console.text import counted, printable, shell_command
 from captioner.data import Source
 from captioner.errors import OK, OutputError, SourceError
 from captioner.files import shown
@@ -32,7 +32,7 @@ SHOWN = {
     "check": ("references", "max_wer", "max_flagged"),
 }
 _HEAD = """\
-# Settings of a run: captioner caption --config {file}
+# Settings of a run: {command}
 #
 # {facts}
 #
@@ -72,8 +72,12 @@ def run(path: str, file: str, model: str | None, out: str) -> int:
     except OSError as error:
         raise OutputError(f"{file} cannot be written: {error.strerror or error}; give another FILE") from None
     then = f"first set model.name in it, since {missing}; then" if missing else "next"
-    print("\n".join(map(printable, [*facts, f"wrote {file}; {then}: captioner caption --config {file}"])))
+    print("\n".join(map(printable, [*facts, f"wrote {file}; {then}: {_caption_command(file)}"])))
     return OK
+
+
+def _caption_command(file: str) -> str:
+    return shell_command("caption", "--config", file)
 
 
 def _why_missing(model: str) -> str:
@@ -116,7 +120,7 @@ def _fitting_model(rows: pa.Table) -> str:
 
 def _text(file: str, facts: list[str], values: dict[str, str], missing: str) -> str:
     settings = {(setting.group, setting.field): setting for setting in settings_of(CaptionConfig)}
-    lines = [_HEAD.format(file=printable(file), facts="\n# ".join(map(printable, facts)))]
+    lines = [_HEAD.format(command=printable(_caption_command(file)), facts="\n# ".join(map(printable, facts)))]
     for group, fields in SHOWN.items():
         lines.append(f"{group}:")
         if group == "model" and missing:

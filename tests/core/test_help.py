@@ -107,6 +107,19 @@ def test_init_says_what_the_source_was_taken_for(tmp_path: Path, monkeypatch: py
     assert max(map(len, text.splitlines())) <= 120
 
 
+def test_init_names_a_command_that_a_shell_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_folder(tmp_path / "images", 1)
+
+    assert run("init", "images", "my run.yaml") == 0
+
+    command = "captioner caption --config 'my run.yaml'"
+    assert capsys.readouterr().out.endswith(f"wrote my run.yaml; next: {command}\n")
+    assert (tmp_path / "my run.yaml").read_text().startswith(f"# Settings of a run: {command}\n")
+
+
 def test_every_setting_that_init_shows_is_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     make_folder(tmp_path / "images", 1)

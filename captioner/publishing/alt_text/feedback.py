@@ -71,7 +71,7 @@ def run(out: str, pairs: str) -> int:
     """Write PAIRS, print a summary and return the exit code. Raises CaptionerError."""
     feedback = write_feedback(open_table(out), pairs)
     print(f"{printable(pairs)}: {feedback.text}")
-    print(f"train a model: captioner train {printable(pairs)} TRAINED --model MODEL")
+    print(f"train a model: {printable(shell_command('train', pairs, 'TRAINED', '--model', 'MODEL'))}")
     return OK
 
 
