@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
@@ -450,7 +450,7 @@ class TrainDataConfig(Settings):
     image_column: str | None = Field(None, description="Column with bytes, struct{bytes,path}, path or uri.")
     id_column: str | None = Field(None, description="Column with a unique id for each image.")
     reference_column: str | None = Field(None, description="Column with the captions (text or list of text).")
-    limit: int | None = Field(None, ge=1, description="Take only the first N images.")
+    limit: int | None = Field(None, ge=1, description="Take only the first N rows of DATA; an image may have several.")
     max_pixels: int = Field(300_000_000, ge=1, description="Larger images are left out.")
     max_failed: float = Field(0.1, ge=0, le=1, description="Stop when a larger share of the images is unusable.")
     pixel_cache: Annotated[str, AfterValidator(_size)] = Field(
@@ -494,8 +494,8 @@ class TrainClusterConfig(Settings):
 
     address: str | None = Field(None, description="Ray cluster to join; without it a local Ray is started.")
     num_workers: AutoInt = Field("auto", description="Training workers; auto is one for each GPU, or one.")
-    gpus_per_worker: float | None = Field(
-        None, ge=0, description="GPUs of each worker; default 1 where there are GPUs, 0 with --device cpu."
+    gpus_per_worker: GpuShare | None = Field(
+        None, description="GPUs of each worker; default 1 where there are GPUs, 0 with --device cpu."
     )
 
 
@@ -619,6 +619,34 @@ def command_line(config: Settings) -> list[str]:
             values = [",".join(value)] if setting.is_comma_list else value if isinstance(value, list) else [value]
             flags += [word for item in values for word in (setting.flag, str(item))]
     return arguments + flags
+
+
+_OF_ENDPOINTS = ("concurrency", "max_side", "request_timeout", "endpoint_timeout", "price_in", "price_out", "sample")
+
+
+def check_endpoint_settings(model: ModelConfig | JudgeConfig) -> None:
+    """Raise UsageError where settings of an --endpoint are given without one."""
+    if not model.endpoint:
+        refuse_unused(model, _OF_ENDPOINTS, "has no effect without --endpoint")
+
+
+def check_local_settings(cluster: ClusterConfig, *others: str) -> None:
+    """Raise UsageError where settings of a Ray cluster are given with --local. `others`: fields that are such too."""
+    if cluster.local:
+        refuse_unused(cluster, ("address", "num_workers", "decode_cpus", *others), "has no effect with --local")
+
+
+def refuse_unused(settings: Settings, fields: Collection[str], why: str) -> None:
+    """Raise UsageError where one of these fields of a group of settings, of those it has, is not its default.
+
+    `why`: the message after the flag, such as "has no effect with --local".
+    """
+    for field, info in type(settings).model_fields.items():
+        value = getattr(settings, field)
+        if field in fields and value != info.get_default():
+            words = [Setting("", field, info).flag]
+            words += [] if value is True else [",".join(value) if isinstance(value, list) else str(value)]
+            raise UsageError(f"{' '.join(words)}: {why}; leave it out")
 
 
 ConfigT = TypeVar("ConfigT", bound=Settings)

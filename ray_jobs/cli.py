@@ -20,6 +20,7 @@ from captioner.config import (
     JudgeTableConfig,
     MakeAltTextConfig,
     TrainConfig,
+    refuse_unused,
 )
 from captioner.console.phases import HEARTBEAT
 from captioner.console.stopping import quit_at_once
@@ -113,8 +114,10 @@ def doctor(
 @takes(CaptionConfig, groups=["source", "model", "cluster"])
 def estimate(
     config: CaptionConfig,
-    sample: Annotated[int, typer.Option(min=16, metavar="N", help="Number of images to caption.")] = 256,
-    seed: Annotated[int, typer.Option(min=0, metavar="S", help="Seed of the sample.")] = 0,
+    sample: Annotated[
+        int | None, typer.Option(min=16, metavar="N", help="Number of images to caption [default: 256].")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, metavar="S", help="Seed of the sample [default: 0].")] = None,
     price_per_gpu_hour: Annotated[
         float | None,
         typer.Option("--price-per-gpu-hour", "--price-gpu", min=0, metavar="X", help="Price to compute the cost."),
@@ -123,8 +126,12 @@ def estimate(
         int | None,
         typer.Option(min=1, metavar="N", help="Number of images: estimate from earlier figures, without SOURCE."),
     ] = None,
-    gpu: Annotated[str, typer.Option(metavar="NAME", help="With --images: the kind of GPU.")] = "h100",
-    gpus: Annotated[int, typer.Option(min=1, metavar="N", help="With --images: the number of GPUs.")] = 1,
+    gpu: Annotated[
+        str | None, typer.Option(metavar="NAME", help="With --images: the kind of GPU [default: h100].")
+    ] = None,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="With --images: the number of GPUs [default: 1].")
+    ] = None,
     cpus_per_gpu: Annotated[
         int | None,
         typer.Option(min=1, metavar="N", help="With --images: CPUs to decode for each GPU [default: enough]."),
@@ -140,10 +147,21 @@ def estimate(
 
         if config.source.path:
             raise UsageError(f"--images and SOURCE ({config.source.path}) exclude each other; give one of them")
-        return cost.run(images, gpu, gpus, cpus_per_gpu, price_per_gpu_hour)
+        _refuse_given("with --images", {"--sample": sample, "--seed": seed})
+        for group in (config.source, config.model, config.cluster):
+            refuse_unused(group, type(group).model_fields, "has no effect with --images")
+        return cost.run(images, gpu or "h100", gpus or 1, cpus_per_gpu, price_per_gpu_hour)
+    _refuse_given("without --images", {"--gpu": gpu, "--gpus": gpus, "--cpus-per-gpu": cpus_per_gpu})
     from ray_jobs import estimate
 
-    return estimate.run(config, sample, seed, price_per_gpu_hour)
+    return estimate.run(config, sample or 256, seed or 0, price_per_gpu_hour)
+
+
+def _refuse_given(where: str, values: dict[str, Any]) -> None:
+    """Raise UsageError where one of these flags is given."""
+    for flag, value in values.items():
+        if value is not None:
+            raise UsageError(f"{flag} {value}: has no effect {where}; leave it out")
 
 
 @command()

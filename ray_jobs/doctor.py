@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from captioner.config import CaptionConfig, ClusterConfig, ModelConfig
+from captioner.config import CaptionConfig, ClusterConfig, ModelConfig, check_endpoint_settings
 from captioner.console.phases import phase
 from captioner.console.stopping import notify
 from captioner.console.text import counted, printable
-from captioner.errors import ERROR, OK, CaptionerError
+from captioner.errors import ERROR, OK, CaptionerError, UsageError
 from captioner.files import absolute, is_uri
 from captioner.models.devices import pick_device
 from captioner.models.endpoint.api_key import ApiKey
@@ -45,7 +45,10 @@ class Finding:
 
 
 def run(config: CaptionConfig, out: str | None) -> int:
-    """Print the findings; return exit code 1 where a check failed. Raises ClusterError where Ray cannot be reached."""
+    """Print the findings; return exit code 1 where a check failed. Raises UsageError, or ClusterError without Ray."""
+    if config.cluster.local:
+        raise UsageError("--local: doctor checks the nodes of a Ray cluster; leave it out")
+    check_endpoint_settings(config.model)
     failed = 0
     for finding in findings(config, out):
         print(printable(str(finding)), flush=True)

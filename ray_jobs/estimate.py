@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from captioner.config import CaptionConfig, ModelConfig
+from captioner.config import CaptionConfig, ModelConfig, check_endpoint_settings
 from captioner.console.phases import phase
 from captioner.console.stopping import notify
 from captioner.console.summary import usage_rows
@@ -58,6 +58,9 @@ def run(config: CaptionConfig, sample: int, seed: int, price_per_gpu_hour: float
     """Print the prediction; return the exit code. Raises CaptionerError."""
     if not config.source.path or not config.model.name:
         raise UsageError("estimate needs SOURCE and --model")
+    if config.cluster.local:
+        raise UsageError("--local: estimate measures workers on Ray; leave it out")
+    check_endpoint_settings(config.model)
     with phase(f"opening {shown(config.source.path)}", notify):
         source = open_source(config.source)
     notify(f"{shown(config.source.path)} is {describe(source)}")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import captioner.starter
-from captioner.config import ModelConfig
+from captioner.config import ModelConfig, check_endpoint_settings
 from captioner.console.phases import phase
 from captioner.data import PixelSpec, Question
 from captioner.errors import ModelError
@@ -50,6 +50,7 @@ def _resolve(
         from captioner.models.endpoint.probing import resolve_endpoint
 
         return resolve_endpoint(config, notify, questions)
+    check_endpoint_settings(config)
     check_quantize(config)
     settings: dict[str, Any] = {
         "name": config.name,

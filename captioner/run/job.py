@@ -18,7 +18,7 @@ from typing import Protocol
 
 import pyarrow as pa
 
-from captioner.config import CaptionConfig, SourceConfig
+from captioner.config import CaptionConfig, SourceConfig, check_endpoint_settings, check_local_settings
 from captioner.console.phases import phase
 from captioner.console.text import counted
 from captioner.data import Chunk, Receipt, Source
@@ -272,10 +272,17 @@ def check_settings(config: CaptionConfig) -> None:
     modes = [f"--{name.replace('_', '-')}" for name in MODES if getattr(config.output, name)]
     if len(modes) > 1 and not {"--overwrite", "--only"}.isdisjoint(modes):
         raise UsageError(f"{modes[0]} and {modes[1]} exclude each other; give one of them")
+    if config.output.retry_failed and config.output.plan_only:
+        raise UsageError("--retry-failed and --plan-only exclude each other; give one of them")
     if config.output.only is not None:
         if config.output.plan_only:
             raise UsageError("--only and --plan-only exclude each other; give one of them")
         parse_selector(config.output.only)
+    if config.check.stop_early and config.check.max_wer is None:
+        raise UsageError("--stop-early: has no effect without --max-wer; add that, such as --max-wer 0.8")
+    is_shared = config.cluster.gpus_per_worker is not None and config.cluster.gpus_per_worker < 1
+    check_local_settings(config.cluster, *(["gpus_per_worker"] if is_shared else []))
+    check_endpoint_settings(config.model)
     check_exists(config.source.path)
 
 

@@ -23,7 +23,14 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from captioner.config import JudgeConfig, JudgeTableConfig, SourceConfig
+from captioner.config import (
+    ClusterConfig,
+    JudgeConfig,
+    JudgeTableConfig,
+    SourceConfig,
+    check_endpoint_settings,
+    check_local_settings,
+)
 from captioner.console.phases import phase
 from captioner.console.progress import Progress
 from captioner.console.stopping import notify, stoppable
@@ -236,6 +243,8 @@ def judge(out: str, config: JudgeTableConfig, engine: JudgeEngine) -> dict[str, 
     """
     if not config.judge.name:
         raise UsageError("judge needs --model: a CLIP or SigLIP model, such as openai/clip-vit-base-patch32")
+    check_endpoint_settings(config.judge)
+    check_cluster(config.cluster, "a CLIP or SigLIP model fits one GPU; give 1: more workers judge faster")
     with stoppable(f"progress is saved in {shown(out)}"), sole_writer(out) as check_held:
         table = open_finished(out)
         ref = resolve_judge(config.judge.name, config.judge.revision, notify)
@@ -248,6 +257,13 @@ def judge(out: str, config: JudgeTableConfig, engine: JudgeEngine) -> dict[str, 
             figures = summarise(table, work)
         table.directory.write_json(JUDGE_FILE, figures, checksum=True)
         return figures
+
+
+def check_cluster(cluster: ClusterConfig, on_one_gpu: str) -> None:
+    """Raise UsageError for settings of a cluster that judging has no use for. `on_one_gpu`: why not several GPUs."""
+    check_local_settings(cluster, "gpus_per_worker")
+    if cluster.gpus_for_weights > 1:
+        raise UsageError(f"--gpus-per-worker {cluster.gpus_for_weights}: {on_one_gpu}")
 
 
 def _references_file(table: CaptionsTable, settings: JudgeConfig) -> ReferencesFile | None:

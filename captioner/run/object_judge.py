@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from captioner.config import JudgeConfig, JudgeTableConfig, ModelConfig
+from captioner.config import JudgeConfig, JudgeTableConfig, ModelConfig, refuse_unused
 from captioner.console.phases import phase
 from captioner.console.progress import Progress
 from captioner.console.stopping import notify, stoppable
@@ -31,7 +31,7 @@ from captioner.files import shown
 from captioner.models import resolve
 from captioner.models.endpoint.api_key import ApiKey
 from captioner.models.endpoint.captioning import EndpointCaptioner
-from captioner.run.judging import image_errors, open_finished, open_work, pixels_of, read_captions
+from captioner.run.judging import check_cluster, image_errors, open_finished, open_work, pixels_of, read_captions
 from captioner.run.prefetch import as_finished, one_ahead
 from captioner.scoring.judgements import OBJECTS_FILE, objects_name
 from captioner.scoring.sample import LowestRanks, rank
@@ -174,6 +174,9 @@ def judge_objects(out: str, config: JudgeTableConfig, engine: ObjectJudgeEngine)
         raise UsageError(
             f"--references {settings.references}: has no effect with --endpoint, which needs none; leave it out"
         )
+    unused = ("references_columns", "revision", "batch_size", "num_others")
+    refuse_unused(settings, unused, "has no effect with --endpoint")
+    check_cluster(config.cluster, "an --endpoint holds the model; leave it out")
     with stoppable(f"progress is saved in {shown(out)}"), sole_writer(out) as check_held:
         table = open_finished(out)
         work = open_work(table, config, resolve(model, notify=notify))

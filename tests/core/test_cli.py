@@ -189,6 +189,82 @@ def test_the_command_line_of_settings_makes_the_same_settings(tree: dict[str, An
     assert seen == [config]
 
 
+CLIP = ["judge", "out", "--model", "clip"]
+SERVER = ["judge", "out", "--model", "m", "--endpoint", "http://127.0.0.1:9/v1"]
+LOCAL = ["caption", "a", "b", "--model", "fake", "--local"]
+ESTIMATE, IMAGES = ["estimate", "a", "--model", "fake"], ["estimate", "--images", "9"]
+
+
+@pytest.mark.parametrize(
+    ("command", "flags", "message"),
+    [
+        (CLIP, ["--sample", "100"], "has no effect without --endpoint; leave it out"),
+        (CLIP, ["--concurrency", "8"], "has no effect without --endpoint"),
+        (CLIP, ["--price-out", "0.5"], "has no effect without --endpoint"),
+        (CLIP, ["--gpus-per-worker", "2"], "a CLIP or SigLIP model fits one GPU; give 1"),
+        ([*CLIP, "--local"], ["--num-workers", "2"], "has no effect with --local; leave it out"),
+        ([*CLIP, "--local"], ["--gpus-per-worker", "0.5"], "has no effect with --local"),
+        (SERVER, ["--revision", "main"], "has no effect with --endpoint; leave it out"),
+        (SERVER, ["--batch-size", "8"], "has no effect with --endpoint"),
+        (SERVER, ["--num-others", "8"], "has no effect with --endpoint"),
+        (SERVER, ["--references-columns", "a,b"], "has no effect with --endpoint"),
+        (SERVER, ["--gpus-per-worker", "2"], "an --endpoint holds the model"),
+        ([*SERVER, "--local"], ["--address", "head:6379"], "has no effect with --local"),
+        (LOCAL, ["--address", "head:6379"], "has no effect with --local; leave it out"),
+        (LOCAL, ["--num-workers", "2"], "has no effect with --local"),
+        (LOCAL, ["--decode-cpus", "2"], "has no effect with --local"),
+        (LOCAL, ["--gpus-per-worker", "0.5"], "has no effect with --local"),
+        (LOCAL, ["--max-side", "512"], "has no effect without --endpoint; leave it out"),
+        (["caption", "a", "b", "--model", "fake"], ["--concurrency", "8"], "has no effect without --endpoint"),
+        (["try", "a.png", "--model", "fake"], ["--request-timeout", "2.5"], "has no effect without --endpoint"),
+        (["doctor"], ["--endpoint-timeout", "2.5"], "has no effect without --endpoint"),
+        (["doctor"], ["--local"], "doctor checks the nodes of a Ray cluster"),
+        (ESTIMATE, ["--local"], "estimate measures workers on Ray"),
+        (ESTIMATE, ["--price-in", "0.5"], "has no effect without --endpoint"),
+        (ESTIMATE, ["--gpus", "8"], "has no effect without --images; leave it out"),
+        (ESTIMATE, ["--gpu", "h100"], "has no effect without --images"),
+        (ESTIMATE, ["--cpus-per-gpu", "8"], "has no effect without --images"),
+        (IMAGES, ["--model", "fake"], "has no effect with --images; leave it out"),
+        (IMAGES, ["--sample", "64"], "has no effect with --images"),
+        (IMAGES, ["--seed", "1"], "has no effect with --images"),
+        (IMAGES, ["--num-workers", "2"], "has no effect with --images"),
+    ],
+)
+def test_a_flag_without_meaning_is_refused_before_any_work(
+    command: list[str],
+    flags: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where neither source nor table is
+
+    assert exit_code(*command, *flags) == 1
+
+    assert capsys.readouterr().err.startswith(f"captioner: error: {' '.join(flags)}: {message}")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [*LOCAL, "--num-workers", "auto", "--max-side", "1536", "--concurrency", "32"],
+        [*LOCAL, "--gpus-per-worker", "2"],
+        [*CLIP, "--sample", "500"],
+        [*CLIP, "--gpus-per-worker", "0.5"],
+    ],
+)
+def test_a_flag_at_its_default_and_one_with_meaning_pass(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    assert exit_code(*words) == 1
+
+    assert "has no effect" not in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
@@ -217,6 +293,9 @@ def test_the_command_line_of_settings_makes_the_same_settings(tree: dict[str, An
         (["render-scenes", "dir", "--count", "1", "--format", "zip"], ["--format", "zip", "webdataset"]),
         (["--nope"], ["--nope"]),
         (["caption", "a", "b", "--model", "x", "--\x1b[2Jred"], ["[2Jred"]),
+        (["train", "a", "b", "--gpus-per-worker", "1.5"], ["--gpus-per-worker '1.5'", "a whole number"]),
+        (["caption", "a", "b", "--retry-failed", "--plan-only"], ["--retry-failed and --plan-only exclude each other"]),
+        (["caption", "a", "b", "--stop-early"], ["--stop-early: has no effect without --max-wer; add that"]),
     ],
 )
 def test_a_usage_error_is_one_line_and_exit_1(
