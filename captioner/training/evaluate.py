@@ -48,13 +48,15 @@ def make_collate(captioner: TransformersCaptioner) -> Collate:
     settings, ref = captioner.settings, captioner.ref
     end_ids = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
     padding = settings.pad_token_id if settings.pad_token_id is not None else end_ids[0]
-    longest = max_caption_tokens(ref)
     if isinstance(captioner, ChatCaptioner):
         before, end = answer_frame(captioner, end_ids)
+        longest = max_caption_tokens(ref.max_positions, 0)
         return ChatCollate(captioner.tokenizer, (), end, padding, ref.spec, longest, captioner.process, before)
     # A token that `generate` always writes first is not learned.
     forced = [] if settings.forced_bos_token_id is None else [settings.forced_bos_token_id]
-    return Collate(captioner.tokenizer, (*captioner.prefix, *forced), end_ids[0], padding, ref.spec, longest)
+    start = (*captioner.prefix, *forced)
+    longest = max_caption_tokens(ref.max_positions, len(start))
+    return Collate(captioner.tokenizer, start, end_ids[0], padding, ref.spec, longest)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from captioner.sources import describe
 from captioner.store.directory import Directory
 from captioner.training.advice import COLLAPSED, length_warning
 from captioner.training.pair_sources import PairSources, list_pairs, open_pair_sources
-from captioner.training.pairs import SPLITS, TRAINABLE, Examine, Pairs, make_pairs, max_caption_tokens
+from captioner.training.pairs import SPLITS, TRAINABLE, Examine, Pairs, make_pairs
 from captioner.training.pixel_cache import PixelCache
 from captioner.training.progress import TrainProgress
 from captioner.training.recipes import with_recipe
@@ -346,7 +346,8 @@ def _examine(setup: TrainSetup, listed: list[pa.Table], engine: TrainEngine, pro
             yield table
 
     progress.show_status(f"examining {counted(total, 'pair')}")
-    examine = Examine(setup.sources, model.spec, model.path, max_caption_tokens(model), setup.pixel_cache)
+    prompt = (model.prompt or "") if family_of(model.family).prompt == "start" else ""
+    examine = Examine(setup.sources, model.spec, model.path, model.max_positions, setup.pixel_cache, prompt)
     pairs = make_pairs(config.data, with_progress(engine.map_tables(examine, listed)), config.training.seed)
     for name, table in pairs.tables.items():
         out.write_table(f"pairs/{name}.parquet", table)

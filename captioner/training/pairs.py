@@ -19,7 +19,6 @@ from captioner.console.text import counted
 from captioner.data import PixelSpec
 from captioner.errors import SourceError, UsageError
 from captioner.files import shown
-from captioner.models.ref import ModelRef
 from captioner.training.pair_sources import PAIRS_SCHEMA, PairSources
 from captioner.training.pixel_cache import PixelCache
 
@@ -69,15 +68,16 @@ class Pairs:
 class Examine:
     """Completes a table of listed images to PAIRS_SCHEMA: hashes, decodes and measures each pair once. Picklable.
 
-    `tokenizer`: the model's directory. `max_tokens`: of a caption, without start and end token; None for no limit.
-    `pixel_cache`: where decoded images are kept for training.
+    `tokenizer`: the model's directory. `max_positions`: for text tokens in the model; None for no limit.
+    `pixel_cache`: where decoded images are kept for training. `prompt`: the text that every caption continues.
     """
 
     sources: PairSources
     spec: PixelSpec
     tokenizer: str
-    max_tokens: int | None
+    max_positions: int | None
     pixel_cache: PixelCache | None = None
+    prompt: str = ""
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         results = self._decode(rows)
@@ -102,15 +102,20 @@ class Examine:
         return results
 
     def _num_truncated(self, captions: list[list[str] | None]) -> list[int]:
-        """Return for each image how many of its captions are longer than `max_tokens`."""
-        if self.max_tokens is None:
+        """Return for each image how many of its captions are longer than the model allows."""
+        num_prompt = len(self._token_ids([self.prompt])[0]) if self.prompt else 0
+        longest = max_caption_tokens(self.max_positions, 1 + num_prompt)
+        if longest is None:
             return [0] * len(captions)
         flat = [text for texts in captions for text in texts or []]
-        if all(len(text.encode()) <= self.max_tokens for text in flat):  # a token has at least one byte
+        if all(len(text.encode()) <= longest for text in flat):  # a token has at least one byte
             return [0] * len(captions)
-        ids = _tokenizer(self.tokenizer)(flat, add_special_tokens=False).input_ids
-        lengths = iter(map(len, ids))
-        return [sum(next(lengths) > self.max_tokens for _ in texts or []) for texts in captions]
+        lengths = iter(map(len, self._token_ids(flat)))
+        return [sum(next(lengths) > longest for _ in texts or []) for texts in captions]
+
+    def _token_ids(self, texts: list[str]) -> list[list[int]]:
+        ids: list[list[int]] = _tokenizer(self.tokenizer)(texts, add_special_tokens=False).input_ids
+        return ids
 
 
 @lru_cache(maxsize=1)
@@ -287,6 +292,9 @@ TRAINABLE = (
 )
 
 
-def max_caption_tokens(ref: ModelRef) -> int | None:
-    """Return how many tokens a caption may have: the text positions less one each for start and end token."""
-    return None if ref.max_positions is None else ref.max_positions - 2
+def max_caption_tokens(max_positions: int | None, num_start: int) -> int | None:
+    """Return how many tokens a caption may have after `num_start` tokens, the start token and the prompt.
+
+    Without a prompt one text position is left for the end token, although training does not read that token.
+    """
+    return None if max_positions is None else max_positions - max(num_start, 2)

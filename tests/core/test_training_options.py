@@ -15,6 +15,7 @@ from helpers import train_config, training_losses
 from captioner.config import ModelConfig, TrainModelConfig
 from captioner.errors import InterruptedRunError, TerminatedRunError, UsageError
 from captioner.models import load, resolve
+from captioner.testing import make_folder
 from captioner.testing.tiny_models import TINY_SIDE
 from captioner.training import job
 from captioner.training.evaluate import WINDOW, Evaluator, make_collate
@@ -117,6 +118,21 @@ def scalars(file: Path) -> list[tuple[str, int, float]]:
         points += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
         data = data[16 + length :]
     return points
+
+
+def test_captions_longer_than_the_model_allows_after_the_prompt_are_cut_and_counted(
+    tmp_path: Path, data: Path, tiny: Path
+) -> None:
+    """The tiny model has 64 text positions: 4 for start token and prompt, 60 for a caption."""
+    repeats = [100, 31, 30, 30, 30, 30]  # of two tokens
+    folder, out = make_folder(tmp_path / "long", len(repeats), seed=5), tmp_path / "out"
+    lines = [{"file_name": f"{number:06d}.png", "text": "a ring " * count} for number, count in enumerate(repeats)]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    job.run(settings(folder, out, tiny, {"model": {"prompt": "a small red"}}, max_steps=1), LocalTrainEngine())
+
+    assert len(training_losses(out)) == 1
+    assert json.loads((out / "pairs" / "pairs.json").read_text())["truncated_captions"] == 2
 
 
 @pytest.mark.usefixtures("ctrl_c")

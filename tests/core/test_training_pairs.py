@@ -23,10 +23,11 @@ SPEC = PixelSpec(32, 32)
 TOKENIZER = str(Path(__file__).parents[2] / "captioner" / "starter" / "model")
 
 
-def pairs_of(max_tokens: int | None = None, seed: int = 0, **data) -> Pairs:
+def pairs_of(max_positions: int | None = None, prompt: str = "", seed: int = 0, **data) -> Pairs:
     config = TrainDataConfig(**data)
     sources = open_pair_sources(config)
-    examined = map(Examine(sources, SPEC, TOKENIZER, max_tokens), list_pairs(sources, config.limit))
+    examine = Examine(sources, SPEC, TOKENIZER, max_positions, prompt=prompt)
+    examined = map(examine, list_pairs(sources, config.limit))
     return make_pairs(config, examined, seed)
 
 
@@ -206,7 +207,10 @@ def test_an_id_of_two_images_is_named(tmp_path: Path) -> None:
         pairs_of(path=str(tmp_path / "scenes.parquet"), id_column="id")
 
 
-def test_captions_longer_than_the_model_allows_are_counted(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("prompt", "num_truncated"), [("", 1), ("a", 1), ("a small red", 2)])
+def test_captions_longer_than_the_model_allows_after_the_prompt_are_counted(
+    tmp_path: Path, prompt: str, num_truncated: int
+) -> None:
     root = make_folder(tmp_path, 4)
     (root / "metadata.jsonl").write_text(
         "".join(
@@ -215,7 +219,7 @@ def test_captions_longer_than_the_model_allows_are_counted(tmp_path: Path) -> No
         )
     )
 
-    assert pairs_of(path=str(root), max_tokens=5, eval_fraction=0.3).num_truncated == 1
+    assert pairs_of(7, prompt, path=str(root), eval_fraction=0.3).num_truncated == num_truncated
 
 
 def test_an_eval_set_of_zero_is_an_error(tmp_path: Path) -> None:
