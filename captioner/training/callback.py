@@ -67,7 +67,8 @@ class TrainingCallback(TrainerCallback):
         self._first_windows = None
         self._started = time.perf_counter()
         self._show_progress(state)
-        if state.global_step >= self._task.schedule.max_steps:
+        self._stop_if_stale(state)  # a run that was killed after it had stopped early
+        if self.stopped or state.global_step >= self._task.schedule.max_steps:
             control.should_training_stop = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -87,8 +88,8 @@ class TrainingCallback(TrainerCallback):
                 self.stopped = f"{COLLAPSED} at step {step}"
                 control.should_training_stop = True  # without a checkpoint of this step
                 return
-            if is_stale(state.log_history, self._task.config.training):
-                self.stopped = f"no better evaluation since step {best_of(state.log_history, self._metric)['step']}"
+            self._stop_if_stale(state)
+            if self.stopped:
                 control.should_training_stop = True
         control.should_save = schedule.is_saved(step) or control.should_training_stop
 
@@ -105,6 +106,10 @@ class TrainingCallback(TrainerCallback):
     @property
     def _metric(self) -> str:
         return f"eval_{self._task.config.training.metric_for_best_model}"
+
+    def _stop_if_stale(self, state: Any) -> None:
+        if is_stale(state.log_history, self._task.config.training):
+            self.stopped = f"no better evaluation since step {best_of(state.log_history, self._metric)['step']}"
 
     def _read_losses(self, include_latest: bool) -> bool:
         """Read the losses that have arrived; return False, and set `stopped`, where one is not finite."""

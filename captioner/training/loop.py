@@ -284,7 +284,7 @@ class _EmptyDataset(torch.utils.data.IterableDataset[Any]):
 
 
 class _TrainBatches:
-    """A worker's batches from the trainer's current step to its last, on the device."""
+    """A worker's batches from the trainer's current step to its last, on the device; none where training has ended."""
 
     def __init__(
         self, trainer: CaptionTrainer, order: GlobalOrder, share: Share, decode: TableDecoder, collate: Collate
@@ -293,6 +293,8 @@ class _TrainBatches:
         self.dataset = trainer.train_dataset
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        if self._trainer.control.should_training_stop:  # Trainer takes a step before it looks
+            return
         state = self._trainer.state
         tables = self._order.tables(self._share, state.global_step, state.max_steps)
         batches = batches_of(self._decode(tables), self._share.batch_size, self._collate)

@@ -19,6 +19,7 @@ from captioner.testing import make_folder, make_tiny_model
 from captioner.testing.tiny_models import TINY_SIDE
 from captioner.training import job
 from captioner.training.local import LocalTrainEngine, LocalWorker
+from captioner.training.worker import FinishInputs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -247,6 +248,29 @@ def test_early_stopping_keeps_the_best(tmp_path: Path, data: Path) -> None:
     )
 
     assert len(training_losses(out)) == 2
+
+
+def test_a_run_that_ended_after_it_had_stopped_early_trains_no_further(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, histories = tmp_path / "out", []
+    options = {"max_steps": 9, "eval_steps": 2, "early_stopping_patience": 1, "learning_rate": 1e-2}
+
+    def die(engine: LocalTrainEngine, checkpoint: Path, inputs: FinishInputs) -> None:
+        histories.append(inputs.history)
+        raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalTrainEngine, "finish", die)
+        with pytest.raises(Stopped):
+            job.run(train_config(data, out, **options), LocalTrainEngine())
+    capsys.readouterr()
+    job.run(train_config(data, out, **options), LocalTrainEngine())
+
+    history = json.loads((out / "history.json").read_text())["history"]
+    assert history[:-1] == histories[0][:-1]  # the last entry has the seconds of each start
+    assert len(training_losses(out)) == 2
+    assert "stopped at step 2: no better evaluation since step 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
