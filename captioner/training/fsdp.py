@@ -1,7 +1,8 @@
 """Weights, gradients and optimizer states sharded over the workers of a run, by FSDP2 (`fully_shard`) of torch.
 
 Each worker holds a part of every tensor. A layer is whole only while it is computed; during an evaluation all layers
-are. Checkpoints hold whole tensors, so they do not depend on the number of workers.
+are. Where gradients are accumulated, they are whole until the last batch of a step.
+Checkpoints hold whole tensors, so they do not depend on the number of workers.
 """
 
 from __future__ import annotations

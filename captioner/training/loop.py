@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -251,6 +252,18 @@ class CaptionTrainer(Trainer):
         loss = model(**inputs) / num_items_in_batch * self._worker.world_size
         self.step_loss += loss.detach()
         return loss
+
+    @contextmanager
+    def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
+        """Let workers add up gradients of whole layers, which they exchange with the last batch of a step.
+
+        Trainer's own asks the model for `config.distributed_config`, which CaptionLoss does not have.
+        """
+        self.model.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            self.model.set_requires_gradient_sync(True)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Copy what a checkpoint holds; `Checkpoints` writes it in its thread, where Trainer would write it here."""

@@ -33,9 +33,16 @@ class TrainableGitCaptioner(GitCaptioner):
         TransformersCaptioner.__init__(self, ref, device, batch_size)
         # transformers accepts only eager attention for GIT, but its vision tower follows this setting.
         self.model.config.vision_config._attn_implementation = "sdpa"
-        self._fast = None
-        if not unsupported_settings(self.settings):
-            self._fast = FastSearch(GitNetwork(self.model), self.settings, self.prefix)
+        self._fast = self._search()
+
+    def use_device(self, device: torch.device) -> None:
+        super().use_device(device)
+        self._fast = self._search()  # has tensors of its own on the network's device
+
+    def _search(self) -> FastSearch | None:
+        if unsupported_settings(self.settings):
+            return None
+        return FastSearch(GitNetwork(self.model), self.settings, self.prefix)
 
 
 @dataclass(frozen=True)

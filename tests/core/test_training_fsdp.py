@@ -115,18 +115,20 @@ def settings(data: Path, out: Path, model: Path, batch_size: int, lora: Settings
     return train_config(data, out, model, groups, 8, **steps | training)
 
 
-CASES = [(family, lora) for family in TRAINABLE for lora in ({}, {"lora_rank": 4})]
+CASES = [(family, lora, size) for family in TRAINABLE for lora in ({}, {"lora_rank": 4}) for size in (2, 4)]
 
 
-@pytest.mark.parametrize(("family", "lora"), CASES if ALL else CASES[:1])
+@pytest.mark.parametrize(("family", "lora", "batch_size"), CASES if ALL else CASES[:1])
 def test_two_workers_with_half_of_the_weights_give_the_losses_of_one(
-    tmp_path: Path, family: str, lora: Settings
+    tmp_path: Path, family: str, lora: Settings, batch_size: int
 ) -> None:
+    """A step has 8 pairs; with batches of 2 each worker accumulates the gradients of two batches."""
     if lora:
         pytest.importorskip("peft", reason="the extra `lora` is not installed")
     data, model = make_folder(tmp_path / "data", 20, seed=5), make_tiny_model(family, tmp_path / "model")
     job.run(settings(data, tmp_path / "alone", model, 8, lora), LocalTrainEngine("cpu"))
-    sharded = settings(data, tmp_path / "sharded", model, 4, lora, fsdp=True, gradient_checkpointing=True)
+    options = {"gradient_accumulation_steps": 4 // batch_size, "fsdp": True, "gradient_checkpointing": True}
+    sharded = settings(data, tmp_path / "sharded", model, batch_size, lora, **options)
 
     for step in (3, 5):
         with pytest.raises(RuntimeError, match="-9"):

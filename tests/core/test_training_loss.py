@@ -237,6 +237,17 @@ def test_a_model_in_training_captions_with_its_current_weights(tmp_path: Path, m
     assert type(open_tiny(make_tiny_model("git", tmp_path / "model"))._fast.network) is GitNetwork
 
 
+def test_the_search_of_git_follows_its_network_to_another_device(tmp_path: Path) -> None:
+    """As with --fsdp, which moves the network to the GPU after it was opened."""
+    captioner, device = open_tiny(make_tiny_model("git", tmp_path / "model")), torch.device("meta")
+    captioner.model.to(device)
+
+    captioner.use_device(device)
+
+    search = captioner._fast
+    assert search.task.ends.device == search.network.device == device
+
+
 def test_the_vision_encoder_can_be_frozen(tmp_path: Path) -> None:
     captioner = open_tiny(make_tiny_model("git", tmp_path / "model"), freeze_vision=True)
 
