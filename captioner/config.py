@@ -7,6 +7,7 @@ defaults are here.
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -607,7 +608,10 @@ def settings_of(kind: type[Settings]) -> Iterator[Setting]:
 
 
 def command_line(config: Settings) -> list[str]:
-    """Return the command line of these settings: positional arguments, then flags for values that are not defaults."""
+    """Return the command line of these settings: positional arguments, then flags for values that are not defaults.
+
+    A comma list whose values hold commas, or spaces at an end, is given as YAML with --set.
+    """
     arguments, flags = [], []
     for setting in settings_of(type(config)):
         value = getattr(getattr(config, setting.group), setting.field)
@@ -616,9 +620,18 @@ def command_line(config: Settings) -> list[str]:
         elif value is True:
             flags.append(setting.flag)
         elif value != setting.info.get_default():
-            values = [",".join(value)] if setting.is_comma_list else value if isinstance(value, list) else [value]
-            flags += [word for item in values for word in (setting.flag, str(item))]
+            flags += _flag_words(setting, value)
     return arguments + flags
+
+
+def _flag_words(setting: Setting, value: Any) -> list[str]:
+    if setting.is_comma_list:
+        text = ",".join(value)
+        if _split_commas(text) != value:
+            as_yaml = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=math.inf)
+            return ["--set", f"{setting.group}.{setting.field}={as_yaml.rstrip()}"]
+        return [setting.flag, text]
+    return [word for item in (value if isinstance(value, list) else [value]) for word in (setting.flag, str(item))]
 
 
 _OF_ENDPOINTS = ("concurrency", "max_side", "request_timeout", "endpoint_timeout", "price_in", "price_out", "sample")

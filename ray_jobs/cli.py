@@ -117,7 +117,9 @@ def estimate(
     sample: Annotated[
         int | None, typer.Option(min=16, metavar="N", help="Number of images to caption [default: 256].")
     ] = None,
-    seed: Annotated[int | None, typer.Option(min=0, metavar="S", help="Seed of the sample [default: 0].")] = None,
+    seed: Annotated[
+        int | None, typer.Option("--sample-seed", min=0, metavar="S", help="Seed of the sample [default: 0].")
+    ] = None,
     price_per_gpu_hour: Annotated[
         float | None,
         typer.Option("--price-per-gpu-hour", "--price-gpu", min=0, metavar="X", help="Price to compute the cost."),
@@ -147,7 +149,7 @@ def estimate(
 
         if config.source.path:
             raise UsageError(f"--images and SOURCE ({config.source.path}) exclude each other; give one of them")
-        _refuse_given("with --images", {"--sample": sample, "--seed": seed})
+        _refuse_given("with --images", {"--sample": sample, "--sample-seed": seed})
         for group in (config.source, config.model, config.cluster):
             refuse_unused(group, type(group).model_fields, "has no effect with --images")
         return cost.run(images, gpu or "h100", gpus or 1, cpus_per_gpu, price_per_gpu_hour)

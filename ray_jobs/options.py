@@ -79,7 +79,7 @@ class SettingsFlags:
             group, field, value = parse_set(self.kind, text)
             overrides.setdefault(group, {})[field] = value
         for name, setting in self._settings.items():
-            if values[name] not in (None, False, []):  # the flag was given; its text may be empty
+            if is_given(values[name]):
                 overrides.setdefault(setting.group, {})[setting.field] = _to_validate(setting, values[name])
         return load_config(self.kind, values["config"], overrides)
 
@@ -112,6 +112,14 @@ def takes(
         return run
 
     return decorate
+
+
+def is_given(value: Any) -> bool:
+    """Return whether the command line gives this value of a flag or argument; "" and 0 are given.
+
+    A list flag that is absent is `()` to click, and None to a command that typer calls.
+    """
+    return not (value is None or value is False or value in ([], ()))
 
 
 def settings_of_call(command: Any, values: Mapping[str, Any]) -> tuple[Settings, dict[str, Any]] | None:

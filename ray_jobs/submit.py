@@ -23,7 +23,7 @@ from captioner.errors import OK, ClusterError, UsageError
 from captioner.files import is_uri, local_path
 from ray_jobs.address import check_dashboard
 from ray_jobs.follow import ENDED, Follower, reaching
-from ray_jobs.options import settings_of_call
+from ray_jobs.options import is_given, settings_of_call
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -89,7 +89,10 @@ def resolve_arguments(commands: Mapping[str, Any], words: list[str], working_dir
             f"{' '.join(words[:1]) or 'nothing'}: cannot run as a job; commands that can: {', '.join(jobs)}"
         )
     command = commands[words[0]]
-    call = settings_of_call(command.callback, command.make_context(words[0], words[1:]).params)
+    given = command.make_context(f"captioner {words[0]}", words[1:]).params
+    if given.get("print_config"):
+        raise UsageError("--print-config starts nothing, so it is no job; run the command without submit to see it")
+    call = settings_of_call(command.callback, given)
     if call is None:
         return words
     settings, values = call
@@ -98,11 +101,23 @@ def resolve_arguments(commands: Mapping[str, Any], words: list[str], working_dir
         raise UsageError(
             "--address belongs to submit: `captioner submit --address URL -- ...`; --local runs without Ray"
         )
-    own = [(param, values[param.name]) for param in command.params if values.get(param.name) not in (None, False, [])]
+    own = [(param, values[param.name]) for param in command.params if is_given(values.get(param.name))]
     arguments = [_absolute(value, working_dir, True) for param, value in own if param.param_type_name == "argument"]
     options = [word for param, value in own if param.param_type_name == "option" for word in _words(param, value)]
-    settings_words = command_line(_with_absolute_paths(settings, working_dir))
-    return [words[0], *arguments, *filter(None, settings_words), *options]  # "": a SOURCE that was not given
+    return [words[0], *arguments, *_settings_words(_with_absolute_paths(settings, working_dir)), *options]
+
+
+def _settings_words(settings: Settings) -> list[str]:
+    """Return the command line of the settings without arguments that are not given. Raises UsageError."""
+    names = [setting.argument for setting in settings_of(type(settings)) if setting.argument]
+    words = command_line(settings)
+    arguments, flags = words[: len(names)], words[len(names) :]
+    while arguments and not arguments[-1]:
+        arguments.pop()
+    if "" in arguments:
+        missing, given = names[arguments.index("")], names[len(arguments) - 1]
+        raise UsageError(f"no {missing} given, only {given} ({arguments[-1]}); name both")
+    return arguments + flags
 
 
 def _words(option: Any, value: Any) -> list[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,7 +22,7 @@ from captioner.errors import EXIT_CODES, CaptionerError, InterruptedRunError, So
 from captioner.errors import TooManyFailedError as TooMany
 from captioner.run.record import state_after
 from captioner.testing import make_folder
-from ray_jobs.cli import main
+from ray_jobs.cli import app, main
 
 FLAGS = [setting for setting in settings_of(CaptionConfig) if not setting.argument]
 
@@ -122,6 +123,12 @@ def test_every_flag_of_help_is_a_setting(capsys: pytest.CaptureFixture[str]) -> 
     }
 
 
+def test_no_two_flags_of_a_command_have_one_name() -> None:
+    for name, command in typer.main.get_command(app).commands.items():
+        flags = [flag for param in command.params for flag in param.opts]
+        assert len(flags) == len(set(flags)), name
+
+
 def test_help_shows_choices_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     exit_code("caption", "--help-all")
 
@@ -159,7 +166,7 @@ settings_trees = st.fixed_dictionaries(
             {
                 "path": st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1).map("./".__add__),
                 "include": st.lists(st.text(max_size=5), max_size=3),
-                "keep_columns": st.lists(st.sampled_from(["a", "b c", "d-e"]), max_size=3),
+                "keep_columns": st.lists(st.sampled_from(["a", "b c", "d-e", "a,b", " f"]), max_size=3),
                 "limit": st.none() | st.integers(1, 10**12),
             }
         ),
@@ -227,6 +234,7 @@ ESTIMATE, IMAGES = ["estimate", "a", "--model", "fake"], ["estimate", "--images"
         (IMAGES, ["--model", "fake"], "has no effect with --images; leave it out"),
         (IMAGES, ["--sample", "64"], "has no effect with --images"),
         (IMAGES, ["--seed", "1"], "has no effect with --images"),
+        (IMAGES, ["--sample-seed", "1"], "has no effect with --images"),
         (IMAGES, ["--num-workers", "2"], "has no effect with --images"),
     ],
 )

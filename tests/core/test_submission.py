@@ -5,19 +5,48 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import typer
+import yaml
+from pydantic import ValidationError
 
+from captioner.config import Settings, settings_of
 from captioner.errors import UsageError
 from ray_jobs import submit
 from ray_jobs.cli import app
-from ray_jobs.submit import Submission, _current_id, package_directories, runtime_env
+from ray_jobs.options import SettingsFlags, settings_of_call
+from ray_jobs.submit import JOBS, PATHS, Submission, _current_id, package_directories, runtime_env
+
+COMMANDS: dict[str, Any] = typer.main.get_command(app).commands
+URI = "s3://bucket/a b"
+# Of these and of its choices each setting is given those that it accepts.
+VALUES = [
+    True,
+    1,
+    3,
+    100,
+    0.25,
+    1e-7,
+    "",
+    " ",
+    "-1",
+    "--x",
+    "a 'b' \"c\"",
+    "null",
+    "0x1",
+    "{a}",
+    "é\n😀",
+    "1:8",
+    "5MB",
+    "en",
+]
+VALUES += [[""], ["a"], ["a,b", "c"], ["c", " d", "--x"], ["1", "null"]]
 
 
 def make_submission(words: list[str], **options: Any) -> Submission:
-    return submit.make_submission(typer.main.get_command(app).commands, words, **options)
+    return submit.make_submission(COMMANDS, words, **options)
 
 
 @dataclass
@@ -92,10 +121,101 @@ def test_an_ended_id_gives_way_to_the_next_suffix(jobs: dict[str, str], expected
     assert _current_id("id", {name: Known(status) for name, status in jobs.items()}) == expected
 
 
+def values_of_settings(name: str) -> dict[str, dict[str, list[Any]]]:
+    """Values of every setting of a command, by group and key. Paths are URIs, which mean the same on a cluster."""
+    flags: SettingsFlags = COMMANDS[name].callback.flags
+    values: dict[str, dict[str, list[Any]]] = {group: {} for group in flags.kind.model_fields if group in flags.groups}
+    for setting in settings_of(flags.kind):
+        if setting.group in values and setting.flag not in ("--address", "--local"):  # which submit refuses
+            is_path = setting.argument or setting.flag in PATHS
+            tried = [URI] if is_path else [*choices_in(setting.info.annotation), *VALUES]
+            values[setting.group][setting.field] = [
+                value for value in tried if is_accepted(flags.kind, setting.group, setting.field, value)
+            ]
+    return values
+
+
+def choices_in(annotation: Any) -> list[str]:
+    if isinstance(annotation, str):
+        return [annotation]
+    return [choice for part in get_args(annotation) for choice in choices_in(part)]
+
+
+def is_accepted(kind: type[Settings], group: str, field: str, value: Any) -> bool:
+    try:
+        kind.model_validate({group: {field: value}})
+    except ValidationError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_a_job_runs_with_the_settings_that_its_command_has_here(name: str, tmp_path: Path) -> None:
+    values, file = values_of_settings(name), tmp_path / "run.yaml"
+    words = [name, *(["s3://bucket/out"] if name == "check" else []), "--config", str(file)]
+    assert [f"{group}.{field}" for group in values for field in values[group] if not values[group][field]] == []
+
+    for index in range(max(len(of_field) for fields in values.values() for of_field in fields.values())):
+        tree = {
+            group: {field: of_field[index % len(of_field)] for field, of_field in fields.items()}
+            for group, fields in values.items()
+        }
+        file.write_text(yaml.safe_dump(tree, allow_unicode=True), encoding="utf-8")
+
+        sent = make_submission(words).arguments
+
+        assert settings_at_start(sent) == settings_at_start(words)
+
+
+def settings_at_start(words: list[str]) -> Any:
+    """Return the settings that a command runs with, and its own values."""
+    command = COMMANDS[words[0]]
+    return settings_of_call(command.callback, command.make_context(words[0], words[1:]).params)
+
+
+def test_a_list_that_is_set_on_the_command_line_is_also_that_of_the_job() -> None:
+    words = ["--set", "source.include=['*.jpg', '*.png']", "--set", "source.keep_columns=['a,b', c]"]
+
+    sent = make_submission(["caption", "s3://a", "s3://b", *words]).arguments
+
+    assert sent[3:] == [
+        "--include",
+        "*.jpg",
+        "--include",
+        "*.png",
+        "--set",
+        "source.keep_columns=['a,b', c]",
+    ]
+
+
+def test_an_empty_text_stays_the_value_of_its_flag() -> None:
+    words = ["caption", "s3://a", "s3://b", "--prompt", "", "--plan-only"]
+
+    assert make_submission(words).arguments == words
+
+
+def test_a_price_of_0_is_sent_too() -> None:
+    sent = make_submission(["estimate", "s3://a", "--price-per-gpu-hour", "0"]).arguments
+
+    assert sent[sent.index("--price-per-gpu-hour") + 1] == "0.0"
+
+
+@pytest.mark.parametrize("flag", ["--help", "--help-all"])
+@pytest.mark.parametrize("name", JOBS)
+def test_the_help_of_a_command_starts_no_job(name: str, flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit):
+        make_submission([name, flag])
+
+    assert f"captioner {name}" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["status", "out"], "cannot run as a job"),
+        (["caption", "a", "b", "--print-config"], "--print-config starts nothing"),
+        (["caption", "", "b", "--model", "m"], r"no SOURCE given, only OUT \(.*/b\)"),
+        (["train", "--set", "output.path=b"], r"no DATA given, only OUT \(.*/b\)"),
         (["caption", "a", "b", "--model", "m", "--address", "h:1"], "--address belongs to submit"),
         (["caption", "a", "b", "--num-beams", "none"], "--num-beams 'none'"),
     ],
