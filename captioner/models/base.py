@@ -79,6 +79,7 @@ class TransformersCaptioner:
         self.tokenizer = open_tokenizer(ref.path)
         self.prefix = self.start_ids()
         self._check_length()
+        self.checkpoint_settings: GenerationConfig = self.model.generation_config
         self.settings = self.text_model().generation_config = self.search_settings()
         self.mean = torch.tensor(ref.spec.mean, device=device).view(1, 3, 1, 1)
         self.std = torch.tensor(ref.spec.std, device=device).view(1, 3, 1, 1)

@@ -14,10 +14,10 @@ from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType, FSSpecHandl
 from captioner.errors import ModelError, UsageError
 from captioner.files import cache_dir, open_filesystem
 from captioner.models.adapters import CONFIG_FILE
-from captioner.models.weights import weight_files
+from captioner.models.weights import TRAINING_IMAGES, weight_files
 
-# Files that cannot run code: no pickles, no Python.
-HUB_PATTERNS = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors")
+# Files that cannot run code: no pickles, no Python. The last lists the images that `captioner train` has trained on.
+HUB_PATTERNS = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors", TRAINING_IMAGES)
 
 
 def download_from_hub(name: str, revision: str | None, notify: Callable[[str], None]) -> tuple[Path, str]:

@@ -113,6 +113,17 @@ def ensure_local(ref: ModelRef) -> ModelRef:
     Downloads the model if needed. Raises ModelError where that is not possible, or where the directory holds other
     weights or settings than `ref`.
     """
+    local = find_local(ref)
+    adapter = None if local.adapter is None else Path(local.adapter)
+    if adapters.hashes(Path(local.path), adapter) != (ref.sha256, ref.settings_sha256):
+        raise ModelError(
+            f"{adapter or local.path}: not the files that the run started with; restore them, or start again"
+        )
+    return local
+
+
+def find_local(ref: ModelRef) -> ModelRef:
+    """Return `ensure_local` of `ref` without comparing the files, which takes long where weights are large."""
     path = Path(ref.adapter or ref.path)  # what ref.name means
     downloadable = ref.name == STARTER or ref.revision is not None or is_uri(ref.name)
     if not path.is_dir() and not downloadable:
@@ -125,8 +136,6 @@ def ensure_local(ref: ModelRef) -> ModelRef:
     adapter = path if ref.adapter else None
     if adapter is not None:
         path = Path(ref.path) if Path(ref.path).is_dir() else _base_of(adapter, print)
-    if adapters.hashes(path, adapter) != (ref.sha256, ref.settings_sha256):
-        raise ModelError(f"{adapter or path}: not the files that the run started with; restore them, or start again")
     return dataclasses.replace(ref, path=str(path), adapter=None if adapter is None else str(adapter))
 
 

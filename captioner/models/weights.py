@@ -12,6 +12,7 @@ from typing import Any
 from captioner.errors import ModelError
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+TRAINING_IMAGES = "training_images.parquet"  # of a model that `captioner train` has made: which images it saw
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 # The files that determine captions besides the weights, as current and earlier versions of transformers save them.

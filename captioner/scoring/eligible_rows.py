@@ -13,6 +13,7 @@ from pyarrow.fs import FileType
 from captioner.data import STATUS_OK
 from captioner.errors import UsageError
 from captioner.files import open_filesystem
+from captioner.models.weights import TRAINING_IMAGES
 from captioner.scoring.references import References
 from captioner.scoring.sample import LowestRanks, rank
 from captioner.store.plan import read_planned
@@ -114,17 +115,20 @@ def no_match_message(references: References, table: CaptionsTable) -> str:
     )
 
 
-TRAINING_IMAGES = "training_images.parquet"
-
-
 def trained_images(table: CaptionsTable) -> frozenset[str]:
-    """Return the sha256 of the images in the model directory's training_images.parquet; empty when there is none."""
-    name = (table.info.get("model") or {}).get("name", "")
-    name = (table.directory.read_record("run.json").get("model") or {}).get("path") or name
-    if not name:
-        return frozenset()
-    filesystem, path = open_filesystem(f"{name}/{TRAINING_IMAGES}")
+    """Return the sha256 of the images in the model's training_images.parquet; empty when there is none.
+
+    Of a LoRA adapter and of the base model that it was merged into, where both have one.
+    """
+    model = table.directory.read_record("run.json").get("model") or {}
+    name = (table.info.get("model") or {}).get("name")
+    directories = {model.get("path") or name, model.get("adapter")}
+    return frozenset().union(*(_training_images(directory) for directory in directories if directory))
+
+
+def _training_images(directory: str) -> list[str]:
+    filesystem, path = open_filesystem(f"{directory}/{TRAINING_IMAGES}")
     if filesystem.get_file_info(path).type != FileType.File:
-        return frozenset()
+        return []
     column: pa.ChunkedArray = pq.read_table(filesystem.open_input_file(path), columns=["sha256"])["sha256"]
-    return frozenset(column.drop_null().to_pylist())
+    return list(column.drop_null().to_pylist())

@@ -19,6 +19,8 @@ from captioner.console.text import counted
 from captioner.data import PixelSpec
 from captioner.errors import SourceError, UsageError
 from captioner.files import shown
+from captioner.models.ref import ModelRef
+from captioner.models.resolving import find_local
 from captioner.training.pair_sources import PAIRS_SCHEMA, PairSources
 from captioner.training.pixel_cache import PixelCache
 
@@ -68,13 +70,14 @@ class Pairs:
 class Examine:
     """Completes a table of listed images to PAIRS_SCHEMA: hashes, decodes and measures each pair once. Picklable.
 
-    `tokenizer`: the model's directory. `max_positions`: for text tokens in the model; None for no limit.
-    `pixel_cache`: where decoded images are kept for training. `prompt`: the text that every caption continues.
+    `model`: its tokenizer counts, found on this machine where it is needed. `max_positions`: for text tokens in the
+    model; None for no limit. `pixel_cache`: where decoded images are kept for training. `prompt`: the text that every
+    caption continues.
     """
 
     sources: PairSources
     spec: PixelSpec
-    tokenizer: str
+    model: ModelRef
     max_positions: int | None
     pixel_cache: PixelCache | None = None
     prompt: str = ""
@@ -114,15 +117,15 @@ class Examine:
         return [sum(next(lengths) > longest for _ in texts or []) for texts in captions]
 
     def _token_ids(self, texts: list[str]) -> list[list[int]]:
-        ids: list[list[int]] = _tokenizer(self.tokenizer)(texts, add_special_tokens=False).input_ids
+        ids: list[list[int]] = _tokenizer(self.model)(texts, add_special_tokens=False).input_ids
         return ids
 
 
 @lru_cache(maxsize=1)
-def _tokenizer(path: str) -> Any:
+def _tokenizer(model: ModelRef) -> Any:
     from captioner.models.pretrained import open_tokenizer
 
-    return open_tokenizer(path)
+    return open_tokenizer(find_local(model).path)
 
 
 def make_pairs(config: TrainDataConfig, examined: Iterable[pa.Table], seed: int) -> Pairs:

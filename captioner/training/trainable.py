@@ -83,6 +83,8 @@ def open_trainable(
     family = _FAMILIES[ref.family]
     captioner = family.kind(ensure_local(ref), device, batch_size)
     network = captioner.model
+    if ref.adapter is not None:  # peft has frozen the weights that it merged the adapter into
+        network.requires_grad_(True)
     vision = vision_part(network, ref.family)
     if config.lora_rank is not None:
         left_out = vision if config.freeze_vision or not family.adapts_vision else None

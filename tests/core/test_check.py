@@ -23,9 +23,10 @@ from captioner.console import commands
 from captioner.console.progress import Progress
 from captioner.data import Captions, Receipt
 from captioner.errors import CheckFailedError, SourceError, StoppedEarlyError, UsageError
+from captioner.models.weights import TRAINING_IMAGES
 from captioner.run import quality
 from captioner.run.job import open_job
-from captioner.scoring.eligible_rows import TRAINING_IMAGES
+from captioner.scoring.eligible_rows import trained_images
 from captioner.scoring.flags import caption_flags
 from captioner.scoring.language import is_in_other_language, language_of
 from captioner.scoring.references import read_references
@@ -175,6 +176,19 @@ def test_images_the_model_was_trained_on_are_left_out(tmp_path: Path, archive: P
     check = quality.check(table, CheckConfig(sample="all"))
 
     assert (check.trained_left_out, check.with_references, check.scores.num_rows) == (30, 90, 90)
+
+
+def test_images_that_an_adapter_or_its_base_was_trained_on_are_left_out(tmp_path: Path, archive: Path) -> None:
+    table = captioned(archive, tmp_path / "out", tell_the_truth)
+    seen = pa.concat_tables(read_parts(table, ["sha256"]))["sha256"].to_pylist()
+    for name, trained in (("base", seen[:10]), ("adapter", seen[5:30])):
+        (tmp_path / name).mkdir()
+        pq.write_table(pa.table({"sha256": trained}), tmp_path / name / TRAINING_IMAGES)
+    model = {"path": str(tmp_path / "base"), "adapter": str(tmp_path / "adapter")}
+    table.directory.write_json("run.json", table.directory.read_json("run.json") | {"model": model})
+
+    assert trained_images(table) == set(seen[:30])
+    assert quality.check(table, CheckConfig(sample="all")).trained_left_out == 30
 
 
 # Against what

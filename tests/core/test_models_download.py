@@ -18,6 +18,7 @@ import pytest
 from captioner.config import ModelConfig
 from captioner.errors import ModelError
 from captioner.models import load, resolve
+from captioner.models.weights import TRAINING_IMAGES
 from captioner.testing import make_tiny_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -28,6 +29,7 @@ def model(tmp_path_factory) -> Path:
     directory = make_tiny_model("git", tmp_path_factory.mktemp("model") / "tiny-git")
     (directory / "pytorch_model.bin").write_bytes(b"pickle")
     (directory / "modeling_evil.py").write_text("raise SystemExit")
+    (directory / TRAINING_IMAGES).write_bytes(b"parquet")
     return directory
 
 
@@ -135,7 +137,7 @@ def test_a_hub_id_is_downloaded_once_and_its_branch_becomes_a_commit(ask, hub, t
     assert downloads > 5
     assert len([r for r in hub.RequestHandlerClass.requests[downloads:] if "/resolve/" in r]) == 0
     names = {file.name for file in Path(first[1].split()[1]).iterdir()}
-    assert {"config.json", "model.safetensors", "tokenizer.json"} <= names
+    assert {"config.json", "model.safetensors", "tokenizer.json", TRAINING_IMAGES} <= names
     assert not names & {"pytorch_model.bin", "modeling_evil.py"}
 
 
@@ -171,6 +173,7 @@ def test_a_uri_is_copied_once(store, model, tmp_path) -> None:
     assert lines[0].startswith(f"downloading {store} (0 MB) to {tmp_path}")
     assert first == second
     assert first.fingerprint == resolve(ModelConfig(name=str(model))).fingerprint
+    assert (Path(first.path) / TRAINING_IMAGES).is_file()
     assert {file.name for file in Path(first.path).iterdir()}.isdisjoint({"pytorch_model.bin", "modeling_evil.py"})
     assert [file.name for file in Path(first.path).parent.iterdir()] == [Path(first.path).name]
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,21 +13,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from captioner import pipeline
-from captioner.config import TrainDataConfig
+from captioner.config import ModelConfig, TrainDataConfig
 from captioner.data import PixelSpec
 from captioner.errors import SourceError, UsageError
+from captioner.models import ModelRef, resolve
 from captioner.testing import ABORT_MARKER, decoder_faults, make_folder, make_parquet, make_tar
 from captioner.training.pair_sources import PAIRS_SCHEMA, list_pairs, open_pair_sources
 from captioner.training.pairs import Examine, Pairs, join_captions, make_pairs, split
 
 SPEC = PixelSpec(32, 32)
-TOKENIZER = str(Path(__file__).parents[2] / "captioner" / "starter" / "model")
+MODEL = resolve(ModelConfig(name="starter"))
 
 
-def pairs_of(max_positions: int | None = None, prompt: str = "", seed: int = 0, **data) -> Pairs:
+def pairs_of(
+    max_positions: int | None = None, prompt: str = "", seed: int = 0, model: ModelRef = MODEL, **data
+) -> Pairs:
     config = TrainDataConfig(**data)
     sources = open_pair_sources(config)
-    examine = Examine(sources, SPEC, TOKENIZER, max_positions, prompt=prompt)
+    examine = Examine(sources, SPEC, model, max_positions, prompt=prompt)
     examined = map(examine, list_pairs(sources, config.limit))
     return make_pairs(config, examined, seed)
 
@@ -220,6 +224,8 @@ def test_captions_longer_than_the_model_allows_after_the_prompt_are_counted(
     )
 
     assert pairs_of(7, prompt, path=str(root), eval_fraction=0.3).num_truncated == num_truncated
+    elsewhere = replace(MODEL, path="/gone")  # as of a machine that resolved the model
+    assert pairs_of(7, prompt, path=str(root), eval_fraction=0.3, model=elsewhere).num_truncated == num_truncated
 
 
 def test_an_eval_set_of_zero_is_an_error(tmp_path: Path) -> None:

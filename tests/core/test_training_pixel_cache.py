@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from captioner.config import TrainDataConfig
+from captioner.config import ModelConfig, TrainDataConfig
 from captioner.data import PixelSpec
+from captioner.models import resolve
 from captioner.testing import make_folder
 from captioner.training.collate import Decode, pixels_of
 from captioner.training.pair_sources import PairSources, list_pairs, open_pair_sources
@@ -22,7 +23,7 @@ from captioner.training.pixel_cache import PixelCache
 
 SPEC = PixelSpec(32, 24)
 SPECS = [SPEC, PixelSpec(64, 64, resize="own_edge", limit=64, multiple=8)]
-TOKENIZER = str(Path(__file__).parents[2] / "captioner" / "starter" / "model")
+MODEL = resolve(ModelConfig(name="starter"))
 SHA256 = "ab" * 32
 
 
@@ -37,7 +38,7 @@ def temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def open_pairs(data: Path, spec: PixelSpec, cache: PixelCache) -> tuple[PairSources, pa.Table]:
     """Return the examined pairs of a folder, whose pixels are in the cache from then on."""
     sources = open_pair_sources(TrainDataConfig(path=str(data)))
-    (rows,) = map(Examine(sources, spec, TOKENIZER, None, cache), list_pairs(sources, None))
+    (rows,) = map(Examine(sources, spec, MODEL, None, cache), list_pairs(sources, None))
     captions = [texts[0] for texts in rows["reference_captions"].to_pylist()]
     return sources, rows.append_column("caption", pa.array(captions))
 
