@@ -31,7 +31,17 @@ if TYPE_CHECKING:
 JOBS = ("caption", "train", "check", "doctor", "estimate")  # commands that may run as a job
 NO_AGENT = "No available agent"  # what a head says, after 10 s, while it starts or where the port of its agent is taken
 AGENT_S = 120.0  # the longest start of a head that is waited for
-PATHS = ("--model", "--out", "--against", "--references", "--terms", "--questions", "--eval-data", "--test-data")
+PATHS = (
+    "--model",
+    "--out",
+    "--against",
+    "--references",
+    "--terms",
+    "--questions",
+    "--eval-data",
+    "--test-data",
+    "--caption-image",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +140,7 @@ def _with_absolute_paths(settings: Settings, working_dir: str | None) -> Setting
         group = getattr(settings, setting.group)
         value = getattr(group, setting.field)
         if isinstance(value, str) and value and (setting.argument or setting.flag in PATHS):
-            path = _absolute(value, working_dir, setting.group == "output")
+            path = _absolute(value, working_dir, is_output=setting.argument == "OUT")
             group = group.model_copy(update={setting.field: path})
             settings = settings.model_copy(update={setting.group: group})
     return settings

@@ -18,6 +18,7 @@ from captioner.console.stopping import notify
 from captioner.console.text import counted, printable, shorten
 from captioner.data import SAMPLES_FIELD, RawImage
 from captioner.errors import ERROR, OK, TOO_MANY_FAILED, CaptionerError, ModelError, UsageError
+from captioner.files import local_path
 from captioner.imaging.sandbox.decoder import GuardedDecoder
 from captioner.models import ModelRef, load, resolve, resolve_dtype
 from captioner.models.devices import pick_device
@@ -64,7 +65,7 @@ def try_images(files: Sequence[str], models: Sequence[ModelConfig], page: str | 
 
 
 def _read(name: str) -> RawImage:
-    path = os.fsencode(os.path.abspath(name))
+    path = os.fsencode(local_path(name))
     return read_file(Root("/"), ReadLimits(), readable(os.fsencode(name)), path)
 
 

@@ -276,7 +276,9 @@ def _check_settings(config: TrainConfig) -> None:
     if config.training.fsdp and config.training.fp16:
         raise UsageError("--fsdp: sharded weights cannot be trained in float16; give --bf16 in place of --fp16")
     image = config.output.caption_image
-    if image and not is_uri(image) and not os.path.exists(local_path(image)):
+    if image and is_uri(image):
+        raise UsageError(f"--caption-image {shown(image)}: is not on a local disk; give a file that is")
+    if image and not os.path.isfile(local_path(image)):
         raise UsageError(f"--caption-image {image}: no such file")
     if config.output.push_to_hub and not config.output.hub_model_id:
         raise UsageError("--push-to-hub: name the repository with --hub-model-id OWNER/NAME")

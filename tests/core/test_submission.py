@@ -85,6 +85,18 @@ def test_a_config_file_is_read_here_and_local_paths_become_absolute(
     assert sent == ["caption", f"{here}/images", f"{here}/out", "--model", "org/model", "--num-beams", "3"]
 
 
+@pytest.mark.parametrize("working_dir", [None, "."])
+def test_the_image_to_caption_after_training_is_a_path_as_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, working_dir: str | None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.png").touch()
+
+    sent = make_submission(["train", "s3://a", "s3://b", "--caption-image", "a.png"], working_dir=working_dir).arguments
+
+    assert sent[-1] == ("a.png" if working_dir else str(tmp_path / "a.png"))
+
+
 def test_what_lies_in_the_working_dir_stays_relative_and_out_does_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -49,6 +49,13 @@ def test_models_are_compared_image_by_image(image: str, tmp_path: Path, capsys: 
     assert "<b>" not in html
 
 
+def test_an_image_may_be_a_file_uri_or_in_the_home_folder(image: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(Path(image).parent))
+
+    assert try_images([f"file://{image}"], [FAKE]) == OK
+    assert try_images([f"~/{Path(image).name}"], [FAKE]) == OK
+
+
 def test_every_model_answers_all_questions_on_the_terminal_and_on_the_page(
     image: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
