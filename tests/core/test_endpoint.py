@@ -29,7 +29,7 @@ from captioner.models.endpoint.reply import NoReplyError, error_in, judge
 from captioner.models.endpoint.sharing import LONGEST_REST_S, ServerPool
 from captioner.run.job import NO_LOGPROBS
 from captioner.store.table import open_table
-from captioner.testing import make_folder, num_committed_chunks
+from captioner.testing import make_folder
 from captioner.testing.model_server import (
     HALF_A_REPLY,
     NO_REPLY,
@@ -385,23 +385,24 @@ def test_what_concerns_every_image_stops_the_run_with_one_line(answer: Answer, m
 
 
 def test_a_run_whose_model_changes_keeps_what_is_committed_and_goes_on_with_the_first(tmp_path: Path) -> None:
+    """Four requests are under way, so that the images of the first chunk, 16, are among the first 23 requests."""
     make_folder(tmp_path / "images", 40)
     is_committed = threading.Event()
 
     def wait_for_a_chunk() -> None:
-        while not num_committed_chunks(tmp_path / "out"):
+        while not list((tmp_path / "out").glob("chunks/*/*.arrow")):
             time.sleep(0.01)
         is_committed.set()
 
     changes = {"model": "another-vlm", "choices": saying("a cat").changes["choices"]}
     changed = Answer(changes=changes, held=is_committed)
     threading.Thread(target=wait_for_a_chunk, daemon=True).start()
-    with ModelServer(lambda asked: changed if asked.number >= 20 else None) as server:
+    with ModelServer(lambda asked: changed if asked.number >= 24 else None) as server:
         with pytest.raises(EndpointError, match="the answers now come from model 'another-vlm'"):
-            run(tmp_path, server)
+            run(tmp_path, server, concurrency=4)
         committed = {row["caption"] for row in rows_of(tmp_path / "out")}
         server.rule = lambda asked: None
-        assert run(tmp_path, server) == 0
+        assert run(tmp_path, server, concurrency=4) == 0
 
     captions = [row["caption"] for row in rows_of(tmp_path / "out")]
     assert len(set(captions)) == 40
