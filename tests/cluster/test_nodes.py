@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from captioner.config import ClusterConfig
-from captioner.store.plan import MIN_ROWS_PER_CHUNK
 from captioner.store.table import open_table
 from captioner.store.verify import verify
 from captioner.testing import GATE_MARKER, decoder_faults, make_folder
@@ -65,26 +64,16 @@ class Observed:
 
 @pytest.fixture(scope="module")
 def grown(head, tmp_path_factory: pytest.TempPathFactory) -> Observed:
-    """A run on one node that a second joins.
-
-    It captions nothing before the node is there: the first image of each chunk waits. And it does not end before it was
-    seen to grow: its last image waits.
-    """
+    """A run on one node that a second joins. It does not end before it was seen to grow: its last image waits."""
     root = tmp_path_factory.mktemp("grown")
-    archive, joined, gate = make_folder(root / "archive", IMAGES, width=32), root / "joined", root / "gate"
-    for opened_later, numbers in ((joined, range(0, IMAGES, MIN_ROWS_PER_CHUNK)), (gate, [IMAGES - 1])):
-        opened_later.mkdir()
-        for number in numbers:
-            with (archive / f"{number:06d}.png").open("ab") as image:
-                image.write(GATE_MARKER + bytes(opened_later))
+    archive, gate = make_folder(root / "archive", IMAGES, width=32), root / "gate"
+    gate.mkdir()
+    with (archive / f"{IMAGES - 1:06d}.png").open("ab") as last:
+        last.write(GATE_MARKER + bytes(gate))
     flags = [*SLOW_MODEL, "--device", "cpu", "--num-workers", "1:2", "--decode-timeout", "3600"]
     environment = f"PYTHONPATH={decoder_faults()['PYTHONPATH']}"
     job = head.submit("--env", environment, "--", "caption", str(archive), str(root / "out"), *flags)
-    while not (joined / "pid").exists():
-        assert job.poll() is None, job.stdout.read()
-        time.sleep(0.1)
     head.add_node(num_cpus=2)
-    (joined / "open").touch()
     run, deadline = Observed(root / "out"), time.monotonic() + DEADLINE_S
     while job.poll() is None:
         for name, value in re.findall(r"^(ray_captioner_\w+\{.*\}) (\S+)$", head.scrape(), re.MULTILINE):
