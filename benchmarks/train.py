@@ -59,7 +59,7 @@ def ours(args: argparse.Namespace) -> dict:
     ref, config = resolve(ModelConfig(name=args.model)), TrainDataConfig(path=args.data, max_failed=1.0)
     sources = open_pair_sources(config)
     listed = list_pairs(sources, 200)
-    train = make_pairs(config, map(Examine(sources, ref.spec, ref, None), listed), 0).tables["train"]
+    train = make_pairs(config, map(Examine(sources, ref), listed), 0).tables["train"]
     captioner = open_trainable(ref, TrainModelConfig(), device(), args.batch_size, None)
     loss, collate, decode = CaptionLoss(captioner).train(), make_collate(captioner), Decode(sources, ref.spec)
     order, share = GlobalOrder(train, 0, "first"), Share(0, 1, args.batch_size)

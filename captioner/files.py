@@ -18,6 +18,7 @@ from urllib.parse import quote, unquote
 import pyarrow as pa
 from pyarrow.fs import FileSystem, FSSpecHandler, LocalFileSystem, PyFileSystem
 
+from captioner.console.text import valid_unicode
 from captioner.errors import NoAnswerError, UsageError
 from captioner.run.prefetch import in_background
 
@@ -117,7 +118,7 @@ def open_filesystem(location: str) -> tuple[FileSystem, str]:
     """
     if not is_uri(location):
         path = local_path(location)
-        if path != path.encode(errors="replace").decode():  # pyarrow takes none of those
+        if path != valid_unicode(path):  # pyarrow takes none of those
             raise UsageError(f"{path!a}: its name is not UTF-8; rename it, or give another path")
         return LocalFileSystem(), path
     filesystem, path = _open_uri(location)

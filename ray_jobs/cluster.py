@@ -31,7 +31,8 @@ from ray_jobs.workers import check_own_workers, job_config, keep_messages
 
 MIN_CPU_SHARE = 0.05
 JOIN_TIMEOUT_S = 30.0  # for a cluster that answers
-START_TIMEOUT_S = 120.0  # for a local Ray; it took 23 s on two CPUs with a load of 10
+# For a local Ray, which took 23 s on two CPUs with a load of 10, and its first worker (`check_own_workers`).
+START_TIMEOUT_S = 240.0
 EXIT_TIMEOUT_S = 10.0  # for a Ray that is still starting when the program ends
 
 
@@ -132,12 +133,11 @@ class Connection:
         is_own = address == "local"
         try:
             with phase("starting Ray" if is_own else f"connecting to Ray at {address}", notify):
-                # Of its own Ray, the first worker process has a time of its own (`check_own_workers`).
-                return self._resources.result(2 * START_TIMEOUT_S if is_own else JOIN_TIMEOUT_S)
+                return self._resources.result(START_TIMEOUT_S if is_own else JOIN_TIMEOUT_S)
         except TimeoutError:
             if is_own:
                 raise ClusterError(
-                    f"Ray did not start on this machine within {2 * START_TIMEOUT_S:g} s; its logs are in "
+                    f"Ray did not start on this machine within {START_TIMEOUT_S:g} s; its logs are in "
                     "/tmp/ray/session_latest/logs; --local needs no Ray"
                 ) from None
             raise ClusterError(

@@ -22,7 +22,7 @@ from captioner.console.text import printable
 from captioner.errors import ClusterError
 from ray_jobs.failures import first_error
 
-START_TIMEOUT_S = 120.0  # for the first worker process of a Ray on this machine, as for that Ray itself
+START_TIMEOUT_S = 120.0  # for the first worker process of a Ray on this machine
 MAX_RESTARTS = 4  # of a worker, before any worker has finished a chunk
 POLL_S = 1.0
 ADVICE = "fix it, then run the same command again; --local needs no Ray"

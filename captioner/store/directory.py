@@ -35,7 +35,6 @@ from captioner.store.checksum import (
 )
 
 _TEMPORARY = ".tmp"
-_SURROGATES = re.compile("[\ud800-\udfff]")
 ROW_GROUP_ROWS = 16_384
 LEASE_FILE = "writer.json"  # the marker of a running writer: see `captioner.store.lease`
 RECHECK_FILE = "plan/recheck.json"  # a file was found damaged: the next start reads all of them
@@ -252,7 +251,9 @@ class Directory:
     def write_json(self, name: str, value: dict[str, Any], checksum: bool = False) -> None:
         """Write an object as an indented JSON file, atomically."""
         value = with_checksum(value) if checksum else value
-        self.write_bytes(name, _as_json(value) + b"\n")
+        text = json.dumps(value, indent=2, ensure_ascii=False)
+        # Paths that are not UTF-8 hold halves of surrogate pairs: they are escaped, and reading restores them.
+        self.write_bytes(name, text.encode(errors="backslashreplace") + b"\n")
 
     @contextmanager
     def open_parquet(self, name: str, columns: Sequence[str] = ()) -> Iterator[pq.ParquetFile]:
@@ -364,15 +365,6 @@ def _row_groups(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
             waiting, num_waiting = [], 0
     if waiting:
         yield pa.concat_tables(waiting)
-
-
-def _as_json(value: dict[str, Any]) -> bytes:
-    """Return an object as indented JSON in UTF-8.
-
-    Paths that are not UTF-8 hold halves of surrogate pairs, which are escaped; reading restores them.
-    """
-    text = json.dumps(value, indent=2, ensure_ascii=False)
-    return _SURROGATES.sub(lambda half: f"\\u{ord(half[0]):04x}", text).encode()
 
 
 def sync_folder(folder: str | Path) -> None:

@@ -348,8 +348,7 @@ def _examine(setup: TrainSetup, listed: list[pa.Table], engine: TrainEngine, pro
             yield table
 
     progress.show_status(f"examining {counted(total, 'pair')}")
-    prompt = (model.prompt or "") if family_of(model.family).prompt == "start" else ""
-    examine = Examine(setup.sources, model.spec, model, model.max_positions, setup.pixel_cache, prompt)
+    examine = Examine(setup.sources, model, setup.pixel_cache)
     pairs = make_pairs(config.data, with_progress(engine.map_tables(examine, listed)), config.training.seed)
     for name, table in pairs.tables.items():
         out.write_table(f"pairs/{name}.parquet", table)

@@ -16,9 +16,9 @@ import pyarrow.compute as pc
 
 from captioner.config import TrainDataConfig
 from captioner.console.text import counted
-from captioner.data import PixelSpec
 from captioner.errors import SourceError, UsageError
 from captioner.files import shown
+from captioner.models.families import family_of
 from captioner.models.ref import ModelRef
 from captioner.models.resolving import find_local
 from captioner.training.pair_sources import PAIRS_SCHEMA, PairSources
@@ -70,17 +70,13 @@ class Pairs:
 class Examine:
     """Completes a table of listed images to PAIRS_SCHEMA: hashes, decodes and measures each pair once. Picklable.
 
-    `model`: its tokenizer counts, found on this machine where it is needed. `max_positions`: for text tokens in the
-    model; None for no limit. `pixel_cache`: where decoded images are kept for training. `prompt`: the text that every
-    caption continues.
+    `model`: its tokenizer counts, found on this machine where it is needed. `pixel_cache`: where decoded images are
+    kept for training.
     """
 
     sources: PairSources
-    spec: PixelSpec
     model: ModelRef
-    max_positions: int | None
     pixel_cache: PixelCache | None = None
-    prompt: str = ""
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         results = self._decode(rows)
@@ -97,22 +93,22 @@ class Examine:
         results: list[dict[str, Any]] = [without_caption] * len(rows)
         indices = [index for index, count in enumerate(counts) if count]
         if indices:
-            batch = self.sources.decode(rows.take(indices), self.spec)
+            batch = self.sources.decode(rows.take(indices), self.model.spec)
             for index, result, pixels in zip(indices, batch.rows.to_pylist(), batch.pixels, strict=True):
                 results[index] = result
                 if self.pixel_cache is not None and not result["error_code"]:
-                    self.pixel_cache.write(result["sha256"], self.spec, pixels)
+                    self.pixel_cache.write(result["sha256"], self.model.spec, pixels)
         return results
 
     def _num_truncated(self, captions: list[list[str] | None]) -> list[int]:
         """Return for each image how many of its captions are longer than the model allows."""
-        num_prompt = len(self._token_ids([self.prompt])[0]) if self.prompt else 0
-        longest = max_caption_tokens(self.max_positions, 1 + num_prompt)
-        if longest is None:
-            return [0] * len(captions)
         flat = [text for texts in captions for text in texts or []]
-        if all(len(text.encode()) <= longest for text in flat):  # a token has at least one byte
+        prompt = (self.model.prompt or "") if family_of(self.model.family).prompt == "start" else ""
+        fewest = max_caption_tokens(self.model.max_positions, 1 + len(prompt.encode()))
+        if fewest is None or all(len(text.encode()) <= fewest for text in flat):  # a token has at least one byte
             return [0] * len(captions)
+        longest = max_caption_tokens(self.model.max_positions, 1 + len(self._token_ids([prompt])[0]))
+        assert longest is not None
         lengths = iter(map(len, self._token_ids(flat)))
         return [sum(next(lengths) > longest for _ in texts or []) for texts in captions]
 

@@ -30,7 +30,7 @@ def pairs_of(
 ) -> Pairs:
     config = TrainDataConfig(**data)
     sources = open_pair_sources(config)
-    examine = Examine(sources, SPEC, model, max_positions, prompt=prompt)
+    examine = Examine(sources, replace(model, spec=SPEC, max_positions=max_positions, prompt=prompt))
     examined = map(examine, list_pairs(sources, config.limit))
     return make_pairs(config, examined, seed)
 

@@ -4,6 +4,7 @@ import os
 import shutil
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,7 @@ def temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def open_pairs(data: Path, spec: PixelSpec, cache: PixelCache) -> tuple[PairSources, pa.Table]:
     """Return the examined pairs of a folder, whose pixels are in the cache from then on."""
     sources = open_pair_sources(TrainDataConfig(path=str(data)))
-    (rows,) = map(Examine(sources, spec, MODEL, None, cache), list_pairs(sources, None))
+    (rows,) = map(Examine(sources, replace(MODEL, spec=spec), cache), list_pairs(sources, None))
     captions = [texts[0] for texts in rows["reference_captions"].to_pylist()]
     return sources, rows.append_column("caption", pa.array(captions))
 
