@@ -496,7 +496,7 @@ class TrainClusterConfig(Settings):
     address: str | None = Field(None, description="Ray cluster to join; without it a local Ray is started.")
     num_workers: AutoInt = Field("auto", description="Training workers; auto is one for each GPU, or one.")
     gpus_per_worker: GpuShare | None = Field(
-        None, description="GPUs of each worker; default 1 where there are GPUs, 0 with --device cpu."
+        None, description="GPUs of each worker, 1 at most; default 1 where there are GPUs, 0 with --device cpu."
     )
 
 

@@ -68,7 +68,8 @@ class RayJudgeEngine:
         resources = Connection(self._config).resources()
         sizes = share_out(resources, self._config, device="cpu", waits_for_servers=True)
         check_shared(work.work.table.directory, TABLE_FILE)
-        shared = replace(work, work=replace(work.work, model=work.work.model.shared_by(sizes.num_workers)))
+        num_workers = max(sizes.num_workers, sizes.max_workers)
+        shared = replace(work, work=replace(work.work, model=work.work.model.shared_by(num_workers)))
         with shown_messages() as messages:
             asker = {"work": shared, "api_key": ApiKey.from_environment(), "messages": messages}
             stages = Stages((DecodeSample, {"work": work.work}), (AskAboutObjects, asker), judge_calls(shared))
@@ -160,14 +161,14 @@ def make_dataset(rows: list[dict[str, Any]], stages: Stages, sizes: Sizes) -> Da
         decoder,
         fn_constructor_kwargs=decoder_arguments,
         num_cpus=sizes.cpus_per_decoder,
-        **pool(sizes.decode_cpus),
+        **pool(sizes.decode_cpus, sizes.max_decode_cpus),
     )
     return dataset.map_batches(
         judge,
         fn_constructor_kwargs=judge_arguments,
         num_cpus=sizes.cpus_per_worker,
         num_gpus=sizes.gpus_per_worker or None,
-        **pool(sizes.num_workers, max_calls=stages.calls),
+        **pool(sizes.num_workers, sizes.max_workers, stages.calls),
     )
 
 

@@ -162,6 +162,8 @@ def submit(submission: Submission, address: str | None, follow: bool, pending_ti
     client = connect_client(address)
     job_id, is_new = start_or_attach(client, submission, pending_timeout)
     announcement = f"{'submitted' if is_new else 'already submitted'}: {job_id}"
+    if not is_new and (submission.env or submission.working_dir):
+        notify(f"{job_id} keeps the --env and --working-dir that it was started with; stop it first to change them")
     if not follow:
         notify(announcement)
         return OK

@@ -271,6 +271,8 @@ def _check_settings(config: TrainConfig) -> None:
         raise UsageError("no OUT given; name the directory for the model and its report")
     if not config.data.path:
         raise UsageError("no DATA given; name a folder with metadata.jsonl, tars, Parquet, a dataset or captions table")
+    if (gpus := config.cluster.gpus_per_worker or 0.0) > 1:
+        raise UsageError(f"--gpus-per-worker {gpus:g}: a training worker uses one GPU; give 1 and more --num-workers")
     if config.training.bf16 and config.training.fp16:
         raise UsageError("--bf16 and --fp16 exclude each other; give one of them")
     if config.training.fsdp and config.training.fp16:
@@ -282,6 +284,8 @@ def _check_settings(config: TrainConfig) -> None:
         raise UsageError(f"--caption-image {image}: no such file")
     if config.output.push_to_hub and not config.output.hub_model_id:
         raise UsageError("--push-to-hub: name the repository with --hub-model-id OWNER/NAME")
+    if config.output.hub_model_id and not config.output.push_to_hub:
+        raise UsageError(f"--hub-model-id {config.output.hub_model_id}: nothing is uploaded; add --push-to-hub")
     if not config.data.eval_data and not config.data.eval_fraction:
         raise UsageError("--eval-fraction 0: the eval set is empty; raise it, or give --eval-data")
     if columns := columns_in(config.model.prompt):

@@ -293,7 +293,8 @@ def test_ctrl_c_asks_whether_to_stop_or_to_detach(head, archive: Path, tmp_path:
     assert str(head.client().get_job_status(job_id)) in ("PENDING", "RUNNING")
 
     second = Terminal(head, *words)
-    second.wait_for(f"already submitted: {job_id}\r\n")
+    seen = second.wait_for(f"already submitted: {job_id}\r\n")
+    assert f"{job_id} keeps the --env and --working-dir that it was started with" in seen
     second.press(CTRL_C)
     second.wait_for("Stop the job? [y/N] ")
     second.press("y\r")

@@ -283,6 +283,8 @@ def test_a_run_that_ended_after_it_had_stopped_early_trains_no_further(
         ({"data": {"eval_fraction": 0}}, UsageError, "the eval set is empty"),
         ({"training": {"bf16": True, "fp16": True}}, UsageError, "exclude each other"),
         ({"output": {"push_to_hub": True}}, UsageError, "--hub-model-id"),
+        ({"output": {"hub_model_id": "me/git"}}, UsageError, "--hub-model-id me/git: nothing is uploaded"),
+        ({"cluster": {"gpus_per_worker": 2}}, UsageError, "--gpus-per-worker 2: a training worker uses one GPU"),
         ({"output": {"caption_image": "s3://b/a.png"}}, UsageError, "--caption-image s3://b/a.png: is not on a local"),
         ({"output": {"caption_image": "/no/such.png"}}, UsageError, "--caption-image /no/such.png: no such file"),
         ({"model": {"name": "/no/such/model"}}, ModelError, "no such directory"),

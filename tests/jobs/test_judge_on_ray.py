@@ -19,7 +19,8 @@ from captioner.store.table import open_table
 from captioner.testing import make_tar
 from captioner.testing.model_server import Answer, ModelServer, Request, saying
 from captioner.testing.tiny_clip import make_tiny_clip
-from ray_jobs.judge import RayJudgeEngine
+from ray_jobs.cluster import Resources, share_out
+from ray_jobs.judge import RayJudgeEngine, Stages, make_dataset
 
 pytestmark = pytest.mark.usefixtures("ray_instance")
 
@@ -48,6 +49,19 @@ def test_ray_gives_the_scores_of_one_process(tmp_path: Path) -> None:
         assert [row[name] for row in on_ray] == [row[name] for row in here], name
     for name in ("clip_score", "clip_score_others", "lift", "ref_clip_score"):
         assert [row[name] for row in on_ray] == pytest.approx([row[name] for row in here], abs=1e-5), name
+
+
+def test_pools_grow_to_the_largest_number_of_workers() -> None:
+    resources = Resources(num_cpus=4, num_gpus=0, num_nodes=1)
+    sizes = share_out(resources, JudgeTableConfig.model_validate({"cluster": {"num_workers": "2:8"}}).cluster)
+
+    judged = make_dataset([{"part": part} for part in range(20)], Stages((dict, {}), (dict, {})), sizes)
+
+    judge_pool = judged._logical_plan.dag.compute
+    decode_pool = judged._logical_plan.dag.input_dependencies[0].compute
+    assert (judge_pool.min_size, judge_pool.max_size) == (2, 8)
+    assert (decode_pool.min_size, decode_pool.max_size) == (sizes.decode_cpus, sizes.max_decode_cpus)
+    assert sizes.max_decode_cpus > sizes.decode_cpus
 
 
 def test_ray_gives_the_verdicts_of_one_process_and_resumes(tmp_path: Path, capsys) -> None:
