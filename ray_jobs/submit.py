@@ -28,7 +28,7 @@ from ray_jobs.options import is_given, settings_of_call
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
-JOBS = ("caption", "train", "check", "doctor", "estimate")  # commands that may run as a job
+JOBS = ("caption", "train", "check", "judge", "doctor", "estimate")  # commands that may run as a job
 NO_AGENT = "No available agent"  # what a head says, after 10 s, while it starts or where the port of its agent is taken
 AGENT_S = 120.0  # the longest start of a head that is waited for
 PATHS = (
@@ -138,6 +138,8 @@ def _words(option: Any, value: Any) -> list[str]:
 def _with_absolute_paths(settings: Settings, working_dir: str | None) -> Settings:
     for setting in settings_of(type(settings)):
         group = getattr(settings, setting.group)
+        if setting.flag == "--model" and getattr(group, "endpoint", None):
+            continue  # the name of a model on servers
         value = getattr(group, setting.field)
         if isinstance(value, str) and value and (setting.argument or setting.flag in PATHS):
             path = _absolute(value, working_dir, is_output=setting.argument == "OUT")
@@ -154,7 +156,7 @@ def _absolute(location: str, working_dir: str | None, is_output: bool) -> str:
     """
     if is_uri(location) or (working_dir and not is_output and (Path(working_dir) / location).exists()):
         return location
-    return local_path(location) if is_output or Path(location).exists() else location
+    return local_path(location) if is_output or os.path.exists(local_path(location)) else location
 
 
 def submit(submission: Submission, address: str | None, follow: bool, pending_timeout: float) -> int:

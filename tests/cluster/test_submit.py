@@ -22,9 +22,11 @@ from helpers import caption_config
 
 from captioner import pipeline
 from captioner.errors import ClusterError
+from captioner.scoring.judgements import judge_name
 from captioner.store.table import open_table
 from captioner.store.verify import verify
 from captioner.testing import GATE_MARKER, decoder_faults, make_folder, num_committed_chunks
+from captioner.testing.tiny_clip import make_tiny_clip
 from ray_jobs.address import check_dashboard, check_gcs
 from ray_jobs.follow import Follower
 
@@ -160,6 +162,19 @@ def test_the_exit_code_is_that_of_the_command(head, tmp_path: Path) -> None:
     sent = head.client().get_job_info(job_id).runtime_env
     assert len(sent["py_modules"]) == 2
     assert "working_dir" not in sent  # nothing but the two packages was uploaded
+
+
+def test_captions_are_judged_by_a_job(head, tmp_path: Path) -> None:
+    images, out = make_folder(tmp_path / "images", 10, width=32), tmp_path / "captioned"
+    assert pipeline.run(caption_config(images, out, model={"preprocess": "processor"})) == 0
+    clip = make_tiny_clip(tmp_path / "clip")
+
+    words = ("--model", str(clip), "--device", "cpu", "--gpus-per-worker", "0", "--num-workers", "1")
+    log, _ = (job := head.submit("--", "judge", str(out), *words)).communicate()
+
+    assert job.returncode == 0, log
+    assert "CLIPScore" in log
+    assert open_table(str(out)).directory.exists(judge_name(0))
 
 
 def test_a_job_that_cannot_start_is_named_with_what_it_waits_for(head, tmp_path: Path) -> None:

@@ -108,6 +108,27 @@ def test_what_lies_in_the_working_dir_stays_relative_and_out_does_not(
     assert sent[1:3] == ["images", str(tmp_path / "out")]
 
 
+def test_the_home_of_this_machine_is_meant_not_that_of_the_cluster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "images").mkdir()
+    (tmp_path / "run.yaml").write_text("source: {path: ~/images}\noutput: {path: ~/out}\nmodel: {name: ~/model}\n")
+
+    sent = make_submission(["caption", "--config", str(tmp_path / "run.yaml")]).arguments
+
+    assert sent == ["caption", f"{tmp_path}/images", f"{tmp_path}/out", "--model", "~/model"]
+
+
+def test_a_model_on_servers_is_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "qwen").mkdir()
+    words = ["s3://a", "s3://b", "--model", "qwen"]
+
+    assert make_submission(["caption", *words]).arguments[4] == str(tmp_path / "qwen")
+    assert "qwen" in make_submission(["caption", *words, "--endpoint", "http://server/v1"]).arguments
+
+
 def test_only_the_two_packages_are_uploaded_by_default() -> None:
     submission = make_submission(["caption", "s3://a", "s3://b", "--model", "m"])
 
@@ -164,7 +185,7 @@ def is_accepted(kind: type[Settings], group: str, field: str, value: Any) -> boo
 @pytest.mark.parametrize("name", JOBS)
 def test_a_job_runs_with_the_settings_that_its_command_has_here(name: str, tmp_path: Path) -> None:
     values, file = values_of_settings(name), tmp_path / "run.yaml"
-    words = [name, *(["s3://bucket/out"] if name == "check" else []), "--config", str(file)]
+    words = [name, *(["s3://bucket/out"] if name in ("check", "judge") else []), "--config", str(file)]
     assert [f"{group}.{field}" for group in values for field in values[group] if not values[group][field]] == []
 
     for index in range(max(len(of_field) for fields in values.values() for of_field in fields.values())):
