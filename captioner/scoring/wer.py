@@ -145,7 +145,7 @@ def _best_counts(caption: str, references: Sequence[str]) -> tuple[int, int]:
 
 @lru_cache(maxsize=10_000)
 def _words(text: str) -> tuple[str, ...]:
-    return tuple(normalise(text).split())
+    return tuple(split_words(normalise(text)))
 
 
 SHUFFLES = 20

@@ -139,7 +139,7 @@ def test_wer_agrees_with_jiwer_for_plain_words(pairs: list[tuple[str, str]]) -> 
             assert edits.hits + edits.substitutions + edits.deletions == len(reference.split())
 
 
-TEXTS = st.text("abc .'", max_size=12)
+TEXTS = st.text("abc .'犬只หี", max_size=12)
 
 
 @given(st.lists(st.tuples(TEXTS, st.lists(TEXTS, min_size=1, max_size=4)), min_size=1, max_size=4))
@@ -232,6 +232,21 @@ def test_shuffled_captions_all_leave_their_images() -> None:
     assert shuffled_wer(["a"], [["a"]]) is None
     assert human_wer([["a dog", "a dog", "x"], ["only one"]]) == 0.0
     assert human_wer([["only one"]]) is None
+
+
+def test_captions_of_other_images_have_no_lift_in_any_script() -> None:
+    for colours, shapes, sentence in (
+        ("红蓝绿黄", ("圆形", "方形", "三角形"), "桌子上有一个{}色的{}"),
+        (("red", "blue", "green", "yellow"), ("circle", "square", "triangle"), "a {} {} is on the table"),
+    ):
+        texts = [sentence.format(colour, shape) for colour in colours for shape in shapes]
+        captions, references = texts[1:] + texts[:1], [[text, texts[0]] for text in texts]
+        sums = ScoreSums()
+        for number, match in enumerate(match_captions(captions, references)):
+            sums.add(number, str(number), captions[number], references[number], match)
+        scores = sums.scores()
+        assert scores.human_wer is not None and scores.human_wer < 0.5
+        assert scores.lift is not None and abs(scores.lift) < 0.25
 
 
 def test_no_rows_are_no_data() -> None:
