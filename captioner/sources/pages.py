@@ -95,7 +95,7 @@ class PagedSource(WrappedSource):
 
 def _page(file: RawImage, image_id: str, page_at: int | None) -> RawImage:
     if page_at is None:
-        return file
+        return replace(file, image_id=image_id)  # several rows may name one file
     raw = replace(file, image_id=image_id, uri=file.uri + PAGE + image_id.rpartition(PAGE)[2])
     if raw.data is None:
         return raw

@@ -128,6 +128,18 @@ def test_pages_in_tars_and_manifests(tmp_path: Path, archive: Path) -> None:
         assert last.uri.count("#page=") == 1
 
 
+def test_rows_of_a_manifest_that_name_one_file_or_none_keep_their_ids(tmp_path: Path, archive: Path) -> None:
+    ids = {name: "photo.png" if name in "ab" else "" for name in "abcd"}
+    lines = [f"{name},{path and f'archive/{path}'}\n" for name, path in ids.items()]
+    (tmp_path / "list.csv").write_text("image_id,path\n" + "".join(lines))
+    source = open_source(SourceConfig(path=str(tmp_path / "list.csv"), pages="all"))
+
+    images = source.read(next(iter(source.list_unit(source.units()[0]))).rows)
+
+    assert [image.image_id for image in images] == list("abcd")
+    assert [image.error_code for image in images] == ["", "", "not_found", "not_found"]
+
+
 def test_pages_of_images_in_a_table_are_refused(tmp_path: Path) -> None:
     table = make_parquet(tmp_path / "table.parquet", 2)
 
