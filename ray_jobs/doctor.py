@@ -24,7 +24,7 @@ from captioner.models.endpoint.api_key import ApiKey
 from captioner.models.placement import check_spread
 from ray_jobs.cluster import Resources, Sizes, connect, sizes_of
 from ray_jobs.gpus import worker_device
-from ray_jobs.nodes import alive_nodes, node_facts, only_on
+from ray_jobs.nodes import MISSING, alive_nodes, node_facts, only_on
 
 MIN_OPEN_FILES = 8_192
 MIN_OBJECT_STORE, MIN_FREE_DISK = 100e6, 5e9
@@ -94,6 +94,11 @@ def _token() -> Finding:
 
 
 def _versions(address: str, driver: dict[str, str], node: dict[str, str]) -> Finding:
+    missing = [name for name in driver if node[name] == MISSING]
+    if missing:
+        return Finding(
+            "versions", False, f"node {address}: {', '.join(missing)} not installed; use one image for every node"
+        )
     differing = [f"{name} {node[name]} (driver {driver[name]})" for name in driver if node[name] != driver[name]]
     if differing:
         return Finding("versions", False, f"node {address}: {', '.join(differing)}; use one image for every node")

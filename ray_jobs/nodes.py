@@ -21,7 +21,11 @@ from captioner.store.directory import Directory
 from ray_jobs.cluster import Sizes
 from ray_jobs.failures import cause_of
 
-PACKAGES = ("ray", "transformers", "torch", "pyarrow", "pillow", "numpy")
+MISSING = "missing"  # in place of a version
+PACKAGES = (
+    *("ray", "transformers", "torch", "pyarrow", "pillow", "numpy"),
+    *("accelerate", "datasets", "evaluate", "jiwer", "py3langid"),  # not in Ray's images
+)
 
 
 def alive_nodes() -> list[dict[str, Any]]:
@@ -110,7 +114,7 @@ def _version(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:
-        return "missing"
+        return MISSING
 
 
 def code_digest() -> str:

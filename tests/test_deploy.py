@@ -8,16 +8,21 @@ import itertools
 import json
 import re
 import shlex
+import tomllib
+from importlib.metadata import requires
 from pathlib import Path
 
 import jsonschema
 import pytest
 import typer
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from captioner.errors import UsageError
 from ray_jobs import metrics
 from ray_jobs.cli import app
+from ray_jobs.nodes import PACKAGES
 from ray_jobs.submit import resolve_arguments
 
 ROOT = Path(__file__).parents[1]
@@ -42,6 +47,35 @@ def test_rays_launcher_accepts_the_cluster_file(file: Path) -> None:
 
     assert config["docker"]["image"] == f"rayproject/ray:{RAY_VERSION}-py311-gpu"
     assert any("ray start --head" in command for command in config["head_start_ray_commands"])
+
+
+@pytest.mark.parametrize("file", CLUSTERS, ids=lambda path: path.name)
+def test_what_the_nodes_install_brings_every_dependency_and_the_doctor_looks_for_it(file: Path) -> None:
+    commands = yaml.safe_load(file.read_text())["setup_commands"]
+    installed = [word for command in commands for word in shlex.split(command) if "==" in word]
+    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    rays_image = next(line for line in dependencies if line.startswith("ray["))
+
+    assert {canonicalize_name(Requirement(line).name) for line in dependencies} <= required_by([*installed, rays_image])
+    assert set(installed) <= set((ROOT / "constraints.txt").read_text().splitlines())
+    assert {Requirement(line).name for line in installed} <= set(PACKAGES)
+
+
+def required_by(lines: list[str]) -> set[str]:
+    """Return the distributions that pip installs for these requirements, by the metadata of those installed here."""
+    waiting, found_extras = [Requirement(line) for line in lines], {}
+    while waiting:
+        requirement = waiting.pop()
+        name = canonicalize_name(requirement.name)
+        extras = {"", *requirement.extras} - found_extras.setdefault(name, set())
+        found_extras[name] |= extras
+        needed = map(Requirement, requires(name) or []) if extras else ()
+        waiting += [
+            other
+            for other in needed
+            if other.marker is None or any(other.marker.evaluate({"extra": extra}) for extra in extras)
+        ]
+    return set(found_extras)
 
 
 @pytest.mark.parametrize("file", CLUSTERS, ids=lambda path: path.name)

@@ -33,6 +33,15 @@ def test_another_version_on_a_node_is_a_failure_that_names_both() -> None:
     assert "node 10.0.0.2: ray 2.55.0 (driver 2.60.0)" in finding.message
 
 
+def test_a_package_that_no_node_has_is_a_failure() -> None:
+    lacking = {"python": "3.11", "py3langid": "missing"}
+
+    finding = doctor._versions("10.0.0.2", lacking, lacking)
+
+    assert finding.passed is False
+    assert "node 10.0.0.2: py3langid not installed" in finding.message
+
+
 @pytest.mark.parametrize(
     ("resources", "shared", "passed", "message"),
     [
