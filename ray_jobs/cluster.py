@@ -48,8 +48,12 @@ class Resources:
     node_gpus: tuple[float, ...] = ()  # of each node; (): one node has all
 
     def workers_on_gpus(self, gpus: float) -> int:
-        """Return how many workers of so many GPUs there is space for: the GPUs of a worker are on one node."""
-        return sum(int(on_node / gpus) for on_node in self.node_gpus or (self.num_gpus,))
+        """Return how many workers of so many GPUs there is space for.
+
+        The GPUs of a worker are on one node, and a share of less than 1 is of one GPU.
+        """
+        node_gpus = self.node_gpus or (self.num_gpus,)
+        return sum(int(on_node) * int(1 / gpus) if gpus < 1 else int(on_node / gpus) for on_node in node_gpus)
 
 
 @dataclass(frozen=True, slots=True)

@@ -280,6 +280,8 @@ def test_a_chunk_of_images_that_hang_is_no_stall() -> None:
         (Resources(16, 4, 1), {"gpus_per_worker": 2}, (2, 1.0, 2.0, 14)),
         (Resources(16, 5, 3, node_gpus=(3, 2, 0)), {"gpus_per_worker": 2}, (2, 1.0, 2.0, 14)),
         (Resources(16, 1, 1), {"gpus_per_worker": 0.5}, (2, 1.0, 0.5, 14)),
+        (Resources(16, 2, 1), {"gpus_per_worker": 0.4}, (4, 1.0, 0.4, 12)),
+        (Resources(16, 3, 2, node_gpus=(2, 1)), {"gpus_per_worker": 0.6}, (3, 1.0, 0.6, 13)),
         (Resources(16, 1, 1), {"gpus_per_worker": 0}, (1, 12.0, 0.0, 4)),
     ],
 )
@@ -337,6 +339,7 @@ def test_a_large_model_without_a_gpu_has_a_thread_on_each_cpu_of_its_share(
             {"gpus_per_worker": 2},
             r"no node .*2 GPUs, 1 and 1 on 2 nodes",
         ),
+        (Resources(8, 2, 1), {"num_workers": 3, "gpus_per_worker": 0.6}, "3 workers with 0.6 GPUs .*2 GPUs"),
         (Resources(2, 0, 1), {"decode_cpus": 2}, "--decode-cpus"),
         (Resources(2, 0, 1), {"num_workers": 50}, "--num-workers"),
     ],
