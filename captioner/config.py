@@ -686,7 +686,22 @@ def load_config(kind: type[ConfigT], file: str | None, flags: dict[str, dict[str
 
 
 class _Yaml(yaml.SafeLoader):
-    """A YAML loader that reads 1:8 as a text. YAML 1.1 reads it as a number in base 60, 68."""
+    """A YAML loader that reads 1:8 as a text, and refuses a key that occurs twice in a mapping.
+
+    YAML 1.1 reads 1:8 as a number in base 60, 68. PyYAML takes the last of two equal keys, without a word.
+    """
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                continue
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                raise yaml.YAMLError(f"the key {key.value!r} occurs twice, in lines {lines[key.value]} and {line}")
+            lines[key.value] = line
+        return node
 
 
 _Yaml.yaml_implicit_resolvers = {

@@ -75,6 +75,8 @@ def test_a_file_may_be_empty_or_commented_out(tmp_path: Path, yaml: str) -> None
         ("source:\n  include: '*.jpg'\n", "source.include is '*.jpg', but should be a valid list"),
         ("- a\n", "must hold keys at the top level, not a list"),
         ("a: [\n", "cannot be read as YAML"),
+        ("model: {name: a}\nsource: {}\nmodel: {seed: 1}\n", "the key 'model' occurs twice, in lines 1 and 3"),
+        ("model:\n  name: a\n  'name': b\n", "the key 'name' occurs twice, in lines 2 and 3"),
     ],
 )
 def test_a_wrong_file_is_one_line_that_names_file_key_and_value(tmp_path: Path, yaml: str, message: str) -> None:
@@ -84,6 +86,14 @@ def test_a_wrong_file_is_one_line_that_names_file_key_and_value(tmp_path: Path, 
     assert str(caught.value).startswith(f"--config {tmp_path / 'run.yaml'}: ")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_merged_key_may_be_given_again(tmp_path: Path) -> None:
+    yaml = "model: &base {name: a, seed: 1}\ncheck:\n  seed: 3\n"
+
+    config = load(tmp_path, yaml.replace("check:", "check:\n  <<: {seed: 2, sample: 7}"))
+
+    assert (config.model.seed, config.check.seed, config.check.sample) == (1, 3, 7)
 
 
 @pytest.mark.parametrize("kind", [CaptionConfig, TrainConfig, CheckTableConfig, MakeAltTextConfig, ExportTextsConfig])
