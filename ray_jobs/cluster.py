@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from captioner.config import CaptionConfig, ClusterConfig
 from captioner.console.phases import phase
@@ -124,7 +125,8 @@ class Connection:
         self._resources: Future[Resources] | None = None
 
     def start(self) -> None:
-        """Start to connect, unless that was done."""
+        """Start to connect, unless that was done. Raises ClusterError as `cluster_address` does."""
+        cluster_address(self._config)
         if self._resources is None:
             self._resources = Future()
             threading.Thread(target=self._connect, args=(self._resources,), name="connect", daemon=True).start()
@@ -168,15 +170,26 @@ class Connection:
 
 
 def cluster_address(config: ClusterConfig) -> str:
-    """Return HOST:PORT, "auto", or "local" where a new Ray is to be started."""
-    return config.address or os.environ.get("RAY_ADDRESS") or "local"
+    """Return HOST:PORT, "auto", or "local" where a new Ray is to be started.
+
+    Raises ClusterError for the URL of a dashboard or of Ray Client, neither of which can be joined.
+    """
+    address = config.address or os.environ.get("RAY_ADDRESS") or "local"
+    given = f"--address {address}" if config.address else f"RAY_ADDRESS={address}"
+    if address.startswith("ray://"):
+        raise ClusterError(f"{given}: Ray Client is not supported; submit a job to the cluster or give HOST:PORT")
+    if address.startswith(("http://", "https://")):
+        raise ClusterError(
+            f"{given}: is the URL of a dashboard, which takes jobs (`captioner submit --address {address}`); give "
+            f"--address HOST:PORT of Ray itself, usually {urlsplit(address).hostname}:6379"
+            + ("" if config.address else ", or unset RAY_ADDRESS to start a local Ray")
+        )
+    return address
 
 
 def import_ray(config: ClusterConfig) -> str:
     """Import ray with the environment variables that it reads at import; return the address to connect to."""
     address = cluster_address(config)
-    if address.startswith("ray://"):
-        raise ClusterError(f"{address}: Ray Client is not supported; submit a job to the cluster or give HOST:PORT")
     if "ray" not in sys.modules:  # it reads these variables when it is imported
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # hides a warning about actor arguments at every start
         # Else ray.init waits, holding Python's lock, for the first worker processes, for ever where they cannot start.

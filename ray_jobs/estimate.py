@@ -26,7 +26,7 @@ from captioner.models.placement import check_spread
 from captioner.run.question_checks import check_columns_of_questions
 from captioner.sources import describe, open_source
 from captioner.store.parallel_listing import list_units
-from ray_jobs.cluster import Sizes, connect, sizes_of
+from ray_jobs.cluster import Sizes, cluster_address, connect, sizes_of
 from ray_jobs.gpus import device_kind
 from ray_jobs.nodes import check_gpu_nodes
 from ray_jobs.sampling import Piece, measure
@@ -61,6 +61,7 @@ def run(config: CaptionConfig, sample: int, seed: int, price_per_gpu_hour: float
     if config.cluster.local:
         raise UsageError("--local: estimate measures workers on Ray; leave it out")
     check_endpoint_settings(config.model)
+    cluster_address(config.cluster)  # what is wrong with it is said before the source is listed
     with phase(f"opening {shown(config.source.path)}", notify):
         source = open_source(config.source)
     notify(f"{shown(config.source.path)} is {describe(source)}")

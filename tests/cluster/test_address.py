@@ -12,10 +12,13 @@ from pathlib import Path
 
 import pytest
 import ray
+from helpers import caption_config
 
 from captioner.errors import ClusterError
+from captioner.testing import make_folder
 from ray_jobs import address
 from ray_jobs.address import check_dashboard, check_gcs
+from ray_jobs.caption import run
 from ray_jobs.submit import Submission, submit
 
 UNUSED = "127.0.0.1:1"  # a port that the system gives to nobody who asks for any
@@ -102,6 +105,30 @@ def check_both(where: str, message: str) -> None:
         check_gcs(where)
     with pytest.raises(ClusterError, match=message):
         check_dashboard(f"http://{where}")
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("http://127.0.0.1:8265", "is the URL of a dashboard, .*give --address HOST:PORT .*usually 127.0.0.1:6379"),
+        ("https://head", "is the URL of a dashboard, .*`captioner submit --address https://head`.*usually head:6379"),
+        ("ray://head:10001", "Ray Client is not supported"),
+    ],
+)
+def test_a_url_that_cannot_be_joined_is_refused_before_the_source_is_listed(
+    url: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_folder(tmp_path / "images", 1)
+    config = caption_config(tmp_path / "images", tmp_path / "out", cluster={"address": url})
+    with pytest.raises(ClusterError, match=f"^--address {url}: {message}"):
+        run(config)
+
+    monkeypatch.setenv("RAY_ADDRESS", url)
+    config = caption_config(tmp_path / "images", tmp_path / "out")
+    with pytest.raises(ClusterError, match=f"^RAY_ADDRESS={url}: {message}"):
+        run(config)
+
+    assert not (tmp_path / "out/table.json").exists()
 
 
 def test_nobody_listens() -> None:
