@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from captioner.errors import SourceError, UsageError
-from captioner.files import did_you_mean, open_filesystem
+from captioner.files import did_you_mean, open_filesystem, shown
 from captioner.sources.columns import as_captions
 from captioner.sources.root import Root
 from captioner.sources.tables import TABLE_SUFFIXES, Table, open_table, read_batches
@@ -90,13 +90,14 @@ def read_references(location: str, columns: Sequence[str] = ()) -> References:
     root = Root.at(location)
     if not root.exists():
         raise SourceError(f"--references {location}: no such file or directory{did_you_mean(location)}")
-    is_table = not os.path.isdir(location) and not location.lower().endswith(".json")
+    is_json = shown(location).lower().endswith(".json")
+    is_table = not os.path.isdir(location) and not is_json
     if columns and (not is_table or len(columns) < 2):
         needed = "give a column of names, then one or more of captions" if is_table else f"{location} has no columns"
         raise UsageError(f"--references-columns {','.join(columns)}: {needed}")
     if os.path.isdir(location):
         pairs: Iterable[tuple[str, Any]] = _read_folder(Path(location))
-    elif location.lower().endswith(".json"):
+    elif is_json:
         pairs = _read_json(location)
     else:
         pairs = _read_table(location, columns)
@@ -153,12 +154,11 @@ def _read_json(location: str) -> Iterator[tuple[str, str]]:
 
 def _read_table(location: str, columns: Sequence[str] = ()) -> Iterator[tuple[str, Any]]:
     """Read a table with a column of names and some of captions; a name may come on several rows."""
-    if not location.lower().endswith(tuple(suffix.decode() for suffix in TABLE_SUFFIXES)):
+    root, file = Root.at(location).folder_and_name()
+    if not file.lower().endswith(TABLE_SUFFIXES):
         raise SourceError(
             f"--references {location}: expected COCO .json, .jsonl, .csv, .parquet, a folder of .txt or .caption files"
         )
-    folder, _, name = location.rpartition("/")
-    root, file = Root.at(folder or ("/" if location.startswith("/") else ".")), os.fsencode(name)
     table: Table = open_table(root, file)
     if missing := [name for name in columns if name not in table.schema.names]:
         names = ", ".join(table.schema.names)

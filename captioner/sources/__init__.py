@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import os
 import re
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from captioner.data import Source
 from captioner.errors import SourceError, UsageError
 from captioner.files import did_you_mean, is_uri
 from captioner.sources.columns import Columns, choose_columns
-from captioner.sources.detect import look_into, match_glob
+from captioner.sources.detect import is_glob, look_into, match_glob
 from captioner.sources.folder import FolderSource
 from captioner.sources.huggingface import HuggingFaceSource
 from captioner.sources.manifest import ManifestSource
@@ -101,14 +100,13 @@ def _open(config: SourceConfig, refuse_flags: bool) -> Source:
     if path.lower().startswith(("http://", "https://")):
         raise SourceError(f"{path}: {FETCH_FIRST}")
     root = Root.at(path)
-    if glob.has_magic(path) and not root.exists():
+    if is_glob(path) and not root.exists():
         return _open_files(config, *match_glob(path), "it is a glob", refuse_flags)
     hub_id = path.removeprefix("hf://datasets/").rstrip("/")
     is_hub_id = bool(_HUB_ID.fullmatch(hub_id)) and not path.startswith(".")
     kind = FileType.NotFound if is_hub_id and is_uri(path) else root.kind()
     if kind == FileType.File:
-        folder, _, name = os.fsencode(root.location).rpartition(b"/")
-        root = Root(os.fsdecode(folder or b"/"))
+        root, name = root.folder_and_name()
         if _is_image(root, name):
             return FolderSource(config.path, root, config.reference_column, only=name)
         return _open_files(config, root, [name], "its name says so", refuse_flags)
@@ -121,7 +119,7 @@ def _open(config: SourceConfig, refuse_flags: bool) -> Source:
 
 def check_exists(path: str) -> None:
     """Raise SourceError where `path` can only be a local file or folder, and is not there."""
-    may_be_elsewhere = is_uri(path) or glob.has_magic(path) or _HUB_ID.fullmatch(path.rstrip("/"))
+    may_be_elsewhere = is_uri(path) or is_glob(path) or _HUB_ID.fullmatch(path.rstrip("/"))
     if not may_be_elsewhere and not Root.at(path).exists():
         raise SourceError(f"{path}: no such file or directory{did_you_mean(path)}")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,9 +10,8 @@ from typing import Any
 import pyarrow as pa
 
 from captioner.data import RawImage
-from captioner.files import is_file_uri, local_path
 from captioner.sources.reading import ReadLimits, failed_read, raw_image, read_all, read_limits
-from captioner.sources.root import RefusedFileError, Root, admitting
+from captioner.sources.root import RefusedFileError, Root, admitting, file_named_in
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +31,7 @@ def make_cell(value: Any, folder: bytes = b"") -> Cell:
         data = value.get("bytes")
         value = data if data is not None else value.get("path")
     if isinstance(value, str):
-        if is_file_uri(value):
-            return FileCell(os.fsencode(local_path(value)))
-        return FileCell(os.path.join(folder, os.fsencode(value))) if value else None
+        return FileCell(file_named_in(folder, value)) if value else None
     content: bytes | None = value
     return content
 

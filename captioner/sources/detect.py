@@ -84,13 +84,19 @@ def look_into(root: Root, exclude: Sequence[str] = ()) -> Content:
     return content
 
 
-def match_glob(pattern: str) -> tuple[Root, list[bytes]]:
+def is_glob(location: str) -> bool:
+    """Return whether a path or URI has wildcards; the question mark before the options of a URI is none."""
+    return glob.has_magic(_pattern_and_options(location)[0])
+
+
+def match_glob(location: str) -> tuple[Root, list[bytes]]:
     """Return the directory of a glob, the part before its first wildcard, and the files that it matches, sorted.
 
     Raises SourceError where it matches nothing.
     """
+    pattern, options = _pattern_and_options(location)
     fixed = re.split(r"[*?[]", pattern, maxsplit=1)[0].rpartition("/")[0]
-    root = Root.at(fixed or ("/" if pattern.startswith("/") else "."))
+    root = Root.at((fixed or ("/" if pattern.startswith("/") else ".")) + options)
     if is_uri(pattern):
         regex = re.compile(os.fsencode(fnmatch.translate(pattern[len(fixed) + 1 :])))
         files = [file for file in _visible_files(root) if regex.match(file)]
@@ -101,6 +107,12 @@ def match_glob(pattern: str) -> tuple[Root, list[bytes]]:
     if not files:
         raise SourceError(f"{pattern}: no file matches")
     return root, sorted(files)
+
+
+def _pattern_and_options(location: str) -> tuple[str, str]:
+    """Return a glob and the options of the connection that follow it in a URI: `s3://b/*.tar` and `?scheme=http`."""
+    options = re.search(r"\?\w+=.*", location, re.DOTALL) if is_uri(location) else None
+    return (location[: options.start()], options[0]) if options else (location, "")
 
 
 def _visible_files(root: Root) -> Iterator[bytes]:

@@ -10,10 +10,9 @@ import pyarrow as pa
 
 from captioner.data import Listing, RawImage
 from captioner.errors import SourceError
-from captioner.files import is_file_uri, local_path
 from captioner.sources.columns import table_rows
 from captioner.sources.copies import read_copies_once, with_known_sha256
-from captioner.sources.root import FETCH_FIRST, readable
+from captioner.sources.root import FETCH_FIRST, file_named_in, readable
 from captioner.sources.tables import TableFiles, read_batches
 
 
@@ -45,6 +44,4 @@ class ManifestSource(TableFiles):
             return b""
         if path.lower().startswith(("http://", "https://")):
             raise SourceError(f"{self.root.uri(table)}: it names {path}; {FETCH_FIRST}")
-        if is_file_uri(path):
-            return os.fsencode(local_path(path))
-        return self.root.join(os.path.join(os.path.dirname(table), os.fsencode(path)))
+        return self.root.join(file_named_in(os.path.dirname(table), path))

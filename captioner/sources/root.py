@@ -21,7 +21,7 @@ from urllib.parse import unquote_to_bytes
 from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType
 
 from captioner.errors import SourceError
-from captioner.files import Retry, is_uri, local_path, open_filesystem
+from captioner.files import Retry, is_file_uri, is_uri, local_path, open_filesystem
 
 FETCH_FIRST = "captioner does not fetch http(s) URLs; fetch them with img2dataset first and caption its output"
 FETCH_LFS = "it is a pointer of Git LFS, without the content; fetch that with `git lfs pull`"
@@ -79,6 +79,13 @@ def unit_of_file(file: bytes) -> str:
 def file_of_unit(unit: str) -> bytes:
     """Return the name that `unit_of_file` encoded."""
     return unquote_to_bytes(unit)
+
+
+def file_named_in(folder: bytes, path: str) -> bytes:
+    """Return the file that a table in `folder` names: by a URI, an absolute path, or a path relative to the folder."""
+    if is_file_uri(path):
+        return os.fsencode(local_path(path))
+    return os.fsencode(path) if is_uri(path) else os.path.join(folder, os.fsencode(path))
 
 
 # Errors of a name or path: the same read fails again.
@@ -179,6 +186,16 @@ class Root:
     def _base(self) -> str:
         """The location without the options of the connection, which are not part of a file's name."""
         return self.location.partition("?")[0] if is_uri(self.location) else self.location
+
+    @property
+    def _options(self) -> str:
+        """The options of the connection, from their question mark on."""
+        return self.location[len(self._base) :]
+
+    def folder_and_name(self) -> tuple[Root, bytes]:
+        """Return the root of the folder that holds this file, with the options of the connection, and its name."""
+        folder, _, name = os.fsencode(self._base).rpartition(b"/")
+        return Root(os.fsdecode(folder or b"/") + self._options), name
 
     def uri(self, file: bytes) -> str:
         """Return the full path or URI for people: percent-escaped where it is not UTF-8, without credentials."""
@@ -330,9 +347,21 @@ class Root:
         scheme, _, rest = uri.partition("://")
         if scheme.lower() in ("http", "https"):
             raise SourceError(f"{uri}: {FETCH_FIRST}")
-        host, _, name = rest.partition("/")
-        filesystem, inside = open_filesystem(f"{scheme}://{host}")
+        bucket, _, name = rest.partition("/")
+        filesystem, inside = open_filesystem(self._bucket(scheme, bucket))
         return filesystem, f"{inside}/{name}"
+
+    def _bucket(self, scheme: str, bucket: str) -> str:
+        """Return the URI of a bucket, with the keys and options of the root where they are those of that bucket.
+
+        A server of one's own (endpoint_override) has them for each of its buckets.
+        """
+        own_scheme, _, rest = self._base.partition("://")
+        keys, at, own = rest.partition("/")[0].rpartition("@")
+        is_on_server = bucket == own or "endpoint_override=" in self._options
+        if is_uri(self.location) and scheme == own_scheme and is_on_server and "@" not in bucket:
+            return f"{scheme}://{keys}{at}{bucket}{self._options}"
+        return f"{scheme}://{bucket}"
 
     def _read_store(self, path: bytes, offset: int | None, size: int | None, admit: Admit | None) -> bytes:
         filesystem, inside = self._inside(path)

@@ -172,6 +172,24 @@ def test_a_manifest_names_files_anywhere(tmp_path, suffix):
     assert images[2].uri == "memory://manifest-test/r.jpg"
 
 
+@pytest.mark.parametrize("kind", ["manifest", "struct"])
+def test_a_table_in_a_folder_names_files_in_stores(tmp_path, kind):
+    pytest.importorskip("fsspec").filesystem("memory").pipe("/in-folder/r.jpg", b"remote")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.bin").write_bytes(b"beside")
+
+    def source_of(paths):
+        values = paths if kind == "manifest" else [{"bytes": None, "path": path} for path in paths]
+        pq.write_table(pa.table({"image": values}), tmp_path / "data" / "part-0.parquet")
+        return source_at(tmp_path)
+
+    source = source_of(["memory://in-folder/r.jpg", "a.bin"])
+    assert [image.data for image in source.read(listed_rows(source))] == [b"remote", b"beside"]
+    source = source_of(["https://x/y.jpg"])
+    with pytest.raises(SourceError, match=r"https://x/y.jpg.*img2dataset"):
+        source.read(listed_rows(source))
+
+
 def test_a_manifest_without_ids_counts_rows(tmp_path):
     manifest = write_manifest(tmp_path / "m.csv", [{"file_name": f"{n}.jpg"} for n in range(5000)])
     source = source_at(manifest)

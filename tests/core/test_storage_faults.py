@@ -19,13 +19,16 @@ from fsspec.implementations.memory import MemoryFileSystem
 from helpers import caption_config, contents, with_few_references
 
 from captioner import pipeline
+from captioner.config import SourceConfig
 from captioner.data import RawImage
-from captioner.errors import OutputError
-from captioner.sources import reading
+from captioner.errors import OutputError, SourceError
+from captioner.files import open_filesystem
+from captioner.scoring.references import read_references
+from captioner.sources import open_source, reading
 from captioner.store.directory import Directory
 from captioner.store.table import open_table
 from captioner.store.verify import verify
-from captioner.testing import Killed, killed_at_write, make_folder
+from captioner.testing import Killed, killed_at_write, make_folder, make_tar
 
 pytestmark = pytest.mark.usefixtures("tiny_thumbnails")
 BUSY = OSError("When uploading part: AWS Error SLOW_DOWN during UploadPart operation: Please reduce your request rate.")
@@ -188,7 +191,9 @@ def bucket() -> Iterator[str]:
             endpoint_override=f"{host}:{port}", scheme="http", region="us-east-1", allow_bucket_creation=True
         )
         store.create_dir("archive")
-        yield f"s3://archive/{{}}?endpoint_override={host}:{port}&scheme=http&region=us-east-1"
+        yield (
+            f"s3://archive/{{}}?endpoint_override={host}:{port}&scheme=http&region=us-east-1&allow_bucket_creation=true"
+        )
     server.stop()
 
 
@@ -220,6 +225,32 @@ def test_a_process_killed_with_a_table_on_s3_leaves_what_resumes(
     assert pipeline.run(caption_config(archive, out)) == 0
     assert verify(open_table(out)).proven
     assert contents(out) == contents(tmp_path / "local")
+
+
+def test_a_source_in_a_store_keeps_the_options_of_its_uri(tmp_path: Path, bucket: str) -> None:
+    store, path = open_filesystem(bucket.format("named"))
+    files = {
+        "w/0.tar": make_tar(tmp_path / "0.tar", 1).read_bytes(),
+        "f/a.png": b"image",
+        "f/m.csv": b"path,caption\na.png,said\ns3://archive/named/f/a.png,\ns3://second/b.png,\n",
+    }
+    for name, data in files.items():
+        with store.open_output_stream(f"{path}/{name}") as stream:
+            stream.write(data)
+    store.create_dir("second")
+    with store.open_output_stream("second/b.png") as stream:
+        stream.write(b"image")
+
+    for name, num_images in {"w/0.tar": 1, "w/*.tar": 1, "f/a.png": 1, "f/m.csv": 3}.items():
+        source = open_source(SourceConfig(path=bucket.format(f"named/{name}")))
+        (listing,) = source.list_unit(*source.units())
+        images = source.read(listing.rows)
+        assert len(images) == num_images
+        assert all(image.data for image in images)
+        assert "endpoint" not in images[0].uri
+    assert read_references(bucket.format("named/f/m.csv"))
+    with pytest.raises(SourceError, match="no such file or directory"):
+        open_source(SourceConfig(path=bucket.format("named/gone.tar")))
 
 
 def test_a_read_that_hangs_holds_up_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
