@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -29,17 +30,33 @@ def check_field(table: CaptionsTable, name: str) -> None:
 
 
 def texts_of(rows: pa.Table, name: str) -> pa.ChunkedArray:
-    """Return a column of `rows` as text; null where an image has none. Lists are joined by commas.
+    """Return a column of `rows` as text; null where an image has none: no value, only white space, or not a number.
 
-    An empty caption stays an empty text: the model answered so, and a reviewer writes another.
+    The values of a list are joined by commas. An empty caption stays an empty text: the model answered so, and a
+    reviewer writes another.
     """
     column = rows[name]
     if name == CAPTION_FIELD:
         return column
-    if _is_list(column.type):
-        column = pc.binary_join(pc.cast(column, pa.list_(pa.string())), ", ")
-    texts = pc.cast(column, pa.string())
-    return pc.if_else(pc.equal(pc.utf8_trim_whitespace(texts), ""), None, texts)
+    return pa.chunked_array([_joined(column) if _is_list(column.type) else _texts(column).combine_chunks()])
+
+
+def _joined(lists: pa.ChunkedArray) -> pa.Array:
+    """Return the values of each list that have a text, joined by commas; null where none has."""
+    whole = lists.combine_chunks()
+    texts_of_lists: list[list[str]] = [[] for _ in range(len(whole))]
+    for index, text in zip(pc.list_parent_indices(whole).to_pylist(), _texts(whole.flatten()).to_pylist(), strict=True):
+        if text is not None:
+            texts_of_lists[index].append(text)
+    return pa.array([", ".join(texts) or None for texts in texts_of_lists], pa.string())
+
+
+def _texts(values: pa.Array | pa.ChunkedArray) -> Any:
+    texts = pc.cast(values, pa.string())
+    no_text = pc.equal(pc.utf8_trim_whitespace(texts), "")
+    if pa.types.is_floating(values.type):
+        no_text = pc.or_(no_text, pc.is_nan(values))
+    return pc.if_else(no_text, None, texts)
 
 
 def _is_list(kind: pa.DataType) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,8 @@ def table(tmp_path: Path) -> CaptionsTable:
         "image": pa.array(images),
         "id": [f"image {number}" for number in range(COUNT)],
         "title": pa.array(TITLES, pa.string()),
-        "tags": [["red", f"tag {number}"] for number in range(COUNT)],
-        "score": [number / 4 for number in range(COUNT)],
+        "tags": [["red", f"tag {number}"] for number in range(COUNT - 1)] + [["red", None, "last"]],
+        "score": [number / 4 for number in range(COUNT - 1)] + [math.nan],
         "box": pa.array([{"x": 1}] * COUNT),
     }
     pq.write_table(pa.table(columns), tmp_path / "source.parquet")
@@ -72,14 +73,16 @@ def texts_in(file: Path) -> dict[str, str]:
 def test_a_column_is_exported_as_it_is_and_what_lacks_in_it_is_named(table: CaptionsTable, tmp_path: Path) -> None:
     tally = export(table, "jsonl", tmp_path / "titles.jsonl", field="title")
     export(table, "jsonl", tmp_path / "tags.jsonl", field="tags")
-    export(table, "jsonl", tmp_path / "scores.jsonl", field="score")
+    of_scores = export(table, "jsonl", tmp_path / "scores.jsonl", field="score")
 
     titles = {f"image {number}": title for number, title in enumerate(TITLES) if title and title.strip()}
     assert texts_in(tmp_path / "titles.jsonl") == titles
     assert tally.left_out == {"without a value in title": 2}
     assert tally.problems == [(f"image {number}", "without a value in title") for number in (2, 3)]
     assert texts_in(tmp_path / "tags.jsonl")["image 3"] == "red, tag 3"
+    assert texts_in(tmp_path / "tags.jsonl")["image 7"] == "red, last"
     assert texts_in(tmp_path / "scores.jsonl")["image 3"] == "0.75"
+    assert of_scores.problems == [("image 7", "without a value in score")]
 
 
 def test_alt_texts_of_a_column_are_reviewed_and_exported(table: CaptionsTable, tmp_path: Path) -> None:
