@@ -94,7 +94,7 @@ def test_alt_texts_of_a_column_are_reviewed_and_exported(table: CaptionsTable, t
     export(table, "jsonl", tmp_path / "titles.jsonl", field="title")
     export(table, "jsonl", tmp_path / "captions.jsonl", field="caption")
 
-    assert (counts.num_texts, counts.num_uncaptioned) == (6, 2)
+    assert (counts.num_texts, counts.num_without) == (6, 2)
     alt, titles, captions = (texts_in(tmp_path / f"{name}.jsonl") for name in ("alt", "titles", "captions"))
     assert alt["image 0"] == titles["image 0"] == "A better title."
     assert alt["image 4"] == "Fifth. (automatic description)"
@@ -103,6 +103,26 @@ def test_alt_texts_of_a_column_are_reviewed_and_exported(table: CaptionsTable, t
     assert "image 1" not in {**alt, **titles, **captions}
     assert len(captions) == COUNT - 1
     assert {text for rows in read_texts(table) for text in rows["alt_text"].to_pylist()} >= {"Another.", "Fifth."}
+
+
+def test_an_image_without_a_caption_has_no_text_of_another_column_either(tmp_path: Path) -> None:
+    picture = io.BytesIO()
+    Image.new("RGB", (20, 30)).save(picture, "PNG")
+    images = pa.array([{"bytes": data, "path": "x.png"} for data in (b"no image", picture.getvalue())])
+    pq.write_table(pa.table({"image": images, "id": ["bad", "good"], "title": ["One", "Two"]}), tmp_path / "s.parquet")
+    source = {"id_column": "id", "keep_columns": ["title"]}
+    pipeline.run(caption_config(tmp_path / "s.parquet", tmp_path / "out", source=source))
+    table = open_table(str(tmp_path / "out"))
+
+    counts = make_alt_texts(table, AltTextConfig(field="title"))
+    tally = export(table, "xmp", tmp_path / "xmp")
+    of_titles = export(table, "jsonl", tmp_path / "titles.jsonl", field="title")
+
+    assert (counts.num_texts, counts.num_without) == (1, 1)
+    assert tally.problems == [("bad", "without a caption or a value in title")]
+    assert of_titles.problems == [("bad", "without a caption")]
+    assert of_titles.left_out == {"without a caption": 1}
+    assert texts_in(tmp_path / "titles.jsonl").keys() == {"good"}
 
 
 @pytest.mark.parametrize("to", ["txt", "jsonl", "coco", "imagefolder", "webdataset", "parquet"])

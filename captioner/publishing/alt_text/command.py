@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from captioner.config import AltTextConfig
 from captioner.console.text import counted, printable, shell_command
@@ -18,15 +19,15 @@ from captioner.errors import OK, UsageError
 from captioner.publishing.alt_text.findings import FINDINGS, CaptionedImage, findings
 from captioner.publishing.alt_text.rules import RULES, Limits, apply_rules
 from captioner.publishing.alt_text.schemas import ALT_TEXT_SCHEMA
-from captioner.publishing.alt_text.texts import SETTINGS_FILE, alt_text_name, require_finished
-from captioner.publishing.fields import CAPTION_FIELD, check_field, texts_of
+from captioner.publishing.alt_text.texts import SETTINGS_FILE, alt_text_name, lacking, require_finished
+from captioner.publishing.fields import check_field, texts_of
 from captioner.scoring.terms import read_terms, term_finder
 from captioner.store.lock import sole_writer
 from captioner.store.read import read_parts
 from captioner.store.replan import generation_of_parts
 from captioner.store.table import CaptionsTable, open_table
 
-_COLUMNS = ["image_id", "width", "height", "run_id", "created_at"]
+_COLUMNS = ["image_id", "caption", "width", "height", "run_id", "created_at"]
 
 
 @dataclass
@@ -35,7 +36,7 @@ class Counts:
 
     num_texts: int = 0
     num_changed: int = 0
-    num_uncaptioned: int = 0
+    num_without: int = 0  # images without a caption, or without a value in the column
     rules: Counter[str] = field(default_factory=Counter)
     flags: Counter[str] = field(default_factory=Counter)
 
@@ -104,7 +105,8 @@ class _AltTextMaker:
         """Return the rows of ALT_TEXT_SCHEMA for one part of the captions table."""
         cached: dict[str, tuple[str, list[str]]] = {}
         texts, changed, flags = [], [], []
-        columns_read = [texts_of(rows, self.field), rows["width"], rows["height"]]
+        captions = pc.if_else(pc.is_valid(rows["caption"]), texts_of(rows, self.field), None)
+        columns_read = [captions, rows["width"], rows["height"]]
         for caption, width, height in zip(*(column.to_pylist() for column in columns_read), strict=True):
             text: str | None = None
             rules: list[str] = []
@@ -126,7 +128,7 @@ class _AltTextMaker:
         return pa.table(arrays, schema=ALT_TEXT_SCHEMA)
 
     def _count(self, text: str | None, rules: list[str], flags: list[str]) -> None:
-        self.counts.num_uncaptioned += text is None
+        self.counts.num_without += text is None
         self.counts.num_texts += text is not None
         self.counts.num_changed += bool(rules)
         self.counts.rules.update(rules)
@@ -151,8 +153,7 @@ def _record(settings: AltTextConfig, rules: tuple[str, ...], terms: tuple[str, .
 
 
 def _print(out: str, counts: Counts, field: str) -> None:
-    lacking = "a caption" if field == CAPTION_FIELD else printable(f"a value in {field}")
-    without = f"; {counted(counts.num_uncaptioned, 'image')} without {lacking}" if counts.num_uncaptioned else ""
+    without = f"; {counted(counts.num_without, 'image')} {printable(lacking(field))}" if counts.num_without else ""
     print(
         f"{printable(out)}: {counted(counts.num_texts, 'alt text')}, {counts.num_changed:,} changed by rules{without}"
     )

@@ -9,7 +9,7 @@ import pyarrow as pa
 ALT_TEXT_SCHEMA = pa.schema(
     [
         pa.field("image_id", pa.string(), nullable=False),
-        pa.field("alt_text", pa.string()),  # null: the image has no caption
+        pa.field("alt_text", pa.string()),  # null: the image has no caption, or no value in the column
         pa.field("rules", pa.list_(pa.string()), nullable=False),  # names of the rules that changed something
         pa.field("flags", pa.list_(pa.string()), nullable=False),  # names of the findings
         pa.field("run_id", pa.string(), nullable=False),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -20,6 +20,7 @@ from captioner.store.table import CaptionsTable
 
 SETTINGS_FILE = "alt_text/settings.json"  # written last: exists only when the alt texts are complete
 _JOINED = {"alt_text", "flags", "review_status", "reviewer", "reviewed_at", "language"}
+LeaveOut = Callable[[list[str], str], None]  # takes the ids of images that have no text, and the reason
 _FROM_CAPTIONS = [name for name in TEXTS_SCHEMA.names if name not in _JOINED]
 
 
@@ -34,19 +35,26 @@ def require_finished(table: CaptionsTable) -> None:
         raise OutputError(f"{table.directory.location} is not finished; run the same `captioner caption` again")
 
 
-def read_texts(table: CaptionsTable) -> Iterator[pa.Table]:
-    """Yield one table of TEXTS_SCHEMA for each part of the captions table, in order, without uncaptioned images.
+def lacking(field: str) -> str:
+    """Return in words what images without a text of this column lack."""
+    return "without a caption" if field == CAPTION_FIELD else f"without a caption or a value in {field}"
+
+
+def read_texts(table: CaptionsTable, leave_out: LeaveOut = lambda ids, reason: None) -> Iterator[pa.Table]:
+    """Yield one table of TEXTS_SCHEMA for each part of the captions table, in order, without images that have no text.
 
     All reviews are kept in memory. Raises OutputError when the table is not finished, or its alt texts are missing or
     outdated.
     """
     reviews = read_latest_reviews(table.directory)
-    language = read_settings(table)["language"]
+    settings = read_settings(table)
+    field = settings.get("field", CAPTION_FIELD)
     for _, rows, alt_texts in read_alt_texts(table, [*_FROM_CAPTIONS, "flags"]):
-        yield _join(rows, alt_texts, reviews, language)
+        leave_out(_without(alt_texts["alt_text"], rows), lacking(field))
+        yield _join(rows, alt_texts, reviews, settings["language"])
 
 
-def read_field(table: CaptionsTable, field: str) -> Iterator[pa.Table]:
+def read_field(table: CaptionsTable, field: str, leave_out: LeaveOut = lambda ids, reason: None) -> Iterator[pa.Table]:
     """Yield tables as `read_texts` does, with the texts of a column; "" where an image has no value in it.
 
     Needs no alt texts. Decisions of reviewers that keep an image back hold for every column; those that let a text
@@ -62,10 +70,17 @@ def read_field(table: CaptionsTable, field: str) -> Iterator[pa.Table]:
         if is_reviewed or review.decision not in ("approved", "edited")
     }
     for rows in read_parts(table, list(dict.fromkeys([*_FROM_CAPTIONS, "flags", field]))):
+        leave_out(_without(rows["caption"], rows), lacking(CAPTION_FIELD))
         captioned = rows.filter(pc.is_valid(rows["caption"]))
         texts = pc.fill_null(texts_of(captioned, field), "")
         flags = pa.repeat(pa.scalar([], pa.list_(pa.string())), captioned.num_rows)
         yield _join(captioned, pa.table({"alt_text": texts, "flags": flags}), reviews, settings.get("language"))
+
+
+def _without(texts: pa.ChunkedArray, rows: pa.Table) -> list[str]:
+    """Return the ids of the images that have no text."""
+    ids: list[str] = rows["image_id"].filter(pc.is_null(texts)).to_pylist()
+    return ids
 
 
 def read_settings(table: CaptionsTable) -> dict[str, Any]:

@@ -107,7 +107,8 @@ def export_texts(table: CaptionsTable, settings: ExportConfig) -> Tally:
     # A model that learns from marked texts would write the mark; the texts' provenance says who wrote them.
     is_marked = settings.field is None or settings.to not in TRAINING_FORMATS
     wording = Wording(settings.automatic_mark if is_marked else "", settings.prefix, settings.suffix)
-    selected = select_texts(read(table), tally, name, wording, field=settings.field, **rules)
+    texts = read(table, leave_out=tally.leave_out_all)
+    selected = select_texts(texts, tally, name, wording, field=settings.field, **rules)
     record = {
         "to": settings.to,
         "table": shown(table.directory.location),

@@ -53,6 +53,11 @@ class Tally:
         self.left_out[reason] += 1
         self.name_all([row["image_id"]], reason)
 
+    def leave_out_all(self, image_ids: list[str], reason: str) -> None:
+        """Count images that have no text as left out, and name them."""
+        self.left_out.update({reason: len(image_ids)} if image_ids else {})
+        self.name_all(image_ids, reason)
+
     def name_all(self, image_ids: list[str], reason: str) -> None:
         """Keep the reason of images, up to MAX_PROBLEMS of them."""
         space = MAX_PROBLEMS - len(self.problems)
