@@ -187,7 +187,8 @@ def _open_files(config: SourceConfig, root: Root, files: list[bytes], reason: st
     if is_tars:
         return WebDatasetSource(config.path, root, tuple(files), config.reference_column, reason)
     columns = _columns_of_first(config, root, files)
-    kind = ManifestSource if columns.kind == "path" else ParquetSource
+    holds_images = suffixes == {b".parquet"} and columns.kind != "path"  # else a struct has only paths
+    kind = ParquetSource if holds_images else ManifestSource
     return kind(config.path, root, tuple(files), columns, reason)
 
 

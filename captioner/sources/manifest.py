@@ -1,4 +1,7 @@
-"""A manifest: a CSV, JSON lines or Parquet table with a path or URI for each image."""
+"""A manifest: a CSV, JSON lines or Parquet table with a path or URI for each image.
+
+In JSON lines it may be a struct{bytes, path} without bytes, as `datasets` writes it.
+"""
 
 from __future__ import annotations
 
@@ -38,8 +41,11 @@ class ManifestSource(TableFiles):
     def read(self, rows: pa.Table) -> list[RawImage]:
         return read_copies_once(rows, self.root)
 
-    def _full_path(self, table: bytes, path: str | None) -> bytes:
+    def _full_path(self, table: bytes, cell: str | dict[str, str | None] | None) -> bytes:
         """Return the full path, or b"" where the table names no file: that row fails as not found."""
+        if isinstance(cell, dict) and cell.get("bytes") is not None:
+            raise SourceError(f"{self.root.uri(table)}: images in text are not read; save the table as Parquet")
+        path = cell.get("path") if isinstance(cell, dict) else cell
         if not path:
             return b""
         if path.lower().startswith(("http://", "https://")):

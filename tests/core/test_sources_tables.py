@@ -172,6 +172,18 @@ def test_a_manifest_names_files_anywhere(tmp_path, suffix):
     assert images[2].uri == "memory://manifest-test/r.jpg"
 
 
+def test_json_lines_that_datasets_wrote_name_files(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"beside")
+    cells = [{"bytes": None, "path": "a.png"}, {"bytes": None, "path": None}, None]
+    source = source_at(write_manifest(tmp_path / "m.jsonl", [{"image": cell} for cell in cells]))
+    images = source.read(listed_rows(source))
+    assert [image.data for image in images] == [b"beside", None, None]
+    assert [image.error_code for image in images] == ["", "not_found", "not_found"]
+    source = source_at(write_manifest(tmp_path / "m.jsonl", [{"image": {"bytes": "iVBORw0KGgo", "path": "a.png"}}]))
+    with pytest.raises(SourceError, match=r"m.jsonl: images in text are not read; save the table as Parquet"):
+        listed_rows(source)
+
+
 @pytest.mark.parametrize("kind", ["manifest", "struct"])
 def test_a_table_in_a_folder_names_files_in_stores(tmp_path, kind):
     pytest.importorskip("fsspec").filesystem("memory").pipe("/in-folder/r.jpg", b"remote")
