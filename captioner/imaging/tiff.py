@@ -241,6 +241,8 @@ def _entries(read: Read, layout: _Layout, offset: int, tags: tuple[int, ...] = (
         tag, kind, number = struct.unpack_from(layout.order + ("HHQ" if layout.big else "HHI"), table, position)
         if kind not in _TYPE_BYTES or (tags and tag not in tags):
             continue
+        if tags and number > MAX_DIRECTORIES:  # none of those holds that much
+            raise ValueError(f"tag {tag} of the directory at byte {offset} has {number:,} values")
         length = number * _TYPE_BYTES[kind]
         value = table[position + layout.entry_bytes - layout.pointer_bytes : position + layout.entry_bytes]
         if length > layout.pointer_bytes:

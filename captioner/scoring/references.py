@@ -19,7 +19,7 @@ from captioner.errors import SourceError, UsageError
 from captioner.files import did_you_mean, open_filesystem, shown
 from captioner.sources.columns import as_captions
 from captioner.sources.root import Root
-from captioner.sources.tables import TABLE_SUFFIXES, Table, open_table, read_batches
+from captioner.sources.tables import TABLE_SUFFIXES, Table, open_table, parse_json, read_batches
 
 KEY_NAMES = ("image_id", "file_name", "filename", "file", "path", "image_path", "uri", "image", "id", "key")
 CAPTION_NAMES = ("reference_captions", "captions", "references", "caption", "text", "reference")
@@ -136,7 +136,7 @@ def _read_json(location: str) -> Iterator[tuple[str, str]]:
     try:
         filesystem, path = open_filesystem(location)
         with filesystem.open_input_stream(path) as stream:
-            tree = json.loads(stream.read())
+            tree = parse_json(stream.read())
     except (OSError, ValueError) as error:
         raise SourceError(f"--references {location}: cannot be read as JSON: {error}") from None
     if isinstance(tree, dict) and "annotations" in tree:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -51,7 +52,7 @@ class PagedSource(WrappedSource):
 
     def _with_pages(self, rows: pa.Table) -> pa.Table:
         with ThreadPoolExecutor(concurrency()) as pool:
-            pages_of = list(pool.map(self._pages_of, rows.select(["image_id", "file", "offset"]).to_pylist()))
+            pages_of = list(pool.map(self._pages_of, rows.select(["image_id", "file", "offset", "size"]).to_pylist()))
         indices = [index for index, pages in enumerate(pages_of) for _ in pages]
         numbers = [number for pages in pages_of for number in range(1, len(pages) + 1)]
         offsets = [offset for pages in pages_of for offset in pages]
@@ -82,10 +83,11 @@ class PagedSource(WrappedSource):
         start = row["offset"] or 0
         try:
             with self.source.root.open(row["file"]) as stream:
+                end = stream.seek(0, os.SEEK_END) if row["size"] is None else start + row["size"]
 
                 def read(offset: int, size: int) -> bytes:
                     stream.seek(start + offset)
-                    return stream.read(size)
+                    return stream.read(max(0, min(size, end - stream.tell())))
 
                 offsets = page_offsets(read)
         except (OSError, OverflowError):

@@ -274,6 +274,8 @@ class Root:
         Raises SourceError where the directory cannot be listed.
         """
         path = self.join(directory)
+        if b"\0" in path:
+            raise UnlistableError(f"{readable(path)!a}: cannot be listed: no name holds a null byte")
         try:
             if is_uri(os.fsdecode(path)):
                 yield from self._scan_store(path)

@@ -70,6 +70,8 @@ def read_batches(
                 if becomes_list and name != captions:
                     raise SourceError(f"{root.uri(file)}: column {name!r} is text in some lines and a list in others")
             yield with_valid_text(batch)
+    except UnicodeDecodeError:
+        raise UnreadableTableError(_not_utf8(root, file)) from None
     except (OSError, pa.ArrowException) as error:
         raise _unreadable(root, file, error) from None
 
@@ -221,14 +223,14 @@ class JsonLinesTable:
 
     def _parse(self, text: bytes, number: int) -> dict[str, Any]:
         try:
-            values = json.loads(text)
+            values = parse_json(text)
         except UnicodeDecodeError:
             raise UnreadableTableError(_not_utf8(self.root, self.file)) from None
         except ValueError as error:
             raise UnreadableTableError(f"{self.root.uri(self.file)}: line {number} is not JSON: {error}") from None
         if not isinstance(values, dict):
             raise UnreadableTableError(f"{self.root.uri(self.file)}: line {number} is not a JSON object")
-        return _storable(values) if b"\\ud" in text.lower() else values
+        return values
 
 
 def encoding_of(head: bytes) -> str:
@@ -236,8 +238,21 @@ def encoding_of(head: bytes) -> str:
     return "utf-16" if head.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8"
 
 
+def parse_json(text: bytes) -> Any:
+    """Return the value of a JSON text, with halves of surrogate pairs, which no UTF-8 may hold, written as numbers.
+
+    Raises ValueError, also where values are nested too deeply, and UnicodeDecodeError where it is no Unicode.
+    """
+    decoded = text.decode(json.detect_encoding(text))
+    try:
+        value = json.loads(decoded)
+        return _storable(value) if "\\ud" in decoded.lower() else value
+    except RecursionError:
+        raise ValueError("its values are nested too deeply") from None
+
+
 def _storable(value: Any) -> Any:
-    """Return a JSON value in which halves of surrogate pairs, which no UTF-8 text may hold, are written as numbers."""
+    """Return a JSON value in which halves of surrogate pairs are written as numbers."""
     if isinstance(value, str):
         return value.encode("utf-8", "xmlcharrefreplace").decode()
     if isinstance(value, list):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,6 +28,7 @@ from captioner.sources.root import (
     readable,
     unit_of_file,
 )
+from captioner.sources.tables import parse_json
 from captioner.sources.tar_members import Damage, EndMark, Zeros, walk
 
 IMAGE_SUFFIXES = frozenset(
@@ -223,7 +223,7 @@ def _captions(members: Iterable[_Member], reference_column: str | None) -> list[
 
 def _captions_in_json(text: bytes, reference_column: str | None) -> list[str] | None:
     try:
-        values = json.loads(text)
+        values = parse_json(text)
     except ValueError:
         return None
     if not isinstance(values, dict):

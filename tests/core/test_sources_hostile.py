@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import json
 import random
+import struct
 import tarfile
+import tracemalloc
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -76,6 +79,73 @@ def test_a_name_of_10000_characters_in_a_tar_is_read_and_in_a_manifest_a_row(tmp
     manifest = source_at(tmp_path / "list.csv")
     images = manifest.read(listed_rows(manifest))
     assert [image.error_code for image in images] == ["not_found", ""]
+
+
+def put_in_tar(path, members):
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+DEEP = b'{"caption": ' + b"[" * 100_000
+
+
+def test_hostile_text_beside_the_images_of_a_tar_stops_no_listing(tmp_path):
+    texts = [b'{"caption": "half \\ud83d smile"}', '{"caption": "half \\ud83d"}'.encode("utf-16"), DEEP]
+    texts += [b'{"caption": "\xed\xa0\xbd"}', b'{"caption": "good"}']  # a half of a pair that is no UTF-8
+    members = {f"{n}.{kind}": data for n, text in enumerate(texts) for kind, data in (("jpg", b"x"), ("json", text))}
+    rows = listed_rows(source_at(put_in_tar(tmp_path / "x.tar", members)))
+    captions = [["half &#55357; smile"], ["half &#55357;"], None, None, ["good"]]
+    assert rows["reference_captions"].to_pylist() == captions
+
+
+@pytest.mark.parametrize("name", ["list.jsonl", "metadata.jsonl"])
+@pytest.mark.parametrize(
+    "text",
+    [DEEP, b'{"file_name": "\xed\xa0\xbd"}', b"\xff\xfe" + '{"file_name": "a.jpg"}'.encode("utf-16-le") + b"\0\xd8"],
+)
+def test_hostile_json_lines_are_one_error_with_the_file(tmp_path, name, text):
+    good = b'{"file_name": "a.jpg"}\n'
+    lines = text if text.startswith(b"\xff") else good * 5000 + text  # after the lines that are read first
+    (tmp_path / "a.jpg").write_bytes(b"x")
+    (tmp_path / name).write_bytes(lines)
+    source = tmp_path / name if name == "list.jsonl" else tmp_path
+    with pytest.raises(SourceError, match=rf"{name}: (line \d+|it)? ?is not (JSON|UTF-8)") as error:
+        listed_rows(source_at(source))
+    assert "\n" not in str(error.value)
+
+
+def test_a_null_byte_in_a_folder_of_metadata_is_a_name_without_an_image(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"x")
+    lines = [{"file_name": "a.jpg", "text": "said"}, {"file_name": "d\0/b.jpg", "text": "lost"}]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    source = source_at(tmp_path)
+    listings = [listing for unit in source.units() for listing in source.list_unit(unit)]
+    assert pa.concat_tables(listing.rows for listing in listings)["reference_captions"].to_pylist() == [["said"]]
+    assert "1 of its 2 names match no image" in " ".join(note for listing in listings for note in listing.notes)
+
+
+@pytest.mark.parametrize("big", [False, True])
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_a_tiff_that_claims_more_than_there_is_takes_no_memory(tmp_path, big, kind):
+    count, number, entry = ("<Q", 1 << 45, "<HHQQ") if big else ("<H", (1 << 32) - 1, "<HHII")
+    header = b"II" + (struct.pack("<HHHQ", 43, 8, 0, 16) if big else struct.pack("<HI", 42, 8))
+    entries = [struct.pack(entry, tag, 4, 1, 8) for tag in (256, 257)] + [struct.pack(entry, 330, 16, number, 16)]
+    data = header + struct.pack(count, len(entries)) + b"".join(entries) + bytes(8)
+    if kind == "tar":
+        path = put_in_tar(tmp_path / "x.tar", {"a.tif": data})
+    else:
+        path = tmp_path
+        (tmp_path / "a.tif").write_bytes(data)
+    tracemalloc.start()
+    rows = listed_rows(source_at(path, pages="all"))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(rows) == 1
+    assert peak < 64 << 20
 
 
 def test_ids_that_occur_twice_in_a_table_are_an_error_that_names_them(tmp_path):
