@@ -21,7 +21,7 @@ from captioner.run.quality import enforce
 from captioner.sources import reopen_source
 from captioner.store.counts import TableCounts
 from captioner.store.lock import is_held
-from captioner.store.table import CaptionsTable, open_table
+from captioner.store.table import RUN_FILE, CaptionsTable, open_table
 from captioner.store.verify import Verification, count_rows
 from captioner.store.verify import verify as verify_table
 
@@ -87,7 +87,7 @@ def status(out: str) -> int:
     for note in _notes_of(table, counts.planned):
         print(printable(note))
     with suppress(KeyError, TypeError, ValueError):  # the record is damaged or missing: the next run writes it
-        _print_latest_start(out, table.directory.read_record("run.json"))
+        _print_latest_start(out, table.directory.read_record(RUN_FILE))
     return OK
 
 

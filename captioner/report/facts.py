@@ -20,7 +20,7 @@ from captioner.scoring.check_table import CHECK_FILE
 from captioner.scoring.flags import ALL_FLAGS
 from captioner.scoring.judgements import JUDGE_FILE, OBJECTS_FILE
 from captioner.store.read import read_parts
-from captioner.store.table import CaptionsTable
+from captioner.store.table import RUN_FILE, CaptionsTable
 from captioner.store.verify import count_rows
 
 TIME_BINS = 60
@@ -31,7 +31,7 @@ STAGES = {"read": "decode", "decode": "decode", "generate": "device", "commit": 
 def collect(table: CaptionsTable) -> dict[str, Any]:
     """Return everything the page shows except the images. The table must have been checked."""
     check = table.directory.read_json(CHECK_FILE)
-    record = table.directory.read_record("run.json")
+    record = table.directory.read_record(RUN_FILE)
     counts = asdict(count_rows(table, whole_files=False))
     starts = _starts(table)
     latest: dict[str, Any] = next(

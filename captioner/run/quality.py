@@ -26,11 +26,10 @@ from captioner.scoring.references import References, read_references
 from captioner.scoring.running_wer import RunningWer, Sample, draw_sample
 from captioner.scoring.terms import read_terms
 from captioner.scoring.verdicts import figures, percent
-from captioner.store.table import CaptionsTable, open_table
+from captioner.store.table import REFERENCES_FILE, CaptionsTable, open_table
 
 # The most rows that are checked, unless --sample all is given: a minute or two, whatever the size of the table.
 MAX_ROWS_CHECKED = 2_000_000
-REFERENCES_FILE = "references.json"  # in OUT: the latest --references, used by later runs and checks
 MIN_TO_WARN = 64  # captions of the first chunks, before a fault of most of them is reported
 MIN_SAME = 10  # images with the same caption: a few may be alike
 # Flags that, on most captions, mean that the run as a whole is wrong: the fault in words, and what to do.
@@ -69,11 +68,15 @@ def references_of(table: CaptionsTable, settings: CheckConfig | JudgeConfig) -> 
     if settings.references is not None:  # --references '': the source's own again
         return None
     before = table.directory.read_record(REFERENCES_FILE) if table.directory.exists(REFERENCES_FILE) else {}
+    if not before:
+        return None
     try:
-        return read_references(str(before["path"]), before["columns"]) if before else None
+        references = read_references(str(before["path"]), before["columns"])
     except (SourceError, UsageError, KeyError, TypeError) as error:
         notify(f"checked without the references that were given before: {error}")
         return None
+    references.title = f"the references given before, {before['path']}"
+    return references
 
 
 def remember_references(table: CaptionsTable, settings: CheckConfig | JudgeConfig) -> None:

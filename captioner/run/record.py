@@ -22,7 +22,7 @@ from captioner.run.bottleneck import busy_shares
 from captioner.run.job import Job
 from captioner.run.question_checks import question_notes
 from captioner.store.counts import TableCounts
-from captioner.store.table import Plan
+from captioner.store.table import RUN_FILE, Plan
 
 
 @dataclass
@@ -177,7 +177,7 @@ def _without_keys(config: CaptionConfig) -> dict[str, Any]:
 def write_record(job: Job, record: dict[str, Any]) -> None:
     """Write the record to OUT/run.json and OUT/runs/RUN_ID.json."""
     job.table.directory.write_json(f"runs/{job.work.run_id}.json", record, checksum=True)
-    job.table.directory.write_json("run.json", record, checksum=True)
+    job.table.directory.write_json(RUN_FILE, record, checksum=True)
 
 
 def versions() -> dict[str, str]:

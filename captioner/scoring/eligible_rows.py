@@ -17,7 +17,7 @@ from captioner.models.weights import TRAINING_IMAGES
 from captioner.scoring.references import References
 from captioner.scoring.sample import LowestRanks, rank
 from captioner.store.plan import read_planned
-from captioner.store.table import CaptionsTable
+from captioner.store.table import RUN_FILE, CaptionsTable
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def no_match_message(references: References, table: CaptionsTable) -> str:
     number, examples = references.unmatched()
     example = read_planned(table, next(table.plans()[0].chunks()))["image_id"][0].as_py()
     return (
-        f"--references {references.name}: none of its names ({number:,}, such as {examples[0]!r}) is an image of the "
+        f"{references.title}: none of its names ({number:,}, such as {examples[0]!r}) is an image of the "
         f"table, whose ids are like {example!r}; give references with image ids or file names of the table"
     )
 
@@ -120,7 +120,7 @@ def trained_images(table: CaptionsTable) -> frozenset[str]:
 
     Of a LoRA adapter and of the base model that it was merged into, where both have one.
     """
-    model = table.directory.read_record("run.json").get("model") or {}
+    model = table.directory.read_record(RUN_FILE).get("model") or {}
     name = (table.info.get("model") or {}).get("name")
     directories = {model.get("path") or name, model.get("adapter")}
     return frozenset().union(*(_training_images(directory) for directory in directories if directory))

@@ -32,6 +32,7 @@ class References:
     def __init__(self, name: str, captions: dict[str, list[str]], columns: Sequence[str] = ()) -> None:
         """Hold the captions of a file. `name`, `columns`: as `read_references` takes them."""
         self.name = name
+        self.title = f"--references {name}"  # in messages
         self.columns = columns
         self.captions = captions
         self._matched: dict[str, str] = {}

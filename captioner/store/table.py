@@ -39,10 +39,11 @@ from captioner.store.counts import COUNTED
 from captioner.store.directory import Directory
 
 SCHEMA_VERSION = 1
-TABLE_FILE = "table.json"
+TABLE_FILE, RUN_FILE, REFERENCES_FILE = "table.json", "run.json", "references.json"
 _OVERWRITE_FILE = "overwrite.json"
-# The decisions of reviewers (reviews/) are not among them: no flag deletes those.
+# What a run writes, and commands about its captions. Not the decisions of reviewers (reviews/): no flag deletes those.
 _OWN_FOLDERS = ("plan", "chunks", "captions", "history", "runs", "checks", "report", "alt_text")
+_OWN_FILES = (RUN_FILE, REFERENCES_FILE)
 _TABLE_ID = re.compile(r"[0-9a-f]+")
 _PLAN_FOLDER = re.compile(r"g(\d{3,})")
 _PART = re.compile(r"part-(\d{5,})\.parquet")
@@ -419,8 +420,7 @@ def create_table(
             raise OutputError(f"{location} is not a captions table; --overwrite will not delete it, give another OUT")
         directory.write_json(_OVERWRITE_FILE, {"overwriting": True})
         directory.delete(TABLE_FILE)
-        for folder in _OWN_FOLDERS:
-            directory.delete_folder(folder)
+        _delete_content(directory)
     elif not directory.is_empty():
         raise OutputError(
             f"{location} is not empty and holds no captions table; give another OUT (SOURCE stands before OUT)"
@@ -454,10 +454,17 @@ def discard_empty_table(table: CaptionsTable) -> None:
         table.directory.exists(plan_name(number)) or table.parts_in_folder(number) for number in table.generations()
     ):
         return
-    for folder in _OWN_FOLDERS:
-        directory.delete_folder(folder)
+    _delete_content(directory)
     if directory.is_empty(besides=(TABLE_FILE,)):
         directory.delete(TABLE_FILE)
+
+
+def _delete_content(directory: Directory) -> None:
+    """Delete everything that belongs to a table but table.json."""
+    for folder in _OWN_FOLDERS:
+        directory.delete_folder(folder)
+    for name in _OWN_FILES:
+        directory.delete(name)
 
 
 def table_exists(location: str) -> bool:

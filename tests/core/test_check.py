@@ -277,6 +277,15 @@ def test_references_given_once_are_those_of_later_checks(
     assert quality.check(table, CheckConfig()).references is None
 
 
+def test_references_of_an_earlier_check_that_match_nothing_are_named_as_such(tmp_path: Path, archive: Path) -> None:
+    table, file = captioned(archive, tmp_path / "out"), csv(tmp_path, known_captions(archive))
+    quality.check(table, CheckConfig(references=str(file)))
+    file.write_text("path,text\nelsewhere.png,a cat\n")
+
+    with pytest.raises(UsageError, match=f"^the references given before, {file}: none of its names"):
+        quality.check(table, CheckConfig())
+
+
 def test_a_check_of_an_unfinished_run_begins_with_how_much_is_done(
     tmp_path: Path, archive: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -171,6 +171,21 @@ def test_an_overwrite_that_was_cut_off_is_made_good_without_the_flag(tmp_path: P
     assert len(contents(out)) == 5
 
 
+def test_an_overwrite_keeps_nothing_of_the_old_table_but_reviews(tmp_path: Path, archive: Path, capsys) -> None:
+    out, references = tmp_path / "out", tmp_path / "references.csv"
+    references.write_text("path,text\n000000.png,a red circle\n")
+    pipeline.run(caption_config(archive, out, check={"references": str(references)}))
+    reject(out, ["000001.png"])
+    assert {"run.json", "references.json", "checks", "runs", "report"} <= {path.name for path in out.iterdir()}
+
+    pipeline.run(caption_config(make_folder(tmp_path / "small", 5), out, overwrite=True, plan_only=True))
+
+    assert {path.name for path in out.iterdir()} == {"table.json", "plan", "reviews"}
+    capsys.readouterr()
+    assert status(str(out)) == 0
+    assert "latest start" not in capsys.readouterr().out
+
+
 def test_a_run_that_was_overwritten_publishes_nothing_into_the_new_table(tmp_path: Path, archive: Path) -> None:
     small, out = make_folder(tmp_path / "small", 5), tmp_path / "out"
     run_until_killed(caption_config(archive, out), 14)
