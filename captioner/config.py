@@ -413,9 +413,11 @@ class ExportConfig(Settings):
     approved_only: bool = Field(
         False, description="Export only texts that a person approved or edited, and decorative images; the default."
     )
-    include_unreviewed: bool = Field(False, description="Export also unreviewed texts, marked as automatic.")
+    include_unreviewed: bool = Field(
+        False, description="Export also unreviewed texts; those of a model marked as automatic."
+    )
     automatic_mark: str = Field(
-        "(automatic description)", min_length=1, description="Suffix for texts nobody has reviewed."
+        "(automatic description)", min_length=1, description="Suffix for texts of a model that nobody has reviewed."
     )
     update: bool = Field(False, description="Refresh an earlier export at DEST.")
     dry_run: bool = Field(False, description="Print what would be exported and write nothing; html shows the diff.")

@@ -29,6 +29,11 @@ def check_field(table: CaptionsTable, name: str) -> None:
         raise UsageError(f"--field {name}: holds {schema.field(name).type}, which is not text; name another column")
 
 
+def is_from_source(table: CaptionsTable, name: str) -> bool:
+    """Return whether the texts of a column are those that the images came with, not a model's."""
+    return name != CAPTION_FIELD and all(name != field.name for field in table.answer_fields)
+
+
 def texts_of(rows: pa.Table, name: str) -> pa.ChunkedArray:
     """Return a column of `rows` as text; null where an image has none: no value, only white space, or not a number.
 

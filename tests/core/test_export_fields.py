@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +99,8 @@ def test_alt_texts_of_a_column_are_reviewed_and_exported(table: CaptionsTable, t
     assert (counts.num_texts, counts.num_without) == (6, 2)
     alt, titles, captions = (texts_in(tmp_path / f"{name}.jsonl") for name in ("alt", "titles", "captions"))
     assert alt["image 0"] == titles["image 0"] == "A better title."
-    assert alt["image 4"] == "Fifth. (automatic description)"
+    assert alt["image 4"] == "Fifth."  # from the source: no model wrote it
+    assert captions["image 4"].startswith("picture ")
     assert titles["image 4"] == "Fifth"
     assert captions["image 0"].startswith("picture ")  # the decision was about the title
     assert "image 1" not in {**alt, **titles, **captions}
@@ -125,6 +128,34 @@ def test_an_image_without_a_caption_has_no_text_of_another_column_either(tmp_pat
     assert texts_in(tmp_path / "titles.jsonl").keys() == {"good"}
 
 
+def test_texts_that_came_with_the_source_are_not_said_to_be_a_models(table: CaptionsTable, tmp_path: Path) -> None:
+    make_alt_texts(table, AltTextConfig(field="title"))
+    decide(table, "approved", 0, "A title.")
+    decide(table, "edited", 1, "A better title.")
+
+    export(table, "jsonl", tmp_path / "alt.jsonl")
+    export(table, "csv", tmp_path / "titles.csv", field="title")
+    export(table, "xmp", tmp_path / "xmp", field="title")
+    export(table, "jsonl", tmp_path / "captions.jsonl", field="caption")
+
+    rows = [json.loads(line) for line in (tmp_path / "alt.jsonl").read_text().splitlines()]
+    assert [row["text_by"] for row in rows] == ["source", "person", *["source"] * 4]
+    assert {row["model"] for row in rows} == {row["model_sha256"] for row in rows} == {None}
+    with (tmp_path / "titles.csv").open(encoding="utf-8-sig", newline="") as file:
+        cells = {row["image_id"]: (row["alt_text"], row["text_by"], row["model"]) for row in csv.DictReader(file)}
+    assert cells["image 4"] == ("Fifth", "source", "")
+    packets = [(tmp_path / "xmp" / f"image {number}.xmp").read_text() for number in (0, 1, 4)]
+    assert not any("captioner:Model" in packet or "automatic" in packet for packet in packets)
+    for packet, writer in zip(
+        packets,
+        ("Source (approved by Ada)", "Ada (edited; first text from the source)", "Source (unreviewed)"),
+        strict=True,
+    ):
+        assert f">{writer}<" in packet or f'"{writer}"' in packet
+    captions = [json.loads(line) for line in (tmp_path / "captions.jsonl").read_text().splitlines()]
+    assert {(row["text_by"], row["model"]) for row in captions} == {("machine", "fake")}
+
+
 @pytest.mark.parametrize("to", ["txt", "jsonl", "coco", "imagefolder", "webdataset", "parquet"])
 def test_trigger_words_are_in_every_form_of_training_set(table: CaptionsTable, tmp_path: Path, to: str) -> None:
     export(table, to, tmp_path / "dest", field="title", prefix=PREFIX, suffix=SUFFIX)
@@ -139,14 +170,14 @@ def test_trigger_words_are_in_every_form_of_training_set(table: CaptionsTable, t
 
 
 def test_words_are_added_after_the_mark_of_texts_nobody_reviewed(table: CaptionsTable, tmp_path: Path) -> None:
-    make_alt_texts(table, AltTextConfig(field="title"))
+    make_alt_texts(table, AltTextConfig())
     decide(table, "approved", 5, "Sixth.")
     decide(table, "decorative", 6, "")
 
     export(table, "jsonl", tmp_path / "texts.jsonl", prefix=PREFIX, suffix=SUFFIX)
 
     texts = texts_in(tmp_path / "texts.jsonl")
-    assert texts["image 4"] == f"{PREFIX}Fifth. (automatic description){SUFFIX}"
+    assert re.fullmatch(f"{PREFIX}Picture .*[.] [(]automatic description[)]{SUFFIX}", texts["image 4"])
     assert texts["image 5"] == f"{PREFIX}Sixth.{SUFFIX}"
     assert texts["image 6"] == ""
 
@@ -240,7 +271,8 @@ def test_table_and_images_become_a_private_dataset_of_the_hub(
     assert rows["text"] == [f"{PREFIX}{title}" for title in TITLES if title and title.strip()]
     assert [image.size for image in rows["image"]] == [(30, 20)] * 6
     assert rows["machine_caption"][0].startswith("picture ")
-    assert set(rows["text_by"]) == {"machine"}
+    assert set(rows["text_by"]) == {"source"}
+    assert set(rows["model"]) == {None}
 
 
 @pytest.mark.usefixtures("connected")

@@ -36,9 +36,9 @@ TEXTS_SCHEMA = pa.schema(
         pa.field("reviewer", pa.string()),
         pa.field("reviewed_at", pa.timestamp("us", tz="UTC")),
         pa.field("language", pa.string()),
-        pa.field("model", pa.string(), nullable=False),
+        pa.field("model", pa.string()),  # null, as all of a model: the text is not a model's but came with the source
         pa.field("model_revision", pa.string()),
-        pa.field("model_sha256", pa.string(), nullable=False),
+        pa.field("model_sha256", pa.string()),
         pa.field("training_run_id", pa.string()),
         pa.field("run_id", pa.string(), nullable=False),
         pa.field("created_at", pa.timestamp("us", tz="UTC"), nullable=False),

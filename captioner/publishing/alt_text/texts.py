@@ -12,7 +12,7 @@ from captioner.console.text import shell_command
 from captioner.data import STATUS_FAILED
 from captioner.errors import OutputError
 from captioner.publishing.alt_text.schemas import ALT_TEXT_SCHEMA, TEXTS_SCHEMA, UNREVIEWED
-from captioner.publishing.fields import CAPTION_FIELD, check_field, texts_of
+from captioner.publishing.fields import CAPTION_FIELD, check_field, is_from_source, texts_of
 from captioner.store.journal import Review, read_latest_reviews
 from captioner.store.read import read_parts
 from captioner.store.replan import generation_of_parts
@@ -21,6 +21,7 @@ from captioner.store.table import CaptionsTable
 SETTINGS_FILE = "alt_text/settings.json"  # written last: exists only when the alt texts are complete
 _JOINED = {"alt_text", "flags", "review_status", "reviewer", "reviewed_at", "language"}
 LeaveOut = Callable[[list[str], str], None]  # takes the ids of images that have no text, and the reason
+_OF_A_MODEL = {"model", "model_revision", "model_sha256", "training_run_id"}
 _FROM_CAPTIONS = [name for name in TEXTS_SCHEMA.names if name not in _JOINED]
 
 
@@ -51,7 +52,7 @@ def read_texts(table: CaptionsTable, leave_out: LeaveOut = lambda ids, reason: N
     field = settings.get("field", CAPTION_FIELD)
     for _, rows, alt_texts in read_alt_texts(table, [*_FROM_CAPTIONS, "flags"]):
         leave_out(_without(alt_texts["alt_text"], rows), lacking(field))
-        yield _join(rows, alt_texts, reviews, settings["language"])
+        yield _join(_with_author(table, rows, field), alt_texts, reviews, settings["language"])
 
 
 def read_field(table: CaptionsTable, field: str, leave_out: LeaveOut = lambda ids, reason: None) -> Iterator[pa.Table]:
@@ -74,7 +75,15 @@ def read_field(table: CaptionsTable, field: str, leave_out: LeaveOut = lambda id
         captioned = rows.filter(pc.is_valid(rows["caption"]))
         texts = pc.fill_null(texts_of(captioned, field), "")
         flags = pa.repeat(pa.scalar([], pa.list_(pa.string())), captioned.num_rows)
-        yield _join(captioned, pa.table({"alt_text": texts, "flags": flags}), reviews, settings.get("language"))
+        field_texts = pa.table({"alt_text": texts, "flags": flags})
+        yield _join(_with_author(table, captioned, field), field_texts, reviews, settings.get("language"))
+
+
+def _with_author(table: CaptionsTable, rows: pa.Table, field: str) -> pa.Table:
+    """Return the rows without a model where the texts of the column came with the source."""
+    for name in _OF_A_MODEL if is_from_source(table, field) else ():
+        rows = rows.set_column(rows.schema.get_field_index(name), name, pa.nulls(len(rows), pa.string()))
+    return rows
 
 
 def _without(texts: pa.ChunkedArray, rows: pa.Table) -> list[str]:

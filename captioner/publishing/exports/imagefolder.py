@@ -29,9 +29,10 @@ task_categories:
 |---|---|
 {statuses}
 
-`text` is {text}, `machine_caption` the model's original caption, `text_by` who wrote the text ("machine" or
-"person"), `reviewer` and `reviewed_at` who reviewed it and when. `model`, `model_revision`, `model_sha256` and `run_id`
-identify the model and the run. Texts of status `unreviewed` have not been reviewed by a person.
+`text` is {text}, `machine_caption` the model's original caption, `text_by` who wrote the text ("machine",
+"person", or "source" where it came with the image), `reviewer` and `reviewed_at` who reviewed it and when. `model`,
+`model_revision` and `model_sha256` identify the model of a text, `run_id` the run. Texts of status `unreviewed` have
+not been reviewed by a person.
 """
 
 

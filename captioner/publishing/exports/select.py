@@ -12,8 +12,8 @@ import pyarrow.compute as pc
 
 from captioner.publishing.alt_text.schemas import TEXTS_SCHEMA, UNREVIEWED
 
-# A text and its provenance. `text_by`: who wrote it, "machine" or "person". `review_status` and `reviewer`: who
-# reviewed it and how.
+# A text and its provenance. `text_by`: who wrote it: "machine", "person" (a reviewer), or "source" (the text came with
+# the image). `review_status` and `reviewer`: who reviewed it and how.
 CHOSEN_SCHEMA = TEXTS_SCHEMA.append(pa.field("text_by", pa.string(), nullable=False))
 PROVENANCE = (
     "text_by",
@@ -30,7 +30,7 @@ PROVENANCE = (
 MAX_PROBLEMS = 1_000
 _PUBLISHED = ("approved", "edited", "decorative")
 _REASONS = {
-    UNREVIEWED: "not reviewed (--include-unreviewed exports them, marked as automatic)",
+    UNREVIEWED: "not reviewed (--include-unreviewed exports them, those of a model marked as automatic)",
     "rejected": "rejected",
     "expert": "waiting for an expert",
     "decorative": "decorative, which {to} cannot express",
@@ -66,7 +66,7 @@ class Tally:
 
 @dataclass(frozen=True)
 class Wording:
-    """What an export adds to texts. `mark`: to those that nobody has reviewed, or ""."""
+    """What an export adds to texts. `mark`: to those of a model that nobody has reviewed, or ""."""
 
     mark: str
     prefix: str = ""
@@ -136,7 +136,8 @@ def _worded(rows: pa.Table, wording: Wording) -> pa.Table:
     texts = rows["alt_text"]
     if wording.mark:
         marked = pc.binary_join_element_wise(texts, wording.mark, " ")
-        texts = pc.if_else(pc.equal(rows["review_status"], UNREVIEWED), marked, texts)
+        is_automatic = pc.and_(pc.equal(rows["review_status"], UNREVIEWED), pc.is_valid(rows["model"]))
+        texts = pc.if_else(is_automatic, marked, texts)
     if wording.prefix or wording.suffix:
         worded = pc.binary_join_element_wise(wording.prefix, texts, wording.suffix, "")
         texts = pc.if_else(pc.equal(rows["review_status"], "decorative"), texts, worded)
@@ -145,7 +146,7 @@ def _worded(rows: pa.Table, wording: Wording) -> pa.Table:
 
 def _with_author(rows: pa.Table) -> pa.Table:
     by_person = pc.is_in(rows["review_status"], pa.array(["edited", "decorative"]))
-    author = pc.if_else(by_person, "person", "machine")
+    author = pc.if_else(by_person, "person", pc.if_else(pc.is_valid(rows["model"]), "machine", "source"))
     return rows.append_column(CHOSEN_SCHEMA.field("text_by"), author).cast(CHOSEN_SCHEMA)
 
 
@@ -161,9 +162,10 @@ def provenance(row: dict[str, Any]) -> dict[str, Any]:
 
 def caption_writer(row: dict[str, Any]) -> str:
     """Return who wrote and reviewed a text in one line, for fields such as photoshop:CaptionWriter."""
-    model = row["model"] + (f"@{row['model_revision']}" if row["model_revision"] else "")
+    model = f"{row['model']}@{row['model_revision']}" if row["model_revision"] else row["model"]
+    author, first_text = (f"Machine: {model}", f"by machine: {model}") if model else ("Source", "from the source")
     if row["review_status"] == UNREVIEWED:
-        return f"Machine: {model} (unreviewed)"
+        return f"{author} (unreviewed)"
     if row["text_by"] == "person":
-        return f"{row['reviewer']} ({row['review_status']}; first text by machine: {model})"
-    return f"Machine: {model} ({row['review_status']} by {row['reviewer']})"
+        return f"{row['reviewer']} ({row['review_status']}; first text {first_text})"
+    return f"{author} ({row['review_status']} by {row['reviewer']})"

@@ -125,9 +125,10 @@ def merge_text(existing: bytes | None, row: dict[str, Any], mark: str, update: b
 def extended_description(row: dict[str, Any], mark: str) -> str | None:
     """Return the whole caption, marked as automatic, when the alt text is a shortened one.
 
-    None for reviewed texts: the person has only approved the alt text, not the rest of the caption.
+    None for reviewed texts, since the person has only approved the alt text, not the rest of the caption; and for texts
+    that came with the source, which are not of the caption.
     """
-    if row["review_status"] != UNREVIEWED:
+    if row["review_status"] != UNREVIEWED or row["text_by"] == "source":
         return None
     caption, _ = apply_rules(row["caption"], _WITHOUT_LIMITS)
     description = f"{caption} {mark}"
