@@ -317,15 +317,16 @@ def share_out(
     one_thread: bool = False,
     *,
     device: str = "auto",
-    waits_for_servers: bool = False,
+    concurrency: int = 0,
 ) -> Sizes:
     """Return the workers and decoders for a cluster. Raises ClusterError where the settings do not fit it.
 
     `device`: a --device; workers on the CPU reserve no GPU unless --gpus-per-worker says so. `one_thread`: without a
-    GPU the model captions on one thread, about as fast as one CPU decodes. `waits_for_servers`: the model is on servers
-    (--endpoint), so that one worker on each node, of one CPU, is enough.
+    GPU the model captions on one thread, about as fast as one CPU decodes. `concurrency`: the model is on servers
+    (--endpoint), each of which gets so many requests at once, so that one worker on each node, of one CPU, is enough.
     """
-    one_thread = one_thread and not waits_for_servers
+    one_thread = one_thread and not concurrency
+    _check_concurrency(config, concurrency)
     if config.gpus_per_worker is None:
         gpus = 1.0 if resources.num_gpus and device != "cpu" else 0.0
         config = config.model_copy(update={"gpus_per_worker": gpus})
@@ -333,7 +334,9 @@ def share_out(
         return _share_out_growing(resources, config)
     gpus = _gpus_per_worker(resources, config)
     workers = _num_workers(resources, config, gpus, one_thread)
-    spare = resources.num_cpus - workers if gpus or one_thread or waits_for_servers else resources.num_cpus / 4
+    if concurrency:
+        workers = min(workers, concurrency)
+    spare = resources.num_cpus - workers if gpus or one_thread or concurrency else resources.num_cpus / 4
     decode = max(1, int(spare)) if config.decode_cpus == "auto" else config.decode_cpus
     per_decoder = min(1.0, resources.least_cpus / 2)
     cpus = int((resources.num_cpus - decode * per_decoder) / workers * 1000) / 1000  # the precision of Ray
@@ -347,16 +350,25 @@ def share_out(
     # A large model needs far more CPU time than decoding: it gets a thread on each CPU, also on those of the decoders,
     # which are idle most of the time.
     threads = max(1, round(cpus if gpus or one_thread else cpus + decode * per_decoder / workers))
-    cpus = min(cpus, 1.0) if gpus or waits_for_servers else cpus
+    cpus = min(cpus, 1.0) if gpus or concurrency else cpus
     return Sizes(workers, cpus, gpus, threads, decode, 1 + workers // 4, cpus_per_decoder=per_decoder)
 
 
 def sizes_of(config: CaptionConfig, resources: Resources, one_thread: bool = False) -> Sizes:
     """Return `share_out` for a captioning run. Raises ClusterError as it does."""
     model = config.model
-    return share_out(
-        resources, config.cluster, one_thread, device=model.compute_on, waits_for_servers=bool(model.endpoint)
-    )
+    concurrency = model.concurrency if model.endpoint else 0
+    return share_out(resources, config.cluster, one_thread, device=model.compute_on, concurrency=concurrency)
+
+
+def _check_concurrency(config: ClusterConfig, concurrency: int) -> None:
+    """Raise ClusterError for a --num-workers of which each has less than one request under way at a model server."""
+    numbers = [] if config.num_workers == "auto" else [int(number) for number in str(config.num_workers).split(":")]
+    if concurrency and max(numbers, default=0) > concurrency:
+        raise ClusterError(
+            f"--num-workers {config.num_workers} with --concurrency {concurrency}: each worker has at least one request"
+            " under way at each server; lower --num-workers or raise --concurrency"
+        )
 
 
 def _share_out_growing(resources: Resources, config: ClusterConfig) -> Sizes:

@@ -66,7 +66,9 @@ class RayJudgeEngine:
     def ask_about(self, work: ObjectWork, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Ask the servers about captions, from workers on the nodes. Needs no GPU."""
         resources = Connection(self._config).resources()
-        sizes = share_out(resources, self._config, device="cpu", waits_for_servers=True)
+        endpoint = work.work.model.endpoint
+        assert endpoint is not None
+        sizes = share_out(resources, self._config, device="cpu", concurrency=endpoint.concurrency)
         check_shared(work.work.table.directory, TABLE_FILE)
         num_workers = max(sizes.num_workers, sizes.max_workers)
         shared = replace(work, work=replace(work.work, model=work.work.model.shared_by(num_workers)))

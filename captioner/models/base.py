@@ -294,6 +294,9 @@ class TransformersCaptioner:
     def to_captions(self, tokens: torch.Tensor, logprobs: torch.Tensor, each: int) -> Captions:
         """Return the captions of a result of `search`, which has `each` rows for each image."""
         counts, finished = token_counts(tokens, self._end_ids())
+        if self.settings.forced_eos_token_id is not None:  # at the limit, the end token may have been forced
+            limit = self.settings.max_new_tokens
+            finished = [ended and count < limit for ended, count in zip(finished, counts, strict=True)]
         rows = [row[:count] for row, count in zip(tokens.tolist(), counts, strict=True)]
         texts, means = self.decode(rows), mean_logprobs(logprobs, counts)
         samples = [texts[first : first + each] for first in range(0, len(texts), each)] if each > 1 else []

@@ -64,7 +64,10 @@ class ChatCaptioner(TransformersCaptioner):
         super().__init__(ref, device, batch_size, max_memory)
         self.text_of = lru_cache(MAX_TEXTS)(self.text_before_answer)
         self.prompts = same_prompts(ref)
-        texts = [self.text_of(prompt) for prompt in self.prompts]
+        try:
+            texts = [self.text_of(prompt) for prompt in self.prompts]
+        except PromptError as error:
+            raise ModelError(f"{ref.path}: {error}") from None
         bos_token = self.tokenizer.bos_token
         has_start_token = bos_token is not None and texts[0].startswith(bos_token)
         # A template that contains the start token must not get a second one (as in transformers).
@@ -186,8 +189,15 @@ class PrefixCaptioner(ChatCaptioner):
         return f"{self.processor.image_token}{prompt}"
 
 
+class PromptError(ValueError):
+    """Raised where a chat template cannot take a prompt. With {columns} in --prompt it may be that of one image."""
+
+
 def _apply_template(processor: Any, ref: ModelRef, prompt: str) -> str:
-    """Return the prompt after an image in a user's turn of the model's chat template, after the system prompt."""
+    """Return the prompt after an image in a user's turn of the model's chat template, after the system prompt.
+
+    Raises PromptError.
+    """
     turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
     if ref.system:
         turns.insert(0, {"role": "system", "content": [{"type": "text", "text": ref.system}]})
@@ -196,14 +206,14 @@ def _apply_template(processor: Any, ref: ModelRef, prompt: str) -> str:
             question = processor.apply_chat_template(turns, add_generation_prompt=True, enable_thinking=False)
     except (*LOADING_ERRORS, TemplateError) as error:
         reason = " ".join(str(error).split())
-        raise ModelError(f"{ref.path}: its chat template cannot be used: {reason}") from None
+        raise PromptError(f"its chat template cannot be used: {reason}") from None
     if ref.system and ref.system.strip() not in question:
-        raise ModelError(f"--system: the chat template of {ref.path} has no system prompt; put it into --prompt")
+        raise PromptError("its chat template has no system prompt; leave out --system and put it into --prompt")
     placeholder = getattr(processor, "image_token", None)
     num_placeholders = 1 if placeholder is None else question.count(placeholder)
     if num_placeholders != 1:
-        raise ModelError(
-            f"{ref.path}: --prompt and its chat template contain {num_placeholders} image placeholders"
-            f" ({placeholder}), not 1; remove them from the prompt, or use a model whose template has one"
+        raise PromptError(
+            f"--prompt and its chat template contain {num_placeholders} image placeholders ({placeholder}), not 1;"
+            " remove them from the prompt, or use a model whose template has one"
         )
     return str(question)

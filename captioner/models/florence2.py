@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from captioner.errors import ModelError
 from captioner.models.base import TransformersCaptioner
 from captioner.models.families import family_of
 from captioner.models.processors import open_processor
@@ -22,7 +23,13 @@ class Florence2Captioner(TransformersCaptioner):
         super().__init__(ref, device, batch_size)
 
     def start_ids(self) -> list[int]:
-        return [self.model.config.text_config.decoder_start_token_id]
+        start = self.model.config.text_config.decoder_start_token_id
+        if start is None:
+            raise ModelError(f"{self.ref.path}: config.json has no decoder_start_token_id in text_config; set it there")
+        return [start]
+
+    def special_token_settings(self) -> dict[str, Any]:
+        return {"decoder_start_token_id": self.prefix[0]}
 
     def generate(self, pixel_values: torch.Tensor, /, **options: Any) -> Any:
         rows = torch.tensor([self.question_ids], device=self.device).repeat(len(pixel_values), 1)

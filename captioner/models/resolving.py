@@ -140,7 +140,10 @@ def find_local(ref: ModelRef) -> ModelRef:
 
 
 def _base_of(adapter: Path, notify: Callable[[str], None]) -> Path:
-    return adapters.locate_base(adapter, lambda name, revision: locate(name, revision, notify)[0])
+    """Return the directory of an adapter's base model. peft may write a revision beside a local directory too."""
+    return adapters.locate_base(
+        adapter, lambda name, of_hub: locate(name, of_hub if is_hub_id(name) else None, notify)[0]
+    )
 
 
 def _describe(
@@ -155,6 +158,7 @@ def _describe(
     if not config_file.is_file():
         raise ModelError(f"{directory}: no config.json; give the directory that save_pretrained wrote")
     config = weights.read_json(config_file)
+    weights.read_json(directory / "generation_config.json")  # where it cannot be read, transformers takes defaults
     family = _family(config_file, config, notify)
     max_positions = _max_positions(family, config)
     settings = settings | {"prompt": _prompt(directory, family, settings["prompt"])}

@@ -20,6 +20,9 @@ class VisionEncoderDecoderCaptioner(TransformersCaptioner):
                 return [start]
         raise ModelError(f"{self.ref.path}: config.json has no decoder_start_token_id; set it to the start token's id")
 
+    def special_token_settings(self) -> dict[str, Any]:
+        return {"decoder_start_token_id": self.prefix[0]}
+
     def generate(self, pixel_values: torch.Tensor, /, **options: Any) -> Any:
         rows = self.start_rows(len(pixel_values))
         return self.model.generate(pixel_values=pixel_values, decoder_input_ids=rows, **options)

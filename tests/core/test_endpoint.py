@@ -463,6 +463,19 @@ def test_a_busy_server_gets_nothing_until_the_time_that_it_names() -> None:
     assert pool.free() is first
 
 
+@pytest.mark.parametrize("seconds", [0.0, 0.4])
+def test_a_busy_server_that_names_no_time_to_come_rests_longer_each_time(seconds: float) -> None:
+    clock = Clock()
+    pool = pool_of("a", clock=clock, timeout=1e9)
+    (server,) = pool.servers
+
+    for rest in (0.5, 1.0, 2.0):
+        pool.was_busy(server, BusyError("429", seconds))
+        assert pool.free() is None
+        assert server.free_from == clock.now + rest
+        clock.now += rest
+
+
 def test_a_server_that_does_not_answer_rests_longer_each_time_and_is_then_asked_once() -> None:
     clock = Clock()
     pool = pool_of("a", clock=clock, timeout=1e9)
@@ -543,6 +556,12 @@ def test_the_only_model_of_a_server_need_not_be_named_and_a_wrong_one_is_answere
         ({"endpoint": ["http://user:secret@gpu1/v1"]}, "--endpoint http://gpu1: give a key in CAPTIONER_API_KEY"),
         ({"endpoint": ["http://gpu1/v1?api_key=secret"]}, "not in the URL"),
         ({"endpoint": ["http://gpu1/v1/chat/completions"]}, "leave out /chat/completions"),
+        ({"endpoint": ["http://gpu1/v1/chat/completions/"]}, "leave out /chat/completions"),
+        ({"endpoint": ["http://gpu1:abc/v1"]}, "--endpoint http://gpu1:abc/v1: Port could not be cast"),
+        ({"endpoint": ["http://gpu1:99999/v1"]}, "such as http://HOST:8000/v1"),
+        ({"endpoint": ["http://[::1/v1"]}, "--endpoint http://[::1/v1: Invalid IPv6 URL; give the URL"),
+        ({"endpoint": ["http://256.1.1.1/v1"]}, "such as http://HOST:8000/v1"),
+        ({"endpoint": ["http://gpu1:8000\\v1"]}, "such as http://HOST:8000/v1"),
     ],
 )
 def test_settings_that_cannot_be_meant_are_refused(changes: dict[str, Any], message: str) -> None:

@@ -97,6 +97,12 @@ def test_the_fingerprint_covers_both_and_not_their_places(home: Path, adapter: P
     assert resolved(adapter).fingerprint != ref.fingerprint
 
 
+def test_a_revision_that_peft_wrote_beside_a_local_base_is_ignored(home: Path, adapter: Path) -> None:
+    edit_config(adapter, revision="main")
+
+    assert captions(resolved(adapter)) == captions(resolved(home / "adapter"))
+
+
 def test_a_worker_refuses_an_adapter_that_changed_since_the_start(home: Path, adapter: Path) -> None:
     ref = resolved(adapter)
     assert ensure_local(ref) == ref

@@ -179,6 +179,31 @@ def test_lengths_beams_and_sampling_of_the_checkpoint_are_ignored(tmp_path, pixe
     assert caption(model, pixels).texts == before.texts
 
 
+@pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.parametrize("family", ["git", "vision-encoder-decoder"])  # BLIP takes these settings from its config.json
+def test_a_caption_that_is_forced_to_end_at_the_limit_is_marked_as_cut(family, num_beams, tmp_path, pixels) -> None:
+    model = make_tiny_model(family, tmp_path)
+    before = caption(model, pixels, num_beams=num_beams)
+    write_generation_settings(model, forced_eos_token_id=END)
+
+    after = caption(model, pixels, num_beams=num_beams)
+
+    assert after.finished == [count < LIMIT for count in after.num_tokens]
+    assert {True, False} == set(after.finished)
+    assert num_beams > 1 or [text for text, ended in zip(after.texts, after.finished, strict=True) if ended] == [
+        text for text, count in zip(before.texts, before.num_tokens, strict=True) if count < LIMIT
+    ]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_start_token_that_is_only_in_the_configuration_is_used(family, tmp_path, pixels) -> None:
+    model = make_tiny_model(family, tmp_path)
+    before = caption(model, pixels)
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": END, "pad_token_id": 0}))
+
+    assert caption(model, pixels).texts == before.texts
+
+
 def test_the_minimum_length_of_the_checkpoint_is_lowered_to_the_limit(tmp_path, pixels) -> None:
     model = make_tiny_model("git", tmp_path)
     write_generation_settings(model, min_length=30, min_new_tokens=30)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from helpers import chats_to_test, use_t5
@@ -25,6 +27,7 @@ from captioner.imaging import decode_images
 from captioner.models import load, packed, resolve
 from captioner.models.families import FAMILY_BY_NAME, QUESTION, family_of
 from captioner.models.processors import open_processor
+from captioner.models.questions import prompts_of
 from captioner.starter.scenes import make_scenes
 from captioner.steps import caption_or_reasons
 from captioner.testing import make_tiny_model
@@ -284,6 +287,34 @@ def test_a_question_without_exactly_one_image_placeholder_is_an_error(prompt, tm
         ModelError, match=rf"contain {2 if prompt else 0} image placeholders \(<\|image_pad\|>\), not 1"
     ):
         load(resolve(ModelConfig(name=str(tmp_path), prompt=prompt)), device="cpu")
+
+
+def test_only_the_image_fails_whose_column_holds_the_placeholder_of_images(model) -> None:
+    settings = {"prompt": "Its title is {title}.", "max_new_tokens": LIMIT}
+    ref = resolve(ModelConfig(name=str(model("qwen2_vl")), **settings))
+    decoded = decode_images(as_files(small_images()[:4]), ref.spec, max_pixels=10**6)
+    titles = pa.table({"title": ["a cat", None, "<|image_pad|>\nWhat is shown here?", "a dog"]})
+
+    captioner = load(ref, device="cpu", batch_size=4)
+    results = caption_or_reasons(captioner, decoded.pixels, prompts=prompts_of(ref, titles))
+
+    assert [isinstance(result, str) for result in results] == [False, False, True, False]
+    assert "contain 2 image placeholders" in str(results[2])
+
+
+def test_florence2_marks_captions_as_cut_where_generate_forces_an_end_token(model, greedy) -> None:
+    cut = caption(model("florence2"), max_new_tokens=4)
+
+    whole = greedy(model("florence2"))
+    assert cut.num_tokens == [min(count, 4) for count in whole.num_tokens]
+    assert cut.finished == [count < 4 for count in cut.num_tokens]
+
+
+def test_florence2_needs_no_start_token_in_the_settings_of_generate(model, greedy, tmp_path) -> None:
+    copy = shutil.copytree(model("florence2"), tmp_path / "model")
+    (copy / "generation_config.json").write_text('{"eos_token_id": 2, "pad_token_id": 0, "forced_eos_token_id": 2}')
+
+    assert caption(copy).texts == greedy(model("florence2")).texts
 
 
 def test_only_the_image_that_the_processor_refuses_fails(model) -> None:

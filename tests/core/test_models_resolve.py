@@ -135,6 +135,14 @@ def only_pickles(model) -> None:
         (lambda model: (model / "config.json").write_text("[]"), "config.json: holds a JSON list"),
         (lambda model: (model / "processor_config.json").write_text("{'"), "processor_config.json: cannot be read"),
         (
+            lambda model: (model / "generation_config.json").write_text('{"no_repeat_ngram_size": 2,}'),
+            "generation_config.json: cannot be read as JSON",
+        ),
+        (
+            lambda model: (model / "generation_config.json").write_text("\ufeff{}"),
+            "generation_config.json: cannot be read as JSON",
+        ),
+        (
             lambda model: edit_json(model / "config.json", model_type="llama"),
             "model_type 'llama' is not supported: transformers .* has no model .*; supported: git, blip, blip-2",
         ),

@@ -308,6 +308,16 @@ def test_a_small_model_captions_on_one_cpu_and_as_many_prepare(resources: Resour
     assert (sizes.num_workers, sizes.cpus_per_worker, sizes.decode_cpus) == expected
 
 
+@pytest.mark.parametrize(("num_nodes", "concurrency", "workers"), [(16, 4, 4), (3, 32, 3), (1, 1, 1)])
+def test_workers_together_keep_the_concurrency_of_servers(num_nodes: int, concurrency: int, workers: int) -> None:
+    resources = Resources(4 * num_nodes, 0, num_nodes, 4)
+
+    assert share_out(resources, ClusterConfig(), device="cpu", concurrency=concurrency).num_workers == workers
+    for more in (concurrency + 1, f"1:{concurrency + 1}"):
+        with pytest.raises(ClusterError, match=f"--num-workers {more} with --concurrency {concurrency}: each worker"):
+            share_out(resources, ClusterConfig(num_workers=more), device="cpu", concurrency=concurrency)
+
+
 @pytest.mark.parametrize(
     ("resources", "cluster", "one_thread", "threads"),
     [

@@ -38,6 +38,9 @@ TEMPERATURE = 0
 GREEDY: Mapping[str, Any] = MappingProxyType({"temperature": TEMPERATURE})
 
 
+EXAMPLE = "http://HOST:8000/v1"
+
+
 class RejectedError(Exception):
     """Raised where a server refuses one image."""
 
@@ -60,16 +63,23 @@ class BusyError(Exception):
 
 def checked_url(url: str) -> str:
     """Return an --endpoint without a slash at its end. Raises UsageError where it is not a URL, or holds a key."""
-    parts = urlsplit(url)
+    import httpx2
+
+    url = url.strip().rstrip("/")
+    try:
+        parts = urlsplit(url)
+        _ = parts.port, httpx2.URL(url)
+    except (ValueError, httpx2.InvalidURL) as error:
+        raise UsageError(f"--endpoint {url}: {error}; give the URL of the server's API, such as {EXAMPLE}") from None
     if "@" in parts.netloc or parts.query or parts.fragment:
         raise UsageError(
             f"--endpoint {parts.scheme}://{parts.hostname}: give a key in {VARIABLES[0]}, not in the URL, and no query"
         )
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UsageError(f"--endpoint {url}: give the URL of the server's API, such as http://HOST:8000/v1")
+        raise UsageError(f"--endpoint {url}: give the URL of the server's API, such as {EXAMPLE}")
     if parts.path.endswith("/chat/completions"):
         raise UsageError(f"--endpoint {url}: leave out /chat/completions")
-    return url.rstrip("/")
+    return url
 
 
 def image_url(image: npt.NDArray[np.uint8]) -> str:

@@ -168,7 +168,7 @@ async def _probe(
         except BrokenError as error:
             return Probe(url, error=str(error))
         except BusyError as error:
-            rest = BUSY_REST_S if error.seconds is None else error.seconds
+            rest = max(BUSY_REST_S, error.seconds or 0.0)
             if loop.time() + rest > deadline:
                 return Probe(url, error=str(error))
             notify(f"{url} is busy ({error}); asking again in {rest:.0f} s")

@@ -91,9 +91,9 @@ class ServerPool:
             self._notify(f"{server.url} does not answer ({error}); it is asked again until it does")
 
     def was_busy(self, server: Server, error: BusyError) -> None:
-        """Let a server rest for as long as it asks; where it does not say how long, as one that did not answer."""
+        """Let a server rest for as long as it asks, or, where it names no time to come, as one that did not answer."""
         now = self._clock()
-        if error.seconds is None:
+        if error.seconds is None or error.seconds < FIRST_REST_S:
             self.broke(server, error)
             return
         self._note(server, str(error), now)

@@ -16,6 +16,7 @@ from transformers import (
     NoRepeatNGramLogitsProcessor,
 )
 
+from captioner.errors import ModelError
 from captioner.models.base import TransformersCaptioner
 from captioner.models.git.graphs import Stepper, UnfinishedCount
 from captioner.models.git.network import GitNetwork
@@ -51,7 +52,10 @@ class GitCaptioner(TransformersCaptioner):
 
     def start_ids(self) -> list[int]:
         """Return start token and prompt, without an end token, as in transformers' GIT examples."""
-        return [self.model.generation_config.bos_token_id, *self.prompt_ids()]
+        for config in (self.model.generation_config, self.model.config):
+            if config.bos_token_id is not None:
+                return [config.bos_token_id, *self.prompt_ids()]
+        raise ModelError(f"{self.ref.path}: config.json has no bos_token_id; set it to the start token's id")
 
     def search(
         self, pixel_values: torch.Tensor, numbers: torch.Tensor | None = None, /
