@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import pyarrow as pa
 from pyarrow.fs import FileType
 
 from captioner.config import CaptionConfig, SourceConfig, settings_of
@@ -14,7 +15,7 @@ from captioner.console.text import counted
 from captioner.data import Source
 from captioner.errors import SourceError, UsageError
 from captioner.files import did_you_mean, is_uri
-from captioner.sources.columns import Columns, choose_columns
+from captioner.sources.columns import Columns, choose_columns, untyped_columns
 from captioner.sources.detect import is_glob, look_into, match_glob
 from captioner.sources.folder import FolderSource
 from captioner.sources.huggingface import HuggingFaceSource
@@ -29,6 +30,7 @@ from captioner.sources.webdataset import COMPRESSED_SUFFIXES, IMAGE_SUFFIXES, We
 
 __all__ = ["FLAGS_OF_KINDS", "check_exists", "describe", "open_source", "reopen_source"]
 
+LOOK_FOR_TYPES = 100  # tables, where the columns of the first one hold only nulls
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -231,10 +233,28 @@ def describe(source: Source) -> str:
 def _columns_of_first(config: SourceConfig, root: Root, files: list[bytes]) -> Columns:
     """Return the columns of the first table that has images. Raises SourceError where none has: why, of the first."""
     first_error: SourceError | None = None
-    for file in files:
+    for number, file in enumerate(files, start=1):
         try:
-            return choose_columns(open_table(root, file, config.reference_column).schema, config, root.uri(file))
+            schema = open_table(root, file, config.reference_column).schema
+            schema = _with_types(schema, config, root, files[number : number + LOOK_FOR_TYPES])
+            return choose_columns(schema, config, root.uri(file))
         except SourceError as error:
             first_error = first_error or error
     assert first_error is not None
     raise first_error
+
+
+def _with_types(schema: pa.Schema, config: SourceConfig, root: Root, others: list[bytes]) -> pa.Schema:
+    """Return the schema of a table in which columns that hold only nulls have the type they have in another table."""
+    for file in others:
+        names = untyped_columns(schema, config)
+        if not names:
+            break
+        try:
+            other = open_table(root, file, config.reference_column).schema
+        except SourceError:
+            continue  # the listing tells of it
+        for name in names:
+            if other.names.count(name) == 1:
+                schema = schema.set(schema.names.index(name), other.field(name))
+    return schema

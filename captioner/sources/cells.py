@@ -32,8 +32,7 @@ def make_cell(value: Any, folder: bytes = b"") -> Cell:
         value = data if data is not None else value.get("path")
     if isinstance(value, str):
         return FileCell(file_named_in(folder, value)) if value else None
-    content: bytes | None = value
-    return content
+    return value if isinstance(value, bytes) else None  # else of a table that was rewritten after it was planned
 
 
 def read_cells(rows: pa.Table, cells: Sequence[Cell], uris: Sequence[str], root: Root) -> list[RawImage]:

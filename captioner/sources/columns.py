@@ -24,8 +24,8 @@ ACCEPTED = "accepted are binary, struct{bytes, path}, and strings that are paths
 CellKind = Literal["bytes", "struct", "path"]
 
 
-class MissingColumnError(SourceError):
-    """A table that lacks a column which was asked for, or which another table of the source has."""
+class UnusableColumnError(SourceError):
+    """A table that lacks a column which was asked for or which others have, or has it twice or in another type."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +46,21 @@ class Columns:
         return list(dict.fromkeys(name for name in names if name))
 
     def check(self, schema: pa.Schema, where: str) -> None:
-        """Raise SourceError where another table of the source lacks one of these columns."""
+        """Raise UnusableColumnError where another table of the source lacks one of these columns, or has other values.
+
+        A column of nulls may have no type. Kept values are compared where they are read.
+        """
         for name in (self.image, *self.described):
-            _field(schema, name, "column", where)
+            field_of(schema, name, "column", where)
+        image = schema.field(self.image).type
+        kind = cell_kind(image)
+        if not types.is_null(image) and (kind is None or (self.kind == "path" and kind != "path")):
+            first = "paths" if self.kind == "path" else "images"
+            raise UnusableColumnError(f"{where}: column {self.image!r} is {image}; in another table it holds {first}")
+        if self.id is not None:
+            _id_column(schema, self.id, where)
+        if self.reference is not None and not types.is_null(schema.field(self.reference).type):
+            reference_column_of(schema, self.reference, where)
 
 
 def choose_columns(schema: pa.Schema, config: SourceConfig, where: str) -> Columns:
@@ -57,7 +69,7 @@ def choose_columns(schema: pa.Schema, config: SourceConfig, where: str) -> Colum
     Without `--id-column` a column `image_id` is the id. Raises SourceError naming column, type and what is accepted.
     """
     image = config.image_column or _find_image(schema, where)
-    kind = cell_kind(_field(schema, image, "--image-column", where).type)
+    kind = cell_kind(field_of(schema, image, "--image-column", where).type)
     if kind is None:
         raise SourceError(f"{where}: column {image!r} is {schema.field(image).type}; {ACCEPTED}")
     return Columns(
@@ -66,15 +78,27 @@ def choose_columns(schema: pa.Schema, config: SourceConfig, where: str) -> Colum
         id=_id_column(schema, config.id_column, where),
         reference=reference_column_of(schema, config.reference_column, where),
         kept=tuple(_kept_field(schema, name, where) for name in config.keep_columns),
-        sha256="sha256" if "sha256" in schema.names and _is_string(schema.field("sha256").type) else None,
+        sha256="sha256" if has_sha256(schema) else None,
     )
+
+
+def untyped_columns(schema: pa.Schema, config: SourceConfig) -> list[str]:
+    """Return the columns that `choose_columns` may take, apart from images, and that hold only nulls in this table."""
+    captions = [config.reference_column] if config.reference_column else REFERENCE_NAMES
+    names = {config.id_column or "image_id", *captions, *config.keep_columns}
+    return [field.name for field in schema if field.name in names and types.is_null(field.type)]
+
+
+def has_sha256(schema: pa.Schema) -> bool:
+    """Return whether there is a column `sha256` of text."""
+    return bool(schema.names.count("sha256") == 1 and _is_string(schema.field("sha256").type))
 
 
 def cell_kind(type_: pa.DataType) -> CellKind | None:
     """Return what an image column of that type holds; None where it cannot hold images."""
     if _is_binary(type_):
         return "bytes"
-    if _is_string(type_):
+    if _is_string(type_) or _is_string_dictionary(type_):
         return "path"
     if types.is_struct(type_):
         fields = {field.name: field.type for field in type_}
@@ -86,11 +110,11 @@ def cell_kind(type_: pa.DataType) -> CellKind | None:
 def reference_column_of(schema: pa.Schema, name: str | None, where: str) -> str | None:
     """Return the column of reference captions: text, or lists of text."""
     if name is None:
-        present = (column for column in REFERENCE_NAMES if column in schema.names)
-        return next((column for column in present if is_text(schema.field(column).type)), None)
-    type_ = _field(schema, name, "--reference-column", where).type
+        present = [column for column in REFERENCE_NAMES if column in schema.names]
+        return next((name for name in present if is_text(field_of(schema, name, "column", where).type)), None)
+    type_ = field_of(schema, name, "--reference-column", where).type
     if not is_text(type_):
-        raise SourceError(f"{where}: column {name!r} is {type_}; captions are strings or lists of strings")
+        raise UnusableColumnError(f"{where}: column {name!r} is {type_}; captions are strings or lists of strings")
     return name
 
 
@@ -116,8 +140,22 @@ def table_rows(batch: pa.Table, columns: Columns, file: bytes, label: str, first
         [file] * len(batch),
         row=rows,
         references=references_of(batch, columns.reference),
-        kept=batch.select([field.name for field in columns.kept]).cast(pa.schema(columns.kept)),
+        kept=_kept_of(batch, columns.kept, label),
     )
+
+
+def _kept_of(batch: pa.Table, fields: Sequence[pa.Field], label: str) -> pa.Table:
+    """Return the kept columns in the types of `fields`. Raises UnusableColumnError where values do not fit them."""
+    columns = []
+    for field in fields:
+        column = batch.column(field.name)
+        try:
+            columns.append(column.cast(field.type))
+        except pa.ArrowException as error:
+            reason = " ".join(str(error).split())
+            here = f"{label}: column {field.name!r} is {column.type}"
+            raise UnusableColumnError(f"{here}, in another table {field.type}: {reason}") from None
+    return pa.table(columns, schema=pa.schema(fields))
 
 
 def ids_of(batch: pa.Table, columns: Columns, label: str, rows: Iterable[Any]) -> pa.Array:
@@ -125,7 +163,12 @@ def ids_of(batch: pa.Table, columns: Columns, label: str, rows: Iterable[Any]) -
     generated = pa.array((f"{label}#{row}" for row in rows), pa.string())
     if columns.id is None:
         return generated
-    return pc.coalesce(batch.column(columns.id).cast(pa.string()).combine_chunks(), generated)
+    column = batch.column(columns.id)
+    if _is_uuid(column.type):  # a cast would give its 16 bytes
+        column = pa.chunked_array(
+            [[None if value is None else str(value) for value in column.to_pylist()]], pa.string()
+        )
+    return pc.coalesce(column.cast(pa.string()).combine_chunks(), generated)
 
 
 def with_valid_text(batch: pa.Table) -> pa.Table:
@@ -142,7 +185,8 @@ def _as_valid_text(column: pa.ChunkedArray) -> pa.Array:
     """Return a column of text, or of lists of text, as UTF-8; null where it holds anything else."""
     if not is_text(column.type):
         return pa.nulls(len(column), column.type)
-    as_bytes = pa.large_binary() if _is_string(column.type) else pa.large_list(pa.large_binary())
+    is_list = not _is_string(column.type) and not _is_string_dictionary(column.type)
+    as_bytes = pa.large_list(pa.large_binary()) if is_list else pa.large_binary()
     return pa.array([_readable(value) for value in column.cast(as_bytes).to_pylist()], column.type)
 
 
@@ -176,26 +220,34 @@ def _first_match(names: Sequence[str], wanted: Sequence[str]) -> str | None:
     return next((by_lower[name] for name in wanted if name in by_lower), None)
 
 
-def _field(schema: pa.Schema, name: str, flag: str, where: str) -> pa.Field:
-    if schema.names.count(name) != 1:
-        raise MissingColumnError(f"{where}: {flag} {name!r}: no such column; it has: {', '.join(schema.names)}")
+def field_of(schema: pa.Schema, name: str, flag: str, where: str) -> pa.Field:
+    """Return the one column of a name. Raises UnusableColumnError; `flag`: what named it."""
+    if schema.names.count(name) > 1:
+        raise UnusableColumnError(f"{where}: several columns are called {name!r}; rename all but one")
+    if name not in schema.names:
+        raise UnusableColumnError(f"{where}: {flag} {name!r}: no such column; it has: {', '.join(schema.names)}")
     return schema.field(name)
 
 
 def _id_column(schema: pa.Schema, name: str | None, where: str) -> str | None:
     if name is None:
-        return "image_id" if "image_id" in schema.names and _is_id(schema.field("image_id").type) else None
-    type_ = _field(schema, name, "--id-column", where).type
+        if "image_id" not in schema.names:
+            return None
+        name = "image_id"
+    type_ = field_of(schema, name, "--id-column", where).type
     if not _is_id(type_):
-        raise SourceError(f"{where}: column {name!r} is {type_}; ids are strings or integers")
+        raise UnusableColumnError(
+            f"{where}: column {name!r} is {type_}; ids are strings or integers: convert it, or choose with --id-column"
+        )
     return name
 
 
 def _kept_field(schema: pa.Schema, name: str, where: str) -> pa.Field:
-    kept = _field(schema, name, "--keep-columns", where)
+    kept = field_of(schema, name, "--keep-columns", where)
     if name in CAPTIONS_SCHEMA.names or name in PLAN_SCHEMA.names:
         raise SourceError(f"{where}: --keep-columns {name!r}: the captions table already has a column of that name")
-    return kept.remove_metadata().with_nullable(True)
+    views = {pa.string_view(): pa.string(), pa.binary_view(): pa.binary()}  # which the captions table does not hold
+    return pa.field(name, views.get(kept.type, kept.type))
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -215,5 +267,15 @@ def is_text(type_: pa.DataType) -> bool:
     return _is_string(type_.value_type if is_list or types.is_dictionary(type_) else type_)
 
 
+def _is_string_dictionary(type_: pa.DataType) -> bool:
+    """Return whether it is what pandas and Polars write of categories that are text."""
+    return bool(types.is_dictionary(type_) and _is_string(type_.value_type))
+
+
+def _is_uuid(type_: pa.DataType) -> bool:
+    return getattr(type_, "extension_name", None) == "arrow.uuid"
+
+
 def _is_id(type_: pa.DataType) -> bool:
-    return _is_string(type_) or types.is_integer(type_)
+    is_text = _is_string(type_) or _is_string_dictionary(type_) or _is_uuid(type_)
+    return bool(is_text or types.is_integer(type_) or types.is_null(type_))

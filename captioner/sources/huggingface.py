@@ -112,7 +112,11 @@ def _load_split(location: str, split: str, stamp: object) -> Any:
     if not isinstance(dataset, dict):  # a bare Dataset knows the split it was, or none
         dataset = {str(dataset.split or split): dataset}
     if split == ALL:
-        return datasets.concatenate_datasets(list(dataset.values()))
+        try:
+            return datasets.concatenate_datasets(list(dataset.values()))
+        except ValueError as error:
+            splits, reason = ", ".join(dataset), " ".join(str(error).split())
+            raise SourceError(f"{location}: --split all: {splits} have columns of other types: {reason}") from None
     if split not in dataset:
         raise SourceError(f"{location}: no split {split!r}; choose one of {', '.join(dataset)} with --split")
     return dataset[split]

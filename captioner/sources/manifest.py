@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from captioner.data import Listing, RawImage
 from captioner.errors import SourceError
-from captioner.sources.columns import table_rows
+from captioner.sources.columns import has_sha256, table_rows
 from captioner.sources.copies import read_copies_once, with_known_sha256
 from captioner.sources.root import FETCH_FIRST, file_named_in, readable
 from captioner.sources.tables import TableFiles, read_batches
@@ -26,7 +26,7 @@ class ManifestSource(TableFiles):
     def list_unit(self, unit: str) -> Iterator[Listing]:
         file, table = self.open_unit(unit)
         first_row = 0
-        sha256 = self.columns.sha256 if self.columns.sha256 in table.schema.names else None
+        sha256 = self.columns.sha256 if has_sha256(table.schema) else None
         names = list(dict.fromkeys([*self.columns.described, self.columns.image, *filter(None, [sha256])]))
         for batch in read_batches(self.root, file, table, names, self.columns.reference):
             rows = table_rows(batch, self.columns, file, readable(file), first_row)

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from captioner.data import Listing, RawImage
 from captioner.sources.cells import Cell, make_cell, read_cells
-from captioner.sources.columns import MissingColumnError, table_rows
+from captioner.sources.columns import UnusableColumnError, table_rows
 from captioner.sources.plan_rows import plan_table
 from captioner.sources.reading import as_planned, concurrency, with_stamp
 from captioner.sources.root import file_of_unit, readable
@@ -35,8 +35,8 @@ class ParquetSource(TableFiles):
     def list_unit(self, unit: str) -> Iterator[Listing]:
         """Read the columns of ids, captions and kept values; never that of the images.
 
-        One of several tables that is damaged or refused, or that lacks a column, is a single row that will fail, or one
-        after its good rows.
+        One of several tables that is damaged or refused, or whose columns are not those of the others, is a single row
+        that will fail, or one after its good rows.
         """
         file, first_row = file_of_unit(unit), 0
         stamp = self.root.stamp(file)
@@ -49,7 +49,7 @@ class ParquetSource(TableFiles):
             if not first_row:
                 rows = plan_table([], [], kept=pa.schema(self.columns.kept).empty_table())
                 yield Listing(with_stamp(rows, stamp), [], [f"{readable(file)}: an empty table: it has no row"])
-        except (UnreadableTableError, MissingColumnError) as error:
+        except (UnreadableTableError, UnusableColumnError) as error:
             if len(self.files) == 1:
                 raise
             yield Listing(with_stamp(self._damaged_row(file, first_row), stamp), [], [str(error)])
@@ -190,7 +190,9 @@ _kept_readers = _KeptReaders()
 
 
 def _damaged(image: RawImage) -> RawImage:
-    message = "the table is damaged, could not be opened or lacks a column: its rows from here on could not be listed"
+    message = (
+        "the table is damaged, could not be opened or has other columns: its rows from here on could not be listed"
+    )
     return replace(image, data=None, error_code="damaged", error_message=message)
 
 

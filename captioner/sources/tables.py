@@ -15,7 +15,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from captioner.errors import SourceError
-from captioner.sources.columns import REFERENCE_NAMES, Columns, is_text, with_valid_text
+from captioner.sources.columns import REFERENCE_NAMES, Columns, field_of, is_text, with_valid_text
 from captioner.sources.plan_rows import BATCH_ROWS
 from captioner.sources.root import FETCH_LFS, LFS_POINTER, Root, file_of_unit, is_transient, unit_of_file
 
@@ -59,8 +59,11 @@ def read_batches(
 ) -> Iterator[pa.Table]:
     """Yield `table.batches`.
 
-    Raises SourceError where the file is damaged, and where a column of text other than `captions` becomes lists.
+    Raises SourceError where the file is damaged, where a column of text other than `captions` becomes lists, and where
+    two columns have one of these names.
     """
+    for name in columns:
+        field_of(table.schema, name, "column", root.uri(file))
     try:
         for batch in table.batches(columns, captions):
             for name in columns:
@@ -318,7 +321,7 @@ class TableFiles:
         return list(self.columns.kept)
 
     def open_unit(self, unit: str) -> tuple[bytes, Table]:
-        """Open the table of a unit. Raises SourceError where it cannot be read, or lacks a column."""
+        """Open the table of a unit. Raises SourceError where it cannot be read, or a column is not usable."""
         file = file_of_unit(unit)
         table = open_table(self.root, file, self.columns.reference)
         self.columns.check(table.schema, self.root.uri(file))

@@ -6,6 +6,7 @@ import io
 import json
 import pickle
 import random
+import uuid
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,7 +23,7 @@ from captioner.sources.root import Root
 STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
-def parquet(path, row_group_size=None, **columns):
+def parquet(path, /, row_group_size=None, **columns):
     pq.write_table(pa.table(columns), path, row_group_size=row_group_size)
     return path
 
@@ -259,6 +260,14 @@ def test_splits_of_a_saved_dataset(tmp_path, saved):
         source_at(tmp_path / "d", split="dev")
 
 
+def test_splits_whose_columns_have_other_types_are_one_line(tmp_path, saved):
+    datasets = pytest.importorskip("datasets")
+    other = saved.remove_columns("text").add_column("text", list(range(10)))
+    datasets.DatasetDict(train=saved, test=other).save_to_disk(str(tmp_path / "d"))
+    with pytest.raises(SourceError, match=r"--split all: train, test have columns of other types: .*text"):
+        source_at(tmp_path / "d", split="all")
+
+
 def test_a_hub_id_that_cannot_be_had_is_one_line(monkeypatch):
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
@@ -398,6 +407,103 @@ def test_a_table_of_something_else_among_tables_stops_no_other(tmp_path, name):
         ["images.parquet#0", "images.parquet#1", f"{name}/[damaged from row 0]"]
     )
     assert {image.error_code for image in source.read(rows)} == {"", "damaged"}
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        ({"image": [7]}, "b.parquet: column 'image' is int64; in another table it holds images"),
+        ({"image": [[b"x"]]}, "b.parquet: column 'image' is list<element: binary>; in another table it holds images"),
+        ({"id": [[1]]}, "b.parquet: column 'id' is list<element: int64>; ids are strings or integers"),
+        ({"caption": [3]}, "b.parquet: column 'caption' is int64; captions are strings"),
+        ({"label": ["dog"]}, "b.parquet: column 'label' is string, in another table int64: Failed to parse"),
+        ({"label": [1.5]}, "b.parquet: column 'label' is double, in another table int64: Float value 1.5"),
+    ],
+)
+def test_a_table_with_other_types_among_tables_stops_no_other(tmp_path, second, message):
+    first = {"image": [b"x"], "id": ["a"], "caption": ["said"], "label": [1]}
+    parquet(tmp_path / "a.parquet", **first)
+    parquet(tmp_path / "b.parquet", **first | second)
+    source = source_at(tmp_path, id_column="id", keep_columns=["label"])
+    listings = [listing for unit in source.units() for listing in source.list_unit(unit)]
+    assert [listing.notes[0].removeprefix(f"{tmp_path}/")[: len(message)] for listing in listings[1:]] == [message]
+    images = source.read(pa.concat_tables(listing.rows for listing in listings))
+    assert [image.error_code for image in images] == ["", "damaged"]
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        ({"path": [1]}, r"b.parquet: column 'path' is int64; in another table it holds paths"),
+        ({"path": [b"y.png"]}, r"b.parquet: column 'path' is binary; in another table it holds paths"),
+        ({"label": ["dog"]}, r"b.parquet: column 'label' is string, in another table int64"),
+    ],
+)
+def test_a_manifest_with_other_types_than_the_first_is_an_error_with_the_column(tmp_path, second, message):
+    first = {"path": ["x.png"], "label": [1]}
+    parquet(tmp_path / "a.parquet", **first)
+    parquet(tmp_path / "b.parquet", **first | second)
+    with pytest.raises(SourceError, match=message):
+        listed_rows(source_at(tmp_path, keep_columns=["label"]))
+
+
+def test_columns_without_values_have_the_type_of_the_first_table_that_has_some(tmp_path):
+    null = pa.nulls(1)
+    values = {"image_id": "b", "caption": "said", "note": "seen"}
+    parquet(tmp_path / "a.parquet", image=[b"x"], **dict.fromkeys(values, null))
+    parquet(tmp_path / "b.parquet", image=[b"x"], **{name: [value] for name, value in values.items()})
+    parquet(tmp_path / "c.parquet", image=null, **dict.fromkeys(values, null))
+    source = source_at(tmp_path, keep_columns=["note"])
+    rows = listed_rows(source)
+    assert rows["image_id"].to_pylist() == ["a.parquet#0", "b", "c.parquet#0"]
+    assert rows["reference_captions"].to_pylist() == [None, ["said"], None]
+    assert rows["note"].to_pylist() == [None, "seen", None]
+    assert [field.type for field in source.kept_fields()] == [pa.string()]
+    assert [image.error_code for image in source.read(rows)] == ["", "", "not_found"]
+
+
+def test_a_sha256_that_is_no_text_is_not_compared(tmp_path):
+    parquet(tmp_path / "a.parquet", path=["x.png"], sha256=["0" * 64])
+    parquet(tmp_path / "b.parquet", path=["y.png"], sha256=[bytes(32)])
+    assert listed_rows(source_at(tmp_path))["known_sha256"].to_pylist() == ["0" * 64, None]
+
+
+def test_text_in_views_is_kept_as_text(tmp_path):
+    note = pa.array(["seen"], pa.string_view())
+    source = source_at(parquet(tmp_path / "t.parquet", image=[b"x"], note=note), keep_columns=["note"])
+    assert [field.type for field in source.kept_fields()] == [pa.string()]
+    assert listed_rows(source)["note"].to_pylist() == ["seen"]
+
+
+def test_categories_and_uuids_are_ids_and_paths(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"data")
+    paths = pa.array(["a.png", None]).dictionary_encode()
+    uuids = pa.ExtensionArray.from_storage(pa.uuid(), pa.array([bytes(16), None], pa.binary(16)))
+    for ids, first in ((pa.array(["x", None]).dictionary_encode(), "x"), (uuids, str(uuid.UUID(int=0)))):
+        source = source_at(parquet(tmp_path / "t.parquet", path=paths, image_id=ids))
+        rows = listed_rows(source)
+        assert rows["image_id"].to_pylist() == [first, "t.parquet#1"]
+        assert [image.data for image in source.read(rows)] == [b"data", None]
+
+
+def test_ids_that_are_no_ids_are_refused_also_where_nobody_asked_for_the_column(tmp_path):
+    parquet(tmp_path / "t.parquet", path=["a.png", "b.png"], image_id=[1.0, None])
+    with pytest.raises(SourceError, match=r"'image_id' is double; ids are strings or integers"):
+        source_at(tmp_path / "t.parquet")
+
+
+@pytest.mark.parametrize("name", ["path", "image_id", "caption"])
+def test_two_columns_of_one_name_are_an_error_that_says_so(tmp_path, name):
+    (tmp_path / "m.csv").write_text(f"path,image_id,caption,{name}\na.png,x,said,y\n")
+    with pytest.raises(SourceError, match=f"several columns are called '{name}'; rename all but one"):
+        source_at(tmp_path / "m.csv")
+
+
+def test_metadata_with_two_columns_of_file_names_is_an_error_that_says_so(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"x")
+    (tmp_path / "metadata.csv").write_text("file_name,file_name,text\na.png,b.png,said\n")
+    with pytest.raises(SourceError, match="several columns are called 'file_name'"):
+        listed_rows(source_at(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["t.parquet", "t.tar"])
