@@ -113,7 +113,7 @@ def _about_coverage(counts: dict[str, Any], check: dict[str, Any]) -> list[str]:
         return []
     return [
         f"The table is large: scores, flags and figures are of {num_checked:,} of {counted(num_rows, 'row')}, every "
-        "n-th file; captioner check reads all of them."
+        "n-th file; captioner check OUT --sample all reads all of them."
     ]
 
 

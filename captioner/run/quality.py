@@ -228,11 +228,14 @@ def failed_gates(result: Check, settings: CheckConfig) -> list[str]:
     """
     scores, num_faulty, num_captions = result.scores, result.num_faulty, result.stats.num_ok
     failed = []
-    if settings.max_flagged is not None and num_faulty > settings.max_flagged * num_captions:
-        failed.append(
-            f"{num_faulty:,} of {counted(num_captions, 'caption')} flagged, more than --max-flagged "
-            f"{settings.max_flagged:g}"
-        )
+    if settings.max_flagged is not None:
+        if not num_captions:
+            failed.append(f"--max-flagged {settings.max_flagged:g} cannot be checked: no image has a caption")
+        elif num_faulty > settings.max_flagged * num_captions:
+            failed.append(
+                f"{num_faulty:,} of {counted(num_captions, 'caption')} flagged, more than --max-flagged "
+                f"{settings.max_flagged:g}"
+            )
     if settings.max_wer is not None:
         if scores.wer is None:
             failed.append(f"--max-wer {settings.max_wer:g} cannot be checked: no caption has a reference")

@@ -21,7 +21,7 @@ from captioner import pipeline, steps
 from captioner.config import CaptionConfig, CheckConfig
 from captioner.console import commands
 from captioner.console.progress import Progress
-from captioner.data import Captions, Receipt
+from captioner.data import STATUS_FAILED, Captions, Receipt
 from captioner.errors import CheckFailedError, SourceError, StoppedEarlyError, UsageError
 from captioner.models.weights import TRAINING_IMAGES
 from captioner.run import quality
@@ -677,6 +677,16 @@ def test_too_many_flagged_captions_are_exit_code_2(tmp_path: Path, archive: Path
 
     assert exit_code("check", str(tmp_path / "out"), "--max-flagged", "0.4") == 0
     assert exit_code("check", str(tmp_path / "out"), "--max-flagged", "0.3") == 2
+
+
+def test_a_limit_of_flagged_captions_fails_where_there_are_none(tmp_path: Path, archive: Path) -> None:
+    def fail(number: int, row: dict[str, Any]) -> None:
+        row |= {"caption": None, "status": STATUS_FAILED, "error_code": "truncated"}
+
+    settings = CheckConfig(max_flagged=0.2)
+    check = quality.check(captioned(archive, tmp_path / "out", fail), settings)
+
+    assert quality.failed_gates(check, settings) == ["--max-flagged 0.2 cannot be checked: no image has a caption"]
 
 
 def test_a_hopeless_run_stops_early_and_goes_on_when_asked_again(tmp_path: Path, archive: Path) -> None:

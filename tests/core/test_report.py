@@ -378,6 +378,13 @@ def test_verdict(counts: dict[str, Any], check: dict[str, Any], level: str) -> N
     assert verdict_of(COUNTS | counts, CHECK | check).level == level
 
 
+def test_a_verdict_on_a_part_of_a_table_names_the_command_that_checks_all() -> None:
+    *_, sentence = verdict_of(COUNTS | {"planned": 300, "ok": 300}, CHECK).sentences
+
+    assert "of 100 of 300 rows" in sentence
+    assert "captioner check OUT --sample all reads all of them" in sentence
+
+
 def test_charts_hold_every_value_and_escape_labels() -> None:
     drawn = str(charts.bars([1, 0, 2], ["<a>", "", "c"], 'says "so" & more', [(1.5, "<mark>")]))
     page = Page(drawn)
