@@ -16,6 +16,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -53,7 +54,7 @@ from captioner.steps import ChunkRows, ReadChunk, Work, decode, read_rows
 from captioner.store.lock import sole_writer
 from captioner.store.plan import read_planned
 from captioner.store.read import read_part
-from captioner.store.replan import generation_of_parts, without_replan_columns
+from captioner.store.replan import generation_of_parts, image_ids, without_replan_columns
 from captioner.store.table import CaptionsTable, open_table
 
 ROWS = 512  # captions of a chunk: the other images that a caption is compared with are drawn from them
@@ -115,7 +116,8 @@ class CaptionReader:
 
     def __init__(self, work: JudgeWork) -> None:
         self._work, file = work.work, work.references
-        self._references = read_references(file.location, file.columns) if file else None
+        ids = partial(image_ids, self._work.table)
+        self._references = read_references(file.location, file.columns, ids) if file else None
         self._part, self._captions = -1, pa.table({})  # the part that was read last
 
     def decode(self, chunk: Chunk, decoder: GuardedDecoder) -> ChunkRows:

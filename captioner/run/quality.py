@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from hashlib import sha256
 from operator import itemgetter
 from typing import Any
@@ -26,6 +27,7 @@ from captioner.scoring.references import References, read_references
 from captioner.scoring.running_wer import RunningWer, Sample, draw_sample
 from captioner.scoring.terms import read_terms
 from captioner.scoring.verdicts import figures, percent
+from captioner.store.replan import image_ids
 from captioner.store.table import REFERENCES_FILE, CaptionsTable, open_table
 
 # The most rows that are checked, unless --sample all is given: a minute or two, whatever the size of the table.
@@ -61,8 +63,9 @@ def references_of(table: CaptionsTable, settings: CheckConfig | JudgeConfig) -> 
 
     Raises SourceError or UsageError naming the file that is given.
     """
+    ids = partial(image_ids, table)
     if settings.references:
-        return read_references(settings.references, settings.references_columns)
+        return read_references(settings.references, settings.references_columns, ids)
     if settings.references_columns:
         raise UsageError("--references-columns: they are of the table that --references names; give that too")
     if settings.references is not None:  # --references '': the source's own again
@@ -71,7 +74,7 @@ def references_of(table: CaptionsTable, settings: CheckConfig | JudgeConfig) -> 
     if not before:
         return None
     try:
-        references = read_references(str(before["path"]), before["columns"])
+        references = read_references(str(before["path"]), before["columns"], ids)
     except (SourceError, UsageError, KeyError, TypeError) as error:
         notify(f"checked without the references that were given before: {error}")
         return None

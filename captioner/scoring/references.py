@@ -1,7 +1,8 @@
 """Read reference captions: COCO captions, metadata.jsonl, CSV, Parquet, or `.txt` files next to the images.
 
 An image is matched by its image id, else by the end of its path, else by its file name, else by that name without
-suffix (ids of COCO's annotations, `.txt` next to `.jpg`).
+suffix (ids of COCO's annotations, `.txt` next to `.jpg`). What is given for an image id is of no other image, whatever
+its name.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import islice
 from pathlib import Path, PurePosixPath
@@ -25,13 +26,18 @@ KEY_NAMES = ("image_id", "file_name", "filename", "file", "path", "image_path", 
 CAPTION_NAMES = ("reference_captions", "captions", "references", "caption", "text", "reference")
 _MAX_EXAMPLES = 5
 
+ImageIds = Callable[[], Iterable[str]]
+
 
 class References:
     """Reference captions by image, in memory: about half a gigabyte for a million images with two captions each."""
 
-    def __init__(self, name: str, captions: dict[str, list[str]], columns: Sequence[str] = ()) -> None:
-        """Hold the captions of a file. `name`, `columns`: as `read_references` takes them."""
+    def __init__(
+        self, name: str, captions: dict[str, list[str]], columns: Sequence[str] = (), image_ids: ImageIds = tuple
+    ) -> None:
+        """Hold the captions of a file. `name`, `columns`, `image_ids`: as `read_references` takes them."""
         self.name = name
+        self._image_ids = image_ids
         self.title = f"--references {name}"  # in messages
         self.columns = columns
         self.captions = captions
@@ -45,7 +51,7 @@ class References:
         key = self._key_of(image_id)
         if key is None:
             return None
-        first_id = self._matched.setdefault(key, key if key == image_id else image_id)
+        first_id = self._matched.setdefault(key, image_id)
         if first_id != image_id:
             raise UsageError(
                 f"{self.name}: {key!r} fits both {first_id!r} and {image_id!r}; give references by full image id"
@@ -55,12 +61,19 @@ class References:
     def _key_of(self, image_id: str) -> str | None:
         if image_id in self.captions:
             return image_id
+        return next((key for key in self._keys_like(image_id) if key not in self._ids), None)
+
+    def _keys_like(self, image_id: str) -> Iterator[str]:
+        """Yield the keys that may mean an image without being its id, the closest first."""
         path = PurePosixPath(image_id)
-        for start in range(1, len(path.parts)):
-            ending = "/".join(path.parts[start:])
-            if ending in self.captions:
-                return ending
-        return next((key for name in _names_of(image_id) if (key := self._names.get(name))), None)
+        endings = ("/".join(path.parts[start:]) for start in range(1, len(path.parts)))
+        yield from (ending for ending in endings if ending in self.captions)
+        yield from (key for name in _names_of(image_id) if (key := self._names.get(name)))
+
+    @cached_property
+    def _ids(self) -> set[str]:
+        """The keys that are the id of an image."""
+        return {image_id for image_id in self._image_ids() if image_id in self.captions}
 
     @cached_property
     def _names(self) -> dict[str, str | None]:
@@ -83,10 +96,11 @@ class References:
         return len(self.captions) - len(self._matched), examples
 
 
-def read_references(location: str, columns: Sequence[str] = ()) -> References:
+def read_references(location: str, columns: Sequence[str] = (), image_ids: ImageIds = tuple) -> References:
     """Read a file or folder of references. Raises SourceError when it cannot be read or holds no captions.
 
     `columns`: of a table, that of names, then those of captions; without them they are found by their names.
+    `image_ids`: returns the ids of all images; called once, when the first image is matched by its name.
     """
     root = Root.at(location)
     if not root.exists():
@@ -108,7 +122,7 @@ def read_references(location: str, columns: Sequence[str] = ()) -> References:
     captions = {key: texts for key, texts in captions.items() if texts}
     if not captions:
         raise SourceError(f"--references {location}: holds no caption")
-    return References(location, captions, columns)
+    return References(location, captions, columns, image_ids)
 
 
 def _names_of(key: str) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -133,6 +133,13 @@ def _previous_rows(table: CaptionsTable, part: int, indices: npt.NDArray[np.int6
 def without_replan_columns(rows: pa.Table) -> pa.Table:
     """Return plan rows without the columns that only plans of rows that are captioned again have."""
     return rows.drop_columns([name for name in REPLAN_COLUMNS if name in rows.column_names])
+
+
+def image_ids(table: CaptionsTable) -> Iterator[str]:
+    """Yield the id of every image of the table, captioned or not."""
+    for plan in table.plans():
+        for part in sorted(plan.parts) if plan.adds_parts else ():
+            yield from table.read_plan_part(plan, part, ["image_id"])["image_id"].to_pylist()
 
 
 def generation_of_parts(table: CaptionsTable) -> dict[int, int]:

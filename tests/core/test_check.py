@@ -317,6 +317,23 @@ def test_images_are_found_by_id_then_path_then_name_then_stem(tmp_path: Path) ->
         references.find("val/2.jpg")
 
 
+def test_what_is_given_for_an_image_id_is_of_no_other_image(tmp_path: Path) -> None:
+    make_folder(tmp_path / "archive/train", 3)
+    (tmp_path / "archive/train/metadata.jsonl").unlink()
+    shutil.copytree(tmp_path / "archive/train", tmp_path / "archive/val")
+    given = {"val/000001.png": ["a dog"], "000002.png": ["a cat"], "val/000002.png": ["a cow"]}
+
+    check = {"references": str(csv(tmp_path, given)), "sample": "all"}
+    pipeline.run(caption_config(tmp_path / "archive", tmp_path / "out", check=check))
+
+    rows = pq.read_table(tmp_path / "out/checks/part-00000.parquet").to_pylist()
+    assert {row["image_id"]: row["reference"] for row in rows if row["reference"]} == {
+        "val/000001.png": "a dog",
+        "train/000002.png": "a cat",
+        "val/000002.png": "a cow",
+    }
+
+
 def test_references_of_no_image_are_counted_and_shown(tmp_path: Path, archive: Path, true_table) -> None:
     references = known_captions(archive) | {"gone.png": ["a dog"], "lost.png": ["a cat"]}
 
