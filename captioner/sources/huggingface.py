@@ -37,7 +37,7 @@ class HuggingFaceSource:
 
     @staticmethod
     def open(config: SourceConfig, location: str) -> HuggingFaceSource:
-        split = config.split or DEFAULT
+        split = config.split or _default_split(location)
         schema = _arrow(load_split(location, split))[:0].schema
         return HuggingFaceSource(config.path, location, split, choose_columns(schema, config, config.path))
 
@@ -94,12 +94,40 @@ def load_split(location: str, split: str) -> Any:
 
     Raises SourceError where there is no such dataset or split.
     """
+    return _load_split(location, split, _stamp(location))
+
+
+def _default_split(location: str) -> str:
+    """Return the only split of a dataset, or else `train`."""
+    names = list(_load(location, _stamp(location)))
+    return names[0] if len(names) == 1 else DEFAULT
+
+
+def _stamp(location: str) -> tuple[int, ...]:
+    """Return when a saved dataset was last written, for the caches below."""
     saved = [os.path.join(os.fsencode(location), name) for name in SAVED_NAMES]
-    return _load_split(location, split, tuple(os.stat(file).st_mtime_ns for file in saved if os.path.exists(file)))
+    return tuple(os.stat(file).st_mtime_ns for file in saved if os.path.exists(file))
 
 
 @lru_cache(maxsize=4)
-def _load_split(location: str, split: str, stamp: object) -> Any:
+def _load_split(location: str, split: str, stamp: tuple[int, ...]) -> Any:
+    import datasets
+
+    splits = _load(location, stamp)
+    if split == ALL:
+        try:
+            return datasets.concatenate_datasets(list(splits.values()))
+        except ValueError as error:
+            names, reason = ", ".join(splits), " ".join(str(error).split())
+            raise SourceError(f"{location}: --split all: {names} have columns of other types: {reason}") from None
+    if split not in splits:
+        raise SourceError(f"{location}: no split {split!r}; choose one of {', '.join(splits)} with --split")
+    return splits[split]
+
+
+@lru_cache(maxsize=4)
+def _load(location: str, stamp: tuple[int, ...]) -> dict[str, Any]:
+    """Return the datasets of all splits; one that was saved without a split is `train`."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -109,14 +137,4 @@ def _load_split(location: str, split: str, stamp: object) -> Any:
         missing = "" if os.path.isdir(location) else "no such file or directory, and "
         reason = " ".join(str(error).split()) + (did_you_mean(location) if missing else "")
         raise SourceError(f"{location}: {missing}cannot be loaded as a Hugging Face dataset: {reason}") from None
-    if not isinstance(dataset, dict):  # a bare Dataset knows the split it was, or none
-        dataset = {str(dataset.split or split): dataset}
-    if split == ALL:
-        try:
-            return datasets.concatenate_datasets(list(dataset.values()))
-        except ValueError as error:
-            splits, reason = ", ".join(dataset), " ".join(str(error).split())
-            raise SourceError(f"{location}: --split all: {splits} have columns of other types: {reason}") from None
-    if split not in dataset:
-        raise SourceError(f"{location}: no split {split!r}; choose one of {', '.join(dataset)} with --split")
-    return dataset[split]
+    return dataset if isinstance(dataset, dict) else {str(dataset.split or DEFAULT): dataset}

@@ -260,6 +260,21 @@ def test_splits_of_a_saved_dataset(tmp_path, saved):
         source_at(tmp_path / "d", split="dev")
 
 
+def test_a_dataset_saved_alone_is_the_split_that_it_was(tmp_path, saved):
+    datasets = pytest.importorskip("datasets")
+    saved.save_to_disk(tmp_path / "bare")
+    assert listed_rows(source_at(tmp_path / "bare", split="train"))["image_id"][0].as_py() == "train#0"
+    with pytest.raises(SourceError, match="no split 'nosuch'; choose one of train with --split"):
+        source_at(tmp_path / "bare", split="nosuch")
+    test = datasets.Dataset.from_dict(saved[:2], features=saved.features, split="test")
+    test.save_to_disk(tmp_path / "test")
+    datasets.DatasetDict(test=test).save_to_disk(str(tmp_path / "dict"))
+    for name in ("test", "dict"):
+        assert listed_rows(source_at(tmp_path / name))["image_id"].to_pylist() == ["test#0", "test#1"]
+        with pytest.raises(SourceError, match="no split 'train'; choose one of test"):
+            source_at(tmp_path / name, split="train")
+
+
 def test_splits_whose_columns_have_other_types_are_one_line(tmp_path, saved):
     datasets = pytest.importorskip("datasets")
     other = saved.remove_columns("text").add_column("text", list(range(10)))
