@@ -19,8 +19,9 @@ from typing import Any
 from captioner.errors import SourceError, UsageError
 from captioner.files import did_you_mean, open_filesystem, shown
 from captioner.sources.columns import as_captions
+from captioner.sources.metadata import captions_in_text
 from captioner.sources.root import Root
-from captioner.sources.tables import TABLE_SUFFIXES, Table, open_table, parse_json, read_batches
+from captioner.sources.tables import SAVE_AS_UTF8, TABLE_SUFFIXES, Table, open_table, parse_json, read_batches
 
 KEY_NAMES = ("image_id", "file_name", "filename", "file", "path", "image_path", "uri", "image", "id", "key")
 CAPTION_NAMES = ("reference_captions", "captions", "references", "caption", "text", "reference")
@@ -139,8 +140,11 @@ def _read_folder(folder: Path) -> Iterator[tuple[str, list[str]]]:
     if not files and metadata is not None and metadata.exists():
         yield from _read_table(str(metadata))
     for file in files:
-        text = file.read_text(encoding="utf-8", errors="replace")
-        yield file.relative_to(folder).with_suffix("").as_posix(), text.splitlines()
+        try:
+            captions = captions_in_text(file.read_bytes())
+        except UnicodeDecodeError:
+            raise SourceError(f"--references {file}: it is not UTF-8 text; {SAVE_AS_UTF8}") from None
+        yield file.relative_to(folder).with_suffix("").as_posix(), captions or []
 
 
 def _read_json(location: str) -> Iterator[tuple[str, str]]:
@@ -172,7 +176,8 @@ def _read_table(location: str, columns: Sequence[str] = ()) -> Iterator[tuple[st
     root, file = Root.at(location).folder_and_name()
     if not file.lower().endswith(TABLE_SUFFIXES):
         raise SourceError(
-            f"--references {location}: expected COCO .json, .jsonl, .csv, .parquet, a folder of .txt or .caption files"
+            f"--references {location}: expected COCO .json, .jsonl, .csv, .tsv, .parquet, a folder of .txt or "
+            ".caption files"
         )
     table: Table = open_table(root, file)
     if missing := [name for name in columns if name not in table.schema.names]:

@@ -182,7 +182,7 @@ def _open_files(config: SourceConfig, root: Root, files: list[bytes], reason: st
         if len(files) == 1 and suffixes <= {b".zip", b".rar", b".7z"}:
             raise SourceError(f"{config.path}: an archive that is not read; unpack it and give the folder")
         if len(files) == 1:
-            raise SourceError(f"{config.path}: neither an image, a tar nor a table (.parquet, .csv, .jsonl)")
+            raise SourceError(f"{config.path}: neither an image, a tar nor a table (.parquet, .csv, .tsv, .jsonl)")
         raise SourceError(f"{config.path}: expected files of one kind, but there are {names}")
     files, split = _files_of_split(config, root, files, refuse_flags)
     reason = "; ".join(filter(None, [reason, split]))

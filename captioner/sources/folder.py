@@ -17,6 +17,7 @@ from captioner.sources.metadata import (
     find_references,
     load_metadata,
     names_of_caption_files,
+    undecodable_note,
     unmatched,
 )
 from captioner.sources.plan_rows import BATCH_ROWS, names_as_ids, plan_table
@@ -171,10 +172,8 @@ class _Folder:
             batch = others[start : start + BATCH_ROWS]
             yield _Paths(ignored=[os.path.join(self.directory, name) for name in batch])
         if texts.undecodable:
-            names = sorted(os.path.join(self.directory, name) for name in texts.undecodable)
-            yield _Paths(
-                notes=[f"captions in {len(names):,} text files are not UTF-8 and not used, e.g. {_shown(names)}"]
-            )
+            paths = sorted(os.path.join(self.directory, name) for name in texts.undecodable)
+            yield _Paths(notes=[undecodable_note([readable(path) for path in paths])])
 
     def _captioned(self, images: Sequence[bytes], texts: CaptionFiles) -> _Paths:
         """Return images with their captions: of metadata, else of text files beside them."""

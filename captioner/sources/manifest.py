@@ -50,4 +50,8 @@ class ManifestSource(TableFiles):
             return b""
         if path.lower().startswith(("http://", "https://")):
             raise SourceError(f"{self.root.uri(table)}: it names {path}; {FETCH_FIRST}")
-        return self.root.join(file_named_in(os.path.dirname(table), path))
+        folder = os.path.dirname(table)
+        file = self.root.join(file_named_in(folder, path))
+        if "\\" in path and "/" not in path and not self.root.exists(file):  # written on Windows
+            return self.root.join(file_named_in(folder, path.replace("\\", "/")))
+        return file

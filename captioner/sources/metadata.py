@@ -12,6 +12,7 @@ from functools import lru_cache
 
 import pyarrow as pa
 
+from captioner.console.text import counted
 from captioner.errors import SourceError
 from captioner.sources.columns import as_captions, reference_column_of, references_of
 from captioner.sources.reading import concurrency
@@ -206,11 +207,17 @@ class CaptionFiles:
             return None
 
 
-def captions_in_text(data: bytes) -> list[str] | None:
-    """Return the captions in a text file, one on each line; None where it holds no words, as annotations of boxes do.
+def undecodable_note(names: Sequence[str]) -> str:
+    """Return a line about texts in another encoding."""
+    examples = ", ".join(map(repr, names[:3]))
+    return f"captions in {counted(len(names), 'text file')} are not UTF-8 and not used, e.g. {examples}"
+
+
+def captions_in_text(data: bytes, by_line: bool = True) -> list[str] | None:
+    """Return the captions in a text, one on each line or one in all; None where it has no words, as boxes have none.
 
     Raises UnicodeDecodeError where it is neither UTF-8 nor UTF-16 with its mark.
     """
     encoding = encoding_of(data)
-    lines = data.decode("utf-8-sig" if encoding == "utf-8" else encoding).splitlines()
-    return as_captions([line for line in lines if any(map(str.isalpha, line))])
+    text = data.decode("utf-8-sig" if encoding == "utf-8" else encoding)
+    return as_captions([part for part in (text.splitlines() if by_line else [text]) if any(map(str.isalpha, part))])

@@ -21,7 +21,7 @@ from captioner.sources.root import FETCH_LFS, LFS_POINTER, Root, file_of_unit, i
 
 LOOK_FOR_CAPTIONS = 1_000_000  # lines of a file whose first ones have no text as captions
 SAVE_AS_UTF8 = "save it as UTF-8 (where it is Windows-1252: iconv -f CP1252 -t UTF-8 OLD > NEW)"
-TABLE_SUFFIXES = (b".parquet", b".csv", b".jsonl", b".ndjson")
+TABLE_SUFFIXES = (b".parquet", b".csv", b".tsv", b".jsonl", b".ndjson")
 
 
 class Table(Protocol):
@@ -45,8 +45,10 @@ def open_table(root: Root, file: bytes, captions: str | None = None) -> Table:
     """
     lower = file.lower()
     try:
-        if lower.endswith((b".parquet", b".csv")):
-            return ParquetTable(root, file) if lower.endswith(b".parquet") else CsvTable(root, file)
+        if lower.endswith(b".parquet"):
+            return ParquetTable(root, file)
+        if lower.endswith((b".csv", b".tsv")):
+            return CsvTable(root, file)
         return JsonLinesTable(root, file, [captions] if captions else REFERENCE_NAMES)
     except UnicodeDecodeError:  # in the names of columns
         raise UnreadableTableError(_not_utf8(root, file)) from None
@@ -143,7 +145,7 @@ class CsvTable:
         head = root.read(file, 0, 1 << 16)
         self._encoding = encoding_of(head)
         header = head.decode(self._encoding, "replace").partition("\n")[0]
-        self._delimiter = max(",;\t", key=header.count)
+        self._delimiter = "\t" if file.lower().endswith(b".tsv") else max(",;\t", key=header.count)
         with self._open([]) as reader:
             self.schema = pa.schema([(name, pa.string()) for name in reader.schema.names])
 

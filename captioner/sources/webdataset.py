@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import tarfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import BinaryIO
@@ -16,6 +16,7 @@ from captioner.console.text import counted
 from captioner.data import Listing, RawImage
 from captioner.errors import SourceError
 from captioner.sources.columns import REFERENCE_NAMES, as_captions
+from captioner.sources.metadata import MAX_CAPTION_BYTES, captions_in_text, undecodable_note
 from captioner.sources.plan_rows import BATCH_ROWS, plan_table
 from captioner.sources.reading import read_rows, with_stamp
 from captioner.sources.root import (
@@ -41,7 +42,7 @@ OTHER_SUFFIXES = frozenset(
     b"npy npz pth pt pyd pickle pkl msgpack mp bin ten tb safetensors mp3 wav flac ogg m4a mp4 webm mkv avi mov".split()
 )
 COMPRESSED_SUFFIXES = (b".tar.gz", b".tgz", b".tar.bz2", b".tar.xz", b".tar.zst", b".tar.lz4")
-MAX_TEXT_BYTES = 16 << 20  # of a .txt, .caption or .json member; a longer one holds no captions
+MAX_TEXT_BYTES = 16 << 20  # of a .json member; a longer one holds no captions
 HELD_LISTINGS = 16  # of one tar, each of at least BATCH_ROWS members
 _COMPRESSED_STARTS = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18")
 
@@ -178,6 +179,7 @@ class _Batch:
     images: list[_Member] = field(default_factory=list)
     references: list[list[str] | None] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
+    undecodable: list[str] = field(default_factory=list)  # texts in another encoding
 
     def __len__(self) -> int:
         return len(self.images) + len(self.ignored)
@@ -187,12 +189,31 @@ class _Batch:
         candidates = [member for member in members if member.may_be_image]
         images = [member for member in candidates if member.suffix in IMAGE_SUFFIXES] or candidates
         images += [member for member in members if member.is_damage]
-        captions = _captions(members, reference_column) if images else None
+        captions_in = self._captions(members, reference_column) if images else {}
+        captions = list(dict.fromkeys(text for texts in captions_in.values() for text in texts)) or None
         self.images += images
         self.references += [captions] * len(images)
-        used = {id(member) for member in members if captions and member.text is not None}
-        used.update(map(id, images))
+        used = {*captions_in, *map(id, images)}
         self.ignored += [self._label(member.name) for member in members if id(member) not in used]
+
+    def _captions(self, members: Sequence[_Member], reference_column: str | None) -> dict[int, list[str]]:
+        """Return the captions in .caption, .json and .txt members, by the id() of those that have any, in this order.
+
+        A text is one caption, also of several lines. Of a reference column they are only those in the .json.
+        """
+        captions_in: dict[int, list[str]] = {}
+        for member in sorted(members, key=attrgetter("suffix")):
+            captions = None
+            if member.text is not None and member.suffix == b"json":
+                captions = _captions_in_json(member.text, reference_column)
+            elif member.text is not None and reference_column is None and len(member.text) <= MAX_CAPTION_BYTES:
+                try:
+                    captions = captions_in_text(member.text, by_line=False)
+                except UnicodeDecodeError:
+                    self.undecodable.append(self._label(member.name))
+            if captions:
+                captions_in[id(member)] = captions
+        return captions_in
 
     def listing(self, notes: Sequence[str]) -> Listing:
         rows = plan_table(
@@ -202,23 +223,11 @@ class _Batch:
             size=[member.size for member in self.images],
             references=self.references,
         )
-        return Listing(with_stamp(rows, self.stamp), self.ignored, list(notes))
+        notes = [*notes, undecodable_note(self.undecodable)] if self.undecodable else list(notes)
+        return Listing(with_stamp(rows, self.stamp), self.ignored, notes)
 
     def _label(self, name: bytes) -> str:
         return f"{readable(self.tar)}/{readable(name)}"
-
-
-def _captions(members: Iterable[_Member], reference_column: str | None) -> list[str] | None:
-    """Return the captions of .caption, .json and .txt, each once; of a reference column only those in the .json."""
-    captions: list[str] = []
-    for member in sorted(members, key=attrgetter("suffix")):  # caption, json, txt
-        if member.text is None:
-            continue
-        if member.suffix == b"json":
-            captions += _captions_in_json(member.text, reference_column) or []
-        elif reference_column is None:
-            captions += as_captions(member.text.decode("utf-8-sig", "replace")) or []
-    return list(dict.fromkeys(captions)) or None
 
 
 def _captions_in_json(text: bytes, reference_column: str | None) -> list[str] | None:

@@ -364,7 +364,7 @@ def test_references_that_fit_nothing_are_an_error_before_any_image_is_captioned(
         ("r.csv", "a,b\n1,2\n", "no column named image_id"),
         ("r.json", "{", "cannot be read as JSON"),
         ("r.json", "[1]", "expected COCO captions"),
-        ("r.xlsx", "x", r"expected COCO .json, .jsonl, .csv, .parquet"),
+        ("r.xlsx", "x", r"expected COCO .json, .jsonl, .csv, .tsv, .parquet"),
         ("r.csv", "image_id,caption\na,\n", "holds no caption"),
     ],
 )
@@ -374,6 +374,14 @@ def test_bad_references_are_one_line(tmp_path: Path, name: str, content: str | N
 
     with pytest.raises(SourceError, match=message):
         read_references(str(tmp_path / name))
+
+
+def test_references_in_text_files_may_be_utf16_and_another_encoding_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("a café\n7\n".encode("utf-16"))
+    assert read_references(str(tmp_path)).captions == {"a": ["a café"]}
+    (tmp_path / "b.txt").write_bytes("a café".encode("latin-1"))
+    with pytest.raises(SourceError, match=r"b.txt: it is not UTF-8 text; save it as UTF-8"):
+        read_references(str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["r.csv", "r.jsonl", "r.parquet"])

@@ -376,7 +376,7 @@ def test_captions_in_text_files_beside_images_are_references(tmp_path):
     }
     assert listed(source)[1] == ["boxes.txt", "d.txt", "latin.txt", "long.txt"]
     (note,) = notes_of(source)
-    assert note == "captions in 1 text files are not UTF-8 and not used, e.g. 'latin.txt'"
+    assert note == "captions in 1 text file are not UTF-8 and not used, e.g. 'latin.txt'"
     assert references_of(source_at(tmp_path, reference_column="text"))["a.jpg"] is None
     assert references_of(source_at(tmp_path, exclude=["b.caption"]))["b.jpg"] == ["tags, and words"]
 

@@ -173,6 +173,24 @@ def test_a_manifest_names_files_anywhere(tmp_path, suffix):
     assert images[2].uri == "memory://manifest-test/r.jpg"
 
 
+def test_a_manifest_of_windows_names_files_in_folders(tmp_path):
+    for name in ("sub/c.png", "real\\name.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(name.encode())
+    rows = [{"path": path} for path in ("sub\\c.png", "real\\name.png", "sub\\gone.png")]
+    source = source_at(write_manifest(tmp_path / "m.jsonl", rows))
+    assert [image.data for image in source.read(listed_rows(source))] == [b"sub/c.png", b"real\\name.png", None]
+
+
+def test_columns_of_a_tsv_are_separated_by_tabs(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"x")
+    (tmp_path / "m.tsv").write_text("path\tcaption\ttags, words, more\na.png\ta dog, barking\tx\n")
+    source = source_at(tmp_path / "m.tsv")
+    rows = listed_rows(source)
+    assert rows["reference_captions"].to_pylist() == [["a dog, barking"]]
+    assert source.read(rows)[0].data == b"x"
+
+
 def test_json_lines_that_datasets_wrote_name_files(tmp_path):
     (tmp_path / "a.png").write_bytes(b"beside")
     cells = [{"bytes": None, "path": "a.png"}, {"bytes": None, "path": None}, None]

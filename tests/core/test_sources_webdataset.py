@@ -61,6 +61,23 @@ def test_text_beside_an_image_is_its_reference(tmp_path):
     assert asked["reference_captions"].to_pylist() == [None, ["other"], None, None, None]
 
 
+def test_texts_in_a_tar_follow_the_rules_of_those_in_a_folder(tmp_path):
+    texts = {
+        "latin": "ein café".encode("latin-1"),
+        "boxes": b"0 0.5 0.5 0.2 0.3\n1 0.1 0.1 0.2 0.2\n",
+        "utf16": "hello".encode("utf-16"),
+        "lines": b"A harbour.\nBoats lie in it.\n",  # in a tar, one text is one caption
+        "long": b"word " * 20_000,
+    }
+    members = [(f"{n}.{kind}", data) for n, text in texts.items() for kind, data in (("jpg", b"x"), ("txt", text))]
+    source = source_at(write_tar(tmp_path / "x.tar", *members))
+    (listing,) = source.list_unit(*source.units())
+    captions = [None, None, ["hello"], ["A harbour.\nBoats lie in it."], None]
+    assert listing.rows["reference_captions"].to_pylist() == captions
+    assert listing.ignored == ["x.tar/latin.txt", "x.tar/boxes.txt", "x.tar/long.txt"]
+    assert listing.notes == ["captions in 1 text file are not UTF-8 and not used, e.g. 'x.tar/latin.txt'"]
+
+
 def test_several_images_of_a_sample_are_each_a_row(tmp_path):
     members = [("s/1.left.jpg", b"l"), ("s/1.right.jpg", b"r"), ("s/1.bin2", b"?"), ("s/1.txt", b"both")]
     rows, ignored = listed(source_at(write_tar(tmp_path / "x.tar", *members, ("t/1.odd", b"o"), ("bare", b"b"))))
