@@ -29,8 +29,8 @@ from captioner.imaging.pillow import ImageError, code_of, decoding, one_line
 _EXIF_ORIENTATION = 0x0112
 _UPRIGHT, _TURNED = 1, (5, 6, 7, 8)  # turned: width and height are swapped
 _RIGHT_TO_LEFT, _BOTTOM_TO_TOP = (2, 3, 6, 7), (3, 4, 7, 8)  # where a stored image's right and bottom edges end up
-_TIFF_BITS_PER_SAMPLE, _TIFF_PHOTOMETRIC = 258, 262
-_WHITE_IS_ZERO = 0
+_TIFF_BITS_PER_SAMPLE, _TIFF_PHOTOMETRIC, _TIFF_SAMPLE_FORMAT = 258, 262, 339
+_WHITE_IS_ZERO, _UNSIGNED = 0, 1
 _PNG = b"\x89PNG"
 # What a PNG may be decoded without where Pillow refuses it: texts and a colour profile that are too long, and an
 # animation with damage, of which the specification says that the still image is shown instead.
@@ -79,6 +79,8 @@ def _open(data: bytes, max_pixels: int, needed_side: int) -> UprightImage:
     file = identify(data)
     format = (file.format or "").lower()
     width, height = file.size
+    if file.format == "PNG":
+        _scale_transparent_colour(file, data)
     try:
         reduced = _load_reduced(file, data, max_pixels, needed_side) if needed_side else None
         if reduced:
@@ -128,6 +130,22 @@ def _load_first(file: ImageFile.ImageFile) -> None:
     if getattr(file, "default_image", False) and getattr(file, "n_frames", 1) > 1:
         file.seek(1)  # APNG: frame 0 is for viewers that cannot animate
     file.load()
+
+
+def _scale_transparent_colour(file: ImageFile.ImageFile, data: bytes) -> None:
+    """Bring the transparent colour of a PNG to 8 bits, as its pixels are; Pillow takes it as the file has it.
+
+    Of 16 bits the upper 8 count, as in the pixels. Bits that the file's depth does not have are ignored, says the
+    specification. Pillow itself scales 1 bit, and keeps 16 bits of grey.
+    """
+    if data[12:16] != b"IHDR" or len(data) < 26:
+        return
+    bits, colour = data[24], file.info.get("transparency")
+    mask = (1 << bits) - 1
+    if file.mode == "L" and isinstance(colour, int):
+        file.info["transparency"] = (colour & mask) * (255 // mask)
+    elif file.mode == "RGB" and isinstance(colour, tuple):
+        file.info["transparency"] = tuple((value & mask) >> max(0, bits - 8) for value in colour)
 
 
 def _make_upright(file: ImageFile.ImageFile) -> int:
@@ -200,9 +218,12 @@ def _lab_to_srgb() -> ImageCms.ImageCmsTransform:
 def _grey(image: Image.Image) -> npt.NDArray[np.uint8]:
     """An image of one wide channel as uint8 [H, W]."""
     values = np.asarray(image)
+    tags = getattr(image, "tag_v2", {})
+    if image.mode == "I" and tags and tags.get(_TIFF_SAMPLE_FORMAT, (_UNSIGNED,))[0] == _UNSIGNED:
+        values = values.view(np.uint32)  # Pillow takes it for signed
     highest = _full_scale(image)
     grey = _scale_by_range(values) if highest is None else _scale_full(values, highest)
-    if getattr(image, "tag_v2", {}).get(_TIFF_PHOTOMETRIC) == _WHITE_IS_ZERO:
+    if tags.get(_TIFF_PHOTOMETRIC) == _WHITE_IS_ZERO:
         grey = 255 - grey
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):

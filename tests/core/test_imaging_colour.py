@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -149,6 +150,37 @@ def test_a_transparent_colour_is_white(mode, shown, hidden):
     assert opened(image, "PNG", transparency=hidden).tolist() == [[list(grey), list(WHITE)]]
 
 
+def png(bits: int, colour: int, row: bytes, width: int, transparent: bytes) -> bytes:
+    """A PNG of one row with a transparent colour, in a depth that Pillow does not write."""
+    chunks = [
+        (b"IHDR", struct.pack(">IIBBBBB", width, 1, bits, colour, 0, 0, 0)),
+        (b"tRNS", transparent),
+        (b"IDAT", zlib.compress(b"\0" + row)),
+        (b"IEND", b""),
+    ]
+    parts = (
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+@pytest.mark.parametrize(
+    ("data", "shown"),
+    [
+        (png(1, 0, bytes([0b10000000]), 2, b"\0\0"), [255, 255]),
+        (png(2, 0, bytes([0b01100000]), 2, b"\0\1"), [255, 170]),
+        (png(4, 0, bytes([0x57]), 2, b"\0\7"), [85, 255]),
+        (png(4, 0, bytes([0x57]), 2, b"\1\7"), [85, 255]),  # of which 4 bits count
+        (png(8, 0, bytes([100, 101]), 2, b"\0\x64"), [255, 101]),
+        (png(16, 0, b"\x12\x34\x12\x36", 2, b"\x12\x34"), [255, 18]),
+        (png(8, 2, b"\x10\x20\x30\x10\x20\x31", 2, b"\0\x10\0\x20\0\x30"), [255, 16]),
+        (png(16, 2, b"\x10\x11\x20\x21\x30\x31\x10\x11\x20\x21\x31\x31", 2, b"\x10\x11\x20\x21\x30\x31"), [255, 16]),
+    ],
+)
+def test_the_transparent_colour_of_a_png_is_white_in_every_depth(data, shown):
+    assert np.asarray(open_image(data, NO_LIMIT).rgb)[0, :, 0].tolist() == shown
+
+
 # --- more than 8 bits -------------------------------------------------------------------------------------------
 
 
@@ -199,6 +231,14 @@ def test_a_tiff_whose_zero_is_white_is_not_a_negative():
     image = open_image(tiff(16, SIXTEEN.astype("<u2").tobytes(), 5, photometric=0), NO_LIMIT).rgb
 
     assert np.asarray(image)[0, :, 0].tolist() == [255 - value for value in SIXTEEN_AS_EIGHT]
+
+
+def test_unsigned_32_bits_are_not_negative():
+    values = np.array([0, 2**31, 2**32 - 1], "<u4")
+
+    image = open_image(tiff(32, values.tobytes(), 3), NO_LIMIT).rgb
+
+    assert np.asarray(image)[0, :, 0].tolist() == [0, 128, 255]
 
 
 def test_a_pgm_with_an_odd_maximum_uses_it():
