@@ -17,9 +17,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from captioner.errors import SourceError, UsageError
-from captioner.files import did_you_mean, open_filesystem, shown
+from captioner.files import did_you_mean, is_uri, local_path, open_filesystem, shown
 from captioner.sources.columns import as_captions
-from captioner.sources.metadata import captions_in_text
+from captioner.sources.metadata import CAPTION_SUFFIXES, METADATA_NAMES, captions_in_text
 from captioner.sources.root import Root
 from captioner.sources.tables import SAVE_AS_UTF8, TABLE_SUFFIXES, Table, open_table, parse_json, read_batches
 
@@ -106,13 +106,15 @@ def read_references(location: str, columns: Sequence[str] = (), image_ids: Image
     root = Root.at(location)
     if not root.exists():
         raise SourceError(f"--references {location}: no such file or directory{did_you_mean(location)}")
+    folder = None if is_uri(location) else Path(local_path(location))
+    folder = folder if folder and folder.is_dir() else None
     is_json = shown(location).lower().endswith(".json")
-    is_table = not os.path.isdir(location) and not is_json
+    is_table = not folder and not is_json
     if columns and (not is_table or len(columns) < 2):
         needed = "give a column of names, then one or more of captions" if is_table else f"{location} has no columns"
         raise UsageError(f"--references-columns {','.join(columns)}: {needed}")
-    if os.path.isdir(location):
-        pairs: Iterable[tuple[str, Any]] = _read_folder(Path(location))
+    if folder:
+        pairs: Iterable[tuple[str, Any]] = _read_folder(folder)
     elif is_json:
         pairs = _read_json(location)
     else:
@@ -135,13 +137,16 @@ def _names_of(key: str) -> list[str]:
 
 def _read_folder(folder: Path) -> Iterator[tuple[str, list[str]]]:
     """Read `NAME.txt` and `NAME.caption` files with a caption on each line, or else the folder's metadata file."""
-    metadata = next((folder / name for name in ("metadata.jsonl", "metadata.csv", "metadata.parquet")), None)
-    files = sorted(file for suffix in ("txt", "caption") for file in folder.rglob(f"*.{suffix}"))
-    if not files and metadata is not None and metadata.exists():
-        yield from _read_table(str(metadata))
+    suffixes = [suffix.decode() for suffix in CAPTION_SUFFIXES]
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in suffixes and file.is_file())
+    metadata = (folder / os.fsdecode(name) for name in METADATA_NAMES)
+    if not files and (table := next((file for file in metadata if file.exists()), None)):
+        yield from _read_table(str(table))
     for file in files:
         try:
             captions = captions_in_text(file.read_bytes())
+        except OSError as error:
+            raise SourceError(f"--references {file}: cannot be read: {error.strerror or error}") from None
         except UnicodeDecodeError:
             raise SourceError(f"--references {file}: it is not UTF-8 text; {SAVE_AS_UTF8}") from None
         yield file.relative_to(folder).with_suffix("").as_posix(), captions or []
@@ -159,16 +164,25 @@ def _read_json(location: str) -> Iterator[tuple[str, str]]:
     except (OSError, ValueError) as error:
         raise SourceError(f"--references {location}: cannot be read as JSON: {error}") from None
     if isinstance(tree, dict) and "annotations" in tree:
-        names = {image["id"]: image.get("file_name", str(image["id"])) for image in tree.get("images", [])}
-        for annotation in tree["annotations"]:
-            if "caption" in annotation:
-                yield names.get(annotation["image_id"], str(annotation["image_id"])), annotation["caption"]
+        try:
+            yield from _coco_captions(tree)
+        except (AttributeError, KeyError, TypeError):
+            raise SourceError(
+                f"--references {location}: its images or annotations are not those of COCO; each image needs an id, "
+                "each caption an image_id"
+            ) from None
     elif isinstance(tree, dict):
         yield from tree.items()
     else:
         raise SourceError(
             f"--references {location}: expected COCO captions (images, annotations) or {{name: captions}}"
         )
+
+
+def _coco_captions(tree: dict[str, Any]) -> list[tuple[str, Any]]:
+    names = {image["id"]: str(image.get("file_name") or image["id"]) for image in tree.get("images") or []}
+    annotations = [annotation for annotation in tree["annotations"] or [] if annotation.get("caption") is not None]
+    return [(names.get(row["image_id"], str(row["image_id"])), row["caption"]) for row in annotations]
 
 
 def _read_table(location: str, columns: Sequence[str] = ()) -> Iterator[tuple[str, Any]]:

@@ -17,7 +17,7 @@ from captioner.errors import SourceError
 from captioner.sources.columns import as_captions, reference_column_of, references_of
 from captioner.sources.reading import concurrency
 from captioner.sources.root import Root, UnlistableError, is_excluded, is_hidden, is_ignored, readable
-from captioner.sources.tables import UnreadableTableError, encoding_of, open_table, read_batches
+from captioner.sources.tables import UnreadableTableError, decode_text, encoding_of, open_table, read_batches
 
 CAPTION_SUFFIXES = (b".caption", b".txt")  # of text files beside images, as tools for training write them
 MAX_CAPTION_BYTES = 1 << 16  # a longer text is not a caption
@@ -218,6 +218,5 @@ def captions_in_text(data: bytes, by_line: bool = True) -> list[str] | None:
 
     Raises UnicodeDecodeError where it is neither UTF-8 nor UTF-16 with its mark.
     """
-    encoding = encoding_of(data)
-    text = data.decode("utf-8-sig" if encoding == "utf-8" else encoding)
+    text = decode_text(data)
     return as_captions([part for part in (text.splitlines() if by_line else [text]) if any(map(str.isalpha, part))])

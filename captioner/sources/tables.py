@@ -243,6 +243,15 @@ def encoding_of(head: bytes) -> str:
     return "utf-16" if head.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8"
 
 
+def decode_text(data: bytes) -> str:
+    """Return a text of a user without its byte order mark.
+
+    Raises UnicodeDecodeError where it is neither UTF-8 nor UTF-16 with its mark.
+    """
+    encoding = encoding_of(data)
+    return data.decode("utf-8-sig" if encoding == "utf-8" else encoding)
+
+
 def parse_json(text: bytes) -> Any:
     """Return the value of a JSON text, with halves of surrogate pairs, which no UTF-8 may hold, written as numbers.
 

@@ -25,7 +25,7 @@ from captioner.publishing.alt_text.texts import read_texts
 from captioner.report import facts
 from captioner.run import quality
 from captioner.scoring.judgements import JUDGE_FILE
-from captioner.scoring.terms import term_finder
+from captioner.scoring.terms import read_terms, term_finder
 from captioner.store.table import CaptionsTable, open_table
 from captioner.testing import make_folder
 from ray_jobs.cli import main
@@ -212,6 +212,22 @@ with sigkill_at_write(3):  # the settings go, the first part comes
 def test_settings_that_make_no_sense(table: CaptionsTable, settings: dict, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         make_alt_texts(table, AltTextConfig(**settings))
+
+
+def test_terms_as_other_programs_write_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = tmp_path / "terms.txt"
+    for encoding in ("utf-8-sig", "utf-16", "utf-8"):
+        file.write_text("gypsy\r\n# ours\r\ncafe\u0301\r\n", encoding)
+        for location in ("~/terms.txt", file.as_uri(), str(file)):
+            holds_term = term_finder(read_terms(location))
+            assert holds_term("A gypsy wagon")
+            assert holds_term("un caf\u00e9")
+            assert holds_term("un cafe\u0301")
+            assert not holds_term("ours")
+    file.write_bytes("Bär".encode("latin-1"))
+    with pytest.raises(UsageError, match="it is not UTF-8 text; save it as UTF-8"):
+        read_terms(str(file))
 
 
 def test_only_the_rules_that_are_wanted() -> None:

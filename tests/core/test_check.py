@@ -317,6 +317,49 @@ def test_images_are_found_by_id_then_path_then_name_then_stem(tmp_path: Path) ->
         references.find("val/2.jpg")
 
 
+def test_references_of_other_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.txt").write_text("ein Hund\n", "utf-16")
+    (folder / "b.TXT").write_text("eine Katze\n", "utf-8-sig")
+    for location in ("~/texts", folder.as_uri(), str(folder)):
+        assert read_references(location).captions == {"a": ["ein Hund"], "b": ["eine Katze"]}
+
+    (folder / "c.txt").write_bytes("ein Bär\n".encode("latin-1"))
+    with pytest.raises(SourceError, match=r"--references .*c\.txt: it is not UTF-8 text; save it as UTF-8"):
+        read_references(str(folder))
+    for text in folder.iterdir():
+        text.unlink()
+    (folder / "metadata.csv").write_text("file_name,text\na.png,a dog\n")
+    assert read_references("~/texts").captions == {"a.png": ["a dog"]}
+
+
+@pytest.mark.parametrize(
+    ("tree", "captions"),
+    [
+        ({"images": None, "annotations": [{"image_id": 1, "caption": "x"}]}, {"1": ["x"]}),
+        ({"images": [{"id": 1, "file_name": None}], "annotations": [{"image_id": 1, "caption": "x"}]}, {"1": ["x"]}),
+        ({"images": [{"file_name": "a.jpg"}], "annotations": [{"image_id": 1, "caption": "x"}]}, "needs an id"),
+        ({"annotations": [{"caption": "x"}]}, "each caption an image_id"),
+        ({"annotations": {"1": {"caption": "x"}}}, "are not those of COCO"),
+        ({"images": ["a.jpg"], "annotations": ["x"]}, "are not those of COCO"),
+        ({"images": [], "annotations": None}, "holds no caption"),
+    ],
+)
+def test_dialects_of_coco_are_read_or_refused_in_one_line(
+    tmp_path: Path, tree: dict[str, Any], captions: dict[str, list[str]] | str
+) -> None:
+    file = tmp_path / "captions.json"
+    file.write_text(json.dumps(tree))
+
+    if isinstance(captions, dict):
+        assert read_references(str(file)).captions == captions
+    else:
+        with pytest.raises(SourceError, match=f"^--references .*{captions}"):
+            read_references(str(file))
+
+
 def test_what_is_given_for_an_image_id_is_of_no_other_image(tmp_path: Path) -> None:
     make_folder(tmp_path / "archive/train", 3)
     (tmp_path / "archive/train/metadata.jsonl").unlink()
