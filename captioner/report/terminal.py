@@ -61,6 +61,8 @@ def _print_comparison(console: Console, comparison: dict[str, Any] | None) -> No
         return
     changed = f"{comparison['changed']:,} of {counted(comparison['num_rows'], 'caption')} changed"
     console.print(Text(printable(f"against {comparison['against']}: {changed}")), soft_wrap=True)
+    if left_out := comparison.get("trained_left_out"):  # absent in checks of earlier versions
+        console.print(Text(f"  left out {counted(left_out, 'image')} that a model was trained on"), soft_wrap=True)
     for name, figures in comparison["differences"].items():
         low, high = figures["interval"] or (None, None)
         within = "" if low is None else f" (95 % interval {low:+.3f} to {high:+.3f})"

@@ -26,7 +26,8 @@ from captioner.errors import CheckFailedError, SourceError, StoppedEarlyError, U
 from captioner.models.weights import TRAINING_IMAGES
 from captioner.run import quality
 from captioner.run.job import open_job
-from captioner.scoring.eligible_rows import trained_images
+from captioner.scoring import compare
+from captioner.scoring.eligible_rows import CheckSpec, trained_images
 from captioner.scoring.flags import caption_flags
 from captioner.scoring.language import is_in_other_language, language_of
 from captioner.scoring.references import read_references
@@ -815,6 +816,30 @@ def test_two_runs_are_compared_image_by_image(tmp_path: Path, archive: Path, tru
     measured = comparison["differences"]["BLEU-4"]
     assert [measured["this"], measured["other"]] == [bleu[3] for bleu in bleus if bleu]
     assert all(row["caption"] != row["other"] for row in comparison["shown"])
+
+
+def test_the_images_that_both_runs_captioned_are_compared_but_for_those_a_model_was_trained_on(
+    tmp_path: Path, archive: Path, true_table: CaptionsTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare, "COMPARED_ROWS", 6)
+    few = tmp_path / "few"
+    shutil.copytree(archive, few)
+    for image in sorted(few.glob("*.png"))[8:]:
+        image.unlink()
+    table = captioned(few, tmp_path / "out", half_true)
+    ids = [row["image_id"] for row in pa.concat_tables(read_parts(table)).to_pylist()]
+    drawn = sorted(ids, key=lambda image_id: rank(image_id, 0))[:6]
+    learned = [row["sha256"] for row in pa.concat_tables(read_parts(table)).to_pylist() if row["image_id"] in drawn[:2]]
+    (tmp_path / "model").mkdir()
+    pq.write_table(pa.table({"sha256": learned}), tmp_path / "model" / TRAINING_IMAGES)
+    run = true_table.directory.read_json("run.json")
+    true_table.directory.write_json("run.json", run | {"model": {"path": str(tmp_path / "model")}})
+
+    for this, other in ((table, true_table), (true_table, table)):
+        comparison = compare.compare_tables(this, other, CheckSpec())
+        assert comparison["num_rows"] == 6
+        assert {row["image_id"] for row in comparison["shown"]} <= set(drawn)
+        assert (comparison["trained_left_out"], comparison["scored"]) == (2, 4)
 
 
 def test_the_same_captions_are_not_shown_to_differ(
