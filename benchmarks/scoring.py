@@ -33,7 +33,8 @@ ROWS_PER_PART, ROWS_PER_CHUNK = 50_000, 500
 def make_table(out: str, count: int) -> None:
     """A published table of `count` captioned rows; nearly all captions differ."""
     from captioner.starter.scenes import COLOURS, SHAPES
-    from captioner.store.table import captions_name, create_table, plan_folder, published_name
+    from captioner.store.creating import create_table
+    from captioner.store.table import captions_name, plan_folder, published_name
 
     table = create_table(out, {"path": "/nowhere"}, [])
     rng = random.Random(0)

@@ -22,7 +22,7 @@ from captioner.config import CaptionConfig, SourceConfig, check_endpoint_setting
 from captioner.console.phases import phase
 from captioner.console.text import counted
 from captioner.data import Chunk, Receipt, Source
-from captioner.errors import DamagedFileError, OutputError, SourceError, UsageError
+from captioner.errors import CaptionerError, DamagedFileError, OutputError, UsageError
 from captioner.files import is_uri, local_path, shown
 from captioner.models import ModelRef, resolve, weights_bytes
 from captioner.models.placement import check_spread
@@ -34,18 +34,19 @@ from captioner.sources import check_exists, describe, open_source
 from captioner.sources.splits import DEFAULT as DEFAULT_SPLIT
 from captioner.starter.scenes import describes_scene
 from captioner.steps import Work
+from captioner.store.creating import (
+    complete_overwrite,
+    create_table,
+    discard_new_table,
+    is_in_place,
+    put_in_place,
+    table_exists,
+)
 from captioner.store.plan import compare_with_source, make_plan, read_planned
 from captioner.store.publish import missing_chunks, remove_merged_chunks
 from captioner.store.repair import restore_table
 from captioner.store.replan import make_retry_plan
-from captioner.store.table import (
-    CaptionsTable,
-    Plan,
-    create_table,
-    discard_empty_table,
-    open_table,
-    table_exists,
-)
+from captioner.store.table import CaptionsTable, Plan, open_table
 from captioner.store.verify import count_rows
 
 ROWS_PER_CHUNK = 512
@@ -190,8 +191,7 @@ def open_job(config: CaptionConfig, engine: Engine, notify: Notify, read_reviews
     check_spread(model, config.cluster)
     rows_per_chunk = partial(_rows_per_chunk, model, engine)
     planned = _plan(config, notify, rows_per_chunk, engine.start)
-    check_prompt_columns(model, planned.table)
-    table, model = bind(planned.table, config, model, engine.device)
+    table, model = _bind_in_place(planned.table, config, model, engine)
     work = Work(
         table,
         planned.source,
@@ -215,16 +215,35 @@ def open_job(config: CaptionConfig, engine: Engine, notify: Notify, read_reviews
     return job
 
 
+def _bind_in_place(
+    table: CaptionsTable, config: CaptionConfig, model: ModelRef, engine: Engine
+) -> tuple[CaptionsTable, ModelRef]:
+    """Return what `bind` does; a table that replaces another one takes its place when nothing has failed."""
+    try:
+        check_prompt_columns(model, table)
+        table, model = bind(table, config, model, engine.device)
+        if not is_in_place(table):
+            engine.device()  # which connects
+    except CaptionerError:
+        discard_new_table(table)
+        raise
+    return put_in_place(table), model
+
+
 def plan_images(config: CaptionConfig, notify: Notify) -> Planned:
     """List the source into OUT/plan, without a model. Raises CaptionerError."""
     check_settings(config)
-    return _plan(config, notify, lambda: ROWS_PER_CHUNK)
+    planned = _plan(config, notify, lambda: ROWS_PER_CHUNK)
+    return replace(planned, table=put_in_place(planned.table))
 
 
 def _plan(
     config: CaptionConfig, notify: Notify, rows_per_chunk: Callable[[], int], on_work: Callable[[], None] = lambda: None
 ) -> Planned:
-    """Open table and source, and bring the plan up to date. `on_work` is called where workers may be needed."""
+    """Open table and source, and bring the plan up to date. `on_work` is called where workers may be needed.
+
+    A table that replaces another one is not in place yet.
+    """
     config = _with_absolute_source(config)
     table = _existing_table(config)
     replan = table is not None and _may_select_anew(config, table)
@@ -253,8 +272,8 @@ def _plan(
     planned = Planned(config, table, source)
     try:
         _bring_plan_up_to_date(planned, notify, rows_per_chunk)
-    except SourceError:
-        discard_empty_table(table)
+    except CaptionerError:
+        discard_new_table(table)
         raise
     planned.notes.extend(note for plan in table.plans() for note in plan.notes)
     return planned
@@ -296,6 +315,7 @@ def _with_absolute_source(config: CaptionConfig) -> CaptionConfig:
 
 
 def _existing_table(config: CaptionConfig) -> CaptionsTable | None:
+    complete_overwrite(config.output.path)
     if table_exists(config.output.path) and not config.output.overwrite:
         table = open_table(config.output.path)
         if config.output.only and table.info["model"] is None:

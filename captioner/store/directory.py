@@ -106,7 +106,7 @@ class FileStat:
 
 @dataclass(frozen=True)
 class Directory:
-    """The directory at `location`; names are relative to it, with forward slashes.
+    """The directory at `location`, or a folder in it; names are relative to it, with forward slashes.
 
     On a local disk a file is written under a temporary name, flushed to the device and renamed; on an object store it
     is one PUT. A reader never sees half a file; a second writer of the same name replaces the whole file. Requests that
@@ -117,13 +117,15 @@ class Directory:
     retry: ClassVar[Retry] = Retry((0.5, 2.0, 8.0), is_transient)
 
     location: str
+    folder: str = ""
 
     @cached_property
     def _opened(self) -> tuple[FileSystem, str]:
-        return open_filesystem(self.location)
+        filesystem, root = open_filesystem(self.location)
+        return filesystem, f"{root}/{self.folder}" if self.folder else root
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"location": absolute(self.location)}
+        return {"location": absolute(self.location), "folder": self.folder}
 
     @property
     def filesystem(self) -> FileSystem:
@@ -140,7 +142,7 @@ class Directory:
 
     def shown(self, name: str) -> str:
         """Return the location of a file for messages: without the keys and options that a URI may hold."""
-        return f"{shown(self.location)}/{name}" if name else shown(self.location)
+        return "/".join(filter(None, (shown(self.location), self.folder, name)))
 
     def damage(self, name: str, what: str) -> DamagedFileError:
         """Return the error for a damaged or missing file. `what`: "is missing", "is damaged: ...".

@@ -12,6 +12,7 @@
       chunks/TABLE_ID/CHUNK_ID.arrow     the committed rows of a generation that is not published yet (Arrow IPC)
       captions/part-PPPPP.parquet   the published table: rows in plan order, exactly the current row of each image
       history/gNNN/part-PPPPP.parquet    rows that generation NNN superseded
+      overwrite/, overwrite.json    the new table of an --overwrite: see `captioner.store.creating`
 
 A plan part, its chunks and its published file hold the same images in the same order, so comparing two files shows what
 is finished and what is missing.
@@ -21,7 +22,6 @@ from __future__ import annotations
 
 import posixpath
 import re
-import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -40,10 +40,6 @@ from captioner.store.directory import Directory
 
 SCHEMA_VERSION = 1
 TABLE_FILE, RUN_FILE, REFERENCES_FILE = "table.json", "run.json", "references.json"
-_OVERWRITE_FILE = "overwrite.json"
-# What a run writes, and commands about its captions. Not the decisions of reviewers (reviews/): no flag deletes those.
-_OWN_FOLDERS = ("plan", "chunks", "captions", "history", "runs", "checks", "report", "alt_text")
-_OWN_FILES = (RUN_FILE, REFERENCES_FILE)
 _TABLE_ID = re.compile(r"[0-9a-f]+")
 _PLAN_FOLDER = re.compile(r"g(\d{3,})")
 _PART = re.compile(r"part-(\d{5,})\.parquet")
@@ -405,75 +401,9 @@ def _check_info(table: CaptionsTable) -> None:
         str(model["name"]), str(model["sha256"]), str(model["dtype"])
 
 
-def create_table(
-    location: str, source: dict[str, Any], kept_fields: list[pa.Field], overwrite: bool = False
-) -> CaptionsTable:
-    """Create an empty table.
-
-    With `overwrite` the content of the old table is deleted first; if that is interrupted, the next run completes it.
-    Raises OutputError where OUT holds something else.
-    """
-    directory = Directory(location)
-    overwriting = directory.exists(_OVERWRITE_FILE)
-    if overwrite or overwriting:
-        if not overwriting and not directory.exists(TABLE_FILE) and not directory.is_empty():
-            raise OutputError(f"{location} is not a captions table; --overwrite will not delete it, give another OUT")
-        directory.write_json(_OVERWRITE_FILE, {"overwriting": True})
-        directory.delete(TABLE_FILE)
-        _delete_content(directory)
-    elif not directory.is_empty():
-        raise OutputError(
-            f"{location} is not empty and holds no captions table; give another OUT (SOURCE stands before OUT)"
-        )
-    info = {
-        "schema_version": SCHEMA_VERSION,
-        # Chunks are written below this id: a writer of an overwritten table cannot reach the new one.
-        "table_id": uuid.uuid4().hex[:12],
-        "source": source,
-        "kept_schema": as_hex(kept_fields),
-        "fingerprint": None,
-        "model": None,
-        "models": {},
-        "chunk_format": "arrow",
-        "checksums": True,  # every file is written with one: one without was damaged
-    }
-    directory.write_json(TABLE_FILE, info)
-    directory.delete(_OVERWRITE_FILE)
-    return CaptionsTable(directory, info)
-
-
 def as_hex(fields: list[pa.Field]) -> str:
     """Return columns as table.json holds them."""
     return str(pa.schema(fields).serialize().to_pybytes().hex())
-
-
-def discard_empty_table(table: CaptionsTable) -> None:
-    """Leave OUT as it was before a start that planned nothing: free for any source."""
-    directory = table.directory
-    if any(
-        table.directory.exists(plan_name(number)) or table.parts_in_folder(number) for number in table.generations()
-    ):
-        return
-    _delete_content(directory)
-    if directory.is_empty(besides=(TABLE_FILE,)):
-        directory.delete(TABLE_FILE)
-
-
-def _delete_content(directory: Directory) -> None:
-    """Delete everything that belongs to a table but table.json."""
-    for folder in _OWN_FOLDERS:
-        directory.delete_folder(folder)
-    for name in _OWN_FILES:
-        directory.delete(name)
-
-
-def table_exists(location: str) -> bool:
-    """Return whether OUT holds a table; after an overwrite that was interrupted it does not.
-
-    Raises OutputError where OUT cannot be read.
-    """
-    directory = Directory(location)
-    return directory.exists(TABLE_FILE) and not directory.exists(_OVERWRITE_FILE)
 
 
 def _record_of(files: dict[int, dict[str, Any]]) -> dict[str, Any]:

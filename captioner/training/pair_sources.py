@@ -14,8 +14,9 @@ from captioner.errors import UsageError
 from captioner.imaging.sandbox.decoder import GuardedDecoder
 from captioner.sources import open_source, reopen_source
 from captioner.sources.reading import read_images, rows_may_all_fail
+from captioner.store.creating import table_exists
 from captioner.store.parallel_listing import list_units
-from captioner.store.table import open_table, plan_part_name, table_exists
+from captioner.store.table import open_table, plan_part_name
 
 ROWS_PER_TABLE = 64
 SOURCE_FLAGS = ("split", "image_column", "id_column", "reference_column")

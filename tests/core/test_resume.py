@@ -11,7 +11,14 @@ from helpers import caption_config, contents, with_few_references
 from captioner import pipeline
 from captioner.config import CaptionConfig
 from captioner.console.commands import status
-from captioner.errors import FingerprintError, OutputError, SourceError, TooManyFailedError
+from captioner.errors import (
+    ClusterError,
+    FingerprintError,
+    OutputError,
+    SourceError,
+    TooManyFailedError,
+    UsageError,
+)
 from captioner.store.directory import Directory
 from captioner.store.journal import Journal, Review
 from captioner.store.publish import publish
@@ -163,12 +170,51 @@ def test_an_overwrite_killed_at_any_write_never_mixes_tables(tmp_path: Path, arc
 def test_an_overwrite_that_was_cut_off_is_made_good_without_the_flag(tmp_path: Path, archive: Path) -> None:
     small, out = make_folder(tmp_path / "small", 5), tmp_path / "out"
     pipeline.run(caption_config(archive, out))
-    assert not run_until_killed(caption_config(small, out, overwrite=True), 3)
-    assert (out / "overwrite.json").exists()
+    write = 1
+    while not (out / "overwrite.json").exists():  # until then nothing is deleted
+        assert len(contents(out)) == 42
+        assert not run_until_killed(caption_config(small, out, overwrite=True), write)
+        write += 1
+    assert write > 4
 
     pipeline.run(caption_config(small, out))
 
     assert len(contents(out)) == 5
+
+
+class WithoutDevice(pipeline.LocalEngine):
+    """An engine that finds no cluster, as with a wrong --address."""
+
+    def device(self) -> str:
+        raise ClusterError("nothing listens there")
+
+
+@pytest.mark.parametrize(
+    ("source", "model", "engine", "error"),
+    [
+        ({"include": ["*.tiff"]}, {}, pipeline.LocalEngine, SourceError),
+        ({"path": "twice.csv", "id_column": "id"}, {}, pipeline.LocalEngine, SourceError),
+        ({}, {"prompt": "of {year}"}, pipeline.LocalEngine, UsageError),
+        ({}, {}, WithoutDevice, ClusterError),
+    ],
+    ids=["no image", "an id twice", "no such column", "no cluster"],
+)
+def test_an_overwrite_that_cannot_start_leaves_the_old_table(
+    tmp_path: Path, archive: Path, source: dict, model: dict, engine: type, error: type, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "out"
+    (tmp_path / "twice.csv").write_text(f"id,image\na,{archive}/000000.png\na,{archive}/000001.png\n")
+    pipeline.run(caption_config(archive, out))
+    files = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    source = {"path": str(archive), **source}
+
+    config = caption_config(archive, out, source=source, model=model, overwrite=True)
+    with pytest.raises(error):
+        pipeline.run(config, engine(config))
+
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == files
+    assert verify(open_table(str(out))).proven
 
 
 def test_an_overwrite_keeps_nothing_of_the_old_table_but_reviews(tmp_path: Path, archive: Path, capsys) -> None:

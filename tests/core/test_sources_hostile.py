@@ -17,8 +17,8 @@ from helpers import listed_rows, source_at
 from captioner.console.text import printable
 from captioner.data import ERROR_CODES
 from captioner.errors import SourceError
+from captioner.store.creating import create_table
 from captioner.store.plan import make_plan
-from captioner.store.table import create_table
 
 CASES = 300
 NAMES = [

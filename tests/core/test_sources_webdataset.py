@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from captioner.data import PLAN_SCHEMA
 from captioner.errors import SourceError, UsageError
+from captioner.store.creating import create_table
 from captioner.store.plan import make_plan
-from captioner.store.table import create_table
 
 
 def write_tar(path, *members, format=tarfile.PAX_FORMAT):

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from captioner.config import SourceConfig
 from captioner.errors import OutputError, SourceError
 from captioner.sources import open_source
+from captioner.store.creating import create_table
 from captioner.store.ids import IdIndex
 from captioner.store.plan import compare_with_source, make_plan, read_planned
-from captioner.store.table import CaptionsTable, Plan, create_table, open_table
+from captioner.store.table import CaptionsTable, Plan, open_table
 from captioner.testing import make_parquet, make_tar
 
 

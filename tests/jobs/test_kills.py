@@ -123,9 +123,9 @@ def kill_tree(job: subprocess.Popen[bytes]) -> None:
     job.wait()
 
 
-def assert_resumes(archive: Path, out: Path, undisturbed: list[tuple]) -> None:
+def assert_resumes(archive: Path, out: Path, undisturbed: list[tuple], **changes: bool) -> None:
     """In this process, which takes a fraction of the time. On Ray a run goes on in test_counted_gpus.py."""
-    assert pipeline.run(caption_config(archive, out, **SETTINGS)) == 0
+    assert pipeline.run(caption_config(archive, out, **SETTINGS, **changes)) == 0
     verification = verify(open_table(str(out)))
     assert (verification.lost, verification.doubled, verification.problems, verification.proven) == (0, 0, [], True)
     assert rows(out) == undisturbed
@@ -167,8 +167,8 @@ def test_the_driver_killed_and_restarted_at_once(
 def test_the_driver_killed_during_publish(tmp_path: Path, archive: Path, undisturbed: list[tuple]) -> None:
     """In one process: publishing is the same for every engine. The seven chunks are writes of the driver as well."""
     out = tmp_path / "out"
-    # Its writes before publishing: table, overwrite mark, seven plan parts, plan, the model, two records, chunks.
-    job = start_job(archive, out, "-c", KILLED_AT_WRITE, str(1 + 1 + 7 + 1 + 1 + 2 + 7 + 3), more=["--local"])
+    # Its writes before publishing: table, seven plan parts, plan, the model, two records, chunks.
+    job = start_job(archive, out, "-c", KILLED_AT_WRITE, str(1 + 7 + 1 + 1 + 2 + 7 + 3), more=["--local"])
     assert job.wait() == -signal.SIGKILL
     published = len(list(out.glob("captions/*.parquet")))
 
@@ -195,17 +195,27 @@ def test_the_driver_killed_while_it_publishes_a_retry(tmp_path: Path, archive: P
     assert sum(pq.read_table(file).num_rows for file in out.glob("history/*/*.parquet")) == 1
 
 
-@pytest.mark.parametrize("write", [3, 14])
+# Its writes: an empty folder, the new table, seven plan parts, plan, the model, the mark; then it deletes and copies.
+@pytest.mark.parametrize(("write", "replaces"), [(6, False), (12, False), (17, True), (27, True)])
 def test_the_driver_killed_while_it_overwrites(
-    tmp_path: Path, archive: Path, undisturbed: list[tuple], write: int
+    tmp_path: Path, archive: Path, undisturbed: list[tuple], write: int, replaces: bool
 ) -> None:
-    """In the middle of deleting the old table, and while the new one is planned: no row of the old one is left."""
+    """While it lists, the old table is whole; in the middle of replacing it, the same command without the flag goes on.
+
+    In the end no row of the old table is left.
+    """
     out, small = tmp_path / "out", make_folder(tmp_path / "small", 20, seed=1)
     assert pipeline.run(caption_config(small, out, **SETTINGS)) == 0
+    before = rows(out)
     job = start_job(archive, out, "-c", KILLED_AT_WRITE, str(write), more=["--overwrite", "--local"])
     assert job.wait() == -signal.SIGKILL
 
-    assert_resumes(archive, out, undisturbed)
+    assert (out / "overwrite.json").exists() == replaces
+    if not replaces:
+        assert rows(out) == before
+        assert verify(open_table(str(out))).proven
+    assert_resumes(archive, out, undisturbed, overwrite=not replaces)
+    assert not (out / "overwrite").exists()
 
 
 @pytest.mark.parametrize("line", [b"planned ", b"Ray has "])
