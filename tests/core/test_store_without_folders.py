@@ -44,3 +44,8 @@ def test_an_archive_and_a_table_without_folders(tmp_path: Path, monkeypatch: pyt
     verification = verify(open_table(out))
     assert verification.proven
     assert verification.counts.ok == 6
+
+    store.pipe_file(f"{out}/overwrite/table.json", b"{}")  # of an overwrite that was killed
+    assert pipeline.run(caption_config(source, out, source={"limit": 4}, overwrite=True)) == 0
+    assert (verify(open_table(out)).proven, verify(open_table(out)).counts.ok) == (True, 4)
+    assert [name for name in FlatFileSystem.store if "overwrite" in name.removeprefix(f"/bucket{tmp_path}")] == []
