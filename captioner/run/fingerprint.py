@@ -5,13 +5,14 @@ Captions of two models are never mixed in a table, except with --only; each row 
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from captioner.config import CaptionConfig
 from captioner.data import SAMPLES_FIELD
-from captioner.errors import FingerprintError, UsageError
+from captioner.errors import FingerprintError, OutputError, UsageError
 from captioner.models import ModelRef
 from captioner.models.devices import auto_dtype
 from captioner.models.questions import answer_columns, answer_fields
@@ -44,9 +45,15 @@ def bind(
     """Return the table bound to the model, and the model with the dtype of the table.
 
     With --only the model may be another one; the table is bound to it once its rows are selected (see `rebind`).
+    A table without a caption takes any model: that of an earlier start may be one that could not be loaded.
     Raises FingerprintError that says what to do.
     """
     table = rebind(table)
+    before = table.info["fingerprint"]
+    if before and not table.has_captions():
+        if config.output.only:
+            raise OutputError(f"--only: {table.directory.location} holds no captions yet; run without --only first")
+        table = CaptionsTable(table.directory, table.info | {"fingerprint": None, "model": None, "models": {}})
     recorded = table.info["model"]
     _check_columns(table, model)
     dtype: str = config.model.dtype
@@ -57,8 +64,10 @@ def bind(
         dtype = recorded["dtype"] if same_model else auto_dtype(device())
     model = replace(model, dtype=dtype)
     if recorded is None:
-        answers = {"answer_schema": as_hex(answer_fields(model)), "answer_columns": answer_columns(model)}
-        return _bound(table, model.fingerprint, facts_of(model), **answers), model
+        changes = {"answer_schema": as_hex(answer_fields(model)), "answer_columns": answer_columns(model)}
+        if before not in (None, model.fingerprint):  # a late writer of that model cannot reach the chunks of this one
+            changes["chunks_id"] = uuid.uuid4().hex[:12]
+        return _bound(table, model.fingerprint, facts_of(model), **changes), model
     if table.info["fingerprint"] != model.fingerprint:
         if not config.output.only:
             raise FingerprintError(_refusal(table, model))

@@ -340,7 +340,7 @@ def _may_select_anew(config: CaptionConfig, table: CaptionsTable) -> bool:
     changes = {name: getattr(planned, name) for name in names}
     if config.output.extend or all(getattr(config.source, name) == value for name, value in changes.items()):
         return False
-    if table.published_parts() or any(table.committed_chunks(plan.generation) for plan in table.plans()):
+    if table.has_captions():
         return False
     same = config.model_copy(update={"source": config.source.model_copy(update=changes)})
     _check_same_source(same, table)

@@ -9,7 +9,8 @@
       plan/gNNN/notes.txt           every note about the source, where plan.json has only the first ones
       plan/gNNN/publishing.json     which parts of a generation are in captions/ while others are captioned
       plan/gNNN/published.json      written last: the generation is in captions/
-      chunks/TABLE_ID/CHUNK_ID.arrow     the committed rows of a generation that is not published yet (Arrow IPC)
+      chunks/ID/CHUNK_ID.arrow      the committed rows of a generation that is not published yet (Arrow IPC); ID is the
+                                    table's, or chunks_id of table.json
       captions/part-PPPPP.parquet   the published table: rows in plan order, exactly the current row of each image
       history/gNNN/part-PPPPP.parquet    rows that generation NNN superseded
       overwrite/, overwrite.json    the new table of an --overwrite: see `captioner.store.creating`
@@ -272,6 +273,10 @@ class CaptionsTable:
             match[1] for match in matches if match and int(match[2]) == generation and match[3] == self._chunk_suffix
         }
 
+    def has_captions(self) -> bool:
+        """Return whether a chunk was committed or published."""
+        return bool(self.published_parts()) or any(self.committed_chunks(plan.generation) for plan in self.plans())
+
     def published_parts(self) -> set[int]:
         """Return the numbers of the files in captions/; other files there are skipped."""
         return set(part_numbers(self.directory.list_names("captions")))
@@ -291,7 +296,7 @@ class CaptionsTable:
 
     @property
     def chunk_folder(self) -> str:
-        return f"chunks/{self.table_id}"
+        return f"chunks/{self.info.get('chunks_id', self.table_id)}"
 
     def chunk_name(self, chunk_id: str) -> str:
         return f"{self.chunk_folder}/{chunk_id}{self._chunk_suffix}"
@@ -303,8 +308,8 @@ class CaptionsTable:
 
     def check_current(self) -> None:
         """Raise OutputError where another run has overwritten the table since it was opened."""
-        table_id = self.directory.read_json(TABLE_FILE)["table_id"] if self.directory.exists(TABLE_FILE) else None
-        if table_id != self.table_id:
+        info = self.directory.read_json(TABLE_FILE) if self.directory.exists(TABLE_FILE) else {}
+        if any(info.get(name) != self.info.get(name) for name in ("table_id", "chunks_id")):
             raise OutputError(f"{self.directory.location} was overwritten by another run; this one stops")
 
     def update(self, **changes: Any) -> CaptionsTable:
@@ -391,8 +396,9 @@ def _table_above(location: str) -> str:
 def _check_info(table: CaptionsTable) -> None:
     """Raise an error where table.json, which people may edit, lacks what is read of it."""
     info = table.info
-    if not _TABLE_ID.fullmatch(info["table_id"]):
-        raise ValueError(info["table_id"])
+    for name in {"table_id", "chunks_id"} & {"table_id", *info}:
+        if not _TABLE_ID.fullmatch(info[name]):
+            raise ValueError(info[name])
     if len(set(table.schema.names)) != len(table.schema):
         raise ValueError("a column occurs twice")
     SourceConfig.model_validate(info["source"])

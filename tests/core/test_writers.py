@@ -4,13 +4,14 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import NoReturn
 
 import pyarrow as pa
 import pytest
 from helpers import caption_config, contents
 
 from captioner import pipeline
-from captioner.errors import OutputError
+from captioner.errors import FingerprintError, ModelError, OutputError
 from captioner.run.job import open_job
 from captioner.store.lock import sole_writer
 from captioner.store.publish import commit_chunk, publish
@@ -55,6 +56,43 @@ def test_a_late_commit_during_and_after_publish_doubles_nothing(tmp_path: Path, 
     assert table.committed_chunks(0) == set()  # the next start has cleared them away
     assert contents(out) == contents(undisturbed)
     assert verify(table).proven
+
+
+class WithoutModel(pipeline.LocalEngine):
+    """An engine whose workers cannot load the model."""
+
+    def caption_chunks(self, *_: object) -> NoReturn:
+        raise ModelError("the model does not fit")
+
+
+def test_a_table_without_a_caption_takes_another_model_and_no_late_commit_of_the_first_one(
+    tmp_path: Path, archive: Path
+) -> None:
+    """With other dtypes, prompts, numbers of captions: whatever the start that failed was given."""
+    out, done = tmp_path / "out", captioned_but_not_published(archive, tmp_path / "done")
+    sampled = caption_config(archive, out, model={"temperature": 1.0, "num_captions": 2})
+    with pytest.raises(ModelError):
+        pipeline.run(sampled, WithoutModel(sampled))
+    before = open_table(str(out))
+    with pytest.raises(OutputError, match=r"--only: .* holds no captions yet; run without --only first"):
+        pipeline.run(caption_config(archive, out, only="failed"))
+
+    config = caption_config(archive, out, model={"num_beams": 3})
+    job = open_job(config, pipeline.LocalEngine(config), lambda line: None)
+    for chunk in before.plans()[0].chunks():  # by workers of the first start
+        columns = done.directory.read_table(done.chunk_name(chunk.chunk_id))
+        before.directory.write_table(before.chunk_name(chunk.chunk_id), columns)
+    assert len(job.missing_chunks(job.table.plans()[0])) == before.plans()[0].num_chunks
+    with pytest.raises(OutputError, match="was overwritten by another run"):
+        before.check_current()
+    assert pipeline.run(config) == 0
+
+    table = open_table(str(out))
+    assert verify(table).proven
+    assert list(table.info["models"]) == [table.info["fingerprint"]]
+    assert {row["fingerprint"] for row in contents(out)} == {table.info["fingerprint"]}
+    with pytest.raises(FingerprintError):
+        pipeline.run(caption_config(archive, out))
 
 
 def test_a_late_commit_after_an_overwrite_does_not_reach_the_new_table(tmp_path: Path, archive: Path) -> None:
