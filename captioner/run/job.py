@@ -18,7 +18,13 @@ from typing import Protocol
 
 import pyarrow as pa
 
-from captioner.config import CaptionConfig, SourceConfig, check_endpoint_settings, check_local_settings
+from captioner.config import (
+    CaptionConfig,
+    OutputConfig,
+    SourceConfig,
+    check_endpoint_settings,
+    check_local_settings,
+)
 from captioner.console.phases import phase
 from captioner.console.text import counted
 from captioner.data import Chunk, Receipt, Source
@@ -254,6 +260,7 @@ def _plan(
         replan, table = True, None
     if table is not None:
         _check_same_source(config, table)
+        _check_same_files(config.output, table)
     with phase(f"opening {shown(config.source.path)}", notify):
         source = open_source(config.source)
     notify(f"{shown(config.source.path)} is {describe(source)}")
@@ -265,7 +272,10 @@ def _plan(
         on_work()
     if table is None:
         settings = config.source.model_dump() | {"path": shown(config.source.path)}
-        table = create_table(config.output.path, settings, source.kept_fields(), config.output.overwrite or replan)
+        output = config.output
+        table = create_table(
+            output.path, settings, source.kept_fields(), output.overwrite or replan, output.rows_per_file
+        )
     else:
         table.directory.sweep("")
         remove_merged_chunks(table)
@@ -379,6 +389,16 @@ def _check_same_source(config: CaptionConfig, table: CaptionsTable) -> None:
                 f"{shown(config.output.path)} was created {what} {before!r}, not {now!r}; give the same, another OUT, "
                 "or --overwrite"
             )
+
+
+def _check_same_files(output: OutputConfig, table: CaptionsTable) -> None:
+    """Raise OutputError where the files of the table have another size than is asked for. New ones may have any."""
+    before, now = table.info.get("rows_per_file"), output.rows_per_file
+    if before not in (None, now) and not output.extend and now != OutputConfig().rows_per_file:
+        raise OutputError(
+            f"{shown(output.path)} was created with --rows-per-file {before}, not {now}; leave it out, or give another "
+            "OUT, or --overwrite"
+        )
 
 
 def _bring_plan_up_to_date(planned: Planned, notify: Notify, rows_per_chunk: Callable[[], int]) -> None:

@@ -41,11 +41,15 @@ def table_exists(location: str) -> bool:
 
 
 def create_table(
-    location: str, source: dict[str, Any], kept_fields: list[pa.Field], overwrite: bool = False
+    location: str,
+    source: dict[str, Any],
+    kept_fields: list[pa.Field],
+    overwrite: bool = False,
+    rows_per_file: int | None = None,
 ) -> CaptionsTable:
     """Create an empty table.
 
-    With `overwrite` it does not touch a table that is there, until `put_in_place`. Raises OutputError where OUT holds
+    `source`, `rows_per_file`: the settings it is made with, which later starts are compared with. With `overwrite` it does not touch a table that is there, until `put_in_place`. Raises OutputError where OUT holds
     something else.
     """
     directory = Directory(location)
@@ -66,6 +70,7 @@ def create_table(
         # Chunks are written below this id: a writer of an overwritten table cannot reach the new one.
         "table_id": uuid.uuid4().hex[:12],
         "source": source,
+        "rows_per_file": rows_per_file,
         "kept_schema": as_hex(kept_fields),
         "fingerprint": None,
         "model": None,

@@ -285,6 +285,16 @@ def test_an_extension_with_a_limit_goes_on_and_does_not_grow_with_each_start(tmp
     assert verify(open_table(str(out))).proven
 
 
+def test_files_of_another_size_are_refused_where_none_are_added(tmp_path: Path) -> None:
+    source, out = make_folder(tmp_path / "archive", 6), tmp_path / "out"
+    pipeline.run(caption_config(source, out, rows_per_file=4))
+
+    with pytest.raises(OutputError, match=r"was created with --rows-per-file 4, not 2; leave it out, or"):
+        pipeline.run(caption_config(source, out, rows_per_file=2))
+    assert pipeline.run(caption_config(source, out, rows_per_file=50_000)) == 0  # the default
+    assert pipeline.run(caption_config(source, out, rows_per_file=2, extend=True)) == 0
+
+
 def test_another_model_or_source_is_refused(tmp_path: Path, archive: Path) -> None:
     config = caption_config(archive, tmp_path / "out")
     pipeline.run(config)
