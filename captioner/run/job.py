@@ -362,9 +362,10 @@ def _belongs_to_no_source(config: CaptionConfig, table: CaptionsTable) -> bool:
     try:
         if table.plans() or table.published_parts():
             return False
-        _check_same_source(config, table)
     except DamagedFileError:
         return False
+    try:
+        _check_same_source(config, table)
     except OutputError:
         return True
     return False

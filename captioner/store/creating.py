@@ -49,8 +49,8 @@ def create_table(
 ) -> CaptionsTable:
     """Create an empty table.
 
-    `source`, `rows_per_file`: the settings it is made with, which later starts are compared with. With `overwrite` it does not touch a table that is there, until `put_in_place`. Raises OutputError where OUT holds
-    something else.
+    `source`, `rows_per_file`: the settings it is made with, which later starts are compared with. With `overwrite` it
+    does not touch a table that is there, until `put_in_place`. Raises OutputError where OUT holds something else.
     """
     directory = Directory(location)
     cut_off = directory.exists(_OVERWRITE_FILE)  # an overwrite by an earlier version, which deleted first

@@ -155,6 +155,13 @@ class Directory:
                 self.write_json(RECHECK_FILE, {"damaged": name})
         return DamagedFileError(f"{self.shown(name)} {what}; {_WAYS_OUT.get(folder, _NO_WAY_OUT)}")
 
+    def newer(self, name: str, setting: str) -> OutputError:
+        """Return the error for a file with a setting that this version does not know."""
+        return OutputError(
+            f"{self.shown(name)} was written by a newer captioner (setting {setting!r}); use that version, or give "
+            "another OUT"
+        )
+
     @_retried
     def exists(self, name: str) -> bool:
         """Return whether there is a file or folder of that name."""

@@ -24,12 +24,13 @@ from __future__ import annotations
 import posixpath
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+from pydantic import ValidationError
 
 from captioner.config import SourceConfig
 from captioner.data import CAPTIONS_SCHEMA, SAMPLES_FIELD, Chunk, error_column
@@ -209,6 +210,8 @@ class CaptionsTable:
         name = plan_name(generation)
         value = self.directory.read_json(name)
         try:
+            if unknown := set(value.get("recaption") or {}) - {field.name for field in fields(Recaption)}:
+                raise self.directory.newer(name, f"recaption.{min(unknown)}")
             return plan_from_json(generation, value)
         except _MALFORMED as error:
             raise self.directory.damage(name, f"is damaged: {error!r}") from error
@@ -382,9 +385,20 @@ def open_table(location: str) -> CaptionsTable:
     table = CaptionsTable(directory, info)
     try:
         _check_info(table)
+    except ValidationError as error:
+        raise _wrong_settings(directory, error) from error
     except (pa.ArrowException, OSError, *_MALFORMED) as error:
         raise directory.damage(TABLE_FILE, f"is damaged: {error!r}") from error
     return table
+
+
+def _wrong_settings(directory: Directory, error: ValidationError) -> OutputError:
+    """Return the error for settings of the source in table.json that this version cannot take."""
+    first, *others = error.errors()
+    for unknown in (detail for detail in (first, *others) if detail["type"] == "extra_forbidden"):
+        return directory.newer(TABLE_FILE, f"source.{unknown['loc'][0]}")
+    setting = ".".join(map(str, ("source", *first["loc"])))
+    return directory.damage(TABLE_FILE, f"is damaged: {setting}: {first['msg']}")
 
 
 def _table_above(location: str) -> str:

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,6 +12,7 @@ from helpers import caption_config
 
 from captioner import pipeline
 from captioner.config import ExportConfig, ModelConfig, TrainConfig
+from captioner.errors import DamagedFileError, OutputError
 from captioner.models import resolve
 from captioner.publishing.exports.command import export_texts
 from captioner.store.directory import Directory
@@ -24,6 +26,7 @@ from captioner.training.local import LocalTrainEngine
 WRITTEN = Path(__file__).parents[1] / "data/earlier_version"
 WRITTEN_AT = "/tmp/captioner"
 LATER = ["000012.png", "000013.png"]
+RECAPTION = {"only": "failed", "fingerprint": "a", "model": {}, "why": "weak"}  # with a setting of a later version
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -132,6 +135,50 @@ def test_the_review_journals_are_read(home: Path) -> None:
         "000003.png": ("decorative", "Ana"),
         "000005.png": ("expert", "Åsa"),
     }
+
+
+@pytest.mark.parametrize(
+    ("file", "changed", "setting"),
+    [
+        ("table.json", lambda value: value["source"].update(tile_size=3), "source.tile_size"),
+        ("plan/g000/plan.json", lambda value: value.update(recaption=RECAPTION), "recaption.why"),
+    ],
+)
+def test_a_table_of_a_newer_version_is_not_called_damaged(
+    home: Path, file: str, changed: Callable[[dict], None], setting: str
+) -> None:
+    directory = Directory(str(home / "finished"))
+    value = directory.read_json(file)
+    changed(value)
+    directory.write_json(file, value, checksum=True)
+
+    with pytest.raises(OutputError) as caught:
+        caption(home, "finished")
+
+    expected = (
+        f"{home}/finished/{file} was written by a newer captioner (setting '{setting}'); use that version, or give"
+    )
+    assert str(caught.value).startswith(expected)
+    assert directory.read_json(file) == value
+
+
+def test_a_wrong_setting_of_a_table_is_one_line(home: Path) -> None:
+    file = home / "finished/table.json"
+    file.write_text(file.read_text().replace('"max_pixels": ', '"max_pixels": -'))
+
+    with pytest.raises(DamagedFileError, match=r"damaged: source.max_pixels: Input should be greater than") as caught:
+        open_table(str(home / "finished"))
+
+    assert not {"\n", "pydantic"} & {*str(caught.value), *str(caught.value).split(".")}
+
+
+def test_decisions_of_a_newer_version_are_not_left_out(home: Path) -> None:
+    journal = next((home / "finished/reviews").glob("*.jsonl"))
+    newer = json.loads(journal.read_text().splitlines()[0]) | {"confidence": 0.5}
+    journal.write_text(json.dumps(newer) + "\n")
+
+    with pytest.raises(OutputError, match=f"of {newer['reviewer']} were written by a newer captioner .*'confidence'"):
+        read_reviews(Directory(str(home / "finished")))
 
 
 def test_reviewed_texts_are_exported(home: Path) -> None:
