@@ -121,7 +121,7 @@ def test_a_recaptioning_that_was_cut_off_is_finished_before_another(tmp_path: Pa
 
 
 def test_an_unfinished_table_is_finished_first(tmp_path: Path, run: Run) -> None:
-    with pytest.raises(Killed), killed_at_write(7):
+    with pytest.raises(Killed), killed_at_write(9):  # table, two plan parts, plan, model, two records, a chunk
         run("a")
 
     with pytest.raises(FingerprintError, match="is not finished"):
