@@ -15,7 +15,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -145,10 +145,7 @@ def read_latest_reviews(out: Directory) -> dict[str, Review]:
 
 
 def parse_lines(data: bytes, folder: str = FOLDER) -> Iterator[Review | None]:
-    """Yield the decision of every line of a journal; `None` for a damaged line.
-
-    Raises OutputError for a line of a newer version.
-    """
+    """Yield the decision of every line of a journal; `None` for a damaged line."""
     for line in data.splitlines():
         if line.strip():
             yield _parse_line(line, _DECISIONS_IN[folder])
@@ -157,7 +154,6 @@ def parse_lines(data: bytes, folder: str = FOLDER) -> Iterator[Review | None]:
 def _parse_line(line: bytes, decisions: tuple[str, ...]) -> Review | None:
     try:
         value: dict[str, Any] = json.loads(line)
-        _check_version(value)
         review = Review(
             **value
             | {"image_ids": tuple(value["image_ids"]), "reviewed_at": datetime.fromisoformat(value["reviewed_at"])}
@@ -165,16 +161,6 @@ def _parse_line(line: bytes, decisions: tuple[str, ...]) -> Review | None:
     except (ValueError, TypeError, KeyError):
         return None
     return review if review.decision in decisions else None
-
-
-def _check_version(value: dict[str, Any]) -> None:
-    """Raise OutputError for a decision that says more than this version knows; one that says less is damaged."""
-    known = {field.name for field in fields(Review)}
-    if known < set(value):
-        raise OutputError(
-            f"decisions of {value['reviewer']} were written by a newer captioner (setting "
-            f"{min(set(value) - known)!r}); use that version"
-        )
 
 
 def journal_name(reviewer: str) -> str:

@@ -172,15 +172,6 @@ def test_a_wrong_setting_of_a_table_is_one_line(home: Path) -> None:
     assert not {"\n", "pydantic"} & {*str(caught.value), *str(caught.value).split(".")}
 
 
-def test_decisions_of_a_newer_version_are_not_left_out(home: Path) -> None:
-    journal = next((home / "finished/reviews").glob("*.jsonl"))
-    newer = json.loads(journal.read_text().splitlines()[0]) | {"confidence": 0.5}
-    journal.write_text(json.dumps(newer) + "\n")
-
-    with pytest.raises(OutputError, match=f"of {newer['reviewer']} were written by a newer captioner .*'confidence'"):
-        read_reviews(Directory(str(home / "finished")))
-
-
 def test_reviewed_texts_are_exported(home: Path) -> None:
     export_texts(open_table(str(home / "finished")), ExportConfig(to="csv", path=str(home / "texts.csv")))
 
