@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pyarrow.fs import FileType
 
 from captioner.console.text import counted
-from captioner.errors import SourceError
-from captioner.files import is_uri
+from captioner.errors import SourceError, UsageError
+from captioner.files import is_uri, shown
 from captioner.sources.root import (
     TABLE_FILE,
     Root,
@@ -75,7 +75,7 @@ def look_into(root: Root, exclude: Sequence[str] = ()) -> Content:
         elif lower.endswith(b".parquet"):
             if not file.startswith(b"_") and b"/_" not in file:  # else of Spark, Hadoop or Delta: no data
                 content.tables.append(file)
-        elif os.path.splitext(lower)[1][1:] in IMAGE_SUFFIXES:
+        elif _has_image_suffix(file):
             content.images.append(file)
         elif not is_ignored(base) and not base.startswith(b"_") and not lower.endswith(COMPANION_SUFFIXES):
             content.others.append(file)
@@ -92,20 +92,23 @@ def is_glob(location: str) -> bool:
 def match_glob(location: str) -> tuple[Root, list[bytes]]:
     """Return the directory of a glob, the part before its first wildcard, and the files that it matches, sorted.
 
-    Raises SourceError where it matches nothing.
+    Raises SourceError where it matches nothing, and UsageError where it matches images: a folder is given for them.
     """
     pattern, options = _pattern_and_options(location)
     fixed = re.split(r"[*?[]", pattern, maxsplit=1)[0].rpartition("/")[0]
     root = Root.at((fixed or ("/" if pattern.startswith("/") else ".")) + options)
+    relative = pattern[len(fixed) :].lstrip("/")
     if is_uri(pattern):
-        regex = re.compile(os.fsencode(fnmatch.translate(pattern[len(fixed) + 1 :])))
+        regex = re.compile(os.fsencode(fnmatch.translate(relative)))
         files = [file for file in _visible_files(root) if regex.match(file)]
     else:
-        relative = os.fsencode(pattern[len(fixed) :].lstrip("/"))
-        matches = glob.iglob(relative, root_dir=os.fsencode(root.location), recursive=True)
+        matches = glob.iglob(os.fsencode(relative), root_dir=os.fsencode(root.location), recursive=True)
         files = [file for file in matches if root.kind(file) == FileType.File]
     if not files:
         raise SourceError(f"{pattern}: no file matches")
+    if all(_has_image_suffix(file) for file in files):
+        folder, include = shown(root.location), relative.replace("**/", "*")
+        raise UsageError(f"{pattern}: a glob of images; give the folder {folder} with --include '{include}'")
     return root, sorted(files)
 
 
@@ -113,6 +116,10 @@ def _pattern_and_options(location: str) -> tuple[str, str]:
     """Return a glob and the options of the connection that follow it in a URI: `s3://b/*.tar` and `?scheme=http`."""
     options = re.search(r"\?\w+=.*", location, re.DOTALL) if is_uri(location) else None
     return (location[: options.start()], options[0]) if options else (location, "")
+
+
+def _has_image_suffix(file: bytes) -> bool:
+    return os.path.splitext(file.lower())[1][1:] in IMAGE_SUFFIXES
 
 
 def _visible_files(root: Root) -> Iterator[bytes]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -111,8 +112,13 @@ def _as_list(patterns: Any) -> list[str]:
 
 def _as_regex(pattern: bytes) -> re.Pattern[bytes]:
     """Return a glob as a regular expression; `**` also matches slashes."""
-    parts = re.split(rb"(\*\*/?|\*|\?|\[[^]]*\])", pattern.removeprefix(b"./"))
+    parts = re.split(rb"(\*\*/?|\*|\?|\[!?\]?[^]]*\])", pattern.removeprefix(b"./"))
     special = {b"**": b".*", b"**/": b"(?:.*/)?", b"*": b"[^/]*", b"?": b"[^/]"}
-    return re.compile(
-        b"".join(special.get(part, part if part[:1] == b"[" else re.escape(part)) for part in parts), re.DOTALL
-    )
+    regex = (special.get(part) or (_bracket(part) if part[:1] == b"[" else re.escape(part)) for part in parts)
+    return re.compile(b"".join(regex), re.DOTALL)
+
+
+def _bracket(part: bytes) -> bytes:
+    """Return a bracket of a glob as a regular expression: `[!t]` is any other character, `[z-a]` none."""
+    anchored = fnmatch.translate(os.fsdecode(part))
+    return os.fsencode(anchored.removesuffix(r"\Z").removesuffix(r"\z"))

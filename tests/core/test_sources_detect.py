@@ -89,6 +89,15 @@ def test_as_overrides(tmp_path: Path) -> None:
         source_at(make_parquet(tmp_path / "t.parquet", 1), take_as="manifest")
 
 
+@pytest.mark.parametrize(("glob", "include"), [("*.png", "*.png"), ("[0]*2.png", "[0]*2.png"), ("**/*.png", "**.png")])
+def test_a_glob_of_images_says_how_to_select_them(tmp_path: Path, glob: str, include: str) -> None:
+    make_folder(tmp_path, 3)
+    with pytest.raises(UsageError) as error:
+        source_at(tmp_path / glob)
+    assert f"a glob of images; give the folder {tmp_path} with --include '{include}'" in str(error.value)
+    assert len(listed(tmp_path, include=[include])[0]) == (1 if "2" in glob else 3)
+
+
 def make_deep(folder: Path) -> None:
     """A path of more than 4,096 bytes, which no system call takes, with a file in it."""
     folder.mkdir()

@@ -92,6 +92,18 @@ def test_splits_that_the_readme_configures(tmp_path: Path, data_files: str) -> N
     assert num_images(tmp_path) == 1
 
 
+def test_brackets_in_the_globs_of_a_readme_are_those_of_globs(tmp_path: Path) -> None:
+    for number, name in enumerate(("a", "test", "train")):
+        make_parquet(tmp_path / "data" / f"{name}.parquet", 1 + number)
+    globs = (
+        "[{split: train, path: 'data/[!t]*'}, {split: test, path: 'data/te[!a-r]t*'}, {split: none, path: '[z-a]*'}]"
+    )
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n- config_name: x\n  data_files: {globs}\n---\n")
+
+    assert num_images(tmp_path, split="train") == 1
+    assert num_images(tmp_path, split="test") == 2
+
+
 @pytest.mark.parametrize(
     "readme", ["---\nconfigs: 3\n---", "---\n[: \n---", "---\nconfigs: [{data_files: 4}]\n---", ""]
 )
