@@ -34,6 +34,7 @@ from captioner.run.job import Engine, Job, open_job, plan_images
 from captioner.run.prefetch import as_finished, one_ahead
 from captioner.run.quality import MAX_ROWS_CHECKED, RunningCheck, check, enforce, report
 from captioner.run.record import Tally, make_record, recorded, write_record
+from captioner.scoring.eligible_rows import images_seen_by
 from captioner.steps import Work, caption, commit, decode, read
 from captioner.store.journal import read_latest_reviews
 from captioner.store.lock import sole_writer
@@ -70,7 +71,9 @@ def _caption_and_publish(
     tally.skip(plan, chunks)
     for _ in range(MAX_ROUNDS):
         if chunks:
-            work = replace(job.work, sample=running_check.draw(job.table))
+            sample, model = running_check.draw(job.table), job.work.model
+            trained = images_seen_by([model.path or model.name, model.adapter] if sample else [])
+            work = replace(job.work, sample=sample, trained=trained)
             write_record(job, make_record(job, "running", tally))
             num_committed = plan.num_rows - sum(chunk.num_rows for chunk in chunks)
             publisher = PartPublisher(job.table, plan, chunks, check_held)

@@ -69,6 +69,7 @@ class Work:
     run_id: str
     decode_timeout: float
     sample: Sample = field(default_factory=dict)  # rows whose captions are scored when they are committed
+    trained: frozenset[str] = frozenset()  # sha256 of images the model was trained on, which are not scored
     read_concurrency: int = 32
     max_file_size: int = SourceConfig().max_file_size
     dedupe: bool = True  # byte-equal images are captioned once
@@ -227,7 +228,7 @@ def commit(work: Work, captioned: ChunkRows) -> Receipt:
         commonest=max(different.items(), key=lambda item: item[1], default=("", 0)),
         engine=captioned.engine,
         device=captioned.device,
-        scored=score_sampled(work.sample, _column_of(captioned, "image_id"), captions),
+        scored=score_sampled(work.sample, captioned.rows, work.trained),
         blank_columns=blank_columns(work.model, captioned.rows),
         unanswered=unanswered(work.model, captioned.rows),
         **captioned.usage._asdict(),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -123,6 +123,11 @@ def trained_images(table: CaptionsTable) -> frozenset[str]:
     model = table.directory.read_record(RUN_FILE).get("model") or {}
     name = (table.info.get("model") or {}).get("name")
     directories = {model.get("path") or name, model.get("adapter")}
+    return images_seen_by(directories)
+
+
+def images_seen_by(directories: Iterable[str | None]) -> frozenset[str]:
+    """Return the sha256 of the training images of the models and adapters in these directories."""
     return frozenset().union(*(_training_images(directory) for directory in directories if directory))
 
 

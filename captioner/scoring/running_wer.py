@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping
+
+import pyarrow as pa
 
 from captioner.scoring.bootstrap import Interval, wer_interval
 from captioner.scoring.references import References
@@ -34,12 +36,16 @@ def draw_sample(table: CaptionsTable, size: int, seed: int, references: Referenc
     return dict(sample)
 
 
-def score_sampled(sample: Sample, image_ids: Sequence[str], captions: Sequence[str | None]) -> list[tuple[int, int]]:
-    """Return (edits, words) of each captioned row in the sample, against its best reference."""
+def score_sampled(sample: Sample, rows: pa.Table, trained: Container[str]) -> list[tuple[int, int]]:
+    """Return (edits, words) of each captioned row in the sample, against its best reference.
+
+    `trained`: the sha256 of the images that the model was trained on, which are not scored.
+    """
+    columns = (rows[name].to_pylist() for name in ("image_id", "caption", "sha256"))
     sampled = [
         (caption, sample[image_id])
-        for image_id, caption in zip(image_ids, captions, strict=True)
-        if image_id in sample and caption is not None
+        for image_id, caption, digest in zip(*columns, strict=True)
+        if image_id in sample and caption is not None and digest not in trained
     ]
     if not sampled:
         return []  # most chunks of a large table: aligning needs no import then

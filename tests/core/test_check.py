@@ -7,6 +7,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,23 @@ def test_rows_are_scored_where_they_are_written_in_any_order(tmp_path: Path, arc
     assert running.num_rows == check["num_rows"] == 50
     assert running.wer == check["wer"]
     assert list(running.interval()) == check["interval"]
+
+
+def test_images_the_model_was_trained_on_are_not_scored_while_a_run_captions(
+    tmp_path: Path, archive: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digests = [sha256(image.read_bytes()).hexdigest() for image in sorted(archive.glob("*.png"))]
+    (tmp_path / "fake").mkdir()
+    pq.write_table(pa.table({"sha256": digests[:30]}), tmp_path / "fake" / TRAINING_IMAGES)
+    monkeypatch.chdir(tmp_path)
+    receipts = []
+    update = Progress.update
+    monkeypatch.setattr(Progress, "update", lambda *args, **kw: (receipts.append(args[1]), update(*args, **kw)))
+
+    pipeline.run(caption_config(archive, tmp_path / "out", check={"sample": "all"}))
+
+    check = open_table(str(tmp_path / "out")).directory.read_json("checks/check.json")
+    assert sum(len(receipt.scored) for receipt in receipts) == check["num_rows"] == 90
 
 
 def test_the_heartbeat_tells_the_wer_so_far(tmp_path: Path, archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
