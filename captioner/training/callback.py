@@ -67,7 +67,8 @@ class TrainingCallback(TrainerCallback):
         self._first_windows = None
         self._started = time.perf_counter()
         self._show_progress(state)
-        self._stop_if_stale(state)  # a run that was killed after it had stopped early
+        if self._is_evaluation_finite(state):
+            self._stop_if_stale(state)  # a run that was killed after it had stopped early
         if self.stopped or state.global_step >= self._task.schedule.max_steps:
             control.should_training_stop = True
 
@@ -84,6 +85,9 @@ class TrainingCallback(TrainerCallback):
         if schedule.is_evaluated(step):
             self._evaluate(state)
             self._show_progress(state)
+            if not self._is_evaluation_finite(state):
+                control.should_training_stop = True  # without a checkpoint of this step
+                return
             if self._task.config.training.stop_on_collapse and is_collapsed(evaluations(state.log_history)[-1]):
                 self.stopped = f"{COLLAPSED} at step {step}"
                 control.should_training_stop = True  # without a checkpoint of this step
@@ -96,7 +100,9 @@ class TrainingCallback(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         latest = evaluations(state.log_history)[-1]
         names = dict.fromkeys(("eval_wer", "eval_loss", self._metric))
-        metrics = {"step": state.global_step, **{name: latest[name] for name in names}}
+        # Ray sorts checkpoints by their metrics: NaN comes last, and None is an error.
+        values = {name: math.nan if latest[name] is None else latest[name] for name in names}
+        metrics = {"step": state.global_step, **values}
         snapshot, self._trainer.snapshot = self._trainer.snapshot, None
         self._checkpoints.save(snapshot, metrics)
         if self._worker.rank == 0 and self._task.config.training.report_to == "tensorboard":
@@ -119,6 +125,13 @@ class TrainingCallback(TrainerCallback):
                 self.stopped = f"the loss of step {step} is {self._loss}"
                 return False
         return True
+
+    def _is_evaluation_finite(self, state: Any) -> bool:
+        """Return whether the latest evaluation has a finite loss; set `stopped` where it has not."""
+        latest = evaluations(state.log_history)[-1]
+        if not math.isfinite(latest["eval_loss"]):
+            self.stopped = f"the loss of the evaluation at step {latest['step']} is {latest['eval_loss']}"
+        return not self.stopped
 
     def _evaluate(self, state: Any, windows: Iterator[pa.Table] | None = None) -> None:
         result = self._evaluator(self._task.eval, windows)

@@ -235,11 +235,22 @@ def _train(
     if outcome.stopped:
         notify(f"stopped at step {outcome.step}: {outcome.stopped}")
     if outcome.stopped.startswith(("the loss of", COLLAPSED)):
-        raise TrainingError(
-            f"{outcome.stopped}; the last good checkpoint stays in {shown(setup.config.output.path)}/checkpoints; "
-            "train with a lower --learning-rate into another OUT"
-        )
+        raise TrainingError(f"{outcome.stopped}; {_advice_after(outcome)}")
     return outcome
+
+
+def _advice_after(outcome: TrainOutcome) -> str:
+    """Return what to do about a run that training has broken."""
+    if not outcome.step:
+        return (
+            "the model has it before training: its weights are damaged, or too large for --fp16; give another --model"
+        )
+    kept = (
+        ""
+        if outcome.checkpoint is None
+        else f"the last good checkpoint stays in {outcome.run.setup.out.shown('checkpoints')}; "
+    )
+    return f"{kept}train with a lower --learning-rate into another OUT"
 
 
 def _list_new_pairs(config: TrainConfig, out: Directory, sources: PairSources) -> list[pa.Table] | None:

@@ -87,9 +87,12 @@ def is_stale(history: list[dict[str, Any]], config: TrainingConfig) -> bool:
 
 
 def rank(entry: dict[str, Any], metric: str) -> tuple[float, int]:
-    """Return a key that sorts evaluations, or metrics of checkpoints: the best first, of equal ones the earliest."""
+    """Return a key that sorts evaluations, or metrics of checkpoints: the best first, of equal ones the earliest.
+
+    Without a value, or with NaN, they come last.
+    """
     value = entry[metric]
-    if value is None:
+    if value is None or math.isnan(value):
         return math.inf, entry["step"]
     return (-float(value) if is_higher_better(metric) else float(value)), entry["step"]
 

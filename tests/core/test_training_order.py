@@ -1,5 +1,7 @@
 """One order of pairs for all workers, whatever their number, from any step."""
 
+import math
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -106,3 +108,10 @@ def test_a_run_is_stale_after_patience_evaluations_without_improvement() -> None
     assert is_stale(history, TrainingConfig(early_stopping_patience=2))
     assert not is_stale(history, TrainingConfig(early_stopping_patience=3))
     assert not is_stale(history, TrainingConfig())
+
+
+def test_an_evaluation_without_a_number_is_never_the_best() -> None:
+    history = [{"step": step, "eval_loss": loss} for step, loss in enumerate([math.nan, 2.0, 1.0, math.nan])]
+
+    assert best_of(history, "eval_loss")["step"] == 2
+    assert not is_stale(history, TrainingConfig(early_stopping_patience=2, metric_for_best_model="loss"))

@@ -1,6 +1,7 @@
 """A training run in one process: the finished model, evaluation, faults, report."""
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -237,6 +238,41 @@ def test_a_loss_that_is_not_finite_is_noticed_between_evaluations(
 
     assert len(calls) == 4
     assert not (tmp_path / "out" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("step", "message"), [(2, r"the last good checkpoint stays.*lower --learning-rate"), (0, "give another --model")]
+)
+def test_an_evaluation_whose_loss_is_not_finite_stops_the_run_without_a_checkpoint_of_its_step(
+    tmp_path: Path, data: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, step: int, message: str
+) -> None:
+    from captioner.training.evaluate import Evaluator
+
+    evaluate, evaluations = Evaluator.__call__, []
+
+    def broken(self, *args):
+        evaluations.append(evaluate(self, *args))
+        return evaluations[-1] | ({"loss": float("nan")} if len(evaluations) == step + 1 else {})
+
+    monkeypatch.setattr(Evaluator, "__call__", broken)
+    out = tmp_path / "out"
+    with pytest.raises(TrainingError, match=rf"the loss of the evaluation at step {step} is nan; .*{message}"):
+        job.run(train_config(data, out, tiny, max_steps=3, eval_steps=1), LocalTrainEngine())
+
+    assert len(list((out / "checkpoints").glob("*/step-*"))) == max(0, step - 1)
+    assert not (out / "model").exists()
+
+
+def test_captions_without_words_give_no_wer_and_the_run_ends_well(tmp_path: Path, tiny: Path) -> None:
+    folder, out = make_folder(tmp_path / "data", 6, seed=5), tmp_path / "out"
+    lines = [{"file_name": f"{number:06d}.png", "text": "!" * (number + 1)} for number in range(6)]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    job.run(train_config(folder, out, tiny, max_new_tokens=4, max_steps=2, eval_steps=1), LocalTrainEngine())
+
+    metrics = [json.loads(file.read_text()) for file in (out / "checkpoints").glob("*/step-*/metrics.json")]
+    assert [math.isnan(entry["eval_wer"]) for entry in metrics] == [True, True]
+    assert json.loads((out / "train.json").read_text())["measured"]["eval"]["wer"] is None
 
 
 def test_early_stopping_keeps_the_best(tmp_path: Path, data: Path) -> None:
