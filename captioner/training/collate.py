@@ -24,7 +24,7 @@ class Decode:
     """Adds columns of pixels, uint8, and with images of variable size of their sizes, to a table of pairs. Picklable.
 
     `cache`: of decoded images, if any. Raises SourceError for an image that could be read when the run was prepared and
-    cannot be read now.
+    cannot be read now, or is another one.
     """
 
     sources: PairSources
@@ -45,22 +45,27 @@ class Decode:
         images = [None if self.cache is None else self.cache.read(sha256, self.spec) for sha256 in shas]
         missing = [index for index, image in enumerate(images) if image is None]
         if missing:
-            for index, (sha256, image) in zip(missing, self._decode(rows.take(missing)), strict=True):
+            for index, image in zip(missing, self._decode(rows.take(missing)), strict=True):
                 images[index] = image
                 if self.cache is not None:
-                    self.cache.write(sha256, self.spec, image)
+                    self.cache.write(shas[index], self.spec, image)
         return [image for image in images if image is not None]
 
-    def _decode(self, rows: pa.Table) -> list[tuple[str, npt.NDArray[np.uint8]]]:
-        """Return the sha256 and the pixels of each image."""
+    def _decode(self, rows: pa.Table) -> list[npt.NDArray[np.uint8]]:
+        """Return the pixels of each image."""
         batch = self.sources.decode(rows, self.spec)
-        for row in batch.rows.to_pylist():
+        for row, sha256 in zip(batch.rows.to_pylist(), rows["sha256"].to_pylist(), strict=True):
             if row["error_code"]:
                 raise SourceError(
                     f"{row['uri']}: could be read before and cannot now: {row['error_code']}: {row['error_message']}; "
                     "restore the image and run the same command"
                 )
-        return list(zip(batch.rows["sha256"].to_pylist(), batch.pixels, strict=True))
+            if row["sha256"] != sha256:
+                raise SourceError(
+                    f"{row['uri']}: is another image than when the pairs were fixed; restore it and run the same "
+                    "command, or train into another OUT"
+                )
+        return list(batch.pixels)
 
 
 def _with_variable_pixels(rows: pa.Table, images: list[npt.NDArray[np.uint8]]) -> pa.Table:

@@ -18,6 +18,7 @@ from captioner.data import PixelSpec
 from captioner.errors import SourceError, UsageError
 from captioner.models import ModelRef, resolve
 from captioner.testing import ABORT_MARKER, decoder_faults, make_folder, make_parquet, make_tar
+from captioner.training.collate import Decode
 from captioner.training.pair_sources import PAIRS_SCHEMA, list_pairs, open_pair_sources
 from captioner.training.pairs import Examine, Pairs, join_captions, make_pairs, split
 
@@ -304,3 +305,18 @@ def table_of(shas: list[str]) -> pa.Table:
     }
     columns = [values.get(field.name, [None] * count) for field in PAIRS_SCHEMA]
     return pa.table([pa.array(v, f.type) for v, f in zip(columns, PAIRS_SCHEMA, strict=True)], schema=PAIRS_SCHEMA)
+
+
+def test_an_image_that_has_changed_or_gone_since_the_pairs_were_fixed_is_an_error(tmp_path: Path) -> None:
+    root = make_folder(tmp_path, 3)
+    pairs = pairs_of(path=str(root)).tables["train"]
+    decode = Decode(open_pair_sources(TrainDataConfig(path=str(root))), SPEC)
+    assert len(decode(pairs)) == 2
+    file = root / pairs["image_id"][0].as_py()
+
+    shutil.copyfile(root / pairs["image_id"][1].as_py(), file)
+    with pytest.raises(SourceError, match=f"{file.name}: is another image than when the pairs were fixed; restore it"):
+        decode(pairs)
+    file.unlink()
+    with pytest.raises(SourceError, match=f"{file.name}: could be read before and cannot now"):
+        decode(pairs)
