@@ -29,6 +29,7 @@ from captioner.models.ref import PREPROCESSING_VERSION
 _HEADER = struct.Struct("<4sIIIQ")  # magic, height, width, crc32 of the pixels, bytes of the file
 _MAGIC = b"CPX1"
 _USED = "used"
+_USED_DIGITS = 20  # of the number in it, with leading zeros
 _STALE_S = 24 * 3600  # after which the folder of another run is removed
 _LEFT_FREE = 1 << 30  # bytes of the disk that others may need
 
@@ -85,15 +86,22 @@ class PixelCache:
 
     def _reserve(self, size: int) -> bool:
         """Add `size` to the bytes in use, and return True, where the limit and the disk allow it."""
-        with open(self.folder / _USED, "a+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            file.seek(0)
-            used = int(file.read() or 0) + size
-            if used > self.limit or shutil.disk_usage(self.folder).free < size + _LEFT_FREE:
+        descriptor = os.open(self.folder / _USED, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            text = os.pread(descriptor, _USED_DIGITS + 1, 0)
+            used = int(text) if len(text) == _USED_DIGITS and text.isdigit() else self._bytes_in_folder()
+            if used + size > self.limit or shutil.disk_usage(self.folder).free < size + _LEFT_FREE:
                 return False
-            file.truncate(0)
-            file.write(str(used))
+            os.pwrite(descriptor, b"%0*d" % (_USED_DIGITS, used + size), 0)  # one call, so never half a number
+            os.ftruncate(descriptor, _USED_DIGITS)
             return True
+        finally:
+            os.close(descriptor)
+
+    def _bytes_in_folder(self) -> int:
+        """Return the bytes of all entries, for a number that is missing or damaged."""
+        return sum(entry.stat().st_size for entry in os.scandir(self.folder) if entry.name != _USED)
 
 
 def _parent() -> Path:

@@ -104,6 +104,20 @@ def test_the_cache_takes_no_more_than_its_size_and_other_fittings_have_other_ent
     assert cache.read(f"{0:064x}", SPECS[1]) is None
 
 
+@pytest.mark.parametrize("content", [b"\0\0\0\0\0", b"", b"12", b"9" * 21])
+def test_a_damaged_count_of_used_bytes_is_made_again_and_the_limit_kept(content: bytes) -> None:
+    cache, pixels = PixelCache("run", 10_000), np.zeros((32, 24, 3), np.uint8)
+    for number in range(2):
+        cache.write(f"{number:064x}", SPEC, pixels)
+    (cache.folder / "used").write_bytes(content)
+
+    for number in range(2, 9):
+        cache.write(f"{number:064x}", SPEC, pixels)
+
+    assert len(list(cache.folder.glob("*-*"))) == 4
+    assert int((cache.folder / "used").read_bytes()) == sum(e.stat().st_size for e in cache.folder.glob("*-*"))
+
+
 def test_a_run_removes_what_another_left_a_day_ago() -> None:
     caches, pixels = [PixelCache(run, 10_000) for run in ("old", "recent", "new")], np.zeros((2, 2, 3), np.uint8)
     for cache in caches[:2]:
