@@ -285,7 +285,7 @@ def test_references_given_once_are_those_of_later_checks(
 
     quality.check(table, CheckConfig(references=str(file)))
     assert quality.check(table, CheckConfig()).references == str(file)
-    pipeline.run(caption_config(bare, tmp_path / "out"))  # nothing to do, but check
+    pipeline.run(caption_config(bare, tmp_path / "out", rows_per_file=50_000))  # nothing to do, but check
     assert table.directory.read_json("checks/check.json")["references"] == str(file)
 
     file.rename(tmp_path / "moved.csv")
