@@ -11,7 +11,8 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 def _use_writable_caches() -> None:
     """Let caches be in the folder of temporary files where this user has no home directory to write to.
 
-    That is so in containers whose user is a number without a name. Models that are in the home directory are used.
+    That is so in containers whose user is a number without a name. Models and the login that are in the home directory
+    are used.
     """
     home = os.path.expanduser("~")
     cache = os.path.join(home, ".cache")
@@ -26,9 +27,11 @@ def _use_writable_caches() -> None:
             own = tempfile.mkdtemp(prefix="captioner-")
     except OSError:  # nothing can be written here at all: whatever needs to write says so
         return
-    models = os.path.join(cache, "huggingface", "hub")
+    models, token = (os.path.join(cache, "huggingface", name) for name in ("hub", "token"))
     if os.path.isdir(models) and "HF_HOME" not in os.environ:
         os.environ.setdefault("HF_HUB_CACHE", models)
+    if os.path.isfile(token) and "HF_HOME" not in os.environ:
+        os.environ.setdefault("HF_TOKEN_PATH", token)
     os.environ["XDG_CACHE_HOME"] = own
     os.environ.setdefault("TRITON_HOME", own)
 

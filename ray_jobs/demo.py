@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -74,12 +75,21 @@ def train(directory: Path) -> int:
 
 
 def _render_once(images: Path, count: int, seed: int = 0, **options: Any) -> bool:
-    """Render scenes where an earlier run did not, and return whether it did now. `options`: of `render_scenes`."""
+    """Render scenes where an earlier run did not, and return whether it did now. `options`: of `render_scenes`.
+
+    Raises UsageError where that was another number of scenes.
+    """
     from captioner.starter.render import render_scenes
 
-    if (images / "metadata.jsonl").exists():
+    if images.exists():
+        number = sum(1 for _ in (images / "images").glob("*.png"))
+        if number != count:
+            raise UsageError(f"{images} holds {counted(number, 'scene')}, not {count:,}; remove {images.parent} first")
         return False
-    render_scenes(images, count, seed, **options)
+    rendering = images.with_name(f"{images.name}.part")  # a demo that is stopped leaves no part of the scenes as all
+    shutil.rmtree(rendering, ignore_errors=True)
+    render_scenes(rendering, count, seed, **options)
+    rendering.rename(images)
     return True
 
 

@@ -14,7 +14,7 @@ from captioner.console.phases import phase
 from captioner.console.stopping import notify
 from captioner.console.text import counted, printable, shell_command
 from captioner.data import Source
-from captioner.errors import OK, OutputError, SourceError
+from captioner.errors import OK, OutputError, SourceError, UsageError
 from captioner.files import shown
 from captioner.models.download import why_unreachable
 from captioner.models.resolving import STARTER, is_hub_id
@@ -65,8 +65,12 @@ def run(path: str, file: str, model: str | None, out: str) -> int:
     missing = _why_missing(values["model.name"])
     text = _text(file, facts, values, missing)
     try:
-        with Path(file).open("x", encoding="utf-8") as stream:
-            stream.write(text)
+        data = text.encode()
+    except UnicodeEncodeError:
+        raise UsageError("SOURCE, OUT or FILE is not UTF-8, which a YAML file must be; rename it") from None
+    try:
+        with Path(file).open("xb") as stream:
+            stream.write(data)
     except FileExistsError:
         raise OutputError(f"{file} exists already; give another FILE, or remove it") from None
     except OSError as error:

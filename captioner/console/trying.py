@@ -17,8 +17,8 @@ from captioner.console.phases import phase
 from captioner.console.stopping import notify
 from captioner.console.text import counted, printable, shorten
 from captioner.data import SAMPLES_FIELD, RawImage
-from captioner.errors import ERROR, OK, TOO_MANY_FAILED, CaptionerError, ModelError, UsageError
-from captioner.files import local_path
+from captioner.errors import ERROR, OK, TOO_MANY_FAILED, CaptionerError, ModelError, OutputError, UsageError
+from captioner.files import is_uri, local_path, shown
 from captioner.imaging.sandbox.decoder import GuardedDecoder
 from captioner.models import ModelRef, load, resolve, resolve_dtype
 from captioner.models.devices import pick_device
@@ -30,7 +30,7 @@ from captioner.sources.reading import ReadLimits, read_file
 from captioner.sources.root import Root, readable
 from captioner.steps import caption_or_reasons
 
-MODEL_WIDTH, TABLE_WIDTH = 28, 100
+MODEL_WIDTH, TABLE_WIDTH, MIN_TEXT_WIDTH = 28, 100, 20
 
 
 def try_images(files: Sequence[str], models: Sequence[ModelConfig], page: str | None = None) -> int:
@@ -41,8 +41,11 @@ def try_images(files: Sequence[str], models: Sequence[ModelConfig], page: str | 
     `page`: an HTML file to write, with the images. Returns exit code 2 when no file has a caption, and 1 when one of
     several models could not be loaded; where it is the only one, its error is raised.
     """
-    if page and not Path(page).absolute().parent.is_dir():
-        raise UsageError(f"--page {page}: its folder does not exist; create it, or give another file")
+    if page is not None:
+        _check_page(page)
+    for name in files:
+        if is_uri(name):
+            raise UsageError(f"{shown(name)}: is not on a local disk; give a file that is")
     refs = [_resolve(model) for model in models]
     images = [_read(name) for name in files]
     trials_of = [_try_model(ref, device, model, images) for (ref, device), model in zip(refs, models, strict=True)]
@@ -55,13 +58,27 @@ def try_images(files: Sequence[str], models: Sequence[ModelConfig], page: str | 
         _print_comparison(files, trials)
     for unquantised, quantised in (pair for pair in trials_of if len(pair) > 1):
         print(_share_equal(unquantised, quantised))
-    if page:
+    if page is not None:
         names = [printable(name) for name in files]
-        Path(page).write_text(render(names, _thumbnails(images), trials), encoding="utf-8")
+        try:
+            Path(page).write_text(render(names, _thumbnails(images), trials), encoding="utf-8")
+        except OSError as error:
+            raise OutputError(f"--page {page}: cannot be written: {error.strerror or error}") from None
         print(f"captioner: the page: {printable(page)}", file=sys.stderr)
     if any(pair[-1].error for pair in trials_of):
         return ERROR
     return OK if any(trial.num_captions for trial in trials) else TOO_MANY_FAILED
+
+
+def _check_page(page: str) -> None:
+    """Raise UsageError where a page cannot be written, before models are loaded."""
+    path = Path(page).absolute()
+    if not page or path.is_dir():
+        raise UsageError(f"--page {page}: is no file; give the name of an HTML file")
+    if not path.parent.is_dir():
+        raise UsageError(f"--page {page}: its folder does not exist; create it, or give another file")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UsageError(f"--page {page}: cannot be written; give another file")
 
 
 def _read(name: str) -> RawImage:
@@ -174,6 +191,15 @@ def _print_captions(files: Sequence[str], trial: Trial) -> None:
             print(f"captioner: {printable(name)}: {text.error_code}: {printable(text.message)}", file=sys.stderr)
 
 
+def _labelled(label: str, text: str, width: int, columns: int) -> str:
+    """Return a text beside a label of `width` columns, or below it where that leaves less than 20 columns."""
+    if columns - width - 4 >= MIN_TEXT_WIDTH:
+        return textwrap.fill(text, columns, initial_indent=f"  {label:<{width}}  ", subsequent_indent=" " * (width + 4))
+    indent = " " * 4
+    below = textwrap.fill(text, max(columns, MIN_TEXT_WIDTH), initial_indent=indent, subsequent_indent=indent)
+    return f"  {label}\n{below}" if label else below
+
+
 def _print_comparison(files: Sequence[str], trials: list[Trial]) -> None:
     """Print the captions and other answers of each image below its name, then a table of time and memory."""
     names = [_fitting(trial.model) for trial in trials]
@@ -185,14 +211,7 @@ def _print_comparison(files: Sequence[str], trials: list[Trial]) -> None:
             text = trial.texts[index]
             lines = [trial.error or text.shown, *(f"{column}: {value}" for column, value in text.more)]
             for label, line in zip([name, *[""] * len(text.more)], lines, strict=True):
-                print(
-                    textwrap.fill(
-                        printable(line),
-                        columns,
-                        initial_indent=f"  {label:<{width}}  ",
-                        subsequent_indent=" " * (width + 4),
-                    )
-                )
+                print(_labelled(label, printable(line) or "(empty)", width, columns))
         print()
     print(f"{'model':<{width}}{'load':>9}{'s/image':>9}{'memory':>10}")
     for name, trial in zip(names, trials, strict=True):

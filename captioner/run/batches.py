@@ -11,6 +11,7 @@ It adds captions and error codes. There is no plan and no table, so nothing guar
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,10 @@ from captioner.errors import UsageError
 from captioner.imaging.sandbox.decoder import GuardedDecoder
 from captioner.models import load, resolve, resolve_dtype
 from captioner.models.devices import pick_device
-from captioner.models.questions import check_columns
+from captioner.models.questions import answer_fields, check_columns
 from captioner.steps import caption_or_reasons
+
+COLUMNS = ("caption", "num_tokens", "logprob_mean", "error_code", "error_message")  # that are added to a batch
 
 
 class CaptionBatches:
@@ -45,30 +48,30 @@ class CaptionBatches:
         config = ModelConfig.model_validate({"name": model, **settings})
         ref = resolve(config)
         check_columns(ref, [], "batches have none")
-        if ref.more_questions:
+        if answer_fields(ref):
             raise UsageError("questions: CaptionBatches asks for captions only; caption into a table instead")
         if ref.num_captions > 1:
             raise UsageError("num_captions: CaptionBatches gives one caption an image; caption into a table instead")
-        self._max_pixels = max_pixels or SourceConfig().max_pixels
-        self._decoder = GuardedDecoder(ref.spec, self._max_pixels, decode_timeout or SourceConfig().decode_timeout)
+        limits = {"max_pixels": max_pixels, "decode_timeout": decode_timeout}
+        source = SourceConfig.model_validate({name: limit for name, limit in limits.items() if limit is not None})
+        self._max_pixels = source.max_pixels
+        self._decoder = GuardedDecoder(ref.spec, self._max_pixels, source.decode_timeout)
         self._decoder.start()
         device = pick_device(config.device)
         self._ref = resolve_dtype(ref, config.dtype, device.type)
         self._captioner = load(self._ref, str(device), config.batch_size)
         self._column = column
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Return the batch with its captions and errors.
 
         They are `caption` (None where failed), `num_tokens`, `logprob_mean` (NaN where failed), `error_code` ("" = no
-        error) and `error_message`.
+        error) and `error_message`. Raises UsageError where the batch cannot be captioned, or has such a column already.
         """
         from captioner.imaging import decode_images
 
-        raws = [
-            RawImage(str(row), "", None if data is None else bytes(data))
-            for row, data in enumerate(batch[self._column])
-        ]
+        _check_batch(batch, self._column)
+        raws = [_raw_image(str(row), cell) for row, cell in enumerate(batch[self._column])]
         decoded = decode_images(raws, self._ref.spec, self._max_pixels, self._decoder)
         codes = decoded.rows["error_code"].to_pylist()
         messages = decoded.rows["error_message"].to_pylist()
@@ -83,10 +86,29 @@ class CaptionBatches:
             else:
                 texts[row], tokens[row] = result.text, result.num_tokens or 0
                 logprobs[row] = np.nan if result.logprob_mean is None else result.logprob_mean
-        return batch | {
+        return dict(batch) | {
             "caption": np.array(texts, dtype=object),
             "num_tokens": tokens,
             "logprob_mean": logprobs,
             "error_code": np.array(codes, dtype=object),
             "error_message": np.array(messages, dtype=object),
         }
+
+
+def _check_batch(batch: Mapping[str, Any], column: str) -> None:
+    if not isinstance(batch, Mapping):
+        raise UsageError(f"CaptionBatches: a batch is a {type(batch).__name__}; give batch_format='numpy'")
+    if column not in batch:
+        raise UsageError(f"CaptionBatches: a batch has no column {column!r}; it has: {', '.join(map(str, batch))}")
+    if taken := [name for name in COLUMNS if name in batch]:
+        raise UsageError(f"CaptionBatches: a batch has a column {taken[0]!r} already; rename or drop it before")
+
+
+def _raw_image(image_id: str, cell: Any) -> RawImage:
+    """Return the image of a cell: bytes, or the dict of a Hugging Face image; None and NaN are missing."""
+    data = cell.get("bytes") if isinstance(cell, dict) else cell
+    if data is None or (isinstance(data, float | np.floating) and np.isnan(data)):  # as pandas has for missing values
+        return RawImage(image_id, "", None)
+    if not isinstance(data, bytes | bytearray | memoryview):
+        return RawImage(image_id, "", None, "not_an_image", f"the cell holds {type(data).__name__}, not bytes")
+    return RawImage(image_id, "", bytes(data))

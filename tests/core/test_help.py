@@ -143,6 +143,7 @@ def test_every_setting_that_init_shows_is_valid(tmp_path: Path, monkeypatch: pyt
         (["nowhere"], "no such file or directory"),
         (["empty"], "no images found"),
         (["images", "no/folder.yaml"], "cannot be written"),
+        (["images", "new.yaml", "--out", "\udcff"], "is not UTF-8"),
     ],
 )
 def test_init_refuses_in_one_line(
@@ -160,6 +161,7 @@ def test_init_refuses_in_one_line(
     assert run("init", *words) == 1
     assert message in capsys.readouterr().err
     assert (tmp_path / "taken.yaml").read_text() == "mine"
+    assert not (tmp_path / "new.yaml").exists()
 
 
 @pytest.mark.parametrize("path", COMMANDS)

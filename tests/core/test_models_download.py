@@ -15,6 +15,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
+import captioner
 from captioner.config import ModelConfig
 from captioner.errors import ModelError
 from captioner.models import load, resolve
@@ -209,3 +210,22 @@ def test_a_uri_without_a_model_is_an_error_of_one_line(uri, tmp_path, monkeypatc
 
 def test_a_file_uri_is_the_directory_itself(model) -> None:
     assert resolve(ModelConfig(name=f"file://{model}")).path == str(model)
+
+
+def test_models_and_login_of_a_home_that_cannot_be_written_are_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("XDG_CACHE_HOME", "HF_HOME", "HF_HUB_CACHE", "HF_TOKEN_PATH", "TRITON_HOME")
+    for name in names:
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    cache = tmp_path / ".cache/huggingface"
+    (cache / "hub").mkdir(parents=True)
+    (cache / "token").write_text("hf_x")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+
+    captioner._use_writable_caches()
+
+    assert (os.environ["HF_HUB_CACHE"], os.environ["HF_TOKEN_PATH"]) == (str(cache / "hub"), str(cache / "token"))
+    assert not os.environ["XDG_CACHE_HOME"].startswith(str(tmp_path))

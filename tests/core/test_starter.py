@@ -10,11 +10,13 @@ from hypothesis import strategies as st
 
 import captioner.starter
 from captioner import pipeline
+from captioner.errors import UsageError
 from captioner.scoring.wer import corpus_wer
 from captioner.starter.scenes import BACKGROUNDS, COLOURS, SHAPES, SIZES, describes_scene, make_scenes
 from captioner.store.read import read_parts
 from captioner.store.table import open_table
 from captioner.testing import make_folder
+from ray_jobs.demo import _render_once
 
 MODEL = Path(captioner.starter.__file__).parent / "model"
 HELD_OUT_SEED = 7_654_321
@@ -92,3 +94,15 @@ def test_the_model_loads_with_plain_transformers(tokenizer) -> None:
         ids = model.generate(**inputs, max_new_tokens=40, do_sample=False)
 
     assert processor.batch_decode(ids, skip_special_tokens=True) == [scene.captions[0]]
+
+
+def test_scenes_of_a_demo_that_was_stopped_are_rendered_again_and_no_part_is_taken_for_all(tmp_path: Path) -> None:
+    images = tmp_path / "archive"
+    make_folder(tmp_path / "archive.part", 2)  # what a demo leaves that is stopped while it renders
+
+    assert _render_once(images, 3)
+    assert not _render_once(images, 3)
+    assert len(list((images / "images").iterdir())) == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["archive"]
+    with pytest.raises(UsageError, match=f"{images} holds 3 scenes, not 20; remove {tmp_path} first"):
+        _render_once(images, 20)

@@ -89,9 +89,30 @@ def test_a_model_that_cannot_be_loaded_leaves_the_others(
         try_images([image], [unloadable])
 
 
+def test_a_caption_without_text_and_a_narrow_terminal_leave_the_names_of_models(
+    image: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mute = make_tiny_model("git", tmp_path / "a-model-that-always-ends-at-once")
+    settings = json.loads((mute / "generation_config.json").read_text())
+    (mute / "generation_config.json").write_text(json.dumps(settings | {"forced_eos_token_id": 2}))
+    model = ModelConfig(name=str(mute), max_new_tokens=1)
+
+    for columns, shown in (("120", "always-ends-at-once  (empty)\n"), ("30", "always-ends-at-once\n    (empty)\n")):
+        monkeypatch.setenv("COLUMNS", columns)
+        try_images([image], [FAKE, model])
+
+        assert shown in capsys.readouterr().out
+
+
 def test_what_can_be_known_is_said_before_a_model_is_loaded(image: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="its folder does not exist"):
         try_images([image], [FAKE], str(tmp_path / "no" / "models.html"))
+    for page in ("", str(tmp_path)):
+        with pytest.raises(UsageError, match=f"--page {page}: is no file"):
+            try_images([image], [FAKE], page)
+    for uri in ("https://host/a.jpg", "s3://bucket/a.jpg"):
+        with pytest.raises(UsageError, match=f"{uri}: is not on a local disk"):
+            try_images([image, uri], [FAKE])
     with pytest.raises(ModelError, match="no such directory"):
         try_images([image], [FAKE, ModelConfig(name=str(tmp_path / "no"))])
     assert try_images([str(tmp_path / "no.jpg")], [FAKE, FAKE]) == TOO_MANY_FAILED
