@@ -22,6 +22,7 @@ from captioner.sources.huggingface import HuggingFaceSource
 from captioner.sources.plan_rows import WrappedSource
 from captioner.sources.reading import have_changed
 from captioner.sources.root import UNKNOWN, Root, unit_of_file
+from captioner.store.kept_columns import with_kept_types
 from captioner.store.parallel_listing import list_units
 from captioner.store.read import read_parts
 from captioner.store.replan import RowIndices, current_plan_rows, with_newer_values
@@ -90,10 +91,11 @@ def find_changed(table: CaptionsTable, source: Source, compare_up_to: int | None
     return changed
 
 
-def refreshed(source: Source, rows: pa.Table, error_codes: list[str | None]) -> pa.Table:
+def refreshed(table: CaptionsTable, source: Source, rows: pa.Table, error_codes: list[str | None]) -> pa.Table:
     """Return plan rows as the source lists them now, where their file changed after they were planned.
 
     `error_codes`: of the rows as captioned. An image that is gone keeps its row, and fails again.
+    Raises OutputError where a kept column has values that the table cannot take.
     """
     changed = have_changed(rows, _Files(source).stamp)
     is_stale = [has_changed or code == "changed" for has_changed, code in zip(changed, error_codes, strict=True)]
@@ -103,7 +105,7 @@ def refreshed(source: Source, rows: pa.Table, error_codes: list[str | None]) -> 
     listed = [stale.slice(0, 0)]
     for _, listing in list_units(source, _units_of(source, set(stale["file"].to_pylist()))):
         wanted = pc.is_in(listing.rows["image_id"], value_set=stale["image_id"].combine_chunks())
-        listed.append(listing.rows.filter(wanted))
+        listed.append(with_kept_types(table, listing.rows.filter(wanted)))
     newer = pa.concat_tables(listed, promote_options="default")
     indices = pc.index_in(newer["image_id"], value_set=rows["image_id"].combine_chunks()).to_numpy()
     return with_newer_values(rows, indices, newer)

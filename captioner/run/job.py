@@ -157,7 +157,7 @@ class Job:
         return f"retrying {' and '.join(failed + unanswered)}"
 
     def _refresh(self, rows: pa.Table, error_codes: list[str | None]) -> pa.Table:
-        return refreshed(self.work.source, rows, error_codes)
+        return refreshed(self.table, self.work.source, rows, error_codes)
 
     def _recaption(self, only: str) -> Iterator[Plan]:
         """Plan the rows that --only selects; from then on the table belongs to this model."""

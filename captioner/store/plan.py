@@ -19,6 +19,7 @@ from captioner.console.text import counted, printable
 from captioner.data import PLAN_SCHEMA, Chunk, Listing, Source
 from captioner.errors import DamagedFileError, SourceError
 from captioner.store.ids import IdIndex, digests_of
+from captioner.store.kept_columns import with_kept_types
 from captioner.store.parallel_listing import list_units
 from captioner.store.table import (
     PLAN_FACTS,
@@ -104,7 +105,7 @@ def make_plan(
     there are none. A listing that was killed continues after its last full part; where another `selection` of images
     was listed, or the source has changed before that place, it begins again. `rows_per_chunk` is a maximum: small
     collections get smaller chunks. `limit`: the most rows to plan. Raises SourceError for an empty source and for ids
-    that occur twice, which it names.
+    that occur twice, which it names, and OutputError where a kept column has values that the table cannot take.
     """
     plans = table.plans()
     generation = max((plan.generation for plan in plans), default=-1) + 1
@@ -118,7 +119,7 @@ def make_plan(
             with IdIndex() as added:
                 writer = _PlanWriter(table, generation, first_part, rows_per_chunk, rows_per_file, added, selection)
                 try:
-                    _list(source, writer, planned if plans else None, limit, on_progress)
+                    _list(table, source, writer, planned if plans else None, limit, on_progress)
                     plan = writer.finish(kind, source)
                 except _ChangedSourceError:
                     table.directory.delete_folder(plan_folder(generation))
@@ -131,9 +132,14 @@ def make_plan(
 
 
 def _list(
-    source: Source, writer: _PlanWriter, planned: IdIndex | None, limit: int | None, on_progress: OnProgress
+    table: CaptionsTable,
+    source: Source,
+    writer: _PlanWriter,
+    planned: IdIndex | None,
+    limit: int | None,
+    on_progress: OnProgress,
 ) -> None:
-    """List the source into a plan, from where an earlier listing was killed. Raises _ChangedSourceError.
+    """List the source into a plan, from where an earlier listing was killed. Raises _ChangedSourceError, OutputError.
 
     `planned`: ids to leave out.
     """
@@ -142,7 +148,7 @@ def _list(
     for unit, listing, first_row in _listings_from(source, position):
         num_listed += listing.rows.num_rows
         on_progress(f"listing images, {num_listed:,} listed")
-        rows = _numbered(listing.rows, first_row)
+        rows = _numbered(with_kept_types(table, listing.rows), first_row)
         if planned is not None:
             rows = rows.filter(pa.array(~planned.contains(rows["image_id"])))
         if limit is not None:

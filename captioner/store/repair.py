@@ -18,6 +18,7 @@ from captioner.errors import DamagedFileError, OutputError
 from captioner.store.counts import TableCounts
 from captioner.store.directory import RECHECK_FILE, FileStat
 from captioner.store.ids import IdIndex
+from captioner.store.kept_columns import with_kept_types
 from captioner.store.parallel_listing import list_units
 from captioner.store.replan import current_plan_rows, failed_rows, write_rows_again
 from captioner.store.table import (
@@ -292,7 +293,7 @@ def _unplanned_rows(table: CaptionsTable, source: Source, plan: Plan, damaged: s
                         planned.add(table.read_plan_part(other, part, ["image_id"])["image_id"])
         for _, listing in list_units(source, list(source.units())):
             is_planned = planned.contains(listing.rows["image_id"])
-            tables.append(listing.rows.filter(pa.array(~is_planned)))
+            tables.append(with_kept_types(table, listing.rows.filter(pa.array(~is_planned))))
     return pa.concat_tables(tables, promote_options="default")
 
 

@@ -13,11 +13,13 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers import caption_config
 from PIL import Image
 
 from captioner import pipeline
 from captioner.config import CaptionConfig
 from captioner.console.commands import status
+from captioner.errors import OutputError
 from captioner.run import changed
 from captioner.sources import open_source
 from captioner.store.read import read_parts
@@ -262,3 +264,71 @@ def test_changes_are_found_among_many_files_whatever_their_folder(tmp_path, monk
     assert sorted(names) == other_size + (newer if where == "disk" else [])  # this store tells no times
     assert result.num_images == len(names)
     assert changed.find_changed(table, open_source(config.source), 1).num_unsure == (2 if where == "disk" else 0)
+
+
+def write_prices(root: Path, prices: list[object], kind: pa.DataType) -> None:
+    """A table of images with a kept column of that type."""
+    images = [image(number) for number in range(len(prices))]
+    names = [f"{number:03d}" for number in range(len(prices))]
+    (root / "images").mkdir(exist_ok=True)
+    pq.write_table(
+        pa.table({"id": names, "image": images, "price": pa.array(prices, kind)}), root / "images" / "x.parquet"
+    )
+
+
+def extend_with_prices(root: Path) -> list[object]:
+    source = {"id_column": "id", "keep_columns": ["price"]}
+    pipeline.run(caption_config(root / "images", root / "out", source=source, extend=(root / "out").exists()))
+    assert verify(open_table(str(root / "out"))).proven
+    return [row["price"] for row in rows_of(root).values()]
+
+
+@pytest.mark.parametrize(
+    ("first", "later", "prices"),
+    [
+        (pa.int64(), pa.null(), [None, None, None]),
+        (pa.int64(), pa.int32(), [1, 2, 3]),
+        (pa.int64(), pa.float64(), [1.0, 2.0, None]),
+        (pa.float64(), pa.float32(), [0.5, 1.0, None]),
+        (pa.string(), pa.large_string(), ["a", "b", "c"]),
+    ],
+)
+def test_a_kept_column_of_another_type_is_taken_where_its_values_are_the_same(tmp_path, first, later, prices) -> None:
+    write_prices(tmp_path, prices[:2], first)
+    extend_with_prices(tmp_path)
+    write_prices(tmp_path, prices, later)
+    assert extend_with_prices(tmp_path) == prices
+
+
+@pytest.mark.parametrize(
+    ("first", "later", "prices", "rewritten"),
+    [
+        (pa.int64(), pa.float64(), [1, 2], [1.5, 2.0, 3.0]),
+        (pa.int64(), pa.float64(), [1, 2], [1.5, 2.0]),  # nothing new: images are captioned again
+        (pa.int32(), pa.int64(), [1, 2], [1, 2, 2**40]),
+        (pa.int64(), pa.string(), [1, 2], ["1", "2", "007"]),
+        (pa.null(), pa.string(), [None, None], [None, None, "a"]),
+    ],
+)
+def test_a_kept_column_whose_values_do_not_fit_the_table_is_an_error_that_leaves_it_as_it_was(
+    tmp_path, first, later, prices, rewritten
+) -> None:
+    write_prices(tmp_path, prices, first)
+    extend_with_prices(tmp_path)
+    write_prices(tmp_path, rewritten, later)
+    words = rf"column 'price' is {first} in .*, and {later} in SOURCE now; give the column its former type"
+    with pytest.raises(OutputError, match=words):
+        extend_with_prices(tmp_path)
+
+    assert len(open_table(str(tmp_path / "out")).plans()) == 1
+    write_prices(tmp_path, [*prices, prices[0]], first)
+    assert extend_with_prices(tmp_path) == [*prices, prices[0]]
+
+
+def test_a_damaged_plan_is_not_made_again_with_a_kept_column_of_other_values(tmp_path) -> None:
+    write_prices(tmp_path, [1, 2], pa.int64())
+    extend_with_prices(tmp_path)
+    next((tmp_path / "out/plan/g000").glob("*.parquet")).unlink()
+    write_prices(tmp_path, [1.5, 2.0], pa.float64())
+    with pytest.raises(OutputError, match=r"column 'price' is int64 in .*, and double in SOURCE now"):
+        extend_with_prices(tmp_path)
