@@ -54,7 +54,7 @@ _JUDGE = re.compile(r"judge(?:<|below)(\d+(?:\.\d+)?)%")
 _LIFT_BINS = 1 << 20
 # Log-probabilities are counted by the upper bits of their float32: the width of a bin is 1/2048 of its value.
 _BIN_BITS = 12
-_COLUMNS = ["image_id", "status", "flags", "logprob_mean", "fingerprint", "created_at"]
+_COLUMNS = ["image_id", "status", "flags", "logprob_mean", "fingerprint", "created_at", "sha256"]
 
 
 class Review(Protocol):
@@ -70,8 +70,8 @@ class Review(Protocol):
         """Whether the decision also applies to later captions of the image."""
         ...
 
-    def applies_to(self, created_at: datetime) -> bool:
-        """Return whether the decision applies to a caption created at `created_at`."""
+    def applies_to(self, created_at: datetime, sha256: str | None) -> bool:
+        """Return whether the decision applies to a caption of a file, created at `created_at`."""
         ...
 
 
@@ -232,10 +232,10 @@ def _reviewed(rows: pa.Table, reviews: Mapping[str, Review]) -> npt.NDArray[np.b
     is_reviewed = np.zeros(len(rows), bool)
     if not reviews:
         return is_reviewed
-    created = rows["created_at"]
+    created, sha256 = rows["created_at"], rows["sha256"]
     for index, image_id in enumerate(rows["image_id"].to_pylist()):
         if image_id in reviews:
-            is_reviewed[index] = reviews[image_id].applies_to(created[index].as_py())
+            is_reviewed[index] = reviews[image_id].applies_to(created[index].as_py(), sha256[index].as_py())
     return is_reviewed
 
 

@@ -32,7 +32,8 @@ Verdict = Literal["right", "small_fault", "wrong", "offensive"]  # about a capti
 DECISIONS: tuple[str, ...] = get_args(Decision)
 VERDICTS: tuple[str, ...] = get_args(Verdict)
 _DECISIONS_IN = {FOLDER: DECISIONS, SPOT_CHECKS: (*VERDICTS, "skipped", "undo")}
-# Decisions about the image itself, which also apply to its later captions; the others are about one caption.
+# Decisions about the image itself, which also apply to its later captions as long as its file holds the same bytes; the
+# others are about one caption.
 SETTLED = ("approved", "edited", "decorative")
 
 
@@ -42,7 +43,8 @@ class Review:
 
     `text`: the approved or edited alt text; "" for a decorative image, None when the decision gives none. `shown`: the
     text that the person saw. `queue`: the review order ("flagged", "random" or "all"). `undoes`: the `review_id` that
-    an "undo" reverts. A spot-check of captions has a verdict in place of a decision.
+    an "undo" reverts. `sha256`: of the files of the images, in hex; () in journals of earlier versions, and of undos. A
+    spot-check of captions has a verdict in place of a decision.
     """
 
     decision: Decision | Verdict
@@ -53,6 +55,7 @@ class Review:
     queue: str = "all"
     seconds: float | None = None  # time between display and decision
     undoes: str | None = None
+    sha256: tuple[str, ...] = ()
     reviewed_at: datetime = field(default_factory=lambda: datetime.now(UTC))
     review_id: str = field(default_factory=lambda: uuid4().hex)
 
@@ -61,9 +64,14 @@ class Review:
         """Whether the decision also applies to later captions of the image."""
         return self.decision in SETTLED
 
-    def applies_to(self, created_at: datetime) -> bool:
-        """Return whether the decision applies to a caption created at `created_at`, not only to an earlier one."""
-        return self.is_settled or created_at <= self.reviewed_at
+    def applies_to(self, created_at: datetime, sha256: str | None) -> bool:
+        """Return whether the decision applies to a caption created at `created_at`, and not to an earlier one only.
+
+        `sha256`: of the file that was captioned. A settled decision holds for the bytes that the reviewer saw.
+        """
+        if self.is_settled:
+            return not self.sha256 or sha256 in self.sha256
+        return created_at <= self.reviewed_at
 
 
 class Journal:
@@ -156,7 +164,11 @@ def _parse_line(line: bytes, decisions: tuple[str, ...]) -> Review | None:
         value: dict[str, Any] = json.loads(line)
         review = Review(
             **value
-            | {"image_ids": tuple(value["image_ids"]), "reviewed_at": datetime.fromisoformat(value["reviewed_at"])}
+            | {
+                "image_ids": tuple(value["image_ids"]),
+                "sha256": tuple(value.get("sha256", ())),
+                "reviewed_at": datetime.fromisoformat(value["reviewed_at"]),
+            }
         )
     except (ValueError, TypeError, KeyError):
         return None

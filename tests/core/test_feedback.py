@@ -1,5 +1,6 @@
 """What people approved and wrote becomes training pairs; images taught are left out of later checks."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -128,3 +129,18 @@ def test_what_cannot_be_is_said_and_nothing_is_left_behind(tmp_path: Path, capti
     with pytest.raises(OutputError, match=r"0 pairs .*left out: 1 rejected"):
         write_feedback(open_table(str(tmp_path / "out")), str(tmp_path / "pairs"))
     assert sorted(file.name for file in tmp_path.iterdir()) == ["archive", "out", "there"]
+
+
+def test_a_text_is_not_taught_with_another_image_than_was_reviewed(tmp_path: Path) -> None:
+    archive, out = make_folder(tmp_path / "archive", 3), tmp_path / "out"
+    caption(archive, out)
+    digests = tuple(hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(archive.iterdir())[:2])
+    with Journal(Directory(str(out)), "Ada") as journal:
+        journal.append(Review("approved", ("000000.png", "000001.png"), "A scene.", "Ada", sha256=digests))
+    (archive / "000001.png").write_bytes((archive / "000002.png").read_bytes())
+    caption(archive, out, extend=True)
+
+    feedback = write_feedback(open_table(str(out)), str(tmp_path / "pairs"))
+
+    assert feedback.pairs.total() == 1
+    assert dict(feedback.left_out) == {"changed since it was reviewed": 1}

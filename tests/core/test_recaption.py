@@ -47,6 +47,18 @@ def review(out: Path, decision: str, *image_ids: str, text: str | None = None, a
         journal.append(Review(decision, image_ids, text, "Ada", reviewed_at=at or datetime.now(UTC)))
 
 
+def test_a_text_that_was_approved_of_another_file_does_not_keep_a_caption(tmp_path: Path, run: Run) -> None:
+    run("a")
+    digests = {row["image_id"]: row["sha256"] for row in rows_of(tmp_path / "out")}
+    with Journal(Directory(str(tmp_path / "out")), "Ada") as journal:
+        for image_id, digest in (("000000.png", digests["000000.png"]), ("000001.png", "0" * 64)):
+            journal.append(Review("approved", (image_id,), "Mine.", "Ada", sha256=(digest,)))
+
+    assert run("b", only="logprob<100%") == 0
+
+    assert set(digests) - set(by_model(tmp_path / "out", "b")) == {"000000.png"}
+
+
 def test_the_least_certain_are_captioned_again_and_the_others_stay(tmp_path: Path, run: Run) -> None:
     run("a")
     before = rows_of(tmp_path / "out")

@@ -1,5 +1,6 @@
 """The review page's server: what is shown, what a decision does, who is let in, and what a kill leaves."""
 
+import hashlib
 import http.client
 import io
 import json
@@ -959,6 +960,16 @@ def test_a_journal_that_was_cut_off_is_told_and_the_rest_counts(
     assert process.returncode == 0
     assert "ignored 1 damaged line in its review journals" in stderr
     assert "captioner: ended by Ctrl-C; everything is saved; run the same command to continue\n" in stderr
+
+
+def test_a_decision_names_the_bytes_of_its_images(make_reviewable) -> None:
+    out = make_reviewable(["a dog", "a cat", "a dog"])
+    with open_session(out) as session:
+        decide(session, "approved")
+    (written,) = read_reviews(Directory(str(out)))[0]
+    files = [(out.parent / "archive" / image_id).read_bytes() for image_id in written.image_ids]
+    assert written.sha256 == tuple(hashlib.sha256(data).hexdigest() for data in files)
+    assert len(files) == 2
 
 
 def test_a_table_made_anew_meanwhile_is_told(make_reviewable) -> None:

@@ -16,8 +16,10 @@ from captioner.errors import OutputError
 from captioner.publishing.alt_text.schemas import TEXTS_SCHEMA
 from captioner.publishing.alt_text.texts import read_texts
 from captioner.publishing.review.decisions import Decisions
+from captioner.publishing.review.queue import Queue
 from captioner.store.directory import Directory
-from captioner.store.journal import Decision, Journal, Review, latest_reviews, read_reviews
+from captioner.store.journal import Decision, Journal, Review, latest_reviews, read_latest_reviews, read_reviews
+from captioner.store.read import read_parts
 from captioner.store.table import open_table
 
 LONG_AGO, LATER = datetime(2001, 1, 1, tzinfo=UTC), datetime(2101, 1, 1, tzinfo=UTC)
@@ -74,7 +76,16 @@ def statuses(out: Path) -> dict[str, str]:
 def test_what_is_appended_is_read_back(tmp_path: Path) -> None:
     out = Directory(str(tmp_path))
     written = [
-        Review("edited", ("a.png", "sub/ü\ud800.png"), 'Ein "Hund"\u2028.', "Åsa", "Hund.", "random", 2.5),
+        Review(
+            "edited",
+            ("a.png", "sub/ü\ud800.png"),
+            'Ein "Hund"\u2028.',
+            "Åsa",
+            "Hund.",
+            "random",
+            2.5,
+            sha256=("ab", "cd"),
+        ),
         review("b.png", "rejected", "Åsa"),
     ]
     with Journal(out, "Åsa") as journal:
@@ -253,6 +264,24 @@ def test_a_decision_about_an_earlier_caption_holds_only_where_it_gave_the_text(m
         "000002.png": "decorative",
         **{f"{number + 10:06d}.png": decision for number, decision in enumerate(decisions[:5])},
     }
+
+
+def test_a_decision_holds_for_the_bytes_that_the_reviewer_saw(make_reviewable) -> None:
+    out = make_reviewable()
+    table = open_table(str(out))
+    digests = [row["sha256"] for part in read_parts(table) for row in part.to_pylist()]
+    with Journal(Directory(str(out)), "ana") as journal:
+        journal.append(review("000000.png", text="Mine.", sha256=(digests[0],), reviewed_at=LONG_AGO))
+        journal.append(review("000001.png", text="Mine.", sha256=("0" * 64,), reviewed_at=LONG_AGO))
+        journal.append(review("000002.png", text="Mine.", sha256=("0" * 64,), reviewed_at=LATER))
+        journal.append(review("000003.png", text="Mine.", reviewed_at=LONG_AGO))  # of an earlier version
+
+    assert statuses(out) == {"000000.png": "approved", "000003.png": "approved"}
+    queue = Queue(table, "all", read_latest_reviews(table.directory))
+    assert sorted(queue.decided) == [0, 3]
+    queue.set_decision(1, review("000001.png", sha256=("0" * 64,)))
+    queue.set_decision(2, review("000002.png", sha256=(digests[2],)))
+    assert sorted(queue.decided) == [0, 2, 3]
 
 
 def test_texts_of_a_table_without_alt_texts_or_with_older_ones_are_refused(make_reviewable, finished: Path) -> None:

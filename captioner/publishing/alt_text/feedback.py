@@ -79,8 +79,8 @@ def write_feedback(table: CaptionsTable, location: str) -> Feedback:
     """Write the directory of training pairs; it appears only when it is complete.
 
     Left out and counted: decisions without a text to learn (rejected, decorative, expert), and images that are no
-    longer in the table, cannot be read, or have changed since they were captioned. Raises OutputError when PAIRS
-    exists or is not a local path, the table is not finished, or no text was approved.
+    longer in the table, cannot be read, or have changed since they were captioned or reviewed. Raises OutputError when
+    PAIRS exists or is not a local path, the table is not finished, or no text was approved.
     """
     if is_uri(location):
         raise OutputError(f"{location}: pairs are written to a local disk; give a local PAIRS and copy it")
@@ -145,7 +145,7 @@ def _write(table: CaptionsTable, texts: dict[str, Review], file: Path, feedback:
 
 def _reviewed_rows(table: CaptionsTable, texts: dict[str, Review]) -> Iterator[tuple[pa.Table, list[dict[str, Any]]]]:
     """Yield the plan rows and the captions of reviewed images, a batch at a time, in table order."""
-    columns = ["image_id", "sha256", "caption", "model_sha256"]
+    columns = ["image_id", "sha256", "caption", "model_sha256", "created_at"]
     for part in generation_of_parts(table):
         rows = table.directory.read_table(captions_name(part), columns)
         ids = rows["image_id"].to_pylist()
@@ -171,8 +171,9 @@ def _pairs(
             feedback.left_out[raw.error_code] += 1
         elif sha256(raw.data).hexdigest() != row["sha256"]:
             feedback.left_out["changed since it was captioned"] += 1
+        elif not (review := texts[raw.image_id]).applies_to(row["created_at"], row["sha256"]):
+            feedback.left_out["changed since it was reviewed"] += 1
         else:
-            review = texts[raw.image_id]
             feedback.pairs[review.decision] += 1
             yield {
                 "image": {"bytes": raw.data, "path": os.path.basename(raw.image_id)},

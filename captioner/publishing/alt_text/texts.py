@@ -160,11 +160,11 @@ def _join(rows: pa.Table, alt_texts: pa.Table, reviews: dict[str, Review], langu
 
 
 def _applicable_reviews(rows: pa.Table, reviews: dict[str, Review]) -> Iterator[tuple[int, Review]]:
-    """Yield the index of each reviewed row with its review, unless that was about an earlier caption."""
+    """Yield the index of each reviewed row with its review, unless that was about an earlier caption or file."""
     if not reviews:
         return
-    created = rows["created_at"]
+    created, sha256 = rows["created_at"], rows["sha256"]
     for index, image_id in enumerate(rows["image_id"].to_pylist()):
         review = reviews.get(image_id)
-        if review and review.applies_to(created[index].as_py()):
+        if review and review.applies_to(created[index].as_py(), sha256[index].as_py()):
             yield index, review

@@ -1,4 +1,4 @@
-"""The images to review and their order: about 50 bytes of temporary disk for each image, and one byte of memory."""
+"""The images to review and their order: about 80 bytes of temporary disk for each image, and one byte of memory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MAX_GROUP = 12  # images decided together: as many as a person can look at
 
 _SCAN_SIZE = 65_536  # images
 _SORTED_AT_ONCE = 1 << 22  # images, 100 MB of memory
-_COLUMNS = ["image_id", "logprob_mean", "flags", "created_at"]
+_COLUMNS = ["image_id", "sha256", "logprob_mean", "flags", "created_at"]
 _LOCATION = np.dtype([("part", "<i4"), ("row", "<i4")])
 _FIELDS = np.dtype(
     [
@@ -35,6 +35,7 @@ _FIELDS = np.dtype(
         ("id", "<u8"),  # hash of the image id: identifies the image and gives the random order
         ("text", "<u8"),  # hash of the alt text
         ("created", "<i8"),  # creation time of the caption, microseconds
+        ("sha256", "V32"),  # of the file
         ("flagged", "?"),
         ("lift", "<f4"),  # NaN where `captioner judge` has none
         ("weakness", "<u8"),  # small for images that the queue "flagged" shows first, see `_weakness`
@@ -73,7 +74,7 @@ class Queue:
                 column.append(keys[name])
             for row, image_id in enumerate(ids) if reviews else ():
                 review = reviews.get(image_id)
-                if review and review.applies_to(_timestamp(keys["created"][row])):
+                if review and review.applies_to(_timestamp(keys["created"][row]), keys["sha256"][row].tobytes().hex()):
                     self.decided[first + row] = review
         self._keys = {name: column.array() for name, column in columns.items()}
         self._failed = failed.array()
@@ -125,8 +126,9 @@ class Queue:
         return index if index >= 0 and self._keys["id"][index] == key else None
 
     def set_decision(self, index: int, review: Review | None) -> None:
-        """Set the decision about an image; `None` opens it again. A decision about an earlier caption is ignored."""
-        if review is not None and review.applies_to(_timestamp(self._keys["created"][index])):
+        """Set the decision about an image; `None` opens it again. One about an earlier caption or file is ignored."""
+        created, sha256 = _timestamp(self._keys["created"][index]), self._keys["sha256"][index].tobytes().hex()
+        if review is not None and review.applies_to(created, sha256):
             self.decided[index] = review
         else:
             self.decided.pop(index, None)
@@ -244,6 +246,8 @@ def _keys(
     keys["id"] = _ranks(ids, seed)
     keys["text"] = _ranks(alt_texts["alt_text"].to_pylist(), seed)
     keys["created"] = rows["created_at"].cast(pa.int64()).to_numpy()
+    digests = pc.fill_null(rows["sha256"], "0" * 64).to_pylist()
+    keys["sha256"] = np.frombuffer(bytes.fromhex("".join(digests)), "V32")
     keys["flagged"] = flagged_rows(rows["flags"], alt_texts)
     logprobs = pc.fill_null(rows["logprob_mean"], float("nan")).to_numpy()
     keys["lift"] = lifts_of(table, part, rows)

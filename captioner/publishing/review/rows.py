@@ -15,7 +15,7 @@ from captioner.publishing.review.standing_flags import standing_flags
 from captioner.store.directory import Directory
 from captioner.store.table import CaptionsTable, captions_name
 
-_COLUMNS = ["image_id", "uri", "width", "height", "num_bytes", "caption", "logprob_mean", "flags"]
+_COLUMNS = ["image_id", "uri", "sha256", "width", "height", "num_bytes", "caption", "logprob_mean", "flags"]
 _PLAN_COLUMNS = ["chunk_id", "chunk_row"]
 _MAX_TEXT = 1_000  # characters of a catalogue's column
 
@@ -35,6 +35,7 @@ class Row:
     chunk_id: str
     chunk_row: int
     alt_text: str
+    sha256: str | None = None
 
 
 def read_rows(table: CaptionsTable, locations: Sequence[tuple[int, int]]) -> list[Row]:

@@ -290,6 +290,7 @@ class ReviewSession:
             shown=request.shown,
             queue=self._queue_of(request.indices[0]),
             seconds=request.seconds,
+            sha256=tuple(row.sha256 for row in rows if row.sha256),
         )
 
     def _queue_of(self, index: int) -> str:
