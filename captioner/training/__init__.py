@@ -1,6 +1,7 @@
 """Fine-tuning: from pairs of images and captions to a model that captions. Never imports ray.
 
     job.py            a run, from the first check to the finished model
+    settings.py       which settings are refused before anything is read
     record.py         which run an OUT holds
     pair_sources.py   open, list and read DATA
     pairs.py          which pairs are usable, and their split into train, eval and test sets

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from captioner.console.text import printable
-from captioner.errors import OutputError
+from captioner.errors import OutputError, UsageError
 from captioner.files import hub_reason
 from captioner.store.directory import Directory
 
@@ -77,6 +77,19 @@ def _row(name: str, figures: dict[str, Any]) -> str:
     values = [figures["wer"], figures["shuffled_wer"], figures["loss"]]
     columns = " | ".join("-" if value is None else f"{value:.4f}" for value in values)
     return f"| {name} | {figures['num_pictures']:,} | {columns} |"
+
+
+def check_repository(name: str) -> None:
+    """Raise UsageError where a repository cannot have this name."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise UsageError(f"--hub-model-id {name}: {error}") from None
+    if "/" not in name:
+        raise UsageError(f"--hub-model-id {name}: has no owner; give OWNER/NAME")
 
 
 def push_to_hub(out: Directory, repository: str, api: Any = None) -> str:

@@ -10,7 +10,6 @@ OUT/
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -23,11 +22,10 @@ from captioner.config import ModelConfig, TrainConfig, num_bytes
 from captioner.console.stopping import notify, stoppable
 from captioner.console.text import counted
 from captioner.errors import OK, ModelError, TrainingError, UsageError
-from captioner.files import is_uri, local_path, shown
+from captioner.files import shown
 from captioner.models import ModelRef, check_in_subprocess, resolve
 from captioner.models.checking import PendingCheck
 from captioner.models.families import family_of
-from captioner.models.questions import columns_in
 from captioner.run.prefetch import in_background
 from captioner.sources import describe
 from captioner.store.directory import Directory
@@ -39,6 +37,7 @@ from captioner.training.progress import TrainProgress
 from captioner.training.recipes import with_recipe
 from captioner.training.record import RUN_FILE, open_record
 from captioner.training.schedule import Schedule, make_schedule, with_batch_of
+from captioner.training.settings import check_settings
 from captioner.training.worker import FinishInputs, WorkerTask
 
 PAIRS_FILE, MODEL_FILE = "pairs/pairs.json", "model/training_run.json"
@@ -169,7 +168,7 @@ def run(config: TrainConfig, engine: TrainEngine) -> int:
 
 def _run(config: TrainConfig, engine: TrainEngine) -> int:
     started = time.perf_counter()
-    _check_settings(config)
+    check_settings(config)
     notify(f"training {shown(config.model.name)} on {shown(config.data.path)} into {shown(config.output.path)}")
     engine.start()
     with TrainProgress() as progress:
@@ -275,43 +274,6 @@ def _prepare(
     setup.out.write_json(RUN_FILE, record | {"state": "running"})
     progress.set_total(schedule.max_steps, schedule.global_batch_size)
     return PreparedRun(setup, pairs, schedule)
-
-
-def _check_settings(config: TrainConfig) -> None:
-    if not config.output.path:
-        raise UsageError("no OUT given; name the directory for the model and its report")
-    if not config.data.path:
-        raise UsageError("no DATA given; name a folder with metadata.jsonl, tars, Parquet, a dataset or captions table")
-    if (gpus := config.cluster.gpus_per_worker or 0.0) > 1:
-        raise UsageError(f"--gpus-per-worker {gpus:g}: a training worker uses one GPU; give 1 and more --num-workers")
-    if config.training.bf16 and config.training.fp16:
-        raise UsageError("--bf16 and --fp16 exclude each other; give one of them")
-    if config.training.fsdp and config.training.fp16:
-        raise UsageError("--fsdp: sharded weights cannot be trained in float16; give --bf16 in place of --fp16")
-    image = config.output.caption_image
-    if image and is_uri(image):
-        raise UsageError(f"--caption-image {shown(image)}: is not on a local disk; give a file that is")
-    if image and not os.path.isfile(local_path(image)):
-        raise UsageError(f"--caption-image {image}: no such file")
-    if config.output.push_to_hub and not config.output.hub_model_id:
-        raise UsageError("--push-to-hub: name the repository with --hub-model-id OWNER/NAME")
-    if config.output.hub_model_id and not config.output.push_to_hub:
-        raise UsageError(f"--hub-model-id {config.output.hub_model_id}: nothing is uploaded; add --push-to-hub")
-    if not config.data.eval_data and not config.data.eval_fraction:
-        raise UsageError("--eval-fraction 0: the eval set is empty; raise it, or give --eval-data")
-    if columns := columns_in(config.model.prompt):
-        raise UsageError(f"--prompt {config.model.prompt!r}: pairs have no columns to fill {{{columns[0]}}} from")
-    if config.model.lora_rank is not None:
-        from captioner.training.lora import check_installed
-
-        check_installed()
-    if config.model.quantize and config.training.fsdp:
-        raise UsageError("--quantize: weights of fewer bits cannot be sharded; leave --fsdp or --quantize out")
-    if config.model.quantize and config.model.lora_rank is None:
-        raise UsageError("--quantize: weights of fewer bits cannot be trained; add --lora-rank, such as --lora-rank 16")
-    for flag, value in (("--lora-targets", config.model.lora_targets), ("--keep-adapter", config.model.keep_adapter)):
-        if value and config.model.lora_rank is None:
-            raise UsageError(f"{flag}: there are no adapters; add --lora-rank, such as --lora-rank 16")
 
 
 def _resolve(config: TrainConfig) -> ModelRef:

@@ -146,7 +146,7 @@ def make_pairs(config: TrainDataConfig, examined: Iterable[pa.Table], seed: int)
     if num_overlapping:
         pairs.skipped["also_in_another_split"] = num_overlapping
     _limit_eval(pairs, config, seed)
-    _refuse_empty(pairs, config)
+    _refuse_empty(pairs, config, set(usable["data"].to_pylist()))
     return pairs
 
 
@@ -262,15 +262,23 @@ def _limit_eval(pairs: Pairs, config: TrainDataConfig, seed: int) -> None:
         pairs.tables["eval"] = table.take(sorted(indices))
 
 
-def _refuse_empty(pairs: Pairs, config: TrainDataConfig) -> None:
+def _refuse_empty(pairs: Pairs, config: TrainDataConfig, numbers: set[int]) -> None:
+    """Raise an error where a set is empty. `numbers`: of the sources that have usable images."""
     if not len(pairs.tables["train"]):
         raise SourceError(f"{shown(config.path)}: no images are left to train on; every one is in the eval or test set")
-    for name in ("eval", "test"):
-        if name in pairs.tables and not len(pairs.tables[name]):
-            raise UsageError(
-                f"the {name} set is empty: {counted(len(pairs.tables['train']), 'image')} to train on, "
-                f"--{name}-fraction {getattr(config, f'{name}_fraction'):g}; raise it, or give --{name}-data"
+    for name, number, fraction in _held_out_sets(config):
+        if name not in pairs.tables or len(pairs.tables[name]):
+            continue
+        if number:
+            why = (
+                "every one of its images is in the test set" if number in numbers else "none of its images can be used"
             )
+            path = getattr(config, f"{name}_data")
+            raise UsageError(f"the {name} set is empty: --{name}-data {shown(path)}: {why}; give other images")
+        raise UsageError(
+            f"the {name} set is empty: {counted(len(pairs.tables['train']), 'image')} to train on, "
+            f"--{name}-fraction {fraction:g}; raise it, or give --{name}-data"
+        )
 
 
 def _hash_with(seed: int) -> Callable[[str], bytes]:

@@ -15,6 +15,7 @@ from captioner.models import ModelRef
 from captioner.run.record import versions
 from captioner.sources.splits import DEFAULT as DEFAULT_SPLIT
 from captioner.store.directory import Directory
+from captioner.training.settings import replaced_settings
 
 RUN_FILE = "train.json"
 
@@ -66,8 +67,13 @@ def open_record(config: TrainConfig, out: Directory, model: ModelRef, num_worker
 
 
 def _bound_settings(config: TrainConfig) -> dict[str, dict[str, Any]]:
+    unused = {(group, replaced) for group, _, replaced in replaced_settings(config)}
     return {
-        group: {name: value for name, value in settings.items() if name not in UNBOUND_SETTINGS[group]}
+        group: {
+            name: value
+            for name, value in settings.items()
+            if name not in UNBOUND_SETTINGS[group] and (group, name) not in unused
+        }
         for group, settings in _settings(config).items()
     }
 

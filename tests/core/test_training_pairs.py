@@ -258,6 +258,20 @@ def test_separate_eval_and_test_images_are_in_one_set_each(tmp_path: Path) -> No
     assert pairs.skipped == {"also_in_another_split": 3}
 
 
+def test_an_empty_set_of_its_own_data_is_an_error_that_says_why(tmp_path: Path) -> None:
+    train, held_out, damaged = (make_folder(tmp_path / name, 8, seed=n) for n, name in enumerate(("a", "b", "c")))
+    for file in damaged.glob("*.png"):
+        file.write_bytes(b"x")
+    paths = {"path": str(train), "eval_data": str(held_out)}
+
+    with pytest.raises(
+        UsageError, match=r"the eval set is empty: --eval-data .*b: every one of its images is in the test"
+    ):
+        pairs_of(test_data=str(held_out), **paths)
+    with pytest.raises(UsageError, match=r"the test set is empty: --test-data .*c: none of its images can be used"):
+        pairs_of(test_data=str(damaged), max_failed=0.5, **paths)
+
+
 def test_max_eval_samples_takes_the_same_images_each_time(tmp_path: Path) -> None:
     root = str(make_folder(tmp_path, 40))
     whole = pairs_of(path=root, eval_fraction=0.5).tables["eval"]["image_id"].to_pylist()
