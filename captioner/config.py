@@ -529,7 +529,9 @@ class TrainingConfig(Settings):
     fsdp: bool = Field(False, description="Shard weights, gradients and optimiser over the workers; for large models.")
     bf16: bool = Field(False, description="Compute in bfloat16; weights stay float32.")
     fp16: bool = Field(False, description="Compute in float16; GPUs only.")
-    logging_steps: int = Field(10, ge=1, description="Steps between entries of the loss history.")
+    logging_steps: int = Field(
+        10, ge=1, description="Steps between entries of the loss history; one more at each checkpoint."
+    )
     eval_steps: int | None = Field(None, ge=1, description="Steps between evaluations; default once an epoch.")
     save_steps: int | None = Field(None, ge=1, description="Steps between checkpoints; a multiple of --eval-steps.")
     save_total_limit: int = Field(3, ge=1, description="Checkpoints kept: the best ones, and the latest.")

@@ -96,6 +96,8 @@ class TrainingCallback(TrainerCallback):
             if self.stopped:
                 control.should_training_stop = True
         control.should_save = schedule.is_saved(step) or control.should_training_stop
+        # A checkpoint does not hold Trainer's sum of the losses since the last entry, so none may be open there.
+        control.should_log = control.should_log or control.should_save
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         latest = evaluations(state.log_history)[-1]

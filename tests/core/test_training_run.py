@@ -130,7 +130,7 @@ class Stopped(BaseException):
 def test_a_killed_run_resumes_and_ends_like_an_uninterrupted_one(
     tmp_path: Path, data: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = {"max_steps": 6, "eval_steps": 2, "learning_rate": 1e-3}
+    options = {"max_steps": 6, "eval_steps": 2, "learning_rate": 1e-3, "logging_steps": 3}
     job.run(train_config(data, tmp_path / "whole", tiny, **options), LocalTrainEngine())
     show_progress = LocalWorker.show_progress
 
@@ -147,7 +147,7 @@ def test_a_killed_run_resumes_and_ends_like_an_uninterrupted_one(
     job.run(train_config(data, tmp_path / "killed", tiny, **options), LocalTrainEngine())
 
     assert training_losses(tmp_path / "killed") == pytest.approx(training_losses(tmp_path / "whole"), rel=1e-5)
-    assert len(training_losses(tmp_path / "killed")) == 6
+    assert len(training_losses(tmp_path / "killed")) == 4  # at steps 2, 3, 4 and 6: also at checkpoints
     weights = [_weights(tmp_path / name) for name in ("whole", "killed")]
     for name, weight in weights[0].items():
         torch.testing.assert_close(weights[1][name], weight, rtol=1e-4, atol=1e-5)
@@ -320,6 +320,20 @@ def test_a_run_that_ended_after_it_had_stopped_early_trains_no_further(
         ({"training": {"bf16": True, "fp16": True}}, UsageError, "exclude each other"),
         ({"output": {"push_to_hub": True}}, UsageError, "--hub-model-id"),
         ({"output": {"hub_model_id": "me/git"}}, UsageError, "--hub-model-id me/git: nothing is uploaded"),
+        (
+            {"output": {"push_to_hub": True, "hub_model_id": "me/a b"}},
+            UsageError,
+            "--hub-model-id me/a b: Repo id must",
+        ),
+        ({"output": {"push_to_hub": True, "hub_model_id": "git"}}, UsageError, "--hub-model-id git: has no owner"),
+        ({"data": {"eval_data": "x"}}, UsageError, r"--eval-fraction 0\.2: has no effect with --eval-data"),
+        ({"data": {"eval_fraction": 0.1, "test_data": "x", "test_fraction": 0.3}}, UsageError, "with --test-data"),
+        ({"training": {"max_steps": 4, "num_train_epochs": 7}}, UsageError, "--num-train-epochs 7.*with --max-steps"),
+        (
+            {"training": {"max_steps": 10, "save_steps": 3, "eval_steps": 2}},
+            UsageError,
+            "--save-steps 3: must be a mult",
+        ),
         ({"cluster": {"gpus_per_worker": 2}}, UsageError, "--gpus-per-worker 2: a training worker uses one GPU"),
         ({"output": {"caption_image": "s3://b/a.png"}}, UsageError, "--caption-image s3://b/a.png: is not on a local"),
         ({"output": {"caption_image": "/no/such.png"}}, UsageError, "--caption-image /no/such.png: no such file"),
@@ -329,6 +343,8 @@ def test_a_run_that_ended_after_it_had_stopped_early_trains_no_further(
 def test_wrong_settings_are_errors_before_anything_starts(tmp_path: Path, data: Path, groups, error, message) -> None:
     with pytest.raises(error, match=message):
         job.run(train_config(data, tmp_path / "out", groups=groups), LocalTrainEngine())
+
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_out_without_a_training_run_is_refused(tmp_path: Path, data: Path) -> None:
