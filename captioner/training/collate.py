@@ -104,8 +104,9 @@ class Collate:
     tokens that they should predict. Positions are computed here because selecting tokens by a mask on a GPU would wait
     for the GPU.
 
-    `start`: ids that every caption starts with. `end`: id of the end token. `padding`: id that pads shorter captions to
-    the longest of the batch. `max_tokens`: of a caption; longer ones are cut, and still get an end token.
+    `tokenizer`: of `plain_text_tokenizer`. `start`: ids that every caption starts with. `end`: id of the end token.
+    `padding`: id that pads shorter captions to the longest of the batch. `max_tokens`: of a caption; longer ones are
+    cut, and still get an end token.
     """
 
     tokenizer: Any

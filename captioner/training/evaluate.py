@@ -25,7 +25,7 @@ from captioner.scoring.normalise import caption_tokens, normalise
 from captioner.training.chat_batches import ChatCollate, answer_frame
 from captioner.training.collate import Collate, batches_of, pixels_of
 from captioner.training.loss import CaptionLoss
-from captioner.training.pairs import max_caption_tokens
+from captioner.training.pairs import max_caption_tokens, plain_text_tokenizer
 
 # Captions are shuffled within a window for the baseline, so windows do not depend on the number of workers.
 WINDOW = 64
@@ -45,18 +45,18 @@ def eval_batch_size(config: TrainConfig) -> int:
 
 def make_collate(captioner: TransformersCaptioner) -> Collate:
     """Return the Collate for the tokenizer and the special tokens of a captioner."""
-    settings, ref = captioner.settings, captioner.ref
+    settings, ref, tokenizer = captioner.settings, captioner.ref, plain_text_tokenizer(captioner.tokenizer)
     end_ids = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
     padding = settings.pad_token_id if settings.pad_token_id is not None else end_ids[0]
     if isinstance(captioner, ChatCaptioner):
         before, end = answer_frame(captioner, end_ids)
         longest = max_caption_tokens(ref.max_positions, 0)
-        return ChatCollate(captioner.tokenizer, (), end, padding, ref.spec, longest, captioner.process, before)
+        return ChatCollate(tokenizer, (), end, padding, ref.spec, longest, captioner.process, before)
     # A token that `generate` always writes first is not learned.
     forced = [] if settings.forced_bos_token_id is None else [settings.forced_bos_token_id]
     start = (*captioner.prefix, *forced)
     longest = max_caption_tokens(ref.max_positions, len(start))
-    return Collate(captioner.tokenizer, start, end_ids[0], padding, ref.spec, longest)
+    return Collate(tokenizer, start, end_ids[0], padding, ref.spec, longest)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections import Counter
@@ -121,7 +122,18 @@ class Examine:
 def _tokenizer(model: ModelRef) -> Any:
     from captioner.models.pretrained import open_tokenizer
 
-    return open_tokenizer(find_local(model).path)
+    return plain_text_tokenizer(open_tokenizer(find_local(model).path))
+
+
+def plain_text_tokenizer(tokenizer: Any) -> Any:
+    """Return a copy of a tokenizer for captions, in which the name of a special token is text like any other.
+
+    Captions of LLaVA's data have an "<image>" in them, which chat models would take for the place of an image. It is a
+    copy because its setting is one of the Rust tokenizer, and another thread may put questions together meanwhile.
+    """
+    plain = copy.deepcopy(tokenizer)
+    plain.split_special_tokens = True
+    return plain
 
 
 def make_pairs(config: TrainDataConfig, examined: Iterable[pa.Table], seed: int) -> Pairs:

@@ -1,6 +1,7 @@
 """The loss is the cross-entropy over caption tokens, for every family that can be trained."""
 
 import io
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -300,3 +301,21 @@ def test_layers_that_a_cpu_packs_for_captioning_are_trained(
 
     assert [name for name, module in network.named_modules() if isinstance(module, torch.nn.Linear)]
     assert not [name for name, module in network.named_modules() if isinstance(module, packed.PackedLinear)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_name_of_a_special_token_in_a_caption_is_text(
+    models: dict[str, TransformersCaptioner], family: str
+) -> None:
+    """Captions of LLaVA's data hold "<image>", which chat models and BLIP-2 took for an image without features."""
+    captioner = models[family]
+    tokenizer, image_token = captioner.tokenizer, getattr(captioner.model.config, "image_token_id", None)
+    special = {*tokenizer.all_special_ids, *([] if image_token is None else [image_token])}
+    captions = [f"a {name} ring" for name in tokenizer.convert_ids_to_tokens(sorted(special))]
+
+    batch, end = batch_of(captioner, captions), make_collate(captioner).end
+
+    labels = batch["labels"].tolist()
+    assert labels.count(end) == len(captions)
+    assert not set(labels) & special - {end, tokenizer.unk_token_id}
+    assert math.isfinite(CaptionLoss(captioner)(**batch).item())
