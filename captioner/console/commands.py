@@ -21,6 +21,7 @@ from captioner.run.quality import enforce
 from captioner.sources import reopen_source
 from captioner.store.counts import TableCounts
 from captioner.store.lock import is_held
+from captioner.store.plan import notes_of
 from captioner.store.table import RUN_FILE, CaptionsTable, open_table
 from captioner.store.verify import Verification, count_rows
 from captioner.store.verify import verify as verify_table
@@ -102,7 +103,7 @@ def _print_latest_start(out: str, record: dict[str, Any]) -> None:
 
 def _notes_of(table: CaptionsTable, num_planned: int) -> list[str]:
     """Return what a person should know of the source, as it was listed and as it is now."""
-    notes = [note for plan in table.plans() for note in plan.notes]
+    notes = notes_of(table.plans())
     if num_planned > COMPARE_UP_TO:
         return notes
     try:

@@ -48,7 +48,7 @@ from captioner.store.creating import (
     put_in_place,
     table_exists,
 )
-from captioner.store.plan import compare_with_source, make_plan, read_planned
+from captioner.store.plan import compare_with_source, make_plan, notes_of, read_planned
 from captioner.store.publish import missing_chunks, remove_merged_chunks
 from captioner.store.repair import restore_table
 from captioner.store.replan import make_retry_plan
@@ -285,7 +285,7 @@ def _plan(
     except CaptionerError:
         discard_new_table(table)
         raise
-    planned.notes.extend(note for plan in table.plans() for note in plan.notes)
+    planned.notes.extend(notes_of(table.plans()))
     return planned
 
 
@@ -377,19 +377,27 @@ def _check_same_source(config: CaptionConfig, table: CaptionsTable) -> None:
     The limits of decoding may differ, and with --extend the selection of images.
     """
     planned = SourceConfig.model_validate(table.info["source"])
-    may_differ = {"max_pixels", "max_file_size", "decode_timeout"} | (
-        {"include", "exclude", "limit"} if config.output.extend else set()
-    )
+    selection = {"include", "exclude", "limit"}
+    may_differ = {"max_pixels", "max_file_size", "decode_timeout"} | (selection if config.output.extend else set())
     for name in SourceConfig.model_fields:
         before, now = getattr(planned, name), getattr(config.source, name)
         now = shown(now) if name == "path" else now
         before, now = (value or DEFAULT_SPLIT if name == "split" else value for value in (before, now))
         if name not in may_differ and before != now:
-            what = {"path": "from", "take_as": "with --as"}.get(name, f"with --{name.replace('_', '-')}")
             raise OutputError(
-                f"{shown(config.output.path)} was created {what} {before!r}, not {now!r}; give the same, another OUT, "
-                "or --overwrite"
+                f"{shown(config.output.path)} was created {_difference(name, before, now)}; give the same, "
+                f"{'--extend to add images, ' if name in selection else ''}another OUT, or --overwrite"
             )
+
+
+def _difference(name: str, before: object, now: object) -> str:
+    """Return in words how a setting of SOURCE differs, such as "with --limit 2, not without"."""
+    if name == "path":
+        return f"from {before!r}, not {now!r}"
+    flag = "--as" if name == "take_as" else f"--{name.replace('_', '-')}"
+    if not before:
+        return f"without {flag}, not with {now!r}"
+    return f"with {flag} {before!r}, not {repr(now) if now else 'without'}"
 
 
 def _check_same_files(output: OutputConfig, table: CaptionsTable) -> None:

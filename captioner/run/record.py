@@ -22,6 +22,7 @@ from captioner.run.bottleneck import busy_shares
 from captioner.run.job import Job
 from captioner.run.question_checks import question_notes
 from captioner.store.counts import TableCounts
+from captioner.store.plan import num_ignored
 from captioner.store.table import RUN_FILE, Plan
 
 
@@ -135,7 +136,7 @@ def make_record(job: Job, state: str, tally: Tally, counts: TableCounts | None =
             "captioned_in_this_run": tally.num_rows,
             "duplicates": tally.duplicates,
             "skipped": tally.skipped,
-            "ignored": sum(plan.num_ignored for plan in plans),
+            "ignored": num_ignored(plans),
         },
         "seconds": {
             "startup": round(tally.startup, 3),

@@ -6,7 +6,7 @@ import copy
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -156,6 +156,16 @@ def _list(
         writer.add(unit, rows, listing)
         if limit is not None and writer.num_rows >= limit:
             break
+
+
+def notes_of(plans: Sequence[Plan]) -> list[str]:
+    """Return what a person should know of the source, as it was listed; each note once, however often it was listed."""
+    return list(dict.fromkeys(note for plan in plans for note in plan.notes))
+
+
+def num_ignored(plans: Sequence[Plan]) -> int:
+    """Return how many files were no images: each --extend lists all again, one with --limit perhaps not to the end."""
+    return max((plan.num_ignored for plan in plans), default=0)
 
 
 def read_planned(table: CaptionsTable, chunk: Chunk) -> pa.Table:

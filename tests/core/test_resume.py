@@ -1,5 +1,6 @@
 """Exactly once, in one process: a run that dies at any write, resumed, ends like an undisturbed one."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -283,6 +284,30 @@ def test_an_extension_with_a_limit_goes_on_and_does_not_grow_with_each_start(tmp
     assert pipeline.run(more) == 0  # the first six are captioned: six more
     assert len(contents(out)) == 20
     assert verify(open_table(str(out))).proven
+
+
+def test_what_an_extension_lists_again_is_counted_and_noted_once(tmp_path: Path) -> None:
+    source, out = make_folder(tmp_path / "archive", 2), tmp_path / "out"
+    (source / "notes.txt").write_text("no image")
+    (source / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    for number in range(3):
+        shutil.copy(source / "000000.png", source / f"new-{number}.png")
+        pipeline.run(caption_config(source, out, extend=out.exists(), max_failed=1.0))
+
+    assert len(open_table(str(out)).plans()) == 3
+    record = json.loads((out / "run.json").read_text())
+    assert record["counts"]["ignored"] == open_table(str(out)).plans()[0].num_ignored > 0
+    assert len(record["notes"]) == len(set(record["notes"])) > 0
+
+
+def test_another_limit_is_named_as_it_is_given(tmp_path: Path) -> None:
+    source, out = make_folder(tmp_path / "archive", 4), tmp_path / "out"
+    pipeline.run(caption_config(source, out, source={"limit": 2}))
+
+    with pytest.raises(OutputError, match=r"was created with --limit 2, not without; give the same, --extend to add"):
+        pipeline.run(caption_config(source, out))
+    assert pipeline.run(caption_config(source, out, extend=True)) == 0
+    assert len(contents(out)) == 4
 
 
 def test_files_of_another_size_are_refused_where_none_are_added(tmp_path: Path) -> None:
