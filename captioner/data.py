@@ -99,7 +99,7 @@ CAPTIONS_SCHEMA = pa.schema(
         pa.field("run_id", pa.string(), nullable=False),
         pa.field("chunk_id", pa.string(), nullable=False),
         pa.field("chunk_row", pa.int32(), nullable=False),
-        pa.field("created_at", pa.timestamp("us", tz="UTC"), nullable=False),
+        pa.field("created_at", pa.timestamp("us", tz="UTC"), nullable=False),  # just before its file was read
     ]
 )
 

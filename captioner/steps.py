@@ -98,12 +98,16 @@ class Work:
 
 @dataclass(frozen=True)
 class ReadChunk:
-    """The planned rows of a chunk, a RawImage for each, and the seconds spent reading."""
+    """The planned rows of a chunk, a RawImage for each, and the seconds spent reading.
+
+    `read_at`: when reading began, in seconds since the epoch: a file that changes after that is not what is captioned.
+    """
 
     chunk: Chunk
     planned: pa.Table
     raws: list[RawImage]
     seconds: float
+    read_at: float = field(default_factory=time.time)
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,7 @@ class ChunkRows:
 
     `rows`: its columns so far. `pixels`: of its images, None once they are captioned. `seconds`: spent in each step.
     `engine`, `device`: what captioned it (see `captioner.models.base`), or "". `usage`: tokens that were counted.
+    `read_at`: see ReadChunk.
     """
 
     chunk: Chunk
@@ -121,13 +126,15 @@ class ChunkRows:
     engine: str = ""
     device: str = ""
     usage: Usage = NO_USAGE
+    read_at: float = field(default_factory=time.time)
 
 
 def read(work: Work, chunk: Chunk) -> ReadChunk:
     """Read the files of a chunk. Raises SourceError where the source as a whole is at fault."""
-    started = time.perf_counter()
+    started, read_at = time.perf_counter(), time.time()
     planned = work.planned_rows(chunk)
-    return ReadChunk(chunk, planned, read_rows(work, chunk, planned), time.perf_counter() - started)
+    raws = read_rows(work, chunk, planned)
+    return ReadChunk(chunk, planned, raws, time.perf_counter() - started, read_at)
 
 
 def read_rows(work: Work, chunk: Chunk, planned: pa.Table) -> list[RawImage]:
@@ -156,7 +163,8 @@ def decode(work: Work, read: ReadChunk, decoder: GuardedDecoder) -> ChunkRows:
         rows = rows.append_column(field_, read.planned[field_.name])
     if PREVIOUS in read.planned.column_names:
         rows = rows.append_column(PREVIOUS, read.planned[PREVIOUS])
-    return ChunkRows(read.chunk, rows, batch.pixels, {"read": read.seconds, "decode": time.perf_counter() - started})
+    seconds = {"read": read.seconds, "decode": time.perf_counter() - started}
+    return ChunkRows(read.chunk, rows, batch.pixels, seconds, read_at=read.read_at)
 
 
 def _decode_all(work: Work, read: ReadChunk, decode_images: Callable[[Sequence[RawImage]], ImageBatch]) -> ImageBatch:
@@ -392,7 +400,7 @@ def _finished_rows(work: Work, decoded: ChunkRows, results: list[RowResult], pro
         "generation": chunk.generation,
         "run_id": work.run_id,
         "chunk_id": chunk.chunk_id,
-        "created_at": datetime.now(UTC),
+        "created_at": datetime.fromtimestamp(decoded.read_at, UTC),
     }
     schema = work.table.schema
     columns |= {

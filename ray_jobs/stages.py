@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 _CHUNK, _IMAGES = "chunk", "images"
 _PIXELS, _WIDTHS = "_pixels", "_widths"
-_FACTS = ("seconds", "engine", "device", "usage")  # of a ChunkRows
+_FACTS = ("seconds", "engine", "device", "usage", "read_at")  # of a ChunkRows
 _ERROR = "error"
 
 

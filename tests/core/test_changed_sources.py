@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import tarfile
+import time
 from pathlib import Path
 
 import fsspec
@@ -19,7 +20,9 @@ from PIL import Image
 from captioner import pipeline
 from captioner.config import CaptionConfig
 from captioner.console.commands import status
+from captioner.data import Captions, Pixels
 from captioner.errors import OutputError
+from captioner.models.fake import FakeCaptioner
 from captioner.run import changed
 from captioner.sources import open_source
 from captioner.store.read import read_parts
@@ -264,6 +267,28 @@ def test_changes_are_found_among_many_files_whatever_their_folder(tmp_path, monk
     assert sorted(names) == other_size + (newer if where == "disk" else [])  # this store tells no times
     assert result.num_images == len(names)
     assert changed.find_changed(table, open_source(config.source), 1).num_unsure == (2 if where == "disk" else 0)
+
+
+def test_a_file_replaced_while_its_chunk_is_captioned_is_captioned_again_by_extend(
+    tmp_path, expected, monkeypatch
+) -> None:
+    write(tmp_path / "images", [0, 1], "folder")
+    caption = FakeCaptioner.caption
+
+    def replaced_meanwhile(captioner: FakeCaptioner, pixels: Pixels) -> Captions:
+        file = tmp_path / "images" / "000.bmp"
+        file.write_bytes(image(2))
+        os.utime(file, ns=(time.time_ns(), time.time_ns()))  # the system's own times are those of its last tick
+        return caption(captioner, pixels)
+
+    monkeypatch.setattr(FakeCaptioner, "caption", replaced_meanwhile)
+    run(tmp_path)
+    monkeypatch.undo()
+    assert captions_of(tmp_path)["000"] == expected["000"]
+
+    run(tmp_path, extend=True)
+
+    assert captions_of(tmp_path) == {"000": expected["002"], "001": expected["001"]}
 
 
 def write_prices(root: Path, prices: list[object], kind: pa.DataType) -> None:
