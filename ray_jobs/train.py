@@ -21,7 +21,6 @@ import pyarrow as pa
 
 from captioner.config import ClusterConfig, ModelConfig, TrainConfig
 from captioner.errors import CaptionerError
-from captioner.files import absolute
 from captioner.models import ModelRef, weights_bytes
 from captioner.models.devices import set_wait_policy
 from captioner.models.loading import SMALL_MODEL_BYTES
@@ -141,7 +140,7 @@ class RayTrainEngine:
         metric = f"eval_{settings.metric_for_best_model}"
         resources = {"CPU": sizes.cpus_per_worker} | ({"GPU": sizes.gpus_per_worker} if sizes.gpus_per_worker else {})
         config = {
-            "config": _with_absolute_out(setup.config),
+            "config": setup.config,
             "model": setup.model,
             "board": board,
             "threads": self._threads(setup.model),
@@ -196,12 +195,6 @@ def num_threads(sizes: Sizes, resources: Resources, model_bytes: int) -> int:
     if model_bytes <= SMALL_MODEL_BYTES:
         return 1
     return max(1, int(min(resources.num_cpus / sizes.num_workers, resources.least_cpus)))
-
-
-def _with_absolute_out(config: TrainConfig) -> TrainConfig:
-    """Return the settings for workers, whose current folder may be another one."""
-    output = config.output.model_copy(update={"path": absolute(config.output.path)})
-    return config.model_copy(update={"output": output})
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from captioner.store.directory import Directory
 from captioner.training.advice import COLLAPSED, collapse_warning, is_collapsed, warnings_of
 from captioner.training.checkpoints import Checkpoints, Snapshot
 from captioner.training.evaluate import SHARES, Evaluator
+from captioner.training.record import mark_trained
 from captioner.training.schedule import best_of, evaluations, is_stale
 from captioner.training.worker import Worker, WorkerTask
 
@@ -68,6 +69,8 @@ class TrainingCallback(TrainerCallback):
         self._started = time.perf_counter()
         self._show_progress(state)
         if self._is_evaluation_finite(state):
+            if self._worker.rank == 0:
+                mark_trained(self._task.out)
             self._stop_if_stale(state)  # a run that was killed after it had stopped early
         if self.stopped or state.global_step >= self._task.schedule.max_steps:
             control.should_training_stop = True
@@ -108,7 +111,7 @@ class TrainingCallback(TrainerCallback):
         snapshot, self._trainer.snapshot = self._trainer.snapshot, None
         self._checkpoints.save(snapshot, metrics)
         if self._worker.rank == 0 and self._task.config.training.report_to == "tensorboard":
-            write_tensorboard(Directory(self._task.config.output.path), state.log_history[self._num_written :])
+            write_tensorboard(self._task.out, state.log_history[self._num_written :])
             self._num_written = len(state.log_history)
 
     @property

@@ -1,7 +1,7 @@
 """A training run in one OUT, from the first check to the finished model. The engine runs the work.
 
 OUT/
-  train.json          id, settings, fingerprint and base model of the run; its state at the end
+  train.json          id, settings, fingerprint and base model of the run; its state once it trains
   pairs/              the usable pairs, split; fixed once pairs.json is written, which comes last
   checkpoints/        Ray Train's: the best ones and the latest
   model/              the finished model; training_run.json is written last
@@ -84,6 +84,7 @@ class PreparedRun:
             self.schedule,
             tables["train"],
             tables["eval"],
+            setup.out,
             setup.pixel_cache,
         )
 
@@ -195,7 +196,8 @@ def _run(config: TrainConfig, engine: TrainEngine) -> int:
             _push(config, out)
             return OK
         progress.show_status("listing pairs")
-        outcome = _train(setup, listing.result(), engine, check, progress)
+        listed = listing.result() or _list_new_pairs(config, out, sources)  # again where `open_record` dropped pairs
+        outcome = _train(setup, listed, engine, check, progress)
         progress.show_status("making OUT/model")
         result = engine.finish(outcome.checkpoint, outcome.finish_inputs())
         if setup.pixel_cache is not None:
@@ -264,14 +266,13 @@ def _prepare(
     check: PendingCheck,
     progress: TrainProgress,
 ) -> PreparedRun:
-    config, record = setup.config, setup.record
+    config = setup.config
     pairs = _read_pairs(setup.out) if listed is None else _examine(setup, listed, engine, progress)
     _notify_pairs(pairs)
     if warning := length_warning(pairs.tables["train"], config, setup.model.family):
         notify(warning)
     check.result()
     schedule = make_schedule(config.training, _epoch_size(config, pairs), engine.num_workers())
-    setup.out.write_json(RUN_FILE, record | {"state": "running"})
     progress.set_total(schedule.max_steps, schedule.global_batch_size)
     return PreparedRun(setup, pairs, schedule)
 

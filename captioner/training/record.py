@@ -41,20 +41,31 @@ _URI_SETTINGS = {"data": ("path", "eval_data", "test_data"), "model": ("name",),
 def open_record(config: TrainConfig, out: Directory, model: ModelRef, num_workers: int) -> dict[str, Any]:
     """Return the record of the run in OUT, or a new one. Its `num_workers` are those that started it.
 
-    Raises FingerprintError where OUT holds a run with another configuration.
+    A run that never trained is begun anew where its configuration differs. Raises FingerprintError where OUT holds a
+    run with another configuration that did.
     """
     bound = {group: settings for group, settings in _bound_settings(config).items() if settings}
     bound["model"]["sha256"] = model.sha256
+    run_id = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
     if out.exists(RUN_FILE):
         record = out.read_json(RUN_FILE)
-        _refuse_difference(shown(config.output.path), record["bound"], bound)
-        return record
-    if not out.is_empty():
+        run_id = record["training_run_id"]  # which its pixel cache is named after
+        difference = _difference(record["bound"], bound)
+        if not difference:
+            return record
+        if "state" in record:
+            raise FingerprintError(
+                f"{shown(config.output.path)} was started with {difference}; give the same value to resume the run, or"
+                " another OUT"
+            )
+        if not _has_pairs_of(record["bound"], bound):
+            out.delete_folder("pairs")
+    elif not out.is_empty():
         raise OutputError(f"{shown(config.output.path)} is not empty and holds no training run; give another OUT")
     identity = bound | {"cluster": {"num_workers": num_workers}}
     fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     record = {
-        "training_run_id": f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}",
+        "training_run_id": run_id,
         "fingerprint": fingerprint,
         "num_workers": num_workers,
         "bound": bound,
@@ -64,6 +75,13 @@ def open_record(config: TrainConfig, out: Directory, model: ModelRef, num_worker
     }
     out.write_json(RUN_FILE, record)
     return record
+
+
+def mark_trained(out: Directory) -> None:
+    """Write into the record that the run in OUT trains, so that its settings are kept from now on."""
+    record = out.read_json(RUN_FILE)
+    if "state" not in record:
+        out.write_json(RUN_FILE, record | {"state": "running"})
 
 
 def _bound_settings(config: TrainConfig) -> dict[str, dict[str, Any]]:
@@ -86,15 +104,20 @@ def _settings(config: TrainConfig) -> dict[str, dict[str, Any]]:
     return settings
 
 
-def _refuse_difference(path: str, recorded: dict[str, Any], given: dict[str, Any]) -> None:
+def _difference(recorded: dict[str, Any], given: dict[str, Any]) -> str:
+    """Return the first setting that differs, with both values; "" where none does."""
     for group, settings in given.items():
         for name, value in settings.items():
             before = recorded.get(group, {}).get(name, _default(group, name))
             if before != value:
-                raise FingerprintError(
-                    f"{path} was started with {group}.{name} = {_shorten(before)}, now it is {_shorten(value)}; "
-                    "give the same value to resume the run, or another OUT"
-                )
+                return f"{group}.{name} = {_shorten(before)}, now it is {_shorten(value)}"
+    return ""
+
+
+def _has_pairs_of(recorded: dict[str, Any], given: dict[str, Any]) -> bool:
+    """Return whether two configurations have the same pairs in the same sets."""
+    seeds = [bound.get("training", {}).get("seed") for bound in (recorded, given)]
+    return seeds[0] == seeds[1] and all(recorded.get(group) == given.get(group) for group in ("data", "model"))
 
 
 def _default(group: str, name: str) -> Any:

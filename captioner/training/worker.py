@@ -36,6 +36,7 @@ class WorkerTask:
     schedule: Schedule
     train: pa.Table
     eval: pa.Table
+    out: Directory
     pixel_cache: PixelCache | None = None
 
 

@@ -123,6 +123,27 @@ def test_a_changed_setting_is_refused_by_name(trained: Path, data: Path) -> None
         )
 
 
+def test_a_run_that_never_trained_takes_other_settings(tmp_path: Path, data: Path, tiny: Path) -> None:
+    """Its pairs stay where they are the same with the other settings."""
+    out, options = tmp_path / "out", {"max_steps": 1, "max_new_tokens": 4}
+
+    def start(groups: dict, **others) -> None:
+        job.run(train_config(data, out, tiny, groups, **(options | others)), LocalTrainEngine())
+
+    refused = {"max_steps": None, "num_train_epochs": 9, "save_steps": 7}
+    for fraction, num_eval in ((0.5, 30), (0.2, 12)):
+        with pytest.raises(UsageError, match="--save-steps 7: must be a multiple of --eval-steps"):
+            start({"data": {"eval_fraction": fraction}}, **refused)
+        assert pq.read_metadata(out / "pairs" / "eval.parquet").num_rows == num_eval
+    pairs = (out / "pairs" / "pairs.json").stat().st_mtime_ns
+    start({}, learning_rate=1e-3)
+
+    assert (out / "pairs" / "pairs.json").stat().st_mtime_ns == pairs
+    assert json.loads((out / "train.json").read_text())["settings"]["training"]["learning_rate"] == 1e-3
+    with pytest.raises(FingerprintError, match=r"training\.learning_rate = 0\.001, now it is 0\.5"):
+        start({}, learning_rate=0.5)
+
+
 class Stopped(BaseException):
     """Stands for the end of the process."""
 
