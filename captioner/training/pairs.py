@@ -88,17 +88,26 @@ class Examine:
         return pa.table({name: columns[name] for name in PAIRS_SCHEMA.names}, schema=PAIRS_SCHEMA)
 
     def _decode(self, rows: pa.Table) -> list[dict[str, Any]]:
-        """Return `sha256`, `error_code` and `error_message` of each row; images without captions are not read."""
+        """Return `sha256`, `error_code` and `error_message` of each row.
+
+        Images without captions are not decoded. They are hashed, because other rows of one may have captions, but not
+        where no row has any, since such a source is refused.
+        """
         counts = pc.fill_null(pc.list_value_length(rows["reference_captions"]), 0).to_pylist()
         without_caption = {"sha256": None, "error_code": "no_caption", "error_message": "the image has no caption"}
         results: list[dict[str, Any]] = [without_caption] * len(rows)
         indices = [index for index, count in enumerate(counts) if count]
+        others = [index for index, count in enumerate(counts) if not count]
         if indices:
             batch = self.sources.decode(rows.take(indices), self.model.spec)
             for index, result, pixels in zip(indices, batch.rows.to_pylist(), batch.pixels, strict=True):
                 results[index] = result
                 if self.pixel_cache is not None and not result["error_code"]:
                     self.pixel_cache.write(result["sha256"], self.model.spec, pixels)
+        if indices and others:
+            for index, image in zip(others, self.sources.read(rows.take(others)), strict=True):
+                if image.data:
+                    results[index] = without_caption | {"sha256": hashlib.sha256(image.data).hexdigest()}
         return results
 
     def _num_truncated(self, captions: list[list[str] | None]) -> list[int]:
@@ -141,17 +150,18 @@ def make_pairs(config: TrainDataConfig, examined: Iterable[pa.Table], seed: int)
 
     Raises SourceError where too few are usable, UsageError where the eval or test set would be empty.
     """
-    pairs, usable_tables, failed_images = Pairs({}), [PAIRS_SCHEMA.empty_table()], set[tuple[int, str]]()
+    pairs, usable_tables, failed_tables = Pairs({}), [PAIRS_SCHEMA.empty_table()], [PAIRS_SCHEMA.empty_table()]
     for table in examined:
         pairs.num_rows += len(table)
         is_usable = pc.equal(table["error_code"], "")
-        _count_skipped(pairs, table.filter(pc.invert(is_usable)), failed_images)
+        failed_tables.append(table.filter(pc.invert(is_usable)))
         usable_tables.append(table.filter(is_usable))
     if not pairs.num_rows:
         raise SourceError(f"{shown(config.path)}: no images")
     usable = join_captions(pa.concat_tables(usable_tables).combine_chunks())
-    pairs.num_listed = len(usable) + len(failed_images)
-    _check_num_failed(config, pairs, len(failed_images), len(usable))
+    num_failed = _count_skipped(pairs, pa.concat_tables(failed_tables), usable)
+    pairs.num_listed = len(usable) + num_failed
+    _check_num_failed(config, pairs, num_failed, len(usable))
     pairs.num_truncated = pc.sum(usable["num_truncated"]).as_py() or 0
     pairs.tables = split(usable, config, seed)
     num_overlapping = len(usable) - sum(map(len, pairs.tables.values()))
@@ -196,9 +206,13 @@ def _refuse_shared_ids(images: pa.Table) -> None:
         ids.add(key)
 
 
-def _count_skipped(pairs: Pairs, failed: pa.Table, images: set[tuple[int, str]]) -> None:
-    """Count the images of failed rows, each once. `images`: those counted before; they are added to it."""
-    counts = Counter(pairs.skipped)
+def _count_skipped(pairs: Pairs, failed: pa.Table, usable: pa.Table) -> int:
+    """Count the images of failed rows, each once, and return their number.
+
+    An image of a usable row is not one of them: the others of its rows may lack a caption.
+    """
+    images: set[tuple[int, str]] = set(zip(usable["data"].to_pylist(), usable["sha256"].to_pylist(), strict=True))
+    counts: Counter[str] = Counter()
     for row in failed.select(["data", "sha256", "image_id", "error_code", "error_message"]).to_pylist():
         image = row["data"], row["sha256"] or row["image_id"]
         if image in images:
@@ -208,6 +222,7 @@ def _count_skipped(pairs: Pairs, failed: pa.Table, images: set[tuple[int, str]])
         if len(pairs.examples) < NUM_EXAMPLES:
             pairs.examples.append(f"{row['image_id']}: {row['error_code']}: {row['error_message']}")
     pairs.skipped = dict(counts.most_common())
+    return counts.total()
 
 
 def _check_num_failed(config: TrainDataConfig, pairs: Pairs, num_failed: int, num_usable: int) -> None:

@@ -118,7 +118,7 @@ def test_unusable_images_are_left_out_and_counted_by_reason(tmp_path: Path) -> N
     (root / "000003.png").write_bytes(b"no image")
     (root / "000004.png").write_bytes(b"")
     (root / "000005.png").unlink()
-    shutil.copy(root / "000000.png", root / "without.png")
+    shutil.copy(make_folder(tmp_path.with_name("other"), 1, seed=9) / "000000.png", root / "without.png")
 
     pairs = pairs_of(path=str(root), max_failed=0.5)
 
@@ -200,6 +200,20 @@ def test_rows_of_one_image_are_one_image_with_several_captions(tmp_path: Path) -
     ]
     assert pairs.skipped == {"not_an_image": 1}
     assert (pairs.num_listed, pairs.num_rows) == (4, 8)
+
+
+def test_an_image_with_a_caption_in_another_row_is_not_unusable(tmp_path: Path) -> None:
+    """One of an image's three rows has no caption; the last image has none in any of its rows."""
+    table = pq.read_table(make_parquet(tmp_path / "scenes.parquet", 12)).drop_columns(["captions", "id"])
+    captions = [None if n // 12 == 1 or n % 12 == 11 else f"caption {n}" for n in range(36)]
+    rows = pa.concat_tables([table] * 3).append_column("caption", pa.array(captions, pa.string()))
+    pq.write_table(rows, tmp_path / "scenes.parquet")
+
+    pairs = pairs_of(path=str(tmp_path / "scenes.parquet"))
+
+    assert pairs.skipped == {"no_caption": 1}
+    assert (pairs.num_listed, pairs.num_rows, len(rows_of(pairs))) == (12, 36, 11)
+    assert {len(row["reference_captions"]) for row in rows_of(pairs)} == {2}
 
 
 def test_an_id_of_two_images_is_named(tmp_path: Path) -> None:
