@@ -103,8 +103,8 @@ CAPTIONS_SCHEMA = pa.schema(
     ]
 )
 
-# A column of plans of --retry-failed where a model is asked several questions: the row as it was, where it has a
-# caption and lacks an answer.
+# A column of plans of --only, and of --retry-failed where a model is asked several questions: the row as it was, where
+# something of it may be kept (see `captioner.store.previous`).
 PREVIOUS = "_previous"
 SAMPLES_FIELD = pa.field("captions", pa.list_(pa.string()))  # a column of tables with --num-captions
 

@@ -206,7 +206,7 @@ def caption(
 def _prompts(work: Work, rows: pa.Table) -> list[Prompts] | None:
     """Return what each of N decoded rows is asked, [N][questions]; None where that is the same for all."""
     prompts = prompts_of(work.model, rows)
-    if PREVIOUS not in rows.column_names:
+    if PREVIOUS not in rows.column_names or not work.table.answer_columns:
         return prompts
     prompts = prompts or [same_prompts(work.model)] * rows.num_rows
     names = [question.name for question in work.model.questions]

@@ -51,7 +51,7 @@ from captioner.store.creating import (
 from captioner.store.plan import compare_with_source, make_plan, notes_of, read_planned
 from captioner.store.publish import missing_chunks, remove_merged_chunks
 from captioner.store.repair import restore_table
-from captioner.store.replan import make_retry_plan
+from captioner.store.replan import make_retry_plan, num_kept
 from captioner.store.table import CaptionsTable, Plan, open_table
 from captioner.store.verify import count_rows
 
@@ -179,6 +179,10 @@ class Job:
         self.notify(f"recaptioning {counted(plan.num_rows, 'image')} with {model.name}")
         self.work = replace(self.work, table=rebind(self.table))
         yield plan
+        if number := num_kept(self.table, plan):  # it is published now
+            keeps = "keeps its" if number == 1 else "keep their"
+            self.notes.append(f"{counted(number, 'image')} that {model.name} could not caption {keeps} caption")
+            self.notify(self.notes[-1])
 
     def missing_chunks(self, plan: Plan) -> list[Chunk]:
         """Return the chunks of a plan that are neither committed nor published."""

@@ -1,7 +1,8 @@
-"""Rows of which --retry-failed asks only the questions that have no answer: what they had before is kept.
+"""Rows that --retry-failed and --only caption again: what they had before is kept where the new row lacks it.
 
-A plan of --retry-failed has the column PREVIOUS: the current row of each image that has a caption and lacks the answer
-to another question. Such an image is asked only the questions without an answer, if it and the model are the same.
+Plans of both have the column PREVIOUS. With --retry-failed it is the current row of each image that has a caption and
+lacks the answer to another question: such an image is asked only the questions without an answer, if it and the model
+are the same. With --only it is the current row of each image that has a caption.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ def with_previous(table: CaptionsTable, decoded: pa.Table, rows: pa.Table, finge
     same, failed = _is_same(previous, decoded, fingerprint), _failed(table, previous)
     is_ok = _mask(pc.equal(rows["status"], STATUS_OK))
     other_file = _mask(pc.not_equal(previous["sha256"], decoded["sha256"]))
-    lost = reduce(np.logical_or, (new & ~failed[name] for name, new in _failed(table, rows).items()))
+    nothing_lost = np.zeros(len(exists), bool)
+    lost = reduce(np.logical_or, (new & ~failed[name] for name, new in _failed(table, rows).items()), nothing_lost)
     whole = exists & ~other_file & (~is_ok | (lost & ~same))
     question_of = {column: name for name in failed for column in _columns_of(table, name)}
     columns = []

@@ -115,19 +115,33 @@ def write_rows_again(
     """Write a plan part. `rows`: of the plan; `indices`: where they are in the published part."""
     name = plan_part_name(plan.generation, part)
     rows = rows.append_column(pa.field("part_row", pa.int64()), pa.array(indices, pa.int64()))
-    if plan.kind == "retry" and table.answer_columns:
-        rows = rows.append_column(PREVIOUS, _previous_rows(table, part, indices))
+    if plan.recaption or table.answer_columns:
+        rows = rows.append_column(PREVIOUS, _previous_rows(table, plan, part, indices))
     metadata = {PLAN_FACTS: json.dumps(plan.to_json()).encode()} | plan_part_mark(table, name)
     table.directory.write_table(name, rows.replace_schema_metadata(metadata), plan.rows_per_chunk)
 
 
-def _previous_rows(table: CaptionsTable, part: int, indices: npt.NDArray[np.int64]) -> pa.StructArray:
-    """Return the current rows of a part at `indices`, null where all is to be asked again."""
+def _previous_rows(table: CaptionsTable, plan: Plan, part: int, indices: npt.NDArray[np.int64]) -> pa.StructArray:
+    """Return the current rows of a part at `indices`, null where nothing of them may be kept (see `store.previous`)."""
     rows = table.directory.read_table(captions_name(part), table.schema.names).take(indices).combine_chunks()
     arrays = [column.combine_chunks() for column in rows.columns]
-    asked_everything = pc.invert(any_failed_answer(rows, table.answer_columns)).combine_chunks()
+    if plan.recaption:
+        may_be_kept = pc.not_equal(rows["status"], STATUS_FAILED)
+    else:
+        may_be_kept = any_failed_answer(rows, table.answer_columns)
     fields = [field.with_nullable(True) for field in rows.schema]
-    return pa.StructArray.from_arrays(arrays, fields=fields, mask=asked_everything)
+    return pa.StructArray.from_arrays(arrays, fields=fields, mask=pc.invert(may_be_kept).combine_chunks())
+
+
+def num_kept(table: CaptionsTable, plan: Plan) -> int:
+    """Return how many rows of a published plan of --only are those of before: its model had no caption for them."""
+    assert plan.recaption is not None
+    number = 0
+    for part in plan.parts:
+        rows = table.directory.read_columns(captions_name(part), ["generation", "fingerprint"])
+        is_other = pc.not_equal(rows["fingerprint"], plan.recaption.fingerprint)
+        number += pc.sum(pc.and_(pc.equal(rows["generation"], plan.generation), is_other)).as_py() or 0
+    return number
 
 
 def without_replan_columns(rows: pa.Table) -> pa.Table:

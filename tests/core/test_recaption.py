@@ -11,7 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from captioner import pipeline
+from captioner.data import Captions, Pixels
 from captioner.errors import FingerprintError, OutputError, UsageError
+from captioner.models.fake import FakeCaptioner
 from captioner.run.selector import Selector, parse_selector
 from captioner.scoring.flags import CAPTION_FLAGS, flag_name
 from captioner.store.directory import Directory
@@ -45,6 +47,46 @@ def by_model(out: Path, prompt: str) -> list[str]:
 def review(out: Path, decision: str, *image_ids: str, text: str | None = None, at: datetime | None = None) -> None:
     with Journal(Directory(str(out)), "Ada") as journal:
         journal.append(Review(decision, image_ids, text, "Ada", reviewed_at=at or datetime.now(UTC)))
+
+
+def test_images_that_the_new_model_cannot_caption_keep_their_captions(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, archive = tmp_path / "out", tmp_path / "archive"
+    run("a")
+    before = {row["image_id"]: row["caption"] for row in rows_of(out)}
+    first_bytes = (archive / "000001.png").read_bytes()
+    (archive / "000001.png").unlink()
+    (archive / "000002.png").write_bytes(b"no image any more")
+    with monkeypatch.context() as patched:
+        patched.setattr(FakeCaptioner, "caption", failing_for(before["000003.png"]))
+        assert run("b", only="logprob<100%") == 0
+
+    after = {row["image_id"]: row for row in rows_of(out)}
+    assert "2 images that fake could not caption keep their caption" in capsys.readouterr().err
+    assert {name for name, row in after.items() if row["caption"] == before[name]} == {"000001.png", "000003.png"}
+    assert {row["fingerprint"] == after["000000.png"]["fingerprint"] for row in after.values()} == {True, False}
+    assert {name for name, row in after.items() if row["status"] == "failed"} == {"000002.png"}
+    assert verify(open_table(str(out))).proven
+
+    (archive / "000001.png").write_bytes(first_bytes)
+    assert run("b", only="logprob<100%") == 0  # the same command tries them again
+    assert len(by_model(out, "b")) == 19
+    assert "keep" not in capsys.readouterr().err
+    assert verify(open_table(str(out))).proven
+
+
+def failing_for(text: str) -> Callable[..., Captions]:
+    """Return a `FakeCaptioner.caption` that fails for the image of which a fake model said this."""
+    caption, name = FakeCaptioner.caption, text.partition(" ")[2]
+
+    def fail(captioner: FakeCaptioner, pixels: Pixels) -> Captions:
+        captions = caption(captioner, pixels)
+        if any(answer.endswith(name) for answer in captions.texts):
+            raise RuntimeError("no memory for this image")
+        return captions
+
+    return fail
 
 
 def test_a_text_that_was_approved_of_another_file_does_not_keep_a_caption(tmp_path: Path, run: Run) -> None:
