@@ -70,6 +70,12 @@ def hub_reason(error: Exception) -> str:
     return (reason.replace(token, "***") if token else reason)[:300] or type(error).__name__
 
 
+def inside(folder: str, name: str) -> str:
+    """Return the location of a file in a folder; the options of a URI stay at its end."""
+    path, mark, options = folder.partition("?") if is_uri(folder) else (folder, "", "")
+    return f"{path.rstrip('/')}/{name}{mark}{options}"
+
+
 def shown(location: str) -> str:
     """Return a location for records and messages: without the keys and options that a URI may hold."""
     address = location.partition("?")[0] if is_uri(location) else location

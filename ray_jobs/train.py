@@ -21,6 +21,7 @@ import pyarrow as pa
 
 from captioner.config import ClusterConfig, ModelConfig, TrainConfig
 from captioner.errors import CaptionerError
+from captioner.files import inside
 from captioner.models import ModelRef, weights_bytes
 from captioner.models.devices import set_wait_policy
 from captioner.models.loading import SMALL_MODEL_BYTES
@@ -46,13 +47,13 @@ def run(config: TrainConfig, engine: TrainEngine | None = None) -> int:
     `engine`: by default one on the cluster.
     """
     code = job.run(config, engine or RayTrainEngine(config))
-    image, out, model = config.output.caption_image, config.output.path.rstrip("/"), config.model
+    image, out, model = config.output.caption_image, config.output.path, config.model
     if code or image is None:
         return code
     from captioner.console.trying import try_images
 
     trained = ModelConfig(
-        name=f"{out}/model", prompt=model.prompt, max_new_tokens=model.max_new_tokens, device=model.device
+        name=inside(out, "model"), prompt=model.prompt, max_new_tokens=model.max_new_tokens, device=model.device
     )
     return try_images([image], [trained])
 

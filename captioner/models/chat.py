@@ -208,7 +208,7 @@ def _apply_template(processor: Any, ref: ModelRef, prompt: str) -> str:
         reason = " ".join(str(error).split())
         raise PromptError(f"its chat template cannot be used: {reason}") from None
     if ref.system and ref.system.strip() not in question:
-        raise PromptError("its chat template has no system prompt; leave out --system and put it into --prompt")
+        raise PromptError("its chat template has no system prompt for --system; put it into --prompt")
     placeholder = getattr(processor, "image_token", None)
     num_placeholders = 1 if placeholder is None else question.count(placeholder)
     if num_placeholders != 1:

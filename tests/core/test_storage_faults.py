@@ -22,7 +22,7 @@ from captioner import pipeline
 from captioner.config import SourceConfig
 from captioner.data import RawImage
 from captioner.errors import OutputError, SourceError
-from captioner.files import open_filesystem
+from captioner.files import inside, open_filesystem
 from captioner.scoring.references import read_references
 from captioner.sources import open_source, reading
 from captioner.store.directory import Directory
@@ -292,3 +292,16 @@ def test_of_many_slow_reads_few_are_started_a_second_time(monkeypatch: pytest.Mo
 
     assert [image.image_id for image in images] == [str(number) for number in range(100)]
     assert calls.total() == 101
+
+
+@pytest.mark.parametrize(
+    ("folder", "expected"),
+    [
+        ("out/", "out/model"),
+        ("what?/", "what?/model"),
+        ("s3://bucket/out", "s3://bucket/out/model"),
+        ("s3://bucket/out/?region=x&scheme=http", "s3://bucket/out/model?region=x&scheme=http"),
+    ],
+)
+def test_a_file_in_a_folder_keeps_the_options_of_its_store(folder: str, expected: str) -> None:
+    assert inside(folder, "model") == expected
