@@ -235,7 +235,7 @@ def test_workers_that_cannot_use_their_gpus_leave_them_to_what_comes_next(
 ) -> None:
     monkeypatch.setattr("ray_jobs.train.check_gpu_nodes", lambda *_: None)  # as with a CUDA build without a driver
     words = {"data": {"path": str(data)}, "output": {"path": str(tmp_path / "out")}}
-    config = TrainConfig.model_validate(words | {"cluster": {"num_workers": 1, "gpus_per_worker": 2}})
+    config = TrainConfig.model_validate(words | {"cluster": {"num_workers": 2, "gpus_per_worker": 1}})
 
     with pytest.raises(ModelError, match="the GPU that was reserved cannot be used"):
         job.run(config, RayTrainEngine(config))
