@@ -82,7 +82,7 @@ class LocalWorker:
 
     def checkpoints(self) -> list[Path]:
         """Return the directories of the complete checkpoints, oldest first."""
-        return sorted(folder for folder in self.folder.glob("step-*") if (folder / _METRICS).exists())
+        return sorted(self.folder.glob("step-*"))
 
     def latest_checkpoint(self) -> Path | None:
         return max(self.checkpoints(), default=None)
@@ -101,9 +101,15 @@ class LocalWorker:
 
     def report(self, metrics: dict[str, Any], checkpoint: Path | None) -> None:
         assert checkpoint is not None
-        folder = self.folder / f"step-{metrics['step']:08d}"
-        shutil.copytree(checkpoint, folder, dirs_exist_ok=True)
-        (folder / _METRICS).write_text(json.dumps(metrics))
+        folder, part, old = (self.folder / f"{kind}-{metrics['step']:08d}" for kind in ("step", "part", "old"))
+        for left_by_a_kill in (part, old):
+            shutil.rmtree(left_by_a_kill, ignore_errors=True)
+        shutil.copytree(checkpoint, part)
+        (part / _METRICS).write_text(json.dumps(metrics))
+        if folder.exists():
+            folder.rename(old)
+        part.rename(folder)  # complete, or not there
+        shutil.rmtree(old, ignore_errors=True)
 
     def show_progress(self, progress: dict[str, Any]) -> None:
         self.progress.append(progress)

@@ -1,5 +1,6 @@
 """Checkpoints are written while training continues, with the state of their step."""
 
+import json
 import threading
 from pathlib import Path
 from typing import Any
@@ -88,3 +89,27 @@ def test_copies_do_not_change_and_share_memory_like_the_originals() -> None:
     assert state["state"][0]["step"] == 1
     assert optimizer.state_dict()["state"][0]["step"] == 2
     assert state["param_groups"] == optimizer.state_dict()["param_groups"]
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+@pytest.mark.parametrize("call", ["write_text", "rename"])
+def test_a_checkpoint_that_a_kill_cut_off_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    def killed(path: Path, *_: Any) -> None:
+        path.touch()
+        raise Killed
+
+    worker = LocalWorker(tmp_path / "checkpoints", task=None, device="cpu")
+    (tmp_path / "new").mkdir()
+    worker.report({"step": 2}, tmp_path / "new")
+    for step in (2, 4):
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, call, killed)
+            with pytest.raises(Killed):
+                worker.report({"step": step}, tmp_path / "new")
+
+    assert [json.loads((folder / "metrics.json").read_text()) for folder in worker.checkpoints()] == [{"step": 2}]
+    worker.report({"step": 4}, tmp_path / "new")
+    assert [folder.name for folder in worker.checkpoints()] == ["step-00000002", "step-00000004"]
