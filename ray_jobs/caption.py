@@ -69,7 +69,7 @@ class RayEngine:
 
     def caption_chunks(self, work: Work, chunks: list[Chunk]) -> Generator[Receipt, None, None]:
         sizes = self._sizes = self._share_out(is_small(work.model))
-        work = replace(work, model=work.model.shared_by(max(sizes.num_workers, sizes.max_workers)))
+        work = replace(work, model=work.model.shared_by(sizes.most_workers))
         check_gpu_nodes(work.device, sizes)
         check_shared(work.table.directory, TABLE_FILE)
         metrics = DriverMetrics(sum(chunk.num_rows for chunk in chunks))

@@ -75,6 +75,11 @@ class Sizes:
     max_decode_cpus: int = 0
     cpus_per_decoder: float = 1.0
 
+    @property
+    def most_workers(self) -> int:
+        """The workers of a pool that has grown as far as it may."""
+        return max(self.num_workers, self.max_workers)
+
 
 def connect(config: ClusterConfig) -> Resources:
     """Join the cluster at --address (or of the Ray job this runs in), or start a local one.

@@ -70,8 +70,7 @@ class RayJudgeEngine:
         assert endpoint is not None
         sizes = share_out(resources, self._config, device="cpu", concurrency=endpoint.concurrency)
         check_shared(work.work.table.directory, TABLE_FILE)
-        num_workers = max(sizes.num_workers, sizes.max_workers)
-        shared = replace(work, work=replace(work.work, model=work.work.model.shared_by(num_workers)))
+        shared = replace(work, work=replace(work.work, model=work.work.model.shared_by(sizes.most_workers)))
         with shown_messages() as messages:
             asker = {"work": shared, "api_key": ApiKey.from_environment(), "messages": messages}
             stages = Stages((DecodeSample, {"work": work.work}), (AskAboutObjects, asker), judge_calls(shared))

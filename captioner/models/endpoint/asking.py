@@ -68,7 +68,7 @@ def checked_url(url: str) -> str:
     url = url.strip().rstrip("/")
     try:
         parts = urlsplit(url)
-        _ = parts.port, httpx2.URL(url)
+        _ = parts.port, httpx2.URL(url)  # both raise where the connection would
     except (ValueError, httpx2.InvalidURL) as error:
         raise UsageError(f"--endpoint {url}: {error}; give the URL of the server's API, such as {EXAMPLE}") from None
     if "@" in parts.netloc or parts.query or parts.fragment:
