@@ -29,6 +29,7 @@ from captioner.models.families import family_of
 from captioner.run.prefetch import in_background
 from captioner.sources import describe
 from captioner.store.directory import Directory
+from captioner.store.lock import sole_writer
 from captioner.training.advice import COLLAPSED, length_warning
 from captioner.training.pair_sources import PairSources, list_pairs, open_pair_sources
 from captioner.training.pairs import SPLITS, TRAINABLE, Examine, Pairs, make_pairs
@@ -163,13 +164,15 @@ class TrainEngine(Protocol):
 
 def run(config: TrainConfig, engine: TrainEngine) -> int:
     """Train a model into OUT/model and return the exit code. Raises CaptionerError."""
-    with stoppable(f"checkpoints are saved in {shown(config.output.path)}"):
-        return _run(config, engine)
-
-
-def _run(config: TrainConfig, engine: TrainEngine) -> int:
-    started = time.perf_counter()
     check_settings(config)
+    out = config.output.path
+    with stoppable(f"checkpoints are saved in {shown(out)}"), sole_writer(out) as check_held:
+        return _run(config, engine, check_held)
+
+
+def _run(config: TrainConfig, engine: TrainEngine, check_held: Callable[[], None]) -> int:
+    """Train as `run` does. `check_held` raises OutputError where another run has taken OUT over."""
+    started = time.perf_counter()
     notify(f"training {shown(config.model.name)} on {shown(config.data.path)} into {shown(config.output.path)}")
     engine.start()
     with TrainProgress() as progress:
@@ -186,6 +189,7 @@ def _run(config: TrainConfig, engine: TrainEngine) -> int:
         if config.training.fp16 and engine.device() == "cpu":
             raise UsageError("--fp16: there is no GPU to compute in float16 on; --bf16 works on CPUs as well")
         num_workers = engine.num_workers()
+        check_held()
         record = open_record(config, out, model, num_workers)
         training = with_batch_of(config.training, record["num_workers"], num_workers)
         config = config.model_copy(update={"training": training})
@@ -198,11 +202,13 @@ def _run(config: TrainConfig, engine: TrainEngine) -> int:
         progress.show_status("listing pairs")
         listed = listing.result() or _list_new_pairs(config, out, sources)  # again where `open_record` dropped pairs
         outcome = _train(setup, listed, engine, check, progress)
+        check_held()
         progress.show_status("making OUT/model")
         result = engine.finish(outcome.checkpoint, outcome.finish_inputs())
         if setup.pixel_cache is not None:
             setup.pixel_cache.remove()
         progress.show_status("")
+    check_held()
     _write_finished(setup, outcome, result, time.perf_counter() - started)
     _push(config, out)
     _notify_result(config, result)

@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -142,6 +144,47 @@ def test_a_run_that_never_trained_takes_other_settings(tmp_path: Path, data: Pat
     assert json.loads((out / "train.json").read_text())["settings"]["training"]["learning_rate"] == 1e-3
     with pytest.raises(FingerprintError, match=r"training\.learning_rate = 0\.001, now it is 0\.5"):
         start({}, learning_rate=0.5)
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from captioner.config import TrainConfig
+from captioner.training import job
+from captioner.training.local import LocalTrainEngine
+
+class Waiting(LocalTrainEngine):
+    def map_tables(self, function, tables):  # once the record is written, before anything is trained
+        print("holds OUT", flush=True)
+        sys.stdin.read()
+
+job.run(TrainConfig.model_validate_json(sys.argv[1]), Waiting())
+"""
+
+
+def test_a_second_command_is_refused_while_the_first_one_lives(tmp_path: Path, data: Path, tiny: Path) -> None:
+    out = tmp_path / "out"
+    first, second = (
+        train_config(data, out, tiny, max_steps=1, max_new_tokens=4, learning_rate=rate) for rate in (1e-3, 1e-4)
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, first.model_dump_json()],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "holds OUT\n"
+        record = (out / "train.json").read_text()
+        with pytest.raises(OutputError, match="another run is writing to it; wait until it ends, or give another OUT"):
+            job.run(second, LocalTrainEngine())
+        assert (out / "train.json").read_text() == record
+        holder.kill()
+    job.run(second, LocalTrainEngine())
+
+    assert json.loads((out / "train.json").read_text())["settings"]["training"]["learning_rate"] == 1e-4
+    assert (out / "model" / "training_run.json").exists()
 
 
 class Stopped(BaseException):
