@@ -94,7 +94,8 @@ class ModelServer:
     `rule`: what it does with a request about an image; None is a caption of the image. `delay`: seconds before each
     answer. `logprobs`: whether it gives log-probabilities. `key`: what it accepts, "" for anything. `asked`: the
     requests about images so far, `refuses`: settings of a request that it answers with 400. `most_choices`: that it
-    gives at once, whatever is asked. `probes`: those by which runs find out what it is. `most_at_once`: under way.
+    gives at once, whatever is asked. `is_down`: it answers 503 to everything. `probes`: those by which runs find out
+    what it is. `most_at_once`: under way.
     """
 
     def __init__(
@@ -113,6 +114,7 @@ class ModelServer:
         self.model, self.system_fingerprint = model, system_fingerprint
         self.delay, self.logprobs, self.key = delay, logprobs, key
         self.refuses, self.most_choices = refuses, most_choices
+        self.is_down = False
         self.asked: list[Request] = []
         self.probes: list[Request] = []
         self.most_at_once = 0
@@ -155,6 +157,8 @@ class ModelServer:
     def answer(self, request: Request) -> Answer:
         """Return what to do with a request."""
         key, model = request.headers.get("Authorization"), request.body["model"]
+        if self.is_down:
+            return failing(503)
         if self.key and key != f"Bearer {self.key}":
             return failing(401, f"Incorrect API key provided: {key}")
         if model != self.model:

@@ -352,6 +352,31 @@ def test_an_image_that_only_brings_faults_is_a_failed_row(answer: Answer) -> Non
     assert reason.startswith("the server answers, but not about this image: ")
 
 
+@pytest.mark.parametrize("answer", [too_many_requests(0), too_many_requests(0.6), failing(429), failing(503)])
+def test_an_image_that_is_always_one_too_many_is_a_failed_row(answer: Answer) -> None:
+    """As where each request has a quota of tokens. Without an answer about any image the run would stop after 2 s."""
+    with ModelServer(same_image(answer)) as server:
+        captions = captions_of(server, count=4, endpoint_timeout=2)
+
+    (reason,) = filter(None, captions.errors)
+    assert reason.startswith(f"the server answers, but not about this image: {answer.status}: ")
+
+
+def test_images_that_are_all_one_too_many_are_failed_rows_while_another_is_answered() -> None:
+    with ModelServer(lambda asked: failing(429, "over your quota of tokens")) as server:
+        captions = captions_of(server, count=12, endpoint_timeout=2)
+
+    assert {reason.rpartition(": ")[2] for reason in captions.errors} == {"over your quota of tokens"}
+
+
+def test_an_image_that_is_one_too_many_for_some_time_is_captioned() -> None:
+    """While others are answered, as where a limit of requests a minute is reached."""
+    with ModelServer(lambda asked: too_many_requests(0) if asked.number % 2 else None) as server:
+        captions = captions_of(server, count=12)
+
+    assert not any(captions.errors)
+
+
 def test_an_answer_that_does_not_come_is_a_failed_row(tmp_path: Path) -> None:
     held = threading.Event()
     with ModelServer(same_image(Answer(held=held))) as server:
@@ -412,10 +437,11 @@ def test_a_run_whose_model_changes_keeps_what_is_committed_and_goes_on_with_the_
 def test_a_run_stops_when_no_server_answers_and_the_same_command_goes_on(tmp_path: Path) -> None:
     make_folder(tmp_path / "images", 40)
     message = r"no --endpoint has answered for 1 s .*503: out of order; progress is saved"
-    with ModelServer(lambda asked: failing(503) if asked.number > 20 else None) as server:
+    with ModelServer() as server:
+        server.rule = lambda asked: setattr(server, "is_down", asked.number >= 20)
         with pytest.raises(EndpointError, match=message):
             run(tmp_path, server, endpoint_timeout=1)
-        server.rule = lambda asked: None
+        server.rule, server.is_down = lambda asked: None, False
         assert run(tmp_path, server, endpoint_timeout=1) == 0
 
     assert {row["status"] for row in rows_of(tmp_path / "out")} == {"ok"}
@@ -450,7 +476,7 @@ def test_a_busy_server_gets_nothing_until_the_time_that_it_names() -> None:
     pool = pool_of("a", "b", clock=clock)
     first = pool.free()
     assert first is not None
-    pool.was_busy(first, BusyError("429", 20.0))
+    pool.failed(first, BusyError("429", 20.0))
     pool.answered(first)  # about an image that was asked before
 
     for clock.now in (1001.0, 1019.9):
@@ -470,7 +496,7 @@ def test_a_busy_server_that_names_no_time_to_come_rests_longer_each_time(seconds
     (server,) = pool.servers
 
     for rest in (0.5, 1.0, 2.0):
-        pool.was_busy(server, BusyError("429", seconds))
+        pool.failed(server, BusyError("429", seconds))
         assert pool.free() is None
         assert server.free_from == clock.now + rest
         clock.now += rest
@@ -484,7 +510,7 @@ def test_a_server_that_does_not_answer_rests_longer_each_time_and_is_then_asked_
         server = pool.free()
         assert server is not None
         for _ in range(5):  # requests that were under way together
-            pool.broke(server, BrokenError("gone"))
+            pool.failed(server, BrokenError("gone"))
         assert pool.free() is None
         rests.append(server.rests_until - clock.now)
         clock.now = server.rests_until

@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -35,6 +35,9 @@ from captioner.models.seeds import image_seed, request_sampling
 T = TypeVar("T")
 
 MAX_FAULTS = 3  # of one image, before its server is asked about another one to find out whose fault it is
+# Of --endpoint-timeout: for how long an image is refused as one too many (429, 503) until the same is done. Rests at
+# most double, so that a request falls between a third of the timeout and its end, which would stop the run.
+BUSY_SHARE = 1 / 3
 TEST_PIXELS = np.full((64, 64, 3), 128, np.uint8)
 TEST_IMAGE = image_url(TEST_PIXELS)
 TEST_TOKENS = 8
@@ -122,6 +125,17 @@ class Conversation:
         )
 
 
+@dataclass
+class Failures:
+    """The requests in a row about one image that were not answered.
+
+    `busy_since`: when it was first refused as one too many, in seconds of the event loop. `faults`: other failures.
+    """
+
+    faults: int = 0
+    busy_since: float | None = None
+
+
 class EndpointCaptioner:
     """Captions images on model servers. Several threads may call it; together they keep the servers busy.
 
@@ -137,6 +151,7 @@ class EndpointCaptioner:
         num_encoders = min(4, os.cpu_count() or 1)
         self._encoders = ThreadPoolExecutor(num_encoders, thread_name_prefix="encode")
         self._loop, self._is_stopped = asyncio.new_event_loop(), False
+        self._busy_since: float | None = None  # the first refusal (429, 503) after the last answer about an image
         threading.Thread(target=self._loop.run_forever, name="requests", daemon=True).start()
         self._start(key, notify, self._endpoint, num_encoders)
 
@@ -189,33 +204,48 @@ class EndpointCaptioner:
 
     async def _ask(self, conversation: Conversation) -> None:
         """Ask all questions about an image: one server as long as it answers, then another one."""
-        faults = 0
+        failures = Failures()
         while not conversation.is_over:
             server = await self._pool.take()
             try:
                 while not conversation.is_over:
                     conversation.add(await self._ask_once(server, conversation.body))
-                    faults = 0
-            except BusyError as error:
-                self._pool.was_busy(server, error)
-            except BrokenError as error:
-                self._pool.broke(server, error)
-                faults += error.blames
-                if faults >= MAX_FAULTS and await self._answers(server):
+                    failures = Failures()
+            except (BusyError, BrokenError) as error:
+                self._pool.failed(server, error)
+                if self._may_be_its_fault(failures, error) and await self._answers(server):
                     conversation.add(Reply(error=f"the server answers, but not about this image: {error}"))
-                    faults = 0
+                    failures = Failures()
             finally:
                 await self._pool.release(server)
+
+    def _may_be_its_fault(self, failures: Failures, error: BusyError | BrokenError) -> bool:
+        """Add a failure to those of an image; return whether it is time to find out if the image is the reason.
+
+        A limit of requests or tokens a minute refuses any image for some time, and must not cost it. Where no image has
+        been answered since an earlier one was refused, that time counts.
+        """
+        if isinstance(error, BrokenError):
+            failures.faults += error.blames
+            return failures.faults >= MAX_FAULTS
+        now = self._loop.time()
+        self._busy_since = now if self._busy_since is None else self._busy_since
+        failures.busy_since = self._busy_since if failures.busy_since is None else failures.busy_since
+        return now - failures.busy_since >= self._endpoint.endpoint_timeout * BUSY_SHARE
 
     async def _ask_once(self, server: Server, body: bytes) -> Reply:
         try:
             reply = await self._client.ask(server.url, body)
         except RejectedError as error:
-            self._pool.answered(server)
+            self._answered(server)
             return Reply(error=str(error))
-        self._pool.answered(server)
+        self._answered(server)
         check_same_model(self._endpoint, server.url, reply)
         return reply
+
+    def _answered(self, server: Server) -> None:
+        self._pool.answered(server)
+        self._busy_since = None
 
     async def _answers(self, server: Server) -> bool:
         """Return whether a server answers about a small image that nothing is wrong with."""

@@ -78,28 +78,23 @@ class ServerPool:
         server.faults, server.rests_until = 0, 0.0
         self._silent_since = None
 
-    def broke(self, server: Server, error: BrokenError | BusyError) -> None:
-        """Let a server rest that did not answer, each time longer. Requests that fail together count as one."""
-        now = self._clock()
-        self._note(server, str(error), now)
-        if now < server.rests_until:
-            return
-        server.faults += 1
-        rest = min(LONGEST_REST_S, FIRST_REST_S * 2 ** (server.faults - 1))
-        server.rests_until = now + rest
-        if server.faults == FAULTS_TO_TELL:
-            self._notify(f"{server.url} does not answer ({error}); it is asked again until it does")
+    def failed(self, server: Server, error: BrokenError | BusyError) -> None:
+        """Let a server rest that did not answer: for as long as it asks, or each time longer where it names no time.
 
-    def was_busy(self, server: Server, error: BusyError) -> None:
-        """Let a server rest for as long as it asks, or, where it names no time to come, as one that did not answer."""
+        Requests that fail together count as one.
+        """
         now = self._clock()
-        if error.seconds is None or error.seconds < FIRST_REST_S:
-            self.broke(server, error)
-            return
         self._note(server, str(error), now)
-        if error.seconds >= LONGEST_REST_S and server.busy_until < now:
-            self._notify(f"{server.url} asks for a rest of {error.seconds:.0f} s ({error})")
-        server.busy_until = max(server.busy_until, now + error.seconds)
+        seconds = (error.seconds or 0.0) if isinstance(error, BusyError) else 0.0
+        if seconds >= FIRST_REST_S:
+            if seconds >= LONGEST_REST_S and server.busy_until < now:
+                self._notify(f"{server.url} asks for a rest of {seconds:.0f} s ({error})")
+            server.busy_until = max(server.busy_until, now + seconds)
+        elif now >= server.rests_until:
+            server.faults += 1
+            server.rests_until = now + min(LONGEST_REST_S, FIRST_REST_S * 2 ** (server.faults - 1))
+            if server.faults == FAULTS_TO_TELL:
+                self._notify(f"{server.url} does not answer ({error}); it is asked again until it does")
 
     def _note(self, server: Server, reason: str, now: float) -> None:
         self._last_reason = f"{server.url}: {reason}"
