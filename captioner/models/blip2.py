@@ -32,6 +32,9 @@ class Blip2Captioner(TransformersCaptioner):
                 f"{self.ref.path}: config.json has no image_token_index; save the model with transformers 5"
             )
         prompt: list[int] = self.tokenizer(self.ref.prompt or "").input_ids
+        if config.image_token_index in prompt:
+            placeholder = self.tokenizer.decode([config.image_token_index])
+            raise ModelError(f"{self.ref.path}: --prompt contains the image placeholder {placeholder}; remove it")
         return [config.image_token_index] * config.num_query_tokens + prompt
 
     def text_model(self) -> Any:

@@ -17,7 +17,6 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from PIL import Image
 from transformers import GenerationConfig
 
@@ -27,8 +26,8 @@ from captioner.models.answers import NO_CAPTIONS, asked_again, misfit, replaced,
 from captioner.models.base import TransformersCaptioner
 from captioner.models.families import family_of
 from captioner.models.prepared import prepared_by_decoders
-from captioner.models.pretrained import LOADING_ERRORS, quiet
 from captioner.models.processors import ProcessedBatch, open_processor
+from captioner.models.prompt_text import PromptError, apply_template, check_no_placeholder
 from captioner.models.questions import same_prompts, with_answers
 from captioner.models.ref import ModelRef
 from captioner.models.shared_features import SharedFeatures
@@ -82,7 +81,7 @@ class ChatCaptioner(TransformersCaptioner):
 
     def text_before_answer(self, prompt: str) -> str:
         """Return the text that the processor gets with an image, with a placeholder where the image belongs."""
-        return _apply_template(self.processor, self.ref, prompt)
+        return apply_template(self.processor, prompt, self.ref.system)
 
     def caption(self, pixels: Pixels, prompts: Sequence[Prompts] | None = None) -> Captions:
         """Ask all questions about the images, one question after the other. `prompts`: see `Captioner.caption`.
@@ -186,34 +185,5 @@ class PrefixCaptioner(ChatCaptioner):
     """PaliGemma: the prompt is the text between the image and the caption, without a chat template."""
 
     def text_before_answer(self, prompt: str) -> str:
+        check_no_placeholder(prompt, self.processor.image_token)
         return f"{self.processor.image_token}{prompt}"
-
-
-class PromptError(ValueError):
-    """Raised where a chat template cannot take a prompt. With {columns} in --prompt it may be that of one image."""
-
-
-def _apply_template(processor: Any, ref: ModelRef, prompt: str) -> str:
-    """Return the prompt after an image in a user's turn of the model's chat template, after the system prompt.
-
-    Raises PromptError.
-    """
-    turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
-    if ref.system:
-        turns.insert(0, {"role": "system", "content": [{"type": "text", "text": ref.system}]})
-    try:
-        with quiet():  # transformers warns of templates without the switch for thinking
-            question = processor.apply_chat_template(turns, add_generation_prompt=True, enable_thinking=False)
-    except (*LOADING_ERRORS, TemplateError) as error:
-        reason = " ".join(str(error).split())
-        raise PromptError(f"its chat template cannot be used: {reason}") from None
-    if ref.system and ref.system.strip() not in question:
-        raise PromptError("its chat template has no system prompt for --system; put it into --prompt")
-    placeholder = getattr(processor, "image_token", None)
-    num_placeholders = 1 if placeholder is None else question.count(placeholder)
-    if num_placeholders != 1:
-        raise PromptError(
-            f"--prompt and its chat template contain {num_placeholders} image placeholders ({placeholder}), not 1;"
-            " remove them from the prompt, or use a model whose template has one"
-        )
-    return str(question)

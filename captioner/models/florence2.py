@@ -11,6 +11,7 @@ from captioner.errors import ModelError
 from captioner.models.base import TransformersCaptioner
 from captioner.models.families import family_of
 from captioner.models.processors import open_processor
+from captioner.models.prompt_text import PromptError, check_no_placeholder
 from captioner.models.ref import ModelRef
 
 
@@ -19,6 +20,10 @@ class Florence2Captioner(TransformersCaptioner):
 
     def __init__(self, ref: ModelRef, device: torch.device, batch_size: int) -> None:
         processor = open_processor(ref.path, family_of(ref.family))
+        try:
+            check_no_placeholder(ref.prompt or "", processor.image_token)
+        except PromptError as error:
+            raise ModelError(f"{ref.path}: {error}") from None
         self.question_ids: list[int] = processor(images=Image.new("RGB", (32, 32)), text=ref.prompt).input_ids[0]
         super().__init__(ref, device, batch_size)
 

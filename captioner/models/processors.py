@@ -47,7 +47,14 @@ def open_processor(path: str, family: Family) -> Any:
             processor = images_only(kind).from_args_and_dict([], settings, **parts, **absent)
     except LOADING_ERRORS as error:
         raise ModelError(f"{path}: the processor cannot be loaded: {' '.join(str(error).split())}") from None
-    processor.tokenizer.padding_side = "left"
+    tokenizer = processor.tokenizer
+    # Older directories have the template only in tokenizer_config.json.
+    processor.chat_template = processor.chat_template or tokenizer.chat_template
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # any token will do: padding is masked
+    if tokenizer.pad_token is None:
+        raise ModelError(f"{path}: the tokenizer has no token for padding; set pad_token in tokenizer_config.json")
     return processor
 
 

@@ -70,6 +70,12 @@ def caption(directory: Path, batch_size: int = 16, images: list[Image.Image] | N
     return load(ref, device="cpu", batch_size=batch_size).caption(decoded.pixels)
 
 
+def change_settings(file: Path, **settings: object) -> None:
+    """Change settings in a model's JSON file; None removes one."""
+    changed = json.loads(file.read_text()) | settings
+    file.write_text(json.dumps({name: value for name, value in changed.items() if value is not None}))
+
+
 @pytest.fixture(scope="module")
 def greedy(model):
     """The captions of `small_images` in one batch, by the directory of the model."""
@@ -275,6 +281,38 @@ def test_a_model_without_a_chat_template_is_an_error_of_one_line(tmp_path) -> No
         load(resolve(ModelConfig(name=str(tmp_path))), device="cpu")
 
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_chat_template_in_the_settings_of_the_tokenizer_is_used(named: bool, model, greedy, tmp_path) -> None:
+    copy = shutil.copytree(model("qwen2_vl"), tmp_path / "model")
+    template = (copy / "chat_template.jinja").read_text()
+    (copy / "chat_template.jinja").unlink()
+    both = [{"name": "tool_use", "template": "no image"}, {"name": "default", "template": template}]
+    change_settings(copy / "tokenizer_config.json", chat_template=both if named else template)
+
+    assert caption(copy).texts == greedy(model("qwen2_vl")).texts
+
+
+def test_a_tokenizer_without_a_token_for_padding_pads_with_its_end_token(model, greedy, tmp_path) -> None:
+    copy = shutil.copytree(model("qwen2_vl"), tmp_path / "model")
+    change_settings(copy / "tokenizer_config.json", pad_token=None)
+
+    assert caption(copy).texts == greedy(model("qwen2_vl")).texts
+
+
+def test_a_tokenizer_without_any_token_for_padding_is_an_error(model, tmp_path) -> None:
+    copy = shutil.copytree(model("qwen2_vl"), tmp_path / "model")
+    change_settings(copy / "tokenizer_config.json", pad_token=None, eos_token=None)
+
+    with pytest.raises(ModelError, match="the tokenizer has no token for padding; set pad_token in tokenizer_config"):
+        caption(copy)
+
+
+@pytest.mark.parametrize("family", ["blip-2", "florence2", "paligemma"])
+def test_a_prompt_with_the_placeholder_of_images_is_refused(family, model) -> None:
+    with pytest.raises(ModelError, match=r"--prompt contains the image placeholder <image>; remove it"):
+        load(resolve(ModelConfig(name=str(model(family)), prompt="caption <image> en")), device="cpu")
 
 
 @pytest.mark.parametrize("prompt", ["<|image_pad|> What is this?", None])
