@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType, FSSpecHandler, PyFileSystem
@@ -18,6 +19,8 @@ from captioner.models.weights import TRAINING_IMAGES, weight_files
 
 # Files that cannot run code: no pickles, no Python. The last lists the images that `captioner train` has trained on.
 HUB_PATTERNS = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors", TRAINING_IMAGES)
+# Mistral's own format of weights, beside the same weights in the files that are loaded.
+OTHER_FORMAT = "consolidated*.safetensors"
 
 
 def download_from_hub(name: str, revision: str | None, notify: Callable[[str], None]) -> tuple[Path, str]:
@@ -35,7 +38,9 @@ def download_from_hub(name: str, revision: str | None, notify: Callable[[str], N
     try:
         # By the branch's name instead of the commit, so that the cache can resolve the branch offline too.
         directory = Path(
-            snapshot_download(name, revision=revision, allow_patterns=list(HUB_PATTERNS), ignore_patterns="*/*")
+            snapshot_download(
+                name, revision=revision, allow_patterns=list(HUB_PATTERNS), ignore_patterns=["*/*", OTHER_FORMAT]
+            )
         )
     except Exception as error:  # which exceptions the client raises depends on its version
         raise ModelError(
@@ -151,7 +156,7 @@ def _copy(uri: str, filesystem: FileSystem, files: list[FileInfo], target: Path)
 
 
 def _is_allowed(name: str) -> bool:
-    return any(name.endswith(pattern.removeprefix("*")) for pattern in HUB_PATTERNS)
+    return any(fnmatchcase(name, pattern) for pattern in HUB_PATTERNS) and not fnmatchcase(name, OTHER_FORMAT)
 
 
 def _one_line(error: BaseException) -> str:

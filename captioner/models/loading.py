@@ -18,6 +18,7 @@ from captioner.models.fake import FakeCaptioner
 from captioner.models.placement import USABLE, check_fits, weights_in_memory
 from captioner.models.ref import ModelRef
 from captioner.models.resolving import ensure_local
+from captioner.models.weights import weight_files
 
 if TYPE_CHECKING:
     import torch
@@ -154,8 +155,8 @@ def is_small(ref: ModelRef) -> bool:
 
 
 def weights_bytes(ref: ModelRef) -> int:
-    """Return the size of the safetensors files of a model on this machine; 0 for the fake."""
-    return sum(file.stat().st_size for file in Path(ref.path).glob("*.safetensors")) if ref.path else 0
+    """Return the size of the weights files of a model on this machine; 0 for the fake."""
+    return sum(file.stat().st_size for file in weight_files(Path(ref.path))) if ref.path else 0
 
 
 def _quantized_size(size: int, ref: ModelRef) -> str:

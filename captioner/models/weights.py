@@ -119,8 +119,8 @@ def check_header(file: Path) -> None:
 
 
 def tensor_shapes(directory: Path) -> Iterator[tuple[str, list[int]]]:
-    """Yield name and shape of each tensor in the safetensors files of a directory, from their headers."""
-    for file in directory.glob("*.safetensors"):
+    """Yield name and shape of each tensor that transformers would load, from the headers of the files."""
+    for file in weight_files(directory):
         with file.open("rb") as stream:
             header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
         yield from ((name, tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")

@@ -29,6 +29,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 def model(tmp_path_factory) -> Path:
     directory = make_tiny_model("git", tmp_path_factory.mktemp("model") / "tiny-git")
     (directory / "pytorch_model.bin").write_bytes(b"pickle")
+    (directory / "consolidated.safetensors").write_bytes(b"the same weights in another format")
     (directory / "modeling_evil.py").write_text("raise SystemExit")
     (directory / TRAINING_IMAGES).write_bytes(b"parquet")
     return directory
@@ -139,7 +140,7 @@ def test_a_hub_id_is_downloaded_once_and_its_branch_becomes_a_commit(ask, hub, t
     assert len([r for r in hub.RequestHandlerClass.requests[downloads:] if "/resolve/" in r]) == 0
     names = {file.name for file in Path(first[1].split()[1]).iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", TRAINING_IMAGES} <= names
-    assert not names & {"pytorch_model.bin", "modeling_evil.py"}
+    assert not names & {"pytorch_model.bin", "consolidated.safetensors", "modeling_evil.py"}
 
 
 def test_a_model_the_hub_does_not_have_is_an_error_of_one_line(ask) -> None:
@@ -175,7 +176,8 @@ def test_a_uri_is_copied_once(store, model, tmp_path) -> None:
     assert first == second
     assert first.fingerprint == resolve(ModelConfig(name=str(model))).fingerprint
     assert (Path(first.path) / TRAINING_IMAGES).is_file()
-    assert {file.name for file in Path(first.path).iterdir()}.isdisjoint({"pytorch_model.bin", "modeling_evil.py"})
+    names = {file.name for file in Path(first.path).iterdir()}
+    assert not names & {"pytorch_model.bin", "consolidated.safetensors", "modeling_evil.py"}
     assert [file.name for file in Path(first.path).parent.iterdir()] == [Path(first.path).name]
 
 

@@ -5,8 +5,10 @@ Without GPUs the devices are a CPU and a disk: the layers are placed, and inputs
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,11 +17,12 @@ import torch
 
 from captioner.config import ClusterConfig, ModelConfig
 from captioner.errors import ModelError, UsageError
-from captioner.models import load, resolve
+from captioner.models import load, resolve, weights_bytes
 from captioner.models.devices import pick_devices
 from captioner.models.loading import import_family
 from captioner.models.placement import USABLE, cache_bytes, check_fits, check_spread, weights_in_memory
 from captioner.models.pretrained import check_placed
+from captioner.models.weights import SINGLE_FILE
 from captioner.testing import make_tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -82,6 +85,18 @@ def test_the_memory_of_all_gpus_counts_and_the_number_that_would_do_is_named(tin
         check_fits(ref, [int(needed / USABLE / 3) + 1], "H100")
     with pytest.raises(ModelError, match=r"and 2 x H100 have together .*--gpus-per-worker 6, a smaller model"):
         check_fits(ref, [int(needed / USABLE / 6) + 1] * 2, "H100")
+
+
+def test_weights_beside_those_that_are_loaded_take_no_memory(tiny, tmp_path: Path) -> None:
+    ref = tiny("qwen2_5_vl")
+    model = Path(shutil.copytree(ref.path, tmp_path / "model"))
+    weights = (model / SINGLE_FILE).read_bytes()
+    for name in ("consolidated.safetensors", "model-00001-of-00002.safetensors"):  # of Mistral, of an earlier upload
+        (model / name).write_bytes(weights)
+    crowded = replace(ref, path=str(model))
+
+    assert weights_in_memory(crowded) == weights_in_memory(ref)
+    assert weights_bytes(crowded) == len(weights)
 
 
 def test_layers_that_fit_no_gpu_are_an_error_and_are_not_moved_to_the_cpu() -> None:
