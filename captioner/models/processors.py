@@ -21,6 +21,7 @@ from captioner.errors import ModelError
 from captioner.models import weights
 from captioner.models.families import Family
 from captioner.models.pretrained import LOADING_ERRORS, open_tokenizer, quiet
+from captioner.models.prompt_text import chat_template_of
 from captioner.run.prefetch import one_ahead
 
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
@@ -48,8 +49,7 @@ def open_processor(path: str, family: Family) -> Any:
     except LOADING_ERRORS as error:
         raise ModelError(f"{path}: the processor cannot be loaded: {' '.join(str(error).split())}") from None
     tokenizer = processor.tokenizer
-    # Older directories have the template only in tokenizer_config.json.
-    processor.chat_template = processor.chat_template or tokenizer.chat_template
+    processor.chat_template = chat_template_of(processor)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # any token will do: padding is masked

@@ -294,6 +294,19 @@ def test_a_chat_template_in_the_settings_of_the_tokenizer_is_used(named: bool, m
     assert caption(copy).texts == greedy(model("qwen2_vl")).texts
 
 
+def test_a_template_that_asks_for_the_date_gets_the_same_one_every_day(tmp_path) -> None:
+    make_tiny_model("qwen2_vl", tmp_path)
+    template = tmp_path / "chat_template.jinja"
+    dates = "{{ strftime_now('%d %b %Y') }}|{{ strftime_now(form) }}|{{ strftime_now('%Y')|int - 1 }}"
+    before = "  {% if strftime_now is defined %}{% set form = '%Y-%m-%d' %}" + dates + "{% endif %}\n"
+    template.write_text(before + template.read_text())
+    captioner = load(resolve(ModelConfig(name=str(tmp_path))), device="cpu")
+
+    text = captioner.text_of("What is this?")
+
+    assert text.startswith("01 Jan 2026|2026-01-01|2025user:<|vision_start|>")
+
+
 def test_a_tokenizer_without_a_token_for_padding_pads_with_its_end_token(model, greedy, tmp_path) -> None:
     copy = shutil.copytree(model("qwen2_vl"), tmp_path / "model")
     change_settings(copy / "tokenizer_config.json", pad_token=None)

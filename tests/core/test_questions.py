@@ -557,6 +557,26 @@ def test_a_template_without_a_system_prompt_refuses_one(chat: Path, tmp_path: Pa
         load(resolve(ModelConfig(name=str(model), system="Be brief.")))
 
 
+@pytest.mark.parametrize(
+    "system",
+    [
+        "{{ message['content'] }}",
+        "{{ '' + message['content'] }}",
+        "{{ message['content'] if message['content'] is string }}",
+    ],
+)
+def test_a_template_that_takes_the_system_prompt_as_a_text_gets_it_as_one(system: str, tmp_path: Path) -> None:
+    model = make_tiny_model("qwen2_vl", tmp_path)
+    template = model / "chat_template.jinja"
+    first = "{% set message = messages[0] %}{% if message['role'] == 'system' %}" + system
+    template.write_text(first + "|{% set messages = messages[1:] %}{% endif %}" + template.read_text())
+    captioner = load(resolve(ModelConfig(name=str(model), system="Don't guess.")))
+
+    text = captioner.text_of("What is this?")
+
+    assert text.startswith("Don't guess.|user:<|vision_start|>")
+
+
 def test_the_record_holds_the_questions(table: Path) -> None:
     run(table, name="fake", questions=questions_file(table.parent))
 
