@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,11 +34,13 @@ def pixels() -> np.ndarray:
 
 @pytest.fixture
 def captured(monkeypatch) -> list[FakeGraph]:
-    """Replace the capture of a step by one that calls it once, like the real one, and return the captures."""
+    """Replace the capture of a step by one that calls it as often as the real one, and return the captures."""
     captures: list[FakeGraph] = []
 
-    def capture(device: torch.device, step: Callable[[], None]) -> FakeGraph:
-        step()
+    def capture(device: torch.device, begin: Callable[[], None], step: Callable[[], None]) -> FakeGraph:
+        for _ in range(graphs.WARM_UP_STEPS):
+            begin()
+            step()
         captures.append(FakeGraph(step))
         return captures[-1]
 
@@ -45,17 +48,20 @@ def captured(monkeypatch) -> list[FakeGraph]:
     return captures
 
 
-def open_captioner(directory: Path, num_beams: int, with_graphs: bool):
-    config = ModelConfig(name=str(directory), num_beams=num_beams, max_new_tokens=12)
+def open_captioner(directory: Path, num_beams: int, with_graphs: bool, **settings: Any):
+    config = ModelConfig(**{"name": str(directory), "num_beams": num_beams, "max_new_tokens": 12} | settings)
     captioner = load(resolve(config), device="cpu", batch_size=16)
     captioner._fast.stepper.graphs = with_graphs
     return captioner
 
 
-@pytest.mark.parametrize("num_beams", [1, 3])
-def test_captured_steps_give_the_same_captions_every_time(tiny, pixels, captured, num_beams) -> None:
-    expected = open_captioner(tiny, num_beams, with_graphs=False).caption(pixels)
-    captioner = open_captioner(tiny, num_beams, with_graphs=True)
+SAMPLED = {"temperature": 0.8, "num_captions": 3}
+
+
+@pytest.mark.parametrize(("num_beams", "settings"), [(1, {}), (3, {}), (1, SAMPLED)])
+def test_captured_steps_give_the_same_captions_every_time(tiny, pixels, captured, num_beams, settings) -> None:
+    expected = open_captioner(tiny, num_beams, with_graphs=False, **settings).caption(pixels)
+    captioner = open_captioner(tiny, num_beams, with_graphs=True, **settings)
 
     first, second = captioner.caption(pixels), captioner.caption(pixels)
 
@@ -63,6 +69,20 @@ def test_captured_steps_give_the_same_captions_every_time(tiny, pixels, captured
     assert first.texts == second.texts == expected.texts
     np.testing.assert_allclose(second.logprob_mean, expected.logprob_mean, atol=1e-5)
     assert any(graph.replays for graph in captured)
+
+
+@pytest.mark.parametrize(("prompt", "limit"), [(None, 1), (None, 2), ("a red", 12)])
+@pytest.mark.parametrize(("num_beams", "settings"), [(1, {}), (3, {}), (1, SAMPLED)])
+def test_a_capture_stays_within_a_short_text_and_one_after_a_prompt(
+    tiny, pixels, captured, prompt, limit, num_beams, settings
+) -> None:
+    settings = settings | {"prompt": prompt, "max_new_tokens": limit}
+    expected = open_captioner(tiny, num_beams, with_graphs=False, **settings).caption(pixels[:32])
+
+    captions = open_captioner(tiny, num_beams, with_graphs=True, **settings).caption(pixels[:32])
+
+    assert captured
+    assert (captions.texts, captions.samples) == (expected.texts, expected.samples)
 
 
 def test_only_searches_for_full_batches_and_their_halves_are_cached(tiny, pixels, captured) -> None:
@@ -77,7 +97,7 @@ def test_only_searches_for_full_batches_and_their_halves_are_cached(tiny, pixels
 
 
 def test_where_steps_cannot_be_captured_the_search_continues_without(tiny, pixels, monkeypatch) -> None:
-    def refuse(device: torch.device, step: Callable[[], None]) -> None:
+    def refuse(device: torch.device, begin: Callable[[], None], step: Callable[[], None]) -> None:
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(graphs, "capture", refuse)

@@ -84,11 +84,15 @@ class Stepper:
 
         Raises torch.OutOfMemoryError, since a smaller batch may fit.
         """
-        cached.search.begin()
-        cached.search.state.position.zero_()
+        search, first = cached.search, len(self.task.prefix) - 1
+
+        def begin() -> None:
+            search.begin()
+            search.state.position.fill_(first)
+
         try:
             with phase("capturing graphs"):
-                cached.graph = capture(self.network.device, lambda: cached.search.step(0))
+                cached.graph = capture(self.network.device, begin, lambda: search.step(0))
         except torch.OutOfMemoryError:
             raise
         except RuntimeError:
@@ -128,14 +132,18 @@ class UnfinishedCount:
         return int(count)
 
 
-def capture(device: torch.device, step: Callable[[], None]) -> Graph:
-    """Return a CUDA graph of `step()`, after calling it a few times. Raises RuntimeError."""
+def capture(device: torch.device, begin: Callable[[], None], step: Callable[[], None]) -> Graph:
+    """Return a CUDA graph of `step()`, after calling it a few times, `begin()` before each. Raises RuntimeError.
+
+    Without `begin()` the steps would go on to positions that a short text does not have: an error that ends CUDA.
+    """
     current = torch.cuda.current_stream(device)
     try:
         side = torch.cuda.Stream(device)
         side.wait_stream(current)
         with torch.cuda.stream(side):
             for _ in range(WARM_UP_STEPS):
+                begin()
                 step()
         current.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
