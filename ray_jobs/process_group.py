@@ -7,8 +7,11 @@ delays the start by seconds. And its choice of NCCL is wrong for workers that sh
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 from ray.train.backend import Backend, BackendConfig
@@ -49,6 +52,11 @@ class ProcessGroup(BackendConfig):
     @property
     def backend_cls(self) -> type[Backend]:
         return _ProcessGroupBackend
+
+    @property
+    def train_func_context(self) -> Callable[[], AbstractContextManager[None]]:
+        """The context in which Ray Train calls the training function; a part of `BackendConfig`, a developer API."""
+        return partial(_on_own_gpu, self.device)
 
 
 class _ProcessGroupBackend(Backend):
@@ -123,7 +131,21 @@ def _join(group: ProcessGroup, address: str, port: int) -> None:
     )
     if group.shares_gpu:  # else accelerate would look for a GPU with the number of each worker
         os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] = "true"
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     timeout = timedelta(seconds=TIMEOUT_S)
     torch.distributed.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
+
+
+@contextmanager
+def _on_own_gpu(device: str) -> Iterator[None]:
+    """Make this worker's GPU the current device of the calling thread, which trains. `device`: a --device.
+
+    CUDA keeps a current device for each thread, at first GPU 0, and Ray Train calls the training function in a thread
+    of its own. FSDP of torch shards on the current device, whatever the device of the tensors. XPUs need none of this:
+    Ray shows each worker only its own.
+    """
+    own = training_device(device)
+    if own.type == "cuda":
+        import torch
+
+        torch.cuda.set_device(own)
+    yield

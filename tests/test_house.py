@@ -169,6 +169,15 @@ def test_nouns_follow_their_number(module: str) -> None:
     ] == []
 
 
+@pytest.mark.parametrize("module", MODULES)
+def test_calls_of_cuda_name_their_device_or_stream(module: str) -> None:
+    """Else torch takes the calling thread's current device, which is GPU 0 in a thread that has set none."""
+    calls = [node for node in ast.walk(ast.parse(source_of(module))) if isinstance(node, ast.Call) and not node.args]
+    names = re.compile(r".*\.record|torch\.(cuda|xpu)\.(Stream|current_stream|synchronize|mem_get_info)")
+
+    assert [ast.unparse(call) for call in calls if names.fullmatch(ast.unparse(call.func))] == []
+
+
 # Words that a reader of a message had to guess at, and what says the same: see the table of issue 15.
 UNCLEAR = {
     "passed over": "skipped",

@@ -185,9 +185,7 @@ class StepLosses:
             self._copies.append((step, loss, None))
             return
         copy = torch.empty((), dtype=loss.dtype, pin_memory=True).copy_(loss, non_blocking=True)
-        copied = torch.cuda.Event()
-        copied.record()
-        self._copies.append((step, copy, copied))
+        self._copies.append((step, copy, torch.cuda.current_stream(loss.device).record_event()))
 
     def read(self, include_latest: bool) -> Iterator[tuple[int, float]]:
         """Yield (step, loss) of the steps that were not read yet; of the latest one only with `include_latest`."""

@@ -94,8 +94,7 @@ class Snapshot:
         self._trainer_state = json.dumps(dataclasses.asdict(trainer.state), indent=2, sort_keys=True)
         self._copied = None
         if trainer.args.device.type == "cuda":
-            self._copied = torch.cuda.Event()
-            self._copied.record()
+            self._copied = torch.cuda.current_stream(trainer.args.device).record_event()
 
     def write(self, folder: Path) -> None:
         """Write the files of a Trainer checkpoint, and the network as a model directory, or only its adapters."""

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -215,6 +216,24 @@ def test_ray_train_starts_nothing_for_datasets() -> None:
         return {type(callback).__name__ for callback in kind(lambda: None)._create_default_callbacks()}
 
     assert names(DataParallelTrainer) - names(Trainer) == UNUSED_CALLBACKS
+
+
+@pytest.mark.usefixtures("ray_instance")
+def test_the_thread_that_trains_has_the_gpu_of_its_worker_as_current_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA keeps a current device for each thread, and Ray Train calls the training function in a new one."""
+    import torch
+
+    current, devices = threading.local(), []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: setattr(current, "device", device))
+    monkeypatch.setattr("ray_jobs.process_group.training_device", lambda device: torch.device("cuda:1"))
+    group = ProcessGroup("auto", "cuda", num_workers=2, gpus_per_worker=1)
+    trainer = Trainer(lambda: devices.append(getattr(current, "device", None)), backend_config=group)
+
+    thread = threading.Thread(target=trainer._get_train_func())
+    thread.start()
+    thread.join()
+
+    assert devices == [torch.device("cuda:1")]
 
 
 @pytest.mark.usefixtures("ray_instance")

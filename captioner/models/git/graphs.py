@@ -123,7 +123,7 @@ class UnfinishedCount:
             return int(unfinished.sum())
         count, event = self._buffers[self._number % 2]
         count.copy_(unfinished.sum(), non_blocking=True)
-        event.record()
+        event.record(torch.cuda.current_stream(unfinished.device))
         self._number += 1
         if self._number == 1:
             return None
