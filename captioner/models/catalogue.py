@@ -99,12 +99,13 @@ CATALOGUE: dict[str, tuple[Checkpoint, ...]] = {
         Checkpoint("Qwen/Qwen2.5-VL-7B-Instruct", 2025, 8.3, "Apache-2.0", "many languages"),
     ),
     "qwen3_vl": (
-        # arXiv:2511.21631 (dense models of 2, 4, 8 and 32 B, which are the sizes in their names); README of
-        # huggingface.co/Qwen/Qwen3-VL-8B-Instruct: license: apache-2.0; October 2025
-        Checkpoint("Qwen/Qwen3-VL-2B-Instruct", 2025, 2, "Apache-2.0", "many languages"),
-        Checkpoint("Qwen/Qwen3-VL-4B-Instruct", 2025, 4, "Apache-2.0", "many languages"),
-        Checkpoint("Qwen/Qwen3-VL-8B-Instruct", 2025, 8, "Apache-2.0", "many languages"),
-        Checkpoint("Qwen/Qwen3-VL-32B-Instruct", 2025, 32, "Apache-2.0", "many languages"),
+        # arXiv:2511.21631 (dense models of 2, 4, 8 and 32 B); README of huggingface.co/Qwen/Qwen3-VL-8B-Instruct:
+        # license: apache-2.0; October 2025. Parameters counted in transformers' model of the published layer sizes: the
+        # numbers in the names leave out the vision part.
+        Checkpoint("Qwen/Qwen3-VL-2B-Instruct", 2025, 2.13, "Apache-2.0", "many languages"),
+        Checkpoint("Qwen/Qwen3-VL-4B-Instruct", 2025, 4.44, "Apache-2.0", "many languages"),
+        Checkpoint("Qwen/Qwen3-VL-8B-Instruct", 2025, 8.77, "Apache-2.0", "many languages"),
+        Checkpoint("Qwen/Qwen3-VL-32B-Instruct", 2025, 33.4, "Apache-2.0", "many languages"),
     ),
     "gemma3": (
         # hivebook.wiki on Gemma 3: Gemma Terms of Use, March 2025, 140 languages; featherless.ai: 4.3 B parameters

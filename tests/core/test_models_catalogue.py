@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from captioner.models import FAMILIES
@@ -40,6 +42,14 @@ def test_every_checkpoint_has_its_facts() -> None:
         assert checkpoint.memory == 2 * checkpoint.parameters > 0
         assert checkpoint.licence
         assert "card" not in checkpoint.licence
+
+
+def test_the_size_is_that_of_the_whole_model_and_not_the_round_number_of_its_name() -> None:
+    named = {checkpoint: re.search(r"-([\d.]+)b\b", checkpoint.name, re.IGNORECASE) for checkpoint in CHECKPOINTS}
+    sizes = {checkpoint: float(size.group(1)) for checkpoint, size in named.items() if size}
+
+    assert len(sizes) > 8
+    assert all(checkpoint.parameters > size for checkpoint, size in sizes.items())
 
 
 @pytest.mark.parametrize(("use", "gigabytes"), [("8", 8), ("24", 24), ("80", 80)])
