@@ -39,7 +39,7 @@ def try_images(files: Sequence[str], models: Sequence[ModelConfig], page: str | 
     A model with --quantize is compared with itself, unquantised.
 
     `page`: an HTML file to write, with the images. Returns exit code 2 when no file has a caption, and 1 when one of
-    several models could not be loaded; where it is the only one, its error is raised.
+    several models could not be loaded or used; where it is the only one, its error is raised.
     """
     if page is not None:
         _check_page(page)
@@ -107,7 +107,7 @@ def _share_equal(unquantised: Trial, quantised: Trial) -> str:
     """Return how many captions are the same with quantised weights."""
     name = printable(quantised.model)
     if unquantised.error or quantised.error:
-        return f"{name}: not compared with unquantised weights, because one of the two could not be loaded"
+        return f"{name}: not compared with unquantised weights, because one of the two ended in an error"
     captions = [texts for texts in zip(unquantised.texts, quantised.texts, strict=True) if not texts[0].error_code]
     equal = sum(before.caption == after.caption for before, after in captions)
     return f"{name}: {equal} of {counted(len(captions), 'caption')} equal to those of unquantised weights"
@@ -128,24 +128,22 @@ def _try_once(ref: ModelRef, device: str, model: ModelConfig, images: list[RawIm
     if not decoded:
         return trial
     peak_bytes = _measured_memory(ref, device)
+    prompts = prompts_of(ref, batch.rows.take(decoded))
     started = time.perf_counter()
     try:
         captioner = load(ref, device, model.batch_size, notify=notify)
+        loaded = time.perf_counter()
+        captions = caption_or_reasons(captioner, batch.pixels[decoded], prompts=prompts)
     except CaptionerError as error:
         return replace(trial, error=str(error))
-    loaded = time.perf_counter()
-    prompts = prompts_of(ref, batch.rows.take(decoded))
-    captions = caption_or_reasons(captioner, batch.pixels[decoded], prompts=prompts)
+    seconds = (loaded - started, time.perf_counter() - loaded)
+    memory = peak_bytes()
     for index, caption in zip(decoded, captions, strict=True):
         if isinstance(caption, str):
             texts[index] = ImageText("", "generate_error", caption)
         else:
             sampled = {SAMPLES_FIELD.name: caption.samples} if caption.samples else {}
             texts[index] = ImageText(caption.text, answers={**sampled, **caption.answers})
-    seconds = (loaded - started, time.perf_counter() - loaded)
-    memory = peak_bytes()
-    del captioner
-    gc.collect()
     return replace(trial, load_seconds=seconds[0], seconds=seconds[1], memory=memory)
 
 
@@ -158,6 +156,7 @@ def _measured_memory(ref: ModelRef, device: str) -> Callable[[], int | None]:
     if ref.endpoint or not ref.path:
         return lambda: None
     import_family(ref.family)
+    gc.collect()  # the model before this one
     if device.startswith("cuda"):
         import torch
 

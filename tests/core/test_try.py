@@ -11,6 +11,7 @@ from captioner.config import ModelConfig
 from captioner.console.trying import try_images
 from captioner.errors import ERROR, OK, TOO_MANY_FAILED, ModelError, UsageError
 from captioner.testing import make_folder, make_tiny_model
+from captioner.testing.model_server import ModelServer, failing
 
 FAKE = ModelConfig(name="fake")
 
@@ -87,6 +88,19 @@ def test_a_model_that_cannot_be_loaded_leaves_the_others(
     assert "picture" in printed
     with pytest.raises(ModelError, match="tensors do not fit"):
         try_images([image], [unloadable])
+
+
+def test_a_model_that_fails_while_it_captions_leaves_the_others(image: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with ModelServer(lambda request: failing(401, "the key has expired")) as server:
+        failed = ModelConfig(name=server.model, endpoint=[server.url])
+
+        assert try_images([image], [failed, FAKE]) == ERROR
+
+        printed = " ".join(capsys.readouterr().out.split())
+        assert "the key has expired" in printed
+        assert "picture" in printed
+        with pytest.raises(ModelError, match="the key has expired"):
+            try_images([image], [failed])
 
 
 def test_a_caption_without_text_and_a_narrow_terminal_leave_the_names_of_models(
