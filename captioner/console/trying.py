@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import shutil
@@ -9,6 +10,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -163,6 +165,8 @@ def _measured_memory(ref: ModelRef, device: str) -> Callable[[], int | None]:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.max_memory_reserved
+    with suppress(OSError, AttributeError):  # a C library without it
+        ctypes.CDLL(None).malloc_trim(0)  # what malloc keeps of an earlier model would count as taken before
     try:
         Path("/proc/self/clear_refs").write_text("5")  # from now on VmHWM is the peak since now (Linux: proc(5))
         before = _bytes_of_process("VmRSS")

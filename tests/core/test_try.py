@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
 from captioner.config import ModelConfig
-from captioner.console.trying import try_images
+from captioner.console.trying import _measured_memory, try_images
 from captioner.errors import ERROR, OK, TOO_MANY_FAILED, ModelError, UsageError
+from captioner.models import resolve
 from captioner.testing import make_folder, make_tiny_model
 from captioner.testing.model_server import ModelServer, failing
 
@@ -101,6 +103,20 @@ def test_a_model_that_fails_while_it_captions_leaves_the_others(image: str, caps
         assert "picture" in printed
         with pytest.raises(ModelError, match="the key has expired"):
             try_images([image], [failed])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is measured on Linux only")
+def test_the_memory_of_a_model_does_not_depend_on_those_before_it() -> None:
+    """Pieces that are freed stay with the C library while a later piece is in use."""
+    ref, peaks, kept = resolve(ModelConfig(name="starter")), [], []
+    for _ in range(2):
+        peak_bytes = _measured_memory(ref, "cpu")
+        pieces = [b"x" * num_bytes for num_bytes in range(10_000, 15_000)]
+        peaks.append(peak_bytes())
+        kept.append(pieces.pop())
+        del pieces
+
+    assert min(peaks) > 0.9 * sum(range(10_000, 15_000))
 
 
 def test_a_caption_without_text_and_a_narrow_terminal_leave_the_names_of_models(
