@@ -18,7 +18,7 @@ from typing import Any
 from captioner.console.text import counted, printable
 from captioner.errors import ERROR, OK, ModelError
 from captioner.models.checking import result_of, start_module
-from captioner.models.weights import INDEX_FILE, PICKLE_SUFFIXES, SINGLE_FILE, read_json
+from captioner.models.weights import INDEX_FILE, PICKLE_SUFFIXES, SINGLE_FILE, check_not_quantised, read_json
 
 PICKLE_FILE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 NOT_COPIED = (*PICKLE_SUFFIXES, ".h5", ".msgpack", ".ot", ".onnx", ".safetensors", ".index.json", ".py")
@@ -32,6 +32,7 @@ def run(directory: str, out: str) -> int:
         raise ModelError(f"{directory}: no model directory, it has no config.json; download one with hf download")
     if (source / SINGLE_FILE).is_file() or (source / INDEX_FILE).is_file():
         raise ModelError(f"{directory}: its weights are safetensors already; give it to --model")
+    check_not_quantised(source / "config.json", read_json(source / "config.json"))
     if target.exists():
         raise ModelError(f"{out} exists already; give another OUT")
     files = pickle_files(source)

@@ -158,6 +158,7 @@ def _describe(
     if not config_file.is_file():
         raise ModelError(f"{directory}: no config.json; give the directory that save_pretrained wrote")
     config = weights.read_json(config_file)
+    weights.check_not_quantised(config_file, config)
     weights.read_json(directory / "generation_config.json")  # where it cannot be read, transformers takes defaults
     family = _family(config_file, config, notify)
     max_positions = _max_positions(family, config)

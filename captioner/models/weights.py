@@ -63,6 +63,22 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
+def check_not_quantised(config_file: Path, config: dict[str, Any]) -> None:
+    """Raise ModelError where the weights of a model are stored in fewer bits already, as its config.json says.
+
+    Such tensors can be compared with config.json only by loading them, and their shapes do not tell their memory.
+    """
+    for section in (config, *config.values()):  # transformers takes it from the section of the text model too
+        stored = section.get("quantization_config") if isinstance(section, dict) else None
+        if stored:
+            method = stored.get("quant_method") if isinstance(stored, dict) else stored
+            raise ModelError(
+                f"{config_file}: its weights are quantised already (quantization_config: {method}), which is not"
+                " supported; give the checkpoint with unquantised weights, where memory is short with --quantize"
+                " int8|int4"
+            )
+
+
 def weight_files(directory: Path) -> list[Path]:
     """Return the safetensors files that transformers would load, by name. Raises ModelError where there are none."""
     if (directory / SINGLE_FILE).is_file():

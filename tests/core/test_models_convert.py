@@ -134,6 +134,15 @@ def test_a_pickle_of_something_else_is_refused_by_name(kind: str, tmp_path: Path
     assert "x.bin" in str(caught.value)
 
 
+def test_weights_that_are_quantised_already_are_refused_before_they_are_read(safe: Path, tmp_path: Path) -> None:
+    source = pickled(safe, tmp_path / "bin")
+    config = json.loads((source / "config.json").read_text()) | {"quantization_config": {"quant_method": "gptq"}}
+    (source / "config.json").write_text(json.dumps(config))
+
+    with pytest.raises(ModelError, match=rf"{source}/config.json: its weights are quantised already .*gptq"):
+        run(str(source), str(tmp_path / "out"))
+
+
 def test_nothing_is_left_of_a_conversion_that_was_refused(safe: Path, tmp_path: Path) -> None:
     source = pickled(safe, tmp_path / "bin")
     (source / "pytorch_model.bin").write_bytes(saved({"a": Runs(tmp_path / "ran")}))

@@ -238,6 +238,21 @@ def test_a_chat_model_that_cannot_work_is_refused_with_the_reason(model_type, da
     assert_one_line(raised.value, str(model))
 
 
+FP8 = {"quantization_config": {"quant_method": "fp8"}}
+
+
+@pytest.mark.parametrize("settings", [FP8, {"text_config": FP8}], ids=["model", "text model"])
+def test_weights_that_are_quantised_already_are_refused_with_what_to_do(model, settings) -> None:
+    edit_json(model / "config.json", **settings)
+
+    with pytest.raises(ModelError, match=r"quantised already \(quantization_config: fp8\).*--quantize int8") as raised:
+        resolved(model)
+
+    assert_one_line(raised.value, str(model))
+    edit_json(model / "config.json", quantization_config=None, text_config={})
+    assert resolved(model)
+
+
 def test_a_missing_shard_is_named(model) -> None:
     (model / "model.safetensors").rename(model / "model-00001-of-00002.safetensors")
     shards = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
