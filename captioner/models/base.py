@@ -19,7 +19,7 @@ from transformers import GenerationConfig, LogitsProcessorList
 
 from captioner.data import Captions, Pixels, Prompts, Usage, object_array
 from captioner.errors import ModelError
-from captioner.models.devices import GPUS
+from captioner.models.devices import GPUS, device_name, gpu_failures, pick_devices
 from captioner.models.logits import DrawingProcessor, Sampling, ScoreRecorder, mean_logprobs, token_counts
 from captioner.models.placement import no_room
 from captioner.models.pretrained import decode_all, open_model, open_tokenizer, quiet
@@ -67,7 +67,8 @@ class TransformersCaptioner:
     ) -> None:
         """Load the model. `max_memory`: of each device that shares its weights (see `open_model`); None: one device."""
         self.ref, self.device, self.batch_size = ref, device, batch_size
-        self._num_devices = len(max_memory or [device])
+        self.devices = pick_devices(device, len(max_memory or [device]))
+        self.device_name = device_name(self.devices)
         self.dtype: torch.dtype = getattr(torch, ref.dtype)
         self.uploads = Uploads(device)
         self.sampling = Sampling.from_model(ref)
@@ -88,6 +89,7 @@ class TransformersCaptioner:
     def use_device(self, device: torch.device) -> None:
         """Compute on `device`, to which the caller has moved the network."""
         self.device, self.uploads = device, Uploads(device)
+        self.devices, self.device_name = [device], device_name([device])
         self.mean, self.std = self.mean.to(device), self.std.to(device)
 
     def start_ids(self) -> list[int]:
@@ -168,16 +170,18 @@ class TransformersCaptioner:
         first, so that the rows of a batch differ little in length.
 
         Raises torch.OutOfMemoryError where an image does not fit, and ModelError where it is alone, none was captioned
-        before and a small one does not fit either: then the model is too large for the device, not the image.
+        before and a small one does not fit either: then the model is too large for the device, not the image. Raises
+        ModelError also where the GPU has failed.
         """
-        try:
-            return self._caption_sorted(images)
-        except torch.OutOfMemoryError as error:
-            if self._has_room or len(images) > 1:
-                raise
-            message = str(error)
-        self._check_room()  # outside the except clause, as below
-        raise torch.OutOfMemoryError(message)
+        with gpu_failures(self.devices, self.device_name):
+            try:
+                return self._caption_sorted(images)
+            except torch.OutOfMemoryError as error:
+                if self._has_room or len(images) > 1:
+                    raise
+                message = str(error)
+            self._check_room()  # outside the except clause, as below
+            raise torch.OutOfMemoryError(message)
 
     def _caption_sorted(self, images: Any) -> Captions:
         if self.processor is None:
@@ -239,14 +243,14 @@ class TransformersCaptioner:
             return
         self.free_memory()
         free, size = self._free_bytes(), f"{width} x {height} pixels"
-        raise no_room(self.ref, size, self.device_name, self.weights_bytes, free, self._num_devices)
+        raise no_room(self.ref, size, self.device_name, self.weights_bytes, free, len(self.devices))
 
     def _free_bytes(self) -> int:
         """Return the free memory of the GPUs; 0 for other devices."""
         if self.device.type not in GPUS:
             return 0
-        backend, first = torch.get_device_module(self.device), self.device.index or 0
-        return sum(int(backend.mem_get_info(first + number)[0]) for number in range(self._num_devices))
+        backend = torch.get_device_module(self.device)
+        return sum(int(backend.mem_get_info(device)[0]) for device in self.devices)
 
     def try_batch(self, size: int, image_size: tuple[int, int] | None = None) -> None:
         """Caption `size` images of noise in one batch. Raises torch.OutOfMemoryError.
@@ -259,15 +263,6 @@ class TransformersCaptioner:
             self.search_batch(torch.from_numpy(noise).to(self.device))
         else:
             self.search_batch(ProcessedBatch(object_array(list(noise)), self.process))
-
-    @property
-    def device_name(self) -> str:
-        """Return "cpu", "mps", or a GPU's name and memory, with the number of GPUs where there are several."""
-        if self.device.type not in ("cuda", "xpu"):
-            return self.device.type
-        properties = torch.get_device_module(self.device).get_device_properties(self.device)
-        several = f"{self._num_devices} x " if self._num_devices > 1 else ""
-        return f"{several}{properties.name}, {properties.total_memory >> 30} GiB"
 
     def free_memory(self) -> None:
         """Release the device memory that torch caches."""

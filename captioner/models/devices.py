@@ -6,6 +6,8 @@ import os
 import platform
 import runpy
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -63,6 +65,50 @@ def pick_devices(device: torch.device, num_gpus: int) -> list[torch.device]:
             " that number or a lower one"
         )
     return [torch.device(device.type, first + number) for number in range(num_gpus)]
+
+
+def device_name(devices: Sequence[torch.device]) -> str:
+    """Return "cpu", "mps", or a GPU's name and memory, with the number of GPUs where there are several."""
+    import torch
+
+    kind = devices[0].type
+    if kind not in GPUS:
+        return kind
+    properties = torch.get_device_module(kind).get_device_properties(devices[0])
+    several = f"{len(devices)} x " if len(devices) > 1 else ""
+    return f"{several}{properties.name}, {properties.total_memory >> 30} GiB"
+
+
+@contextmanager
+def gpu_failures(devices: Sequence[torch.device], name: str) -> Iterator[None]:
+    """Raise ModelError where an error leaves `devices`, called `name`, unusable; raise any other error as it is.
+
+    After a fault of the hardware or an illegal access, every later call of CUDA in this process fails: the error is not
+    that of one image. Its class does not tell: Triton and cuBLAS raise a plain RuntimeError for the same.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if all(map(is_usable, devices)):
+            raise
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise ModelError(
+            f"the GPU of a worker on node {platform.node()} failed ({name}: {reason}); run the same command again, "
+            "without that GPU if it fails again"
+        ) from error
+
+
+def is_usable(device: torch.device) -> bool:
+    """Return whether a device still computes, after an error."""
+    import torch
+
+    if device.type == "cpu":
+        return True
+    try:
+        torch.accelerator.synchronize(device)
+    except RuntimeError:
+        return False
+    return True
 
 
 def set_wait_policy() -> None:

@@ -17,6 +17,7 @@ from captioner.data import Pixels
 from captioner.errors import ModelError
 from captioner.files import shown
 from captioner.models import adapters, weights
+from captioner.models.devices import auto_dtype, device_name, gpu_failures, pick_device
 from captioner.models.pixel_spec import read_pixel_spec
 from captioner.models.ref import ModelRef
 from captioner.models.resolving import ensure_local, locate
@@ -59,8 +60,6 @@ def resolve_judge(name: str, revision: str | None, notify: Callable[[str], None]
 
 def open_encoder(ref: ModelRef, device: str = "auto", batch_size: int = 64, num_threads: int | None = None) -> Encoder:
     """Load the model of `resolve_judge`. Raises ModelError where it or the device cannot be used."""
-    from captioner.models.devices import auto_dtype, pick_device
-
     torch_device = pick_device(device)
     import torch
 
@@ -79,6 +78,7 @@ class Encoder:
         from captioner.models.pretrained import LOADING_ERRORS, check_loading_info, open_tokenizer, quiet
 
         self._family, self._device, self._batch_size = ref.family, device, batch_size
+        self._device_name = device_name([device])
         self._dtype: torch.dtype = getattr(torch, ref.dtype)
         options = {"use_safetensors": True, "trust_remote_code": False, "local_files_only": True}
         try:
@@ -124,9 +124,9 @@ class Encoder:
         return features
 
     def _embed_all(self, embed: Callable[[int], torch.Tensor], starts: range) -> Embeddings:
-        """Return the results of `embed` at all starts as unit vectors."""
+        """Return the results of `embed` at all starts as unit vectors. Raises ModelError where the GPU has failed."""
         import torch
 
-        with torch.inference_mode():
+        with torch.inference_mode(), gpu_failures([self._device], self._device_name):
             parts = [torch.nn.functional.normalize(embed(first).float(), dim=-1).cpu().numpy() for first in starts]
         return np.concatenate(parts) if parts else np.empty((0, 1), np.float32)

@@ -33,8 +33,8 @@ class CaptionBatches:
 
     `column`: of the bytes. `max_pixels`, `decode_timeout`: as in `captioner caption`. `settings`: fields of
     `captioner.config.ModelConfig` other than `name` (`num_beams`, `max_new_tokens`, `device`, `dtype`, `prompt`,
-    `batch_size`, ...). Raises ModelError where the model, or a GPU that was reserved for the worker, cannot be used; a
-    bad image is a row with an `error_code`, also one that crashes its decoder.
+    `batch_size`, ...). Raises ModelError where the model, or a GPU that was reserved for the worker, cannot be used,
+    also where the GPU fails later; a bad image is a row with an `error_code`, also one that crashes its decoder.
     """
 
     def __init__(

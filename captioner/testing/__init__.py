@@ -28,6 +28,7 @@ from captioner.testing.faults import (
     decoder_faults,
     killed_at_write,
     sigkill_at_write,
+    with_failing_gpu,
     with_room_for,
 )
 from captioner.testing.tiny_models import make_tiny_model
@@ -48,6 +49,7 @@ __all__ = [
     "make_tiny_model",
     "num_committed_chunks",
     "sigkill_at_write",
+    "with_failing_gpu",
     "with_room_for",
 ]
 

@@ -146,6 +146,26 @@ def with_room_for(captioner: TransformersCaptioner, num_values: int) -> Transfor
     return captioner
 
 
+def with_failing_gpu(captioner: TransformersCaptioner, after: int = 0) -> TransformersCaptioner:
+    """Let every batch of a captioner fail after the first `after`, as on a GPU with a fault; return it.
+
+    A test also lets `captioner.models.devices.is_usable` say that the device is not.
+    """
+    import torch
+
+    search_batch, num_batches = captioner.search_batch, 0
+
+    def search_until_the_fault(values: Any) -> Any:
+        nonlocal num_batches
+        num_batches += 1
+        if num_batches > after:
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nCompile with ...")
+        return search_batch(values)
+
+    captioner.search_batch = search_until_the_fault  # type: ignore[method-assign]
+    return captioner
+
+
 def wait_at(gate: str, pid: int | None = None) -> None:
     """Write this process's pid (or `pid`) to `gate/pid` and wait for the file `gate/open`.
 
