@@ -73,6 +73,8 @@ def choose_batch_size(
         start = FIRST_SIZE_VARIABLE if captioner.ref.spec.variable_size else FIRST_SIZE
         with phase("trying out batch sizes", notify):
             sizes[key] = fastest_size(lambda size: seconds_for(captioner, size, clock, deadline), start)
+            # Again: while `seconds_for` raised, the error still held the tensors of the batch that did not fit.
+            captioner.free_memory()
         notify(f"batch size {sizes[key]}, tried out in {clock() - started:.1f} s")
         _write_cache(file, sizes)
     captioner.batch_size = sizes[key]

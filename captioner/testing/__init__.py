@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+import weakref
 from pathlib import Path
 
 import pyarrow as pa
@@ -54,16 +55,22 @@ __all__ = [
 ]
 
 
+class _Tensor:
+    """Memory of a SmallGpu."""
+
+
 class SmallGpu:
     """Stands in for a captioner on a GPU with memory for `room` images; see `captioner.models.batch_size`.
 
-    A batch takes `start` + images x `each` seconds of its own `clock`. `tried`: the sizes it was asked for.
+    A batch takes `start` + images x `each` seconds of its own `clock`. `tried`: the sizes it was asked for. `reserved`:
+    images whose memory is not free for other processes.
     """
 
     device_name = "small GPU, 1 GiB"
 
     def __init__(self, ref: ModelRef, room: int, start: float = 1.0, each: float = 0.0) -> None:
-        self.ref, self.batch_size, self.tried = ref, 1, list[int]()
+        self.ref, self.batch_size, self.tried, self.reserved = ref, 1, list[int](), 0
+        self._tensor: weakref.ref[_Tensor] | None = None
         self._room, self._start, self._each, self._now = room, start, each, 0.0
 
     def clock(self) -> float:
@@ -74,12 +81,16 @@ class SmallGpu:
         import torch
 
         self.tried.append(size)
+        tensor = _Tensor()  # lives as long as an error whose traceback holds this call
+        self.reserved, self._tensor = size, weakref.ref(tensor)
         if size > self._room:
             raise torch.OutOfMemoryError(f"no memory for a batch of {size}")
         self._now += self._start + self._each * size
 
     def free_memory(self) -> None:
-        """Nothing is held."""
+        """Release the memory of the last batch, unless something still holds its tensor."""
+        if self._tensor is None or self._tensor() is None:
+            self.reserved = 0
 
 
 def num_committed_chunks(out: Path) -> int:

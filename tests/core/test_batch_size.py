@@ -47,6 +47,16 @@ def test_the_largest_size_that_fits_and_is_faster_is_chosen(ref, room, each, exp
     assert gpu.batch_size == expected
 
 
+@pytest.mark.parametrize("room", [10_000, 100, 40, 3])
+def test_what_a_batch_took_that_did_not_fit_is_free_afterwards(ref, room) -> None:
+    """For another worker on the same GPU."""
+    gpu = SmallGpu(ref, room)
+
+    choose_batch_size(gpu, 16, gpu.clock)
+
+    assert gpu.reserved == 0
+
+
 def test_the_result_is_cached_by_model_and_device(ref, cache) -> None:
     first, second, other = SmallGpu(ref, 100), SmallGpu(ref, 100), SmallGpu(ref, 40)
     other.device_name = "another GPU, 2 GiB"
