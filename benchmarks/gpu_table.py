@@ -102,11 +102,23 @@ def describe_machine() -> dict[str, str]:
 
 
 def nvidia_smi() -> list[str]:
-    """Name, driver and memory of each card; [] where there is none."""
+    """Name, driver and memory of each card that CUDA_VISIBLE_DEVICES leaves visible; [] where there is none.
+
+    A part of a card (MIG) counts as a card, and has its id alone.
+    """
     if shutil.which("nvidia-smi") is None:
         return []
-    command = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
+    command = ["nvidia-smi", "--query-gpu=index,uuid,name,driver_version,memory.total", "--format=csv,noheader"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:  # a driver that cannot be reached is said on standard output
+        return []
+    cards = [line.split(", ", 2) for line in result.stdout.splitlines()]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return [card for _, _, card in cards]
+    ids = [each.strip() for each in visible.split(",") if each.strip()]
+    parts = [each for each in ids if each.startswith("MIG-")]
+    return parts + [card for index, uuid, card in cards if any(index == each or uuid.startswith(each) for each in ids)]
 
 
 def available_cpus() -> int:

@@ -15,7 +15,7 @@ import pytest
 
 from benchmarks import gpu
 from benchmarks.gpu import FORMS, STEPS, Setup, SkippedError, Step
-from benchmarks.gpu_table import write_results
+from benchmarks.gpu_table import nvidia_smi, write_results
 
 
 @pytest.fixture
@@ -89,6 +89,36 @@ def test_a_step_without_what_it_needs_is_skipped(setup, monkeypatch, cards: int,
 
     with pytest.raises(SkippedError, match=f"needs .*{reason}"):
         STEPS[step].command(setup)
+
+
+CARDS = """0, GPU-8a3b, NVIDIA H100 80GB HBM3, 570.1, 81559 MiB
+1, GPU-9c4d, NVIDIA H100 80GB HBM3, 570.1, 81559 MiB"""
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "visible", "count"),
+    [
+        (CARDS, 0, None, 2),
+        (CARDS, 0, "1", 1),
+        (CARDS, 0, "GPU-8a3b,GPU-9c4d", 2),
+        (CARDS, 0, "", 0),
+        (CARDS, 0, "-1", 0),
+        (CARDS, 0, "MIG-7e5f", 1),
+        ("NVIDIA-SMI has failed because it couldn't communicate with the driver.", 9, None, 0),
+    ],
+)
+def test_cards_are_those_that_the_driver_names_and_this_process_sees(
+    tmp_path, monkeypatch, text: str, code: int, visible: str | None, count: int
+) -> None:
+    command = tmp_path / "nvidia-smi"
+    command.write_text(f"#!/bin/sh\ncat <<'END'\n{text}\nEND\nexit {code}\n")
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+
+    assert len(nvidia_smi()) == count
 
 
 @pytest.mark.parametrize("form", FORMS)
