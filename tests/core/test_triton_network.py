@@ -10,16 +10,16 @@ import sys
 import numpy as np
 import pytest
 import torch
-from transformers import GitForCausalLM
+from transformers import GitConfig, GitForCausalLM
 
 pytest.importorskip("triton")
 
 from captioner.config import ModelConfig
 from captioner.models import load, resolve
-from captioner.models.git import FastSearch, triton_kernels
+from captioner.models.git import FastSearch, triton_kernels, triton_network
 from captioner.models.git.captioner import has_triton
 from captioner.models.git.network import GitNetwork
-from captioner.models.git.triton_network import TritonGitNetwork
+from captioner.models.git.triton_network import TritonGitNetwork, can_run
 from captioner.starter.scenes import make_scenes
 
 pytestmark = [
@@ -71,16 +71,23 @@ def test_layer_norms_of_a_sum() -> None:
         torch.testing.assert_close(triton_kernels.shifted_layer_norm(hidden, shift, norm), norm(hidden + shift))
 
 
-def test_a_device_on_which_kernels_cannot_run_is_recognised(monkeypatch, caplog) -> None:
+def test_a_device_on_which_kernels_cannot_run_is_recognised(tiny, monkeypatch, caplog) -> None:
     def fail(values: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("Failed to find C compiler")
 
-    device = torch.device("cpu")
-    assert triton_kernels.can_run(device)
-    monkeypatch.setattr(triton_kernels, "quick_gelu_", fail)
+    network = TritonGitNetwork(GitForCausalLM.from_pretrained(tiny).eval())
+    assert can_run(network)
+    monkeypatch.setattr(triton_network, "quick_gelu_", fail)
 
-    assert not triton_kernels.can_run(device)
+    assert not can_run(network)
     assert "Failed to find C compiler" in caplog.text
+
+
+def test_a_model_with_heads_that_the_kernels_cannot_compute_is_recognised(tiny, caplog) -> None:
+    config = GitConfig.from_pretrained(tiny, hidden_size=48, num_attention_heads=1)
+
+    assert not can_run(TritonGitNetwork(GitForCausalLM(config).eval()))
+    assert "power of 2" in caplog.text
 
 
 def test_without_triton_a_line_names_the_extra(monkeypatch, caplog) -> None:

@@ -150,11 +150,11 @@ def open_network(model: Any) -> GitNetwork:
     """
     device: torch.device = model.device
     if device.type == "cuda" and has_triton():
-        from captioner.models.git.triton_kernels import can_run
-        from captioner.models.git.triton_network import TritonGitNetwork
+        from captioner.models.git.triton_network import TritonGitNetwork, can_run
 
-        if can_run(device):
-            return TritonGitNetwork(model)
+        network = TritonGitNetwork(model)
+        if can_run(network):
+            return network
     return GitNetwork(model)
 
 

@@ -5,8 +5,6 @@ Each reads and writes its operands once, in their own dtype, and computes in flo
 
 from __future__ import annotations
 
-import logging
-
 import torch
 import triton
 import triton.language as tl
@@ -16,20 +14,6 @@ VOCABULARY_BLOCK = 4096
 IMAGE_BLOCK = 64
 TEXT_BLOCK = 4
 MIN_ROWS = 16  # of a matrix product on tensor cores
-
-
-def can_run(device: torch.device) -> bool:
-    """Return whether a kernel can be compiled for `device` and run there.
-
-    Triton needs a C compiler at that moment, and a GPU that it knows.
-    """
-    try:
-        return bool((quick_gelu_(torch.zeros(1, device=device)) == 0).item())
-    except Exception:  # Triton, the compiler and the driver each raise their own
-        logging.getLogger(__name__).warning(
-            "Triton kernels cannot run on %s, searching without them", device, exc_info=True
-        )
-        return False
 
 
 def shifted_layer_norm(hidden: torch.Tensor, shift: torch.Tensor, norm: torch.nn.LayerNorm) -> torch.Tensor:

@@ -6,6 +6,7 @@ of its text, a beam records which beam's cache holds its token.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -162,6 +163,25 @@ class TritonGitNetwork(GitNetwork):
         logprobs, tokens = (values.view(images, -1) for values in best)
         totals, indices = (logprobs + scores.repeat_interleave(count, 1)).topk(count)
         return totals, indices // count, tokens.gather(1, indices), logprobs.gather(1, indices)
+
+
+def can_run(network: TritonGitNetwork) -> bool:
+    """Return whether the kernels can be compiled for a network and its device, with a token for a blank image.
+
+    Triton needs a C compiler at that moment, a GPU that it knows, and text heads whose width is a power of two from 16.
+    """
+    side = network.vision.embeddings.image_size
+    try:
+        with torch.inference_mode():
+            state = network.new_state(1, 1, 2)
+            network.encode(torch.zeros((1, 3, side, side), dtype=network.dtype, device=network.device), state)
+            network.best_tokens(network.step(state)[:, 0])[0].cpu()
+    except Exception:  # Triton, the compiler and the driver each raise their own
+        logging.getLogger(__name__).warning(
+            "Triton kernels cannot run on %s with this model, searching without them", network.device, exc_info=True
+        )
+        return False
+    return True
 
 
 def _attention(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
