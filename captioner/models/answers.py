@@ -101,9 +101,9 @@ def asked_again(question: Question, prompt: str, reason: str) -> str:
 def replaced(captions: Captions, indices: Sequence[int], newer: Captions) -> Captions:
     """Return captions with those at `indices` replaced."""
     changes = {}
-    for name in ("texts", "num_tokens", "logprob_mean", "finished", "samples"):
+    for name in ("texts", "num_tokens", "logprob_mean", "finished", "errors", "samples"):
         values = list(getattr(captions, name))
-        for index, value in zip(indices, getattr(newer, name), strict=False):  # `samples` may be empty
+        for index, value in zip(indices, getattr(newer, name), strict=False):  # the last two may be empty
             values[index] = value
         changes[name] = values
     return replace(captions, **changes)
@@ -117,7 +117,8 @@ def with_gaps(captions: Captions, indices: Sequence[int], count: int) -> Caption
     none = [None] * count
     samples: list[Sequence[str]] = [()] * count if captions.samples else []
     usage = captions.usage or [NO_USAGE]
-    blank = Captions([""] * count, none, none, [True] * count, usage=usage, samples=samples)
+    errors = [""] * count if captions.errors else []
+    blank = Captions([""] * count, none, none, [True] * count, errors, usage, samples)
     return replaced(blank, indices, captions)
 
 

@@ -293,9 +293,12 @@ class TransformersCaptioner:
             limit = self.settings.max_new_tokens
             finished = [ended and count < limit for ended, count in zip(finished, counts, strict=True)]
         rows = [row[:count] for row, count in zip(tokens.tolist(), counts, strict=True)]
-        texts, means = self.decode(rows), mean_logprobs(logprobs, counts)
-        samples = [texts[first : first + each] for first in range(0, len(texts), each)] if each > 1 else []
-        return Captions(texts[::each], counts[::each], means[::each], finished[::each], samples=samples)
+        answers = Captions(self.decode(rows), counts, mean_logprobs(logprobs, counts), finished)
+        return _by_image(self.judge(answers), each)
+
+    def judge(self, answers: Captions) -> Captions:
+        """Return the captions in the model's answers, and why some are none; here the answers as they are."""
+        return answers
 
     def search(self, prepared: Any, numbers: torch.Tensor | None = None, /) -> tuple[torch.Tensor, torch.Tensor]:
         """Return new tokens int64 [N, T] and their log-probabilities float32 [N, T], on the CPU, by `generate`.
@@ -340,16 +343,31 @@ def _parts(values: Any, size: int) -> Iterator[Any]:
         yield values[first : first + size]
 
 
+def _by_image(captions: Captions, each: int) -> Captions:
+    """Return the captions of images that have `each` one after the other: the first without an error, and all."""
+    if each == 1:
+        return captions
+    errors = captions.errors or [""] * len(captions.texts)
+    images = [range(first, first + each) for first in range(0, len(errors), each)]
+    chosen = [next((row for row in rows if not errors[row]), rows[0]) for rows in images]
+    samples = [[None if errors[row] else captions.texts[row] for row in rows] for rows in images]
+    return replace(_take(captions, chosen), samples=samples)
+
+
 def _in_order(captions: Captions, order: list[int]) -> Captions:
     """Return captions in the order of the images, whose index is `order` for each caption."""
-    rows = sorted(range(len(order)), key=order.__getitem__)
+    return _take(captions, sorted(range(len(order)), key=order.__getitem__))
+
+
+def _take(captions: Captions, rows: list[int]) -> Captions:
     return Captions(
         [captions.texts[row] for row in rows],
         [captions.num_tokens[row] for row in rows],
         [captions.logprob_mean[row] for row in rows],
         [captions.finished[row] for row in rows],
-        usage=captions.usage,
-        samples=[captions.samples[row] for row in rows] if captions.samples else [],
+        [captions.errors[row] for row in rows] if captions.errors else [],
+        captions.usage,
+        [captions.samples[row] for row in rows] if captions.samples else [],
     )
 
 
@@ -359,5 +377,6 @@ def _concatenate(parts: list[Captions]) -> Captions:
         [count for part in parts for count in part.num_tokens],
         [mean for part in parts for mean in part.logprob_mean],
         [finished for part in parts for finished in part.finished],
+        [error for part in parts for error in part.errors],
         samples=[samples for part in parts for samples in part.samples],
     )

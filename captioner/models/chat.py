@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -31,6 +31,7 @@ from captioner.models.prompt_text import PromptError, apply_template, check_no_p
 from captioner.models.questions import same_prompts, with_answers
 from captioner.models.ref import ModelRef
 from captioner.models.shared_features import SharedFeatures
+from captioner.models.thoughts import BEGINNING, begins_thought, only_thought, without_thought
 
 MAX_TEXTS = 4_096  # prompts in their template that are kept; with columns each image may have its own
 
@@ -71,6 +72,7 @@ class ChatCaptioner(TransformersCaptioner):
         has_start_token = bos_token is not None and texts[0].startswith(bos_token)
         # A template that contains the start token must not get a second one (as in transformers).
         self._special_tokens = {"add_special_tokens": False} if has_start_token else {}
+        self._begins_thought = begins_thought(texts[0])
         self._features = SharedFeatures(self.model)
         self._prepared = prepared_by_decoders(ref.spec, self.processor.image_processor)
         if self._prepared is not None:
@@ -107,7 +109,7 @@ class ChatCaptioner(TransformersCaptioner):
         """Ask one question; once more about the images whose answers do not fit its schema."""
         captions = self.caption_batches(self._asked(pixels, question, prompts))
         misfits = [misfit(question, *answer) for answer in zip(captions.texts, captions.finished, strict=True)]
-        indices = [index for index, reason in enumerate(misfits) if reason]
+        indices = [index for index, reason in enumerate(misfits) if reason and not captions.errors[index]]
         if not indices:
             return captions
         prompts = [asked_again(question, prompts[index], misfits[index]) for index in indices]
@@ -125,6 +127,15 @@ class ChatCaptioner(TransformersCaptioner):
 
     def start_ids(self) -> list[int]:
         return []
+
+    def judge(self, answers: Captions) -> Captions:
+        """Return the answers without the reasoning of models that cannot leave it out."""
+        begun = BEGINNING if self._begins_thought else ""
+        answered = [begun + text for text in answers.texts]
+        texts = [without_thought(text) for text in answered]
+        columns = zip(answered, texts, answers.finished, strict=True)
+        errors = [only_thought(not finished) if answer and not text else "" for answer, text, finished in columns]
+        return replace(answers, texts=texts, errors=errors)
 
     def num_captions(self, images: Any) -> int:
         if not isinstance(images, AskedImages):

@@ -19,6 +19,7 @@ from jinja2 import TemplateError
 from captioner.data import Pixels
 from captioner.models.chat import ChatCaptioner
 from captioner.models.pretrained import LOADING_ERRORS, quiet
+from captioner.models.thoughts import END, begins_thought
 from captioner.training.collate import Collate, pixels_of
 
 _ANSWER = "The answer."  # any text without white space at its ends
@@ -28,8 +29,7 @@ _ANSWER = "The answer."  # any text without white space at its ends
 class ChatCollate(Collate):
     """Makes a batch of decoded pairs, on the CPU: the processor's output, answers, `positions` and `labels`.
 
-    `process`: returns the processor's output for images. `before`: white space that the chat template puts before an
-    answer.
+    `process`: returns the processor's output for images. `before`: what comes before an answer, see `answer_frame`.
     """
 
     process: Callable[[Pixels], dict[str, Any]]
@@ -69,9 +69,11 @@ class ChatCollate(Collate):
 def answer_frame(captioner: ChatCaptioner, end_ids: list[int]) -> tuple[str, int]:
     """Return what the chat template puts around an answer: white space before it, and the id of the token that ends it.
 
-    `end_ids`: of the tokens that end a caption. The first of them ends the answer where the template has none.
+    Where the question ends with the beginning of a thought, the thought is ended before the answer. `end_ids`: of the
+    tokens that end a caption. The first of them ends the answer where the template has none.
     """
     question = captioner.text_of(captioner.prompts[0])
+    end_of_thought = END if begins_thought(question) else ""
     content = [{"type": "image"}, {"type": "text", "text": captioner.prompts[0]}]
     answer = [{"type": "text", "text": _ANSWER}]
     turns = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
@@ -79,9 +81,9 @@ def answer_frame(captioner: ChatCaptioner, end_ids: list[int]) -> tuple[str, int
         with quiet():
             text = str(captioner.processor.apply_chat_template(turns, enable_thinking=False))
     except (*LOADING_ERRORS, TemplateError):  # a template without answers
-        return "", end_ids[0]
+        return end_of_thought, end_ids[0]
     head, _, tail = text.partition(_ANSWER)
     before = head.removeprefix(question) if head.startswith(question) else ""
     following = captioner.tokenizer(tail, add_special_tokens=False).input_ids
     end = next((token for token in following if token in end_ids), end_ids[0])
-    return before if before.isspace() else "", end
+    return end_of_thought or (before if before.isspace() else ""), end

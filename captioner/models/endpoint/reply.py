@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from captioner.data import NO_USAGE, Usage
-
-_THOUGHT = re.compile(r"<think(?:ing)?>.*?</think(?:ing)?>", re.DOTALL | re.IGNORECASE)
-# Templates that begin the thought themselves give only its end; an answer that is cut gives only its beginning.
-_END_OF_THOUGHT = re.compile(r"^.*</think(?:ing)?>", re.DOTALL | re.IGNORECASE)
-_BEGINNING_OF_THOUGHT = re.compile(r"<think(?:ing)?>.*$", re.DOTALL | re.IGNORECASE)
+from captioner.models.thoughts import only_thought, without_thought
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +86,7 @@ def _judge_choice(body: dict[str, Any], choice: object) -> Reply:
     if choice.get("error"):
         raise NoReplyError(f"the answer holds an error: {choice['error']}")
     content, reason = _text(message.get("content")), choice.get("finish_reason")
-    text = _without_thought(content)
+    text = without_thought(content)
     counts = body.get("usage")
     usage = counts if isinstance(counts, dict) else {}
     completion = _count(usage.get("completion_tokens"))
@@ -116,9 +111,9 @@ def _why_no_caption(message: dict[str, Any], content: str, text: str, reason: ob
     if reason in ("tool_calls", "function_call"):
         return "no caption: the answer calls a tool"
     if not text:
-        cut = ", cut at --max-new-tokens" if reason == "length" else ""
+        is_cut = reason == "length"
         thought = content.strip() or message.get("reasoning_content") or message.get("reasoning")
-        return f"only reasoning, no caption{cut}" if thought else f"an empty answer{cut}"
+        return only_thought(is_cut) if thought else "an empty answer" + (", cut at --max-new-tokens" if is_cut else "")
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -132,11 +127,6 @@ def _text(content: object) -> str:
         parts = [part.get("text") for part in content if isinstance(part, dict)]
         return "".join(part for part in parts if isinstance(part, str))
     return content if isinstance(content, str) else ""
-
-
-def _without_thought(content: str) -> str:
-    text = _END_OF_THOUGHT.sub("", _THOUGHT.sub("", content))
-    return _BEGINNING_OF_THOUGHT.sub("", text).strip()
 
 
 def _logprob_mean(logprobs: object) -> float | None:
