@@ -168,14 +168,37 @@ def stage_without_room() -> type[CaptionStage]:
     return StageWithoutRoom
 
 
-def test_a_gpu_with_room_for_no_image_stops_the_run_in_one_line_and_the_same_command_resumes(
-    tmp_path: Path, archive: Path, local_captions: list[tuple], monkeypatch: pytest.MonkeyPatch
+def stage_with_a_fault() -> type[CaptionStage]:
+    """A caption stage on a GPU that fails for good."""
+
+    class StageWithAFault(CaptionStage):
+        def __init__(self, *arguments: Any, **named: Any) -> None:
+            from captioner.models import devices
+            from captioner.testing import with_failing_gpu
+
+            super().__init__(*arguments, **named)
+            devices.is_usable = lambda device: False
+            with_failing_gpu(self.captioner)
+
+    return StageWithAFault
+
+
+@pytest.mark.parametrize(
+    ("make_stage", "message"),
+    [
+        (stage_without_room, "model starter: not one image, "),
+        (stage_with_a_fault, "the GPU of a worker on node "),
+    ],
+    ids=["without room", "with a fault"],
+)
+def test_a_gpu_that_can_caption_nothing_stops_the_run_in_one_line_and_the_same_command_resumes(
+    tmp_path: Path, archive: Path, local_captions: list[tuple], monkeypatch: pytest.MonkeyPatch, make_stage, message
 ) -> None:
     out = tmp_path / "out"
     config = caption_config(archive, out, model=ON_CPU | {"name": "starter"}, cluster=ONE_GPU)
     with monkeypatch.context() as patched:
-        patched.setattr(caption, "CaptionStage", stage_without_room())
-        with pytest.raises(ModelError, match=r"^model starter: not one image, [^\n]+$"):
+        patched.setattr(caption, "CaptionStage", make_stage())
+        with pytest.raises(ModelError, match=rf"^{message}[^\n]+$"):
             caption.run(config)
     assert num_committed_chunks(out) == 0
 
