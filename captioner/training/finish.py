@@ -40,15 +40,18 @@ def finish(checkpoint: Path, inputs: FinishInputs, device: torch.device) -> dict
     Returns `measured` (figures by set), `before` (figures of the eval set before training), the checkpoint's `step` and
     the model's `sha256`. Safe to repeat.
     """
-    whole = replace(inputs.model, quantize=None)  # adapters are merged with the weights of the base model
-    captioner = open_trainable(whole, inputs.config.model, device, eval_batch_size(inputs.config), checkpoint)
-    base = captioner.ref  # with its directories on this machine, which may not be the machine that resolved it
     evaluated = evaluations(inputs.history)
     best = best_of(inputs.history, f"eval_{inputs.config.training.metric_for_best_model}")
     chosen = next((entry for entry in evaluated if entry["step"] == inputs.metrics.get("step")), best)
     measured = {"eval": _without_prefix(chosen)}
     if "test" in inputs.tables:
+        captioner = _open(inputs, inputs.model, device, checkpoint)
         measured["test"] = _evaluate(captioner, inputs, inputs.tables["test"])
+    if "test" not in inputs.tables or inputs.model.quantize:
+        # Adapters are merged with the whole weights of the base model, for which a GPU that trains beside quantised
+        # ones may be too small.
+        captioner = _open(inputs, replace(inputs.model, quantize=None), torch.device("cpu"), checkpoint)
+    base = captioner.ref  # with its directories on this machine, which may not be the machine that resolved it
     with tempfile.TemporaryDirectory(prefix="captioner-model-") as folder:
         directory = Path(folder)
         _save(captioner, inputs.config.model, directory)
@@ -66,6 +69,10 @@ def finish(checkpoint: Path, inputs: FinishInputs, device: torch.device) -> dict
     counts = out.read_json("pairs/pairs.json")
     write_report(out, inputs.record, inputs.sources, inputs.tables, counts, history, result)
     return result
+
+
+def _open(inputs: FinishInputs, model: ModelRef, device: torch.device, checkpoint: Path) -> TransformersCaptioner:
+    return open_trainable(model, inputs.config.model, device, eval_batch_size(inputs.config), checkpoint)
 
 
 def _evaluate(captioner: TransformersCaptioner, inputs: FinishInputs, pairs: pa.Table) -> dict[str, Any]:

@@ -50,7 +50,8 @@ def model_card(inputs: FinishInputs, result: dict[str, Any]) -> str:
     """Return the README.md of a trained model. `result`: as `captioner.training.finish.finish` returns it."""
     base = inputs.record["base_model"]
     settings = {**inputs.config.training.model_dump(), "caption_choice": inputs.config.data.caption_choice}
-    chosen = inputs.config.model.model_dump(include={"prompt", "freeze_vision", "lora_rank", "lora_targets"})
+    names = {"prompt", "freeze_vision", "lora_rank", "lora_targets", "quantize"}
+    chosen = inputs.config.model.model_dump(include=names)
     settings |= {name: value for name, value in chosen.items() if value}
     measured = {"eval, before training": result["before"]} | result["measured"]
     on_hub = base["revision"] is not None

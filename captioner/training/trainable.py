@@ -90,7 +90,8 @@ def open_trainable(
         left_out = vision if config.freeze_vision or not family.adapts_vision else None
         add_adapters(network, left_out, config, None if checkpoint is None else checkpoint / ADAPTERS)
     elif checkpoint is not None:
-        saved = open_model(str(checkpoint), captioner.dtype, device, captioner.attention)
+        # On the CPU: the device may have no room for the weights twice.
+        saved = open_model(str(checkpoint), captioner.dtype, "cpu", captioner.attention)
         network.load_state_dict(saved.state_dict())
     if config.freeze_vision:
         vision.requires_grad_(False)

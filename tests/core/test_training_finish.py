@@ -8,16 +8,22 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from helpers import caption_config, train_config
 from safetensors.torch import load_file, save_file
 
 from captioner import pipeline
+from captioner.config import ModelConfig, TrainModelConfig
+from captioner.models import resolve
+from captioner.models.pretrained import open_model
 from captioner.models.weights import TRAINING_IMAGES
 from captioner.scoring.eligible_rows import trained_images
 from captioner.store.table import open_table
 from captioner.testing import make_folder, make_tiny_model
 from captioner.training import job
+from captioner.training.finish import finish
 from captioner.training.local import LocalTrainEngine
+from captioner.training.trainable import open_trainable
 from captioner.training.worker import FinishInputs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -102,3 +108,62 @@ def test_a_model_with_fewer_text_positions_than_the_usual_limit_is_finished(tmp_
     job.run(train_config(data, tmp_path / "out", base, None, 16, max_steps=1), LocalTrainEngine("cpu"))
 
     assert (tmp_path / "out" / "model" / "training_run.json").is_file()
+
+
+class FinishOnGpu(LocalTrainEngine):
+    """Makes OUT/model on a machine whose GPU has no memory left: to put anything on it is an error."""
+
+    def finish(self, checkpoint: Any, inputs: FinishInputs) -> dict[str, Any]:
+        return finish(checkpoint, inputs, torch.device("cuda:99"))
+
+
+@pytest.mark.parametrize("lora", [{}, {"lora_rank": 2}])
+def test_without_a_test_set_the_model_is_made_without_memory_of_a_gpu(tmp_path: Path, lora: dict[str, Any]) -> None:
+    if lora:
+        pytest.importorskip("peft", reason="the extra `lora` is not installed")
+    data = make_folder(tmp_path / "data", 6)
+
+    job.run(train_config(data, tmp_path / "out", groups={"model": lora}, max_steps=1), FinishOnGpu("cpu"))
+
+    assert (tmp_path / "out" / "model" / "training_run.json").is_file()
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None]]:
+    """Return the device and the --quantize of each network that training opens from now on, in order."""
+    networks: list[tuple[str, str | None]] = []
+
+    def noting_open(path: str, dtype: torch.dtype, device: Any, *settings: Any) -> Any:
+        networks.append((str(device), settings[2] if len(settings) > 2 else None))
+        return open_model(path, dtype, device, *settings)
+
+    for module in ("captioner.models.base", "captioner.training.trainable"):
+        monkeypatch.setattr(f"{module}.open_model", noting_open)
+    return networks
+
+
+def test_a_checkpoint_is_read_on_the_cpu_beside_the_network_on_its_device(
+    tmp_path: Path, opened: list[tuple[str, str | None]]
+) -> None:
+    base = make_tiny_model("git", tmp_path / "base")
+    ref, device = resolve(ModelConfig(name=str(base))), torch.device("cpu:0")
+
+    open_trainable(ref, TrainModelConfig(), device, 4, base)
+
+    assert opened == [("cpu:0", None), ("cpu", None)]
+
+
+def test_quantised_weights_score_the_test_set_and_whole_ones_are_merged_on_the_cpu(
+    tmp_path: Path, opened: list[tuple[str, str | None]]
+) -> None:
+    for package in ("peft", "bitsandbytes"):
+        pytest.importorskip(package, reason="the extras `lora` and `quantize` are not installed")
+    data, base = make_folder(tmp_path / "data", 12), make_tiny_model("blip", tmp_path / "base")
+    groups = {"model": {"lora_rank": 2, "quantize": "int4"}, "data": {"test_fraction": 0.3}}
+
+    job.run(train_config(data, tmp_path / "out", base, groups, 8, max_steps=1), LocalTrainEngine("cpu"))
+
+    assert opened == [("cpu", "int4"), ("cpu", "int4"), ("cpu", None)]
+    record = json.loads((tmp_path / "out" / "model" / "training_run.json").read_text())
+    assert record["measured"]["test"]["num_pictures"] > 0
+    assert "- `quantize`: int4" in (tmp_path / "out" / "model" / "README.md").read_text()
