@@ -122,7 +122,8 @@ def ask(hub, tmp_path):
         environment |= variables
         command = [sys.executable, "-c", RESOLVE, name, revision]
         shown = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
-        return shown.stdout.splitlines() or [shown.stderr]
+        # Without the lines about waiting, which a slow machine prints as well.
+        return [line for line in shown.stdout.splitlines() if not line.endswith(" s so far")] or [shown.stderr]
 
     return ask
 

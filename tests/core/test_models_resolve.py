@@ -320,7 +320,7 @@ import sys
 from captioner.config import ModelConfig
 from captioner.models import check_in_subprocess, load, resolve
 for name in ({str(tiny)!r}, "starter", "fake"):
-    resolve(ModelConfig(name=name))
+    resolve(ModelConfig(name=name), notify=str)
 load(resolve(ModelConfig(name="fake")))
 print([name for name in ("torch", "transformers", "tokenizers", "huggingface_hub", "ray") if name in sys.modules])
 """

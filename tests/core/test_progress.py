@@ -19,7 +19,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from captioner.config import CaptionConfig, ModelConfig
-from captioner.console.phases import HEARTBEAT, Heartbeat, phase
+from captioner.console.phases import HEARTBEAT, INTERVAL_S, Heartbeat, phase
 from captioner.console.progress import Progress, duration
 from captioner.console.summary import print_summary
 from captioner.console.text import counted, printable
@@ -27,6 +27,12 @@ from captioner.data import ERROR_CODES, Receipt
 from captioner.models import adapters, resolve
 from captioner.run.job import plan_images
 from captioner.sources.root import Root
+
+
+@pytest.fixture(autouse=True)
+def lines_about_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Print them as a command does; other tests do without."""
+    monkeypatch.setattr("captioner.console.phases.INTERVAL_S", INTERVAL_S)
 
 
 class Clock:
