@@ -124,7 +124,7 @@ def _load_weights(
     """Return the captioner with its weights on the devices. `free`: bytes of each GPU by its index."""
     import torch
 
-    from captioner.models.packed import pack_linears
+    from captioner.models.packed import pack_linears, replace_quick_gelus
 
     if num_threads is not None:
         torch.set_num_threads(num_threads)
@@ -135,7 +135,10 @@ def _load_weights(
             captioner = family(ref, devices[0], batch_size, usable)
         else:
             captioner = family(ref, devices[0], batch_size)
-        pack_linears(captioner.model)  # here, because packed layers cannot be trained
+        # Here, because these layers cannot be trained.
+        pack_linears(captioner.model)
+        if captioner.device.type == "cpu":
+            replace_quick_gelus(captioner.model)
     notify(f"weights on {captioner.device_name} in {time.perf_counter() - started:.1f} s")
     if ref.quantize:
         notify(_quantized_size(captioner.weights_bytes, ref))

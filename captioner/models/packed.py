@@ -1,14 +1,18 @@
-"""Linear layers with weights in oneDNN's own layout: in float32 on a CPU, 1.3 to 3 times as fast as torch's.
+"""Layers that are faster on a CPU, for captioning alone: they cannot be trained.
 
-torch computes float32 products by a BLAS that reorders the weight at every call. Here it is reordered once; results
-differ only by rounding. The operators are those that torch's own compiler uses when it freezes a model; where a build
-of torch lacks them, layers are not replaced.
+Linear layers have weights in oneDNN's own layout: in float32 1.3 to 3 times as fast as torch's with few rows. torch
+computes float32 products by a BLAS that reorders the weight at every call. Here it is reordered once; results differ
+only by rounding. The operators are those that torch's own compiler uses when it freezes a model; where a build of torch
+lacks them, layers are not replaced.
+
+QuickGELU, the activation of CLIP's vision tower, takes memory once instead of three times; results are equal.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import nn
+from transformers.activations import QuickGELUActivation
 
 ROWS_HINT = 64  # rows of the input; oneDNN's layout hardly depends on it
 MIN_WEIGHTS = 1 << 18  # below about 512 x 512 a call to oneDNN costs more than its layout saves
@@ -26,6 +30,25 @@ class PackedLinear(nn.Module):
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(values, self.weight, self.bias, "none", [], "")
         return result
+
+
+class QuickGELU(nn.Module):
+    """The activation x * sigmoid(1.702 x), as transformers' QuickGELUActivation, without gradients.
+
+    Computed in place, because the C library returns freed tensors of a few megabytes to the kernel, and the next ones
+    cost a page fault for every page.
+    """
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        return (values * 1.702).sigmoid_().mul_(values)
+
+
+def replace_quick_gelus(model: nn.Module) -> None:
+    """Replace the QuickGELU activations inside `model` by those that take less memory, in place."""
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if type(child) is QuickGELUActivation:
+                setattr(parent, name, QuickGELU())
 
 
 def pack_linears(model: nn.Module) -> int:

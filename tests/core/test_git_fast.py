@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForImageTextToText, GenerationConfig
+from transformers.activations import QuickGELUActivation
 
 import captioner.starter
 from captioner.config import ModelConfig
 from captioner.models import load, resolve
 from captioner.models.git import unsupported_settings
-from captioner.models.packed import PackedLinear, pack_linears
+from captioner.models.packed import PackedLinear, QuickGELU, pack_linears, replace_quick_gelus
 from captioner.starter.scenes import make_scenes
 from captioner.testing import make_tiny_model
 
@@ -175,6 +176,26 @@ def test_a_packed_layer_has_the_results_of_the_layer() -> None:
     assert sum(isinstance(part, PackedLinear) for part in model.modules()) == packed
     assert isinstance(model[-1], nn.Linear)
     torch.testing.assert_close(after, before, atol=1e-4, rtol=1e-4)
+
+
+def test_a_quick_gelu_that_takes_less_memory_has_equal_results() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(30, 40), nn.Sequential(QuickGELUActivation()))
+    values = torch.randn(3, 5, 30)
+    with torch.inference_mode():
+        before = model(values)
+        replace_quick_gelus(model)
+        after = model(values)
+
+    assert isinstance(model[1][0], QuickGELU)
+    assert torch.equal(after, before)
+
+
+def test_a_loaded_model_has_the_quick_gelu_that_takes_less_memory() -> None:
+    kinds = {type(part) for part in open_fast(STARTER).model.modules()}
+
+    assert QuickGELU in kinds
+    assert QuickGELUActivation not in kinds
 
 
 def write_settings(directory: Path, **settings) -> Path:
