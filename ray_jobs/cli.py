@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import signal
@@ -23,7 +24,7 @@ from captioner.config import (
     refuse_unused,
 )
 from captioner.console.phases import HEARTBEAT
-from captioner.console.stopping import quit_at_once
+from captioner.console.stopping import drop_failed_output, quit_at_once
 from captioner.console.text import counted, printable
 from captioner.errors import ERROR, INTERRUPTED, OK, CaptionerError, NoAnswerError, UsageError
 from ray_jobs import usage_errors
@@ -549,15 +550,43 @@ def _run_command(argv: list[str] | None) -> NoReturn:
     HEARTBEAT.line_printed()  # what this process did before does not count as silence
     words = (sys.argv[1:] if argv is None else argv) or ["--help"]
     try:
-        sys.exit(_commands().main(words, prog_name="captioner", standalone_mode=False) or OK)
+        code = _invoke(words)
+        sys.stdout.flush()  # while an error of it can be told
     except NoAnswerError as error:
         _fail(str(error), error.exit_code, at_once=True)
     except CaptionerError as error:
         _fail(str(error), error.exit_code)
     except typer.TyperException as error:  # an unknown flag or command, a missing or misplaced value
         _fail(usage_errors.describe(error), ERROR)
-    except (KeyboardInterrupt, typer.Abort):
+    except (KeyboardInterrupt, EOFError, typer.Abort):
         _fail("stopped by Ctrl-C", INTERRUPTED)
+    except OSError as error:
+        _fail_by_system(error)
+    sys.exit(code)
+
+
+def _invoke(words: list[str]) -> int:
+    """Run the command of a command line and return its exit code.
+
+    Not by `main` of typer, which takes every broken pipe for that of the output, and Ctrl-C for an end without a word.
+    """
+    try:
+        with _commands().make_context("captioner", list(words)) as context:
+            code: int = _commands().invoke(context) or OK
+    except typer.Exit as end:
+        code = end.exit_code
+    return code
+
+
+def _fail_by_system(error: OSError) -> NoReturn:
+    """End the process because of an error of the system that is no defect, such as a full disk; raise others."""
+    if drop_failed_output() and isinstance(error, BrokenPipeError):
+        sys.exit(ERROR)  # without a word: whoever reads the output has enough
+    if isinstance(error, ConnectionError):
+        _fail(f"a connection broke: {error}; run the same command again", ERROR)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        _fail(f"{error}; free space, also where the output goes, then run the same command again", ERROR)
+    raise error
 
 
 @functools.cache

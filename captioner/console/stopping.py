@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import sys
 import threading
 import webbrowser
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from captioner.console.phases import HEARTBEAT
 from captioner.console.text import printable
@@ -45,6 +46,31 @@ def quit_at_once(signal_number: int, _: Any = None) -> NoReturn:
     Python's own way out would unload modules while threads of Ray's core still use them: a segmentation fault.
     """
     os._exit(128 + signal_number)
+
+
+def drop_failed_output() -> bool:
+    """Return whether the reader of standard output or standard error has closed it, as `head -1` does.
+
+    What such a one, or one that fails otherwise, has not taken yet is dropped: Python would fail at it at its end.
+    """
+    is_closed = False
+    for stream in (sys.stdout, sys.stderr):
+        is_closed |= _has_no_reader(stream)
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return is_closed
+
+
+def _has_no_reader(stream: TextIO) -> bool:
+    """Return whether a stream is a pipe whose other end is closed."""
+    try:
+        poll = select.poll()
+        poll.register(stream.fileno(), 0)  # errors are told in any case
+        return bool(poll.poll(0))
+    except (OSError, ValueError):  # it is no file
+        return False
 
 
 @contextmanager

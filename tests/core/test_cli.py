@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 import subprocess
 import sys
@@ -336,10 +338,11 @@ def test_an_error_of_the_run_is_one_line_and_its_exit_code(
     assert re.fullmatch(r"captioner: error: [^\n\x1b]+\n", capsys.readouterr().err)
 
 
-def test_ctrl_c_anywhere_is_130(failing: Any) -> None:
+def test_ctrl_c_anywhere_is_130(failing: Any, capsys: pytest.CaptureFixture[str]) -> None:
     failing(KeyboardInterrupt())
 
     assert exit_code("caption", "in", "out", "--local") == 130
+    assert capsys.readouterr().err == "captioner: error: stopped by Ctrl-C\n"
 
 
 def test_ctrl_c_while_an_error_is_reported_is_130_without_a_traceback(tmp_path: Path) -> None:
@@ -352,6 +355,57 @@ cli.main(["caption", {str(tmp_path / "nowhere")!r}, {str(tmp_path / "out")!r}, "
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
 
     assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "")
+
+
+def test_ctrl_c_during_the_imports_is_130_without_a_traceback() -> None:
+    code = """
+import os, signal, sys
+class Interrupted:
+    def find_spec(self, name, *_):
+        if name == "pydantic":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupted())
+from ray_jobs.entry import main
+main()
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "captioner: error: stopped by Ctrl-C\n")
+
+
+def test_a_connection_of_a_store_that_breaks_is_one_line(failing: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    failing(BrokenPipeError(errno.EPIPE, "Broken pipe"))
+
+    assert exit_code("caption", "in", "out", "--local") == 1
+    assert capsys.readouterr().err == (
+        "captioner: error: a connection broke: [Errno 32] Broken pipe; run the same command again\n"
+    )
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("ending", ["", ", flush=True"])
+def test_an_output_that_takes_no_more_is_one_line_and_one_that_is_closed_none(ending: str, unbuffered: str) -> None:
+    """Whether the text is written at once or kept until the end."""
+    code = f"""
+from captioner.console import commands
+from ray_jobs import cli
+commands.verify = lambda out: print("proven"{ending})
+cli.main(["verify", "out"])
+"""
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    reader, closed = os.pipe()
+    os.close(reader)
+    with open("/dev/full", "w") as full, open(closed, "w") as pipe:
+        ended = [
+            subprocess.run(
+                [sys.executable, "-c", code], stdout=output, stderr=subprocess.PIPE, text=True, env=environment
+            )
+            for output in (full, pipe)
+        ]
+
+    assert [end.returncode for end in ended] == [1, 1]
+    assert re.fullmatch(r"captioner: error: .*No space left on device; free space, .*\n", ended[0].stderr)
+    assert ended[1].stderr == ""
 
 
 def test_a_defect_keeps_its_traceback(failing: Any) -> None:
