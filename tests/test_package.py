@@ -137,8 +137,10 @@ def test_a_command_names_the_extra_that_it_misses(
 
 
 @pytest.fixture
-def checkout(tmp_path: Path) -> Path:
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What `make setup` reads, and a uv that writes down what it is asked for."""
+    for name in ("MAKEFLAGS", "MFLAGS", "PIP_ARGS"):  # of a make that runs these tests
+        monkeypatch.delenv(name, raising=False)
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path)
     uv = tmp_path / "uv"
