@@ -6,10 +6,12 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import psutil
 import pyarrow as pa
 
 from captioner.config import CaptionConfig, SourceConfig, TrainConfig
@@ -28,8 +30,12 @@ STARTED_WITHIN_S = 600.0
 
 
 def started_in_time(start: Callable[[], object], clean_up: Callable[[], object]) -> None:
-    """Start a Ray, again where it fails: each node has 30 s to join it, which a busy machine may not have."""
-    deadline = time.monotonic() + STARTED_WITHIN_S
+    """Start a Ray, again where it fails: each node has 30 s to join it, which a busy machine may not have.
+
+    Ray leaves the processes of a node that did not join until this process ends; each would slow the next start.
+    """
+    deadline, own = time.monotonic() + STARTED_WITHIN_S, psutil.Process()
+    others = set(own.children(recursive=True))
     while True:
         try:
             start()
@@ -38,6 +44,9 @@ def started_in_time(start: Callable[[], object], clean_up: Callable[[], object])
             if time.monotonic() > deadline:
                 raise
             clean_up()
+            for left in set(own.children(recursive=True)) - others:
+                with suppress(psutil.NoSuchProcess):
+                    left.kill()
 
 
 def caption_config(
