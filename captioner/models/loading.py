@@ -158,8 +158,10 @@ def is_small(ref: ModelRef) -> bool:
 
 
 def weights_bytes(ref: ModelRef) -> int:
-    """Return the size of the weights files of a model on this machine; 0 for the fake."""
-    return sum(file.stat().st_size for file in weight_files(Path(ref.path))) if ref.path else 0
+    """Return the size of the weights files of a model on this machine; 0 for the fake, and where they are gone."""
+    if not (ref.path and Path(ref.path).is_dir()):
+        return 0
+    return sum(file.stat().st_size for file in weight_files(Path(ref.path)))
 
 
 def _quantized_size(size: int, ref: ModelRef) -> str:

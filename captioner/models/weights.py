@@ -85,6 +85,8 @@ def weight_files(directory: Path) -> list[Path]:
         return [directory / SINGLE_FILE]
     if (directory / INDEX_FILE).is_file():
         return _sharded_files(directory)
+    if not directory.is_dir():
+        raise ModelError(f"{directory}: no such directory; copy the model to this place on every node")
     pickles = sorted(
         f.name for f in directory.iterdir() if f.suffix in PICKLE_SUFFIXES and f.name != "training_args.bin"
     )

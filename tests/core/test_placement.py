@@ -115,3 +115,11 @@ def test_a_worker_that_sees_fewer_gpus_says_so() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(ModelError, match=r"--gpus-per-worker 2: a worker on node .* sees 0 GPUs"):
             pick_devices(torch.device("cuda"), 2)
+
+
+def test_a_model_that_is_not_on_this_node_is_an_error_of_one_line(tiny, tmp_path: Path) -> None:
+    gone = replace(tiny("git"), path=str(tmp_path / "gone"))
+
+    assert weights_bytes(gone) == 0
+    with pytest.raises(ModelError, match=r"gone: no such directory; copy the model to this place on every node$"):
+        check_fits(gone, [1 << 30], "H100")
