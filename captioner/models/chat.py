@@ -31,7 +31,7 @@ from captioner.models.prompt_text import PromptError, apply_template, check_no_p
 from captioner.models.questions import same_prompts, with_answers
 from captioner.models.ref import ModelRef
 from captioner.models.shared_features import SharedFeatures
-from captioner.models.thoughts import BEGINNING, begins_thought, only_thought, without_thought
+from captioner.models.thoughts import BEGINNING, CUT, ONLY_THOUGHT, begins_thought, without_thought
 
 MAX_TEXTS = 4_096  # prompts in their template that are kept; with columns each image may have its own
 
@@ -72,7 +72,7 @@ class ChatCaptioner(TransformersCaptioner):
         has_start_token = bos_token is not None and texts[0].startswith(bos_token)
         # A template that contains the start token must not get a second one (as in transformers).
         self._special_tokens = {"add_special_tokens": False} if has_start_token else {}
-        self._begins_thought = begins_thought(texts[0])
+        self.begins_thought = begins_thought(texts[0])
         self._features = SharedFeatures(self.model)
         self._prepared = prepared_by_decoders(ref.spec, self.processor.image_processor)
         if self._prepared is not None:
@@ -130,11 +130,14 @@ class ChatCaptioner(TransformersCaptioner):
 
     def judge(self, answers: Captions) -> Captions:
         """Return the answers without the reasoning of models that cannot leave it out."""
-        begun = BEGINNING if self._begins_thought else ""
+        begun = BEGINNING if self.begins_thought else ""
         answered = [begun + text for text in answers.texts]
         texts = [without_thought(text) for text in answered]
         columns = zip(answered, texts, answers.finished, strict=True)
-        errors = [only_thought(not finished) if answer and not text else "" for answer, text, finished in columns]
+        errors = [
+            ONLY_THOUGHT + ("" if finished else CUT) if answer and not text else ""
+            for answer, text, finished in columns
+        ]
         return replace(answers, texts=texts, errors=errors)
 
     def num_captions(self, images: Any) -> int:

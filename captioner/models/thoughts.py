@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 
 BEGINNING, END = "<think>", "\n</think>\n\n"
+# Why an answer is no caption, and what follows where it ended at the limit.
+ONLY_THOUGHT, CUT = "only reasoning, no caption", ", cut at --max-new-tokens"
 _THOUGHT = re.compile(r"<think(?:ing)?>.*?</think(?:ing)?>", re.DOTALL | re.IGNORECASE)
 # Templates that begin the thought themselves give only its end; an answer that is cut gives only its beginning.
 _END_OF_THOUGHT = re.compile(r"^.*</think(?:ing)?>", re.DOTALL | re.IGNORECASE)
@@ -25,8 +27,3 @@ def without_thought(answer: str) -> str:
 def begins_thought(question: str) -> bool:
     """Return whether a question in its chat template ends with the beginning of a thought."""
     return _BEGINNING_AT_END.search(question) is not None
-
-
-def only_thought(is_cut: bool) -> str:
-    """Return why an answer that is only reasoning is no caption. `is_cut`: whether it ended at the limit."""
-    return "only reasoning, no caption" + (", cut at --max-new-tokens" if is_cut else "")

@@ -19,7 +19,7 @@ from jinja2 import TemplateError
 from captioner.data import Pixels
 from captioner.models.chat import ChatCaptioner
 from captioner.models.pretrained import LOADING_ERRORS, quiet
-from captioner.models.thoughts import END, begins_thought
+from captioner.models.thoughts import END
 from captioner.training.collate import Collate, pixels_of
 
 _ANSWER = "The answer."  # any text without white space at its ends
@@ -73,7 +73,7 @@ def answer_frame(captioner: ChatCaptioner, end_ids: list[int]) -> tuple[str, int
     tokens that end a caption. The first of them ends the answer where the template has none.
     """
     question = captioner.text_of(captioner.prompts[0])
-    end_of_thought = END if begins_thought(question) else ""
+    end_of_thought = END if captioner.begins_thought else ""
     content = [{"type": "image"}, {"type": "text", "text": captioner.prompts[0]}]
     answer = [{"type": "text", "text": _ANSWER}]
     turns = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]

@@ -80,29 +80,27 @@ def test_every_model_answers_all_questions_on_the_terminal_and_on_the_page(
     assert html.count("number_error</span> is not JSON") == 2
 
 
+def check_others_are_left(image: str, failed: ModelConfig, reason: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert try_images([image], [failed, FAKE]) == ERROR
+
+    printed = " ".join(capsys.readouterr().out.split())
+    assert reason in printed
+    assert "picture" in printed
+    with pytest.raises(ModelError, match=reason):
+        try_images([image], [failed])
+
+
 def test_a_model_that_cannot_be_loaded_leaves_the_others(
     image: str, unloadable: ModelConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert try_images([image], [unloadable, FAKE]) == ERROR
-
-    printed = " ".join(capsys.readouterr().out.split())
-    assert "tensors do not fit config.json" in printed
-    assert "picture" in printed
-    with pytest.raises(ModelError, match="tensors do not fit"):
-        try_images([image], [unloadable])
+    check_others_are_left(image, unloadable, "tensors do not fit config.json", capsys)
 
 
 def test_a_model_that_fails_while_it_captions_leaves_the_others(image: str, capsys: pytest.CaptureFixture[str]) -> None:
     with ModelServer(lambda request: failing(401, "the key has expired")) as server:
-        failed = ModelConfig(name=server.model, endpoint=[server.url])
-
-        assert try_images([image], [failed, FAKE]) == ERROR
-
-        printed = " ".join(capsys.readouterr().out.split())
-        assert "the key has expired" in printed
-        assert "picture" in printed
-        with pytest.raises(ModelError, match="the key has expired"):
-            try_images([image], [failed])
+        check_others_are_left(
+            image, ModelConfig(name=server.model, endpoint=[server.url]), "the key has expired", capsys
+        )
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is measured on Linux only")

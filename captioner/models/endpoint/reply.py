@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from captioner.data import NO_USAGE, Usage
-from captioner.models.thoughts import only_thought, without_thought
+from captioner.models.thoughts import CUT, ONLY_THOUGHT, without_thought
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,9 +111,8 @@ def _why_no_caption(message: dict[str, Any], content: str, text: str, reason: ob
     if reason in ("tool_calls", "function_call"):
         return "no caption: the answer calls a tool"
     if not text:
-        is_cut = reason == "length"
         thought = content.strip() or message.get("reasoning_content") or message.get("reasoning")
-        return only_thought(is_cut) if thought else "an empty answer" + (", cut at --max-new-tokens" if is_cut else "")
+        return (ONLY_THOUGHT if thought else "an empty answer") + (CUT if reason == "length" else "")
     try:
         text.encode()
     except UnicodeEncodeError:
