@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import tempfile
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -29,24 +31,33 @@ DEFAULTS: Settings = MappingProxyType({})
 STARTED_WITHIN_S = 600.0
 
 
+@contextmanager
+def only_ray_that_starts() -> Iterator[None]:
+    """Let one process of this user at a time start a Ray: a node has 30 s to join, and several would share the CPU."""
+    with open(f"{tempfile.gettempdir()}/captioner-ray-starts-{os.getuid()}", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed, also by SIGKILL
+        yield
+
+
 def started_in_time(start: Callable[[], object], clean_up: Callable[[], object]) -> None:
     """Start a Ray, again where it fails: each node has 30 s to join it, which a busy machine may not have.
 
     Ray leaves the processes of a node that did not join until this process ends; each would slow the next start.
     """
-    deadline, own = time.monotonic() + STARTED_WITHIN_S, psutil.Process()
-    others = set(own.children(recursive=True))
-    while True:
-        try:
-            start()
-            return
-        except Exception:
-            if time.monotonic() > deadline:
-                raise
-            clean_up()
-            for left in set(own.children(recursive=True)) - others:
-                with suppress(psutil.NoSuchProcess):
-                    left.kill()
+    with only_ray_that_starts():
+        deadline, own = time.monotonic() + STARTED_WITHIN_S, psutil.Process()
+        others = set(own.children(recursive=True))
+        while True:
+            try:
+                start()
+                return
+            except Exception:
+                if time.monotonic() > deadline:
+                    raise
+                clean_up()
+                for left in set(own.children(recursive=True)) - others:
+                    with suppress(psutil.NoSuchProcess):
+                        left.kill()
 
 
 def caption_config(

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from helpers import STARTED_WITHIN_S, started_in_time
+from helpers import STARTED_WITHIN_S, only_ray_that_starts, started_in_time
 
 from captioner.testing import decoder_faults
 
@@ -76,13 +76,14 @@ class Head:
 
     def add_node(self, num_cpus: int) -> None:
         """Start a raylet and wait until it has joined. A busy GCS may be too late for one: then it is tried again."""
-        before, deadline = self.num_nodes(), time.monotonic() + STARTED_WITHIN_S
-        raylet = self._start_raylet(num_cpus)
-        while self.num_nodes() == before:
-            if raylet.poll() is not None:
-                raylet = self._start_raylet(num_cpus)
-            assert time.monotonic() < deadline, (self.home / "start.log").read_text()
-            time.sleep(0.1)
+        with only_ray_that_starts():
+            before, deadline = self.num_nodes(), time.monotonic() + STARTED_WITHIN_S
+            raylet = self._start_raylet(num_cpus)
+            while self.num_nodes() == before:
+                if raylet.poll() is not None:
+                    raylet = self._start_raylet(num_cpus)
+                assert time.monotonic() < deadline, (self.home / "start.log").read_text()
+                time.sleep(0.1)
 
     def _start_raylet(self, num_cpus: int) -> subprocess.Popen[bytes]:
         (metrics,) = free_ports(1)
@@ -134,14 +135,15 @@ def end_tree(process: subprocess.Popen) -> None:
 def head() -> Iterator[Head]:
     """Its two GPUs are only counted: there is no device behind them."""
     home = Path(tempfile.mkdtemp(prefix="cr", dir="/tmp"))  # sockets live below it: their paths must be short
-    head, started = _start_head(home)
-    deadline = time.monotonic() + STARTED_WITHIN_S
     try:
-        while not _is_ready(head):
-            assert time.monotonic() < deadline, (home / "start.log").read_text()
-            if started.poll() is not None:  # Ray gives a node 30 s to join
-                head, started = _start_head(home)
-            time.sleep(0.1)
+        with only_ray_that_starts():
+            head, started = _start_head(home)
+            deadline = time.monotonic() + STARTED_WITHIN_S
+            while not _is_ready(head):
+                assert time.monotonic() < deadline, (home / "start.log").read_text()
+                if started.poll() is not None:  # Ray gives a node 30 s to join
+                    head, started = _start_head(home)
+                time.sleep(0.1)
         yield head
     finally:
         for process in [*head.raylets, started]:
