@@ -29,6 +29,7 @@ DEFAULTS: Settings = MappingProxyType({})
 
 
 STARTED_WITHIN_S = 600.0
+REPORTS_EVERY_S = 3  # how often the processes of a head report their metrics, which costs CPU; by default 10
 
 
 @contextmanager

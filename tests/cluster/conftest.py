@@ -21,7 +21,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from helpers import STARTED_WITHIN_S, only_ray_that_starts, started_in_time
+from helpers import REPORTS_EVERY_S, STARTED_WITHIN_S, only_ray_that_starts, started_in_time
 
 from captioner.testing import decoder_faults
 
@@ -109,6 +109,7 @@ def free_ports(count: int) -> list[int]:
 def _ray_start(environment: dict[str, str], home: Path, *flags: str) -> subprocess.Popen[bytes]:
     ray = str(Path(sys.executable).with_name("ray"))
     common = ["--node-ip-address", "127.0.0.1", "--object-store-memory", str(150 * 2**20), "--disable-usage-stats"]
+    common += ["--include-log-monitor", "False"]  # what workers print is in the logs of no test
     with (home / "start.log").open("ab") as log:
         return subprocess.Popen(
             [ray, "start", "--block", *common, *flags],
@@ -162,7 +163,8 @@ def _start_head(home: Path) -> tuple[Head, subprocess.Popen[bytes]]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": token,
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_metrics_report_interval_ms": "1000",
+        "RAY_metrics_report_interval_ms": f"{1000 * REPORTS_EVERY_S}",
+        "RAY_prestart_worker_first_driver": "0",  # no job of these tests can use them
         "RAY_JOB_STOP_WAIT_TIME_S": "600",  # until Ray kills a job that was asked to stop, by default 3
     }
     flags = {"port": gcs, "dashboard-port": dashboard, "dashboard-agent-listen-port": 0}
@@ -194,6 +196,7 @@ def cluster() -> Iterator:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", decoder_faults()["PYTHONPATH"])
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_prestart_worker_first_driver", "0")
         patch.setenv("RAY_AUTH_MODE", "disabled")  # of this cluster: nodes that join later must know no other
         import ray
         from ray.cluster_utils import Cluster
@@ -204,7 +207,8 @@ def cluster() -> Iterator:
         cluster = Cluster()
 
         def start() -> None:
-            cluster.add_node(num_cpus=0, object_store_memory=memory, include_dashboard=False)
+            without = {"include_dashboard": False, "include_log_monitor": False}
+            cluster.add_node(num_cpus=0, object_store_memory=memory, **without)
             cluster.add_node(num_cpus=3, object_store_memory=memory)
 
         started_in_time(start, cluster.shutdown)

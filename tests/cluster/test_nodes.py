@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from helpers import REPORTS_EVERY_S
 
 from captioner.config import ClusterConfig
 from captioner.store.table import open_table
@@ -81,7 +82,7 @@ def grown(head, tmp_path_factory: pytest.TempPathFactory) -> Observed:
         run.workers |= workers(head)
         if run.is_whole or time.monotonic() > deadline:
             (gate / "open").touch()
-        time.sleep(1)  # nodes report as often (see `head`), and each look costs them CPU
+        time.sleep(REPORTS_EVERY_S)  # each look costs the nodes CPU
     run.exit_code, run.log = job.returncode, job.stdout.read()
     return run
 
