@@ -164,6 +164,7 @@ def _start_head(home: Path) -> tuple[Head, subprocess.Popen[bytes]]:
         "RAY_AUTH_TOKEN": token,
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_metrics_report_interval_ms": f"{1000 * REPORTS_EVERY_S}",
+        "RAY_worker_niceness": "0",  # by default 15: on a busy CPU the work gets what Ray's other processes leave
         "RAY_prestart_worker_first_driver": "0",  # no job of these tests can use them
         "RAY_JOB_STOP_WAIT_TIME_S": "600",  # until Ray kills a job that was asked to stop, by default 3
     }
@@ -196,6 +197,7 @@ def cluster() -> Iterator:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", decoder_faults()["PYTHONPATH"])
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_worker_niceness", "0")  # as in _start_head
         patch.setenv("RAY_prestart_worker_first_driver", "0")
         patch.setenv("RAY_AUTH_MODE", "disabled")  # of this cluster: nodes that join later must know no other
         import ray

@@ -42,8 +42,12 @@ def ray_instance(worker_path: str):
     from ray_jobs.cluster import without_monitors
 
     settings = {"num_cpus": 4, "num_gpus": 2, "object_store_memory": 300 * 2**20, "include_dashboard": False}
-    # How long Ray waits to hear why a worker died, before it only says that it is gone; by default a second.
-    settings["_system_config"] = {"timeout_ms_task_wait_for_death_info": 60_000}
+    settings["_system_config"] = {
+        # How long Ray waits to hear why a worker died, before it only says that it is gone; by default a second.
+        "timeout_ms_task_wait_for_death_info": 60_000,
+        # By default 15: on a busy CPU the work gets what Ray's other processes leave.
+        "worker_niceness": 0,
+    }
     if not ray.is_initialized():
         with pytest.MonkeyPatch.context() as patch, without_monitors():
             patch.setenv("PYTHONPATH", worker_path)
