@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, wait
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -233,7 +233,8 @@ def _init(address: str) -> None:
     import ray
 
     settings: dict[str, Any] = {"address": address, "logging_level": logging.ERROR, "log_to_driver": False}
-    if address == "local":
+    is_own = address == "local"
+    if is_own:
         settings |= {"num_cpus": max(2, available_cpus()), "include_dashboard": False}
     elif "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
         import captioner
@@ -245,10 +246,13 @@ def _init(address: str) -> None:
     check_gcs(address)
     keep_messages()
     try:
-        with _quiet_stderr(), _own_sigterm(), without_monitors():
+        with _quiet_stderr(), _own_sigterm(), without_monitors(), patient_start() if is_own else nullcontext():
             ray.init(**settings)
     except Exception as error:  # Ray also raises exceptions of no particular class
-        raise ClusterError(f"Ray at {address!r} cannot be reached: {' '.join(str(error).split())[:300]}") from error
+        why = " ".join(str(error).split())[:300]
+        if is_own:
+            raise ClusterError(f"Ray did not start on this machine: {why}; --local needs no Ray") from error
+        raise ClusterError(f"Ray at {address!r} cannot be reached: {why}") from error
 
 
 @contextmanager
@@ -293,6 +297,43 @@ def without_monitors() -> Iterator[None]:
     finally:
         for name, method in methods.items():
             setattr(Node, name, method)
+
+
+@contextmanager
+def patient_start() -> Iterator[None]:
+    """Let a Ray that is started here wait START_TIMEOUT_S for its node, unless one of its processes has ended.
+
+    Ray gives up after 30 s, a constant in `Node.__init__` (Ray 2.60), which a busy machine exceeds. It has no setting
+    for that; a Ray without these private names keeps its limit.
+    """
+    from ray._private import services
+    from ray._private.node import Node
+
+    get_node, start_processes = getattr(services, "get_node", None), getattr(Node, "start_ray_processes", None)
+    if get_node is None or start_processes is None:
+        yield
+        return
+    starting: list[Node] = []
+    deadline = time.monotonic() + START_TIMEOUT_S
+
+    def start_and_note(node: Node) -> None:
+        starting.append(node)
+        start_processes(node)
+
+    def wait_for_node(*arguments: Any) -> Any:
+        while True:
+            try:
+                return get_node(*arguments)
+            except RuntimeError:  # not registered yet
+                if time.monotonic() > deadline or any(node.dead_processes() for node in starting):
+                    raise
+                time.sleep(0.1)
+
+    services.get_node, Node.start_ray_processes = wait_for_node, start_and_note
+    try:
+        yield
+    finally:
+        services.get_node, Node.start_ray_processes = get_node, start_processes
 
 
 @contextmanager

@@ -203,6 +203,8 @@ def cluster() -> Iterator:
         import ray
         from ray.cluster_utils import Cluster
 
+        from ray_jobs.cluster import patient_start
+
         if ray.is_initialized():
             ray.shutdown()
         memory = 100 * 2**20
@@ -213,7 +215,8 @@ def cluster() -> Iterator:
             cluster.add_node(num_cpus=0, object_store_memory=memory, **without)
             cluster.add_node(num_cpus=3, object_store_memory=memory)
 
-        started_in_time(start, cluster.shutdown)
+        with patient_start():
+            started_in_time(start, cluster.shutdown)
         ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
         yield cluster
         ray.shutdown()

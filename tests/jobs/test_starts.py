@@ -190,6 +190,41 @@ def test_workers_that_cannot_start_at_all_end_the_run_with_the_reason(tmp_path: 
     assert "Ray's worker processes cannot start: ImportError: no libfoo; fix it" in error
 
 
+# A clock for Ray on which its node's 30 s are over at once. With an argument, the node's first process is killed as it
+# starts.
+CONNECT = """
+import sys, time, types
+from captioner.config import ClusterConfig
+from ray_jobs import cluster
+
+cluster.import_ray(ClusterConfig())
+from ray._private import node
+node.time = types.SimpleNamespace(**vars(time) | {"monotonic": lambda: 1e6 * time.monotonic()})
+if sys.argv[1:]:
+    start_raylet = node.Node.start_raylet
+    def start_and_kill(self, *arguments, **named):
+        start_raylet(self, *arguments, **named)
+        self.all_processes["raylet"][0].process.kill()
+    node.Node.start_raylet = start_and_kill
+print(cluster.connect(ClusterConfig()).num_nodes)
+"""
+
+
+def test_a_ray_of_this_machine_may_take_longer_to_start_than_ray_waits(tmp_path: Path) -> None:
+    done = python("-c", CONNECT, folder=tmp_path)
+
+    assert done.stdout == "1\n", done.stderr
+
+
+def test_a_ray_of_which_a_process_ends_at_the_start_is_an_error_at_once(tmp_path: Path) -> None:
+    done = python("-c", CONNECT, "killed", folder=tmp_path)
+
+    assert done.returncode == 1
+    *_, error = done.stderr.splitlines()
+    assert "ClusterError: Ray did not start on this machine: The current node timed out" in error
+    assert error.endswith("; --local needs no Ray")
+
+
 def test_the_error_that_is_shown_is_the_first_that_is_not_rays_own() -> None:
     text = (
         "ray.exceptions.RaySystemError: System error: x\nTraceback\n  File\nImportError: no libfoo\nKeyError: 'later'"
@@ -200,8 +235,11 @@ def test_the_error_that_is_shown_is_the_first_that_is_not_rays_own() -> None:
     assert first_error("nothing that is an error") == ""
 
 
-def test_rays_processes_that_a_run_does_without_are_started_by_these_methods() -> None:
-    """Where Ray renames a method, runs start as before, with more processes."""
+def test_ray_still_has_the_methods_that_a_start_replaces() -> None:
+    """Where Ray renames one, runs start with more processes, or a busy machine has Ray's 30 s again."""
+    from ray._private import services
     from ray._private.node import Node
+
+    assert all(callable(method) for method in (services.get_node, Node.start_ray_processes, Node.dead_processes))
 
     assert all(callable(getattr(Node, name)) for name in MONITOR_STARTS)
