@@ -65,16 +65,22 @@ class Observed:
 
 @pytest.fixture(scope="module")
 def grown(head, tmp_path_factory: pytest.TempPathFactory) -> Observed:
-    """A run on one node that a second joins. It does not end before it was seen to grow: its last image waits."""
+    """A run on one node that a second joins.
+
+    Its first image waits until the node has joined, so that there is something to caption then; its last one until the
+    run was seen to grow.
+    """
     root = tmp_path_factory.mktemp("grown")
-    archive, gate = make_folder(root / "archive", IMAGES, width=32), root / "gate"
-    gate.mkdir()
-    with (archive / f"{IMAGES - 1:06d}.png").open("ab") as last:
-        last.write(GATE_MARKER + bytes(gate))
+    archive, joined, gate = make_folder(root / "archive", IMAGES, width=32), root / "joined", root / "gate"
+    for number, waits_at in ((0, joined), (IMAGES - 1, gate)):
+        waits_at.mkdir()
+        with (archive / f"{number:06d}.png").open("ab") as image:
+            image.write(GATE_MARKER + bytes(waits_at))
     flags = [*SLOW_MODEL, "--device", "cpu", "--num-workers", "1:2", "--decode-timeout", "3600"]
     environment = f"PYTHONPATH={decoder_faults()['PYTHONPATH']}"
     job = head.submit("--env", environment, "--", "caption", str(archive), str(root / "out"), *flags)
     head.add_node(num_cpus=2)
+    (joined / "open").touch()
     run, deadline = Observed(root / "out"), time.monotonic() + DEADLINE_S
     while job.poll() is None:
         for name, value in re.findall(r"^(ray_captioner_\w+\{.*\}) (\S+)$", head.scrape(), re.MULTILINE):
