@@ -13,9 +13,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, wait
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -246,7 +246,7 @@ def _init(address: str) -> None:
     check_gcs(address)
     keep_messages()
     try:
-        with _quiet_stderr(), _own_sigterm(), without_monitors(), patient_start() if is_own else nullcontext():
+        with _quiet_stderr(), _own_sigterm(), without_monitors(), longer_start_timeout():
             ray.init(**settings)
     except Exception as error:  # Ray also raises exceptions of no particular class
         why = " ".join(str(error).split())[:300]
@@ -289,19 +289,13 @@ def without_monitors() -> Iterator[None]:
     """
     from ray._private.node import Node
 
-    methods = {name: getattr(Node, name) for name in MONITOR_STARTS if hasattr(Node, name)}
-    for name in methods:
-        setattr(Node, name, lambda *_, **__: None)
-    try:
+    with _replaced(Node, dict.fromkeys(MONITOR_STARTS, lambda *_, **__: None)):
         yield
-    finally:
-        for name, method in methods.items():
-            setattr(Node, name, method)
 
 
 @contextmanager
-def patient_start() -> Iterator[None]:
-    """Let a Ray that is started here wait START_TIMEOUT_S for its node, unless one of its processes has ended.
+def longer_start_timeout() -> Iterator[None]:
+    """Let a node that is started here take START_TIMEOUT_S to join its Ray, unless one of its processes has ended.
 
     Ray gives up after 30 s, a constant in `Node.__init__` (Ray 2.60), which a busy machine exceeds. It has no setting
     for that; a Ray without these private names keeps its limit.
@@ -309,15 +303,12 @@ def patient_start() -> Iterator[None]:
     from ray._private import services
     from ray._private.node import Node
 
-    get_node, start_processes = getattr(services, "get_node", None), getattr(Node, "start_ray_processes", None)
-    if get_node is None or start_processes is None:
-        yield
-        return
-    starting: list[Node] = []
-    deadline = time.monotonic() + START_TIMEOUT_S
+    get_node: Any = getattr(services, "get_node", None)
+    start_processes: Any = getattr(Node, "start_ray_processes", None)
+    started: list[tuple[Node, float]] = []  # each node with the time at which it is given up
 
     def start_and_note(node: Node) -> None:
-        starting.append(node)
+        started.append((node, time.monotonic() + START_TIMEOUT_S))
         start_processes(node)
 
     def wait_for_node(*arguments: Any) -> Any:
@@ -325,15 +316,31 @@ def patient_start() -> Iterator[None]:
             try:
                 return get_node(*arguments)
             except RuntimeError:  # not registered yet
-                if time.monotonic() > deadline or any(node.dead_processes() for node in starting):
+                if not started:  # a node of somebody else
+                    raise
+                node, deadline = started[-1]
+                if time.monotonic() > deadline or node.dead_processes():
                     raise
                 time.sleep(0.1)
 
-    services.get_node, Node.start_ray_processes = wait_for_node, start_and_note
+    with (
+        _replaced(Node, {"start_ray_processes": start_and_note}),
+        _replaced(services, {"get_node": wait_for_node}),
+    ):
+        yield
+
+
+@contextmanager
+def _replaced(owner: Any, replacements: dict[str, Callable[..., Any]]) -> Iterator[None]:
+    """Replace functions of a module or a class for a while, those that it has."""
+    originals = {name: getattr(owner, name) for name in replacements if hasattr(owner, name)}
+    for name in originals:
+        setattr(owner, name, replacements[name])
     try:
         yield
     finally:
-        services.get_node, Node.start_ray_processes = get_node, start_processes
+        for name, original in originals.items():
+            setattr(owner, name, original)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What tests of several files need: settings of runs, the rows of a table, what a source lists."""
+"""What tests of several files need: a Ray that starts, settings of runs, the rows of a table, what a source lists."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ REPORTS_EVERY_S = 3  # how often the processes of a head report their metrics, w
 
 
 @contextmanager
-def only_ray_that_starts() -> Iterator[None]:
-    """Let one process of this user at a time start a Ray: a node has 30 s to join, and several would share the CPU."""
+def ray_start_lock() -> Iterator[None]:
+    """Wait until no other process of this user starts a Ray: each has a limited time, and they would share the CPU."""
     with open(f"{tempfile.gettempdir()}/captioner-ray-starts-{os.getuid()}", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed, also by SIGKILL
         yield
@@ -45,7 +45,7 @@ def started_in_time(start: Callable[[], object], clean_up: Callable[[], object])
 
     Ray leaves the processes of a node that did not join until this process ends; each would slow the next start.
     """
-    with only_ray_that_starts():
+    with ray_start_lock():
         deadline, own = time.monotonic() + STARTED_WITHIN_S, psutil.Process()
         others = set(own.children(recursive=True))
         while True:

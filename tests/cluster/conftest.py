@@ -21,7 +21,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from helpers import REPORTS_EVERY_S, STARTED_WITHIN_S, only_ray_that_starts, started_in_time
+from helpers import REPORTS_EVERY_S, STARTED_WITHIN_S, ray_start_lock, started_in_time
 
 from captioner.testing import decoder_faults
 
@@ -76,7 +76,7 @@ class Head:
 
     def add_node(self, num_cpus: int) -> None:
         """Start a raylet and wait until it has joined. A busy GCS may be too late for one: then it is tried again."""
-        with only_ray_that_starts():
+        with ray_start_lock():
             before, deadline = self.num_nodes(), time.monotonic() + STARTED_WITHIN_S
             raylet = self._start_raylet(num_cpus)
             while self.num_nodes() == before:
@@ -137,7 +137,7 @@ def head() -> Iterator[Head]:
     """Its two GPUs are only counted: there is no device behind them."""
     home = Path(tempfile.mkdtemp(prefix="cr", dir="/tmp"))  # sockets live below it: their paths must be short
     try:
-        with only_ray_that_starts():
+        with ray_start_lock():
             head, started = _start_head(home)
             deadline = time.monotonic() + STARTED_WITHIN_S
             while not _is_ready(head):
@@ -203,7 +203,7 @@ def cluster() -> Iterator:
         import ray
         from ray.cluster_utils import Cluster
 
-        from ray_jobs.cluster import patient_start
+        from ray_jobs.cluster import longer_start_timeout
 
         if ray.is_initialized():
             ray.shutdown()
@@ -215,7 +215,7 @@ def cluster() -> Iterator:
             cluster.add_node(num_cpus=0, object_store_memory=memory, **without)
             cluster.add_node(num_cpus=3, object_store_memory=memory)
 
-        with patient_start():
+        with longer_start_timeout():
             started_in_time(start, cluster.shutdown)
         ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
         yield cluster

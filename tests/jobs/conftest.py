@@ -39,7 +39,7 @@ def ray_instance(worker_path: str):
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     import ray
 
-    from ray_jobs.cluster import patient_start, without_monitors
+    from ray_jobs.cluster import longer_start_timeout, without_monitors
 
     settings = {"num_cpus": 4, "num_gpus": 2, "object_store_memory": 300 * 2**20, "include_dashboard": False}
     settings["_system_config"] = {
@@ -49,7 +49,7 @@ def ray_instance(worker_path: str):
         "worker_niceness": 0,
     }
     if not ray.is_initialized():
-        with pytest.MonkeyPatch.context() as patch, without_monitors(), patient_start():
+        with pytest.MonkeyPatch.context() as patch, without_monitors(), longer_start_timeout():
             patch.setenv("PYTHONPATH", worker_path)
             started_in_time(
                 lambda: ray.init(address="local", log_to_driver=False, logging_level="ERROR", **settings), ray.shutdown

@@ -190,8 +190,8 @@ def test_workers_that_cannot_start_at_all_end_the_run_with_the_reason(tmp_path: 
     assert "Ray's worker processes cannot start: ImportError: no libfoo; fix it" in error
 
 
-# A clock for Ray on which its node's 30 s are over at once. With an argument, the node's first process is killed as it
-# starts.
+# Starts a Ray whose clock runs so fast that its own limit of 30 s is over at once. With an argument, its raylet is
+# killed as it starts.
 CONNECT = """
 import sys, time, types
 from captioner.config import ClusterConfig
@@ -241,5 +241,4 @@ def test_ray_still_has_the_methods_that_a_start_replaces() -> None:
     from ray._private.node import Node
 
     assert all(callable(method) for method in (services.get_node, Node.start_ray_processes, Node.dead_processes))
-
     assert all(callable(getattr(Node, name)) for name in MONITOR_STARTS)
