@@ -34,8 +34,12 @@ def one_ahead(items: Iterator[T]) -> Iterator[Iterator[T]]:
         yield _prefetched(thread, items, thread.submit(lambda: next(items, None)))
 
 
-def in_parallel(function: Callable[[T], U], items: Iterator[T], count: int) -> Iterator[U]:
-    """Yield `function` of each item, in order; `count` calls run at the same time, in threads where it is above 1."""
+def in_parallel(function: Callable[[T], U], items: Iterator[T], count: int) -> Generator[U, None, None]:
+    """Yield `function` of each item, in order; `count` calls run at the same time, in threads where it is above 1.
+
+    Whoever may leave it before its end closes it (`contextlib.closing`). The garbage collector would do so at any later
+    time, also while `threading` holds a lock that the end of the threads needs.
+    """
     if count == 1:
         yield from map(function, items)
         return

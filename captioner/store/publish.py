@@ -16,8 +16,9 @@ from __future__ import annotations
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -67,11 +68,12 @@ def publish(table: CaptionsTable, plan: Plan, on_part: OnPart = lambda part: Non
         parts_of_this_table(),
         _parts_at_once(table),
     )
-    for part, (file, damaged) in zip(parts, results, strict=True):
-        problems += damaged
-        if file is not None:
-            files[part] = file
-        on_part(part)
+    with closing(results):
+        for part, (file, damaged) in zip(parts, results, strict=True):
+            problems += damaged
+            if file is not None:
+                files[part] = file
+            on_part(part)
     if not problems:
         table.write_published(plan.generation, files)
         remove_merged_chunks(table)
@@ -209,8 +211,9 @@ def _publish_part(table: CaptionsTable, plan: Plan, part: int, is_published: boo
         counts.add_rows(table.directory.decoded(name, file, table.counted_columns), table.answer_columns)
     elif plan.adds_parts:
         counted_columns: list[pa.Table] = []
-        rows_of_chunks = _noted(table, _committed_rows(table, plan, part), counted_columns)
-        file = table.directory.write_tables(name, table.schema, rows_of_chunks)
+        with closing(_committed_rows(table, plan, part)) as rows_of_chunks:
+            noted = _noted(table, rows_of_chunks, counted_columns)
+            file = table.directory.write_tables(name, table.schema, noted)
         counts.add_rows(pa.concat_tables(counted_columns), table.answer_columns)
     else:
         current = table.directory.read_table(name)
@@ -231,7 +234,7 @@ def _noted(table: CaptionsTable, tables: Iterable[pa.Table], counted_columns: li
         yield rows
 
 
-def _committed_rows(table: CaptionsTable, plan: Plan, part: int) -> Iterator[pa.Table]:
+def _committed_rows(table: CaptionsTable, plan: Plan, part: int) -> Generator[pa.Table, None, None]:
     """Yield the rows of a part, chunk by chunk, each compared with the plan. Raises DamagedFileError."""
     planned = table.read_plan_part(plan, part, ["image_id"])["image_id"]
     read = partial(_planned_rows, table, plan, planned)

@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -146,9 +146,14 @@ def _train(
         gather=partial(gathered, loss, captioner.device, task.config.training.bf16),
         show_status=partial(_show_status, worker),
     )
-    with tempfile.TemporaryDirectory(prefix="captioner-train-") as folder, quiet(), Checkpoints(worker) as checkpoints:
+    with (
+        tempfile.TemporaryDirectory(prefix="captioner-train-") as folder,
+        quiet(),
+        Checkpoints(worker) as checkpoints,
+        ExitStack() as prefetching,
+    ):
         arguments = training_arguments(task, folder, captioner.device.type == "cpu")
-        trainer = CaptionTrainer(task, worker, loss, collate, checkpoints, args=arguments)
+        trainer = CaptionTrainer(task, worker, loss, collate, checkpoints, prefetching, args=arguments)
         callback = TrainingCallback(task, worker, evaluator, trainer, checkpoints, windows)
         trainer.add_callback(callback)
         trainer = worker.prepare(trainer)
@@ -194,7 +199,8 @@ class CaptionTrainer(Trainer):
 
     Its checkpoints are model directories with Trainer's state. They hold no state of random number generators, which
     are seeded from seed, step and rank, because a worker may restart under another rank. `snapshot`: of the step to be
-    saved; None on workers that save nothing. `data_seconds`: how long it waited for batches.
+    saved; None on workers that save nothing. `data_seconds`: how long it waited for batches. `prefetching`: ends the
+    threads that prepare batches.
     """
 
     def __init__(
@@ -204,6 +210,7 @@ class CaptionTrainer(Trainer):
         loss: CaptionLoss,
         collate: Collate,
         checkpoints: Checkpoints,
+        prefetching: ExitStack,
         **kwargs: Any,
     ) -> None:
         super().__init__(model=loss, train_dataset=_EmptyDataset(), **kwargs)
@@ -212,6 +219,7 @@ class CaptionTrainer(Trainer):
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
         self._task, self._worker, self._collate, self._checkpoints = task, worker, collate, checkpoints
+        self._prefetching = prefetching
         self.snapshot: Snapshot | None = None
         self.step_loss = torch.zeros((), device=self.args.device)
         self.data_seconds = 0.0
@@ -227,7 +235,7 @@ class CaptionTrainer(Trainer):
         )
         order = GlobalOrder(self._task.train, settings.seed, self._task.config.data.caption_choice)
         decode = self._worker.table_decoder(Decode(self._task.sources, self._task.model.spec, self._task.pixel_cache))
-        return _TrainBatches(self, order, share, decode, self._collate)
+        return _TrainBatches(self, order, share, decode, self._collate, self._prefetching)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """Return the batches of one step, and the number of their caption tokens over all workers."""
@@ -297,12 +305,24 @@ class _EmptyDataset(torch.utils.data.IterableDataset[Any]):
 
 
 class _TrainBatches:
-    """A worker's batches from the trainer's current step to its last, on the device; none where training has ended."""
+    """A worker's batches from the trainer's current step to its last, on the device; none where training has ended.
+
+    The thread that prepares the next batch ends with `prefetching`, not with the iterator: Trainer drops it before its
+    end, and where an error keeps its frame, the garbage collector would end it at any later time. Once that was while
+    `threading` held a lock, and the process waited for the thread for ever.
+    """
 
     def __init__(
-        self, trainer: CaptionTrainer, order: GlobalOrder, share: Share, decode: TableDecoder, collate: Collate
+        self,
+        trainer: CaptionTrainer,
+        order: GlobalOrder,
+        share: Share,
+        decode: TableDecoder,
+        collate: Collate,
+        prefetching: ExitStack,
     ) -> None:
         self._trainer, self._order, self._share, self._decode, self._collate = trainer, order, share, decode, collate
+        self._prefetching = prefetching
         self.dataset = trainer.train_dataset
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
@@ -312,5 +332,5 @@ class _TrainBatches:
         tables = self._order.tables(self._share, state.global_step, state.max_steps)
         batches = batches_of(self._decode(tables), self._share.batch_size, self._collate)
         upload = Upload(self._trainer.args.device)
-        with one_ahead(map(upload, batches)) as uploaded:
-            yield from map(upload.mark_used, uploaded)
+        uploaded = self._prefetching.enter_context(one_ahead(map(upload, batches)))
+        yield from map(upload.mark_used, uploaded)

@@ -1,10 +1,12 @@
 """A training run in one process: the finished model, evaluation, faults, report."""
 
+import gc
 import json
 import math
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -279,6 +281,32 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
         "step-00000002",
     ]
     assert not (out / "model").exists()
+
+
+def test_no_thread_of_a_training_that_failed_is_left_to_the_garbage_collector(
+    tmp_path: Path, data: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would wait for the thread at any later time, also while `threading` holds a lock that the thread needs."""
+    from captioner.training.loss import CaptionLoss
+
+    forward, before = CaptionLoss.forward, set(threading.enumerate())
+
+    def broken(self, *batch, **named):
+        if self.training:
+            raise ZeroDivisionError("a defect")
+        return forward(self, *batch, **named)
+
+    monkeypatch.setattr(CaptionLoss, "forward", broken)
+    gc.disable()
+    try:
+        with pytest.raises(ZeroDivisionError) as error:
+            job.run(train_config(data, tmp_path / "out", tiny, max_steps=4, eval_steps=4), LocalTrainEngine())
+        assert error.tb is not None  # with its frames, and their iterator of batches
+        left = [thread.name for thread in set(threading.enumerate()) - before if "ThreadPool" in thread.name]
+    finally:
+        gc.enable()
+
+    assert left == []
 
 
 def test_a_loss_that_is_not_finite_is_noticed_between_evaluations(
