@@ -89,11 +89,12 @@ class Encoder:
         except LOADING_ERRORS as error:
             raise ModelError(f"{ref.path}: the model cannot be loaded: {' '.join(str(error).split())}") from None
         check_loading_info(ref.path, info)
-        self._model = model.to(device).eval()
         self._tokenizer = open_tokenizer(ref.path)
+        with gpu_failures([device], self._device_name):
+            self._model = model.to(device).eval()
+            self._mean = torch.tensor(ref.spec.mean, device=device).view(1, 3, 1, 1)
+            self._std = torch.tensor(ref.spec.std, device=device).view(1, 3, 1, 1)
         self._max_tokens: int = self._model.config.text_config.max_position_embeddings
-        self._mean = torch.tensor(ref.spec.mean, device=device).view(1, 3, 1, 1)
-        self._std = torch.tensor(ref.spec.std, device=device).view(1, 3, 1, 1)
 
     def embed_images(self, pixels: Pixels) -> Embeddings:
         """Return the embeddings of images, uint8 [N, H, W, 3] of the model's size."""

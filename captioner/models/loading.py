@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Literal
 
 from captioner.console.phases import phase
 from captioner.data import Captioner
-from captioner.models.devices import GPUS, auto_dtype, pick_device, pick_devices, set_wait_policy
+from captioner.models.devices import (
+    GPUS,
+    auto_dtype,
+    device_name,
+    gpu_failures,
+    pick_device,
+    pick_devices,
+    set_wait_policy,
+)
 from captioner.models.endpoint.api_key import ApiKey
 from captioner.models.fake import FakeCaptioner
 from captioner.models.placement import USABLE, check_fits, weights_in_memory
@@ -69,13 +77,14 @@ def load(
         return EndpointCaptioner(ref, api_key or ApiKey.from_environment(), notify)
     size = 1 if batch_size == "auto" else batch_size
     ref, devices = _import_and_verify(ref, device, num_gpus, notify)
-    free = _free_memory(ref, devices, size)
     num_threads = 1 if devices[0].type == "cpu" and is_small(ref) else num_threads
-    captioner = _load_weights(ref, devices, size, free, num_threads, notify)
-    if batch_size == "auto":
-        from captioner.models.batch_size import CPU_SIZE, SMALL_CPU_SIZE, choose_batch_size
+    with gpu_failures(devices, device_name(devices)):
+        free = _free_memory(ref, devices, size)
+        captioner = _load_weights(ref, devices, size, free, num_threads, notify)
+        if batch_size == "auto":
+            from captioner.models.batch_size import CPU_SIZE, SMALL_CPU_SIZE, choose_batch_size
 
-        choose_batch_size(captioner, SMALL_CPU_SIZE if is_small(ref) else CPU_SIZE, notify=notify)
+            choose_batch_size(captioner, SMALL_CPU_SIZE if is_small(ref) else CPU_SIZE, notify=notify)
     return captioner
 
 
