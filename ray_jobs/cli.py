@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import functools
 import os
@@ -24,7 +25,7 @@ from captioner.config import (
     refuse_unused,
 )
 from captioner.console.phases import HEARTBEAT
-from captioner.console.stopping import drop_failed_output, quit_at_once
+from captioner.console.stopping import drop_failed_output, ignore_ctrl_c, quit_at_once, stops_redelivered
 from captioner.console.text import counted, printable
 from captioner.errors import ERROR, INTERRUPTED, OK, CaptionerError, NoAnswerError, UsageError
 from ray_jobs import usage_errors
@@ -539,8 +540,10 @@ def main(argv: list[str] | None = None) -> NoReturn:
 
     An error that the user can fix is one line on standard error; a traceback means a defect in this program.
     """
+    atexit.register(ignore_ctrl_c)  # runs last, after Ray's, during which Ctrl-C ends the process at once
     try:
-        _run_command(argv)
+        with stops_redelivered():
+            _run_command(argv)
     except KeyboardInterrupt:  # Ctrl-C again, while the first one or another error is reported
         quit_at_once(signal.SIGINT)
 

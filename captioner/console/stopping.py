@@ -16,6 +16,8 @@ from captioner.console.phases import HEARTBEAT
 from captioner.console.text import printable
 from captioner.errors import InterruptedRunError, TerminatedRunError
 
+REDELIVERY_S = 0.01  # after which a lost Ctrl-C or SIGTERM is raised again
+
 
 @contextmanager
 def stoppable(what_stays: str) -> Iterator[None]:
@@ -27,9 +29,11 @@ def stoppable(what_stays: str) -> Iterator[None]:
     advice = f"{what_stays}; run the same command to continue"
 
     def terminate(*_: Any) -> None:
+        _cancel_redelivery()
         raise TerminatedRunError(f"stopped by SIGTERM; {advice}")
 
     def interrupt(*_: Any) -> None:
+        _cancel_redelivery()
         signal.signal(signal.SIGINT, quit_at_once)
         raise KeyboardInterrupt
 
@@ -38,6 +42,55 @@ def stoppable(what_stays: str) -> Iterator[None]:
             yield
     except KeyboardInterrupt:
         raise InterruptedRunError(f"stopped by Ctrl-C; {advice}") from None
+
+
+@contextmanager
+def stops_redelivered() -> Iterator[None]:
+    """Raise Ctrl-C and SIGTERM again where Python has lost their error.
+
+    A handler of signals runs wherever the main thread is. In a destructor or a weakref callback, Python prints
+    "Exception ignored in ..." and goes on. The error is raised again REDELIVERY_S later, until it comes elsewhere.
+    """
+    show = sys.unraisablehook
+
+    def redeliver(lost: Any) -> None:
+        error = lost.exc_value
+        if not isinstance(error, (KeyboardInterrupt, TerminatedRunError)):
+            show(lost)
+            return
+
+        def raise_again(*_: Any) -> None:
+            raise error.with_traceback(None)
+
+        # By a signal, since nothing else ends a wait of the main thread.
+        signal.signal(signal.SIGALRM, raise_again)
+        signal.setitimer(signal.ITIMER_REAL, REDELIVERY_S)
+
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):  # Windows
+        yield
+        return
+    before = signal.getsignal(signal.SIGALRM)
+    sys.unraisablehook = redeliver
+    try:
+        yield
+    finally:
+        _cancel_redelivery()
+        sys.unraisablehook = show
+        signal.signal(signal.SIGALRM, before)
+
+
+def _cancel_redelivery() -> None:
+    """Do not raise a lost stop again: another one has come."""
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def ignore_ctrl_c() -> None:
+    """Let the process end with its own exit code, as the last of its exit handlers.
+
+    When Python unloads its modules it restores the system's handlers, and SIGINT would end the process by the signal.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def quit_at_once(signal_number: int, _: Any = None) -> NoReturn:

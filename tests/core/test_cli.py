@@ -373,6 +373,69 @@ main()
     assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "captioner: error: stopped by Ctrl-C\n")
 
 
+LOST_STOP = """
+import os, signal, sys, time
+from captioner import pipeline
+from captioner.console.stopping import stoppable
+from ray_jobs import cli
+
+class Signalled:
+    def __del__(self):
+        os.kill(os.getpid(), signal.{name})
+        sum(range(100))  # Python runs the handler here
+
+def run(config):
+    with stoppable("progress is saved in OUT"):
+        lost = [Signalled(), Signalled()]
+        {ending}
+        time.sleep(60)
+
+pipeline.run = run
+cli.main(["caption", "in", "out", "--local"])
+"""
+STOPPED = "captioner: error: stopped by {}; progress is saved in OUT; run the same command to continue\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "ending", "code", "error"),
+    [
+        ("SIGINT", "lost.pop()", 130, STOPPED.format("Ctrl-C")),
+        ("SIGTERM", "lost.clear()", 143, STOPPED.format("SIGTERM")),
+        ("SIGINT", "lost.clear()", 130, ""),  # pressed twice: at once
+    ],
+)
+def test_a_stop_that_comes_while_an_object_is_destroyed_is_not_lost(
+    name: str, ending: str, code: int, error: str
+) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", LOST_STOP.format(name=name, ending=ending)], capture_output=True, text=True, timeout=50
+    )
+
+    assert (ended.returncode, ended.stdout, ended.stderr) == (code, "", error)
+
+
+def test_ctrl_c_at_the_very_end_leaves_the_exit_code() -> None:
+    """While Python unloads its modules: their objects are destroyed last."""
+    code = """
+import os, signal, sys
+from captioner import pipeline
+from ray_jobs import cli
+
+class Last:
+    def __init__(self):
+        self.kill, self.arguments = os.kill, (os.getpid(), signal.SIGINT)
+    def __del__(self):
+        self.kill(*self.arguments)
+
+sys.modules["last"] = Last()  # nothing refers to it but this
+pipeline.run = lambda config: 5
+cli.main(["caption", "in", "out", "--local"])
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+    assert (ended.returncode, ended.stdout, ended.stderr) == (5, "", "")
+
+
 def test_a_connection_of_a_store_that_breaks_is_one_line(failing: Any, capsys: pytest.CaptureFixture[str]) -> None:
     failing(BrokenPipeError(errno.EPIPE, "Broken pipe"))
 
