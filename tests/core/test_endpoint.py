@@ -29,7 +29,7 @@ from captioner.models.endpoint.reply import NoReplyError, error_in, judge
 from captioner.models.endpoint.sharing import LONGEST_REST_S, ServerPool
 from captioner.run.job import NO_LOGPROBS
 from captioner.store.table import open_table
-from captioner.testing import make_folder
+from captioner.testing import make_folder, num_committed_chunks
 from captioner.testing.model_server import (
     HALF_A_REPLY,
     NO_REPLY,
@@ -410,19 +410,23 @@ def test_what_concerns_every_image_stops_the_run_with_one_line(answer: Answer, m
 
 
 def test_a_run_whose_model_changes_keeps_what_is_committed_and_goes_on_with_the_first(tmp_path: Path) -> None:
-    """Four requests are under way, so that the images of the first chunk, 16, are among the first 23 requests."""
-    make_folder(tmp_path / "images", 40)
-    is_committed = threading.Event()
+    """Three of four requests wait, none of the first chunk, until a chunk is committed: then the model is another."""
+    files = sorted(make_folder(tmp_path / "images", 40).glob("*.png"))
+    first_chunk = {file.read_bytes() for file in files[:16]}
+    is_committed, waiting = threading.Event(), threading.Semaphore(3)
 
     def wait_for_a_chunk() -> None:
-        while not list((tmp_path / "out").glob("chunks/*/*.arrow")):
+        while not num_committed_chunks(tmp_path / "out"):
             time.sleep(0.01)
         is_committed.set()
+
+    def changed_where_it_waits(asked: Request) -> Answer | None:
+        return changed if asked.image not in first_chunk and waiting.acquire(blocking=False) else None
 
     changes = {"model": "another-vlm", "choices": saying("a cat").changes["choices"]}
     changed = Answer(changes=changes, held=is_committed)
     threading.Thread(target=wait_for_a_chunk, daemon=True).start()
-    with ModelServer(lambda asked: changed if asked.number >= 24 else None) as server:
+    with ModelServer(changed_where_it_waits) as server:
         with pytest.raises(EndpointError, match="the answers now come from model 'another-vlm'"):
             run(tmp_path, server, concurrency=4)
         committed = {row["caption"] for row in rows_of(tmp_path / "out")}
