@@ -34,6 +34,8 @@ MIN_CPU_SHARE = 0.05
 JOIN_TIMEOUT_S = 30.0  # for a cluster that answers
 # For a local Ray, which took 23 s on two CPUs with a load of 10, and its first worker (`check_own_workers`).
 START_TIMEOUT_S = 240.0
+# What Ray's raylet writes before it ends because its agents have not started within 15 s, a constant of Ray 2.60.
+LATE_AGENTS = "Timed out waiting for file"
 EXIT_TIMEOUT_S = 10.0  # for a Ray that is still starting when the program ends
 
 
@@ -79,6 +81,10 @@ class Sizes:
     def most_workers(self) -> int:
         """The workers of a pool that has grown as far as it may."""
         return max(self.num_workers, self.max_workers)
+
+
+class _LateAgentsError(ClusterError):
+    """A local Ray ended because its agents started late; another start may succeed."""
 
 
 def connect(config: ClusterConfig) -> Resources:
@@ -230,8 +236,6 @@ def _keep_token_private() -> None:
 
 
 def _init(address: str) -> None:
-    import ray
-
     settings: dict[str, Any] = {"address": address, "logging_level": logging.ERROR, "log_to_driver": False}
     is_own = address == "local"
     if is_own:
@@ -247,12 +251,24 @@ def _init(address: str) -> None:
     keep_messages()
     try:
         with _quiet_stderr(), _own_sigterm(), without_monitors(), longer_start_timeout():
-            ray.init(**settings)
+            _start_or_join(settings)
     except Exception as error:  # Ray also raises exceptions of no particular class
         why = " ".join(str(error).split())[:300]
         if is_own:
             raise ClusterError(f"Ray did not start on this machine: {why}; --local needs no Ray") from error
         raise ClusterError(f"Ray at {address!r} cannot be reached: {why}") from error
+
+
+def _start_or_join(settings: dict[str, Any]) -> None:
+    """Call `ray.init`, and once more where a local Ray ended because its agents started late."""
+    import ray
+
+    try:
+        ray.init(**settings)
+    except _LateAgentsError as error:
+        notify(f"{error}; starting Ray again")
+        ray.shutdown()
+        ray.init(**settings)
 
 
 @contextmanager
@@ -298,7 +314,7 @@ def longer_start_timeout() -> Iterator[None]:
     """Let a node that is started here take START_TIMEOUT_S to join its Ray, unless one of its processes has ended.
 
     Ray gives up after 30 s, a constant in `Node.__init__` (Ray 2.60), which a busy machine exceeds. It has no setting
-    for that; a Ray without these private names keeps its limit.
+    for that; a Ray without these private names keeps its limit. Raises ClusterError naming the process that has ended.
     """
     from ray._private import services
     from ray._private.node import Node
@@ -319,8 +335,11 @@ def longer_start_timeout() -> Iterator[None]:
                 if not started:  # a node of somebody else
                     raise
                 node, deadline = started[-1]
-                if time.monotonic() > deadline or node.dead_processes():
+                if time.monotonic() > deadline:
                     raise
+                for process_type, process in node.dead_processes():
+                    node.kill_all_processes(check_alive=False)  # the others would slow down the next start
+                    raise _ended_at_start(node, process_type, process.returncode) from None
                 time.sleep(0.1)
 
     with (
@@ -328,6 +347,14 @@ def longer_start_timeout() -> Iterator[None]:
         _replaced(services, {"get_node": wait_for_node}),
     ):
         yield
+
+
+def _ended_at_start(node: Any, process_type: str, exit_code: int) -> ClusterError:
+    log = Path(node.get_logs_dir_path()) / "raylet.out"
+    with suppress(OSError):
+        if LATE_AGENTS in log.read_text(errors="replace"):
+            return _LateAgentsError("Ray's agents did not start within 15 s, as on a busy machine")
+    return ClusterError(f"Ray's {process_type} ended with exit code {exit_code} as it started")
 
 
 @contextmanager
